@@ -1,0 +1,17 @@
+"""The errors a user can cause: one line that says what was got, what was expected and what to do."""
+
+
+class UserError(ValueError):
+    """Base of every error that a person can mend; scripts print it as one line `error: ...` and exit 1."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, broken or not what its config says. Names file and tensor."""
+
+
+class PlanError(UserError):
+    """A plan that cannot run, or that holds an option without effect. Names the option and a plan that works."""
+
+
+class RequestError(UserError):
+    """A prompt or its sampling parameters that cannot be served."""

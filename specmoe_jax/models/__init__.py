@@ -1,0 +1,1 @@
+"""Pure models: layers, routing, one file per family. No offloading, no speculation."""

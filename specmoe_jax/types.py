@@ -1,0 +1,68 @@
+"""The shape alphabet and the tuples that cross rooms.
+
+Shape alphabet, used in einsums, C++ and tests alike:
+    B batch rows, N drafted tokens, T new positions of a pass (N + 1 when verifying), S cached positions,
+    H query heads, K key/value heads, D head dim, M model dim, F expert hidden, L layers, E experts,
+    A active experts per token, R resident expert slots, V vocabulary, n = B * T flattened tokens.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every layer, one buffer a layer so that each can be donated on its own.
+
+    k, v: L arrays [B, K, S, D]. Row b holds `lengths[b]` committed positions; what lies beyond is never read.
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+
+
+class Routing(NamedTuple):
+    """What the router of one layer decided.
+
+    ids: [n, A] int32, -1 for tokens that are padding or belong to finished rows.
+    weights: [n, A] float32.
+    """
+
+    ids: jax.Array
+    weights: jax.Array
+
+
+class SamplingRows(NamedTuple):
+    """Sampling parameters of the rows of a batch, as arrays so that requests may differ.
+
+    temperature: [B] float32, 0 = greedy. top_k: [B] int32, 0 = all. top_p: [B] float32, 1 = all.
+    """
+
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+
+    @property
+    def greedy(self) -> bool:
+        """Whether every row takes the argmax, so that no probability has to be computed."""
+        return bool((np.asarray(self.temperature) == 0).all())
+
+
+class Proposal(NamedTuple):
+    """What a draft proposes for each row.
+
+    tokens: [B, N] int32.
+    probs: [B, N, V] float32, the distribution that token j was really drawn from; None when the draft is a
+        point mass (tokens picked by argmax, n-gram lookup), which acceptance treats as such.
+    """
+
+    tokens: jax.Array
+    probs: jax.Array | None
+
+
+class AcceptResult(NamedTuple):
+    """num_accepted: [B] int32 in 0..N. next_token: [B] int32, the target's own token after the accepted run."""
+
+    num_accepted: jax.Array
+    next_token: jax.Array

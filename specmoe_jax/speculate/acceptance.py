@@ -1,0 +1,145 @@
+"""Lossless acceptance: which drafted tokens the target keeps, and the token it adds (Leviathan et al. 2023, Alg. 1).
+
+Whatever the draft, the tokens committed have the target's own law, provided that `draft_probs` is what the tokens
+were really drawn from. A token picked by argmax, or looked up, was drawn from a point mass: pass None for it, never
+the softmax it was picked from, which would favour it.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from specmoe_jax.config import SamplingParams
+from specmoe_jax.speculate.sampling import sample, sampling_rows, transform_logits
+from specmoe_jax.types import AcceptResult, SamplingRows
+
+
+def accept(
+    keys: jax.Array,
+    draft_tokens: jax.Array,
+    draft_probs: jax.Array | None,
+    target_logits: jax.Array,
+    params: SamplingParams | SamplingRows,
+) -> AcceptResult:
+    """Keeps the longest accepted run of each row and samples the target's token after it. The keys are consumed.
+
+    Leviathan et al. 2023, Alg. 1: token x drawn from q stands with probability min(1, p(x) / q(x)); the first that
+    falls is replaced by a draw from max(p - q, 0), renormalised; after N that stand, one more is drawn from p.
+    p is the target's distribution after temperature, top-k and top-p. For a row of temperature 0 this is equality
+    with the argmax, so a batch may mix greedy and sampled rows. A token outside 0..V-1 is no proposal: it falls
+    and the row draws from p, if its q is 0 everywhere.
+
+    keys: one key, or [B] keys, then row b's result depends on row b's arguments only; draft_tokens: [B, N] int,
+    N may be 0; draft_probs: [B, N, V] float32, or None for point masses; target_logits: [B, N+1, V];
+    params: the same for all rows, or rows of arrays [B]. A row with NaN logits gets some token of 0..V-1: ask
+    `finite_rows`. Raises ValueError when the shapes disagree.
+    """
+    _check_shapes(draft_tokens, draft_probs, target_logits)
+    if isinstance(params, SamplingParams):
+        if params.temperature == 0:
+            return accept_greedy(draft_tokens, target_logits)
+        params = sampling_rows([params] * len(draft_tokens))
+    accept_keys, next_keys = _two_keys_a_row(keys, len(draft_tokens))
+    target_probs = transform_logits(target_logits, params)
+    chances = accept_chances(draft_tokens, draft_probs, target_probs)
+    draws = jax.vmap(lambda key: jax.random.uniform(key, draft_tokens.shape[1:]))(accept_keys)  # [B, N] in [0, 1)
+    num_accepted = leading_run(draws < chances)
+    next_probs = next_distribution(num_accepted, draft_tokens, draft_probs, target_probs)
+    return AcceptResult(num_accepted=num_accepted, next_token=sample(next_keys, next_probs))
+
+
+def accept_greedy(draft_tokens: jax.Array, target_logits: jax.Array) -> AcceptResult:
+    """`accept` for rows that are all greedy, without a probability or a key: equality with the argmax.
+
+    draft_tokens: [B, N] int; target_logits: [B, N+1, V]. Ties of the argmax go to the smaller id.
+    """
+    choice = jnp.argmax(target_logits, axis=-1).astype(jnp.int32)  # [B, N+1]
+    num_accepted = leading_run(draft_tokens == choice[:, :-1])
+    return AcceptResult(num_accepted=num_accepted, next_token=_at(choice, num_accepted))
+
+
+def accept_chances(draft_tokens: jax.Array, draft_probs: jax.Array | None, target_probs: jax.Array) -> jax.Array:
+    """Probability [B, N] that each drafted token stands, given that those before it do."""
+    proposed = (draft_tokens >= 0) & (draft_tokens < target_probs.shape[-1])
+    p = _of_tokens(target_probs[:, :-1], draft_tokens)
+    q = jnp.ones_like(p) if draft_probs is None else _of_tokens(draft_probs, draft_tokens)
+    return jnp.where(proposed, accept_probability(p, q), 0.0)
+
+
+def accept_probability(p: jax.Array, q: jax.Array) -> jax.Array:
+    """min(1, p / q), elementwise; where q is 0 the limit: 1, or 0 when p is 0 too."""
+    ratio = p / jnp.where(q > 0, q, 1.0)
+    return jnp.where(q > 0, jnp.minimum(ratio, 1.0), (p > 0).astype(p.dtype))
+
+
+def next_distribution(
+    num_accepted: jax.Array, draft_tokens: jax.Array, draft_probs: jax.Array | None, target_probs: jax.Array
+) -> jax.Array:
+    """Law [B, V] of the token after `num_accepted` [B] drafted ones: the residual, or p itself after all N."""
+    p = _at(target_probs, num_accepted)
+    if draft_probs is None:
+        tokens = jnp.pad(draft_tokens, ((0, 0), (0, 1)), constant_values=-1)  # the one-hot of -1 is 0 everywhere
+        q = jax.nn.one_hot(_at(tokens, num_accepted), p.shape[-1], dtype=p.dtype)
+    else:
+        q = _at(jnp.pad(draft_probs, ((0, 0), (0, 1), (0, 0))), num_accepted)
+    return residual(p, q)
+
+
+def residual(p: jax.Array, q: jax.Array) -> jax.Array:
+    """max(p - q, 0) renormalised along the last axis.
+
+    p itself where nothing is left: that is p = q up to rounding, where a token falls with probability 0 up to
+    rounding. A small remainder is kept, not rounded away: beside a point mass it is exact.
+    """
+    rest = jnp.maximum(p - q, 0.0)
+    total = jnp.sum(rest, axis=-1, keepdims=True)
+    some = total > jnp.finfo(p.dtype).tiny
+    return jnp.where(some, rest / jnp.where(some, total, 1.0), p)
+
+
+def accepted_tokens(draft_tokens: jax.Array, result: AcceptResult) -> jax.Array:
+    """What a step commits, [B, N+1] int32: the accepted run, then the target's token, then -1."""
+    tokens = jnp.pad(draft_tokens.astype(jnp.int32), ((0, 0), (0, 1)), constant_values=-1)
+    column = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    run = result.num_accepted[:, None]
+    return jnp.where(column < run, tokens, jnp.where(column == run, result.next_token[:, None], -1))
+
+
+def finite_rows(target_logits: jax.Array) -> jax.Array:
+    """Rows [B] whose logits [B, T, V] all give a distribution: no NaN, no +inf, and not -inf everywhere."""
+    return jnp.all(jnp.isfinite(jnp.max(target_logits, axis=-1)), axis=-1)
+
+
+def leading_run(accepted: jax.Array) -> jax.Array:
+    """Length [B] int32 of the run of True that each row of [B, N] starts with."""
+    return jnp.sum(jnp.cumprod(accepted.astype(jnp.int32), axis=1), axis=1)
+
+
+def _at(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[b, index[b]]: [B, T, ...] and [B] -> [B, ...]."""
+    return jnp.take_along_axis(x, index.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)[:, 0]
+
+
+def _of_tokens(probs: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Probabilities [B, N] of tokens [B, N] under [B, N, V]; of no use for tokens outside 0..V-1."""
+    return jnp.take_along_axis(probs, tokens[..., None], axis=-1, mode="clip")[..., 0]
+
+
+def _two_keys_a_row(keys: jax.Array, batch: int) -> tuple[jax.Array, jax.Array]:
+    """One key, or [B], typed or not, to two independent keys a row, [B] each."""
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        keys = jax.random.wrap_key_data(keys)
+    if keys.ndim == 0:
+        keys = jax.random.split(keys, batch)
+    pairs = jax.vmap(jax.random.split)(keys)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _check_shapes(draft_tokens: jax.Array, draft_probs: jax.Array | None, target_logits: jax.Array) -> None:
+    (batch, drafted), vocab = draft_tokens.shape, target_logits.shape[-1]
+    if target_logits.shape != (batch, drafted + 1, vocab):
+        raise ValueError(
+            f"target_logits has shape {target_logits.shape}; {drafted} drafted tokens in {batch} rows need "
+            f"{(batch, drafted + 1, vocab)}"
+        )
+    if draft_probs is not None and draft_probs.shape != (batch, drafted, vocab):
+        raise ValueError(f"draft_probs has shape {draft_probs.shape}; it must be {(batch, drafted, vocab)}")

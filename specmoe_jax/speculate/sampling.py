@@ -1,0 +1,99 @@
+"""From logits to the distribution really sampled from, to tokens, with randomness that belongs to the row alone."""
+
+import enum
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specmoe_jax.config import SamplingParams
+from specmoe_jax.types import SamplingRows
+
+
+class Stream(enum.IntEnum):
+    """Independent uses of randomness at one position.
+
+    A drafted token and the draw that accepts it must be independent, or acceptance is biased.
+    """
+
+    VERIFY = 0
+    DRAFT = 1
+
+
+def sampling_rows(params: Sequence[SamplingParams]) -> SamplingRows:
+    """The sampling parameters of B requests as arrays [B]."""
+    return SamplingRows(
+        temperature=np.asarray([p.temperature for p in params], np.float32),
+        top_k=np.asarray([p.top_k for p in params], np.int32),
+        top_p=np.asarray([p.top_p for p in params], np.float32),
+    )
+
+
+def row_keys(seeds, request_ids, positions, *, stream: Stream = Stream.VERIFY) -> jax.Array:
+    """One key a row, a function of (seed, request id, committed position, stream) and of nothing else.
+
+    seeds, request_ids, positions: [B] integers, taken modulo 2**32. -> [B] keys. The generator is named, since the
+    draws of a row must not depend on its neighbours under vmap, which jax's rbg does not promise.
+    """
+
+    def one(seed, request_id, position):
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), stream)
+        return jax.random.fold_in(jax.random.fold_in(key, request_id), position)
+
+    return jax.vmap(one)(*(jnp.asarray(x).astype(jnp.uint32) for x in (seeds, request_ids, positions)))
+
+
+def transform_logits(logits: jax.Array, rows: SamplingRows) -> jax.Array:
+    """Temperature, then top-k, then top-p (the order of Hugging Face's warpers), renormalised.
+
+    top_k keeps every token at least as likely as the k-th, so ties with it stay, as in Hugging Face. top_p keeps
+    the smallest set whose mass, after top-k, reaches top_p: at least one token, ties to the smaller id.
+    Temperature 0 is the one-hot of the argmax, ties to the smaller id.
+
+    logits: [B, ..., V]; rows: arrays [B] -> probabilities [B, ..., V] float32. A masked token may be -inf; a
+    position with a NaN gives NaNs (see `acceptance.finite_rows`).
+    """
+    temperature, top_k, top_p = (_beside(x, logits.ndim) for x in rows)
+    logits = logits.astype(jnp.float32)
+    scores = _scale(logits, temperature)
+    limited = jnp.any((top_k > 0) | (top_p < 1))  # the sort is most of the cost, and often nobody asks for it
+    scores = jax.lax.cond(limited, _truncate, lambda scores, *_: scores, scores, top_k, top_p)
+    best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.float32)
+    return jnp.where(temperature == 0, best, jax.nn.softmax(scores, axis=-1))
+
+
+def sample(keys: jax.Array, probs: jax.Array) -> jax.Array:
+    """Draws one token a distribution; tokens of probability 0 are never drawn. The keys are consumed.
+
+    keys: one key, or [B] keys; probs: [B, ..., V], need not sum to 1 -> ids [B, ...] int32.
+    """
+    draw = jax.random.categorical if keys.ndim == 0 else jax.vmap(jax.random.categorical)
+    return draw(keys, jnp.log(probs)).astype(jnp.int32)
+
+
+def _beside(x, ndim: int) -> jax.Array:
+    """[B] -> [B, 1, ..., 1] of `ndim` dimensions."""
+    x = jnp.asarray(x)
+    return x.reshape(x.shape + (1,) * (ndim - x.ndim))
+
+
+def _scale(logits: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Logits over temperature, the largest moved to 0 first so that no temperature above 0 overflows."""
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    safe = jnp.where(temperature == 0, 1.0, jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny))
+    return shifted / safe
+
+
+def _truncate(scores: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Scores with -inf for what top-k and top-p leave out. Exactly the identity for 0 and 1."""
+    vocab = scores.shape[-1]
+    order = jnp.argsort(-scores, axis=-1, stable=True)
+    ranked = jnp.take_along_axis(scores, order, axis=-1)
+    last = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab) - 1
+    in_top_k = ranked >= jnp.take_along_axis(ranked, jnp.broadcast_to(last, (*ranked.shape[:-1], 1)), axis=-1)
+    probs = jax.nn.softmax(jnp.where(in_top_k, ranked, -jnp.inf), axis=-1)
+    mass_before = jnp.cumsum(probs, axis=-1) - probs
+    kept = in_top_k & ((mass_before < top_p) | (top_p >= 1))  # rounding may bring the mass to 1 before the end
+    kept = jnp.put_along_axis(jnp.zeros_like(kept), order, kept, axis=-1, inplace=False)
+    return jnp.where(kept, scores, -jnp.inf)

@@ -57,7 +57,7 @@ def transform_logits(logits: jax.Array, rows: SamplingRows) -> jax.Array:
     temperature, top_k, top_p = (_beside(x, logits.ndim) for x in rows)
     logits = logits.astype(jnp.float32)
     scores = _scale(logits, temperature)
-    limited = jnp.any((top_k > 0) | (top_p < 1))  # the sort is most of the cost, and often nobody asks for it
+    limited = jnp.any((top_k > 0) | (top_p < 1))  # twice the work, and often nobody asks for it
     scores = jax.lax.cond(limited, _truncate, lambda scores, *_: scores, scores, top_k, top_p)
     best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.float32)
     return jnp.where(temperature == 0, best, jax.nn.softmax(scores, axis=-1))
@@ -86,14 +86,31 @@ def _scale(logits: jax.Array, temperature: jax.Array) -> jax.Array:
 
 
 def _truncate(scores: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Scores with -inf for what top-k and top-p leave out. Exactly the identity for 0 and 1."""
-    vocab = scores.shape[-1]
-    order = jnp.argsort(-scores, axis=-1, stable=True)
-    ranked = jnp.take_along_axis(scores, order, axis=-1)
-    last = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab) - 1
-    in_top_k = ranked >= jnp.take_along_axis(ranked, jnp.broadcast_to(last, (*ranked.shape[:-1], 1)), axis=-1)
-    probs = jax.nn.softmax(jnp.where(in_top_k, ranked, -jnp.inf), axis=-1)
-    mass_before = jnp.cumsum(probs, axis=-1) - probs
-    kept = in_top_k & ((mass_before < top_p) | (top_p >= 1))  # rounding may bring the mass to 1 before the end
-    kept = jnp.put_along_axis(jnp.zeros_like(kept), order, kept, axis=-1, inplace=False)
-    return jnp.where(kept, scores, -jnp.inf)
+    """Scores with -inf for what top-k and top-p leave out, the largest being 0. Exactly the identity for 0 and 1."""
+    gap = jax.lax.bitcast_convert_type(jnp.abs(scores), jnp.int32)  # ordered as the floats are, none being negative
+    kth = _last_gap(gap, jnp.ones_like(gap), jnp.where(top_k > 0, top_k, scores.shape[-1]))
+    in_top_k = gap <= kth
+    probs = jax.nn.softmax(jnp.where(in_top_k, scores, -jnp.inf), axis=-1)
+    last = _last_gap(gap, probs, top_p)
+    mass_before = jnp.sum(jnp.where(gap < last, probs, 0.0), axis=-1, keepdims=True)
+    level = (gap == last) & in_top_k
+    twins_before = jnp.cumsum(level, axis=-1, dtype=jnp.float32) - 1.0
+    kept = (gap < last) | (level & (mass_before + twins_before * probs < top_p)) | (top_p >= 1)
+    return jnp.where(in_top_k & kept, scores, -jnp.inf)
+
+
+def _last_gap(gap: jax.Array, weights: jax.Array, goal: jax.Array) -> jax.Array:
+    """The gap of the token with which `goal` is reached when tokens are taken by growing gap, or a larger number if never.
+
+    That is the largest g for which the weights of all gaps below g stay under the goal, found bit by bit: 31 passes
+    over the row. Sorting is simpler, but 80 rows of 32,000 took XLA 430 ms on two CPU cores, this 6 ms.
+
+    gap: [..., V] int32, not negative; weights: [..., V]; goal: [..., 1], above 0 -> [..., 1] int32.
+    """
+
+    def add_bit(i, last):
+        larger = last | jnp.left_shift(jnp.int32(1), jnp.int32(30) - i)
+        taken = jnp.sum(jnp.where(gap < larger, weights, 0), axis=-1, keepdims=True, dtype=weights.dtype)
+        return jnp.where(taken < goal, larger, last)
+
+    return jax.lax.fori_loop(0, 31, add_bit, jnp.zeros_like(gap[..., :1]))

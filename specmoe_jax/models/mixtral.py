@@ -63,6 +63,19 @@ def expert_specs(config: ModelConfig, layer: int, expert: int) -> ExpertSpec:
     )
 
 
+def fused_expert_specs(config: ModelConfig, layer: int) -> tuple[TensorSpec, TensorSpec]:
+    """(gate_up, down) of all experts of a layer, as newer writers may fuse them (gate is the first half of gate_up)."""
+    prefix = f"model.layers.{layer}.mlp.experts"
+    wide = (config.num_experts, 2 * config.expert_hidden, config.hidden_size)
+    narrow = (config.num_experts, config.hidden_size, config.expert_hidden)
+    return TensorSpec(f"{prefix}.gate_up_proj", wide), TensorSpec(f"{prefix}.down_proj", narrow)
+
+
+def canonical_name(name: str) -> str:
+    """The name that the specs use, of any name that this family's tensors are stored under."""
+    return name.replace(".mlp.gate.", ".block_sparse_moe.gate.")  # the router's, where experts are fused
+
+
 def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights:
     prefix, hidden = f"model.layers.{layer}", config.hidden_size
     q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim

@@ -1,0 +1,133 @@
+"""A checkpoint directory -> Model: config, names, headers checked first; then weights, expert by expert."""
+
+import dataclasses
+import math
+import pathlib
+
+import jax.numpy as jnp
+import tqdm
+
+from specmoe_jax.checkpoints.files import open_checkpoint, read_json
+from specmoe_jax.checkpoints.header import quote
+from specmoe_jax.checkpoints.inventory import Inventory, take_inventory
+from specmoe_jax.checkpoints.tensors import TARGET_DTYPES, host_block, read_tensor
+from specmoe_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
+from specmoe_jax.config import ModelConfig
+from specmoe_jax.errors import CheckpointError, RequestError
+from specmoe_jax.models.families import family_of, parse_config
+from specmoe_jax.models.model import Model
+from specmoe_jax.models.spec import map_specs
+
+BUNDLED = {"demo": pathlib.Path(__file__).parent / "demo"}
+MAX_SIZE = 1 << 31  # of any number in a config.json; more is a mistake or an attack
+
+
+def load_model(
+    path_or_name: str, *, dtype: str | None = None, progress: bool = False, check_finite: bool = True
+) -> Model:
+    """A model from "demo" or from a directory with a Hugging Face checkpoint, every expert in pinned host memory.
+
+    dtype: "float32" (default) or "bfloat16"; stored bfloat16 is kept bit for bit under "bfloat16".
+    progress: a bar of bytes read, silent when standard error is not a terminal.
+    check_finite: refuse NaN and infinite weights.
+    Peak host memory: the weights and one expert. Raises CheckpointError, one line that names file and tensor.
+    """
+    dtype = dtype or "float32"
+    if dtype not in TARGET_DTYPES:
+        raise RequestError(f"dtype is {dtype!r}; it must be one of {', '.join(TARGET_DTYPES)}")
+    path = checkpoint_path(path_or_name)
+    config = load_config(path)
+    tokenizer = load_model_tokenizer(path, config)
+    inventory = take_inventory(config, open_checkpoint(path))
+    with tqdm.tqdm(total=inventory.bytes, unit="B", unit_scale=True, desc="load", disable=None if progress else True) as bar:
+        return _read(config, tokenizer, inventory, dtype, check_finite, bar)
+
+
+def checkpoint_path(path_or_name: str) -> pathlib.Path:
+    """The directory of a bundled model or of a path. Raises CheckpointError when there is none."""
+    path = BUNDLED.get(path_or_name) or pathlib.Path(path_or_name).expanduser()
+    try:
+        if path.is_dir():
+            return path
+    except (OSError, ValueError, RuntimeError):  # a name too long, a NUL, a symlink loop
+        pass
+    raise CheckpointError(
+        f"model {quote(str(path_or_name))}: no such directory; give {' or '.join(BUNDLED)} or a directory with config.json"
+        " and *.safetensors (nothing is downloaded)"
+    )
+
+
+def load_config(path: pathlib.Path) -> ModelConfig:
+    """ModelConfig of a directory, EOS ids of generation_config.json included. Raises CheckpointError."""
+    raw = read_json(path / "config.json")
+    try:
+        config = parse_config(raw)
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError, ZeroDivisionError) as e:
+        raise CheckpointError(f"config.json: a value of the wrong kind ({str(e)[:100]})") from e
+    _check_numbers(config)
+    return dataclasses.replace(config, eos_token_ids=_eos_token_ids(path, config))
+
+
+def load_model_tokenizer(path: pathlib.Path, config: ModelConfig) -> Tokenizer | None:
+    """The tokenizer of a directory, None when it has none. Raises CheckpointError when it is broken or too large."""
+    if not (path / "tokenizer.json").is_symlink() and not (path / "tokenizer.json").exists():
+        return None
+    tokenizer = load_tokenizer(path, config.eos_token_ids)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"tokenizer.json: ids up to {tokenizer.vocab_size - 1}, but config.json says vocab_size {config.vocab_size}:"
+            " this tokenizer is of another model"
+        )
+    return tokenizer
+
+
+def _read(config: ModelConfig, tokenizer, inventory: Inventory, dtype: str, check_finite: bool, bar) -> Model:
+    def weight(spec):
+        tensor = inventory.weights[spec.name]
+        array = jnp.asarray(read_tensor(tensor, dtype, check_finite=check_finite))
+        bar.update(tensor.entry.bytes)
+        return array
+
+    def expert(source):
+        block = host_block(source, dtype, check_finite=check_finite)
+        bar.update(source.bytes)
+        return block
+
+    return Model(
+        config=config,
+        weights=map_specs(weight, family_of(config).weight_specs(config)),
+        experts=tuple(tuple(expert(source) for source in layer) for layer in inventory.experts),
+        tokenizer=tokenizer,
+        dtype=dtype,
+    )
+
+
+def _check_numbers(config: ModelConfig) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type is int and not (isinstance(value, int) and 1 <= value < MAX_SIZE):
+            raise CheckpointError(f"config.json: {field.name} is {quote(str(value))}; expected 1 to {MAX_SIZE - 1}")
+        if field.type is float and not (math.isfinite(value) and value > 0):
+            raise CheckpointError(f"config.json: {field.name} is {value}; expected a finite number above 0")
+    window = config.sliding_window
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise CheckpointError(f"config.json: sliding_window is {quote(str(window))}; expected null or at least 1")
+    if config.head_dim % 2:
+        raise CheckpointError(f"config.json: head_dim is {config.head_dim}; rotary embeddings need an even number")
+
+
+def _eos_token_ids(path: pathlib.Path, config: ModelConfig) -> tuple[int, ...]:
+    """Those of config.json, then those that generation_config.json adds."""
+    ids = list(config.eos_token_ids)
+    file = path / "generation_config.json"
+    if file.is_symlink() or file.exists():
+        value = read_json(file).get("eos_token_id")
+        ids += value if isinstance(value, list) else [] if value is None else [value]
+    for token_id in ids:
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < config.vocab_size:
+            raise CheckpointError(
+                f"config.json, generation_config.json: eos_token_id {quote(str(token_id))}; expected 0 to {config.vocab_size - 1}"
+            )
+    return tuple(dict.fromkeys(ids))

@@ -1,0 +1,185 @@
+"""Generates text with a Mixture-of-Experts model whose experts stay in host memory.
+
+Example:
+    python scripts/generate.py --prompt="Call me Ishmael." --preset=specmoe --max_new_tokens=64
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+
+import _common
+import tqdm
+from absl import flags
+
+from specmoe_jax import Engine, Plan, SamplingParams, load_model, metrics
+from specmoe_jax.config import DRAFTS, DTYPES, EXPERT_FLOWS, GIB, KV_TIERS, ModelConfig, preset
+from specmoe_jax.engine.prompts import Prompt, read_prompts
+from specmoe_jax.errors import PlanError, RequestError
+
+_MODEL = flags.DEFINE_string("model", "demo", '"demo" (bundled) or a directory with a Hugging Face checkpoint.')
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
+_PROMPTS = flags.DEFINE_string("prompts", None, "A file of prompts: .txt, one a line, or .jsonl.")
+_OUTPUT = flags.DEFINE_string("output", None, "Where finished requests go, as JSON lines. Default: text to stdout.")
+_PRESET = flags.DEFINE_string("preset", None, "resident, on_demand or specmoe (default).")
+_PLAN = flags.DEFINE_string("plan", None, "A plan as JSON, instead of a preset.")
+_DRAFT = flags.DEFINE_enum("draft", None, [d for d in DRAFTS if d != "custom"], "Overrides the plan's draft.")
+_DRAFT_LENGTH = flags.DEFINE_integer("draft_length", None, "Tokens drafted per step.")
+_DRAFT_EXPERTS = flags.DEFINE_integer("draft_experts", None, "Resident draft experts per layer (draft=self).")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Requests that generate together.")
+_MICRO_BATCHES = flags.DEFINE_integer("micro_batches", None, "Parts of a batch in flight at once.")
+_KV_TIER = flags.DEFINE_enum("kv_tier", None, KV_TIERS, "Where the KV cache is and attention runs.")
+_EXPERT_FLOW = flags.DEFINE_enum("expert_flow", None, EXPERT_FLOWS, "How experts come to the accelerator.")
+_DEVICE_GIB = flags.DEFINE_float("device_memory_gib", None, "Accelerator memory to use. Default: what the plan can use.")
+_HOST_GIB = flags.DEFINE_float("host_memory_gib", None, "Host memory to use. Default: what the machine has.")
+_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Compute and weight type. Default float32, where exactness holds.")
+_LINK_GBPS = flags.DEFINE_float("link_gbps", None, "Emulate a link of that many GB/s (stamped on the figures).")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens per request at most.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k most likely tokens; 0 is all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample within the smallest set of this probability mass.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
+_STOP = flags.DEFINE_multi_string("stop", [], "End a request at this text; may be repeated.")
+_IGNORE_EOS = flags.DEFINE_boolean("ignore_eos", False, "Go on after an end-of-sequence token.")
+_STREAM = flags.DEFINE_boolean("stream", False, "Print text as it is committed.")
+_STATS = flags.DEFINE_string("stats", None, "Where the figures of the run go, as JSON.")
+
+
+def main() -> None:
+    watch = metrics.Stopwatch()
+    prompts = read_all_prompts()
+    for path in filter(None, (_OUTPUT.value, _STATS.value)):
+        if not pathlib.Path(path).absolute().parent.is_dir():
+            raise RequestError(f"the folder of {path} does not exist; create it first")
+    _common.use_compile_cache()
+    model = load_model(_MODEL.value, dtype=read_plan_dtype(), progress=True)
+    engine = Engine(model, make_plan(model.config))
+    load_s = watch.seconds
+    completions = generate(engine, prompts)
+    stats = engine.stats() | {"load_s": load_s, "wall_s": watch.seconds}
+    write_completions(prompts, completions)
+    if _STATS.value:
+        write_atomically(_STATS.value, json.dumps(stats, indent=2) + "\n")
+    print(metrics.table(stats), file=sys.stderr)
+
+
+def read_all_prompts() -> list[Prompt]:
+    """Prompts of the flags and then of the file, with the sampling flags as their defaults."""
+    if _TEMPERATURE.value == 0 and flags.FLAGS["seed"].present:
+        raise RequestError("seed has no effect at temperature 0; set a temperature or leave it out")
+    defaults = SamplingParams(
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        temperature=_TEMPERATURE.value,
+        top_k=_TOP_K.value,
+        top_p=_TOP_P.value,
+        seed=_SEED.value,
+        stop=tuple(_STOP.value),
+        ignore_eos=_IGNORE_EOS.value,
+    )
+    prompts = [Prompt(number, text, defaults) for number, text in enumerate(_PROMPT.value)]
+    if _PROMPTS.value:
+        prompts += read_prompts(_PROMPTS.value, defaults)
+    if not prompts:
+        _common.usage_error("no prompt; give --prompt=TEXT or --prompts=FILE")
+    return prompts
+
+
+def read_plan_dtype() -> str:
+    """The weights' type has to be known before the model is loaded; the plan is made after it."""
+    if _PLAN.value:
+        return read_plan_file().dtype
+    return _DTYPE.value or "float32"
+
+
+def read_plan_file() -> Plan:
+    if _PRESET.value is not None:
+        raise PlanError("both --plan and --preset are given; leave one out")
+    try:
+        return Plan.from_json(pathlib.Path(_PLAN.value).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise PlanError(f"cannot read the plan {_PLAN.value} ({e.strerror})") from e
+
+
+def make_plan(config: ModelConfig) -> Plan:
+    """The preset or plan file with the choices that are given as flags."""
+    plan = read_plan_file() if _PLAN.value else preset(_PRESET.value or "specmoe", config)
+    overrides = {
+        "draft": _DRAFT.value,
+        "draft_length": _DRAFT_LENGTH.value,
+        "draft_experts": _DRAFT_EXPERTS.value,
+        "batch_size": _BATCH_SIZE.value,
+        "micro_batches": _MICRO_BATCHES.value,
+        "kv_tier": _KV_TIER.value,
+        "expert_flow": _EXPERT_FLOW.value,
+        "dtype": _DTYPE.value,
+        "device_memory_bytes": _to_bytes(_DEVICE_GIB.value, GIB),
+        "host_memory_bytes": _to_bytes(_HOST_GIB.value, GIB),
+        "link_bytes_per_s": _to_bytes(_LINK_GBPS.value, 1e9),
+    }
+    if _DRAFT.value == "none":  # switching the draft off takes its settings along
+        plan = plan.replace(draft_length=None, draft_experts=None)
+    return plan.replace(**{name: value for name, value in overrides.items() if value is not None})
+
+
+def _to_bytes(value: float | None, unit: float) -> float | None:
+    return None if value is None else value * unit
+
+
+def generate(engine: Engine, prompts: list[Prompt]) -> list:
+    """Runs all prompts with a progress bar (none when not a terminal); completions in their order."""
+    done, decoders = {}, {}
+    total = sum(prompt.params.max_new_tokens for prompt in prompts)
+    quiet = _STREAM.value or not sys.stderr.isatty()
+    with tqdm.tqdm(total=total, unit="tok", disable=quiet, desc="decode") as bar:
+
+        def on_step(info) -> None:
+            bar.update(int(info.committed.sum()))
+            active = max(int(info.active.sum()), 1)
+            bar.set_postfix_str(f"{info.committed.sum() / active:.2f} tokens/step")
+
+        for event in engine.stream([p.text for p in prompts], [p.params for p in prompts], on_step=on_step):
+            if _STREAM.value:
+                print_piece(engine, event, decoders, len(prompts) > 1)
+            if event.completion is not None:
+                done[event.id] = event.completion
+    return [done[number] for number in range(len(prompts))]
+
+
+def print_piece(engine: Engine, event, decoders: dict, several: bool) -> None:
+    """Prints the text of one event; with several prompts, one line each with the number of the prompt."""
+    decoder = decoders.setdefault(event.id, engine.model.tokenizer.stream())
+    text = "".join(decoder.push(token) for token in event.token_ids)
+    if event.completion is not None:
+        text += decoder.finish()
+    if several:
+        print(f"[{event.id}] {text!r}", flush=True)
+    else:
+        print(text, end="\n" if event.completion else "", flush=True)
+
+
+def write_completions(prompts: list[Prompt], completions: list) -> None:
+    """JSON lines to --output, whole or not at all; without it the texts to stdout."""
+    if _OUTPUT.value:
+        records = (
+            dataclasses.asdict(completion)
+            | {"id": prompt.id, "num_new_tokens": len(completion.token_ids)}
+            for prompt, completion in zip(prompts, completions, strict=True)
+        )
+        write_atomically(_OUTPUT.value, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    elif not _STREAM.value:
+        for completion in completions:
+            print(f"[{completion.id}] {completion.prompt}{completion.text}\n")
+
+
+def write_atomically(path: str, text: str) -> None:
+    """Writes beside the file and renames, so that nothing half-written is left."""
+    partial = f"{path}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(partial, path)
+
+
+if __name__ == "__main__":
+    _common.run(main)

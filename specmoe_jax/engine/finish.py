@@ -1,0 +1,34 @@
+"""When a request ends: the rules, as a pure function of its tokens."""
+
+from specmoe_jax.engine.state import Request
+
+
+def commit_tokens(
+    request: Request, generated: tuple[int, ...], run: tuple[int, ...], eos_token_ids: tuple[int, ...], tokenizer
+) -> tuple[tuple[int, ...], str | None]:
+    """`generated` plus as much of `run` as the request still takes, and the finish reason or None.
+
+    "stop": an end-of-sequence token, or the text now contains a stop string; the token that did it is kept.
+    "length": the limit is reached. What an accepted run holds beyond is dropped.
+    """
+    for token in run:
+        generated = (*generated, token)
+        if token in eos_token_ids and not request.params.ignore_eos:
+            return generated, "stop"
+        if request.params.stop and _has_stop(tokenizer.decode(generated), request.params.stop):
+            return generated, "stop"
+        if len(generated) >= request.limit:
+            return generated, "length"
+    return generated, None
+
+
+def final_text(generated: tuple[int, ...], stop: tuple[str, ...], eos_token_ids: tuple[int, ...], tokenizer) -> str:
+    """The text of a finished request: without its end-of-sequence token, cut before the first stop string."""
+    kept = generated[:-1] if generated and generated[-1] in eos_token_ids else generated
+    text = tokenizer.decode(kept)
+    ends = [text.find(string) for string in stop if string in text]
+    return text[: min(ends)] if ends else text
+
+
+def _has_stop(text: str, stop: tuple[str, ...]) -> bool:
+    return any(string in text for string in stop)

@@ -1,0 +1,233 @@
+"""The engine: turns prompts into completions, batch by batch. The imperative shell around `step`."""
+
+import dataclasses
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specmoe_jax import metrics
+from specmoe_jax.config import Plan, SamplingParams
+from specmoe_jax.engine.finish import final_text
+from specmoe_jax.engine.prefill import prefill
+from specmoe_jax.engine.requests import make_requests
+from specmoe_jax.engine.runtime import build, first_memory
+from specmoe_jax.engine.state import Request, State, StepInfo
+from specmoe_jax.engine.step import step
+from specmoe_jax.errors import PlanError
+from specmoe_jax.models.model import Model
+from specmoe_jax.planner.memory import MemoryAccount, account, cache_positions
+from specmoe_jax.speculate.draft import Draft
+from specmoe_jax.speculate.sampling import sampling_rows
+from specmoe_jax.types import KVCache
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One finished request. finish_reason: "stop" (end of sequence or a stop string) or "length"."""
+
+    id: int
+    prompt: str | None
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    num_prompt_tokens: int
+
+
+class TokenEvent(NamedTuple):
+    """Tokens that one request got in one step; completion is set with its last ones."""
+
+    id: int
+    token_ids: tuple[int, ...]
+    completion: Completion | None
+
+
+class _Shapes(NamedTuple):
+    """What programs are compiled for: rows, KV positions S and prefill chunk."""
+
+    rows: int
+    positions: int
+    chunk: int
+
+
+class Engine:
+    """Generates with a model under a plan. Raises PlanError at construction for a plan that cannot run.
+
+    draft: an own implementation of speculate.Draft, for plans with draft="custom".
+    """
+
+    def __init__(self, model: Model, plan: Plan, *, draft: Draft | None = None):
+        self.model, self.plan = model, plan.validate(model.config)
+        if (plan.draft == "custom") != (draft is not None):
+            raise PlanError(f"draft={plan.draft} and a draft object {'' if draft else 'not '}given; custom needs one")
+        if plan.dtype != model.dtype:
+            raise PlanError(f"the plan says dtype={plan.dtype}, the model was loaded as {model.dtype}; make them agree")
+        if draft is not None and draft.length != plan.draft_length:
+            raise PlanError(f"draft_length is {plan.draft_length} and the draft's own length {draft.length}; make them agree")
+        self._custom_draft = draft
+        self._rt = self._memory = self._account = None
+        self._compiles = metrics.CompileCounter()
+        self._warm_shapes, self._recompiled = set(), 0
+        self._totals, self._prefill_s, self._on_demand_bytes = metrics.Totals(), 0.0, 0
+        self._prefill_link_bytes = 0
+        # The smallest job must fit, so that a plan that never can is refused before anything is loaded.
+        account(model.config, plan, batch_rows=1, positions=cache_positions(2, plan))
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_step: Callable[[StepInfo], None] | None = None,
+    ) -> list[Completion]:
+        """Completions in the order of the prompts (texts or token ids). Raises RequestError before anything runs."""
+        events = self.stream(prompts, params, on_step=on_step)
+        done = {event.id: event.completion for event in events if event.completion is not None}
+        return [done[request_id] for request_id in sorted(done)]
+
+    def stream(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_step: Callable[[StepInfo], None] | None = None,
+    ) -> Iterator[TokenEvent]:
+        """Tokens as they are committed, batches of at most `plan.batch_size` requests one after the other."""
+        requests = make_requests(self.model, prompts, params)
+        shapes = self._shapes(requests)
+        for start in range(0, len(requests), shapes.rows):
+            yield from self._run_batch(requests[start : start + shapes.rows], shapes, on_step)
+
+    def init(self, prompts, params=None) -> State:
+        """The functional face: the state after the prefill of one batch of at most `plan.batch_size` prompts."""
+        requests = make_requests(self.model, prompts, params)
+        if len(requests) > self.plan.batch_size:
+            raise PlanError(f"{len(requests)} prompts and batch_size {self.plan.batch_size}; init takes one batch")
+        return self._init(requests, self._shapes(requests))
+
+    def step(self, state: State) -> tuple[State, StepInfo]:
+        """Every active row gets 1 to N + 1 tokens. The state is consumed: its buffers are donated."""
+        return step(self._rt, state, self.model.tokenizer)
+
+    def stats(self) -> dict:
+        """The figures of interface.md over everything generated so far."""
+        figures = metrics.figures(
+            self._totals,
+            self.plan,
+            on_demand_bytes=self._on_demand_bytes if self.plan.expert_flow != "resident" else None,
+            link_bytes_per_s=self.plan.link_bytes_per_s,
+        )
+        return figures | {
+            "prefill_s": self._prefill_s,
+            "prefill_link_bytes": self._prefill_link_bytes,
+            "compile_s": self._compiles.seconds,
+            "compilations_after_warmup": self._recompiled,
+            "peak_accelerator_bytes": self._peak_accelerator_bytes(),
+            "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "plan": dataclasses.asdict(self.plan),
+        }
+
+    def _run_batch(self, requests: list[Request], shapes: _Shapes, on_step) -> Iterator[TokenEvent]:
+        watch = metrics.Stopwatch()
+        state = self._init(requests, shapes)
+        self._prefill_s += watch.seconds
+        counts_on_demand = self.plan.expert_flow != "resident"
+        config, longest = self.model.config, max(request.limit for request in requests)
+        needed = np.zeros((longest, config.num_layers, config.num_experts), bool)
+        while not state.done:
+            compiled = self._compiles.count
+            state, info = self.step(state)
+            self._totals = metrics.add_step(self._totals, info)
+            if counts_on_demand:
+                needed = metrics.add_on_demand(needed, info)
+            if shapes in self._warm_shapes:
+                self._recompiled += self._compiles.count - compiled
+            self._warm_shapes.add(shapes)
+            if on_step is not None:
+                on_step(info)
+            yield from self._events(state, info)
+        self._memory = state.memory
+        self._on_demand_bytes += int(needed.sum()) * self.model.expert_bytes
+
+    def _events(self, state: State, info: StepInfo) -> Iterator[TokenEvent]:
+        for row in np.flatnonzero(info.active):
+            request, tokens, reason = state.requests[row], state.generated[row], state.finish_reasons[row]
+            new = tokens[info.start[row] :]
+            completion = None if reason is None else self._completion(request, tokens, reason)
+            yield TokenEvent(id=request.id, token_ids=new, completion=completion)
+
+    def _completion(self, request: Request, tokens: tuple[int, ...], reason: str) -> Completion:
+        tokenizer, eos = self.model.tokenizer, self.model.config.eos_token_ids
+        return Completion(
+            id=request.id,
+            prompt=request.prompt,
+            text="" if tokenizer is None else final_text(tokens, request.params.stop, eos, tokenizer),
+            token_ids=tokens,
+            finish_reason=reason,
+            num_prompt_tokens=len(request.token_ids),
+        )
+
+    def _shapes(self, requests: list[Request]) -> _Shapes:
+        prompt = max(len(request.token_ids) for request in requests)
+        longest = max(len(request.token_ids) + request.limit for request in requests)
+        return _Shapes(
+            rows=min(self.plan.batch_size, len(requests)),
+            positions=cache_positions(longest, self.plan),
+            chunk=min(self.plan.prefill_chunk, 1 << max(prompt - 2, 0).bit_length()),
+        )
+
+    def _init(self, requests: list[Request], shapes: _Shapes) -> State:
+        memory = self._take_memory(shapes)
+        kv = self._new_cache(shapes)
+        padding = shapes.rows - len(requests)
+        rows: tuple[Request | None, ...] = (*requests, *[None] * padding)
+        prompts = [request.token_ids if request else () for request in rows]
+        sent = self._rt.store.link.sent_bytes
+        memory, kv, _ = prefill(self._rt, memory, kv, prompts, shapes.chunk)
+        jax.block_until_ready(kv)
+        self._prefill_link_bytes += self._rt.store.link.sent_bytes - sent
+        return State(
+            requests=rows,
+            kv=kv,
+            memory=memory,
+            lengths=np.array([max(len(prompt) - 1, 0) for prompt in prompts], np.int32),
+            last_token=np.array([prompt[-1] if prompt else 0 for prompt in prompts], np.int32),
+            generated=((),) * len(rows),
+            finish_reasons=tuple(None if request else "padding" for request in rows),
+            rows=sampling_rows([request.params if request else SamplingParams() for request in rows]),
+        )
+
+    def _take_memory(self, shapes: _Shapes):
+        """The pool left by the batch before, or a new one; a larger batch may need a larger pool."""
+        needed = account(self.model.config, self.plan, batch_rows=shapes.rows, positions=shapes.positions)
+        if self._account is None or needed.num_slots > self._account.num_slots or self._too_big(needed):
+            self._memory = None
+            self._rt = build(self.model, self.plan, needed, self._custom_draft)
+            self._account = needed
+        memory, self._memory = self._memory, None
+        return first_memory(self._rt) if memory is None else memory
+
+    def _too_big(self, needed: MemoryAccount) -> bool:
+        """Whether the pool of an earlier, smaller batch would break the budget beside this batch's cache."""
+        budget = self.plan.device_memory_bytes
+        return budget is not None and needed.num_slots < self._account.num_slots
+
+    def _new_cache(self, shapes: _Shapes) -> KVCache:
+        config = self.model.config
+        device = self._rt.host if self.plan.kv_tier == "host" else self._rt.device
+        shape = (shapes.rows, config.num_kv_heads, shapes.positions, config.head_dim)
+
+        def buffers():
+            return tuple(
+                jax.device_put(jnp.zeros(shape, self.plan.dtype), device) for _ in range(config.num_layers)
+            )
+
+        return KVCache(k=buffers(), v=buffers())
+
+    def _peak_accelerator_bytes(self) -> int | None:
+        """The device's own figure, or (on CPU, which has none) the account of what the engine allocated."""
+        measured = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        return measured or (self._account.accelerator_bytes if self._account else None)

@@ -1,0 +1,30 @@
+"""Fills the KV cache with the prompts, chunk by chunk, and leaves the first draft set resident."""
+
+import numpy as np
+
+from specmoe_jax.engine.forward import target_pass
+from specmoe_jax.engine.runtime import Runtime
+from specmoe_jax.engine.state import ExpertMemory, PassInfo
+from specmoe_jax.types import KVCache
+
+
+def prefill(
+    rt: Runtime, memory: ExpertMemory, kv: KVCache, prompts: list[tuple[int, ...]], chunk: int
+) -> tuple[ExpertMemory, KVCache, list[PassInfo]]:
+    """All tokens of each prompt but its last, which is the input of the first step.
+
+    prompts: B token tuples, ragged; an empty one is a padding row. The draft set after the prefill is chosen
+    by the votes of the whole prompt, not of its last chunk.
+    """
+    counts = np.array([max(len(prompt) - 1, 0) for prompt in prompts], np.int32)
+    votes = np.zeros((rt.config.num_layers, rt.config.num_experts), np.int64)
+    infos = []
+    for start in range(0, int(counts.max()), chunk):
+        tokens = np.zeros((len(prompts), chunk), np.int32)
+        num_new = np.clip(counts - start, 0, chunk).astype(np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : num_new[row]] = prompt[start : start + num_new[row]]
+        done = target_pass(rt, memory, kv, tokens, np.minimum(counts, start).astype(np.int32), num_new, votes)
+        memory, kv, votes = done.memory, done.kv, done.votes
+        infos.append(done.info)
+    return memory, kv, infos

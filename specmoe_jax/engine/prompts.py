@@ -1,0 +1,59 @@
+"""Prompt files: text, one prompt a line, or JSON lines with parameters of their own."""
+
+import dataclasses
+import json
+import pathlib
+from typing import NamedTuple
+
+from specmoe_jax.config import SamplingParams
+from specmoe_jax.errors import RequestError
+
+
+class Prompt(NamedTuple):
+    """A prompt with the id that the output repeats, and its parameters."""
+
+    id: str | int
+    text: str
+    params: SamplingParams
+
+
+def read_prompts(path: str, defaults: SamplingParams) -> list[Prompt]:
+    """Reads a .txt or .jsonl file. Raises RequestError naming the line.
+
+    Text: empty lines are skipped, the id is the number of the prompt. JSON lines: objects with `prompt`, and
+    optionally `id` and any field of SamplingParams.
+    """
+    file = pathlib.Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise RequestError(f"cannot read prompts from {path} ({e}); give a UTF-8 .txt or .jsonl file") from e
+    if file.suffix == ".jsonl":
+        prompts = [_parse(line, number, defaults) for number, line in enumerate(lines, 1) if line.strip()]
+    elif file.suffix == ".txt":
+        prompts = [Prompt(number, line, defaults) for number, line in enumerate(filter(str.strip, lines))]
+    else:
+        raise RequestError(f"prompts file {path} ends in {file.suffix!r}; it must be .txt (one a line) or .jsonl")
+    if not prompts:
+        raise RequestError(f"prompts file {path} holds no prompt; give at least one")
+    return prompts
+
+
+def _parse(line: str, number: int, defaults: SamplingParams) -> Prompt:
+    try:
+        fields = json.loads(line)
+    except ValueError as e:
+        raise RequestError(f"line {number} is not JSON ({e}); give one object a line") from e
+    if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
+        raise RequestError(f'line {number} has no text "prompt"; give {{"prompt": "...", "id": ...}}')
+    text, request_id = fields.pop("prompt"), fields.pop("id", number - 1)
+    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    unknown = sorted(set(fields) - names)
+    if unknown:
+        raise RequestError(f"line {number} has the unknown field {unknown[0]!r}; known are prompt, id, {', '.join(sorted(names))}")
+    if isinstance(fields.get("stop"), list):
+        fields["stop"] = tuple(fields["stop"])
+    try:
+        return Prompt(request_id, text, dataclasses.replace(defaults, **fields))
+    except TypeError as e:
+        raise RequestError(f"line {number} has a value of the wrong type ({e})") from e

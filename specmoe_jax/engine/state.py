@@ -1,0 +1,91 @@
+"""What a generation is made of between two steps, and what a step tells about itself."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from specmoe_jax.config import SamplingParams
+from specmoe_jax.offload.residency import Residency
+from specmoe_jax.types import KVCache, SamplingRows
+
+
+class Request(NamedTuple):
+    """One prompt with its parameters. limit: new tokens it may get (max_new_tokens, or what the window leaves)."""
+
+    id: int
+    prompt: str | None
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+    limit: int
+
+
+class ExpertMemory(NamedTuple):
+    """pool: [R, 3, F, M] slots on the accelerator, donated by every copy. residency: what is in them."""
+
+    pool: jax.Array
+    residency: Residency
+
+
+class State(NamedTuple):
+    """All that the next step needs. Arrays on the accelerator are donated: a state is used once.
+
+    requests: B, the rows of the batch; None pads the batch to its compiled size. lengths: [B] int32, committed
+    rows in the cache. last_token: [B] int32, committed but not yet in the cache. generated: per row, the new
+    tokens so far. finish_reasons: per row, None while it runs.
+    """
+
+    requests: tuple[Request | None, ...]
+    kv: KVCache
+    memory: ExpertMemory
+    lengths: np.ndarray
+    last_token: np.ndarray
+    generated: tuple[tuple[int, ...], ...]
+    finish_reasons: tuple[str | None, ...]
+    rows: SamplingRows
+
+    @property
+    def active(self) -> np.ndarray:
+        """[B] bool, rows that still generate."""
+        return np.array([reason is None for reason in self.finish_reasons])
+
+    @property
+    def done(self) -> bool:
+        return not self.active.any()
+
+
+class PassInfo(NamedTuple):
+    """What one pass of the target through all layers did.
+
+    hits, misses: needed experts resident or not, over all layers. fetched: experts copied. waves: rounds.
+    routing: [L, B, T, A] int32 ids, -1 for padding; None under the resident flow, which never asks the host.
+    """
+
+    hits: int
+    misses: int
+    fetched: int
+    waves: int
+    routing: np.ndarray | None
+
+
+class StepInfo(NamedTuple):
+    """Diagnostics of one step; nothing here is needed by the next.
+
+    accepted: [B], drafted tokens accepted (0 for finished rows). committed: [B], tokens the row got.
+    active: [B] bool at the start of the step. start: [B], tokens that the row had generated before it.
+    link_bytes: expert bytes over the link in this step; draft_link_bytes: those sent while drafting.
+    activation_bytes: queries, keys, values and attention outputs between accelerator and host (kv_tier=host).
+    """
+
+    accepted: np.ndarray
+    committed: np.ndarray
+    active: np.ndarray
+    start: np.ndarray
+    drafted: int
+    verify: PassInfo
+    link_bytes: int
+    draft_link_bytes: int
+    activation_bytes: int
+    draft_s: float
+    verify_s: float
+    commit_s: float

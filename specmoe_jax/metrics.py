@@ -1,0 +1,166 @@
+"""StepInfo -> figures with units. Pure but for the compile counter, which listens to JAX."""
+
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from specmoe_jax.config import Plan
+
+
+class Totals(NamedTuple):
+    """Sums over the steps of an engine. Row-steps are counted per active row, so that finished rows do not dilute.
+
+    accepted_at_least: [N + 1], row-steps in which at least j drafted tokens were accepted.
+    """
+
+    steps: int = 0
+    row_steps: int = 0
+    new_tokens: int = 0
+    decode_s: float = 0.0
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    link_bytes: int = 0
+    draft_link_bytes: int = 0
+    activation_bytes: int = 0
+    hits: int = 0
+    misses: int = 0
+    accepted_at_least: tuple[int, ...] = ()
+
+
+def add_step(totals: Totals, info) -> Totals:
+    """Totals with one engine.state.StepInfo added."""
+    accepted = info.accepted[info.active]
+    at_least = tuple(int((accepted >= j).sum()) for j in range(info.drafted + 1))
+    before = totals.accepted_at_least or (0,) * len(at_least)
+    return totals._replace(
+        steps=totals.steps + 1,
+        row_steps=totals.row_steps + int(info.active.sum()),
+        new_tokens=totals.new_tokens + int(info.committed.sum()),
+        decode_s=totals.decode_s + info.draft_s + info.verify_s + info.commit_s,
+        draft_s=totals.draft_s + info.draft_s,
+        verify_s=totals.verify_s + info.verify_s,
+        link_bytes=totals.link_bytes + info.link_bytes,
+        draft_link_bytes=totals.draft_link_bytes + info.draft_link_bytes,
+        activation_bytes=totals.activation_bytes + info.activation_bytes,
+        hits=totals.hits + info.verify.hits,
+        misses=totals.misses + info.verify.misses,
+        accepted_at_least=tuple(a + b for a, b in zip(before, at_least, strict=True)),
+    )
+
+
+def add_on_demand(needed: np.ndarray, info) -> np.ndarray:
+    """Marks what plain decoding would have needed for the tokens that a step committed.
+
+    needed: [P, L, E] bool; entry p holds the experts that decoding token p of every row of the batch needs in
+    one OnDemand step. Every committed token was routed by the target, so the count is exact, not an estimate.
+    """
+    needed = needed.copy()
+    for row in np.flatnonzero(info.active):
+        for offset in range(info.committed[row]):
+            for layer, ids in enumerate(info.verify.routing[:, row, offset]):
+                needed[info.start[row] + offset, layer, ids] = True
+    return needed
+
+
+def acceptance_by_position(totals: Totals) -> list[float]:
+    """Share of row-steps in which drafted token j was accepted (so were all before it), j = 1..N."""
+    return [count / totals.row_steps for count in totals.accepted_at_least[1:]] if totals.row_steps else []
+
+
+def conditional_acceptance(totals: Totals) -> list[float | None]:
+    """Share of drafted tokens j accepted where all before them were: n-alpha of the EAGLE papers."""
+    counts = totals.accepted_at_least
+    return [after / before if before else None for before, after in zip(counts, counts[1:], strict=False)]
+
+
+def figures(totals: Totals, plan: Plan, *, on_demand_bytes: int | None, link_bytes_per_s: float | None) -> dict:
+    """The decode figures of interface.md, units in the names; unknown is None."""
+    tokens, wall = totals.new_tokens, totals.decode_s
+    floor_s = totals.link_bytes / link_bytes_per_s if link_bytes_per_s else None
+    return {
+        "new_tokens": tokens,
+        "steps": totals.steps,
+        "decode_s": wall,
+        "draft_s": totals.draft_s,
+        "verify_s": totals.verify_s,
+        "tokens_per_step": tokens / totals.row_steps if totals.row_steps else None,
+        "decode_tokens_per_s": tokens / wall if wall else None,
+        "acceptance_by_position": acceptance_by_position(totals),
+        "conditional_acceptance_by_position": conditional_acceptance(totals),
+        "link_bytes": totals.link_bytes,
+        "link_bytes_per_token": totals.link_bytes / tokens if tokens else None,
+        "on_demand_link_bytes_per_token": on_demand_bytes / tokens if tokens and on_demand_bytes is not None else None,
+        "draft_link_bytes": totals.draft_link_bytes,
+        "activation_link_bytes": totals.activation_bytes,
+        "expert_hits": totals.hits,
+        "expert_misses": totals.misses,
+        "floor_s": floor_s,
+        "fraction_of_floor": floor_s / wall if floor_s and wall else None,
+        "binding_resource": "link" if floor_s and wall and floor_s > wall / 2 else None,
+        "synthetic": ["link_bytes_per_s"] if plan.link_bytes_per_s is not None else [],
+    }
+
+
+class CompileCounter:
+    """Counts XLA compilations and their time in this process since it was made."""
+
+    _EVENT = "/jax/core/compile/backend_compile_duration"
+
+    def __init__(self):
+        self.count, self.seconds = 0, 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def _on_event(self, event: str, duration_s: float, **_) -> None:
+        if event == self._EVENT:
+            self.count += 1
+            self.seconds += duration_s
+
+
+class Stopwatch:
+    """Wall seconds since it was made."""
+
+    def __init__(self):
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+
+def table(stats: dict) -> str:
+    """The closing table of a run, for people."""
+    rows = [
+        ("decode", f"{_number(stats['decode_tokens_per_s'])} tokens/s, {stats['new_tokens']} tokens in {stats['steps']} steps"),
+        ("tokens per step", _number(stats["tokens_per_step"])),
+        ("accepted by position", "  ".join(f"{share:.2f}" for share in stats["acceptance_by_position"]) or "no draft"),
+        ("link, expert bytes/token", _link_row(stats)),
+        ("experts resident / fetched", f"{stats['expert_hits']} / {stats['expert_misses']}"),
+        ("expert bytes while drafting", str(stats["draft_link_bytes"])),
+        ("link, activation bytes", str(stats["activation_link_bytes"])),
+        ("accelerator / host peak", f"{_mebi(stats['peak_accelerator_bytes'])} / {_mebi(stats['peak_host_bytes'])} MiB"),
+        ("load, compile, prefill", "  ".join(f"{stats[name]:.2f} s" for name in ("load_s", "compile_s", "prefill_s"))),
+        ("compilations after warm-up", str(stats["compilations_after_warmup"])),
+    ]
+    if stats["fraction_of_floor"] is not None:
+        rows.append(("share of the link floor", f"{stats['fraction_of_floor']:.2f}"))
+    if stats["synthetic"]:
+        rows.append(("SYNTHETIC", f"{', '.join(stats['synthetic'])}: emulated, not this machine's"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _link_row(stats: dict) -> str:
+    spent, plain = stats["link_bytes_per_token"], stats["on_demand_link_bytes_per_token"]
+    if not plain:
+        return _number(spent)
+    return f"{_number(spent)}, on_demand {_number(plain)}: {spent / plain:.2f} of it"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.2f}"
+
+
+def _mebi(num_bytes: int | None) -> str:
+    return "-" if num_bytes is None else f"{num_bytes / (1 << 20):,.0f}"

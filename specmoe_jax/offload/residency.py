@@ -1,0 +1,93 @@
+"""Which expert is in which slot, and what a layer's pass has to move. Pure: integers in, integers out.
+
+The accelerator holds one pool of R equal slots for all layers. A layer's pass may need more experts than
+there are free slots, so its plan is a sequence of waves: fetch some experts, compute them, free them.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from specmoe_jax.errors import PlanError
+
+
+class Residency(NamedTuple):
+    """slot_of: [L, E] int32, the slot of each expert or -1. owner: [R] int32, layer * E + expert or -1."""
+
+    slot_of: np.ndarray
+    owner: np.ndarray
+
+
+class Wave(NamedTuple):
+    """One round of a layer's pass: first the copies, then the experts that are computed.
+
+    fetch: (expert, slot) pairs. slots: [E] int32, the slot of each expert computed in this wave, else -1.
+    """
+
+    fetch: tuple[tuple[int, int], ...]
+    slots: np.ndarray
+
+
+class LayerPlan(NamedTuple):
+    """waves: at least one. hits, misses: needed experts that were resident, and that were not. fetched: copies."""
+
+    waves: tuple[Wave, ...]
+    hits: int
+    misses: int
+    fetched: int
+
+
+def empty(num_layers: int, num_experts: int, num_slots: int) -> Residency:
+    """Nothing resident."""
+    return Residency(
+        slot_of=np.full((num_layers, num_experts), -1, np.int32), owner=np.full(num_slots, -1, np.int32)
+    )
+
+
+def plan_layer(residency: Residency, layer: int, needed: np.ndarray, keep: np.ndarray) -> tuple[LayerPlan, Residency]:
+    """The waves of one layer's pass, and the residency after it.
+
+    needed: [E] bool, experts that the pass computes. keep: [E] bool, experts of this layer that stay resident
+    afterwards (the next draft set: SpecMoE's switch moves nothing, because they were just fetched); the others
+    are freed. Each missing expert is fetched once, however many tokens asked for it (coalescing). A slot is
+    freed only after the wave that computed its expert, so no slot changes while the pass still refers to it.
+    Raises PlanError when a wave finds no free slot.
+    """
+    slot_of, owner = residency.slot_of.copy(), residency.owner.copy()
+    resident = slot_of[layer] >= 0
+    # Needed ones first: what is fetched only to be kept must not delay a computation.
+    misses = np.flatnonzero(needed & ~resident)
+    queue = [*misses, *np.flatnonzero(keep & ~needed & ~resident)]
+    waves, computed = [], ~needed
+    _release(slot_of, owner, layer, computed & ~keep)
+    while True:
+        free = np.flatnonzero(owner < 0)
+        batch, queue = queue[: len(free)], queue[len(free) :]
+        if queue and not batch and waves:  # the first wave may compute residents and free their slots
+            raise PlanError(
+                f"layer {layer} has {len(queue)} experts to fetch and no free slot of {len(owner)}; "
+                "give more device memory or pin fewer experts"
+            )
+        fetch = tuple((int(expert), int(slot)) for expert, slot in zip(batch, free, strict=False))
+        for expert, slot in fetch:
+            slot_of[layer, expert], owner[slot] = slot, layer * len(needed) + expert
+        ready = ~computed & (slot_of[layer] >= 0)
+        waves.append(Wave(fetch=fetch, slots=np.where(ready, slot_of[layer], -1).astype(np.int32)))
+        computed = computed | ready
+        _release(slot_of, owner, layer, computed & ~keep)
+        if not queue:
+            break
+    plan = LayerPlan(
+        waves=tuple(waves),
+        hits=int((needed & resident).sum()),
+        misses=len(misses),
+        fetched=sum(len(wave.fetch) for wave in waves),
+    )
+    return plan, Residency(slot_of=slot_of, owner=owner)
+
+
+def _release(slot_of: np.ndarray, owner: np.ndarray, layer: int, experts: np.ndarray) -> None:
+    """Frees the slots of some experts of a layer in the two (already copied) tables."""
+    gone = np.flatnonzero(experts & (slot_of[layer] >= 0))
+    owner[slot_of[layer, gone]] = -1
+    slot_of[layer, gone] = -1

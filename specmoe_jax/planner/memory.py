@@ -1,0 +1,118 @@
+"""The memory account of a plan: what lies where, and how many expert slots a budget leaves."""
+
+from typing import NamedTuple
+
+from specmoe_jax.config import GIB, ModelConfig, Plan
+from specmoe_jax.errors import PlanError
+from specmoe_jax.models.families import family_of
+from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
+
+
+class MemoryAccount(NamedTuple):
+    """Bytes by tier and purpose, and the slots R of the expert pool.
+
+    pinned_slots of them hold experts that stay between passes; wanted_slots would let every dispatch fit at once.
+    """
+
+    weight_bytes: int
+    expert_bytes: int  # one expert
+    num_slots: int
+    wanted_slots: int
+    pinned_slots: int
+    kv_bytes: int
+    activation_bytes: int
+    host_expert_bytes: int  # all experts
+    kv_tier: str
+
+    @property
+    def accelerator_bytes(self) -> int:
+        kv = self.kv_bytes if self.kv_tier == "accelerator" else 0
+        return self.weight_bytes + self.num_slots * self.expert_bytes + kv + self.activation_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        return self.host_expert_bytes + (self.kv_bytes if self.kv_tier == "host" else 0)
+
+
+def cache_positions(longest: int, plan: Plan) -> int:
+    """S: KV positions per row for sequences of `longest` tokens plus the rows a draft may overshoot.
+
+    In steps (powers of two to 1024, then multiples of 1024), so that similar jobs share compiled programs.
+    """
+    needed = longest + plan.tokens_per_pass
+    if needed > 1024:
+        return -(-needed // 1024) * 1024
+    return max(64, 1 << (needed - 1).bit_length())
+
+
+def account(config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int) -> MemoryAccount:
+    """The account of a plan for `batch_rows` rows of `positions` KV positions, within its budgets.
+
+    The pool gets what the plan can use (pinned experts, and one layer's whole dispatch), or what the budget
+    leaves. Raises PlanError with the shortage and the smallest budget that works.
+    """
+    item = DTYPE_BYTES[plan.dtype]
+    passes = max(plan.tokens_per_pass, plan.prefill_chunk) * batch_rows  # tokens of the largest pass
+    pinned = config.num_layers * pinned_experts(config, plan)
+    dispatch = min(config.num_experts, passes * config.experts_per_token)
+    wanted = pinned + (0 if pinned == config.num_layers * config.num_experts else dispatch)
+    whole = MemoryAccount(
+        weight_bytes=sum(spec.size for spec in spec_leaves(family_of(config).weight_specs(config))) * item,
+        expert_bytes=config.expert_params * item,
+        num_slots=wanted,
+        wanted_slots=wanted,
+        pinned_slots=pinned,
+        kv_bytes=2 * config.num_layers * batch_rows * config.num_kv_heads * positions * config.head_dim * item,
+        activation_bytes=_activation_bytes(config, plan, batch_rows, passes, item),
+        host_expert_bytes=config.num_layers * config.num_experts * config.expert_params * item,
+        kv_tier=plan.kv_tier,
+    )
+    return _fit(whole, plan)
+
+
+def pinned_experts(config: ModelConfig, plan: Plan) -> int:
+    """Experts of each layer that stay on the accelerator between passes."""
+    return config.num_experts if plan.expert_flow == "resident" else plan.draft_experts or 0
+
+
+def _activation_bytes(config: ModelConfig, plan: Plan, batch_rows: int, passes: int, item: int) -> int:
+    """Largest live activations: residual, expert inputs and outputs of a pass, and the logits of a verification."""
+    per_token = (2 * config.hidden_size + (config.num_heads + 2 * config.num_kv_heads) * config.head_dim) * item
+    outputs = config.experts_per_token * config.hidden_size * 4
+    logits = batch_rows * plan.tokens_per_pass * config.vocab_size * 4
+    return passes * (per_token + outputs) + logits
+
+
+def _fit(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
+    if plan.host_memory_bytes is not None and whole.host_bytes > plan.host_memory_bytes:
+        raise PlanError(
+            f"host memory of {_size(plan.host_memory_bytes)} is too small: experts and KV cache need "
+            f"{_size(whole.host_bytes)}; give --host_memory_gib={_ceil_gib(whole.host_bytes)} or a smaller batch"
+        )
+    if plan.device_memory_bytes is None:
+        return whole
+    beside = whole.accelerator_bytes - whole.num_slots * whole.expert_bytes
+    slots = int(plan.device_memory_bytes - beside) // whole.expert_bytes
+    smallest = min(whole.pinned_slots + 1, whole.num_slots)  # one free slot carries a dispatch, wave by wave
+    if slots < smallest:
+        need = beside + smallest * whole.expert_bytes
+        raise PlanError(
+            f"device memory of {_size(plan.device_memory_bytes)} is too small for one layer's dispatch: weights, KV "
+            f"cache and activations take {_size(beside)}, {smallest} expert slots {_size(smallest * whole.expert_bytes)}; "
+            f"the smallest that works is --device_memory_gib={_ceil_gib(need)}"
+            + (", or fewer draft experts" if plan.draft_experts else "")
+        )
+    return whole._replace(num_slots=min(slots, whole.num_slots))
+
+
+def _size(num_bytes: float) -> str:
+    """For people: the largest unit that leaves a digit before the point."""
+    for unit, scale in (("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit}"
+    return f"{num_bytes:.0f} bytes"
+
+
+def _ceil_gib(num_bytes: int) -> str:
+    """Rounded up to six digits, so that the number given is one that works."""
+    return f"{-(-num_bytes * 10**6 // GIB) / 10**6:.6f}"

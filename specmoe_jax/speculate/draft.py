@@ -1,0 +1,42 @@
+"""The protocol of a draft: anything that proposes tokens, given what the engine lets it see."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from specmoe_jax.types import KVCache, Proposal, SamplingRows
+
+
+class DraftView(NamedTuple):
+    """What a draft may look at and use in one step.
+
+    kv: the target's cache; a draft that writes rows must return the new one (the old is donated). Rows at and
+        after `lengths` are free to write: verification overwrites every one of them.
+    lengths: [B] int32, committed rows of the cache; the last committed token is not in it yet.
+    last_token: [B] int32. active: [B] bool, False for finished rows.
+    history: per row, prompt and generated ids, the last token included.
+    rows: sampling parameters. keys: [B] random keys of this step, consumed by the draft (fold in the position).
+    forward: (kv, tokens [B], lengths [B]) -> (logits [B, V], kv): one token through the resident experts only,
+        no expert crosses the link.
+    """
+
+    kv: KVCache
+    lengths: np.ndarray
+    last_token: np.ndarray
+    active: np.ndarray
+    history: tuple[tuple[int, ...], ...]
+    rows: SamplingRows
+    keys: jax.Array | None
+    forward: Callable
+
+
+class Draft(Protocol):
+    """Proposes `length` tokens a step. Any proposal is safe: verification decides, tokens never change."""
+
+    length: int
+
+    def propose(self, view: DraftView) -> tuple[Proposal, KVCache]:
+        """The tokens [B, length] with the distribution they were drawn from, and the cache after drafting."""
+        ...

@@ -1,0 +1,57 @@
+"""SpecMoE's draft: the model itself, with a few resident experts per layer in the place of all."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specmoe_jax.speculate.affinity import substitutes
+from specmoe_jax.speculate.draft import DraftView
+from specmoe_jax.speculate.sampling import sample, transform_logits
+from specmoe_jax.types import KVCache, Proposal, SamplingRows
+
+
+class SelfDraft(NamedTuple):
+    """Drafts `length` tokens with the engine's resident experts (SpecMoE, draft model). No state of its own.
+
+    Substitution happens in the slot tables (`substitute_slots`), so the draft is the target's own forward.
+    """
+
+    length: int
+
+    def propose(self, view: DraftView) -> tuple[Proposal, KVCache]:
+        kv, token, tokens, probs = view.kv, view.last_token, [], []
+        for position in range(self.length):
+            logits, kv = view.forward(kv, token, view.lengths + np.int32(position))
+            if view.rows.greedy:
+                token = _argmax(logits)
+            else:
+                token, q = _draw(view.keys, np.int32(position), logits, view.rows)
+                probs.append(q)
+            tokens.append(token)
+        return Proposal(tokens=jnp.stack(tokens, 1), probs=jnp.stack(probs, 1) if probs else None), kv
+
+
+def substitute_slots(slot_of: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
+    """Slot tables [L, E] of the draft: each expert's own slot, or its nearest resident expert's (affinity).
+
+    slot_of: [L, E] int32, -1 = not resident; at least one resident expert per layer. neighbours: [L, E, E].
+    The gate's own weights stay, so two choices that land on one resident expert add up (`dup`).
+    """
+    stand_ins = [substitutes(order, slots >= 0) for order, slots in zip(neighbours, slot_of, strict=True)]
+    return np.stack([slots[chosen] for slots, chosen in zip(slot_of, stand_ins, strict=True)]).astype(np.int32)
+
+
+@jax.jit
+def _argmax(logits: jax.Array) -> jax.Array:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+@jax.jit
+def _draw(keys: jax.Array, position: jax.Array, logits: jax.Array, rows: SamplingRows) -> tuple[jax.Array, jax.Array]:
+    """One token per row from the transformed distribution, which is also what acceptance must be told."""
+    probs = transform_logits(logits, rows)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, data=position))(keys)
+    return jax.vmap(sample)(keys, probs), probs

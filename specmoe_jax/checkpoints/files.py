@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import stat
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import ml_dtypes
@@ -23,7 +24,7 @@ from specmoe_jax.errors import CheckpointError
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 MAX_JSON_BYTES = 4 << 20
-MAX_INDEX_BYTES = 64 << 20
+MAX_INDEX_BYTES = 32 << 20
 
 NUMPY_DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F64": np.float64}
 
@@ -45,6 +46,14 @@ class StoredTensor(NamedTuple):
         if self.entry.dtype not in NUMPY_DTYPES:
             raise CheckpointError(f"{self.where}: dtype is {self.entry.dtype}; weights are {', '.join(NUMPY_DTYPES)}")
         return np.dtype(NUMPY_DTYPES[self.entry.dtype])
+
+    def read_steps(self, first: int, count: int, step: int) -> Iterator[bytes]:
+        """`count` bytes from byte `first` of the tensor on, `step` at a time. Raises CheckpointError."""
+        with Reader(self) as reader:
+            for at in range(first, first + count, step):
+                piece = np.empty(min(step, first + count - at), np.uint8)
+                reader.read_into(piece, at)
+                yield piece.tobytes()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,18 +100,25 @@ def read_header(path: pathlib.Path) -> Header:
 
 def read_json(path: pathlib.Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict:
     """The JSON object of a small file. Raises CheckpointError for anything else, NaN and infinite numbers included."""
+    content = read_bytes(path, max_bytes=max_bytes)
+    try:
+        value = json.loads(content, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path.name}: not JSON ({str(e)[:100]})") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.name}: holds a JSON {type(value).__name__}; expected an object {{...}}")
+    return value
+
+
+def read_bytes(path: pathlib.Path, *, max_bytes: int = 128 << 20) -> bytes:
+    """All of a small file. Raises CheckpointError."""
     size = regular_file_bytes(path)
     if size > max_bytes:
         raise CheckpointError(f"{path.name}: {size} bytes; expected at most {max_bytes}")
     try:
-        value = json.loads(path.read_bytes(), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path.name}: not JSON ({str(e)[:100]})") from e
+        return path.read_bytes()
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from e
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name}: holds a JSON {type(value).__name__}; expected an object {{...}}")
-    return value
 
 
 def regular_file_bytes(path: pathlib.Path) -> int:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 from specmoe_jax.errors import CheckpointError
 
 PREFIX_BYTES = 8
-# Room for some 200,000 tensors. The official reader stops at 100 MB, which Python would turn into gigabytes of objects.
-MAX_HEADER_BYTES = 32 << 20
+# Room for some 100,000 tensors. The official reader stops at 100 MB, which Python could turn into gigabytes of objects.
+MAX_HEADER_BYTES = 16 << 20
 MAX_DIMENSION = 1 << 48
 
 DTYPE_BITS = {
@@ -79,10 +79,10 @@ def parse_header(text: bytes, file_bytes: int, file: str) -> Header:
     return Header(entries=entries, metadata=metadata)
 
 
-def quote(name: str, limit: int = 120) -> str:
-    """A name from a file as one printable piece of a message, whatever is in it."""
+def quote(name: str, *, limit: int = 120, spaces: bool = False) -> str:
+    """A name from a file as one printable piece of a message, whatever is in it. spaces: they need no quotes."""
     text = name if len(name) <= limit else name[:limit] + "..."
-    return text if text.isprintable() and text and " " not in text else ascii(text)
+    return text if text.isprintable() and text and (spaces or " " not in text) else ascii(text)
 
 
 def quote_list(names: list[str], limit: int = 6) -> str:
@@ -130,9 +130,9 @@ def _entry(name: str, value, data_start: int, file_bytes: int, file: str) -> Ent
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CheckpointError(f"{where}: dtype is {quote(str(dtype))}; expected one of {', '.join(DTYPE_BITS)}")
     if not _is_naturals(shape) or len(shape) > 8 or any(d > MAX_DIMENSION for d in shape):
-        raise CheckpointError(f"{where}: shape is {quote(str(shape))}; expected at most 8 sizes below 2^48")
+        raise CheckpointError(f"{where}: shape is {quote(str(shape), spaces=True)}; expected at most 8 sizes below 2^48")
     if not _is_naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where}: data_offsets is {quote(str(offsets))}; expected [begin, end], begin <= end")
+        raise CheckpointError(f"{where}: data_offsets is {quote(str(offsets), spaces=True)}; expected [begin, end], begin <= end")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
         raise CheckpointError(

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE, Checkpoint, StoredTensor
-from specmoe_jax.checkpoints.header import quote, quote_list
+from specmoe_jax.checkpoints.header import quote_list
 from specmoe_jax.checkpoints.tensors import ExpertSource, Piece, whole
 from specmoe_jax.config import ModelConfig
 from specmoe_jax.errors import CheckpointError
@@ -57,7 +57,7 @@ class _Names:
         canonical = family_of(config).canonical_name
         self._file, self._tied = _file(checkpoint), config.tie_embeddings
         self._tensors = {canonical(name): tensor for name, tensor in checkpoint.tensors.items()}
-        self._missing: list[str] = []
+        self._missing: dict[str, None] = {}  # an ordered set
         self._unused = {name for name in self._tensors if not name.startswith(PADDING_PREFIX)}
         if len(self._tensors) < len(checkpoint.tensors):
             twice = [name for name in checkpoint.tensors if canonical(name) != name and canonical(name) in checkpoint.tensors]
@@ -69,7 +69,7 @@ class _Names:
     def take(self, spec: TensorSpec) -> StoredTensor | None:
         """The tensor of a spec; None, and remembered as missing, when there is none. Raises for a wrong shape or dtype."""
         if spec.name not in self._tensors:
-            self._missing.append(spec.name)
+            self._missing[spec.name] = None
             return None
         self._unused.discard(spec.name)
         tensor = self._tensors[spec.name]
@@ -86,7 +86,7 @@ class _Names:
             count = len(self._missing)
             raise CheckpointError(
                 f"{self._file}: {count} tensor{'s' * (count > 1)} missing that config.json asks for:"
-                f" {quote_list(self._missing)}"
+                f" {quote_list(list(self._missing))}"
             )
 
     def raise_if_unused(self) -> None:

@@ -7,6 +7,7 @@ import pathlib
 import jax.numpy as jnp
 import tqdm
 
+from specmoe_jax.checkpoints import manifest
 from specmoe_jax.checkpoints.files import open_checkpoint, read_json
 from specmoe_jax.checkpoints.header import quote
 from specmoe_jax.checkpoints.inventory import Inventory, take_inventory
@@ -23,13 +24,19 @@ MAX_SIZE = 1 << 31  # of any number in a config.json; more is a mistake or an at
 
 
 def load_model(
-    path_or_name: str, *, dtype: str | None = None, progress: bool = False, check_finite: bool = True
+    path_or_name: str,
+    *,
+    dtype: str | None = None,
+    progress: bool = False,
+    check_finite: bool = True,
+    verify: bool = False,
 ) -> Model:
     """A model from "demo" or from a directory with a Hugging Face checkpoint, every expert in pinned host memory.
 
     dtype: "float32" (default) or "bfloat16"; stored bfloat16 is kept bit for bit under "bfloat16".
     progress: a bar of bytes read, silent when standard error is not a terminal.
     check_finite: refuse NaN and infinite weights.
+    verify: first compare every tensor with the manifest of hashes in the directory.
     Peak host memory: the weights and one expert. Raises CheckpointError, one line that names file and tensor.
     """
     dtype = dtype or "float32"
@@ -38,8 +45,12 @@ def load_model(
     path = checkpoint_path(path_or_name)
     config = load_config(path)
     tokenizer = load_model_tokenizer(path, config)
-    inventory = take_inventory(config, open_checkpoint(path))
-    with tqdm.tqdm(total=inventory.bytes, unit="B", unit_scale=True, desc="load", disable=None if progress else True) as bar:
+    checkpoint = open_checkpoint(path)
+    inventory = take_inventory(config, checkpoint)
+    if verify:
+        with _bar("verify", inventory.bytes, progress) as bar:
+            manifest.verify(checkpoint, bar.update)
+    with _bar("load", inventory.bytes, progress) as bar:
         return _read(config, tokenizer, inventory, dtype, check_finite, bar)
 
 
@@ -81,6 +92,11 @@ def load_model_tokenizer(path: pathlib.Path, config: ModelConfig) -> Tokenizer |
             " this tokenizer is of another model"
         )
     return tokenizer
+
+
+def _bar(name: str, total_bytes: int, progress: bool) -> tqdm.tqdm:
+    """Bytes and rate on standard error; disable=None silences it where that is no terminal."""
+    return tqdm.tqdm(total=total_bytes, unit="B", unit_scale=True, desc=name, disable=None if progress else True)
 
 
 def _read(config: ModelConfig, tokenizer, inventory: Inventory, dtype: str, check_finite: bool, bar) -> Model:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 import tokenizers
 
-from specmoe_jax.checkpoints.files import read_json, regular_file_bytes
+from specmoe_jax.checkpoints.files import read_bytes, read_json
 from specmoe_jax.errors import CheckpointError
 
-MAX_TOKENIZER_BYTES = 128 << 20
 # The longest run of tokens that is held back because the text so far ends in half a character.
 MAX_HELD_TOKENS = 32
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -85,9 +84,7 @@ def load_tokenizer(path: pathlib.Path, eos_token_ids: tuple[int, ...]) -> Tokeni
     eos_token_ids: of the configs; when they name none, "eos_token" of tokenizer_config.json is taken.
     """
     file = path / "tokenizer.json"
-    if regular_file_bytes(file) > MAX_TOKENIZER_BYTES:
-        raise CheckpointError(f"{file.name}: {regular_file_bytes(file)} bytes; expected at most {MAX_TOKENIZER_BYTES}")
-    backend = _parse(file)
+    backend = _parse(file, read_bytes(file))
     if backend.get_vocab_size(with_added_tokens=True) == 0:
         raise CheckpointError(f"{file.name}: no token in it; expected a vocabulary")
     backend.no_truncation()  # some files carry the limits of their training run, which would cut prompts silently
@@ -95,9 +92,9 @@ def load_tokenizer(path: pathlib.Path, eos_token_ids: tuple[int, ...]) -> Tokeni
     return Tokenizer(backend=backend, eos_token_ids=eos_token_ids or _eos_of_tokenizer_config(path, backend))
 
 
-def _parse(file: pathlib.Path) -> tokenizers.Tokenizer:
+def _parse(file: pathlib.Path, content: bytes) -> tokenizers.Tokenizer:
     try:
-        text = file.read_bytes().decode("utf-8")
+        text = content.decode("utf-8")
         if not isinstance(json.loads(text).get("model"), dict):
             raise ValueError("it has no model")
         return tokenizers.Tokenizer.from_str(text)

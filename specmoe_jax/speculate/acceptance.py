@@ -30,8 +30,8 @@ def accept(
 
     keys: one key, or [B] keys, then row b's result depends on row b's arguments only; draft_tokens: [B, N] int,
     N may be 0; draft_probs: [B, N, V] float32, or None for point masses; target_logits: [B, N+1, V];
-    params: the same for all rows, or rows of arrays [B]. A row with NaN logits gets some token of 0..V-1: ask
-    `finite_rows`. Raises ValueError when the shapes disagree.
+    params: SamplingParams for all rows, static under jit, or SamplingRows of arrays [B]. A row with NaN logits gets
+    some token of 0..V-1: ask `finite_rows`. Raises ValueError when the shapes disagree.
     """
     _check_shapes(draft_tokens, draft_probs, target_logits)
     if isinstance(params, SamplingParams):

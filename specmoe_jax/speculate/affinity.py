@@ -26,9 +26,7 @@ def expert_distances(read_block: Callable[[int], np.ndarray], num_experts: int, 
     step = max(1, min(block_size, weights // (4 * num_experts)))  # [E, step] float64: 2 bytes a weight of one expert
     gram = np.zeros((num_experts, num_experts))
     for start in range(0, weights, step):
-        chunk = np.stack([_as_float(block[start : start + step]) for block in blocks], dtype=np.float64)
-        chunk -= chunk.mean(axis=0)
-        gram += chunk @ chunk.T
+        gram += _centred_gram([block[start : start + step] for block in blocks])
     norms = np.diagonal(gram)
     squared = norms[:, None] + norms[None, :] - 2 * gram
     np.fill_diagonal(squared, 0)
@@ -82,6 +80,13 @@ def load_table(path: str | os.PathLike, num_layers: int, num_experts: int) -> np
     if table.shape != shape or (np.sort(table, axis=-1) != experts).any() or (table[..., 0] != experts).any():
         raise ValueError(f"{path} holds no neighbour lists of shape {shape}; delete it and they are computed anew")
     return table.astype(np.int32)
+
+
+def _centred_gram(rows: list[np.ndarray]) -> np.ndarray:
+    """Dot products [E, E] float64 of E rows less their mean."""
+    chunk = np.stack([_as_float(row) for row in rows], dtype=np.float64)
+    chunk -= chunk.mean(axis=0)
+    return chunk @ chunk.T
 
 
 def _as_float(weights: np.ndarray) -> np.ndarray:

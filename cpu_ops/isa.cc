@@ -1,0 +1,53 @@
+#include "isa.h"
+
+namespace specmoe {
+
+#define SPECMOE_DECLARE(name) namespace name { const KernelTable& table(); }
+SPECMOE_DECLARE(portable)
+#if SPECMOE_HAVE_AVX2
+SPECMOE_DECLARE(avx2)
+SPECMOE_DECLARE(avx512)
+SPECMOE_DECLARE(avx512bf16)
+#endif
+#if SPECMOE_HAVE_NEON
+SPECMOE_DECLARE(neon)
+#endif
+#undef SPECMOE_DECLARE
+
+namespace {
+
+std::vector<const KernelTable*> tables() {
+  std::vector<const KernelTable*> found;
+#if SPECMOE_HAVE_AVX2
+  __builtin_cpu_init();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16::table());
+  if (avx512) found.push_back(&avx512::table());
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::table());
+#endif
+#if SPECMOE_HAVE_NEON
+  found.push_back(&neon::table());
+#endif
+  found.push_back(&portable::table());
+  return found;
+}
+
+}  // namespace
+
+std::vector<std::string> isa_names() {
+  std::vector<std::string> names;
+  for (const KernelTable* t : tables()) names.push_back(t->name);
+  return names;
+}
+
+const KernelTable* isa_table(const std::string& name) {
+  static const std::vector<const KernelTable*> found = tables();
+  if (name == "auto") return found.front();
+  for (const KernelTable* t : found) {
+    if (name == t->name) return t;
+  }
+  return nullptr;
+}
+
+}  // namespace specmoe

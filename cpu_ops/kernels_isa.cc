@@ -1,0 +1,59 @@
+// All kernels for one instruction set: SPECMOE_ISA names it and the compile flags choose it.
+#include "chunked_attention.h"
+#include "expert_ffn.h"
+#include "isa.h"
+#include "simd.h"
+
+#define SPECMOE_TEXT2(x) #x
+#define SPECMOE_TEXT(x) SPECMOE_TEXT2(x)
+
+namespace specmoe {
+namespace SPECMOE_ISA {
+namespace {
+
+template <int N>
+struct Rows {
+  static constexpr int n = N;
+};
+
+#include "chunked_attention_kernel.inc"
+#include "expert_ffn_kernel.inc"
+
+double fma_peak(int64_t iterations) {
+  constexpr int kChains = kLanes == 16 || kLanes == 4 ? 24 : 12;  // beyond latency x width of any core, within its registers
+  vf c[kChains] = {};
+  vf a = splat(1.0f - 1e-7f), b = splat(1e-7f);
+  for (int64_t i = 0; i < iterations / kChains; ++i) {
+    asm volatile("" : "+m"(iterations));
+    for (int j = 0; j < kChains; ++j) c[j] = c[j] * a + b;
+  }
+  vf sum = {};
+  for (int j = 0; j < kChains; ++j) sum += c[j];
+  volatile float sink = sum_lanes(sum);
+  (void)sink;
+  return static_cast<double>(iterations / kChains) * kChains * kLanes * 2;
+}
+
+double read_sum(const void* data, int64_t bytes) {
+  const char* p = static_cast<const char*>(data);
+  constexpr int64_t kStep = 8 * kLanes * 4;
+  vi c[8] = {};
+  for (int64_t i = 0; i + kStep <= bytes; i += kStep) {
+    for (int64_t line = 0; line < kStep; line += 64) __builtin_prefetch(p + i + 4096 + line, 0, 3);
+    for (int j = 0; j < 8; ++j) c[j] += load_as<vi>(p + i + j * kLanes * 4);
+  }
+  vi sum = {};
+  for (int j = 0; j < 8; ++j) sum += c[j];
+  return sum[0];
+}
+
+}  // namespace
+
+const KernelTable& table() {
+  static const KernelTable t = {SPECMOE_TEXT(SPECMOE_ISA), attention_chunk, attention_merge, attention_finish,
+                                ffn_hidden, ffn_output, fma_peak, read_sum};
+  return t;
+}
+
+}  // namespace SPECMOE_ISA
+}  // namespace specmoe

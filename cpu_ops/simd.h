@@ -1,0 +1,118 @@
+// Fixed-width vectors on GCC/Clang vector_size types: one template source, one translation unit per instruction set.
+// Everything is in an unnamed namespace and nothing of the C++ library is used, so no function compiled for one instruction set can
+// be merged by the linker with its twin of another.
+#pragma once
+#include <cstdint>
+
+#include "isa.h"
+
+namespace specmoe {
+namespace {
+
+// Lanes of one register. A vector type wider than the instruction set falls to 3 % of peak.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kAccVectors = 4;  // 6 rows x 4 vectors: 24 accumulators + 4 operands + 1 broadcast of 32 registers
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kAccVectors = 2;  // 6 rows x 2: 12 + 2 + 1 of 16 registers
+#elif defined(__aarch64__)
+constexpr int kLanes = 4;
+constexpr int kAccVectors = 4;  // as AVX-512: 32 registers
+#else
+constexpr int kLanes = 4;
+constexpr int kAccVectors = 2;
+#endif
+constexpr int kAccRows = 6;
+
+typedef float vf __attribute__((vector_size(kLanes * 4)));
+typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
+typedef int8_t vb __attribute__((vector_size(kLanes)));
+
+#define SPECMOE_INLINE inline __attribute__((always_inline))
+
+template <typename V>
+SPECMOE_INLINE V load_as(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+SPECMOE_INLINE vf load(const float* p) { return load_as<vf>(p); }
+SPECMOE_INLINE void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
+SPECMOE_INLINE vf splat(float x) { return x - vf{}; }
+SPECMOE_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+
+// W values at p of the storage type, as float.
+struct F32 {
+  typedef float type;
+  static SPECMOE_INLINE vf load(const float* p) { return load_as<vf>(p); }
+};
+struct BF16 {
+  typedef uint16_t type;
+  static SPECMOE_INLINE vf load(const uint16_t* p) { return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16); }
+};
+struct I8 {
+  typedef int8_t type;
+  static SPECMOE_INLINE vf load(const int8_t* p) {
+    return __builtin_convertvector(__builtin_convertvector(load_as<vb>(p), vi), vf);
+  }
+};
+
+SPECMOE_INLINE float bf16_to_float(uint16_t h) {
+  const uint32_t u = static_cast<uint32_t>(h) << 16;
+  float f;
+  __builtin_memcpy(&f, &u, 4);
+  return f;
+}
+SPECMOE_INLINE uint16_t float_to_bf16(float f) {  // to nearest even; NaN stays NaN
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  if (f != f) return static_cast<uint16_t>((u >> 16) | 0x40);
+  return static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+// lane i of the result is lane i ^ h: one step of a butterfly, so that every lane ends with the same value in a fixed order.
+template <int h>
+SPECMOE_INLINE vf swap_lanes(vf v) {
+  vi index;
+  for (int i = 0; i < kLanes; ++i) index[i] = i ^ h;
+  return __builtin_shuffle(v, index);
+}
+SPECMOE_INLINE vf all_max(vf v) {
+  if constexpr (kLanes >= 16) v = vmax(v, swap_lanes<8>(v));
+  if constexpr (kLanes >= 8) v = vmax(v, swap_lanes<4>(v));
+  v = vmax(v, swap_lanes<2>(v));
+  return vmax(v, swap_lanes<1>(v));
+}
+SPECMOE_INLINE float sum_lanes(vf v) {
+  if constexpr (kLanes >= 16) v = v + swap_lanes<8>(v);
+  if constexpr (kLanes >= 8) v = v + swap_lanes<4>(v);
+  v = v + swap_lanes<2>(v);
+  v = v + swap_lanes<1>(v);
+  return v[0];
+}
+
+// 2^x for x <= 0 (also right up to 127); 0 below -126, where the result would be subnormal. Degree 6 minimax of 2^f on
+// [-1/2, 1/2]: relative error 1.2e-8 before rounding.
+SPECMOE_INLINE vf exp2_lanes(vf x) {
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vf low = splat(-126.0f);
+  const vf y = x < low ? low : x;  // NaN stays NaN
+  const vf shifted = y + magic;
+  const vf f = y - (shifted - magic);
+  vf p = splat(1.5403530393381609954e-4f);
+  p = p * f + 1.3333558146428443423e-3f;
+  p = p * f + 9.6181291076284771619e-3f;
+  p = p * f + 5.5504108664821579953e-2f;
+  p = p * f + 2.4022650695910071233e-1f;
+  p = p * f + 6.9314718055994530942e-1f;
+  p = p * f + 1.0f;
+  const vi n = ((vi)shifted - (vi)magic) << 23;
+  const vf r = (vf)((vi)p + n);
+  return x < low ? vf{} : r;
+}
+
+}  // namespace
+}  // namespace specmoe

@@ -1,0 +1,83 @@
+"""The only file that imports the compiled kernels: loads them, checks that this jaxlib can run them, registers them."""
+
+import functools
+import importlib
+import os
+import re
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+
+TARGETS = ("specmoe_chunked_attention", "specmoe_expert_ffn")
+
+
+class Unusable(Exception):
+    """Why the compiled kernels cannot be used."""
+
+
+def runtime_api() -> tuple[int, int]:
+    """XLA FFI API version of the installed jaxlib, from the header it ships."""
+    text = (Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text()
+    major, minor = (int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", text).group(1)) for part in ("MAJOR", "MINOR"))
+    return major, minor
+
+
+def check_api(built: tuple[int, int], runtime: tuple[int, int]) -> None:
+    """A handler newer than the runtime is rejected when the backend starts, and takes the whole CPU backend down: refuse it here."""
+    if built[0] != runtime[0] or built[1] > runtime[1]:
+        raise Unusable(
+            f"built for XLA FFI {built[0]}.{built[1]} but this jaxlib offers {runtime[0]}.{runtime[1]}; "
+            "reinstall specmoe_jax or install a newer jaxlib"
+        )
+
+
+def _load():
+    try:
+        module = importlib.import_module("specmoe_jax._cpu_ops")
+    except ImportError as e:
+        raise Unusable(f"the compiled kernels are missing ({e}); reinstall specmoe_jax with a C++ compiler on the machine") from e
+    check_api(tuple(module.ffi_api), runtime_api())
+    return module
+
+
+@functools.cache
+def module():
+    """The compiled module, registered with XLA; None (and one warning) when it is unusable. SPECMOE_CPU_OPS=ref asks for None."""
+    mode = os.environ.get("SPECMOE_CPU_OPS", "auto")
+    if mode not in ("auto", "ref"):
+        raise ValueError(f"SPECMOE_CPU_OPS is {mode!r}; it must be 'auto' or 'ref'")
+    if mode == "ref":
+        return None
+    try:
+        loaded = _load()
+    except Unusable as e:
+        warnings.warn(f"specmoe_jax.ops runs its slower jnp forms: {e}", RuntimeWarning, stacklevel=2)
+        return None
+    for name, capsule in loaded.handlers().items():
+        jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+    return loaded
+
+
+def isas() -> list[str]:
+    """Instruction sets of the kernels that this machine can run, best first; empty without the extension."""
+    return module().isas() if module() is not None else []
+
+
+def choice() -> dict:
+    """Attributes that every handler takes: SPECMOE_ISA forces an instruction set, SPECMOE_THREADS bounds the threads (0: all)."""
+    isa = os.environ.get("SPECMOE_ISA", "auto")
+    if isa != "auto" and isa not in isas():
+        raise ValueError(f"SPECMOE_ISA is {isa!r}; this machine has {', '.join(['auto', *isas()])}")
+    return {"isa": isa, "threads": np.int64(os.environ.get("SPECMOE_THREADS", "0"))}
+
+
+def read_bandwidth(num_bytes: int, threads: int) -> float:
+    """Bytes per second of a pure read, in this process (benchmarks)."""
+    return module().read_bandwidth("auto", num_bytes, threads)
+
+
+def fma_peak(threads: int) -> float:
+    """Float32 flop/s of independent fused multiply-adds, in this process (benchmarks)."""
+    return module().fma_peak("auto", threads)

@@ -1,0 +1,66 @@
+"""expert_ffn in jnp: what the kernel is checked against, and what runs where there is no kernel."""
+
+import jax
+import jax.numpy as jnp
+
+SMALL_PAIRS = 256  # up to here tiles of 8 rows, beyond of 32: half the weight reads at prefill, no wasted rows when decoding
+
+
+def as_float32(w: jax.Array) -> jax.Array:
+    """A slice of the blocks as float32; uint16 holds bfloat16 bits (a cast of the whole store would be hoisted out of the loop)."""
+    if w.dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(w.astype(jnp.uint32) << 16, jnp.float32)
+    return w.astype(jnp.float32)
+
+
+def block_ffn(x: jax.Array, block: jax.Array) -> jax.Array:
+    """x [n, M] through one expert [3, F, M] (gate, up, down transposed) -> [n, M] float32."""
+    gate, up, down = as_float32(block)
+    dot = lambda a, b: jnp.matmul(a, b, precision="highest")  # noqa: E731
+    hidden = jax.nn.silu(dot(x, gate.T)) * dot(x, up.T)
+    return dot(hidden, down)
+
+
+def tile_plan(slots: jax.Array, R: int, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sort pairs by slot and pad each slot's to whole tiles. slots [P] -> (tile_slot [Q], pair_of [Q, rows], num_tiles).
+
+    Q = ceil(P / rows) + min(P, R) tiles are enough for any routing; pair_of is P where a row is padding.
+    """
+    P = slots.shape[0]
+    Q = -(-P // rows) + min(P, R)
+    slots = jnp.where((slots >= 0) & (slots < R), slots, R)
+    order = jnp.argsort(slots, stable=True)  # [P]
+    counts = jnp.zeros(R + 1, jnp.int32).at[slots].add(1)
+    tiles = (-(-counts // rows)).at[R].set(0)
+    first_tile = jnp.cumsum(tiles) - tiles
+    first_pair = jnp.cumsum(counts) - counts
+    ordered = slots[order]
+    place = jnp.where(ordered < R, first_tile[ordered] * rows + jnp.arange(P) - first_pair[ordered], Q * rows)
+    pair_of = jnp.full(Q * rows, P, jnp.int32).at[place].set(order.astype(jnp.int32), mode="drop")
+    tile_slot = jnp.searchsorted(jnp.cumsum(tiles), jnp.arange(Q), side="right").astype(jnp.int32)
+    return tile_slot, pair_of.reshape(Q, rows), tiles.sum()
+
+
+def expert_ffn_ref(x, blocks, slots, *, activation="swiglu"):
+    """As expert_ffn, in jnp only: pairs sorted by slot, tiles of rows, a loop over the tiles that exist (exact, no ragged_dot).
+
+    A result does not depend on batch mates as far as XLA's matrix product treats the rows of one tile shape alike.
+    """
+    if activation != "swiglu":
+        raise ValueError(f"expert_ffn: activation is {activation!r}, only 'swiglu' exists")
+    n, A = slots.shape
+    M, R, P = x.shape[1], blocks.shape[0], n * A
+    rows = 8 if P <= SMALL_PAIRS else 32
+    tile_slot, pair_of, num_tiles = tile_plan(slots.reshape(-1), R, rows)
+    x = x.astype(jnp.float32)
+
+    def tile(state):
+        i, y = state
+        pairs = pair_of[i]
+        token = jnp.minimum(pairs // A, n - 1)
+        block = jax.lax.dynamic_index_in_dim(blocks, jnp.minimum(tile_slot[i], R - 1), keepdims=False)
+        return i + 1, y.at[pairs].set(block_ffn(x[token], block), mode="drop")
+
+    start = (jnp.int32(0), jnp.zeros((P, M), jnp.float32))
+    _, y = jax.lax.while_loop(lambda s: s[0] < num_tiles, tile, start)
+    return y.reshape(n, A, M)

@@ -153,10 +153,6 @@ def _check_types(plan: Plan) -> None:
         value = getattr(plan, name)
         if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or not value > 0):
             raise PlanError(f"{name} is {value!r}; it must be a number above 0")
-    if plan.prefill_chunk > 64:
-        raise PlanError(f"prefill_chunk is {plan.prefill_chunk}; the attention kernel takes 1 to 64 positions a pass")
-    if plan.tokens_per_pass > 64:
-        raise PlanError(f"draft_length is {plan.draft_length}; the attention kernel verifies at most 63 drafted tokens")
 
 
 def _check_draft(plan: Plan, config: ModelConfig) -> None:

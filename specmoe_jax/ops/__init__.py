@@ -5,5 +5,25 @@ from specmoe_jax.ops.attention import chunked_attention
 from specmoe_jax.ops.attention_ref import chunked_attention_ref
 from specmoe_jax.ops.experts import expert_ffn
 from specmoe_jax.ops.experts_ref import expert_ffn_ref
+from specmoe_jax.ops.packed import (
+    PackedCache,
+    chunked_attention_packed,
+    chunked_attention_packed_ref,
+    empty_cache,
+    pack_cache,
+    unpack_cache,
+)
 
-__all__ = ["chunked_attention", "chunked_attention_ref", "expert_ffn", "expert_ffn_ref", "isas"]
+__all__ = [
+    "PackedCache",
+    "chunked_attention",
+    "chunked_attention_packed",
+    "chunked_attention_packed_ref",
+    "chunked_attention_ref",
+    "empty_cache",
+    "expert_ffn",
+    "expert_ffn_ref",
+    "isas",
+    "pack_cache",
+    "unpack_cache",
+]

@@ -1,0 +1,192 @@
+"""The packed KV cache: K in blocks of 16 tokens along the SIMD lanes, V in rows; float32, bfloat16 or int8; optionally paged.
+
+At one new token the layout decides: 1.1x over rows per head, 1.7x over rows per token (performance.md).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specmoe_jax.ops import _check, _ffi
+from specmoe_jax.ops.attention import MAX_NEW, check_new, kernel_call, no_scales
+from specmoe_jax.ops.attention_ref import append, attend, attended
+
+BLOCK = 16  # tokens of one K block: one AVX-512 register of 4-byte units; kBlock in cpu_ops/chunked_attention.h
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedCache:
+    """Opaque. `rows` cache rows of S tokens: one row per request, or one per page when there is a block table.
+
+    k [rows, K, S/16, D/u, 16, u], u elements to 4 bytes; v [rows, K, S, D]; k_scale, v_scale [rows, K, S] for int8, else [0].
+    """
+
+    k: jax.Array
+    v: jax.Array
+    k_scale: jax.Array
+    v_scale: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """rows, K, S, D"""
+        return self.v.shape
+
+    @property
+    def dtype(self):
+        return self.v.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(x.size * x.dtype.itemsize for x in (self.k, self.v, self.k_scale, self.v_scale))
+
+
+def pack_rows(k: jax.Array) -> jax.Array:
+    """[rows, K, S, D] -> [rows, K, S/16, D/u, 16, u]"""
+    u = 4 // k.dtype.itemsize
+    rows, K, S, D = k.shape
+    return k.reshape(rows, K, S // BLOCK, BLOCK, D // u, u).swapaxes(3, 4)
+
+
+def unpack_rows(k: jax.Array) -> jax.Array:
+    rows, K, blocks, units, _, u = k.shape
+    return k.swapaxes(3, 4).reshape(rows, K, blocks * BLOCK, units * u)
+
+
+def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[..., D] -> int8 [..., D] and one float32 scale [...] per token and head: the largest magnitude becomes 127."""
+    x = x.astype(jnp.float32)
+    top = jnp.abs(x).max(-1)
+    inverse = jnp.where(top > 0, 127 / jnp.where(top > 0, top, 1), 0)
+    return jnp.clip(jnp.round(x * inverse[..., None]), -127, 127).astype(jnp.int8), top * np.float32(1 / 127)
+
+
+def empty_cache(rows: int, K: int, S: int, D: int, dtype=jnp.float32) -> PackedCache:
+    """Zeros; S is rounded up to whole blocks."""
+    dtype = jnp.dtype(dtype)
+    _check.that("empty_cache", dtype in DTYPES, f"dtype is {dtype}, wanted {_check.names(DTYPES)}")
+    _check.that("empty_cache", D % 8 == 0, f"D is {D}, must be a multiple of 8")
+    S, u = -(-S // BLOCK) * BLOCK, 4 // dtype.itemsize
+    scales = (rows, K, S) if dtype == jnp.int8 else (0,)
+    return PackedCache(
+        k=jnp.zeros((rows, K, S // BLOCK, D // u, BLOCK, u), dtype),
+        v=jnp.zeros((rows, K, S, D), dtype),
+        k_scale=jnp.zeros(scales, jnp.float32),
+        v_scale=jnp.zeros(scales, jnp.float32),
+    )
+
+
+def pack_cache(k_cache: jax.Array, v_cache: jax.Array, dtype=None) -> PackedCache:
+    """Row caches [rows, K, S, D] -> packed, in `dtype` (default: theirs); S is rounded up to whole blocks of zeros."""
+    dtype = jnp.dtype(k_cache.dtype if dtype is None else dtype)
+    _check.array("pack_cache", "v_cache", v_cache, k_cache.shape, (k_cache.dtype,))
+    _check.that("pack_cache", dtype in DTYPES, f"dtype is {dtype}, wanted {_check.names(DTYPES)}")
+    _check.that("pack_cache", k_cache.shape[3] % 8 == 0, f"D is {k_cache.shape[3]}, must be a multiple of 8")
+    pad = ((0, 0), (0, 0), (0, -k_cache.shape[2] % BLOCK), (0, 0))
+    k, v = jnp.pad(k_cache, pad), jnp.pad(v_cache, pad)
+    if dtype != jnp.int8:
+        ks, vs = no_scales()
+        return PackedCache(k=pack_rows(k.astype(dtype)), v=v.astype(dtype), k_scale=ks, v_scale=vs)
+    (k, ks), (v, vs) = quantise(k), quantise(v)
+    return PackedCache(k=pack_rows(k), v=v, k_scale=ks, v_scale=vs)
+
+
+def unpack_cache(cache: PackedCache, S: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """Row caches [rows, K, S, D] of the first S tokens; int8 becomes float32 times its scale."""
+    k, v = unpack_rows(cache.k), cache.v
+    if cache.dtype == jnp.int8:
+        k, v = k * cache.k_scale[..., None], v * cache.v_scale[..., None]
+    return k[:, :, :S], v[:, :, :S]
+
+
+def _check_cache(op, cache, B, K, D, table) -> None:
+    rows, _, S, _ = cache.shape
+    _check.array(op, "cache.v", cache.v, (None if table is not None else B, K, None, D), DTYPES)
+    u = 4 // cache.dtype.itemsize
+    _check.array(op, "cache.k", cache.k, (rows, K, S // BLOCK, D // u, BLOCK, u), (cache.dtype,))
+    scales = (rows, K, S) if cache.dtype == jnp.int8 else (0,)
+    _check.array(op, "cache.k_scale", cache.k_scale, scales, (jnp.float32,))
+    _check.array(op, "cache.v_scale", cache.v_scale, scales, (jnp.float32,))
+    if table is not None:
+        _check.array(op, "block_table", table, (B, None), (jnp.int32,))
+
+
+def chunked_attention_packed(q, k_new, v_new, cache, lengths, *, block_table=None, tree_mask=None, scale=None, window=None,
+                             softcap=None, num_new=None):
+    """chunked_attention over a PackedCache; returns (out, cache'), the cache in place when it is donated. T is at most 64.
+
+    block_table [B, P] int32: token s of request b lives in cache row block_table[b, s // S] (pages of S tokens); a request's
+    capacity ends at its first entry outside [0, rows). No page that is written may be shared. An int8 cache is quantised on append.
+    """
+    op = "chunked_attention_packed"
+    B, T, _, K, D = check_new(op, q, k_new, v_new, lengths, tree_mask, num_new)
+    _check.that(op, T <= MAX_NEW, f"at most {MAX_NEW} new tokens a call, got T {T}")
+    _check_cache(op, cache, B, K, D, block_table)
+    options = dict(scale=scale, window=window, softcap=softcap)
+    num_new = jnp.full((B,), T, jnp.int32) if num_new is None else num_new
+    extra = {"tree_mask": tree_mask, "block_table": block_table}
+    extra = {name: x for name, x in extra.items() if x is not None}
+
+    def kernel(q, k_new, v_new, cache, lengths, num_new, extra):
+        caches = (cache.k, cache.v, cache.k_scale, cache.v_scale)
+        mask, table = extra.get("tree_mask"), extra.get("block_table")
+        out, *caches = kernel_call(q, k_new, v_new, lengths, num_new, mask, table, caches, **options)
+        return out, PackedCache(*caches)
+
+    def reference(q, k_new, v_new, cache, lengths, num_new, extra):
+        return chunked_attention_packed_ref(q, k_new, v_new, cache, lengths, num_new=num_new, **extra, **options)
+
+    args = (q, k_new, v_new, cache, lengths, num_new, extra)
+    if _ffi.module() is None:
+        return reference(*args)
+    return jax.lax.platform_dependent(*args, cpu=kernel, default=reference)
+
+
+def _gather_pages(x: jax.Array, table: jax.Array) -> jax.Array:
+    """[rows, K, S, ...] -> [B, K, P * S, ...]"""
+    pages = jnp.moveaxis(x[jnp.clip(table, 0, x.shape[0] - 1)], 1, 2)  # [B, K, P, S, ...]
+    return pages.reshape(*pages.shape[:2], -1, *pages.shape[4:])
+
+
+def _scatter_pages(x: jax.Array, rows: jax.Array, table: jax.Array) -> jax.Array:
+    B, P = table.shape
+    pages = jnp.moveaxis(rows.reshape(B, rows.shape[1], P, x.shape[2], *rows.shape[3:]), 2, 1)
+    valid = (table >= 0) & (table < x.shape[0])
+    return x.at[jnp.where(valid, table, x.shape[0])].set(pages, mode="drop")
+
+
+def chunked_attention_packed_ref(q, k_new, v_new, cache, lengths, *, block_table=None, tree_mask=None, scale=None, window=None,
+                                 softcap=None, num_new=None):
+    """As chunked_attention_packed, in jnp only: unpack, append, attend, pack."""
+    B, T, _, D = q.shape
+    parts = [unpack_rows(cache.k), cache.v]
+    new = [k_new, v_new]
+    if cache.dtype == jnp.int8:
+        parts += [cache.k_scale[..., None], cache.v_scale[..., None]]
+        (k8, ks), (v8, vs) = quantise(k_new), quantise(v_new)
+        new = [k8, v8, ks[..., None], vs[..., None]]
+    S = cache.shape[2]
+    rows = parts
+    if block_table is not None:
+        valid = (block_table >= 0) & (block_table < cache.shape[0])
+        capacity = jnp.cumprod(valid, axis=1).sum(1) * S
+        S = S * block_table.shape[1]
+        rows = [_gather_pages(x, block_table) for x in parts]
+    else:
+        capacity = jnp.full((B,), S)
+    lengths = jnp.clip(lengths, 0, capacity).astype(jnp.int32)
+    num_new = jnp.full((B,), T, jnp.int32) if num_new is None else jnp.clip(num_new, 0, T).astype(jnp.int32)
+    written = jnp.minimum(num_new, capacity - lengths).astype(jnp.int32)
+    rows = [append(x, n, lengths, written) for x, n in zip(rows, new, strict=True)]
+    k, v = rows[:2]
+    if cache.dtype == jnp.int8:
+        k, v = k * rows[2], v * rows[3]
+    mask = attended(tree_mask, lengths, num_new, T, S, window) & (jnp.arange(S) < capacity[:, None, None])
+    out = attend(q, k, v, mask, scale=D**-0.5 if scale is None else scale, softcap=softcap)
+    if block_table is not None:
+        rows = [_scatter_pages(x, r, block_table) for x, r in zip(parts, rows, strict=True)]
+    scales = [x[..., 0] for x in rows[2:]] or list(no_scales())
+    return out, PackedCache(pack_rows(rows[0]), rows[1], *scales)

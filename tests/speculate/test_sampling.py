@@ -35,7 +35,8 @@ def reference(logits: np.ndarray, temperature: float, top_k: int, top_p: float) 
     logits=hnp.arrays(
         np.float32,
         (4, V),
-        elements=st.one_of(st.integers(-3, 3).map(float), st.floats(-10, 10, width=32, allow_subnormal=False)),
+        # quarters for ties; steps of 2**-10, so that float32 keeps apart what float64 does
+        elements=st.one_of(st.integers(-12, 12).map(lambda i: i / 4), st.integers(-10240, 10240).map(lambda i: i / 1024)),
     ),
     temperature=st.floats(0.125, 4, width=32),
     top_k=st.integers(0, V + 2),

@@ -55,9 +55,7 @@ def header_length(prefix: bytes, file_bytes: int, file: str) -> int:
     if length < 2:
         raise CheckpointError(f"{file}: header length is {length}; expected at least 2: this is no safetensors file")
     if length > file_bytes - PREFIX_BYTES:
-        raise CheckpointError(
-            f"{file}: header length is {length}, but the file has {file_bytes} bytes: is the download complete?"
-        )
+        raise CheckpointError(f"{file}: header length is {length}, but the file has {file_bytes} bytes: is the download complete?")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(f"{file}: header length is {length}; at most {MAX_HEADER_BYTES} bytes are read")
     return length

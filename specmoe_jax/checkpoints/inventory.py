@@ -42,8 +42,7 @@ def take_inventory(config: ModelConfig, checkpoint: Checkpoint) -> Inventory:
     weights = {spec.name: names.take(spec) for spec in spec_leaves(family_of(config).weight_specs(config))}
     names.raise_if_missing()  # the router's shape has now confirmed the number of experts that is counted to next
     experts = tuple(
-        tuple(_expert(config, names, layer, expert) for expert in range(config.num_experts))
-        for layer in range(config.num_layers)
+        tuple(_expert(config, names, layer, expert) for expert in range(config.num_experts)) for layer in range(config.num_layers)
     )
     names.raise_if_missing()
     names.raise_if_unused()
@@ -119,9 +118,7 @@ def _from_block(names: _Names, name: str, spec: ExpertSpec) -> ExpertSource:
     return ExpertSource(*(Piece(block, i * size, spec.gate.shape) for i in range(3)), down_transposed=True)
 
 
-def _from_fused(
-    names: _Names, gate_up: TensorSpec, down: TensorSpec, spec: ExpertSpec, expert: int
-) -> ExpertSource | None:
+def _from_fused(names: _Names, gate_up: TensorSpec, down: TensorSpec, spec: ExpertSpec, expert: int) -> ExpertSource | None:
     stored_gate_up, stored_down = names.take(gate_up), names.take(down)
     if stored_gate_up is None or stored_down is None:
         return None

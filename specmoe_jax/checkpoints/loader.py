@@ -7,11 +7,11 @@ import pathlib
 import jax.numpy as jnp
 import tqdm
 
-from specmoe_jax.checkpoints import manifest
+from specmoe_jax.checkpoints import manifest, orbax_parts
 from specmoe_jax.checkpoints.files import open_checkpoint, read_json
 from specmoe_jax.checkpoints.header import quote
 from specmoe_jax.checkpoints.inventory import Inventory, take_inventory
-from specmoe_jax.checkpoints.tensors import TARGET_DTYPES, host_block, read_tensor
+from specmoe_jax.checkpoints.tensors import TARGET_DTYPES, HostBlocks, read_tensor
 from specmoe_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from specmoe_jax.config import ModelConfig
 from specmoe_jax.errors import CheckpointError, RequestError
@@ -35,14 +35,19 @@ def load_model(
 
     dtype: "float32" (default) or "bfloat16"; stored bfloat16 is kept bit for bit under "bfloat16".
     progress: a bar of bytes read, silent when standard error is not a terminal.
-    check_finite: refuse NaN and infinite weights.
+    check_finite: refuse NaN and infinite weights. Experts that are mapped are not read, so not checked again; the
+        conversion that laid them out has.
     verify: first compare every tensor with the manifest of hashes in the directory.
-    Peak host memory: the weights and one expert. Raises CheckpointError, one line that names file and tensor.
+    Peak host memory: the weights and one expert. Of a checkpoint converted to the mappable layout (convert.py) and loaded
+    in the dtype it is stored in, the experts are pages of the files, which must not change while the model is in use.
+    Raises CheckpointError, one line that names file and tensor.
     """
     dtype = dtype or "float32"
     if dtype not in TARGET_DTYPES:
         raise RequestError(f"dtype is {dtype!r}; it must be one of {', '.join(TARGET_DTYPES)}")
     path = checkpoint_path(path_or_name)
+    if (path / orbax_parts.DESCRIPTION_FILE).exists():
+        raise CheckpointError(f"{path}: an Orbax export; convert it first: scripts/convert_checkpoint.py --format=specmoe")
     config = load_config(path)
     tokenizer = load_model_tokenizer(path, config)
     checkpoint = open_checkpoint(path)
@@ -106,8 +111,10 @@ def _read(config: ModelConfig, tokenizer, inventory: Inventory, dtype: str, chec
         bar.update(tensor.entry.bytes)
         return array
 
+    host_block = HostBlocks(dtype, check_finite=check_finite)
+
     def expert(source):
-        block = host_block(source, dtype, check_finite=check_finite)
+        block = host_block(source)
         bar.update(source.bytes)
         return block
 

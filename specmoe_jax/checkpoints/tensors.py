@@ -1,6 +1,7 @@
 """Stored tensors -> arrays in the compute dtype, a small piece at a time, so that nothing is held twice."""
 
 import math
+import pathlib
 from typing import NamedTuple
 
 import jax
@@ -70,9 +71,31 @@ def read_expert(source: ExpertSource, dtype: str, *, check_finite: bool) -> np.n
     return block if dtype == "float32" else block.view(np.uint16)
 
 
-def host_block(source: ExpertSource, dtype: str, *, check_finite: bool) -> jax.Array:
-    """An expert in pinned host memory."""
-    return to_host(read_expert(source, dtype, check_finite=check_finite))
+class HostBlocks:
+    """Experts in pinned host memory: mapped where they are stored as they are needed, else read and converted.
+
+    A mapped block costs no copy and no memory until it is used (on an accelerator it is copied into pinned pages).
+    """
+
+    def __init__(self, dtype: str, *, check_finite: bool):
+        self._dtype, self._check_finite = dtype, check_finite
+        self._maps: dict[pathlib.Path, np.ndarray] = {}  # one map a file: each would keep a descriptor open
+
+    def __call__(self, source: ExpertSource) -> jax.Array:
+        """The block [3, F, M] of an expert; bfloat16 as uint16 bits. Raises CheckpointError."""
+        tensor = source.gate.tensor
+        if not self._mappable(source):
+            return to_host(read_expert(source, self._dtype, check_finite=self._check_finite))
+        if tensor.path not in self._maps:
+            self._maps[tensor.path] = np.memmap(tensor.path, np.uint8, mode="r")
+        block = self._maps[tensor.path][tensor.entry.start : tensor.entry.end]
+        block = np.asarray(block).view(np.float32 if self._dtype == "float32" else np.uint16)
+        return to_host(block.reshape(3, *source.gate.shape))
+
+    def _mappable(self, source: ExpertSource) -> bool:
+        tensor = source.gate.tensor
+        as_needed = source.down_transposed and tensor.dtype == TARGET_DTYPES[self._dtype]
+        return as_needed and tensor.entry.start % ALIGNMENT == 0
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -34,9 +34,7 @@ def fused(tensors: dict) -> dict:
     """The same weights in the names that newer writers may use."""
     out = {n.replace("block_sparse_moe.gate", "mlp.gate"): t for n, t in tensors.items() if ".experts." not in n}
     for layer in range(CONFIG.num_layers):
-        w1, w2, w3 = (
-            np.stack([tensors[EXPERT.format(layer, e, i)] for e in range(CONFIG.num_experts)]) for i in (1, 2, 3)
-        )
+        w1, w2, w3 = (np.stack([tensors[EXPERT.format(layer, e, i)] for e in range(CONFIG.num_experts)]) for i in (1, 2, 3))
         out[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = np.concatenate([w1, w3], axis=1)
         out[f"model.layers.{layer}.mlp.experts.down_proj"] = w2
     return out

@@ -46,9 +46,7 @@ def modules(name: str) -> dict[str, jax.Array]:
     found = {"embed": h}
     for i, (weights, blocks) in enumerate(zip(model.weights.layers, model.experts, strict=True)):
         q, k, v = layers.pre_attention(config, weights, h, positions)
-        after, x, routing = layers.post_attention(
-            config, weights, h, reference_attention(q, k, v, config.sliding_window), valid
-        )
+        after, x, routing = layers.post_attention(config, weights, h, reference_attention(q, k, v, config.sliding_window), valid)
         found |= {f"layer{i}.attention": after - h, f"layer{i}.router_ids": routing.ids}
         outputs = jnp.stack([reference_expert(x, jax.device_put(block, jax.memory.Space.Device)) for block in blocks], axis=1)
         chosen = jnp.take_along_axis(outputs, routing.ids[..., None], axis=1)
@@ -105,6 +103,4 @@ def test_logits_of_the_demo(prompt):
 
 @pytest.mark.parametrize("prompt", range(len(golden_models.DEMO_TEXTS)))
 def test_demo_tokenizer_still_gives_the_prompts(prompt):
-    np.testing.assert_array_equal(
-        [demo().tokenizer.encode(golden_models.DEMO_TEXTS[prompt])], golden("demo")[f"prompt{prompt}"]
-    )
+    np.testing.assert_array_equal([demo().tokenizer.encode(golden_models.DEMO_TEXTS[prompt])], golden("demo")[f"prompt{prompt}"])

@@ -1,0 +1,88 @@
+"""What a conversion reads from: a safetensors directory of any layout, or an Orbax export, behind one face."""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from specmoe_jax.checkpoints import orbax_parts
+from specmoe_jax.checkpoints.files import NUMPY_DTYPES, Checkpoint, open_checkpoint, read_bytes
+from specmoe_jax.checkpoints.inventory import PADDING_PREFIX, block_name, take_inventory
+from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
+from specmoe_jax.checkpoints.manifest import checkpoint_hash
+from specmoe_jax.checkpoints.tensors import TARGET_DTYPES, read_expert, read_tensor
+from specmoe_jax.config import ModelConfig
+from specmoe_jax.errors import CheckpointError, RequestError
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """weight: array of a canonical name. expert: block [3, F, M] of (layer, expert); both finite, in `dtype`.
+
+    hash: id of the checkpoint, so that a conversion is not resumed with another.
+    """
+
+    path: pathlib.Path
+    config: ModelConfig
+    dtype: str
+    hash: str
+    weight: Callable[[str], np.ndarray]
+    expert: Callable[[int, int], np.ndarray]
+
+
+def open_source(model: str, dtype: str | None) -> Source:
+    """The source of a directory or bundled model; what it is stands in its files, not in its name. Raises CheckpointError."""
+    if dtype is not None and dtype not in TARGET_DTYPES:
+        raise RequestError(f"dtype is {dtype!r}; it must be one of {', '.join(TARGET_DTYPES)}")
+    path = checkpoint_path(model)
+    if (path / orbax_parts.DESCRIPTION_FILE).exists():
+        return _orbax_source(path, dtype)
+    return _safetensors_source(path, dtype)
+
+
+def _safetensors_source(path: pathlib.Path, dtype: str | None) -> Source:
+    config, checkpoint = load_config(path), open_checkpoint(path)
+    inventory, dtype = take_inventory(config, checkpoint), dtype or _stored_dtype(checkpoint)
+
+    @functools.lru_cache(maxsize=1)  # the Hugging Face layout asks for the three matrices of an expert one by one
+    def expert(layer: int, expert: int) -> np.ndarray:
+        block = read_expert(inventory.experts[layer][expert], dtype, check_finite=True)
+        return block.view(TARGET_DTYPES[dtype])
+
+    return Source(
+        path=path,
+        config=config,
+        dtype=dtype,
+        hash=checkpoint_hash(path),
+        weight=lambda name: read_tensor(inventory.weights[name], dtype, check_finite=True),
+        expert=expert,
+    )
+
+
+def _orbax_source(path: pathlib.Path, dtype: str | None) -> Source:
+    stored, hashes = orbax_parts.read_description(path)
+    part = functools.lru_cache(maxsize=1)(lambda index: orbax_parts.verified(path, index, hashes))
+
+    def array(index: int, name: str) -> np.ndarray:
+        arrays = part(index)
+        if name not in arrays:
+            raise CheckpointError(f"{orbax_parts.part_name(index, 0)}: tensor {name}: missing that config.json asks for")
+        return arrays[name].astype(TARGET_DTYPES[dtype or stored])
+
+    return Source(
+        path=path,
+        config=load_config(path),
+        dtype=dtype or stored,
+        hash=hashlib.sha256(read_bytes(path / orbax_parts.DESCRIPTION_FILE)).hexdigest(),
+        weight=lambda name: array(0, name),
+        expert=lambda layer, expert: array(layer + 1, block_name(layer, expert)),
+    )
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> str:
+    """The narrowest compute dtype that loses nothing of what is stored (of float64, which no model needs, it does)."""
+    names = {t.entry.dtype for name, t in checkpoint.tensors.items() if not name.startswith(PADDING_PREFIX)}
+    return "bfloat16" if {NUMPY_DTYPES[name] for name in names} == {NUMPY_DTYPES["BF16"]} else "float32"

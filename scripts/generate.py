@@ -15,7 +15,7 @@ import tqdm
 from absl import flags
 
 from specmoe_jax import Engine, Plan, SamplingParams, load_model, metrics
-from specmoe_jax.config import DRAFTS, DTYPES, EXPERT_FLOWS, GIB, KV_TIERS, ModelConfig, preset
+from specmoe_jax.config import DRAFTS, DTYPES, EXPERT_FLOWS, GIB, KV_TIERS, PRESETS, ModelConfig, preset
 from specmoe_jax.engine.prompts import Prompt, read_prompts
 from specmoe_jax.errors import PlanError, RequestError
 
@@ -23,7 +23,7 @@ _MODEL = flags.DEFINE_string("model", "demo", '"demo" (bundled) or a directory w
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "A file of prompts: .txt, one a line, or .jsonl.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where finished requests go, as JSON lines. Default: text to stdout.")
-_PRESET = flags.DEFINE_string("preset", None, "resident, on_demand or specmoe (default).")
+_PRESET = flags.DEFINE_string("preset", None, f"One of {', '.join(PRESETS)}; default specmoe.")
 _PLAN = flags.DEFINE_string("plan", None, "A plan as JSON, instead of a preset.")
 _DRAFT = flags.DEFINE_enum("draft", None, [d for d in DRAFTS if d != "custom"], "Overrides the plan's draft.")
 _DRAFT_LENGTH = flags.DEFINE_integer("draft_length", None, "Tokens drafted per step.")

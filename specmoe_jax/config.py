@@ -8,7 +8,10 @@ from specmoe_jax.errors import PlanError, RequestError
 
 GIB = 1 << 30
 
-DRAFTS = ("none", "self", "custom")
+DRAFTS = ("none", "self", "ngram", "custom")
+DRAFT_SETS = ("hot_temporal", "hot_global", "random", "decay", "accepted")
+SUBSTITUTIONS = ("affinity", "random")
+PREFETCHES = ("none", "draft", "oracle")
 EXPERT_FLOWS = ("resident", "on_demand")
 KV_TIERS = ("accelerator", "host")
 DTYPES = ("float32", "bfloat16")
@@ -82,7 +85,13 @@ class Plan:
     preset: str
     draft: str = "none"
     draft_length: int | None = None  # N tokens drafted per step
-    draft_experts: int | None = None  # resident draft experts per MoE layer
+    draft_experts: int | None = None  # N resident draft experts per MoE layer (draft=self)
+    draft_set: str | None = None  # which experts those are (draft=self); None: hot_temporal
+    substitution: str | None = None  # who stands in for the others (draft=self); None: affinity
+    guard: bool = False  # adapt the draft length while running, down to no draft where it does not pay
+    cached_experts: int | None = None  # most used experts kept per MoE layer without a self-draft (MoE-Caching)
+    prefetch: str = "none"  # "draft": what the draft's gates chose; "oracle": MoE-Overlap, emulated links only
+    spare_slots: int | None = None  # slots for prefetch=draft; None: as many as one layer's dispatch
     expert_flow: str = "on_demand"
     kv_tier: str = "accelerator"
     batch_size: int = 16
@@ -92,6 +101,7 @@ class Plan:
     device_memory_bytes: int | None = None  # None: as much as the plan can use
     host_memory_bytes: int | None = None  # None: what the machine has
     link_bytes_per_s: float | None = None  # emulate a slower link; None: the real one
+    synthetic_acceptance: float | None = None  # accept each drafted token with this probability; text is meaningless
 
     def replace(self, **changes) -> "Plan":
         """A copy with some fields changed. Unknown names raise PlanError."""
@@ -139,13 +149,17 @@ def _check_choices(plan: Plan) -> None:
         ("expert_flow", EXPERT_FLOWS),
         ("kv_tier", KV_TIERS),
         ("dtype", DTYPES),
+        ("prefetch", PREFETCHES),
+        ("draft_set", (None, *DRAFT_SETS)),
+        ("substitution", (None, *SUBSTITUTIONS)),
     ):
         if getattr(plan, name) not in choices:
+            choices = [choice for choice in choices if choice is not None]
             raise PlanError(f"{name} is {getattr(plan, name)!r}; it must be one of {', '.join(choices)}")
 
 
 def _check_types(plan: Plan) -> None:
-    for name in ("draft_length", "draft_experts", "batch_size", "micro_batches", "prefill_chunk"):
+    for name in ("draft_length", "draft_experts", "cached_experts", "spare_slots", "batch_size", "micro_batches", "prefill_chunk"):
         value = getattr(plan, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise PlanError(f"{name} is {value!r}; it must be a whole number of at least 1")
@@ -156,29 +170,41 @@ def _check_types(plan: Plan) -> None:
 
 
 def _check_draft(plan: Plan, config: ModelConfig) -> None:
-    if plan.draft == "none" and plan.draft_length is not None:
-        raise PlanError(f"draft_length={plan.draft_length} has no effect without a draft; leave it out or set a draft")
     if plan.draft != "none" and plan.draft_length is None:
         raise PlanError(f"draft={plan.draft} needs a draft_length, for example 4")
-    if plan.draft != "self" and plan.draft_experts is not None:
-        raise PlanError(
-            f"draft_experts={plan.draft_experts} has no effect with draft={plan.draft}; leave it out or set draft=self"
-        )
     if plan.draft == "self" and (plan.draft_experts is None or plan.draft_experts > config.num_experts):
         raise PlanError(
             f"draft_experts is {plan.draft_experts}; draft=self needs 1 to {config.num_experts}, the experts of a layer"
         )
+    if plan.cached_experts is not None and plan.cached_experts > config.num_experts:
+        raise PlanError(f"cached_experts is {plan.cached_experts}; a layer has {config.num_experts} experts")
+    rate = plan.synthetic_acceptance
+    if rate is not None and not (isinstance(rate, int | float) and 0 <= rate <= 1):
+        raise PlanError(f"synthetic_acceptance is {rate!r}; it must be a probability")
 
 
 def _check_effects(plan: Plan) -> None:
+    """Each line: fields that need a condition, the condition, and what to do without it."""
+    needs = (
+        (("draft_length", "guard", "synthetic_acceptance"), plan.draft != "none", "without a draft"),
+        (("draft_experts", "draft_set", "substitution"), plan.draft == "self", f"with draft={plan.draft}"),
+        (("cached_experts",), plan.draft != "self", "with draft=self, which keeps its draft experts"),
+        (("spare_slots",), plan.prefetch == "draft", f"with prefetch={plan.prefetch}"),
+        (("cached_experts", "link_bytes_per_s"), plan.expert_flow != "resident", "where every expert is resident"),
+    )
+    for names, condition, where in needs:
+        for name in names:
+            value = getattr(plan, name)
+            if not condition and value is not None and value is not False:
+                raise PlanError(f"{name}={value} has no effect {where}; leave it out")
+    if plan.draft == "self" and plan.expert_flow == "resident":
+        raise PlanError("draft=self has no effect with expert_flow=resident, where every expert is at hand; use on_demand")
+    if plan.prefetch == "draft" and plan.draft != "self":
+        raise PlanError(f"prefetch=draft has no effect with draft={plan.draft}: its gates tell nothing; use draft=self")
+    if plan.prefetch == "oracle" and plan.link_bytes_per_s is None:
+        raise PlanError("prefetch=oracle knows the future, which only an emulated link can; give --link_gbps")
     if plan.micro_batches != 1:
         raise PlanError(f"micro_batches={plan.micro_batches} has no effect with expert_flow={plan.expert_flow}; leave it 1")
-    if plan.expert_flow != "resident":
-        return
-    if plan.draft == "self":
-        raise PlanError("draft=self has no effect with expert_flow=resident, where every expert is at hand; use on_demand")
-    if plan.link_bytes_per_s is not None:
-        raise PlanError("an emulated link has no effect with expert_flow=resident: no expert crosses it; leave it out")
 
 
 def _resident(config: ModelConfig) -> Plan:
@@ -189,6 +215,16 @@ def _resident(config: ModelConfig) -> Plan:
 def _on_demand(config: ModelConfig) -> Plan:
     """MoE-OnDemand (SpecMoE, baselines): fetch what the router chose, keep nothing."""
     return Plan(preset="on_demand")
+
+
+def _overlap(config: ModelConfig) -> Plan:
+    """MoE-Overlap (SpecMoE, baselines): an oracle that fetches the next layer's experts while this one computes."""
+    return Plan(preset="overlap", prefetch="oracle")
+
+
+def _caching(config: ModelConfig) -> Plan:
+    """MoE-Caching (SpecMoE, baselines): the 10 % most used experts of each layer stay (13 of 128)."""
+    return Plan(preset="caching", cached_experts=-(-config.num_experts // 10))
 
 
 def _specmoe(config: ModelConfig) -> Plan:
@@ -204,6 +240,8 @@ def _specmoe(config: ModelConfig) -> Plan:
 PRESETS: dict[str, Callable[[ModelConfig], Plan]] = {
     "resident": _resident,
     "on_demand": _on_demand,
+    "overlap": _overlap,
+    "caching": _caching,
     "specmoe": _specmoe,
 }
 

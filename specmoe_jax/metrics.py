@@ -23,6 +23,8 @@ class Totals(NamedTuple):
     verify_s: float = 0.0
     link_bytes: int = 0
     draft_link_bytes: int = 0
+    prefetch_bytes: int = 0
+    prefetch_wasted_bytes: int = 0
     activation_bytes: int = 0
     hits: int = 0
     misses: int = 0
@@ -32,8 +34,9 @@ class Totals(NamedTuple):
 def add_step(totals: Totals, info) -> Totals:
     """Totals with one engine.state.StepInfo added."""
     accepted = info.accepted[info.active]
-    at_least = tuple(int((accepted >= j).sum()) for j in range(info.drafted + 1))
-    before = totals.accepted_at_least or (0,) * len(at_least)
+    longest = max(info.drafted + 1, len(totals.accepted_at_least))
+    at_least = tuple(int((accepted >= j).sum()) for j in range(longest))
+    before = (*totals.accepted_at_least, *[0] * (longest - len(totals.accepted_at_least)))
     return totals._replace(
         steps=totals.steps + 1,
         row_steps=totals.row_steps + int(info.active.sum()),
@@ -43,6 +46,8 @@ def add_step(totals: Totals, info) -> Totals:
         verify_s=totals.verify_s + info.verify_s,
         link_bytes=totals.link_bytes + info.link_bytes,
         draft_link_bytes=totals.draft_link_bytes + info.draft_link_bytes,
+        prefetch_bytes=totals.prefetch_bytes + info.prefetch_bytes,
+        prefetch_wasted_bytes=totals.prefetch_wasted_bytes + info.prefetch_wasted_bytes,
         activation_bytes=totals.activation_bytes + info.activation_bytes,
         hits=totals.hits + info.verify.hits,
         misses=totals.misses + info.verify.misses,
@@ -93,14 +98,26 @@ def figures(totals: Totals, plan: Plan, *, on_demand_bytes: int | None, link_byt
         "link_bytes_per_token": totals.link_bytes / tokens if tokens else None,
         "on_demand_link_bytes_per_token": on_demand_bytes / tokens if tokens and on_demand_bytes is not None else None,
         "draft_link_bytes": totals.draft_link_bytes,
+        "prefetch_bytes": totals.prefetch_bytes,
+        "prefetch_wasted_bytes": totals.prefetch_wasted_bytes,
         "activation_link_bytes": totals.activation_bytes,
         "expert_hits": totals.hits,
         "expert_misses": totals.misses,
         "floor_s": floor_s,
         "fraction_of_floor": floor_s / wall if floor_s and wall else None,
         "binding_resource": "link" if floor_s and wall and floor_s > wall / 2 else None,
-        "synthetic": ["link_bytes_per_s"] if plan.link_bytes_per_s is not None else [],
+        "synthetic": _synthetic(plan),
     }
+
+
+def _synthetic(plan: Plan) -> list[str]:
+    """What of these figures is not this machine's or this model's."""
+    stamps = {
+        "link_bytes_per_s": plan.link_bytes_per_s is not None,
+        "synthetic_acceptance": plan.synthetic_acceptance is not None,
+        "oracle_prefetch": plan.prefetch == "oracle",
+    }
+    return [name for name, touched in stamps.items() if touched]
 
 
 class CompileCounter:

@@ -9,99 +9,157 @@ import numpy as np
 from specmoe_jax.engine import stages
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, PassInfo
-from specmoe_jax.offload.residency import LayerPlan, plan_layer
+from specmoe_jax.offload.residency import LayerPlan, plan_layer, plan_prefetch
 from specmoe_jax.speculate.hotness import count_choices
 from specmoe_jax.types import KVCache, Routing
 
 
+NO_SLOTS = np.zeros(0, np.int32)
+
+
 class TargetPass(NamedTuple):
-    """h: [B, T, M] after the last layer. votes: [L, E] int64, how often each expert was chosen."""
+    """h: [B, T, M] after the last layer. counts: [L, E] int64, how often each expert was chosen."""
 
     h: jax.Array
     kv: KVCache
     memory: ExpertMemory
-    votes: np.ndarray
+    counts: np.ndarray
     info: PassInfo
 
 
+class LayerInfo(NamedTuple):
+    """What one layer of a pass did: its plan, its routing ids [n, A], and what it prefetched for later layers."""
+
+    plan: LayerPlan
+    ids: np.ndarray
+    counts: np.ndarray
+    prefetched: int
+    prefetch_hits: int
+
+
 def target_pass(
-    rt: Runtime, memory: ExpertMemory, kv: KVCache, tokens, lengths, num_new, votes: np.ndarray
+    rt: Runtime, memory: ExpertMemory, kv: KVCache, tokens, lengths, num_new, *, earlier: np.ndarray, predicted: np.ndarray
 ) -> TargetPass:
     """The exact model over tokens [B, T] at positions lengths[b] + t; rows t >= num_new[b] are padding.
 
-    votes: [L, E], choices that count towards the next draft set beside those of this pass (zeros, or the
-    earlier chunks of a prefill). kv and the memory's pool are consumed.
+    earlier: [L, E], choices of the earlier chunks of the same prefill. predicted: [L, E], choices that are
+    expected of this pass (0 = none), worth a prefetch. kv and the memory's pool are consumed.
     """
     h, lengths, num_new = stages.embed(rt.weights, tokens), jnp.asarray(lengths), jnp.asarray(num_new)
-    keys, values, plans, routings, all_votes = [], [], [], [], []
+    keys, values, infos = [], [], []
     for layer in range(rt.config.num_layers):
         if rt.plan.expert_flow == "resident":
-            h, k, v = resident_layer(rt, layer, h, kv, lengths, num_new, memory.pool, rt.resident_slots[layer])
+            h, _, k, v = resident_layer(rt, layer, h, kv, lengths, num_new, memory.pool, rt.resident_slots[layer])
         else:
             h, x, routing, k, v = attention(rt, layer, h, kv, lengths, num_new)
-            ids = np.asarray(routing.ids)  # the host waits here: only now is known what must be fetched
-            counts = votes[layer] + count_choices(ids, rt.config.num_experts)
-            h, memory, plan = migrate_and_compute(rt, layer, memory, h, x, routing, ids, counts)
-            plans.append(plan)
-            routings.append(ids.reshape(*h.shape[:2], -1))
-            all_votes.append(counts)
+            h, memory, info = migrate_and_compute(rt, layer, memory, h, x, routing, earlier[layer], predicted)
+            infos.append(info)
         keys.append(k)
         values.append(v)
     return TargetPass(
         h=h,
         kv=KVCache(k=tuple(keys), v=tuple(values)),
         memory=memory,
-        votes=np.stack(all_votes) if all_votes else votes,
-        info=_pass_info(plans, routings),
+        counts=np.stack([info.counts for info in infos]) if infos else earlier,
+        info=_pass_info(infos, tokens.shape),
     )
 
 
 def migrate_and_compute(
-    rt: Runtime, layer: int, memory: ExpertMemory, h, x, routing: Routing, ids: np.ndarray, counts: np.ndarray
-) -> tuple[jax.Array, ExpertMemory, LayerPlan]:
-    """Plans what layer `layer` must fetch for its routing, fetches it and computes its experts, wave by wave."""
+    rt: Runtime, layer: int, memory: ExpertMemory, h, x, routing: Routing, earlier: np.ndarray, predicted: np.ndarray
+) -> tuple[jax.Array, ExpertMemory, LayerInfo]:
+    """Fetches what layer `layer` needs for its routing and computes its experts, wave by wave.
+
+    While its own misses travel, the link is also given the predicted misses of the layers after it.
+    """
+    ids = np.asarray(routing.ids)  # the host waits here: only now is known what must be fetched
+    counts = earlier + count_choices(ids, rt.config.num_experts)
     needed = np.zeros(rt.config.num_experts, bool)
     needed[ids[ids >= 0]] = True
-    keep = rt.keep(layer, counts, memory.residency.slot_of[layer] >= 0)
+    keep = rt.keep(layer, memory.votes[layer], counts, memory.residency.slot_of[layer] >= 0)
     plan, residency = plan_layer(memory.residency, layer, needed, keep)
-    h, pool = execute(rt, layer, plan, memory.pool, h, x, routing)
-    return h, ExpertMemory(pool=pool, residency=residency), plan
+    hits = int((memory.prefetched[layer] & needed).sum())
+    prefetched = memory.prefetched.copy()
+    prefetched[layer] = False
+    memory = memory._replace(residency=residency, prefetched=prefetched)
+    h, memory, ahead = execute(rt, layer, plan, memory, h, x, routing, predicted)
+    return h, memory, LayerInfo(plan=plan, ids=ids, counts=counts, prefetched=ahead, prefetch_hits=hits)
 
 
-def execute(rt: Runtime, layer: int, plan: LayerPlan, pool, h, x, routing: Routing) -> tuple[jax.Array, jax.Array]:
-    """Does what the plan says: per wave, copies and then the experts. -> h, pool.
+def execute(
+    rt: Runtime, layer: int, plan: LayerPlan, memory: ExpertMemory, h, x, routing: Routing, predicted: np.ndarray
+) -> tuple[jax.Array, ExpertMemory, int]:
+    """Does what the plan says: per wave, copies and then the experts. -> h, memory, experts prefetched.
 
     Which of the two forms runs is fixed by the memory account, so that nothing compiles after warm-up.
     """
     if rt.single_wave:
         (wave,) = plan.waves
-        pool = rt.store.fetch(pool, layer, wave)
-        return stages.experts(h, x, routing, pool, wave.slots), pool
-    outputs = jnp.zeros((*routing.ids.shape, x.shape[-1]), jnp.float32, device=rt.device)
+        memory = memory._replace(pool=rt.store.fetch(memory.pool, wave.fetch))
+        memory, ahead = prefetch(rt, memory, predicted, first_layer=layer + 1, in_use=wave.slots)
+        rt.store.wait(wave.slots)
+        return stages.experts(h, x, routing, memory.pool, wave.slots), memory, ahead
+    outputs, pool = jnp.zeros((*routing.ids.shape, x.shape[-1]), jnp.float32, device=rt.device), memory.pool
     for wave in plan.waves:
-        pool = rt.store.fetch(pool, layer, wave)
+        pool = rt.store.fetch(pool, wave.fetch)
+        rt.store.wait(wave.slots)
         outputs = stages.experts_wave(outputs, x, routing.ids, pool, wave.slots)
-    return stages.combine(h, outputs, routing), pool
+    return stages.combine(h, outputs, routing), memory._replace(pool=pool), 0
 
 
-def draft_forward(rt: Runtime, pool, slots, kv: KVCache, tokens, lengths, active) -> tuple[jax.Array, KVCache]:
-    """One token per row through resident experts only. tokens [B]; slots: L tables [E] -> logits [B, V], kv."""
+def prefetch(
+    rt: Runtime,
+    memory: ExpertMemory,
+    predicted: np.ndarray,
+    *,
+    first_layer: int,
+    in_use: np.ndarray = NO_SLOTS,
+    budget_s: float = float("inf"),
+) -> tuple[ExpertMemory, int]:
+    """Starts copies of predicted experts of layers >= first_layer into spare slots. -> memory, experts copied.
+
+    in_use: slots that the next computation reads. budget_s: seconds that the link may be busy from now on (known
+    for an emulated link only).
+    """
+    if rt.plan.prefetch != "draft":
+        return memory, 0
+    ahead = np.where(np.arange(len(predicted))[:, None] >= first_layer, predicted, 0)
+    limit = rt.store.copies_within(budget_s)
+    copies, residency = plan_prefetch(
+        memory.residency, ahead, reserve=rt.dispatch_slots, limit=limit, in_use=in_use
+    )
+    prefetched = memory.prefetched.copy()
+    for layer, expert, _ in copies:
+        prefetched[layer, expert] = True
+    pool = rt.store.fetch(memory.pool, copies)
+    return memory._replace(pool=pool, residency=residency, prefetched=prefetched), len(copies)
+
+
+def draft_forward(
+    rt: Runtime, pool, slots, kv: KVCache, tokens, lengths, active
+) -> tuple[jax.Array, KVCache, list[jax.Array]]:
+    """One token per row through resident experts only. tokens [B]; slots [L, E].
+
+    -> logits [B, V], kv, and per layer the experts [B, A] that the router chose, resident or not.
+    """
     h = stages.embed(rt.weights, jnp.asarray(tokens)[:, None])
-    lengths, num_new, keys, values = jnp.asarray(lengths), jnp.asarray(active, jnp.int32), [], []
+    lengths, num_new = jnp.asarray(lengths), jnp.asarray(active, jnp.int32)
+    keys, values, choices = [], [], []
     for layer in range(rt.config.num_layers):
-        h, k, v = resident_layer(rt, layer, h, kv, lengths, num_new, pool, slots[layer])
+        h, ids, k, v = resident_layer(rt, layer, h, kv, lengths, num_new, pool, slots[layer])
         keys.append(k)
         values.append(v)
-    return stages.head(rt.config, rt.weights, h)[:, 0], KVCache(k=tuple(keys), v=tuple(values))
+        choices.append(ids)
+    return stages.head(rt.config, rt.weights, h)[:, 0], KVCache(k=tuple(keys), v=tuple(values)), choices
 
 
 def resident_layer(rt: Runtime, layer: int, h, kv: KVCache, lengths, num_new, pool, slots):
-    """A layer whose experts need no copy: one program where the cache is on the accelerator. -> h, k, v."""
+    """A layer whose experts need no copy: one program where the cache is on the accelerator. -> h, ids, k, v."""
     if rt.plan.kv_tier == "accelerator":
         weights = rt.weights.layers[layer]
         return stages.layer(rt.config, weights, h, kv.k[layer], kv.v[layer], lengths, num_new, pool, slots)
     h, x, routing, k, v = attention(rt, layer, h, kv, lengths, num_new)
-    return stages.experts(h, x, routing, pool, slots), k, v
+    return stages.experts(h, x, routing, pool, slots), routing.ids, k, v
 
 
 def attention(rt: Runtime, layer: int, h, kv: KVCache, lengths, num_new):
@@ -116,11 +174,13 @@ def attention(rt: Runtime, layer: int, h, kv: KVCache, lengths, num_new):
     return h, x, routing, k_cache, v_cache
 
 
-def _pass_info(plans: list[LayerPlan], routings: list[np.ndarray]) -> PassInfo:
+def _pass_info(infos: list[LayerInfo], shape: tuple[int, int]) -> PassInfo:
     return PassInfo(
-        hits=sum(plan.hits for plan in plans),
-        misses=sum(plan.misses for plan in plans),
-        fetched=sum(plan.fetched for plan in plans),
-        waves=sum(len(plan.waves) for plan in plans),
-        routing=np.stack(routings) if routings else None,
+        hits=sum(info.plan.hits for info in infos),
+        misses=sum(info.plan.misses for info in infos),
+        fetched=sum(info.plan.fetched for info in infos),
+        waves=sum(len(info.plan.waves) for info in infos),
+        prefetched=sum(info.prefetched for info in infos),
+        prefetch_hits=sum(info.prefetch_hits for info in infos),
+        routing=np.stack([info.ids.reshape(*shape, -1) for info in infos]) if infos else None,
     )

@@ -65,8 +65,6 @@ class Engine:
             raise PlanError(f"draft={plan.draft} and a draft object {'' if draft else 'not '}given; custom needs one")
         if plan.dtype != model.dtype:
             raise PlanError(f"the plan says dtype={plan.dtype}, the model was loaded as {model.dtype}; make them agree")
-        if draft is not None and draft.length != plan.draft_length:
-            raise PlanError(f"draft_length is {plan.draft_length} and the draft's own length {draft.length}; make them agree")
         self._custom_draft = draft
         self._rt = self._memory = self._account = None
         self._compiles = metrics.CompileCounter()

@@ -17,14 +17,17 @@ def prefill(
     by the votes of the whole prompt, not of its last chunk.
     """
     counts = np.array([max(len(prompt) - 1, 0) for prompt in prompts], np.int32)
-    votes = np.zeros((rt.config.num_layers, rt.config.num_experts), np.int64)
+    totals = np.zeros((rt.config.num_layers, rt.config.num_experts), np.int64)
+    nothing = np.zeros_like(totals)
     infos = []
     for start in range(0, int(counts.max()), chunk):
         tokens = np.zeros((len(prompts), chunk), np.int32)
         num_new = np.clip(counts - start, 0, chunk).astype(np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : num_new[row]] = prompt[start : start + num_new[row]]
-        done = target_pass(rt, memory, kv, tokens, np.minimum(counts, start).astype(np.int32), num_new, votes)
-        memory, kv, votes = done.memory, done.kv, done.votes
+        lengths = np.minimum(counts, start).astype(np.int32)
+        done = target_pass(rt, memory, kv, tokens, lengths, num_new, earlier=totals, predicted=nothing)
+        memory, kv, totals = done.memory, done.kv, done.counts
         infos.append(done.info)
-    return memory, kv, infos
+    votes = rt.draft_set.update(memory.votes, totals, totals)
+    return memory._replace(votes=votes), kv, infos

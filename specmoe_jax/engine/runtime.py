@@ -9,22 +9,25 @@ import numpy as np
 from specmoe_jax.config import ModelConfig, Plan
 from specmoe_jax.engine.state import ExpertMemory
 from specmoe_jax.models.model import Model
-from specmoe_jax.models.spec import Weights
+from specmoe_jax.models.spec import DTYPE_BYTES, Weights
 from specmoe_jax.offload.residency import empty, plan_layer
 from specmoe_jax.offload.store import ExpertStore, Link
 from specmoe_jax.planner.memory import MemoryAccount, pinned_experts
 from specmoe_jax.speculate.affinity import expert_distances, neighbours
 from specmoe_jax.speculate.draft import Draft
+from specmoe_jax.speculate.draft_set import DraftSetPolicy, make_policy
 from specmoe_jax.speculate.hotness import hot_set
-from specmoe_jax.speculate.self_draft import SelfDraft
+from specmoe_jax.speculate.ngram import NgramDraft
+from specmoe_jax.speculate.self_draft import SelfDraft, random_neighbours
 
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """keep: (layer, counts [E], resident [E]) -> [E] bool, experts that stay after the layer's pass.
+    """keep: (layer, votes [E], counts [E], resident [E]) -> [E] bool, experts that stay after the layer's pass.
 
     neighbours: [L, E, E] int32 for the self-draft, else None. resident_slots: [L, E] int32 under the resident
-    flow, else None. num_slots: R. single_wave: whether every dispatch fits into the pool at once. host: the CPU.
+    flow, else None. num_slots: R. dispatch_slots: those that a layer's dispatch can count on. single_wave: whether
+    every dispatch fits into them at once. host: the CPU.
     """
 
     config: ModelConfig
@@ -32,14 +35,21 @@ class Runtime:
     weights: Weights
     store: ExpertStore
     draft: Draft | None
-    keep: Callable[[int, np.ndarray, np.ndarray], np.ndarray]
+    draft_set: DraftSetPolicy
+    keep: Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
     neighbours: np.ndarray | None
     resident_slots: np.ndarray | None
     num_slots: int
+    dispatch_slots: int
     single_wave: bool
     device: jax.Device
     host: jax.Device
     activations: Link  # counts what crosses between accelerator and host beside experts
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert on the link."""
+        return self.config.expert_params * DTYPE_BYTES[self.plan.dtype]
 
     def to_host(self, arrays):
         """Copies activations to the CPU that holds the KV cache."""
@@ -56,17 +66,20 @@ def build(model: Model, plan: Plan, account: MemoryAccount, draft: Draft | None)
     """The runtime of a plan whose account fits. Copies the weights (not the experts) to the accelerator."""
     config, device = model.config, jax.devices()[0]
     resident = plan.expert_flow == "resident"
+    policy = make_policy(_policy_name(plan), config.num_layers, config.num_experts)
     order = np.arange(config.num_layers * config.num_experts, dtype=np.int32)
     return Runtime(
         config=config,
         plan=plan,
         weights=jax.device_put(model.weights, device),
-        store=ExpertStore(model.experts, Link(plan.link_bytes_per_s)),
-        draft=draft or (SelfDraft(length=plan.draft_length) if plan.draft == "self" else None),
-        keep=_keep(config, plan),
-        neighbours=_neighbours(model) if plan.draft == "self" else None,
+        store=ExpertStore(model.experts, Link(plan.link_bytes_per_s, oracle=plan.prefetch == "oracle")),
+        draft=draft or _DRAFTS[plan.draft](),
+        draft_set=policy,
+        keep=_keep(config, plan, policy),
+        neighbours=_neighbours(model, plan) if plan.draft == "self" else None,
         resident_slots=order.reshape(config.num_layers, config.num_experts) if resident else None,
         num_slots=account.num_slots,
+        dispatch_slots=min(account.num_slots, account.wanted_slots) - account.pinned_slots,
         single_wave=account.num_slots >= account.wanted_slots,
         device=device,
         host=jax.local_devices(backend="cpu")[0],
@@ -76,25 +89,34 @@ def build(model: Model, plan: Plan, account: MemoryAccount, draft: Draft | None)
 
 def first_memory(rt: Runtime) -> ExpertMemory:
     """A new pool with what must always be there: all experts (resident flow) or a first draft set per layer."""
-    config = rt.config
+    shape = (rt.config.num_layers, rt.config.num_experts)
     pool = jax.device_put(rt.store.new_pool(rt.num_slots), rt.device)
-    residency = empty(config.num_layers, config.num_experts, rt.num_slots)
-    none, no_votes = np.zeros(config.num_experts, bool), np.zeros(config.num_experts, np.int64)
-    for layer in range(config.num_layers):
-        plan, residency = plan_layer(residency, layer, none, rt.keep(layer, no_votes, none))
+    residency, votes, none = empty(*shape, rt.num_slots), np.zeros(shape), np.zeros(shape[1], bool)
+    for layer in range(rt.config.num_layers):
+        plan, residency = plan_layer(residency, layer, none, rt.keep(layer, votes[layer], votes[layer], none))
         for wave in plan.waves:
-            pool = rt.store.fetch(pool, layer, wave)
-    return ExpertMemory(pool=pool, residency=residency)
+            pool = rt.store.fetch(pool, wave.fetch)
+    return ExpertMemory(pool=pool, residency=residency, votes=votes, prefetched=np.zeros(shape, bool))
 
 
-def _keep(config: ModelConfig, plan: Plan):
-    """HotTemporal (SpecMoE): the N experts that the latest pass chose most. N = 0 keeps nothing (OnDemand)."""
+_DRAFTS = {"none": lambda: None, "custom": lambda: None, "self": SelfDraft, "ngram": NgramDraft}
+
+
+def _policy_name(plan: Plan) -> str:
+    """MoE-Caching keeps the most used of all time; without experts to keep the policy does not matter."""
+    return plan.draft_set or ("hot_temporal" if plan.draft == "self" else "hot_global")
+
+
+def _keep(config: ModelConfig, plan: Plan, policy: DraftSetPolicy):
+    """The best experts of a layer by the policy's scores, as many as the plan pins; N = 0 keeps nothing (OnDemand)."""
     size = pinned_experts(config, plan)
-    return lambda layer, counts, resident: hot_set(counts, resident, size)
+    return lambda layer, votes, counts, resident: hot_set(policy.scores(votes, counts, layer), resident, size)
 
 
-def _neighbours(model: Model) -> np.ndarray:
-    """[L, E, E]: for each expert the others by L2 distance, nearest first (SpecMoE, affinity)."""
+def _neighbours(model: Model, plan: Plan) -> np.ndarray:
+    """[L, E, E]: for each expert the others by L2 distance, nearest first (SpecMoE, affinity), or at random."""
+    if plan.substitution == "random":
+        return random_neighbours(model.config.num_layers, model.config.num_experts)
     return np.stack(
         [
             neighbours(expert_distances(lambda expert, blocks=blocks: np.asarray(blocks[expert]), len(blocks)))

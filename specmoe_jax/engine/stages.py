@@ -71,9 +71,12 @@ combine = jax.jit(layers.combine)
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
 def layer(config: ModelConfig, weights: LayerWeights, h, k_cache, v_cache, lengths, num_new, pool, slots):
-    """A whole layer whose experts are known to be in their slots: the resident flow and the self-draft."""
+    """A whole layer whose experts are known to be in their slots: the resident flow and the self-draft.
+
+    -> h, the experts that the router chose [n, A] (not those that stood in), caches.
+    """
     h, x, routing, k_cache, v_cache = attention(config, weights, h, k_cache, v_cache, lengths, num_new)
-    return experts(h, x, routing, pool, slots), k_cache, v_cache
+    return experts(h, x, routing, pool, slots), routing.ids, k_cache, v_cache
 
 
 def choose_slots(ids: jax.Array, slots: jax.Array) -> jax.Array:

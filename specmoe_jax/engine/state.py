@@ -21,10 +21,16 @@ class Request(NamedTuple):
 
 
 class ExpertMemory(NamedTuple):
-    """pool: [R, 3, F, M] slots on the accelerator, donated by every copy. residency: what is in them."""
+    """Where the experts are, and what the next draft set will be chosen by.
+
+    pool: [R, 3, F, M] slots on the accelerator, donated by every copy. residency: what is in them.
+    votes: [L, E], the memory of the draft-set policy. prefetched: [L, E] bool, resident on a guess.
+    """
 
     pool: jax.Array
     residency: Residency
+    votes: np.ndarray
+    prefetched: np.ndarray
 
 
 class State(NamedTuple):
@@ -58,6 +64,7 @@ class PassInfo(NamedTuple):
     """What one pass of the target through all layers did.
 
     hits, misses: needed experts resident or not, over all layers. fetched: experts copied. waves: rounds.
+    prefetched: experts copied on a guess while drafting and in the pass; prefetch_hits: those that were needed.
     routing: [L, B, T, A] int32 ids, -1 for padding; None under the resident flow, which never asks the host.
     """
 
@@ -65,6 +72,8 @@ class PassInfo(NamedTuple):
     misses: int
     fetched: int
     waves: int
+    prefetched: int
+    prefetch_hits: int
     routing: np.ndarray | None
 
 
@@ -73,7 +82,8 @@ class StepInfo(NamedTuple):
 
     accepted: [B], drafted tokens accepted (0 for finished rows). committed: [B], tokens the row got.
     active: [B] bool at the start of the step. start: [B], tokens that the row had generated before it.
-    link_bytes: expert bytes over the link in this step; draft_link_bytes: those sent while drafting.
+    link_bytes: expert bytes over the link in this step; draft_link_bytes: those sent while drafting (prefetches).
+    prefetch_bytes, prefetch_wasted_bytes: those sent on a guess, and the wrong ones among them.
     activation_bytes: queries, keys, values and attention outputs between accelerator and host (kv_tier=host).
     """
 
@@ -85,6 +95,8 @@ class StepInfo(NamedTuple):
     verify: PassInfo
     link_bytes: int
     draft_link_bytes: int
+    prefetch_bytes: int
+    prefetch_wasted_bytes: int
     activation_bytes: int
     draft_s: float
     verify_s: float

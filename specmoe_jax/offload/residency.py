@@ -21,10 +21,10 @@ class Residency(NamedTuple):
 class Wave(NamedTuple):
     """One round of a layer's pass: first the copies, then the experts that are computed.
 
-    fetch: (expert, slot) pairs. slots: [E] int32, the slot of each expert computed in this wave, else -1.
+    fetch: copies (layer, expert, slot). slots: [E] int32, the slot of each expert computed in this wave, else -1.
     """
 
-    fetch: tuple[tuple[int, int], ...]
+    fetch: tuple[tuple[int, int, int], ...]
     slots: np.ndarray
 
 
@@ -68,8 +68,8 @@ def plan_layer(residency: Residency, layer: int, needed: np.ndarray, keep: np.nd
                 f"layer {layer} has {len(queue)} experts to fetch and no free slot of {len(owner)}; "
                 "give more device memory or pin fewer experts"
             )
-        fetch = tuple((int(expert), int(slot)) for expert, slot in zip(batch, free, strict=False))
-        for expert, slot in fetch:
+        fetch = tuple((layer, int(expert), int(slot)) for expert, slot in zip(batch, free, strict=False))
+        for _, expert, slot in fetch:
             slot_of[layer, expert], owner[slot] = slot, layer * len(needed) + expert
         ready = ~computed & (slot_of[layer] >= 0)
         waves.append(Wave(fetch=fetch, slots=np.where(ready, slot_of[layer], -1).astype(np.int32)))
@@ -84,6 +84,29 @@ def plan_layer(residency: Residency, layer: int, needed: np.ndarray, keep: np.nd
         fetched=sum(len(wave.fetch) for wave in waves),
     )
     return plan, Residency(slot_of=slot_of, owner=owner)
+
+
+def plan_prefetch(
+    residency: Residency, predicted: np.ndarray, *, reserve: int, limit: int, in_use: np.ndarray
+) -> tuple[tuple[tuple[int, int, int], ...], Residency]:
+    """Copies of experts that a pass will probably need: (layer, expert, slot), nearest layer first.
+
+    predicted: [L, E] int, how often each expert is expected to be chosen, 0 = not. Within a layer the most
+    expected come first. reserve: slots that stay free for the dispatch of a layer. limit: copies at most. in_use: slots
+    of the layer that is about to be computed: its plan has freed them already, and overwriting one now would give
+    silently wrong weights. What is prefetched is a resident of its layer until that layer's pass frees it.
+    """
+    free = np.flatnonzero(residency.owner < 0)
+    room = min(len(free) - reserve, limit)
+    free = np.setdiff1d(free, in_use)
+    layers, experts = np.nonzero((predicted > 0) & (residency.slot_of < 0))
+    order = np.lexsort((experts, -predicted[layers, experts], layers))[: max(min(room, len(free)), 0)]
+    layers, experts, slots = layers[order], experts[order], free[: len(order)]
+    slot_of, owner = residency.slot_of.copy(), residency.owner.copy()
+    slot_of[layers, experts] = slots
+    owner[slots] = layers * predicted.shape[1] + experts
+    copies = tuple((int(a), int(b), int(c)) for a, b, c in zip(layers, experts, slots, strict=True))
+    return copies, Residency(slot_of=slot_of, owner=owner)
 
 
 def _release(slot_of: np.ndarray, owner: np.ndarray, layer: int, experts: np.ndarray) -> None:

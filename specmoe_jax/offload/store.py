@@ -2,37 +2,46 @@
 
 import functools
 import time
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from specmoe_jax.offload.residency import Wave
 
 
 class Link:
     """Host-to-accelerator link. With `bytes_per_s` it is slowed to that rate by a virtual clock.
 
     Emulation: every copy occupies the link for bytes / rate after the copies before it; `wait` sleeps to the
-    end of the last one. Paced by deadline, so the real copy runs inside the time that it is said to take.
+    arrival. Paced by deadline, so the real copy runs inside the time that it is said to take.
+    oracle: MoE-Overlap's link, on which a copy may have started when the computation before it did.
     """
 
-    def __init__(self, bytes_per_s: float | None = None):
+    def __init__(self, bytes_per_s: float | None = None, *, oracle: bool = False):
         self.bytes_per_s = bytes_per_s
         self.sent_bytes = 0
-        self._free_at_s = 0.0
+        self._oracle = oracle
+        self._free_at_s = self._last_wait_s = 0.0
 
-    def send(self, num_bytes: int) -> None:
-        """Accounts for a copy that starts now or when the link is free."""
+    def send(self, num_bytes: int) -> float:
+        """Accounts for a copy that starts now or when the link is free; the time at which it arrives."""
         self.sent_bytes += num_bytes
         if self.bytes_per_s is not None:
-            self._free_at_s = max(time.perf_counter(), self._free_at_s) + num_bytes / self.bytes_per_s
+            earliest = self._last_wait_s if self._oracle else time.perf_counter()
+            self._free_at_s = max(earliest, self._free_at_s) + num_bytes / self.bytes_per_s
+        return self._free_at_s
 
-    def wait(self) -> None:
-        """Returns when everything sent has arrived (at once on a real link, whose order the runtime keeps)."""
-        delay_s = self._free_at_s - time.perf_counter()
+    @property
+    def backlog_s(self) -> float:
+        """Seconds until the link is free; 0 on a real link, which does not tell."""
+        return max(self._free_at_s - time.perf_counter(), 0.0)
+
+    def wait(self, arrival_s: float) -> None:
+        """Returns when a copy has arrived (at once on a real link, whose order the runtime keeps)."""
+        delay_s = arrival_s - time.perf_counter()
         if delay_s > 0:
             time.sleep(delay_s)
+        self._last_wait_s = time.perf_counter()
 
 
 class ExpertStore:
@@ -40,6 +49,7 @@ class ExpertStore:
 
     def __init__(self, experts: tuple[tuple[jax.Array, ...], ...], link: Link):
         self._experts = experts
+        self._arrival_s: dict[int, float] = {}
         self.link = link
 
     def new_pool(self, num_slots: int) -> jax.Array:
@@ -47,14 +57,24 @@ class ExpertStore:
         block = self._experts[0][0]
         return jnp.zeros((num_slots, *block.shape), block.dtype)
 
-    def fetch(self, pool: jax.Array, layer: int, wave: Wave) -> jax.Array:
-        """Copies the experts of a wave into their slots. The pool is consumed (donated)."""
-        for expert, slot in wave.fetch:
+    def fetch(self, pool: jax.Array, copies: Iterable[tuple[int, int, int]]) -> jax.Array:
+        """Starts the copies (layer, expert, slot), in that order. The pool is consumed (donated)."""
+        for layer, expert, slot in copies:
             block = self._experts[layer][expert]
             pool = _write_slot(pool, block, np.int32(slot))
-            self.link.send(block.nbytes)
-        self.link.wait()
+            self._arrival_s[slot] = self.link.send(block.nbytes)
         return pool
+
+    def copies_within(self, budget_s: float) -> int:
+        """Experts that can arrive within `budget_s` from now; without an emulated rate there is no telling: all."""
+        if self.link.bytes_per_s is None or budget_s == float("inf"):
+            return sum(map(len, self._experts))
+        expert_s = self._experts[0][0].nbytes / self.link.bytes_per_s
+        return max(int((budget_s - self.link.backlog_s) / expert_s), 0)
+
+    def wait(self, slots: np.ndarray) -> None:
+        """Returns when what was copied into these slots has arrived; negative slots are none."""
+        self.link.wait(max((self._arrival_s.get(slot, 0.0) for slot in slots[slots >= 0].tolist()), default=0.0))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -11,7 +11,8 @@ from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
 class MemoryAccount(NamedTuple):
     """Bytes by tier and purpose, and the slots R of the expert pool.
 
-    pinned_slots of them hold experts that stay between passes; wanted_slots would let every dispatch fit at once.
+    pinned_slots of them hold experts that stay between passes; with wanted_slots every dispatch fits at once, and
+    what is beyond holds prefetched experts.
     """
 
     weight_bytes: int
@@ -59,7 +60,7 @@ def account(config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int)
     whole = MemoryAccount(
         weight_bytes=sum(spec.size for spec in spec_leaves(family_of(config).weight_specs(config))) * item,
         expert_bytes=config.expert_params * item,
-        num_slots=wanted,
+        num_slots=wanted + _spare_slots(plan, dispatch),
         wanted_slots=wanted,
         pinned_slots=pinned,
         kv_bytes=2 * config.num_layers * batch_rows * config.num_kv_heads * positions * config.head_dim * item,
@@ -72,7 +73,13 @@ def account(config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int)
 
 def pinned_experts(config: ModelConfig, plan: Plan) -> int:
     """Experts of each layer that stay on the accelerator between passes."""
-    return config.num_experts if plan.expert_flow == "resident" else plan.draft_experts or 0
+    return config.num_experts if plan.expert_flow == "resident" else plan.draft_experts or plan.cached_experts or 0
+
+
+def _spare_slots(plan: Plan, dispatch: int) -> int:
+    if plan.prefetch != "draft":
+        return 0
+    return dispatch if plan.spare_slots is None else plan.spare_slots
 
 
 def _activation_bytes(config: ModelConfig, plan: Plan, batch_rows: int, passes: int, item: int) -> int:

@@ -57,6 +57,18 @@ def accept_greedy(draft_tokens: jax.Array, target_logits: jax.Array) -> AcceptRe
     return AcceptResult(num_accepted=num_accepted, next_token=_at(choice, num_accepted))
 
 
+def synthetic_accept(keys: jax.Array, draft_tokens: jax.Array, target_logits: jax.Array, rate: jax.Array) -> AcceptResult:
+    """Each drafted token stands with probability `rate`, whatever it is: for the speed of models with random weights.
+
+    The text is meaningless and every figure that it touches is stamped. The token after the run is the target's
+    argmax. keys: [B]; draft_tokens: [B, N]; target_logits: [B, N+1, V].
+    """
+    draws = jax.vmap(lambda key: jax.random.uniform(key, draft_tokens.shape[1:]))(keys)
+    num_accepted = leading_run(draws < rate)
+    choice = jnp.argmax(target_logits, axis=-1).astype(jnp.int32)
+    return AcceptResult(num_accepted=num_accepted, next_token=_at(choice, num_accepted))
+
+
 def accept_chances(draft_tokens: jax.Array, draft_probs: jax.Array | None, target_probs: jax.Array) -> jax.Array:
     """Probability [B, N] that each drafted token stands, given that those before it do."""
     proposed = (draft_tokens >= 0) & (draft_tokens < target_probs.shape[-1])

@@ -12,6 +12,7 @@ from specmoe_jax.types import KVCache, Proposal, SamplingRows
 class DraftView(NamedTuple):
     """What a draft may look at and use in one step.
 
+    length: N, tokens to propose in this step; the engine may change it from step to step.
     kv: the target's cache; a draft that writes rows must return the new one (the old is donated). Rows at and
         after `lengths` are free to write: verification overwrites every one of them.
     lengths: [B] int32, committed rows of the cache; the last committed token is not in it yet.
@@ -22,6 +23,7 @@ class DraftView(NamedTuple):
         no expert crosses the link.
     """
 
+    length: int
     kv: KVCache
     lengths: np.ndarray
     last_token: np.ndarray
@@ -33,10 +35,8 @@ class DraftView(NamedTuple):
 
 
 class Draft(Protocol):
-    """Proposes `length` tokens a step. Any proposal is safe: verification decides, tokens never change."""
-
-    length: int
+    """Proposes tokens. Any proposal is safe: verification decides, the text never changes."""
 
     def propose(self, view: DraftView) -> tuple[Proposal, KVCache]:
-        """The tokens [B, length] with the distribution they were drawn from, and the cache after drafting."""
+        """The tokens [B, view.length] with the distribution they were drawn from, and the cache after drafting."""
         ...

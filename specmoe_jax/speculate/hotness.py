@@ -19,12 +19,12 @@ def hot_set(counts: np.ndarray, resident: np.ndarray, size: int) -> np.ndarray:
     """The `size` most chosen experts, [E] bool. Ties (ours): keep the one already resident, then the smaller id.
 
     So when `size` experts are resident, every member was chosen in the pass or is resident: a refresh after a pass
-    moves no byte beyond what the pass fetched. counts: [E] int; resident: [E] bool. Raises ValueError when there
+    moves no byte beyond what the pass fetched. counts: [E], signed; resident: [E] bool. Raises ValueError when there
     are fewer than `size` experts.
     """
     if not 0 <= size <= len(counts):
         raise ValueError(f"the hot set is to hold {size} experts; there are {len(counts)}")
-    order = np.lexsort((~np.asarray(resident, bool), -np.asarray(counts, np.int64)))  # stable: then the smaller id
+    order = np.lexsort((~np.asarray(resident, bool), -np.asarray(counts)))  # stable: then the smaller id
     hot = np.zeros(len(counts), bool)
     hot[order[:size]] = True
     return hot

@@ -1,7 +1,6 @@
 """SpecMoE's draft: the model itself, with a few resident experts per layer in the place of all."""
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +12,15 @@ from specmoe_jax.speculate.sampling import sample, transform_logits
 from specmoe_jax.types import KVCache, Proposal, SamplingRows
 
 
-class SelfDraft(NamedTuple):
-    """Drafts `length` tokens with the engine's resident experts (SpecMoE, draft model). No state of its own.
+class SelfDraft:
+    """Drafts with the engine's resident experts (SpecMoE, draft model). No state of its own.
 
     Substitution happens in the slot tables (`substitute_slots`), so the draft is the target's own forward.
     """
 
-    length: int
-
     def propose(self, view: DraftView) -> tuple[Proposal, KVCache]:
         kv, token, tokens, probs = view.kv, view.last_token, [], []
-        for position in range(self.length):
+        for position in range(view.length):
             logits, kv = view.forward(kv, token, view.lengths + np.int32(position))
             if view.rows.greedy:
                 token = _argmax(logits)
@@ -42,6 +39,13 @@ def substitute_slots(slot_of: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
     """
     stand_ins = [substitutes(order, slots >= 0) for order, slots in zip(neighbours, slot_of, strict=True)]
     return np.stack([slots[chosen] for slots, chosen in zip(slot_of, stand_ins, strict=True)]).astype(np.int32)
+
+
+def random_neighbours(num_layers: int, num_experts: int, seed: int = 0) -> np.ndarray:
+    """[L, E, E] int32: itself first, then the others in random order (SpecMoE's ablation of affinity)."""
+    order = np.random.default_rng(seed).random((num_layers, num_experts, num_experts))
+    order[:, np.arange(num_experts), np.arange(num_experts)] = -1
+    return np.argsort(order, axis=-1).astype(np.int32)
 
 
 @jax.jit

@@ -1,0 +1,95 @@
+"""The draft's half of a step: proposes tokens, and uses the idle link for what its gates say will be needed."""
+
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specmoe_jax.engine.forward import draft_forward, prefetch
+from specmoe_jax.engine.runtime import Runtime
+from specmoe_jax.engine.state import ExpertMemory, State
+from specmoe_jax.speculate.draft import DraftView
+from specmoe_jax.speculate.hotness import count_choices
+from specmoe_jax.speculate.sampling import Stream, row_keys
+from specmoe_jax.speculate.self_draft import substitute_slots
+from specmoe_jax.types import KVCache, Proposal
+
+
+class Drafted(NamedTuple):
+    """predicted: [L, E] int64, how often the draft's gates chose each expert. prefetched: experts copied."""
+
+    proposal: Proposal
+    kv: KVCache
+    memory: ExpertMemory
+    predicted: np.ndarray
+    prefetched: int
+
+
+class _Forward:
+    """What a draft calls to run the resident model. Holds, for one draft, the pool that prefetches change.
+
+    The draft set itself does not change meanwhile: its slot tables are fixed when the draft starts, and
+    prefetches go to free slots only.
+    """
+
+    def __init__(self, rt: Runtime, state: State, length: int):
+        self.memory, self.prefetched = state.memory, 0
+        self.predicted = np.zeros((rt.config.num_layers, rt.config.num_experts), np.int64)
+        self._rt, self._active, self._length = rt, state.active, length
+        self._slots = substitute_slots(state.memory.residency.slot_of, rt.neighbours)
+        self._calls, self._start_s = 0, time.perf_counter()
+
+    def __call__(self, kv: KVCache, tokens, lengths) -> tuple[jax.Array, KVCache]:
+        logits, kv, choices = draft_forward(
+            self._rt, self.memory.pool, self._slots, kv, tokens, lengths, self._active
+        )
+        self._calls += 1
+        if self._rt.plan.prefetch == "draft":
+            self._prefetch(choices)
+        return logits, kv
+
+    def _prefetch(self, choices: list[jax.Array]) -> None:
+        """Sends what fits into the time that the rest of the draft will probably take."""
+        self.predicted += np.stack([count_choices(np.asarray(ids), self._rt.config.num_experts) for ids in choices])
+        elapsed_s = time.perf_counter() - self._start_s
+        remaining_s = elapsed_s / self._calls * (self._length - self._calls)
+        self.memory, copied = prefetch(self._rt, self.memory, self.predicted, first_layer=0, budget_s=remaining_s)
+        self.prefetched += copied
+
+
+def draft(rt: Runtime, state: State, length: int) -> Drafted:
+    """`length` tokens per row, none for length 0. Blocks until they are there. Consumes the state's buffers."""
+    if length == 0:
+        nothing = Proposal(tokens=jnp.zeros((len(state.requests), 0), jnp.int32), probs=None)
+        return Drafted(nothing, state.kv, state.memory, np.zeros(state.memory.votes.shape, np.int64), 0)
+    forward = None if rt.neighbours is None else _Forward(rt, state, length)
+    view = DraftView(
+        length=length,
+        kv=state.kv,
+        lengths=state.lengths,
+        last_token=state.last_token,
+        active=state.active,
+        history=tuple(
+            () if request is None else request.token_ids + tokens
+            for request, tokens in zip(state.requests, state.generated, strict=True)
+        ),
+        rows=state.rows,
+        keys=None if state.rows.greedy else step_keys(state, Stream.DRAFT),
+        forward=forward,
+    )
+    proposal, kv = jax.block_until_ready(rt.draft.propose(view))
+    if forward is None:
+        return Drafted(proposal, kv, state.memory, np.zeros(state.memory.votes.shape, np.int64), 0)
+    return Drafted(proposal, kv, forward.memory, forward.predicted, forward.prefetched)
+
+
+_row_keys = jax.jit(row_keys, static_argnames="stream")
+
+
+def step_keys(state: State, stream: Stream) -> jax.Array:
+    """[B] keys from (seed, request id, committed length) alone, so that batch mates do not change a row's draws."""
+    seeds = np.array([0 if r is None else r.params.seed for r in state.requests], np.uint32)
+    ids = np.array([0 if r is None else r.id for r in state.requests], np.uint32)
+    return _row_keys(seeds, ids, state.lengths.astype(np.uint32), stream=stream)

@@ -1,0 +1,70 @@
+"""Which experts of a layer stay on the accelerator between passes: SpecMoE's policies and our ablations. Pure."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+DECAY = 0.8  # weight of the past per step under "decay": half of it is gone after three steps
+
+
+class DraftSetPolicy(NamedTuple):
+    """Experts are ranked by a score per layer; what the score remembers from step to step are the votes.
+
+    scores: (votes [E], counts [E], layer) -> [E], while the layer is being verified. counts: choices of this
+        pass (and of the earlier chunks of a prefill).
+    update: (votes [L, E], counts [L, E], accepted [L, E]) -> [L, E], after the step. accepted: choices of the
+        positions whose tokens were committed.
+    """
+
+    scores: Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+    update: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+def hot_temporal() -> DraftSetPolicy:
+    """SpecMoE's: the latest pass alone votes, so the chosen were just fetched and the switch moves nothing."""
+    return DraftSetPolicy(
+        scores=lambda votes, counts, layer: counts, update=lambda votes, counts, accepted: np.zeros_like(votes)
+    )
+
+
+def hot_global() -> DraftSetPolicy:
+    """SpecMoE's ablation: the most used over all. Deviation: counted while running, not profiled beforehand."""
+    return DraftSetPolicy(
+        scores=lambda votes, counts, layer: votes + counts, update=lambda votes, counts, accepted: votes + counts
+    )
+
+
+def decayed() -> DraftSetPolicy:
+    """Ours: between the two, older passes fade by DECAY a step."""
+    return DraftSetPolicy(
+        scores=lambda votes, counts, layer: DECAY * votes + counts,
+        update=lambda votes, counts, accepted: DECAY * votes + counts,
+    )
+
+
+def accepted_only() -> DraftSetPolicy:
+    """Ours: only committed positions vote, known after the pass, so the set lags by a step and may have to move."""
+    return DraftSetPolicy(
+        scores=lambda votes, counts, layer: votes, update=lambda votes, counts, accepted: accepted.astype(votes.dtype)
+    )
+
+
+def random_set(num_layers: int, num_experts: int, seed: int = 0) -> DraftSetPolicy:
+    """SpecMoE's ablation: a set drawn once."""
+    fixed = np.random.default_rng(seed).random((num_layers, num_experts))
+    return DraftSetPolicy(
+        scores=lambda votes, counts, layer: fixed[layer], update=lambda votes, counts, accepted: votes
+    )
+
+
+def make_policy(name: str, num_layers: int, num_experts: int) -> DraftSetPolicy:
+    """The policy of a plan's `draft_set`."""
+    if name == "random":
+        return random_set(num_layers, num_experts)
+    return {
+        "hot_temporal": hot_temporal,
+        "hot_global": hot_global,
+        "decay": decayed,
+        "accepted": accepted_only,
+    }[name]()

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 from specmoe_jax.errors import UserError
 
@@ -44,6 +44,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _guarded(main: Callable[[], None]) -> None:
+    logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which accelerators this machine lacks
     try:
         main()
     except UserError as e:

@@ -66,7 +66,7 @@ class Engine:
         if plan.dtype != model.dtype:
             raise PlanError(f"the plan says dtype={plan.dtype}, the model was loaded as {model.dtype}; make them agree")
         self._custom_draft = draft
-        self._rt = self._memory = self._account = None
+        self._rt = self._memory = self._account = self._accounted_peak_bytes = None
         self._compiles = metrics.CompileCounter()
         self._warm_shapes, self._recompiled = set(), 0
         self._totals, self._prefill_s, self._on_demand_bytes = metrics.Totals(), 0.0, 0
@@ -178,12 +178,13 @@ class Engine:
         )
 
     def _init(self, requests: list[Request], shapes: _Shapes) -> State:
+        runtime, sent = self._rt, 0 if self._rt is None else self._rt.store.link.sent_bytes
         memory = self._take_memory(shapes)
+        sent = sent if runtime is self._rt else 0  # a new link counts from 0
         kv = self._new_cache(shapes)
         padding = shapes.rows - len(requests)
         rows: tuple[Request | None, ...] = (*requests, *[None] * padding)
         prompts = [request.token_ids if request else () for request in rows]
-        sent = self._rt.store.link.sent_bytes
         memory, kv, _ = prefill(self._rt, memory, kv, prompts, shapes.chunk)
         jax.block_until_ready(kv)
         self._prefill_link_bytes += self._rt.store.link.sent_bytes - sent
@@ -201,10 +202,15 @@ class Engine:
     def _take_memory(self, shapes: _Shapes):
         """The pool left by the batch before, or a new one; a larger batch may need a larger pool."""
         needed = account(self.model.config, self.plan, batch_rows=shapes.rows, positions=shapes.positions)
-        if self._account is None or needed.num_slots > self._account.num_slots or self._too_big(needed):
+        fits = self._account is not None and needed.num_slots <= self._account.num_slots
+        # A pool of the same size may hold a small batch's dispatch at once and a larger one's only in waves.
+        fits = fits and self._rt.single_wave == (needed.num_slots >= needed.wanted_slots)
+        if not fits or self._too_big(needed):
             self._memory = None
             self._rt = build(self.model, self.plan, needed, self._custom_draft)
             self._account = needed
+        in_use = needed._replace(num_slots=self._account.num_slots).accelerator_bytes
+        self._accounted_peak_bytes = max(self._accounted_peak_bytes or 0, in_use)
         memory, self._memory = self._memory, None
         return first_memory(self._rt) if memory is None else memory
 
@@ -228,4 +234,4 @@ class Engine:
     def _peak_accelerator_bytes(self) -> int | None:
         """The device's own figure, or (on CPU, which has none) the account of what the engine allocated."""
         measured = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-        return measured or (self._account.accelerator_bytes if self._account else None)
+        return measured or self._accounted_peak_bytes

@@ -1,0 +1,47 @@
+"""A named tiny model with a tokenizer, so that every test and every doubt can say `tiny()`. Random weights, odd sizes."""
+
+import functools
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from specmoe_jax.checkpoints.tokenizer import Tokenizer
+from specmoe_jax.config import ModelConfig
+from specmoe_jax.models.model import Model, random_model
+
+EOS_ID = 256
+
+TINY = ModelConfig(
+    family="mixtral",
+    vocab_size=263,  # 256 bytes, an end-of-sequence token, and ids that no tokenizer knows
+    hidden_size=40,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=3,
+    head_dim=8,
+    expert_hidden=24,
+    num_experts=5,
+    experts_per_token=2,
+    max_positions=90,
+    rope_theta=1e4,
+    norm_eps=1e-5,
+    tie_embeddings=False,
+    sliding_window=None,
+    eos_token_ids=(EOS_ID,),
+)
+
+
+@functools.cache
+def tiny(dtype: str = "float32") -> Model:
+    """The same model for the same dtype; made once a process."""
+    return random_model(TINY, seed=0, dtype=dtype, tokenizer=byte_tokenizer())
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte, in the order of their code units, and "</s>"."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(backend=backend, eos_token_ids=(EOS_ID,))

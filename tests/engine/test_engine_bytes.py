@@ -1,0 +1,135 @@
+"""Every expert byte that crosses the link is counted, and the count is what routing and residency say."""
+
+import numpy as np
+import pytest
+from engine_cases import GREEDY, PROMPTS, plan, run, steps
+
+import specmoe_jax as sm
+from specmoe_jax.offload import store
+from specmoe_jax.testing import TINY
+
+PLANS = {
+    "on_demand": plan("on_demand"),
+    "specmoe": plan(draft_length=4, draft_experts=2),
+    "all experts": plan(draft_length=2, draft_experts=TINY.num_experts),
+    "host": plan(draft_length=4, draft_experts=3, kv_tier="host"),
+}
+
+
+@pytest.fixture
+def copied(monkeypatch):
+    """The copies really made, as (bytes, slot)."""
+    made = []
+    write = store._write_slot
+
+    def spy(pool, block, slot):
+        made.append((block.nbytes, int(slot)))
+        return write(pool, block, slot)
+
+    monkeypatch.setattr(store, "_write_slot", spy)
+    return made
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_step_sends_what_is_needed_and_not_resident(model, copied, name):
+    engine = sm.Engine(model, PLANS[name])
+    for before, state, info in steps(engine):  # noqa: B007 (used after the loop)
+        needed = [set(ids[ids >= 0].tolist()) for ids in info.verify.routing]
+        resident = [set(np.flatnonzero(slots >= 0).tolist()) for slots in before.slot_of]
+        missing = sum(len(n - r) for n, r in zip(needed, resident, strict=True))
+        assert info.draft_link_bytes == 0
+        assert info.link_bytes == missing * model.expert_bytes
+        assert info.verify.misses == info.verify.fetched == missing
+        assert info.verify.hits == sum(map(len, needed)) - missing
+        routed = np.broadcast_to(info.active[None, :, None, None], info.verify.routing.shape)
+        assert ((info.verify.routing >= 0) == routed).all()  # finished rows choose nothing
+    assert sum(size for size, _ in copied) == engine._rt.store.link.sent_bytes
+    assert {size for size, _ in copied} == {model.expert_bytes}
+    assert state.done
+
+
+def test_nothing_crosses_while_drafting(model, copied, monkeypatch):
+    """Counted at the copy itself, not by the engine."""
+    from specmoe_jax.engine import step
+
+    drafting, draft = [], step.draft
+
+    def spy(rt, state):
+        before = len(copied)
+        result = draft(rt, state)
+        drafting.append(len(copied) - before)
+        return result
+
+    monkeypatch.setattr(step, "draft", spy)
+    run(model, PLANS["specmoe"])
+    assert len(drafting) > 3 and not any(drafting)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_slots_hold_the_experts_that_the_table_says(model, name):
+    engine = sm.Engine(model, PLANS[name])
+    size = PLANS[name].draft_experts or 0
+    for _, state, _ in steps(engine):
+        slot_of, owner = state.memory.residency
+        assert ((slot_of >= 0).sum(axis=1) == size).all()  # the next draft set, in every layer
+        assert (owner >= 0).sum() == size * TINY.num_layers
+    pool = np.asarray(state.memory.pool)
+    for layer, expert in np.argwhere(slot_of >= 0):
+        np.testing.assert_array_equal(pool[slot_of[layer, expert]], np.asarray(model.experts[layer][expert]))
+
+
+def test_the_draft_set_is_what_the_pass_chose_most(model):
+    """HotTemporal: no expert outside the set was chosen more often in the latest verification than one inside."""
+    engine = sm.Engine(model, PLANS["specmoe"])
+    for _, state, info in steps(engine):
+        for layer in range(TINY.num_layers):
+            ids = info.verify.routing[layer]
+            counts = np.bincount(ids[ids >= 0], minlength=TINY.num_experts)
+            hot = state.memory.residency.slot_of[layer] >= 0
+            assert counts[hot].min() >= counts[~hot].max()
+
+
+@pytest.mark.parametrize("batch_size", [8, 3])
+def test_on_demand_account_is_what_on_demand_sends(model, batch_size):
+    """specmoe says from its routing what plain decoding would have sent; plain decoding sends exactly that."""
+    params = [sm.SamplingParams(max_new_tokens=limit) for limit in (1, 16, 3, 2, 16, 7, 9, 5)]
+    _, speculating = run(model, plan(draft_length=4, draft_experts=3, batch_size=batch_size), params=params)
+    _, plain = run(model, plan("on_demand", batch_size=batch_size), params=params)
+    assert plain["on_demand_link_bytes_per_token"] == plain["link_bytes_per_token"]
+    assert speculating["on_demand_link_bytes_per_token"] == plain["link_bytes_per_token"]
+    assert speculating["new_tokens"] == plain["new_tokens"] == 1 + 16 + 3 + 2 + 16 + 7 + 9 + 5
+
+
+def test_resident_sends_nothing_after_loading(model):
+    _, stats = run(model, plan("resident"))
+    assert stats["link_bytes"] == stats["draft_link_bytes"] == 0
+    assert stats["on_demand_link_bytes_per_token"] is None
+
+
+def test_every_byte_is_in_the_figures(model, copied):
+    """Decode, prefill and the first draft set: their sum is what the copies made, also over batches of other sizes."""
+    engine = sm.Engine(model, plan(draft_length=2, draft_experts=2, batch_size=8))
+    for count in (1, 8, 3):
+        engine.generate(PROMPTS[:count], GREEDY)
+    stats = engine.stats()
+    assert stats["link_bytes"] + stats["prefill_link_bytes"] == sum(size for size, _ in copied)
+
+
+def test_activation_bytes_of_the_host_tier(model):
+    """Queries, keys and values out, attention outputs back, for every position of every row's pass."""
+    engine = sm.Engine(model, plan("on_demand", kv_tier="host"))
+    (_, _, info), *_ = steps(engine, PROMPTS[:1])
+    width = (2 * TINY.num_heads + 2 * TINY.num_kv_heads) * TINY.head_dim
+    assert info.activation_bytes == TINY.num_layers * width * 4
+
+
+def test_peak_is_that_of_the_largest_batch(model):
+    """The cache of a later, larger batch counts, though the pool is that of the first."""
+    engine = sm.Engine(model, plan("on_demand"))
+    engine.generate(PROMPTS[:1], GREEDY)
+    alone = engine.stats()["peak_accelerator_bytes"]
+    engine.generate(PROMPTS, GREEDY)
+    together = engine.stats()["peak_accelerator_bytes"]
+    engine.generate(PROMPTS[:1], GREEDY)
+    assert alone < together == engine.stats()["peak_accelerator_bytes"]
+    assert together == run(model, plan("on_demand"))[1]["peak_accelerator_bytes"]

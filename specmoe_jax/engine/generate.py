@@ -16,11 +16,12 @@ from specmoe_jax.engine.prefill import prefill
 from specmoe_jax.engine.requests import make_requests
 from specmoe_jax.engine.runtime import build, first_memory
 from specmoe_jax.engine.state import Request, State, StepInfo
-from specmoe_jax.engine.step import step
+from specmoe_jax.engine.step import step, warm_up
 from specmoe_jax.errors import PlanError
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.memory import MemoryAccount, account, cache_positions
 from specmoe_jax.speculate.draft import Draft
+from specmoe_jax.speculate.guard import make_guard
 from specmoe_jax.speculate.sampling import sampling_rows
 from specmoe_jax.types import KVCache
 
@@ -68,7 +69,7 @@ class Engine:
         self._custom_draft = draft
         self._rt = self._memory = self._account = self._accounted_peak_bytes = None
         self._compiles = metrics.CompileCounter()
-        self._warm_shapes, self._recompiled = set(), 0
+        self._warm_shapes, self._recompiled, self._warm_up_s = set(), 0, 0.0
         self._totals, self._prefill_s, self._on_demand_bytes = metrics.Totals(), 0.0, 0
         self._prefill_link_bytes = 0
         # The smallest job must fit, so that a plan that never can is refused before anything is loaded.
@@ -120,6 +121,7 @@ class Engine:
         )
         return figures | {
             "prefill_s": self._prefill_s,
+            "warm_up_s": self._warm_up_s,
             "prefill_link_bytes": self._prefill_link_bytes,
             "compile_s": self._compiles.seconds,
             "compilations_after_warmup": self._recompiled,
@@ -129,21 +131,17 @@ class Engine:
         }
 
     def _run_batch(self, requests: list[Request], shapes: _Shapes, on_step) -> Iterator[TokenEvent]:
-        watch = metrics.Stopwatch()
         state = self._init(requests, shapes)
-        self._prefill_s += watch.seconds
         counts_on_demand = self.plan.expert_flow != "resident"
         config, longest = self.model.config, max(request.limit for request in requests)
         needed = np.zeros((longest, config.num_layers, config.num_experts), bool)
         while not state.done:
             compiled = self._compiles.count
             state, info = self.step(state)
+            self._recompiled += self._compiles.count - compiled
             self._totals = metrics.add_step(self._totals, info)
             if counts_on_demand:
                 needed = metrics.add_on_demand(needed, info)
-            if shapes in self._warm_shapes:
-                self._recompiled += self._compiles.count - compiled
-            self._warm_shapes.add(shapes)
             if on_step is not None:
                 on_step(info)
             yield from self._events(state, info)
@@ -178,6 +176,7 @@ class Engine:
         )
 
     def _init(self, requests: list[Request], shapes: _Shapes) -> State:
+        watch = metrics.Stopwatch()
         runtime, sent = self._rt, 0 if self._rt is None else self._rt.store.link.sent_bytes
         memory = self._take_memory(shapes)
         sent = sent if runtime is self._rt else 0  # a new link counts from 0
@@ -187,8 +186,9 @@ class Engine:
         prompts = [request.token_ids if request else () for request in rows]
         memory, kv, _ = prefill(self._rt, memory, kv, prompts, shapes.chunk)
         jax.block_until_ready(kv)
+        self._prefill_s += watch.seconds
         self._prefill_link_bytes += self._rt.store.link.sent_bytes - sent
-        return State(
+        state = State(
             requests=rows,
             kv=kv,
             memory=memory,
@@ -197,7 +197,20 @@ class Engine:
             generated=((),) * len(rows),
             finish_reasons=tuple(None if request else "padding" for request in rows),
             rows=sampling_rows([request.params if request else SamplingParams() for request in rows]),
+            guard=make_guard(self.plan.draft_length) if self.plan.guard else None,
         )
+        return self._warm(state, shapes)
+
+    def _warm(self, state: State, shapes: _Shapes) -> State:
+        """Compiles the steps of shapes that are new; sampled and greedy rows run different programs."""
+        key = (shapes, state.rows.greedy)
+        if key in self._warm_shapes:
+            return state
+        self._warm_shapes.add(key)
+        watch = metrics.Stopwatch()
+        state = warm_up(self._rt, state)
+        self._warm_up_s += watch.seconds
+        return state
 
     def _take_memory(self, shapes: _Shapes):
         """The pool left by the batch before, or a new one; a larger batch may need a larger pool."""

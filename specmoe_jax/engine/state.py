@@ -7,6 +7,7 @@ import numpy as np
 
 from specmoe_jax.config import SamplingParams
 from specmoe_jax.offload.residency import Residency
+from specmoe_jax.speculate.guard import Guard
 from specmoe_jax.types import KVCache, SamplingRows
 
 
@@ -38,7 +39,7 @@ class State(NamedTuple):
 
     requests: B, the rows of the batch; None pads the batch to its compiled size. lengths: [B] int32, committed
     rows in the cache. last_token: [B] int32, committed but not yet in the cache. generated: per row, the new
-    tokens so far. finish_reasons: per row, None while it runs.
+    tokens so far. finish_reasons: per row, None while it runs. guard: chooses the draft length, None if it is fixed.
     """
 
     requests: tuple[Request | None, ...]
@@ -49,6 +50,7 @@ class State(NamedTuple):
     generated: tuple[tuple[int, ...], ...]
     finish_reasons: tuple[str | None, ...]
     rows: SamplingRows
+    guard: Guard | None
 
     @property
     def active(self) -> np.ndarray:

@@ -13,6 +13,7 @@ from specmoe_jax.engine.forward import TargetPass, target_pass
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import State, StepInfo
 from specmoe_jax.speculate.acceptance import accept, accept_greedy, synthetic_accept
+from specmoe_jax.speculate.guard import choose, observe
 from specmoe_jax.speculate.hotness import count_choices
 from specmoe_jax.speculate.sampling import Stream
 from specmoe_jax.types import AcceptResult, Proposal
@@ -22,14 +23,17 @@ _accept_greedy = jax.jit(accept_greedy)
 _synthetic_accept = jax.jit(synthetic_accept)
 
 
-def step(rt: Runtime, state: State, tokenizer) -> tuple[State, StepInfo]:
+def step(rt: Runtime, state: State, tokenizer, *, length: int | None = None) -> tuple[State, StepInfo]:
     """Every active row gets between 1 and N + 1 tokens. Consumes the state.
+
+    length: N, tokens to draft; None: what the state's guard chooses, or the plan says.
 
     The migration of SpecMoE happens inside `verify`, layer by layer: which experts a layer needs is known only
     when the layer before it has run.
     """
     clock, sent, activations = [time.perf_counter()], [rt.store.link.sent_bytes], rt.activations.sent_bytes
-    length = rt.plan.draft_length or 0
+    if length is None:
+        length = choose(state.guard) if state.guard else rt.plan.draft_length or 0
     drafted = draft(rt, state, length)
     clock.append(time.perf_counter())
     sent.append(rt.store.link.sent_bytes)
@@ -38,6 +42,9 @@ def step(rt: Runtime, state: State, tokenizer) -> tuple[State, StepInfo]:
     sent.append(rt.store.link.sent_bytes)
     new_state, accepted, committed = commit(rt, state, drafted.proposal, verified, result, tokenizer)
     clock.append(time.perf_counter())
+    if state.guard:
+        guard = observe(state.guard, length, accepted[state.active], clock[3] - clock[0])
+        new_state = new_state._replace(guard=guard)
     guesses = drafted.prefetched + verified.info.prefetched
     return new_state, StepInfo(
         accepted=accepted,
@@ -55,6 +62,18 @@ def step(rt: Runtime, state: State, tokenizer) -> tuple[State, StepInfo]:
         verify_s=clock[2] - clock[1],
         commit_s=clock[3] - clock[2],
     )
+
+
+def warm_up(rt: Runtime, state: State) -> State:
+    """Compiles what the steps will run, by steps of every draft length in which no row is active.
+
+    Such a step routes, fetches and commits nothing; only the buffers move on. What it taught guard and votes is
+    dropped.
+    """
+    idle = state._replace(finish_reasons=("idle",) * len(state.requests), guard=None)
+    for length in state.guard.lengths if state.guard else (rt.plan.draft_length or 0,):
+        idle, _ = step(rt, idle, None, length=length)
+    return state._replace(kv=idle.kv, memory=idle.memory._replace(votes=state.memory.votes))
 
 
 def verify(rt: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass, AcceptResult]:

@@ -1,17 +1,18 @@
 """A checkpoint directory -> Model: config, names, headers checked first; then weights, expert by expert."""
 
+import concurrent.futures
 import dataclasses
 import math
 import pathlib
 
-import jax.numpy as jnp
+import jax
 import tqdm
 
 from specmoe_jax.checkpoints import manifest, orbax_parts
 from specmoe_jax.checkpoints.files import open_checkpoint, read_json
 from specmoe_jax.checkpoints.header import quote
 from specmoe_jax.checkpoints.inventory import Inventory, take_inventory
-from specmoe_jax.checkpoints.tensors import TARGET_DTYPES, HostBlocks, read_tensor
+from specmoe_jax.checkpoints.tensors import READERS, TARGET_DTYPES, HostBlocks, read_tensor
 from specmoe_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from specmoe_jax.config import ModelConfig
 from specmoe_jax.errors import CheckpointError, RequestError
@@ -38,7 +39,7 @@ def load_model(
     check_finite: refuse NaN and infinite weights. Experts that are mapped are not read, so not checked again; the
         conversion that laid them out has.
     verify: first compare every tensor with the manifest of hashes in the directory.
-    Peak host memory: the weights and one expert. Of a checkpoint converted to the mappable layout (convert.py) and loaded
+    Peak host memory: the weights and two experts. Of a checkpoint converted to the mappable layout (convert.py) and loaded
     in the dtype it is stored in, the experts are pages of the files, which must not change while the model is in use.
     Raises CheckpointError, one line that names file and tensor.
     """
@@ -107,7 +108,7 @@ def _bar(name: str, total_bytes: int, progress: bool) -> tqdm.tqdm:
 def _read(config: ModelConfig, tokenizer, inventory: Inventory, dtype: str, check_finite: bool, bar) -> Model:
     def weight(spec):
         tensor = inventory.weights[spec.name]
-        array = jnp.asarray(read_tensor(tensor, dtype, check_finite=check_finite))
+        array = jax.device_put(read_tensor(tensor, dtype, check_finite=check_finite))
         bar.update(tensor.entry.bytes)
         return array
 
@@ -118,13 +119,24 @@ def _read(config: ModelConfig, tokenizer, inventory: Inventory, dtype: str, chec
         bar.update(source.bytes)
         return block
 
+    weights = map_specs(weight, family_of(config).weight_specs(config))
+    blocks = iter(_in_order(expert, [source for layer in inventory.experts for source in layer]))
     return Model(
         config=config,
-        weights=map_specs(weight, family_of(config).weight_specs(config)),
-        experts=tuple(tuple(expert(source) for source in layer) for layer in inventory.experts),
+        weights=weights,
+        experts=tuple(tuple(next(blocks) for _ in layer) for layer in inventory.experts),
         tokenizer=tokenizer,
         dtype=dtype,
     )
+
+
+def _in_order(function, arguments: list) -> list:
+    """The results of READERS threads, or the first error, after which nothing more is begun."""
+    pool = concurrent.futures.ThreadPoolExecutor(READERS)
+    try:
+        return list(pool.map(function, arguments))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _check_numbers(config: ModelConfig) -> None:

@@ -100,7 +100,7 @@ def test_unknown_dtype_is_refused(small_checkpoint):
         load_model(str(small_checkpoint), dtype="int8")
 
 
-def test_peak_memory_is_the_weights_and_one_expert(tmp_path):
+def test_peak_memory_is_the_weights_and_two_experts(tmp_path):
     """No layer, shard or whole file is held besides."""
     raw = RAW_CONFIG | {"hidden_size": 256, "intermediate_size": 512, "num_local_experts": 16}
     config = parse_config(raw)

@@ -90,7 +90,7 @@ def build(model: Model, plan: Plan, account: MemoryAccount, draft: Draft | None)
 def first_memory(rt: Runtime) -> ExpertMemory:
     """A new pool with what must always be there: all experts (resident flow) or a first draft set per layer."""
     shape = (rt.config.num_layers, rt.config.num_experts)
-    pool = jax.device_put(rt.store.new_pool(rt.num_slots), rt.device)
+    pool = rt.store.new_pool(rt.num_slots)
     residency, votes, none = empty(*shape, rt.num_slots), np.zeros(shape), np.zeros(shape[1], bool)
     for layer in range(rt.config.num_layers):
         plan, residency = plan_layer(residency, layer, none, rt.keep(layer, votes[layer], votes[layer], none))

@@ -12,6 +12,7 @@ from specmoe_jax.checkpoints import manifest, orbax_parts
 from specmoe_jax.checkpoints.files import open_checkpoint, read_json
 from specmoe_jax.checkpoints.header import quote
 from specmoe_jax.checkpoints.inventory import Inventory, take_inventory
+from specmoe_jax.checkpoints.memory import check_memory
 from specmoe_jax.checkpoints.tensors import READERS, TARGET_DTYPES, HostBlocks, read_tensor
 from specmoe_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from specmoe_jax.config import ModelConfig
@@ -53,6 +54,7 @@ def load_model(
     tokenizer = load_model_tokenizer(path, config)
     checkpoint = open_checkpoint(path)
     inventory = take_inventory(config, checkpoint)
+    check_memory(inventory, dtype, str(path_or_name))
     if verify:
         with _bar("verify", inventory.bytes, progress) as bar:
             manifest.verify(checkpoint, bar.update)

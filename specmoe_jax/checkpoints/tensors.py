@@ -32,8 +32,12 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]
 
     @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * self.tensor.dtype.itemsize
+        return self.size * self.tensor.dtype.itemsize
 
 
 class ExpertSource(NamedTuple):
@@ -87,7 +91,7 @@ class HostBlocks:
     def __call__(self, source: ExpertSource) -> jax.Array:
         """The block [3, F, M] of an expert; bfloat16 as uint16 bits. Raises CheckpointError."""
         tensor = source.gate.tensor
-        if not self._mappable(source):
+        if not is_mappable(source, self._dtype):
             return to_host(read_expert(source, self._dtype, check_finite=self._check_finite))
         if tensor.path not in self._maps:
             self._maps[tensor.path] = np.memmap(tensor.path, np.uint8, mode="r")
@@ -95,10 +99,12 @@ class HostBlocks:
         block = np.asarray(block).view(np.float32 if self._dtype == "float32" else np.uint16)
         return to_host(block.reshape(3, *source.gate.shape))
 
-    def _mappable(self, source: ExpertSource) -> bool:
-        tensor = source.gate.tensor
-        as_needed = source.down_transposed and tensor.dtype == TARGET_DTYPES[self._dtype]
-        return as_needed and tensor.entry.start % ALIGNMENT == 0
+
+def is_mappable(source: ExpertSource, dtype: str) -> bool:
+    """Whether the block stands in the file as it is needed in memory."""
+    tensor = source.gate.tensor
+    as_needed = source.down_transposed and tensor.dtype == TARGET_DTYPES[dtype]
+    return as_needed and tensor.entry.start % ALIGNMENT == 0
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -4,6 +4,7 @@ KINDS: name -> (damage(path, rng), pieces of text that the error must hold).
 """
 
 import json
+import math
 import os
 import struct
 
@@ -373,6 +374,21 @@ def config_with_one_layer_more(path, rng):
 @kind(MODEL, "not use")
 def config_with_one_layer_less(path, rng):
     edit_config(path, num_hidden_layers=1)
+
+
+@kind("GB in float32", "host memory are free")
+def more_weights_than_memory_in_a_sparse_file(path, rng):
+    """Valid in every other respect: 137 GB of zeros that take no disk."""
+    header, _ = split_file(path)
+    at, metadata = 0, header.pop("__metadata__")
+    for name, value in header.items():
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            value["shape"][0] = 1 << 30
+        end = at + 4 * math.prod(value["shape"])
+        value["data_offsets"], at = [at, end], end
+    join_file(path, header | {"__metadata__": metadata}, b"")
+    os.truncate(path / MODEL, (path / MODEL).stat().st_size + at)
+    edit_config(path, vocab_size=1 << 30)
 
 
 # ---- config.json itself

@@ -1,0 +1,44 @@
+"""Whether the weights fit into host memory, asked before the first of them is read."""
+
+import pathlib
+
+from specmoe_jax.checkpoints.inventory import Inventory
+from specmoe_jax.checkpoints.tensors import TARGET_DTYPES, is_mappable
+from specmoe_jax.errors import CheckpointError
+
+MEMINFO, CGROUP = pathlib.Path("/proc/meminfo"), pathlib.Path("/sys/fs/cgroup")
+
+
+def weight_bytes(inventory: Inventory, dtype: str) -> int:
+    """Bytes that a load puts into memory: everything in the compute dtype but the experts that are mapped."""
+    size = TARGET_DTYPES[dtype].itemsize
+    weights = sum(tensor.entry.size for tensor in inventory.weights.values())
+    read = [source for layer in inventory.experts for source in layer if not is_mappable(source, dtype)]
+    return size * (weights + sum(3 * source.gate.size for source in read))
+
+
+def available_bytes() -> int | None:
+    """Host memory that is free or can be freed, within the limit of a container; None where that cannot be told."""
+    limits = []
+    try:
+        fields = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
+        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        limits.append(int((CGROUP / "memory.max").read_text()) - int((CGROUP / "memory.current").read_text()))
+    except (OSError, ValueError):  # "max": no limit
+        pass
+    return min(limits, default=None)
+
+
+def check_memory(inventory: Inventory, dtype: str, model: str) -> None:
+    """Raises CheckpointError when the weights cannot fit, with what would."""
+    needed, available = weight_bytes(inventory, dtype), available_bytes()
+    if available is None or needed <= available:
+        return
+    smaller = "dtype bfloat16 takes half; " if dtype == "float32" else ""
+    raise CheckpointError(
+        f"{model}: weights of {needed / 1e9:.1f} GB in {dtype}, but {available / 1e9:.1f} GB of host memory are free;"
+        f" {smaller}convert_checkpoint.py --format=specmoe gives a form that is mapped from disk"
+    )

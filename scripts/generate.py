@@ -15,7 +15,18 @@ import tqdm
 from absl import flags
 
 from specmoe_jax import Engine, Plan, SamplingParams, load_model, metrics
-from specmoe_jax.config import DRAFTS, DTYPES, EXPERT_FLOWS, GIB, KV_TIERS, PRESETS, ModelConfig, preset
+from specmoe_jax.config import (
+    DRAFTS,
+    DRAM_POLICIES,
+    DTYPES,
+    EXPERT_FLOWS,
+    EXPERT_TIERS,
+    GIB,
+    KV_TIERS,
+    PRESETS,
+    ModelConfig,
+    preset,
+)
 from specmoe_jax.engine.prompts import Prompt, read_prompts
 from specmoe_jax.errors import PlanError, RequestError
 
@@ -31,6 +42,9 @@ _DRAFT_EXPERTS = flags.DEFINE_integer("draft_experts", None, "Resident draft exp
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Requests that generate together.")
 _MICRO_BATCHES = flags.DEFINE_integer("micro_batches", None, "Parts of a batch in flight at once.")
 _KV_TIER = flags.DEFINE_enum("kv_tier", None, KV_TIERS, "Where the KV cache is and attention runs.")
+_EXPERT_TIER = flags.DEFINE_enum("expert_tier", None, EXPERT_TIERS, "Where all experts are; disk needs --host_memory_gib.")
+_DRAM_POLICY = flags.DEFINE_enum("dram_policy", None, DRAM_POLICIES, "Which experts host memory caches (expert_tier=disk).")
+_BYPASS_PAGE_CACHE = flags.DEFINE_boolean("bypass_page_cache", None, "Read from the disk itself (expert_tier=disk).")
 _EXPERT_FLOW = flags.DEFINE_enum("expert_flow", None, EXPERT_FLOWS, "How experts come to the accelerator.")
 _DEVICE_GIB = flags.DEFINE_float("device_memory_gib", None, "Accelerator memory to use. Default: what the plan can use.")
 _HOST_GIB = flags.DEFINE_float("host_memory_gib", None, "Host memory to use. Default: what the machine has.")
@@ -54,7 +68,7 @@ def main() -> None:
         if not pathlib.Path(path).absolute().parent.is_dir():
             raise RequestError(f"the folder of {path} does not exist; create it first")
     _common.use_compile_cache()
-    model = load_model(_MODEL.value, dtype=read_plan_dtype(), progress=True)
+    model = load_model(_MODEL.value, **load_options(), progress=True)
     engine = Engine(model, make_plan(model.config))
     load_s = watch.seconds
     completions = generate(engine, prompts)
@@ -86,11 +100,10 @@ def read_all_prompts() -> list[Prompt]:
     return prompts
 
 
-def read_plan_dtype() -> str:
-    """The weights' type has to be known before the model is loaded; the plan is made after it."""
-    if _PLAN.value:
-        return read_plan_file().dtype
-    return _DTYPE.value or "float32"
+def load_options() -> dict[str, str]:
+    """The weights' type and the experts' place have to be known before the model is loaded; the plan is made after it."""
+    plan = read_plan_file() if _PLAN.value else Plan(preset="")
+    return {"dtype": _DTYPE.value or plan.dtype, "expert_tier": _EXPERT_TIER.value or plan.expert_tier}
 
 
 def read_plan_file() -> Plan:
@@ -112,6 +125,9 @@ def make_plan(config: ModelConfig) -> Plan:
         "batch_size": _BATCH_SIZE.value,
         "micro_batches": _MICRO_BATCHES.value,
         "kv_tier": _KV_TIER.value,
+        "expert_tier": _EXPERT_TIER.value,
+        "dram_policy": _DRAM_POLICY.value,
+        "bypass_page_cache": _BYPASS_PAGE_CACHE.value,
         "expert_flow": _EXPERT_FLOW.value,
         "dtype": _DTYPE.value,
         "device_memory_bytes": _to_bytes(_DEVICE_GIB.value, GIB),

@@ -13,6 +13,8 @@ DRAFT_SETS = ("hot_temporal", "hot_global", "random", "decay", "accepted")
 SUBSTITUTIONS = ("affinity", "random")
 PREFETCHES = ("none", "draft", "oracle")
 EXPERT_FLOWS = ("resident", "on_demand")
+EXPERT_TIERS = ("host", "disk")
+DRAM_POLICIES = ("lru", "frequency")
 KV_TIERS = ("accelerator", "host")
 DTYPES = ("float32", "bfloat16")
 
@@ -93,6 +95,9 @@ class Plan:
     prefetch: str = "none"  # "draft": what the draft's gates chose; "oracle": MoE-Overlap, emulated links only
     spare_slots: int | None = None  # slots for prefetch=draft; None: as many as one layer's dispatch
     expert_flow: str = "on_demand"
+    expert_tier: str = "host"  # where all experts are; "disk": host_memory_bytes hold a cache of them
+    dram_policy: str | None = None  # which experts that cache keeps (expert_tier=disk); None: frequency
+    bypass_page_cache: bool = False  # expert_tier=disk: every read is one of the disk, so that measurements are honest
     kv_tier: str = "accelerator"
     batch_size: int = 16
     micro_batches: int = 1
@@ -147,6 +152,8 @@ def _check_choices(plan: Plan) -> None:
     for name, choices in (
         ("draft", DRAFTS),
         ("expert_flow", EXPERT_FLOWS),
+        ("expert_tier", EXPERT_TIERS),
+        ("dram_policy", (None, *DRAM_POLICIES)),
         ("kv_tier", KV_TIERS),
         ("dtype", DTYPES),
         ("prefetch", PREFETCHES),
@@ -190,6 +197,7 @@ def _check_effects(plan: Plan) -> None:
         (("draft_experts", "draft_set", "substitution"), plan.draft == "self", f"with draft={plan.draft}"),
         (("cached_experts",), plan.draft != "self", "with draft=self, which keeps its draft experts"),
         (("spare_slots",), plan.prefetch == "draft", f"with prefetch={plan.prefetch}"),
+        (("dram_policy", "bypass_page_cache"), plan.expert_tier == "disk", "where every expert is in host memory"),
         (("cached_experts", "link_bytes_per_s"), plan.expert_flow != "resident", "where every expert is resident"),
     )
     for names, condition, where in needs:
@@ -203,6 +211,8 @@ def _check_effects(plan: Plan) -> None:
         raise PlanError(f"prefetch=draft has no effect with draft={plan.draft}: its gates tell nothing; use draft=self")
     if plan.prefetch == "oracle" and plan.link_bytes_per_s is None:
         raise PlanError("prefetch=oracle knows the future, which only an emulated link can; give --link_gbps")
+    if plan.expert_tier == "disk" and plan.host_memory_bytes is None:
+        raise PlanError("expert_tier=disk needs the host memory to cache experts in; give --host_memory_gib")
     if plan.micro_batches != 1:
         raise PlanError(f"micro_batches={plan.micro_batches} has no effect with expert_flow={plan.expert_flow}; leave it 1")
 

@@ -26,6 +26,9 @@ class Totals(NamedTuple):
     prefetch_bytes: int = 0
     prefetch_wasted_bytes: int = 0
     activation_bytes: int = 0
+    disk_bytes: int = 0
+    dram_hits: int = 0
+    dram_misses: int = 0
     hits: int = 0
     misses: int = 0
     accepted_at_least: tuple[int, ...] = ()
@@ -49,6 +52,9 @@ def add_step(totals: Totals, info) -> Totals:
         prefetch_bytes=totals.prefetch_bytes + info.prefetch_bytes,
         prefetch_wasted_bytes=totals.prefetch_wasted_bytes + info.prefetch_wasted_bytes,
         activation_bytes=totals.activation_bytes + info.activation_bytes,
+        disk_bytes=totals.disk_bytes + info.below.disk_bytes,
+        dram_hits=totals.dram_hits + info.below.hits,
+        dram_misses=totals.dram_misses + info.below.misses,
         hits=totals.hits + info.verify.hits,
         misses=totals.misses + info.verify.misses,
         accepted_at_least=tuple(a + b for a, b in zip(before, at_least, strict=True)),
@@ -101,6 +107,10 @@ def figures(totals: Totals, plan: Plan, *, on_demand_bytes: int | None, link_byt
         "prefetch_bytes": totals.prefetch_bytes,
         "prefetch_wasted_bytes": totals.prefetch_wasted_bytes,
         "activation_link_bytes": totals.activation_bytes,
+        "disk_bytes": totals.disk_bytes,
+        "disk_bytes_per_token": totals.disk_bytes / tokens if tokens else None,
+        "dram_hits": totals.dram_hits,
+        "dram_misses": totals.dram_misses,
         "expert_hits": totals.hits,
         "expert_misses": totals.misses,
         "floor_s": floor_s,
@@ -160,6 +170,9 @@ def table(stats: dict) -> str:
         ("load, compile, prefill", "  ".join(f"{stats[name]:.2f} s" for name in ("load_s", "compile_s", "prefill_s"))),
         ("compilations after warm-up", str(stats["compilations_after_warmup"])),
     ]
+    if stats["plan"]["expert_tier"] == "disk":
+        rows.append(("disk bytes/token", _number(stats["disk_bytes_per_token"])))
+        rows.append(("host cache hits / misses", f"{stats['dram_hits']} / {stats['dram_misses']}"))
     if stats["fraction_of_floor"] is not None:
         rows.append(("share of the link floor", f"{stats['fraction_of_floor']:.2f}"))
     if stats["synthetic"]:

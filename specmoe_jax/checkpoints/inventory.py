@@ -22,8 +22,12 @@ class Inventory(NamedTuple):
     @property
     def bytes(self) -> int:
         """Bytes that a full load reads."""
-        experts = sum(source.bytes for layer in self.experts for source in layer)
-        return experts + sum(tensor.entry.bytes for tensor in self.weights.values())
+        return self.weight_bytes + sum(source.bytes for layer in self.experts for source in layer)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Those of everything but the experts."""
+        return sum(tensor.entry.bytes for tensor in self.weights.values())
 
 
 def block_name(layer: int, expert: int) -> str:

@@ -9,17 +9,18 @@ import jax
 import tqdm
 
 from specmoe_jax.checkpoints import manifest, orbax_parts
+from specmoe_jax.checkpoints.disk import DiskExperts
 from specmoe_jax.checkpoints.files import open_checkpoint, read_json
 from specmoe_jax.checkpoints.header import quote
 from specmoe_jax.checkpoints.inventory import Inventory, take_inventory
 from specmoe_jax.checkpoints.memory import check_memory
 from specmoe_jax.checkpoints.tensors import READERS, TARGET_DTYPES, HostBlocks, read_tensor
 from specmoe_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
-from specmoe_jax.config import ModelConfig
+from specmoe_jax.config import EXPERT_TIERS, ModelConfig
 from specmoe_jax.errors import CheckpointError, RequestError
 from specmoe_jax.models.families import family_of, parse_config
 from specmoe_jax.models.model import Model
-from specmoe_jax.models.spec import map_specs
+from specmoe_jax.models.spec import Weights, map_specs
 
 BUNDLED = {"demo": pathlib.Path(__file__).parent / "demo"}
 MAX_SIZE = 1 << 31  # of any number in a config.json; more is a mistake or an attack
@@ -32,6 +33,7 @@ def load_model(
     progress: bool = False,
     check_finite: bool = True,
     verify: bool = False,
+    expert_tier: str = "host",
 ) -> Model:
     """A model from "demo" or from a directory with a Hugging Face checkpoint, every expert in pinned host memory.
 
@@ -40,10 +42,13 @@ def load_model(
     check_finite: refuse NaN and infinite weights. Experts that are mapped are not read, so not checked again; the
         conversion that laid them out has.
     verify: first compare every tensor with the manifest of hashes in the directory.
+    expert_tier: "disk" leaves the experts where they are; an engine whose plan says so reads them as it needs them.
     Peak host memory: the weights and two experts. Of a checkpoint converted to the mappable layout (convert.py) and loaded
     in the dtype it is stored in, the experts are pages of the files, which must not change while the model is in use.
     Raises CheckpointError, one line that names file and tensor.
     """
+    if expert_tier not in EXPERT_TIERS:
+        raise RequestError(f"expert_tier is {expert_tier!r}; it must be one of {', '.join(EXPERT_TIERS)}")
     dtype = dtype or "float32"
     if dtype not in TARGET_DTYPES:
         raise RequestError(f"dtype is {dtype!r}; it must be one of {', '.join(TARGET_DTYPES)}")
@@ -54,12 +59,19 @@ def load_model(
     tokenizer = load_model_tokenizer(path, config)
     checkpoint = open_checkpoint(path)
     inventory = take_inventory(config, checkpoint)
-    check_memory(inventory, dtype, str(path_or_name))
+    on_disk = expert_tier == "disk"
+    if not on_disk:
+        check_memory(inventory, dtype, str(path_or_name))
     if verify:
         with _bar("verify", inventory.bytes, progress) as bar:
             manifest.verify(checkpoint, bar.update)
-    with _bar("load", inventory.bytes, progress) as bar:
-        return _read(config, tokenizer, inventory, dtype, check_finite, bar)
+    with _bar("load", inventory.weight_bytes if on_disk else inventory.bytes, progress) as bar:
+        weights = _read_weights(config, inventory, dtype, check_finite, bar)
+        if on_disk:
+            experts = DiskExperts(inventory.experts, dtype, check_finite)
+        else:
+            experts = _read_experts(inventory, dtype, check_finite, bar)
+    return Model(config=config, weights=weights, experts=experts, tokenizer=tokenizer, dtype=dtype)
 
 
 def checkpoint_path(path_or_name: str) -> pathlib.Path:
@@ -107,13 +119,17 @@ def _bar(name: str, total_bytes: int, progress: bool) -> tqdm.tqdm:
     return tqdm.tqdm(total=total_bytes, unit="B", unit_scale=True, desc=name, disable=None if progress else True)
 
 
-def _read(config: ModelConfig, tokenizer, inventory: Inventory, dtype: str, check_finite: bool, bar) -> Model:
+def _read_weights(config: ModelConfig, inventory: Inventory, dtype: str, check_finite: bool, bar) -> Weights:
     def weight(spec):
         tensor = inventory.weights[spec.name]
         array = jax.device_put(read_tensor(tensor, dtype, check_finite=check_finite))
         bar.update(tensor.entry.bytes)
         return array
 
+    return map_specs(weight, family_of(config).weight_specs(config))
+
+
+def _read_experts(inventory: Inventory, dtype: str, check_finite: bool, bar) -> tuple[tuple[jax.Array, ...], ...]:
     host_block = HostBlocks(dtype, check_finite=check_finite)
 
     def expert(source):
@@ -121,15 +137,8 @@ def _read(config: ModelConfig, tokenizer, inventory: Inventory, dtype: str, chec
         bar.update(source.bytes)
         return block
 
-    weights = map_specs(weight, family_of(config).weight_specs(config))
     blocks = iter(_in_order(expert, [source for layer in inventory.experts for source in layer]))
-    return Model(
-        config=config,
-        weights=weights,
-        experts=tuple(tuple(next(blocks) for _ in layer) for layer in inventory.experts),
-        tokenizer=tokenizer,
-        dtype=dtype,
-    )
+    return tuple(tuple(next(blocks) for _ in layer) for layer in inventory.experts)
 
 
 def _in_order(function, arguments: list) -> list:

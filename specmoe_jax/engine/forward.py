@@ -70,7 +70,8 @@ def migrate_and_compute(
 ) -> tuple[jax.Array, ExpertMemory, LayerInfo]:
     """Fetches what layer `layer` needs for its routing and computes its experts, wave by wave.
 
-    While its own misses travel, the link is also given the predicted misses of the layers after it.
+    While its own misses travel, the link is also given the predicted misses of the layers after it, and the disk
+    those that are not in host memory.
     """
     ids = np.asarray(routing.ids)  # the host waits here: only now is known what must be fetched
     counts = earlier + count_choices(ids, rt.config.num_experts)
@@ -124,9 +125,11 @@ def prefetch(
     if rt.plan.prefetch != "draft":
         return memory, 0
     ahead = np.where(np.arange(len(predicted))[:, None] >= first_layer, predicted, 0)
+    absent = np.where(memory.residency.slot_of < 0, ahead, 0)
+    rt.store.tier.read_ahead(absent)
     limit = rt.store.copies_within(budget_s)
     copies, residency = plan_prefetch(
-        memory.residency, ahead, reserve=rt.dispatch_slots, limit=limit, in_use=in_use
+        memory.residency, np.where(rt.store.tier.ready(), absent, 0), reserve=rt.dispatch_slots, limit=limit, in_use=in_use
     )
     prefetched = memory.prefetched.copy()
     for layer, expert, _ in copies:

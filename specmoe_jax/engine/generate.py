@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax import metrics
+from specmoe_jax.checkpoints.disk import DiskExperts
 from specmoe_jax.config import Plan, SamplingParams
 from specmoe_jax.engine.finish import final_text
 from specmoe_jax.engine.prefill import prefill
@@ -66,12 +67,15 @@ class Engine:
             raise PlanError(f"draft={plan.draft} and a draft object {'' if draft else 'not '}given; custom needs one")
         if plan.dtype != model.dtype:
             raise PlanError(f"the plan says dtype={plan.dtype}, the model was loaded as {model.dtype}; make them agree")
+        tier = "disk" if isinstance(model.experts, DiskExperts) else "host"
+        if plan.expert_tier != tier:
+            raise PlanError(f"the plan says expert_tier={plan.expert_tier}, the model was loaded with {tier}; make them agree")
         self._custom_draft = draft
         self._rt = self._memory = self._account = self._accounted_peak_bytes = None
         self._compiles = metrics.CompileCounter()
         self._warm_shapes, self._recompiled, self._warm_up_s = set(), 0, 0.0
         self._totals, self._prefill_s, self._on_demand_bytes = metrics.Totals(), 0.0, 0
-        self._prefill_link_bytes = 0
+        self._prefill_link_bytes = self._prefill_disk_bytes = 0
         # The smallest job must fit, so that a plan that never can is refused before anything is loaded.
         account(model.config, plan, batch_rows=1, positions=cache_positions(2, plan))
 
@@ -123,6 +127,7 @@ class Engine:
             "prefill_s": self._prefill_s,
             "warm_up_s": self._warm_up_s,
             "prefill_link_bytes": self._prefill_link_bytes,
+            "prefill_disk_bytes": self._prefill_disk_bytes,
             "compile_s": self._compiles.seconds,
             "compilations_after_warmup": self._recompiled,
             "peak_accelerator_bytes": self._peak_accelerator_bytes(),
@@ -177,9 +182,9 @@ class Engine:
 
     def _init(self, requests: list[Request], shapes: _Shapes) -> State:
         watch = metrics.Stopwatch()
-        runtime, sent = self._rt, 0 if self._rt is None else self._rt.store.link.sent_bytes
+        runtime, before = self._rt, self._moved_bytes()
         memory = self._take_memory(shapes)
-        sent = sent if runtime is self._rt else 0  # a new link counts from 0
+        before = before if runtime is self._rt else (0, 0)  # a new store counts from 0
         kv = self._new_cache(shapes)
         padding = shapes.rows - len(requests)
         rows: tuple[Request | None, ...] = (*requests, *[None] * padding)
@@ -187,7 +192,9 @@ class Engine:
         memory, kv, _ = prefill(self._rt, memory, kv, prompts, shapes.chunk)
         jax.block_until_ready(kv)
         self._prefill_s += watch.seconds
-        self._prefill_link_bytes += self._rt.store.link.sent_bytes - sent
+        link_bytes, disk_bytes = self._moved_bytes()
+        self._prefill_link_bytes += link_bytes - before[0]
+        self._prefill_disk_bytes += disk_bytes - before[1]
         state = State(
             requests=rows,
             kv=kv,
@@ -200,6 +207,10 @@ class Engine:
             guard=make_guard(self.plan.draft_length) if self.plan.guard else None,
         )
         return self._warm(state, shapes)
+
+    def _moved_bytes(self) -> tuple[int, int]:
+        """Over the link and from disk, since the store was made."""
+        return (0, 0) if self._rt is None else (self._rt.store.link.sent_bytes, self._rt.store.tier.counts.disk_bytes)
 
     def _warm(self, state: State, shapes: _Shapes) -> State:
         """Compiles the steps of shapes that are new; sampled and greedy rows run different programs."""

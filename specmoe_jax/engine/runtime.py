@@ -12,6 +12,7 @@ from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import DTYPE_BYTES, Weights
 from specmoe_jax.offload.residency import empty, plan_layer
 from specmoe_jax.offload.store import ExpertStore, Link
+from specmoe_jax.offload.tiers import DiskTier, HostTier, Tier
 from specmoe_jax.planner.memory import MemoryAccount, pinned_experts
 from specmoe_jax.speculate.affinity import expert_distances, neighbours
 from specmoe_jax.speculate.draft import Draft
@@ -65,6 +66,7 @@ class Runtime:
 def build(model: Model, plan: Plan, account: MemoryAccount, draft: Draft | None) -> Runtime:
     """The runtime of a plan whose account fits. Copies the weights (not the experts) to the accelerator."""
     config, device = model.config, jax.devices()[0]
+    order_by_affinity = _neighbours(model, plan) if plan.draft == "self" else None  # maps experts; the tier below may drop pages
     resident = plan.expert_flow == "resident"
     policy = make_policy(_policy_name(plan), config.num_layers, config.num_experts)
     order = np.arange(config.num_layers * config.num_experts, dtype=np.int32)
@@ -72,11 +74,11 @@ def build(model: Model, plan: Plan, account: MemoryAccount, draft: Draft | None)
         config=config,
         plan=plan,
         weights=jax.device_put(model.weights, device),
-        store=ExpertStore(model.experts, Link(plan.link_bytes_per_s, oracle=plan.prefetch == "oracle")),
+        store=ExpertStore(_tier(model, plan, account), Link(plan.link_bytes_per_s, oracle=plan.prefetch == "oracle")),
         draft=draft or _DRAFTS[plan.draft](),
         draft_set=policy,
         keep=_keep(config, plan, policy),
-        neighbours=_neighbours(model, plan) if plan.draft == "self" else None,
+        neighbours=order_by_affinity,
         resident_slots=order.reshape(config.num_layers, config.num_experts) if resident else None,
         num_slots=account.num_slots,
         dispatch_slots=min(account.num_slots, account.wanted_slots) - account.pinned_slots,
@@ -84,6 +86,17 @@ def build(model: Model, plan: Plan, account: MemoryAccount, draft: Draft | None)
         device=device,
         host=jax.local_devices(backend="cpu")[0],
         activations=Link(),
+    )
+
+
+def _tier(model: Model, plan: Plan, account: MemoryAccount) -> Tier:
+    if plan.expert_tier == "host":
+        return HostTier(model.experts)
+    return DiskTier(
+        model.experts,
+        capacity=account.host_experts,
+        policy=plan.dram_policy or "frequency",
+        keep_pages=not plan.bypass_page_cache,
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from specmoe_jax.config import SamplingParams
 from specmoe_jax.offload.residency import Residency
+from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.speculate.guard import Guard
 from specmoe_jax.types import KVCache, SamplingRows
 
@@ -86,6 +87,7 @@ class StepInfo(NamedTuple):
     active: [B] bool at the start of the step. start: [B], tokens that the row had generated before it.
     link_bytes: expert bytes over the link in this step; draft_link_bytes: those sent while drafting (prefetches).
     prefetch_bytes, prefetch_wasted_bytes: those sent on a guess, and the wrong ones among them.
+    below: what the tier below the link did in this step.
     activation_bytes: queries, keys, values and attention outputs between accelerator and host (kv_tier=host).
     """
 
@@ -100,6 +102,7 @@ class StepInfo(NamedTuple):
     prefetch_bytes: int
     prefetch_wasted_bytes: int
     activation_bytes: int
+    below: TierCounts
     draft_s: float
     verify_s: float
     commit_s: float

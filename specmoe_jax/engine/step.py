@@ -12,6 +12,7 @@ from specmoe_jax.engine.finish import commit_tokens
 from specmoe_jax.engine.forward import TargetPass, target_pass
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import State, StepInfo
+from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.speculate.acceptance import accept, accept_greedy, synthetic_accept
 from specmoe_jax.speculate.guard import choose, observe
 from specmoe_jax.speculate.hotness import count_choices
@@ -32,6 +33,7 @@ def step(rt: Runtime, state: State, tokenizer, *, length: int | None = None) -> 
     when the layer before it has run.
     """
     clock, sent, activations = [time.perf_counter()], [rt.store.link.sent_bytes], rt.activations.sent_bytes
+    below = rt.store.tier.counts
     if length is None:
         length = choose(state.guard) if state.guard else rt.plan.draft_length or 0
     drafted = draft(rt, state, length)
@@ -58,6 +60,7 @@ def step(rt: Runtime, state: State, tokenizer, *, length: int | None = None) -> 
         prefetch_bytes=guesses * rt.expert_bytes,
         prefetch_wasted_bytes=(guesses - verified.info.prefetch_hits) * rt.expert_bytes,
         activation_bytes=rt.activations.sent_bytes - activations,
+        below=TierCounts(*np.subtract(rt.store.tier.counts, below).tolist()),
         draft_s=clock[1] - clock[0],
         verify_s=clock[2] - clock[1],
         commit_s=clock[3] - clock[2],

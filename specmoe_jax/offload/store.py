@@ -1,12 +1,16 @@
 """The expert store: the only place where an expert crosses the link, and where its bytes are counted."""
 
 import functools
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from specmoe_jax.models.model import to_host
+from specmoe_jax.offload.tiers import Tier
 
 
 class Link:
@@ -45,26 +49,26 @@ class Link:
 
 
 class ExpertStore:
-    """Experts in pinned host memory and the copies out of it. Holds no residency: plans say what goes where."""
+    """The copies of experts out of the tier below the accelerator. Holds no residency: plans say what goes where."""
 
-    def __init__(self, experts: tuple[tuple[jax.Array, ...], ...], link: Link):
-        self._experts = experts
+    def __init__(self, tier: Tier, link: Link):
         self._arrival_s: dict[int, float] = {}
-        self.link = link
+        self.tier, self.link = tier, link
 
     def new_pool(self, num_slots: int) -> jax.Array:
         """A slot pool [R, 3, F, M] of zeros on the accelerator, in the dtype of the blocks.
 
         One block of zeros goes the way of an expert, so that the copy is compiled before the first one is timed.
         """
-        block, device = self._experts[0][0], jax.devices()[0]
-        pool = jax.device_put(jnp.zeros((num_slots, *block.shape), block.dtype), device)
-        return _write_slot(pool, jax.device_put(np.zeros(block.shape, block.dtype), block.sharding), np.int32(0))
+        zeros = jnp.zeros((num_slots, *self.tier.shape), self.tier.dtype)
+        pool = jax.device_put(zeros, jax.devices()[0])
+        return _write_slot(pool, to_host(np.zeros(self.tier.shape, self.tier.dtype)), np.int32(0))
 
-    def fetch(self, pool: jax.Array, copies: Iterable[tuple[int, int, int]]) -> jax.Array:
+    def fetch(self, pool: jax.Array, copies: Sequence[tuple[int, int, int]]) -> jax.Array:
         """Starts the copies (layer, expert, slot), in that order. The pool is consumed (donated)."""
+        self.tier.request([(layer, expert) for layer, expert, _ in copies])
         for layer, expert, slot in copies:
-            block = self._experts[layer][expert]
+            block = self.tier.block((layer, expert))
             pool = _write_slot(pool, block, np.int32(slot))
             self._arrival_s[slot] = self.link.send(block.nbytes)
         return pool
@@ -72,8 +76,8 @@ class ExpertStore:
     def copies_within(self, budget_s: float) -> int:
         """Experts that can arrive within `budget_s` from now; without an emulated rate there is no telling: all."""
         if self.link.bytes_per_s is None or budget_s == float("inf"):
-            return sum(map(len, self._experts))
-        expert_s = self._experts[0][0].nbytes / self.link.bytes_per_s
+            return self.tier.num_experts
+        expert_s = math.prod(self.tier.shape) * self.tier.dtype.itemsize / self.link.bytes_per_s
         return max(int((budget_s - self.link.backlog_s) / expert_s), 0)
 
     def wait(self, slots: np.ndarray) -> None:

@@ -22,7 +22,7 @@ class MemoryAccount(NamedTuple):
     pinned_slots: int
     kv_bytes: int
     activation_bytes: int
-    host_expert_bytes: int  # all experts
+    host_experts: int  # experts in host memory: all, or as many as the budget lets a disk tier cache
     kv_tier: str
 
     @property
@@ -32,7 +32,7 @@ class MemoryAccount(NamedTuple):
 
     @property
     def host_bytes(self) -> int:
-        return self.host_expert_bytes + (self.kv_bytes if self.kv_tier == "host" else 0)
+        return self.host_experts * self.expert_bytes + (self.kv_bytes if self.kv_tier == "host" else 0)
 
 
 def cache_positions(longest: int, plan: Plan) -> int:
@@ -65,10 +65,10 @@ def account(config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int)
         pinned_slots=pinned,
         kv_bytes=2 * config.num_layers * batch_rows * config.num_kv_heads * positions * config.head_dim * item,
         activation_bytes=_activation_bytes(config, plan, batch_rows, passes, item),
-        host_expert_bytes=config.num_layers * config.num_experts * config.expert_params * item,
+        host_experts=config.num_layers * config.num_experts,
         kv_tier=plan.kv_tier,
     )
-    return _fit(whole, plan)
+    return _fit_device(_fit_host(whole, plan), plan)
 
 
 def pinned_experts(config: ModelConfig, plan: Plan) -> int:
@@ -90,12 +90,27 @@ def _activation_bytes(config: ModelConfig, plan: Plan, batch_rows: int, passes: 
     return passes * (per_token + outputs) + logits
 
 
-def _fit(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
-    if plan.host_memory_bytes is not None and whole.host_bytes > plan.host_memory_bytes:
+def _fit_host(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
+    if plan.host_memory_bytes is None or whole.host_bytes <= plan.host_memory_bytes:
+        return whole
+    beside = whole.host_bytes - whole.host_experts * whole.expert_bytes
+    if plan.expert_tier == "host":
         raise PlanError(
             f"host memory of {_size(plan.host_memory_bytes)} is too small: experts and KV cache need "
-            f"{_size(whole.host_bytes)}; give --host_memory_gib={_ceil_gib(whole.host_bytes)} or a smaller batch"
+            f"{_size(whole.host_bytes)}; give --host_memory_gib={_ceil_gib(whole.host_bytes)} or a smaller batch, "
+            "or leave experts on disk: --expert_tier=disk"
         )
+    cached = int(plan.host_memory_bytes - beside) // whole.expert_bytes
+    if cached < 1:
+        need = beside + whole.expert_bytes
+        raise PlanError(
+            f"host memory of {_size(plan.host_memory_bytes)} is too small to cache one expert of the disk tier"
+            f"{' beside the KV cache' if beside else ''}; the smallest that works is --host_memory_gib={_ceil_gib(need)}"
+        )
+    return whole._replace(host_experts=cached)
+
+
+def _fit_device(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
     if plan.device_memory_bytes is None:
         return whole
     beside = whole.accelerator_bytes - whole.num_slots * whole.expert_bytes

@@ -1,0 +1,98 @@
+"""Experts that stay on disk: read or mapped one by one when they are asked for."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from specmoe_jax.checkpoints.tensors import ExpertSource, HostBlocks, Piece, is_mappable, read_expert
+from specmoe_jax.errors import PlanError
+
+
+@dataclasses.dataclass(frozen=True)
+class DiskExperts(Sequence):
+    """The experts of a model in the place of Model.experts: `experts[layer][expert]` brings the block when it is asked for.
+
+    Such a block is mapped where the layout allows it (convert.py), else read and converted, and not kept. The files must
+    not change while the model is in use. sources: [layer][expert]. check_finite: of what is read and converted; the
+    conversion that laid a mappable block out has checked it.
+    """
+
+    sources: tuple[tuple[ExpertSource, ...], ...]
+    dtype: str
+    check_finite: bool
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, layer: int) -> "DiskLayer":
+        return DiskLayer(self.sources[layer], HostBlocks(self.dtype, check_finite=self.check_finite))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """L, E."""
+        return len(self.sources), len(self.sources[0])
+
+    @property
+    def block_shape(self) -> tuple[int, int, int]:
+        return (3, *self.sources[0][0].gate.shape)
+
+    @property
+    def block_dtype(self) -> np.dtype:
+        return np.dtype(np.float32 if self.dtype == "float32" else np.uint16)
+
+    def stored_bytes(self, layer: int, expert: int) -> int:
+        """What a read of this expert takes from the disk."""
+        return self.sources[layer][expert].bytes
+
+    def read(self, layer: int, expert: int, *, keep_pages: bool = True) -> np.ndarray:
+        """The block [3, F, M] in memory of its own. Raises CheckpointError.
+
+        keep_pages: False drops its pages from the system's cache afterwards, so that the next read is one of the disk.
+        """
+        source = self.sources[layer][expert]
+        block = read_expert(source, self.dtype, check_finite=self.check_finite and not is_mappable(source, self.dtype))
+        if not keep_pages:
+            _drop_pages(source)
+        return block
+
+    def drop_pages(self) -> None:
+        """Has the system forget all experts that it cached and nobody has mapped. Raises PlanError where it cannot."""
+        if not hasattr(os, "posix_fadvise"):
+            raise PlanError("bypass_page_cache has no effect on this system, which has no posix_fadvise; leave it out")
+        for layer in self.sources:
+            for source in layer:
+                _drop_pages(source)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiskLayer(Sequence):
+    """One layer of DiskExperts."""
+
+    sources: tuple[ExpertSource, ...]
+    host_blocks: HostBlocks
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, expert: int) -> jax.Array:
+        return self.host_blocks(self.sources[expert])
+
+
+def _drop_pages(source: ExpertSource) -> None:
+    for piece in (source.gate, source.up, source.down):
+        _drop_piece(piece)
+
+
+def _drop_piece(piece: Piece) -> None:
+    """Whole pages only are dropped, so the range is widened to their bounds."""
+    start = piece.tensor.entry.start + piece.first * piece.tensor.dtype.itemsize
+    first, page = start // os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PAGE_SIZE")
+    length = -(-(start + piece.bytes - first) // page) * page
+    descriptor = os.open(piece.tensor.path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, first, length, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,86 @@
+"""Which experts of a disk tier stay in host memory: the cache's decisions. Pure: integers in, integers out."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+POLICIES = ("lru", "frequency")
+
+
+class DramCache(NamedTuple):
+    """present: [L, E] bool, experts in host memory or on their way into it. uses: [L, E], how often each was asked for.
+
+    last_use: [L, E], the value of `clock` when it last was. clock: uses so far.
+    """
+
+    present: np.ndarray
+    uses: np.ndarray
+    last_use: np.ndarray
+    clock: int
+
+
+class Admission(NamedTuple):
+    """admitted, evicted: lists of (layer, expert). Evict first, so that the budget holds at every moment."""
+
+    admitted: list[tuple[int, int]]
+    evicted: list[tuple[int, int]]
+
+
+def empty(num_layers: int, num_experts: int) -> DramCache:
+    """Nothing in host memory."""
+    zeros = np.zeros((num_layers, num_experts), np.int64)
+    return DramCache(present=zeros > 0, uses=zeros, last_use=zeros, clock=0)
+
+
+def touch(cache: DramCache, keys: list[tuple[int, int]]) -> DramCache:
+    """The cache after one use of each of these experts (layer, expert), present or not, in this order."""
+    uses, last_use = cache.uses.copy(), cache.last_use.copy()
+    for clock, key in enumerate(keys, cache.clock + 1):
+        uses[key] += 1
+        last_use[key] = clock
+    return cache._replace(uses=uses, last_use=last_use, clock=cache.clock + len(keys))
+
+
+def admit(
+    cache: DramCache, wanted: list[tuple[int, int]], *, capacity: int, policy: str, protected: np.ndarray
+) -> tuple[Admission, DramCache]:
+    """Makes room for absent experts, in the order of `wanted`, until nothing more may be evicted.
+
+    policy: "lru" evicts the least recently used, "frequency" the least often used (then the least recently). Neither a
+    wanted nor a `protected` [L, E] expert is evicted; so of more wanted than `capacity` the first are admitted.
+    """
+    present, keep = cache.present.copy(), protected.copy()
+    keep[tuple(np.transpose(wanted))] = True
+    wanted = [key for key in dict.fromkeys(wanted) if not present[key]]
+    order = iter(_eviction_order(cache, policy, present & ~keep))
+    admitted, evicted, room = [], [], capacity - int(present.sum())
+    for key in wanted:
+        if room <= 0:
+            victim = next(order, None)
+            if victim is None:
+                break
+            present[victim] = False
+            evicted.append(victim)
+            room += 1
+        present[key] = True
+        admitted.append(key)
+        room -= 1
+    return Admission(admitted=admitted, evicted=evicted), cache._replace(present=present)
+
+
+def by_expectation(predicted: np.ndarray, absent: np.ndarray, limit: int) -> list[tuple[int, int]]:
+    """At most `limit` experts worth reading ahead: nearest layer first, then most expected, then the smaller id.
+
+    predicted: [L, E], how often each is expected to be chosen, 0 = not. absent: [L, E] bool.
+    """
+    layers, experts = np.nonzero((predicted > 0) & absent)
+    order = np.lexsort((experts, -predicted[layers, experts], layers))[:limit]
+    return list(zip(layers[order].tolist(), experts[order].tolist(), strict=True))
+
+
+def _eviction_order(cache: DramCache, policy: str, candidates: np.ndarray) -> list[tuple[int, int]]:
+    """Candidates [L, E], the first to go first; ties to the smaller layer and id."""
+    layers, experts = np.nonzero(candidates)
+    last_use, uses = cache.last_use[layers, experts], cache.uses[layers, experts]
+    order = np.lexsort((last_use,) if policy == "lru" else (last_use, uses))
+    return list(zip(layers[order].tolist(), experts[order].tolist(), strict=True))

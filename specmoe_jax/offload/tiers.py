@@ -1,0 +1,150 @@
+"""Where the expert store takes its blocks from: host memory that holds all, or a disk with host memory as a cache above it."""
+
+import concurrent.futures
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from specmoe_jax.models.model import to_host
+from specmoe_jax.offload import dram
+
+READERS = 2  # demanded reads in flight; one more thread reads ahead
+
+
+class TierCounts(NamedTuple):
+    """disk_bytes: asked of the disk. hits, misses: experts asked for that were in host memory (or on their way), or not."""
+
+    disk_bytes: int = 0
+    hits: int = 0
+    misses: int = 0
+
+
+class Tier(Protocol):
+    """Blocks [3, F, M] of experts in pinned host memory, ready to be copied over the link.
+
+    shape, dtype: of a block. num_experts: of all layers. counts: since it was made.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    num_experts: int
+    counts: "TierCounts"
+
+    def request(self, keys: list[tuple[int, int]]) -> None:
+        """Says which experts (layer, expert) are asked for next, so that their reads start together."""
+
+    def block(self, key: tuple[int, int]) -> jax.Array:
+        """The block of an expert; waits for the disk where it has to."""
+
+    def read_ahead(self, predicted: np.ndarray) -> None:
+        """Starts reads of experts that will probably be asked for. predicted: [L, E], 0 = not expected."""
+
+    def ready(self) -> np.ndarray:
+        """[L, E] bool, experts whose `block` does not wait."""
+
+
+class HostTier:
+    """All experts in host memory."""
+
+    counts = TierCounts()
+
+    def __init__(self, experts: tuple[tuple[jax.Array, ...], ...]):
+        self._experts = experts
+        self.shape, self.dtype = experts[0][0].shape, experts[0][0].dtype
+        self.num_experts = sum(map(len, experts))
+        self._ready = np.ones((len(experts), len(experts[0])), bool)
+
+    def request(self, keys: list[tuple[int, int]]) -> None:
+        pass
+
+    def block(self, key: tuple[int, int]) -> jax.Array:
+        return self._experts[key[0]][key[1]]
+
+    def read_ahead(self, predicted: np.ndarray) -> None:
+        pass
+
+    def ready(self) -> np.ndarray:
+        return self._ready
+
+
+class DiskTier:
+    """Experts on disk, the `capacity` most worthwhile of them in host memory (dram.py decides, this reads).
+
+    All decisions are taken by the calling thread, so a run repeats them; the threads only read. An evicted block lives on
+    while a copy of it is under way, so the budget may be exceeded by what is on the link.
+    files: checkpoints.disk.DiskExperts. keep_pages: False has the system forget what was read, so that what is not in
+    this cache really comes from the disk.
+    """
+
+    def __init__(self, files, *, capacity: int, policy: str, keep_pages: bool):
+        self._files, self._capacity, self._policy, self._keep_pages = files, capacity, policy, keep_pages
+        self.shape, self.dtype, shape = files.block_shape, files.block_dtype, files.shape
+        self.num_experts, self.counts = shape[0] * shape[1], TierCounts()
+        self._cache = dram.empty(*shape)
+        self._blocks: dict[tuple[int, int], concurrent.futures.Future] = {}
+        self._pending: dict[tuple[int, int], concurrent.futures.Future] = {}  # those whose read may not have ended
+        self._demanded = concurrent.futures.ThreadPoolExecutor(READERS, "specmoe-read")
+        self._ahead = concurrent.futures.ThreadPoolExecutor(1, "specmoe-read-ahead")
+        if not keep_pages:
+            files.drop_pages()
+
+    def request(self, keys: list[tuple[int, int]]) -> None:
+        self._cache = dram.touch(self._cache, keys)
+        hits = sum(bool(self._cache.present[key]) for key in keys)
+        self._count(hits=hits, misses=len(keys) - hits)
+        for key in keys:
+            self._hasten(key)
+        self._admit(keys, self._reading(), self._demanded)
+
+    def block(self, key: tuple[int, int]) -> jax.Array:
+        while key not in self._blocks:  # more were requested than fit, or all room was taken by reads in flight
+            self._admit([key], self._reading(), self._demanded)
+            if key not in self._blocks:
+                concurrent.futures.wait(self._pending.values(), return_when=concurrent.futures.FIRST_COMPLETED)
+        return self._blocks[key].result()
+
+    def read_ahead(self, predicted: np.ndarray) -> None:
+        """At most half of the cache is on its way at a time, and nothing that is expected itself makes room."""
+        reading = self._reading()
+        limit = self._capacity // 2 - int(reading.sum())
+        keys = dram.by_expectation(predicted, ~self._cache.present, max(limit, 0))
+        self._admit(keys, reading | (predicted > 0), self._ahead)
+
+    def ready(self) -> np.ndarray:
+        return self._cache.present & ~self._reading()
+
+    def _admit(self, keys: list[tuple[int, int]], protected: np.ndarray, pool: concurrent.futures.Executor) -> None:
+        if not keys:
+            return
+        admission, self._cache = dram.admit(
+            self._cache, keys, capacity=self._capacity, policy=self._policy, protected=protected
+        )
+        for key in admission.evicted:
+            del self._blocks[key]
+        for key in admission.admitted:
+            self._count(disk_bytes=self._files.stored_bytes(*key))
+            self._start(key, pool)
+
+    def _count(self, **more: int) -> None:
+        self.counts = self.counts._replace(**{name: getattr(self.counts, name) + count for name, count in more.items()})
+
+    def _hasten(self, key: tuple[int, int]) -> None:
+        """A read ahead that has not begun must not make a demanded one wait behind others."""
+        future = self._pending.get(key)
+        if future is not None and future.cancel():
+            self._start(key, self._demanded)
+
+    def _start(self, key: tuple[int, int], pool: concurrent.futures.Executor) -> None:
+        self._blocks[key] = self._pending[key] = pool.submit(self._read, key)
+
+    def _read(self, key: tuple[int, int]) -> jax.Array:
+        return to_host(self._files.read(*key, keep_pages=self._keep_pages))
+
+    def _reading(self) -> np.ndarray:
+        """[L, E] bool, experts whose read has not ended."""
+        self._pending = {key: future for key, future in self._pending.items() if not future.done()}
+        reading = np.zeros(self._cache.present.shape, bool)
+        for key in self._pending:
+            reading[key] = True
+        return reading

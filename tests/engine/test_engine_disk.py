@@ -1,0 +1,164 @@
+"""Experts on disk under a RAM budget: the same tokens, every byte read counted, the budget kept."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from engine_cases import PROMPTS, SAMPLED, plan, run, steps
+
+import specmoe_jax as sm
+from specmoe_jax.checkpoints.convert import convert
+from specmoe_jax.models.families import family_of
+from specmoe_jax.models.spec import random_tensor, spec_leaves
+from specmoe_jax.testing import TINY
+
+RAW_CONFIG = {
+    "architectures": ["MixtralForCausalLM"],
+    "vocab_size": TINY.vocab_size,
+    "hidden_size": TINY.hidden_size,
+    "intermediate_size": TINY.expert_hidden,
+    "num_hidden_layers": TINY.num_layers,
+    "num_attention_heads": TINY.num_heads,
+    "num_key_value_heads": TINY.num_kv_heads,
+    "head_dim": TINY.head_dim,
+    "num_local_experts": TINY.num_experts,
+    "num_experts_per_tok": TINY.experts_per_token,
+    "max_position_embeddings": TINY.max_positions,
+    "rms_norm_eps": TINY.norm_eps,
+    "rope_theta": TINY.rope_theta,
+    "eos_token_id": list(TINY.eos_token_ids),
+}
+EXPERTS = TINY.num_layers * TINY.num_experts
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """The tiny model in both layouts."""
+    folder = tmp_path_factory.mktemp("tiny")
+    huggingface = folder / "huggingface"
+    huggingface.mkdir()
+    (huggingface / "config.json").write_text(json.dumps(RAW_CONFIG))
+    family = family_of(TINY)
+    specs = spec_leaves(family.weight_specs(TINY))
+    for layer in range(TINY.num_layers):
+        for expert in range(TINY.num_experts):
+            specs += spec_leaves(family.expert_specs(TINY, layer, expert))
+    tensors = {spec.name: random_tensor(spec, seed=0) for spec in specs}
+    safetensors.numpy.save_file(tensors, huggingface / "model.safetensors")
+    return {"huggingface": huggingface, "specmoe": convert(str(huggingface), folder / "specmoe", to="specmoe")}
+
+
+@pytest.fixture(scope="module", params=["huggingface", "specmoe"])
+def on_disk(checkpoints, request):
+    return sm.load_model(str(checkpoints[request.param]), expert_tier="disk")
+
+
+@pytest.fixture(scope="module")
+def resident(model):
+    return run(model, plan("resident"))[0]
+
+
+def disk_plan(preset="specmoe", experts=EXPERTS // 3, **changes):
+    budget = experts * 3 * TINY.expert_hidden * TINY.hidden_size * 4
+    return plan(preset, expert_tier="disk", host_memory_bytes=budget, **changes)
+
+
+CASES = {
+    "on_demand": {"preset": "on_demand"},
+    "caching": {"preset": "caching"},
+    "resident": {"preset": "resident"},
+    "lru": {"dram_policy": "lru"},
+    "one expert": {"experts": 1},
+    "all": {"experts": EXPERTS},
+    "prefetch": {"prefetch": "draft"},
+    "prefetch, one expert": {"prefetch": "draft", "experts": 1},
+    "ngram": {"preset": "on_demand", "draft": "ngram", "draft_length": 3},
+    "bypass": {"bypass_page_cache": True},
+    "small chunks": {"prefill_chunk": 2, "batch_size": 3},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_are_those_of_the_resident_model(on_disk, resident, case):
+    tokens, stats = run(on_disk, disk_plan(**CASES[case]))
+    assert tokens == resident
+    assert (stats["disk_bytes"] + stats["prefill_disk_bytes"]) % on_disk.expert_bytes == 0
+    assert stats["prefill_disk_bytes"] > 0
+
+
+def test_sampled_tokens(on_disk, model):
+    assert run(on_disk, disk_plan(), params=SAMPLED)[0] == run(model, plan(), params=SAMPLED)[0]
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+def test_what_is_read_is_what_was_missing(on_disk, experts):
+    """Demanded experts only: each one that crosses the link is a hit, or a miss and one read."""
+    engine = sm.Engine(on_disk, disk_plan(experts=experts))
+    for _, _, info in steps(engine):
+        assert info.below.hits + info.below.misses == info.verify.fetched
+        assert info.below.disk_bytes == info.below.misses * on_disk.expert_bytes
+        assert len(engine._rt.store.tier._blocks) <= experts
+
+
+def test_a_cache_for_all_reads_each_once(on_disk):
+    _, stats = run(on_disk, disk_plan(experts=EXPERTS))
+    assert stats["disk_bytes"] + stats["prefill_disk_bytes"] <= EXPERTS * on_disk.expert_bytes
+    assert stats["disk_bytes_per_token"] == stats["disk_bytes"] / stats["new_tokens"]
+
+
+def test_predicted_experts_are_read_ahead(on_disk):
+    """The draft's gates say what will be needed, so some demanded experts are in host memory already."""
+    whole = disk_plan(experts=8, draft_experts=2)
+    _, without = run(on_disk, whole)
+    _, ahead = run(on_disk, whole.replace(prefetch="draft"))
+    assert ahead["dram_hits"] / ahead["dram_misses"] > without["dram_hits"] / without["dram_misses"]
+
+
+def test_bfloat16_is_converted_once_it_is_read(checkpoints):
+    in_memory = sm.load_model(str(checkpoints["huggingface"]), dtype="bfloat16")
+    on_disk = sm.load_model(str(checkpoints["huggingface"]), dtype="bfloat16", expert_tier="disk")
+    np.testing.assert_array_equal(on_disk.experts[1][2], in_memory.experts[1][2])
+    tokens, _ = run(on_disk, disk_plan(dtype="bfloat16"), PROMPTS[:2])
+    assert tokens == run(in_memory, plan(dtype="bfloat16"), PROMPTS[:2])[0]
+
+
+def test_the_reference_runs_from_disk(on_disk, model):
+    tokens = np.array([PROMPTS[2]])
+    np.testing.assert_array_equal(on_disk.logits(tokens), model.logits(tokens))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"host_memory_bytes": None}, "host_memory_gib"),
+        ({"host_memory_bytes": 100.0}, "too small to cache one expert"),
+        ({"dram_policy": "random"}, "dram_policy"),
+    ],
+)
+def test_plans_that_cannot_run(on_disk, changes, message):
+    with pytest.raises(sm.PlanError, match=message):
+        sm.Engine(on_disk, dataclasses.replace(disk_plan(), **changes))
+
+
+@pytest.mark.parametrize("changes", [{"dram_policy": "lru"}, {"bypass_page_cache": True}])
+def test_options_without_effect(model, changes):
+    with pytest.raises(sm.PlanError, match="no effect"):
+        sm.Engine(model, plan(**changes))
+
+
+def test_plan_and_model_must_agree(on_disk, model):
+    with pytest.raises(sm.PlanError, match="expert_tier=disk"):
+        sm.Engine(model, disk_plan())
+    with pytest.raises(sm.PlanError, match="expert_tier=host"):
+        sm.Engine(on_disk, plan())
+    with pytest.raises(sm.RequestError, match="expert_tier"):
+        sm.load_model("demo", expert_tier="tape")
+
+
+def test_a_small_host_budget_names_the_disk(model):
+    with pytest.raises(sm.PlanError, match="--expert_tier=disk"):
+        sm.Engine(model, plan(host_memory_bytes=1000.0))
+
+

@@ -55,10 +55,12 @@ class ExpertStore:
     def new_pool(self, num_slots: int) -> jax.Array:
         """A slot pool [R, 3, F, M] of zeros on the accelerator, in the dtype of the blocks.
 
-        One block of zeros goes the way of an expert, so that the copy is compiled before the first one is timed.
+        One block of zeros goes the way of an expert (and is counted), so that the copy is compiled before the first
+        one is timed.
         """
         block, device = self._experts[0][0], jax.devices()[0]
         pool = jax.device_put(jnp.zeros((num_slots, *block.shape), block.dtype), device)
+        self.link.send(block.nbytes)
         return _write_slot(pool, jax.device_put(np.zeros(block.shape, block.dtype), block.sharding), np.int32(0))
 
     def fetch(self, pool: jax.Array, copies: Iterable[tuple[int, int, int]]) -> jax.Array:

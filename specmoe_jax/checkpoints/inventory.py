@@ -10,6 +10,7 @@ from specmoe_jax.errors import CheckpointError
 from specmoe_jax.models.families import family_of
 from specmoe_jax.models.spec import ExpertSpec, TensorSpec, spec_leaves
 
+MAX_EXPERTS = 1 << 17  # the largest published models have some 23,000; a sparse file can claim any number
 BLOCK_PREFIX, PADDING_PREFIX = "specmoe.expert.", "specmoe.padding."
 
 
@@ -41,6 +42,10 @@ def take_inventory(config: ModelConfig, checkpoint: Checkpoint) -> Inventory:
         raise CheckpointError(
             f"config.json: num_hidden_layers is {config.num_layers}, but {_file(checkpoint)} holds"
             f" {len(checkpoint.tensors)} tensors in all"
+        )
+    if config.num_layers * config.num_experts > MAX_EXPERTS:
+        raise CheckpointError(
+            f"config.json: {config.num_layers} layers of {config.num_experts} experts; at most {MAX_EXPERTS} experts in all"
         )
     names = _Names(config, checkpoint)
     weights = {spec.name: names.take(spec) for spec in spec_leaves(family_of(config).weight_specs(config))}

@@ -16,7 +16,7 @@ WHOLE_BYTES, SAMPLES, SAMPLE_BYTES = 64 << 20, 256, 4096
 STEP_BYTES = 1 << 20
 
 
-def checkpoint_hash(path: pathlib.Path) -> str:
+def checkpoint_hash(path: str | pathlib.Path) -> str:
     """A stable id (64 hexadecimal digits) of a checkpoint directory, for caches and for jobs that resume.
 
     Covers config.json, generation_config.json and tokenizer.json in full; of each safetensors file its name and the
@@ -24,6 +24,7 @@ def checkpoint_hash(path: pathlib.Path) -> str:
     even distances. A retrained or requantised model gets another id; a few values changed in a large file may not:
     that is what the manifest is for. A conversion of a checkpoint has an id of its own. Raises CheckpointError.
     """
+    path = pathlib.Path(path)
     checkpoint = open_checkpoint(path)
     digest = hashlib.sha256(b"specmoe checkpoint 1")
     for name in HASHED_SIDE_FILES:
@@ -51,8 +52,9 @@ def manifest_json(hashes: dict[str, str]) -> str:
     return json.dumps({"version": 1, "sha256": hashes}, indent=0)
 
 
-def write_manifest(path: pathlib.Path) -> None:
+def write_manifest(path: str | pathlib.Path) -> None:
     """Hashes every tensor of a directory and writes the manifest beside them. Raises CheckpointError."""
+    path = pathlib.Path(path)
     checkpoint = open_checkpoint(path)
     hashes = {name: tensor_hash(tensor) for name, tensor in sorted(checkpoint.tensors.items())}
     temporary = path / f".{MANIFEST_FILE}.partial"

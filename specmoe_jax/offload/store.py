@@ -58,11 +58,14 @@ class ExpertStore:
     def new_pool(self, num_slots: int) -> jax.Array:
         """A slot pool [R, 3, F, M] of zeros on the accelerator, in the dtype of the blocks.
 
-        One block of zeros goes the way of an expert, so that the copy is compiled before the first one is timed.
+        One block of zeros goes the way of an expert (and is counted), so that the copy is compiled before the first
+        one is timed.
         """
         zeros = jnp.zeros((num_slots, *self.tier.shape), self.tier.dtype)
         pool = jax.device_put(zeros, jax.devices()[0])
-        return _write_slot(pool, to_host(np.zeros(self.tier.shape, self.tier.dtype)), np.int32(0))
+        block = to_host(np.zeros(self.tier.shape, self.tier.dtype))
+        self.link.send(block.nbytes)
+        return _write_slot(pool, block, np.int32(0))
 
     def fetch(self, pool: jax.Array, copies: Sequence[tuple[int, int, int]]) -> jax.Array:
         """Starts the copies (layer, expert, slot), in that order. The pool is consumed (donated)."""

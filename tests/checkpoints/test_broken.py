@@ -5,7 +5,9 @@ import shutil
 import time
 import tracemalloc
 
+import broken_contents  # noqa: F401 (registers its kinds)
 import broken_corpus
+import broken_files  # noqa: F401
 import numpy as np
 import pytest
 from broken_corpus import KINDS

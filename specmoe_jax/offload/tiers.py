@@ -117,9 +117,7 @@ class DiskTier:
     def _admit(self, keys: list[tuple[int, int]], protected: np.ndarray, pool: concurrent.futures.Executor) -> None:
         if not keys:
             return
-        admission, self._cache = dram.admit(
-            self._cache, keys, capacity=self._capacity, policy=self._policy, protected=protected
-        )
+        admission, self._cache = dram.admit(self._cache, keys, capacity=self._capacity, policy=self._policy, protected=protected)
         for key in admission.evicted:
             del self._blocks[key]
         for key in admission.admitted:

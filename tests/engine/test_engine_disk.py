@@ -113,7 +113,7 @@ def test_predicted_experts_are_read_ahead(on_disk):
     whole = disk_plan(experts=8, draft_experts=2)
     _, without = run(on_disk, whole)
     _, ahead = run(on_disk, whole.replace(prefetch="draft"))
-    assert ahead["dram_hits"] / ahead["dram_misses"] > without["dram_hits"] / without["dram_misses"]
+    assert ahead["dram_misses"] < without["dram_misses"]
 
 
 def test_bfloat16_is_converted_once_it_is_read(checkpoints):
@@ -160,5 +160,3 @@ def test_plan_and_model_must_agree(on_disk, model):
 def test_a_small_host_budget_names_the_disk(model):
     with pytest.raises(sm.PlanError, match="--expert_tier=disk"):
         sm.Engine(model, plan(host_memory_bytes=1000.0))
-
-

@@ -77,7 +77,9 @@ def migrate_and_compute(
     counts = earlier + count_choices(ids, rt.config.num_experts)
     needed = np.zeros(rt.config.num_experts, bool)
     needed[ids[ids >= 0]] = True
-    keep = rt.keep(layer, memory.votes[layer], counts, memory.residency.slot_of[layer] >= 0)
+    # What is resident on a guess must not win the ties of the draft set: it costs acceptance (3.6 -> 2.9 tokens per step).
+    settled = (memory.residency.slot_of[layer] >= 0) & ~memory.prefetched[layer]
+    keep = rt.keep(layer, memory.votes[layer], counts, settled)
     plan, residency = plan_layer(memory.residency, layer, needed, keep)
     hits = int((memory.prefetched[layer] & needed).sum())
     prefetched = memory.prefetched.copy()

@@ -15,7 +15,7 @@ import tqdm
 from absl import flags
 
 from specmoe_jax import Engine, Plan, SamplingParams, load_model, metrics
-from specmoe_jax.config import DRAFTS, DTYPES, EXPERT_FLOWS, GIB, KV_TIERS, PRESETS, ModelConfig, preset
+from specmoe_jax.config import DRAFTS, DTYPES, EXPERT_FLOWS, GIB, KV_TIERS, PREFETCHES, PRESETS, ModelConfig, preset
 from specmoe_jax.engine.prompts import Prompt, read_prompts
 from specmoe_jax.errors import PlanError, RequestError
 
@@ -41,6 +41,11 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k most likely tokens; 0 is all.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample within the smallest set of this probability mass.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
+_DETERMINISTIC = flags.DEFINE_boolean(
+    "deterministic_sampling", False, "Draws depend on seed, request and position alone: same text with any plan."
+)
+_GUARD = flags.DEFINE_boolean("guard", False, "Adapt the draft length while running, down to 0 where it does not pay.")
+_PREFETCH = flags.DEFINE_enum("prefetch", None, PREFETCHES, "What is fetched on a guess while the link is idle.")
 _STOP = flags.DEFINE_multi_string("stop", [], "End a request at this text; may be repeated.")
 _IGNORE_EOS = flags.DEFINE_boolean("ignore_eos", False, "Go on after an end-of-sequence token.")
 _STREAM = flags.DEFINE_boolean("stream", False, "Print text as it is committed.")
@@ -69,6 +74,8 @@ def read_all_prompts() -> list[Prompt]:
     """Prompts of the flags and then of the file, with the sampling flags as their defaults."""
     if _TEMPERATURE.value == 0 and flags.FLAGS["seed"].present:
         raise RequestError("seed has no effect at temperature 0; set a temperature or leave it out")
+    if _TEMPERATURE.value == 0 and _DETERMINISTIC.value:
+        raise RequestError("deterministic_sampling has no effect at temperature 0; set a temperature or leave it out")
     defaults = SamplingParams(
         max_new_tokens=_MAX_NEW_TOKENS.value,
         temperature=_TEMPERATURE.value,
@@ -110,6 +117,9 @@ def make_plan(config: ModelConfig) -> Plan:
         "draft_length": _DRAFT_LENGTH.value,
         "draft_experts": _DRAFT_EXPERTS.value,
         "batch_size": _BATCH_SIZE.value,
+        "guard": _GUARD.value or None,
+        "prefetch": _PREFETCH.value,
+        "deterministic_sampling": _DETERMINISTIC.value or None,
         "micro_batches": _MICRO_BATCHES.value,
         "kv_tier": _KV_TIER.value,
         "expert_flow": _EXPERT_FLOW.value,

@@ -97,6 +97,7 @@ class Plan:
     batch_size: int = 16
     micro_batches: int = 1
     prefill_chunk: int = 64  # prompt positions per prefill pass
+    deterministic_sampling: bool = False  # sampled tokens too are the same with speculation on or off
     dtype: str = "float32"
     device_memory_bytes: int | None = None  # None: as much as the plan can use
     host_memory_bytes: int | None = None  # None: what the machine has

@@ -23,6 +23,7 @@ from specmoe_jax.config import (
     EXPERT_TIERS,
     GIB,
     KV_TIERS,
+    PREFETCHES,
     PRESETS,
     ModelConfig,
     preset,
@@ -44,7 +45,7 @@ _MICRO_BATCHES = flags.DEFINE_integer("micro_batches", None, "Parts of a batch i
 _KV_TIER = flags.DEFINE_enum("kv_tier", None, KV_TIERS, "Where the KV cache is and attention runs.")
 _EXPERT_TIER = flags.DEFINE_enum("expert_tier", None, EXPERT_TIERS, "Where all experts are; disk needs --host_memory_gib.")
 _DRAM_POLICY = flags.DEFINE_enum("dram_policy", None, DRAM_POLICIES, "Which experts host memory caches (expert_tier=disk).")
-_BYPASS_PAGE_CACHE = flags.DEFINE_boolean("bypass_page_cache", None, "Read from the disk itself (expert_tier=disk).")
+_BYPASS_PAGE_CACHE = flags.DEFINE_boolean("bypass_page_cache", False, "Read from the disk itself (expert_tier=disk).")
 _EXPERT_FLOW = flags.DEFINE_enum("expert_flow", None, EXPERT_FLOWS, "How experts come to the accelerator.")
 _DEVICE_GIB = flags.DEFINE_float("device_memory_gib", None, "Accelerator memory to use. Default: what the plan can use.")
 _HOST_GIB = flags.DEFINE_float("host_memory_gib", None, "Host memory to use. Default: what the machine has.")
@@ -55,6 +56,11 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k most likely tokens; 0 is all.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample within the smallest set of this probability mass.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
+_DETERMINISTIC = flags.DEFINE_boolean(
+    "deterministic_sampling", False, "Draws depend on seed, request and position alone: same text with any plan."
+)
+_GUARD = flags.DEFINE_boolean("guard", False, "Adapt the draft length while running, down to 0 where it does not pay.")
+_PREFETCH = flags.DEFINE_enum("prefetch", None, PREFETCHES, "What is fetched on a guess while the link is idle.")
 _STOP = flags.DEFINE_multi_string("stop", [], "End a request at this text; may be repeated.")
 _IGNORE_EOS = flags.DEFINE_boolean("ignore_eos", False, "Go on after an end-of-sequence token.")
 _STREAM = flags.DEFINE_boolean("stream", False, "Print text as it is committed.")
@@ -83,6 +89,8 @@ def read_all_prompts() -> list[Prompt]:
     """Prompts of the flags and then of the file, with the sampling flags as their defaults."""
     if _TEMPERATURE.value == 0 and flags.FLAGS["seed"].present:
         raise RequestError("seed has no effect at temperature 0; set a temperature or leave it out")
+    if _TEMPERATURE.value == 0 and _DETERMINISTIC.value:
+        raise RequestError("deterministic_sampling has no effect at temperature 0; set a temperature or leave it out")
     defaults = SamplingParams(
         max_new_tokens=_MAX_NEW_TOKENS.value,
         temperature=_TEMPERATURE.value,
@@ -123,11 +131,14 @@ def make_plan(config: ModelConfig) -> Plan:
         "draft_length": _DRAFT_LENGTH.value,
         "draft_experts": _DRAFT_EXPERTS.value,
         "batch_size": _BATCH_SIZE.value,
+        "guard": _GUARD.value or None,
+        "prefetch": _PREFETCH.value,
+        "deterministic_sampling": _DETERMINISTIC.value or None,
         "micro_batches": _MICRO_BATCHES.value,
         "kv_tier": _KV_TIER.value,
         "expert_tier": _EXPERT_TIER.value,
         "dram_policy": _DRAM_POLICY.value,
-        "bypass_page_cache": _BYPASS_PAGE_CACHE.value,
+        "bypass_page_cache": _BYPASS_PAGE_CACHE.value or None,
         "expert_flow": _EXPERT_FLOW.value,
         "dtype": _DTYPE.value,
         "device_memory_bytes": _to_bytes(_DEVICE_GIB.value, GIB),

@@ -62,16 +62,20 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if not self.temperature >= 0:
-            raise RequestError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if self.top_k < 0:
-            raise RequestError(f"top_k is {self.top_k}; it must be 0 (whole vocabulary) or more")
-        if not 0 < self.top_p <= 1:
-            raise RequestError(f"top_p is {self.top_p}; it must be in (0, 1]")
-        if any(not s for s in self.stop):
-            raise RequestError("a stop string is empty; leave it out or give at least one character")
+        if not _is_whole(self.max_new_tokens) or self.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {self.max_new_tokens!r}; it must be a whole number of at least 1")
+        if not _is_number(self.temperature) or self.temperature < 0:
+            raise RequestError(f"temperature is {self.temperature!r}; it must be 0 (greedy) or more, and finite")
+        if not _is_whole(self.top_k) or not 0 <= self.top_k < 1 << 31:
+            raise RequestError(f"top_k is {self.top_k!r}; it must be a whole number, 0 (whole vocabulary) or more")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p is {self.top_p!r}; it must be in (0, 1]")
+        if not _is_whole(self.seed) or not 0 <= self.seed < 1 << 32:
+            raise RequestError(f"seed is {self.seed!r}; it must be a whole number from 0 to {(1 << 32) - 1}")
+        if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
+            raise RequestError(f"stop is {self.stop!r}; it must be a tuple of texts of at least one character each")
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false")
         if self.temperature == 0 and (self.top_k != 0 or self.top_p != 1.0):
             raise RequestError("top_k and top_p have no effect at temperature 0; set a temperature or leave them out")
 
@@ -102,13 +106,14 @@ class Plan:
     batch_size: int = 16
     micro_batches: int = 1
     prefill_chunk: int = 64  # prompt positions per prefill pass
+    deterministic_sampling: bool = False  # sampled tokens too are the same with speculation on or off
     dtype: str = "float32"
     device_memory_bytes: int | None = None  # None: as much as the plan can use
     host_memory_bytes: int | None = None  # None: what the machine has
     link_bytes_per_s: float | None = None  # emulate a slower link; None: the real one
     synthetic_acceptance: float | None = None  # accept each drafted token with this probability; text is meaningless
 
-    def replace(self, **changes) -> "Plan":
+    def replace(self, /, **changes) -> "Plan":
         """A copy with some fields changed. Unknown names raise PlanError."""
         unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(self)})
         if unknown:
@@ -123,7 +128,7 @@ class Plan:
         """Reads what `to_json` wrote. Raises PlanError for anything else."""
         try:
             fields = json.loads(text)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise PlanError(f"the plan is not JSON ({e}); write one with Plan.to_json or scripts/plan.py") from e
         if not isinstance(fields, dict) or not isinstance(fields.get("preset"), str):
             raise PlanError('the plan is not a JSON object with a "preset"; write one with Plan.to_json')
@@ -141,6 +146,15 @@ class Plan:
         _check_draft(self, config)
         _check_effects(self)
         return self
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    """A finite number; JSON and flags also know nan and infinity."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def field_names() -> list[str]:
@@ -168,12 +182,16 @@ def _check_choices(plan: Plan) -> None:
 def _check_types(plan: Plan) -> None:
     for name in ("draft_length", "draft_experts", "cached_experts", "spare_slots", "batch_size", "micro_batches", "prefill_chunk"):
         value = getattr(plan, name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        optional = name not in ("batch_size", "micro_batches", "prefill_chunk")
+        if not (optional and value is None) and (not _is_whole(value) or value < 1):
             raise PlanError(f"{name} is {value!r}; it must be a whole number of at least 1")
     for name in ("device_memory_bytes", "host_memory_bytes", "link_bytes_per_s"):
         value = getattr(plan, name)
-        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or not value > 0):
-            raise PlanError(f"{name} is {value!r}; it must be a number above 0")
+        if value is not None and (not _is_number(value) or value <= 0):
+            raise PlanError(f"{name} is {value!r}; it must be a finite number above 0")
+    for name in ("guard", "bypass_page_cache"):
+        if not isinstance(getattr(plan, name), bool):
+            raise PlanError(f"{name} is {getattr(plan, name)!r}; it must be true or false")
 
 
 def _check_draft(plan: Plan, config: ModelConfig) -> None:
@@ -186,7 +204,7 @@ def _check_draft(plan: Plan, config: ModelConfig) -> None:
     if plan.cached_experts is not None and plan.cached_experts > config.num_experts:
         raise PlanError(f"cached_experts is {plan.cached_experts}; a layer has {config.num_experts} experts")
     rate = plan.synthetic_acceptance
-    if rate is not None and not (isinstance(rate, int | float) and 0 <= rate <= 1):
+    if rate is not None and not (_is_number(rate) and 0 <= rate <= 1):
         raise PlanError(f"synthetic_acceptance is {rate!r}; it must be a probability")
 
 

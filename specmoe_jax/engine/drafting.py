@@ -12,7 +12,7 @@ from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, State
 from specmoe_jax.speculate.draft import DraftView
 from specmoe_jax.speculate.hotness import count_choices
-from specmoe_jax.speculate.sampling import Stream, row_keys
+from specmoe_jax.speculate.sampling import Stream, coupled_keys, row_keys
 from specmoe_jax.speculate.self_draft import substitute_slots
 from specmoe_jax.types import KVCache, Proposal
 
@@ -77,6 +77,7 @@ def draft(rt: Runtime, state: State, length: int) -> Drafted:
         ),
         rows=state.rows,
         keys=None if state.rows.greedy else step_keys(state, Stream.DRAFT),
+        coupled=step_coupled_keys(state, length) if rt.plan.deterministic_sampling else None,
         forward=forward,
     )
     proposal, kv = jax.block_until_ready(rt.draft.propose(view))
@@ -86,10 +87,21 @@ def draft(rt: Runtime, state: State, length: int) -> Drafted:
 
 
 _row_keys = jax.jit(row_keys, static_argnames="stream")
+_coupled_keys = jax.jit(coupled_keys)
 
 
 def step_keys(state: State, stream: Stream) -> jax.Array:
     """[B] keys from (seed, request id, committed length) alone, so that batch mates do not change a row's draws."""
-    seeds = np.array([0 if r is None else r.params.seed for r in state.requests], np.uint32)
-    ids = np.array([0 if r is None else r.id for r in state.requests], np.uint32)
-    return _row_keys(seeds, ids, state.lengths.astype(np.uint32), stream=stream)
+    return _row_keys(*_seeds_and_ids(state), state.lengths.astype(np.uint32), stream=stream)
+
+
+def step_coupled_keys(state: State, num_positions: int) -> jax.Array:
+    """[B, num_positions] keys of the positions that a step may fill; the first is that of the row's next token."""
+    positions = state.lengths[:, None] + np.arange(num_positions)
+    return _coupled_keys(*_seeds_and_ids(state), positions.astype(np.uint32))
+
+
+def _seeds_and_ids(state: State) -> tuple[np.ndarray, np.ndarray]:
+    seeds = [0 if request is None else request.params.seed for request in state.requests]
+    ids = [0 if request is None else request.id for request in state.requests]
+    return np.array(seeds, np.uint32), np.array(ids, np.uint32)

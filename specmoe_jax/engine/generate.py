@@ -1,6 +1,7 @@
 """The engine: turns prompts into completions, batch by batch. The imperative shell around `step`."""
 
 import dataclasses
+import itertools
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from specmoe_jax.checkpoints.disk import DiskExperts
 from specmoe_jax.config import Plan, SamplingParams
 from specmoe_jax.engine.finish import final_text
 from specmoe_jax.engine.prefill import prefill
-from specmoe_jax.engine.requests import make_requests
+from specmoe_jax.engine.requests import Shapes, make_requests, shapes_of
 from specmoe_jax.engine.runtime import build, first_memory
 from specmoe_jax.engine.state import Request, State, StepInfo
 from specmoe_jax.engine.step import step, warm_up
@@ -45,14 +46,6 @@ class TokenEvent(NamedTuple):
     id: int
     token_ids: tuple[int, ...]
     completion: Completion | None
-
-
-class _Shapes(NamedTuple):
-    """What programs are compiled for: rows, KV positions S and prefill chunk."""
-
-    rows: int
-    positions: int
-    chunk: int
 
 
 class Engine:
@@ -98,18 +91,22 @@ class Engine:
         *,
         on_step: Callable[[StepInfo], None] | None = None,
     ) -> Iterator[TokenEvent]:
-        """Tokens as they are committed, batches of at most `plan.batch_size` requests one after the other."""
+        """Tokens as they are committed, batches of at most `plan.batch_size` requests one after the other.
+
+        Raises RequestError at the call, not when the first token is asked for.
+        """
         requests = make_requests(self.model, prompts, params)
-        shapes = self._shapes(requests)
-        for start in range(0, len(requests), shapes.rows):
-            yield from self._run_batch(requests[start : start + shapes.rows], shapes, on_step)
+        shapes = shapes_of(self.plan, requests)
+        starts = range(0, len(requests), shapes.rows)
+        batches = (self._run_batch(requests[start : start + shapes.rows], shapes, on_step) for start in starts)
+        return itertools.chain.from_iterable(batches)
 
     def init(self, prompts, params=None) -> State:
         """The functional face: the state after the prefill of one batch of at most `plan.batch_size` prompts."""
         requests = make_requests(self.model, prompts, params)
         if len(requests) > self.plan.batch_size:
             raise PlanError(f"{len(requests)} prompts and batch_size {self.plan.batch_size}; init takes one batch")
-        return self._init(requests, self._shapes(requests))
+        return self._init(requests, shapes_of(self.plan, requests))
 
     def step(self, state: State) -> tuple[State, StepInfo]:
         """Every active row gets 1 to N + 1 tokens. The state is consumed: its buffers are donated."""
@@ -135,7 +132,7 @@ class Engine:
             "plan": dataclasses.asdict(self.plan),
         }
 
-    def _run_batch(self, requests: list[Request], shapes: _Shapes, on_step) -> Iterator[TokenEvent]:
+    def _run_batch(self, requests: list[Request], shapes: Shapes, on_step) -> Iterator[TokenEvent]:
         state = self._init(requests, shapes)
         counts_on_demand = self.plan.expert_flow != "resident"
         config, longest = self.model.config, max(request.limit for request in requests)
@@ -171,16 +168,7 @@ class Engine:
             num_prompt_tokens=len(request.token_ids),
         )
 
-    def _shapes(self, requests: list[Request]) -> _Shapes:
-        prompt = max(len(request.token_ids) for request in requests)
-        longest = max(len(request.token_ids) + request.limit for request in requests)
-        return _Shapes(
-            rows=min(self.plan.batch_size, len(requests)),
-            positions=cache_positions(longest, self.plan),
-            chunk=min(self.plan.prefill_chunk, 1 << max(prompt - 2, 0).bit_length()),
-        )
-
-    def _init(self, requests: list[Request], shapes: _Shapes) -> State:
+    def _init(self, requests: list[Request], shapes: Shapes) -> State:
         watch = metrics.Stopwatch()
         runtime, before = self._rt, self._moved_bytes()
         memory = self._take_memory(shapes)
@@ -212,7 +200,7 @@ class Engine:
         """Over the link and from disk, since the store was made."""
         return (0, 0) if self._rt is None else (self._rt.store.link.sent_bytes, self._rt.store.tier.counts.disk_bytes)
 
-    def _warm(self, state: State, shapes: _Shapes) -> State:
+    def _warm(self, state: State, shapes: Shapes) -> State:
         """Compiles the steps of shapes that are new; sampled and greedy rows run different programs."""
         key = (shapes, state.rows.greedy)
         if key in self._warm_shapes:
@@ -223,7 +211,7 @@ class Engine:
         self._warm_up_s += watch.seconds
         return state
 
-    def _take_memory(self, shapes: _Shapes):
+    def _take_memory(self, shapes: Shapes):
         """The pool left by the batch before, or a new one; a larger batch may need a larger pool."""
         needed = account(self.model.config, self.plan, batch_rows=shapes.rows, positions=shapes.positions)
         fits = self._account is not None and needed.num_slots <= self._account.num_slots
@@ -243,7 +231,7 @@ class Engine:
         budget = self.plan.device_memory_bytes
         return budget is not None and needed.num_slots < self._account.num_slots
 
-    def _new_cache(self, shapes: _Shapes) -> KVCache:
+    def _new_cache(self, shapes: Shapes) -> KVCache:
         config = self.model.config
         device = self._rt.host if self.plan.kv_tier == "host" else self._rt.device
         shape = (shapes.rows, config.num_kv_heads, shapes.positions, config.head_dim)

@@ -25,8 +25,8 @@ def read_prompts(path: str, defaults: SamplingParams) -> list[Prompt]:
     """
     file = pathlib.Path(path)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split at U+2028, inside JSON texts
+    except (OSError, ValueError) as e:  # ValueError: not UTF-8, or a NUL in the path
         raise RequestError(f"cannot read prompts from {path} ({e}); give a UTF-8 .txt or .jsonl file") from e
     if file.suffix == ".jsonl":
         prompts = [_parse(line, number, defaults) for number, line in enumerate(lines, 1) if line.strip()]
@@ -42,11 +42,15 @@ def read_prompts(path: str, defaults: SamplingParams) -> list[Prompt]:
 def _parse(line: str, number: int, defaults: SamplingParams) -> Prompt:
     try:
         fields = json.loads(line)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise RequestError(f"line {number} is not JSON ({e}); give one object a line") from e
     if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
         raise RequestError(f'line {number} has no text "prompt"; give {{"prompt": "...", "id": ...}}')
     text, request_id = fields.pop("prompt"), fields.pop("id", number - 1)
+    if isinstance(request_id, bool) or not isinstance(request_id, int | str):
+        raise RequestError(f"line {number} has the id {request_id!r}; it must be a text or a whole number")
+    if not (_is_text(text) and _is_text(str(request_id))):
+        raise RequestError(f"line {number} holds half of a surrogate pair, which is no text; write the whole character")
     names = {field.name for field in dataclasses.fields(SamplingParams)}
     unknown = sorted(set(fields) - names)
     if unknown:
@@ -55,5 +59,14 @@ def _parse(line: str, number: int, defaults: SamplingParams) -> Prompt:
         fields["stop"] = tuple(fields["stop"])
     try:
         return Prompt(request_id, text, dataclasses.replace(defaults, **fields))
-    except TypeError as e:
-        raise RequestError(f"line {number} has a value of the wrong type ({e})") from e
+    except RequestError as e:
+        raise RequestError(f"line {number}: {e}") from e
+
+
+def _is_text(value: str) -> bool:
+    """Whether a str can be written as UTF-8; JSON escapes can spell single surrogates."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

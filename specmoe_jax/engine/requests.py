@@ -1,11 +1,43 @@
 """Prompts and parameters -> requests, or an error that names the prompt. Nothing runs before all are checked."""
 
+import operator
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from specmoe_jax.config import SamplingParams
+from specmoe_jax.config import Plan, SamplingParams
 from specmoe_jax.engine.state import Request
 from specmoe_jax.errors import RequestError
 from specmoe_jax.models.model import Model
+from specmoe_jax.planner.memory import MemoryAccount, account, cache_positions
+
+
+class Shapes(NamedTuple):
+    """What programs are compiled for: rows, KV positions S and prefill chunk."""
+
+    rows: int
+    positions: int
+    chunk: int
+
+
+def shapes_of(plan: Plan, requests: list[Request]) -> Shapes:
+    """The shapes that all batches of these requests share."""
+    prompt = max(len(request.token_ids) for request in requests)
+    longest = max(len(request.token_ids) + request.limit for request in requests)
+    return Shapes(
+        rows=min(plan.batch_size, len(requests)),
+        positions=cache_positions(longest, plan),
+        chunk=min(plan.prefill_chunk, 1 << max(prompt - 2, 0).bit_length()),
+    )
+
+
+def check_job(model, plan: Plan, prompts, params) -> MemoryAccount:
+    """Refuses what `Engine.generate` would refuse, before a weight is read. -> the memory that the job takes.
+
+    model: a Model, or anything with its config and tokenizer. Raises PlanError or RequestError.
+    """
+    plan.validate(model.config)
+    shapes = shapes_of(plan, make_requests(model, prompts, params))
+    return account(model.config, plan, batch_rows=shapes.rows, positions=shapes.positions)
 
 
 def make_requests(
@@ -16,7 +48,7 @@ def make_requests(
     """One Request per prompt, ids in order. params: one for all, one each, or None for the defaults."""
     if isinstance(prompts, str):
         raise RequestError("prompts is one text; give a list of texts (or of token-id lists)")
-    if not prompts:
+    if len(prompts) == 0:
         raise RequestError("no prompts were given; give at least one")
     if params is None or isinstance(params, SamplingParams):
         params = [params or SamplingParams()] * len(prompts)
@@ -29,7 +61,9 @@ def _request(model: Model, index: int, prompt: str | Sequence[int], params: Samp
     text = prompt if isinstance(prompt, str) else None
     if (text is not None or params.stop) and model.tokenizer is None:
         raise RequestError(f"prompt {index} needs a tokenizer and the model has none; give token ids and no stop strings")
-    token_ids = tuple(model.tokenizer.encode(prompt)) if text is not None else tuple(int(token) for token in prompt)
+    if text == "":  # also where the tokenizer would put a token of its own before it
+        raise RequestError(f"prompt {index} is empty; give at least one character")
+    token_ids = tuple(model.tokenizer.encode(text)) if text is not None else _token_ids(index, prompt)
     window, vocab = model.config.max_positions, model.config.vocab_size
     if not token_ids:
         raise RequestError(f"prompt {index} is empty; give at least one token")
@@ -42,3 +76,10 @@ def _request(model: Model, index: int, prompt: str | Sequence[int], params: Samp
         )
     limit = min(params.max_new_tokens, window - len(token_ids))
     return Request(id=index, prompt=text, token_ids=token_ids, params=params, limit=limit)
+
+
+def _token_ids(index: int, prompt: Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(token) for token in prompt)
+    except TypeError as e:
+        raise RequestError(f"prompt {index} is neither a text nor a list of token ids ({e}); prompts is a list of prompts") from e

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.engine import stages
-from specmoe_jax.engine.drafting import Drafted, draft, step_keys
+from specmoe_jax.engine.drafting import Drafted, draft, step_coupled_keys, step_keys
 from specmoe_jax.engine.finish import commit_tokens
 from specmoe_jax.engine.forward import TargetPass, target_pass
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import State, StepInfo
 from specmoe_jax.offload.tiers import TierCounts
-from specmoe_jax.speculate.acceptance import accept, accept_greedy, synthetic_accept
+from specmoe_jax.speculate.acceptance import accept, accept_coupled, accept_greedy, synthetic_accept
 from specmoe_jax.speculate.guard import choose, observe
 from specmoe_jax.speculate.hotness import count_choices
 from specmoe_jax.speculate.sampling import Stream
@@ -21,6 +21,7 @@ from specmoe_jax.types import AcceptResult, Proposal
 
 _accept = jax.jit(accept)
 _accept_greedy = jax.jit(accept_greedy)
+_accept_coupled = jax.jit(accept_coupled)
 _synthetic_accept = jax.jit(synthetic_accept)
 
 
@@ -98,6 +99,8 @@ def _result(rt: Runtime, state: State, proposal: Proposal, logits) -> AcceptResu
         return _synthetic_accept(keys, proposal.tokens, logits, np.float32(rt.plan.synthetic_acceptance))
     if state.rows.greedy:
         return _accept_greedy(proposal.tokens, logits)
+    if rt.plan.deterministic_sampling:
+        return _accept_coupled(step_coupled_keys(state, logits.shape[1]), proposal.tokens, logits, state.rows)
     return _accept(step_keys(state, Stream.VERIFY), proposal.tokens, proposal.probs, logits, state.rows)
 
 

@@ -26,13 +26,17 @@ class MemoryAccount(NamedTuple):
     kv_tier: str
 
     @property
+    def host_expert_bytes(self) -> int:
+        return self.host_experts * self.expert_bytes
+
+    @property
     def accelerator_bytes(self) -> int:
         kv = self.kv_bytes if self.kv_tier == "accelerator" else 0
         return self.weight_bytes + self.num_slots * self.expert_bytes + kv + self.activation_bytes
 
     @property
     def host_bytes(self) -> int:
-        return self.host_experts * self.expert_bytes + (self.kv_bytes if self.kv_tier == "host" else 0)
+        return self.host_expert_bytes + (self.kv_bytes if self.kv_tier == "host" else 0)
 
 
 def cache_positions(longest: int, plan: Plan) -> int:
@@ -93,7 +97,7 @@ def _activation_bytes(config: ModelConfig, plan: Plan, batch_rows: int, passes: 
 def _fit_host(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
     if plan.host_memory_bytes is None or whole.host_bytes <= plan.host_memory_bytes:
         return whole
-    beside = whole.host_bytes - whole.host_experts * whole.expert_bytes
+    beside = whole.host_bytes - whole.host_expert_bytes
     if plan.expert_tier == "host":
         raise PlanError(
             f"host memory of {_size(plan.host_memory_bytes)} is too small: experts and KV cache need "

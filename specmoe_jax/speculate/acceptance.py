@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from specmoe_jax.config import SamplingParams
-from specmoe_jax.speculate.sampling import sample, sampling_rows, transform_logits
+from specmoe_jax.speculate.sampling import choose_coupled, sample, sampling_rows, transform_logits
 from specmoe_jax.types import AcceptResult, SamplingRows
 
 
@@ -52,7 +52,22 @@ def accept_greedy(draft_tokens: jax.Array, target_logits: jax.Array) -> AcceptRe
 
     draft_tokens: [B, N] int; target_logits: [B, N+1, V]. Ties of the argmax go to the smaller id.
     """
-    choice = jnp.argmax(target_logits, axis=-1).astype(jnp.int32)  # [B, N+1]
+    return _accept_equal(draft_tokens, jnp.argmax(target_logits, axis=-1).astype(jnp.int32))
+
+
+def accept_coupled(
+    keys: jax.Array, draft_tokens: jax.Array, target_logits: jax.Array, rows: SamplingRows
+) -> AcceptResult:
+    """Deterministic sampling: equality with the token that each position's own noise picks (`choose_coupled`).
+
+    keys: [B, N+1], of (seed, request, position) alone, consumed; draft_tokens: [B, N]; target_logits: [B, N+1, V].
+    The tokens committed have the target's law and are the same whatever was drafted.
+    """
+    return _accept_equal(draft_tokens, choose_coupled(keys, target_logits, rows))
+
+
+def _accept_equal(draft_tokens: jax.Array, choice: jax.Array) -> AcceptResult:
+    """draft_tokens: [B, N]; choice: [B, N+1], the target's token at each position."""
     num_accepted = leading_run(draft_tokens == choice[:, :-1])
     return AcceptResult(num_accepted=num_accepted, next_token=_at(choice, num_accepted))
 

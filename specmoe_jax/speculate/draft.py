@@ -19,6 +19,7 @@ class DraftView(NamedTuple):
     last_token: [B] int32. active: [B] bool, False for finished rows.
     history: per row, prompt and generated ids, the last token included.
     rows: sampling parameters. keys: [B] random keys of this step, consumed by the draft (fold in the position).
+    coupled: [B, N] keys that draft and target share under deterministic sampling, else None.
     forward: (kv, tokens [B], lengths [B]) -> (logits [B, V], kv): one token through the resident experts only,
         no expert crosses the link.
     """
@@ -31,6 +32,7 @@ class DraftView(NamedTuple):
     history: tuple[tuple[int, ...], ...]
     rows: SamplingRows
     keys: jax.Array | None
+    coupled: jax.Array | None
     forward: Callable
 
 

@@ -1,6 +1,7 @@
 """From logits to the distribution really sampled from, to tokens, with randomness that belongs to the row alone."""
 
 import enum
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -14,11 +15,13 @@ from specmoe_jax.types import SamplingRows
 class Stream(enum.IntEnum):
     """Independent uses of randomness at one position.
 
-    A drafted token and the draw that accepts it must be independent, or acceptance is biased.
+    A drafted token and the draw that accepts it must be independent, or acceptance is biased. COUPLED is the noise
+    that draft and target share on purpose (`choose_coupled`).
     """
 
     VERIFY = 0
     DRAFT = 1
+    COUPLED = 2
 
 
 def sampling_rows(params: Sequence[SamplingParams]) -> SamplingRows:
@@ -70,6 +73,26 @@ def sample(keys: jax.Array, probs: jax.Array) -> jax.Array:
     """
     draw = jax.random.categorical if keys.ndim == 0 else jax.vmap(jax.random.categorical)
     return draw(keys, jnp.log(probs)).astype(jnp.int32)
+
+
+def choose_coupled(keys: jax.Array, logits: jax.Array, rows: SamplingRows) -> jax.Array:
+    """The token that a position's own noise picks: the argmax of log-probability plus Gumbel noise (Gumbel-max).
+
+    With keys of (seed, request, position) alone, the target's token is a function of its logits, whoever drafted
+    and however the work was cut into steps; and a draft with the same noise and similar logits picks the same token
+    most of the time, so acceptance is equality (Kool et al. 2019 for the trick; ours for its use here).
+
+    keys: [B, T]; logits: [B, T, V]; rows: arrays [B] -> ids [B, T] int32. The keys are consumed.
+    """
+    noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:])))(keys)
+    scores = jnp.log(transform_logits(logits, rows))  # -inf where temperature, top-k and top-p leave nothing
+    return jnp.argmax(scores + noise, axis=-1).astype(jnp.int32)
+
+
+def coupled_keys(seeds, request_ids, positions) -> jax.Array:
+    """Keys [B, T] of positions [B, T]; seeds, request_ids: [B]. See `choose_coupled`."""
+    one_column = functools.partial(row_keys, seeds, request_ids, stream=Stream.COUPLED)
+    return jax.vmap(one_column, in_axes=1, out_axes=1)(positions)
 
 
 def _beside(x, ndim: int) -> jax.Array:

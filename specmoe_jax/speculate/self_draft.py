@@ -8,7 +8,7 @@ import numpy as np
 
 from specmoe_jax.speculate.affinity import substitutes
 from specmoe_jax.speculate.draft import DraftView
-from specmoe_jax.speculate.sampling import sample, transform_logits
+from specmoe_jax.speculate.sampling import choose_coupled, sample, transform_logits
 from specmoe_jax.types import KVCache, Proposal, SamplingRows
 
 
@@ -24,6 +24,8 @@ class SelfDraft:
             logits, kv = view.forward(kv, token, view.lengths + np.int32(position))
             if view.rows.greedy:
                 token = _argmax(logits)
+            elif view.coupled is not None:
+                token = _choose_coupled(view.coupled[:, position], logits, view.rows)
             else:
                 token, q = _draw(view.keys, np.int32(position), logits, view.rows)
                 probs.append(q)
@@ -51,6 +53,11 @@ def random_neighbours(num_layers: int, num_experts: int, seed: int = 0) -> np.nd
 @jax.jit
 def _argmax(logits: jax.Array) -> jax.Array:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+@jax.jit
+def _choose_coupled(keys: jax.Array, logits: jax.Array, rows: SamplingRows) -> jax.Array:
+    return choose_coupled(keys[:, None], logits[:, None], rows)[:, 0]
 
 
 @jax.jit

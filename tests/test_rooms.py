@@ -1,0 +1,91 @@
+"""The rooms of the package import in one direction (design.md, Rooms); held by reading the sources, not by running them."""
+
+import ast
+import pathlib
+
+import pytest
+
+import specmoe_jax
+
+PACKAGE = pathlib.Path(specmoe_jax.__file__).parent
+SCRIPTS = PACKAGE.parent / "scripts"
+
+# room -> the rooms that it may import, itself aside. `base` is types, config and errors.
+MAY_IMPORT = {
+    "base": set(),
+    "ops": {"base"},
+    "models": {"base", "ops"},
+    "checkpoints": {"base", "ops", "models"},
+    "planner": {"base", "ops", "models"},
+    "offload": {"base", "ops", "models", "checkpoints", "planner"},
+    "speculate": {"base", "ops", "models", "checkpoints", "planner"},
+    "metrics": {"base"},
+    "engine": {"base", "ops", "models", "checkpoints", "planner", "offload", "speculate", "metrics"},
+    "training": {"base", "ops", "models", "checkpoints", "planner", "speculate"},
+    "testing": {"base", "ops", "models", "checkpoints"},
+}
+BASE = {"types", "config", "errors"}
+
+
+def room_of(module: str) -> str:
+    """specmoe_jax.engine.step -> engine."""
+    name = module.split(".")[1]
+    return "base" if name in BASE else name
+
+
+def module_of(path: pathlib.Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """Names of all modules that a file imports, inside functions too; `from a import b` counts as a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} has a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_a_room_imports_only_rooms_below_it(path):
+    room = room_of(module_of(path))
+    allowed = MAY_IMPORT[room] | {room}
+    for name in imports(path):
+        if name.startswith("specmoe_jax.") and name != "specmoe_jax.__version__":
+            assert room_of(name) in allowed, f"{room} imports {name}"
+        assert name != "specmoe_jax", f"{room} imports the package as a whole"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_no_room_reads_flags(path):
+    """A flag is read in scripts/ only; the library takes frozen configurations."""
+    assert not any(name.split(".")[0] == "absl" for name in imports(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_nothing_prints_inside_the_library(path):
+    calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    assert not any(isinstance(call, ast.Name) and call.id == "print" for call in calls)
+
+
+def test_one_file_knows_the_compiled_module():
+    knowing = [path for path in FILES if "_cpu_ops" in path.read_text()]
+    assert [module_of(path) for path in knowing] == ["specmoe_jax.ops._ffi"]
+
+
+def test_every_room_is_known():
+    assert {room_of(module_of(path)) for path in FILES} <= set(MAY_IMPORT)
+    assert "offload" not in MAY_IMPORT["speculate"] and "speculate" not in MAY_IMPORT["offload"]
+
+
+def test_scripts_import_the_package_and_no_script_but_the_common_one():
+    own = {path.stem for path in SCRIPTS.glob("*.py")}
+    for path in SCRIPTS.glob("*.py"):
+        assert {name.split(".")[0] for name in imports(path)} & own <= {"_common"}

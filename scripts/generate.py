@@ -75,7 +75,7 @@ def main() -> None:
             raise RequestError(f"the folder of {path} does not exist; create it first")
     _common.use_compile_cache()
     model = load_model(_MODEL.value, **load_options(), progress=True)
-    engine = Engine(model, make_plan(model.config))
+    engine = Engine(model, make_plan(model.config), progress=True)
     load_s = watch.seconds
     completions = generate(engine, prompts)
     stats = engine.stats() | {"load_s": load_s, "wall_s": watch.seconds}

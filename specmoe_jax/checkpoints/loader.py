@@ -71,7 +71,7 @@ def load_model(
             experts = DiskExperts(inventory.experts, dtype, check_finite)
         else:
             experts = _read_experts(inventory, dtype, check_finite, bar)
-    return Model(config=config, weights=weights, experts=experts, tokenizer=tokenizer, dtype=dtype)
+    return Model(config=config, weights=weights, experts=experts, tokenizer=tokenizer, dtype=dtype, path=path)
 
 
 def checkpoint_path(path_or_name: str) -> pathlib.Path:

@@ -52,9 +52,10 @@ class Engine:
     """Generates with a model under a plan. Raises PlanError at construction for a plan that cannot run.
 
     draft: an own implementation of speculate.Draft, for plans with draft="custom".
+    progress: bars while preparing (affinity), silent when standard error is not a terminal.
     """
 
-    def __init__(self, model: Model, plan: Plan, *, draft: Draft | None = None):
+    def __init__(self, model: Model, plan: Plan, *, draft: Draft | None = None, progress: bool = False):
         self.model, self.plan = model, plan.validate(model.config)
         if (plan.draft == "custom") != (draft is not None):
             raise PlanError(f"draft={plan.draft} and a draft object {'' if draft else 'not '}given; custom needs one")
@@ -63,7 +64,7 @@ class Engine:
         tier = "disk" if isinstance(model.experts, DiskExperts) else "host"
         if plan.expert_tier != tier:
             raise PlanError(f"the plan says expert_tier={plan.expert_tier}, the model was loaded with {tier}; make them agree")
-        self._custom_draft = draft
+        self._custom_draft, self._progress = draft, progress
         self._rt = self._memory = self._account = self._accounted_peak_bytes = None
         self._compiles = metrics.CompileCounter()
         self._warm_shapes, self._recompiled, self._warm_up_s = set(), 0, 0.0
@@ -219,7 +220,7 @@ class Engine:
         fits = fits and self._rt.single_wave == (needed.num_slots >= needed.wanted_slots)
         if not fits or self._too_big(needed):
             self._memory = None
-            self._rt = build(self.model, self.plan, needed, self._custom_draft)
+            self._rt = build(self.model, self.plan, needed, self._custom_draft, earlier=self._rt, progress=self._progress)
             self._account = needed
         in_use = needed._replace(num_slots=self._account.num_slots).accelerator_bytes
         self._accounted_peak_bytes = max(self._accounted_peak_bytes or 0, in_use)

@@ -14,7 +14,7 @@ from specmoe_jax.offload.residency import empty, plan_layer
 from specmoe_jax.offload.store import ExpertStore, Link
 from specmoe_jax.offload.tiers import DiskTier, HostTier, Tier
 from specmoe_jax.planner.memory import MemoryAccount, pinned_experts
-from specmoe_jax.speculate.affinity import expert_distances, neighbours
+from specmoe_jax.speculate.affinity_cache import affinity_table
 from specmoe_jax.speculate.draft import Draft
 from specmoe_jax.speculate.draft_set import DraftSetPolicy, make_policy
 from specmoe_jax.speculate.hotness import hot_set
@@ -63,10 +63,15 @@ class Runtime:
         return jax.device_put(array, self.device)
 
 
-def build(model: Model, plan: Plan, account: MemoryAccount, draft: Draft | None) -> Runtime:
-    """The runtime of a plan whose account fits. Copies the weights (not the experts) to the accelerator."""
+def build(
+    model: Model, plan: Plan, account: MemoryAccount, draft: Draft | None, *, earlier: "Runtime | None", progress: bool
+) -> Runtime:
+    """The runtime of a plan whose account fits. Copies the weights (not the experts) to the accelerator.
+
+    earlier: one of the same model and plan, whose neighbours need not be found again. progress: a bar while finding them.
+    """
     config, device = model.config, jax.devices()[0]
-    order_by_affinity = _neighbours(model, plan) if plan.draft == "self" else None  # maps experts; the tier below may drop pages
+    found = earlier.neighbours if earlier else _neighbours(model, plan, progress)  # maps experts, so before a tier drops pages
     resident = plan.expert_flow == "resident"
     policy = make_policy(_policy_name(plan), config.num_layers, config.num_experts)
     order = np.arange(config.num_layers * config.num_experts, dtype=np.int32)
@@ -78,7 +83,7 @@ def build(model: Model, plan: Plan, account: MemoryAccount, draft: Draft | None)
         draft=draft or _DRAFTS[plan.draft](),
         draft_set=policy,
         keep=_keep(config, plan, policy),
-        neighbours=order_by_affinity,
+        neighbours=found,
         resident_slots=order.reshape(config.num_layers, config.num_experts) if resident else None,
         num_slots=account.num_slots,
         dispatch_slots=min(account.num_slots, account.wanted_slots) - account.pinned_slots,
@@ -126,13 +131,10 @@ def _keep(config: ModelConfig, plan: Plan, policy: DraftSetPolicy):
     return lambda layer, votes, counts, resident: hot_set(policy.scores(votes, counts, layer), resident, size)
 
 
-def _neighbours(model: Model, plan: Plan) -> np.ndarray:
-    """[L, E, E]: for each expert the others by L2 distance, nearest first (SpecMoE, affinity), or at random."""
+def _neighbours(model: Model, plan: Plan, progress: bool) -> np.ndarray | None:
+    """[L, E, E]: for each expert the others, nearest first (SpecMoE, affinity) or at random; None without a self-draft."""
+    if plan.draft != "self":
+        return None
     if plan.substitution == "random":
         return random_neighbours(model.config.num_layers, model.config.num_experts)
-    return np.stack(
-        [
-            neighbours(expert_distances(lambda expert, blocks=blocks: np.asarray(blocks[expert]), len(blocks)))
-            for blocks in model.experts
-        ]
-    )
+    return affinity_table(model, progress=progress)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import pathlib
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ class Model:
     experts: experts[layer][expert] is one block [3, F, M] in pinned host memory; bfloat16 as uint16 bits.
     tokenizer: see checkpoints.tokenizer; None for a random model.
     dtype: "float32" or "bfloat16".
+    path: of the checkpoint whose weights these are, unchanged; None for every other model.
     """
 
     config: ModelConfig
@@ -35,6 +37,7 @@ class Model:
     experts: tuple[tuple[jax.Array, ...], ...]
     tokenizer: Any
     dtype: str
+    path: pathlib.Path | None = None
 
     @property
     def expert_bytes(self) -> int:

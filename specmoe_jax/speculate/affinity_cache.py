@@ -1,0 +1,58 @@
+"""The affinity table of a checkpoint, computed once and kept on disk under the checkpoint's hash."""
+
+import os
+import pathlib
+
+import numpy as np
+import tqdm
+
+from specmoe_jax.checkpoints.manifest import checkpoint_hash
+from specmoe_jax.models.model import Model
+from specmoe_jax.speculate.affinity import expert_distances, load_table, neighbours, save_table
+
+
+def affinity_table(model: Model, *, progress: bool = False) -> np.ndarray:
+    """[L, E, E] int32: for each expert the others by L2 distance, nearest first (SpecMoE, affinity).
+
+    Loaded where an earlier run left it; a table that is damaged is computed anew. A model that is not a checkpoint's
+    (random weights) has no hash and is not cached. A cache that cannot be written is done without.
+    progress: a bar of layers, silent when standard error is not a terminal.
+    """
+    path = _table_path(model)
+    shape = model.config.num_layers, model.config.num_experts
+    if path is not None:
+        try:
+            return load_table(path, *shape)
+        except (OSError, ValueError):
+            pass
+    table = _compute(model, progress)
+    if path is not None:
+        _save(path, table)
+    return table
+
+
+def cache_folder() -> pathlib.Path:
+    """Where this package keeps what it can compute again: $XDG_CACHE_HOME or ~/.cache, specmoe_jax in it."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "specmoe_jax"
+
+
+def _table_path(model: Model) -> pathlib.Path | None:
+    """Of its own for each dtype, whose rounding may change who is nearer."""
+    if model.path is None:
+        return None
+    return cache_folder() / "affinity" / f"{checkpoint_hash(model.path)}-{model.dtype}.npz"
+
+
+def _compute(model: Model, progress: bool) -> np.ndarray:
+    layers = tqdm.tqdm(model.experts, desc="affinity", unit="layer", disable=None if progress else True)
+    return np.stack(
+        [neighbours(expert_distances(lambda e, blocks=blocks: np.asarray(blocks[e]), len(blocks))) for blocks in layers]
+    )
+
+
+def _save(path: pathlib.Path, table: np.ndarray) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_table(path, table)
+    except OSError:  # read-only home, full disk: the next run computes it again
+        pass

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable
 
@@ -43,10 +44,26 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
 
 
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C: not an Exception, so that nothing on the way mistakes it for a failure of its own."""
+
+    def __init__(self, signal_number: int):
+        self.signal = signal.Signals(signal_number)
+
+
+def _stop(signal_number: int, _frame) -> None:
+    raise Stopped(signal_number)
+
+
 def _guarded(main: Callable[[], None]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which accelerators this machine lacks
     try:
         main()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)
+    except Stopped as e:
+        print(f"error: stopped by {e.signal.name}; the same command goes on where an --output was given", file=sys.stderr)
+        sys.exit(128 + e.signal)

@@ -5,6 +5,7 @@ Example:
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -14,7 +15,9 @@ import _common
 import tqdm
 from absl import flags
 
-from specmoe_jax import Engine, Plan, SamplingParams, load_model, metrics
+from specmoe_jax import Completion, Engine, Plan, SamplingParams, load_model, metrics
+from specmoe_jax.checkpoints.loader import checkpoint_path
+from specmoe_jax.checkpoints.manifest import checkpoint_hash
 from specmoe_jax.config import (
     DRAFTS,
     DRAM_POLICIES,
@@ -28,13 +31,15 @@ from specmoe_jax.config import (
     ModelConfig,
     preset,
 )
+from specmoe_jax.engine.journal import Journal
 from specmoe_jax.engine.prompts import Prompt, read_prompts
+from specmoe_jax.engine.requests import refusal
 from specmoe_jax.errors import PlanError, RequestError
 
 _MODEL = flags.DEFINE_string("model", "demo", '"demo" (bundled) or a directory with a Hugging Face checkpoint.')
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "A file of prompts: .txt, one a line, or .jsonl.")
-_OUTPUT = flags.DEFINE_string("output", None, "Where finished requests go, as JSON lines. Default: text to stdout.")
+_OUTPUT = flags.DEFINE_string("output", None, "Where finished requests go, as JSON lines; the same command goes on after an interruption. Default: stdout.")
 _PRESET = flags.DEFINE_string("preset", None, f"One of {', '.join(PRESETS)}; default specmoe.")
 _PLAN = flags.DEFINE_string("plan", None, "A plan as JSON, instead of a preset.")
 _DRAFT = flags.DEFINE_enum("draft", None, [d for d in DRAFTS if d != "custom"], "Overrides the plan's draft.")
@@ -64,6 +69,7 @@ _PREFETCH = flags.DEFINE_enum("prefetch", None, PREFETCHES, "What is fetched on 
 _STOP = flags.DEFINE_multi_string("stop", [], "End a request at this text; may be repeated.")
 _IGNORE_EOS = flags.DEFINE_boolean("ignore_eos", False, "Go on after an end-of-sequence token.")
 _STREAM = flags.DEFINE_boolean("stream", False, "Print text as it is committed.")
+_RESTART = flags.DEFINE_boolean("restart", False, "Begin the job of --output anew instead of going on with it.")
 _STATS = flags.DEFINE_string("stats", None, "Where the figures of the run go, as JSON.")
 
 
@@ -77,12 +83,56 @@ def main() -> None:
     model = load_model(_MODEL.value, **load_options(), progress=True)
     engine = Engine(model, make_plan(model.config), progress=True)
     load_s = watch.seconds
-    completions = generate(engine, prompts)
+    if _OUTPUT.value:
+        run_job(engine, prompts)
+    else:
+        print_completions(generate(engine, list(enumerate(prompts)), None))
     stats = engine.stats() | {"load_s": load_s, "wall_s": watch.seconds}
-    write_completions(prompts, completions)
     if _STATS.value:
         write_atomically(_STATS.value, json.dumps(stats, indent=2) + "\n")
     print(metrics.table(stats), file=sys.stderr)
+
+
+def run_job(engine: Engine, prompts: list[Prompt]) -> None:
+    """All requests that the output does not hold yet, each appended when it is finished.
+
+    A prompt of a file that cannot be served becomes a record with finish_reason "error"; one of a flag ends the job
+    before it begins.
+    """
+    reasons = [p.error or refusal(engine.model, index, p.text, p.params) for index, p in enumerate(prompts)]
+    for reason in filter(None, reasons[: len(_PROMPT.value)]):
+        raise RequestError(reason)
+    journal = Journal(_OUTPUT.value, fingerprint(prompts), restart=_RESTART.value)
+    try:
+        for index, reason in enumerate(reasons):
+            if reason and index not in journal.done:
+                journal.append(error_record(index, prompts[index], reason))
+        todo = [(index, prompt) for index, prompt in enumerate(prompts) if index not in journal.done]
+        if todo:
+            generate(engine, todo, journal)
+    finally:
+        journal.close()
+
+
+def fingerprint(prompts: list[Prompt]) -> dict:
+    """What the finished requests of a job depend on. Batch size and plan are not in it: the text does not depend on them."""
+    texts = hashlib.sha256(json.dumps([(p.id, p.text, dataclasses.asdict(p.params)) for p in prompts]).encode())
+    return {
+        "prompts": texts.hexdigest(),
+        "model": checkpoint_hash(checkpoint_path(_MODEL.value)),
+        "dtype": load_options()["dtype"],
+        "deterministic_sampling": _DETERMINISTIC.value,
+    }
+
+
+def record(index: int, prompt: Prompt, completion: Completion) -> dict:
+    fields = dataclasses.asdict(completion)
+    return fields | {"id": prompt.id, "index": index, "num_new_tokens": len(completion.token_ids)}
+
+
+def error_record(index: int, prompt: Prompt, reason: str) -> dict:
+    empty = Completion(index, prompt.text, "", (), "error", 0)
+    return record(index, prompt, empty) | {"error": reason}
 
 
 def read_all_prompts() -> list[Prompt]:
@@ -102,7 +152,7 @@ def read_all_prompts() -> list[Prompt]:
     )
     prompts = [Prompt(number, text, defaults) for number, text in enumerate(_PROMPT.value)]
     if _PROMPTS.value:
-        prompts += read_prompts(_PROMPTS.value, defaults)
+        prompts += read_prompts(_PROMPTS.value, defaults, keep_bad=_OUTPUT.value is not None)
     if not prompts:
         _common.usage_error("no prompt; give --prompt=TEXT or --prompts=FILE")
     return prompts
@@ -154,11 +204,12 @@ def _to_bytes(value: float | None, unit: float) -> float | None:
     return None if value is None else value * unit
 
 
-def generate(engine: Engine, prompts: list[Prompt]) -> list:
-    """Runs all prompts with a progress bar (none when not a terminal); completions in their order."""
-    done, decoders = {}, {}
-    total = sum(prompt.params.max_new_tokens for prompt in prompts)
+def generate(engine: Engine, numbered: list[tuple[int, Prompt]], journal: Journal | None) -> list[Completion]:
+    """Runs prompts with a progress bar (none when not a terminal); completions in the order in which they finish."""
+    done, decoders, by_index = [], {}, dict(numbered)
+    indices, prompts = list(by_index), list(by_index.values())
     quiet = _STREAM.value or not sys.stderr.isatty()
+    total = sum(prompt.params.max_new_tokens for prompt in prompts)
     with tqdm.tqdm(total=total, unit="tok", disable=quiet, desc="decode") as bar:
 
         def on_step(info) -> None:
@@ -166,12 +217,17 @@ def generate(engine: Engine, prompts: list[Prompt]) -> list:
             active = max(int(info.active.sum()), 1)
             bar.set_postfix_str(f"{info.committed.sum() / active:.2f} tokens/step")
 
-        for event in engine.stream([p.text for p in prompts], [p.params for p in prompts], on_step=on_step):
+        texts, params = [prompt.text for prompt in prompts], [prompt.params for prompt in prompts]
+        for event in engine.stream(texts, params, ids=indices, on_step=on_step):
             if _STREAM.value:
                 print_piece(engine, event, decoders, len(prompts) > 1)
-            if event.completion is not None:
-                done[event.id] = event.completion
-    return [done[number] for number in range(len(prompts))]
+            if event.completion is None:
+                continue
+            if journal:
+                journal.append(record(event.id, by_index[event.id], event.completion))
+            else:
+                done.append(event.completion)
+    return done
 
 
 def print_piece(engine: Engine, event, decoders: dict, several: bool) -> None:
@@ -186,17 +242,10 @@ def print_piece(engine: Engine, event, decoders: dict, several: bool) -> None:
         print(text, end="\n" if event.completion else "", flush=True)
 
 
-def write_completions(prompts: list[Prompt], completions: list) -> None:
-    """JSON lines to --output, whole or not at all; without it the texts to stdout."""
-    if _OUTPUT.value:
-        records = (
-            dataclasses.asdict(completion)
-            | {"id": prompt.id, "num_new_tokens": len(completion.token_ids)}
-            for prompt, completion in zip(prompts, completions, strict=True)
-        )
-        write_atomically(_OUTPUT.value, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    elif not _STREAM.value:
-        for completion in completions:
+def print_completions(completions: list[Completion]) -> None:
+    """The texts, in the order of the prompts (--stream has printed them already)."""
+    for completion in sorted(completions, key=lambda completion: completion.id):
+        if not _STREAM.value:
             print(f"[{completion.id}] {completion.prompt}{completion.text}\n")
 
 

@@ -1,5 +1,6 @@
 """StepInfo -> figures with units. Pure but for the compile counter, which listens to JAX."""
 
+import itertools
 import time
 from typing import NamedTuple
 
@@ -67,11 +68,12 @@ def add_on_demand(needed: np.ndarray, info) -> np.ndarray:
     needed: [P, L, E] bool; entry p holds the experts that decoding token p of every row of the batch needs in
     one OnDemand step. Every committed token was routed by the target, so the count is exact, not an estimate.
     """
+    routing = info.verify.routing  # [L, B, T, A]
+    committed = np.where(info.active, info.committed, 0)
+    row, offset = np.nonzero(np.arange(routing.shape[2]) < committed[:, None])
+    chosen = routing[:, row, offset]  # [L, tokens, A]
     needed = needed.copy()
-    for row in np.flatnonzero(info.active):
-        for offset in range(info.committed[row]):
-            for layer, ids in enumerate(info.verify.routing[:, row, offset]):
-                needed[info.start[row] + offset, layer, ids] = True
+    needed[(info.start[row] + offset)[None, :, None], np.arange(len(chosen))[:, None, None], chosen] = True
     return needed
 
 
@@ -83,11 +85,18 @@ def acceptance_by_position(totals: Totals) -> list[float]:
 def conditional_acceptance(totals: Totals) -> list[float | None]:
     """Share of drafted tokens j accepted where all before them were: n-alpha of the EAGLE papers."""
     counts = totals.accepted_at_least
-    return [after / before if before else None for before, after in zip(counts, counts[1:], strict=False)]
+    return [after / before if before else None for before, after in itertools.pairwise(counts)]
 
 
-def figures(totals: Totals, plan: Plan, *, on_demand_bytes: int | None, link_bytes_per_s: float | None) -> dict:
-    """The decode figures of interface.md, units in the names; unknown is None."""
+def figures(
+    totals: Totals,
+    plan: Plan,
+    *,
+    on_demand_bytes: int | None,
+    link_bytes_per_s: float | None,
+    model_stamps: tuple[str, ...] = (),
+) -> dict:
+    """The decode figures of interface.md, units in the names; unknown is None. model_stamps: `Model.synthetic`."""
     tokens, wall = totals.new_tokens, totals.decode_s
     floor_s = totals.link_bytes / link_bytes_per_s if link_bytes_per_s else None
     return {
@@ -116,7 +125,7 @@ def figures(totals: Totals, plan: Plan, *, on_demand_bytes: int | None, link_byt
         "floor_s": floor_s,
         "fraction_of_floor": floor_s / wall if floor_s and wall else None,
         "binding_resource": "link" if floor_s and wall and floor_s > wall / 2 else None,
-        "synthetic": _synthetic(plan),
+        "synthetic": [*model_stamps, *_synthetic(plan)],
     }
 
 

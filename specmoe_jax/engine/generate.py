@@ -90,13 +90,15 @@ class Engine:
         prompts: Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        ids: Sequence[int] | None = None,
         on_step: Callable[[StepInfo], None] | None = None,
     ) -> Iterator[TokenEvent]:
         """Tokens as they are committed, batches of at most `plan.batch_size` requests one after the other.
 
-        Raises RequestError at the call, not when the first token is asked for.
+        ids: what events and sampling keys know the requests by; None for 0, 1, 2, ... Raises RequestError at the
+        call, not when the first token is asked for.
         """
-        requests = make_requests(self.model, prompts, params)
+        requests = make_requests(self.model, prompts, params, ids)
         shapes = shapes_of(self.plan, requests)
         starts = range(0, len(requests), shapes.rows)
         batches = (self._run_batch(requests[start : start + shapes.rows], shapes, on_step) for start in starts)
@@ -120,6 +122,7 @@ class Engine:
             self.plan,
             on_demand_bytes=self._on_demand_bytes if self.plan.expert_flow != "resident" else None,
             link_bytes_per_s=self.plan.link_bytes_per_s,
+            model_stamps=self.model.synthetic,
         )
         return figures | {
             "prefill_s": self._prefill_s,

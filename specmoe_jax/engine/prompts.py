@@ -10,15 +10,18 @@ from specmoe_jax.errors import RequestError
 
 
 class Prompt(NamedTuple):
-    """A prompt with the id that the output repeats, and its parameters."""
+    """A prompt with the id that the output repeats, its parameters, and why it cannot be served (None: it can)."""
 
     id: str | int
     text: str
     params: SamplingParams
+    error: str | None = None
 
 
-def read_prompts(path: str, defaults: SamplingParams) -> list[Prompt]:
+def read_prompts(path: str, defaults: SamplingParams, *, keep_bad: bool = False) -> list[Prompt]:
     """Reads a .txt or .jsonl file. Raises RequestError naming the line.
+
+    keep_bad: a line that is no prompt becomes a Prompt with an `error` instead, as a long job wants it.
 
     Text: empty lines are skipped, the id is the number of the prompt. JSON lines: objects with `prompt`, and
     optionally `id` and any field of SamplingParams.
@@ -29,7 +32,7 @@ def read_prompts(path: str, defaults: SamplingParams) -> list[Prompt]:
     except (OSError, ValueError) as e:  # ValueError: not UTF-8, or a NUL in the path
         raise RequestError(f"cannot read prompts from {path} ({e}); give a UTF-8 .txt or .jsonl file") from e
     if file.suffix == ".jsonl":
-        prompts = [_parse(line, number, defaults) for number, line in enumerate(lines, 1) if line.strip()]
+        prompts = [_parse_or_keep(line, number, defaults, keep_bad) for number, line in enumerate(lines, 1) if line.strip()]
     elif file.suffix == ".txt":
         prompts = [Prompt(number, line, defaults) for number, line in enumerate(filter(str.strip, lines))]
     else:
@@ -37,6 +40,15 @@ def read_prompts(path: str, defaults: SamplingParams) -> list[Prompt]:
     if not prompts:
         raise RequestError(f"prompts file {path} holds no prompt; give at least one")
     return prompts
+
+
+def _parse_or_keep(line: str, number: int, defaults: SamplingParams, keep_bad: bool) -> Prompt:
+    try:
+        return _parse(line, number, defaults)
+    except RequestError as e:
+        if not keep_bad:
+            raise
+        return Prompt(number - 1, "", defaults, error=str(e))
 
 
 def _parse(line: str, number: int, defaults: SamplingParams) -> Prompt:

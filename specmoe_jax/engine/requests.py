@@ -44,8 +44,12 @@ def make_requests(
     model: Model,
     prompts: Sequence[str | Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams] | None,
+    ids: Sequence[int] | None = None,
 ) -> list[Request]:
-    """One Request per prompt, ids in order. params: one for all, one each, or None for the defaults."""
+    """One Request per prompt. params: one for all, one each, or None for the defaults. ids: None for 0, 1, 2, ...
+
+    Sampling is keyed by the ids, so a job that resumes gives each request the id that it had.
+    """
     if isinstance(prompts, str):
         raise RequestError("prompts is one text; give a list of texts (or of token-id lists)")
     if len(prompts) == 0:
@@ -54,7 +58,17 @@ def make_requests(
         params = [params or SamplingParams()] * len(prompts)
     if len(params) != len(prompts):
         raise RequestError(f"{len(prompts)} prompts and {len(params)} sampling parameters; give one for all or one each")
-    return [_request(model, index, prompt, p) for index, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
+    ids = range(len(prompts)) if ids is None else ids
+    return [_request(model, i, prompt, p) for i, prompt, p in zip(ids, prompts, params, strict=True)]
+
+
+def refusal(model: Model, index: int, prompt: str, params: SamplingParams) -> str | None:
+    """Why prompt number `index` cannot be served, or None."""
+    try:
+        make_requests(model, [prompt], params, [index])
+    except RequestError as e:
+        return str(e)
+    return None
 
 
 def _request(model: Model, index: int, prompt: str | Sequence[int], params: SamplingParams) -> Request:

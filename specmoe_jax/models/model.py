@@ -28,7 +28,7 @@ class Model:
     weights: everything but the experts, arrays in the compute dtype.
     experts: experts[layer][expert] is one block [3, F, M] in pinned host memory; bfloat16 as uint16 bits.
     tokenizer: see checkpoints.tokenizer; None for a random model.
-    dtype: "float32" or "bfloat16".
+    dtype: "float32" or "bfloat16". synthetic: stamps for every figure made with it, see metrics.figures.
     path: of the checkpoint whose weights these are, unchanged; None for every other model.
     """
 
@@ -37,6 +37,7 @@ class Model:
     experts: tuple[tuple[jax.Array, ...], ...]
     tokenizer: Any
     dtype: str
+    synthetic: tuple[str, ...] = ()
     path: pathlib.Path | None = None
 
     @property
@@ -94,9 +95,7 @@ def random_model(config: ModelConfig, *, seed: int = 0, dtype: str = "float32", 
 
     def blocks(layer: int) -> tuple[jax.Array, ...]:
         specs = (family.expert_specs(config, layer, expert) for expert in range(config.num_experts))
-        return tuple(
-            to_host(expert_block(*(random_tensor(spec, seed) for spec in expert), dtype)) for expert in specs
-        )
+        return tuple(to_host(expert_block(*(random_tensor(spec, seed) for spec in expert), dtype)) for expert in specs)
 
     return Model(
         config=config,

@@ -1,0 +1,117 @@
+"""Plans side by side: every engine keeps one generation alive, and rounds give each of them a slice in turn."""
+
+import random
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from specmoe_jax import Engine, Model, Plan, SamplingParams, metrics
+
+
+class Case(NamedTuple):
+    """A plan under a name; base: the name of the case that its ratios are taken against."""
+
+    name: str
+    plan: Plan
+    base: str | None = None
+
+
+class Job(NamedTuple):
+    """tokens: new tokens per row and round. settle: rounds before the first that counts. steps: at least, per round."""
+
+    prompts: Sequence
+    rounds: int
+    tokens: int
+    settle: int = 1
+    steps: int = 1
+
+
+def compare(model: Model, cases: list[Case], job: Job) -> dict[str, dict]:
+    """Figures of every case over its measured rounds, with `ratios` to its base, paired round by round.
+
+    The order within a round is shuffled, so that a neighbour's noise falls on nobody in particular.
+    """
+    engines = {case.name: Engine(model, case.plan) for case in cases}
+    params = SamplingParams(max_new_tokens=_limit(model, job), ignore_eos=True)
+    states = {name: engine.init(job.prompts, params) for name, engine in engines.items()}
+    rounds: dict[str, list[metrics.Totals]] = {case.name: [] for case in cases}
+    order, shuffle = [case.name for case in cases], random.Random(0)
+    compiles = metrics.CompileCounter()
+    for number in range(job.settle + job.rounds):
+        shuffle.shuffle(order)
+        if number == job.settle:
+            compiles = metrics.CompileCounter()
+        for name in order:
+            states[name], totals = _slice(engines[name], states[name], job)
+            if number >= job.settle:
+                rounds[name].append(totals)
+    bases = {case.name: rounds.get(case.base) for case in cases}
+    results = {
+        case.name: _figures(model, case.plan, rounds[case.name], bases[case.name])
+        | {"base": case.base, "peak_accelerator_bytes": engines[case.name].stats()["peak_accelerator_bytes"]}
+        for case in cases
+    }
+    if compiles.count:
+        print(f"warning: {compiles.count} compilations while measuring", file=sys.stderr)
+    return results
+
+
+def _limit(model: Model, job: Job) -> int:
+    """Tokens per row for all rounds; rows of a speculating batch spread, and none may finish while measuring."""
+    wanted = (job.settle + job.rounds) * job.tokens * 3 // 2 + 48
+    return min(wanted, model.config.max_positions - max(map(len, job.prompts)) if not isinstance(job.prompts[0], str) else wanted)
+
+
+def _slice(engine: Engine, state, job: Job):
+    """Steps until the rows have `job.tokens` more tokens each, on average."""
+    totals, goal = metrics.Totals(), job.tokens * len(job.prompts)
+    while not state.done and (totals.new_tokens < goal or totals.steps < job.steps):
+        state, info = engine.step(state)
+        totals = metrics.add_step(totals, info)
+    return state, totals
+
+
+def _figures(model: Model, plan: Plan, rounds: list[metrics.Totals], base: list[metrics.Totals] | None) -> dict:
+    """Figures over the sum of the rounds, the median round's speed, and medians of paired ratios with their range."""
+    figures = metrics.figures(
+        _sum(rounds),
+        plan,
+        on_demand_bytes=None,
+        link_bytes_per_s=plan.link_bytes_per_s,
+        model_stamps=model.synthetic,
+    )
+    figures["decode_tokens_per_s"] = statistics.median(map(_speed, rounds))
+    figures["step_latency_s"] = statistics.median(total.decode_s / total.steps for total in rounds)
+    figures["link_bytes_per_step"] = figures["link_bytes"] / figures["steps"]
+    figures["prefetch_wasted_share"] = (
+        figures["prefetch_wasted_bytes"] / figures["prefetch_bytes"] if figures["prefetch_bytes"] else None
+    )
+    figures["ratios"] = None if base is None else _ratios(rounds, base)
+    return figures
+
+
+def _ratios(rounds: list[metrics.Totals], base: list[metrics.Totals]) -> dict:
+    """[median, least, most] over the rounds, of speed and of bytes per token."""
+    speed = [_speed(a) / _speed(b) for a, b in zip(rounds, base, strict=True)]
+    sent = [_sent(a) / _sent(b) for a, b in zip(rounds, base, strict=True) if _sent(b)]
+    return {
+        name: [statistics.median(values), min(values), max(values)] if values else None
+        for name, values in (("decode_tokens_per_s", speed), ("link_bytes_per_token", sent))
+    }
+
+
+def _speed(totals: metrics.Totals) -> float:
+    return totals.new_tokens / totals.decode_s
+
+
+def _sent(totals: metrics.Totals) -> float:
+    return totals.link_bytes / totals.new_tokens
+
+
+def _sum(rounds: list[metrics.Totals]) -> metrics.Totals:
+    """Field by field; the runs accepted, position by position."""
+    longest = max(len(total.accepted_at_least) for total in rounds)
+    padded = [total._replace(accepted_at_least=(*total.accepted_at_least, *[0] * longest)[:longest]) for total in rounds]
+    columns = zip(*padded, strict=True)
+    return metrics.Totals(*(sum(c) if not isinstance(c[0], tuple) else tuple(map(sum, zip(*c, strict=True))) for c in columns))

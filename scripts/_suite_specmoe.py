@@ -1,0 +1,162 @@
+"""The SpecMoE suite: tables in the shape of the paper's figures 11 to 16 and tables II and III, and what lies beyond it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from _rounds import Case, Job, compare
+
+from specmoe_jax import Model, Plan
+from specmoe_jax.config import DRAFT_SETS, preset
+
+
+class Setting(NamedTuple):
+    """What all tables of a run share.
+
+    link_bytes_per_s: of the emulated link. acceptance: synthetic, None for the real one. experts, length: N and draft
+    length where they are not swept. job: (batch) -> Job. quick: only the ends of every sweep.
+    """
+
+    model: Model
+    link_bytes_per_s: float
+    acceptance: float | None
+    experts: int
+    length: int
+    batches: tuple[int, ...]
+    job: Callable[[int], Job]
+    quick: bool
+
+    def plan(self, name: str, batch: int, **changes) -> Plan:
+        return preset(name, self.model.config).replace(batch_size=batch, link_bytes_per_s=self.link_bytes_per_s, **changes)
+
+    def specmoe(self, batch: int, **changes) -> Plan:
+        defaults = {
+            "draft_experts": self.experts,
+            "draft_length": self.length,
+            "synthetic_acceptance": self.acceptance,
+        }
+        return self.plan("specmoe", batch, **(defaults | changes))
+
+    def ngram(self, batch: int, length: int, **changes) -> Plan:
+        return self.plan("on_demand", batch, draft="ngram", draft_length=length, synthetic_acceptance=self.acceptance, **changes)
+
+    def ends(self, values: tuple) -> tuple:
+        return values[:: len(values) - 1] if self.quick and len(values) > 2 else values
+
+    @property
+    def largest(self) -> int:
+        return max(self.batches)
+
+
+def batches(s: Setting) -> dict:
+    """Figures 11 to 13: every system over batch sizes; growth of bytes."""
+    rows = {}
+    for batch in s.batches:
+        cases = [
+            Case("on_demand", s.plan("on_demand", batch)),
+            Case("overlap", s.plan("overlap", batch), "on_demand"),
+            Case("caching", s.plan("caching", batch), "on_demand"),
+            Case("specmoe", s.specmoe(batch), "on_demand"),
+            Case("specmoe + prefetch", s.specmoe(batch, prefetch="draft"), "on_demand"),
+            Case("specmoe + guard", s.specmoe(batch, prefetch="draft", guard=True), "on_demand"),
+        ]
+        rows |= _rows(s, cases, batch, also={"specmoe": "caching", "specmoe + prefetch": "caching", "specmoe + guard": "caching"})
+    return _with_growth(rows)
+
+
+def draft_experts(s: Setting) -> dict:
+    """Table III: N draft experts per layer, at the largest batch."""
+    counts = tuple(n for n in (2, 4, 8, 12, 16) if n < s.model.config.num_experts)
+    cases = [Case("on_demand", s.plan("on_demand", s.largest))]
+    for n in s.ends(counts):
+        cases += [
+            Case(f"N = {n}", s.specmoe(s.largest, draft_experts=n, prefetch="draft"), "on_demand"),
+            Case(f"caching {n}", s.plan("caching", s.largest, cached_experts=n), "on_demand"),
+        ]
+    return _rows(s, cases, s.largest)
+
+
+def draft_lengths(s: Setting) -> dict:
+    """Figure 14: the draft's length, at the largest batch."""
+    cases = [Case("on_demand", s.plan("on_demand", s.largest))]
+    for n in s.ends((1, 2, 4, 7, 10, 14)):
+        cases.append(Case(f"length {n}", s.specmoe(s.largest, draft_length=n, prefetch="draft"), "on_demand"))
+    return _rows(s, cases, s.largest)
+
+
+def policies(s: Setting) -> dict:
+    """Table II: who is in the draft set; ratios to random."""
+    cases = [
+        Case(name, s.specmoe(s.largest, draft_set=name), None if name == "random" else "random")
+        for name in ("random", *(name for name in DRAFT_SETS if name != "random"))
+    ]
+    return _rows(s, cases, s.largest)
+
+
+def substitution(s: Setting) -> dict:
+    """Figure 16: who stands in for an expert that is not resident; ratios to random."""
+    cases = [
+        Case("random", s.specmoe(s.largest, substitution="random")),
+        Case("affinity", s.specmoe(s.largest, substitution="affinity"), "random"),
+    ]
+    return _rows(s, cases, s.largest)
+
+
+def drafts(s: Setting) -> dict:
+    """Every training-free draft over N, length and batch, with the prefetcher where the draft has gates."""
+    rows = {}
+    for batch in s.batches:
+        cases = [Case("on_demand", s.plan("on_demand", batch))]
+        for length in s.ends((2, 4, 8)):
+            cases.append(Case(f"ngram, length {length}", s.ngram(batch, length), "on_demand"))
+            for n in s.ends(tuple(n for n in (2, 4, 8) if n < s.model.config.num_experts)):
+                plan = s.specmoe(batch, draft_experts=n, draft_length=length, prefetch="draft")
+                cases.append(Case(f"self, N = {n}, length {length}", plan, "on_demand"))
+        rows |= _rows(s, cases, batch)
+    return rows
+
+
+def guard(s: Setting) -> dict:
+    """Never slower: nothing accepted, and the real (or given) acceptance; each against the same plan without a draft.
+
+    The base keeps the same experts, N of every layer by HotTemporal's counts, so that only the draft differs.
+    """
+    rows = {}
+    for batch in s.ends(s.batches):
+        base = s.plan("caching", batch, cached_experts=s.experts, draft_set=None)
+        cases = [
+            Case("no draft", base),
+            Case("guard, 0 accepted", s.specmoe(batch, synthetic_acceptance=0.0, guard=True), "no draft"),
+            Case("guard", s.specmoe(batch, guard=True), "no draft"),
+            Case("no guard, 0 accepted", s.specmoe(batch, synthetic_acceptance=0.0), "no draft"),
+        ]
+        rows |= _rows(s, cases, batch)
+    return rows
+
+
+TABLES = {
+    "batches": batches,
+    "draft_experts": draft_experts,
+    "draft_lengths": draft_lengths,
+    "policies": policies,
+    "substitution": substitution,
+    "drafts": drafts,
+    "guard": guard,
+}
+
+
+def _rows(s: Setting, cases: list[Case], batch: int, also: dict[str, str] | None = None) -> dict:
+    """{"name @ batch": figures}; also: further bases, by case, whose speed ratio is of interest."""
+    results = compare(s.model, cases, s.job(batch))
+    for name, base in (also or {}).items():
+        results[name][f"speed_over_{base}"] = results[name]["decode_tokens_per_s"] / results[base]["decode_tokens_per_s"]
+        results[name][f"bytes_over_{base}"] = results[name]["link_bytes_per_token"] / results[base]["link_bytes_per_token"]
+    return {f"{name} @ {batch}": figures | {"case": name, "batch": batch} for name, figures in results.items()}
+
+
+def _with_growth(rows: dict) -> dict:
+    """bytes_growth: expert bytes for one token of every row, over the same system's at the smallest batch."""
+    smallest = min(row["batch"] for row in rows.values())
+    for row in rows.values():
+        first = rows[f"{row['case']} @ {smallest}"]
+        row["bytes_growth"] = row["link_bytes_per_token"] * row["batch"] / (first["link_bytes_per_token"] * smallest)
+    return rows

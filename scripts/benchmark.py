@@ -1,0 +1,160 @@
+"""Presets side by side in one process on one model, in interleaved rounds; the last line is one JSON document.
+
+Example:
+    python scripts/benchmark.py --suite=specmoe --model=nllb_shaped --tables=batches --link_gbps=0.02
+"""
+
+import json
+import os
+import pathlib
+import platform
+import sys
+
+import _common
+import _plots
+import _suite_specmoe
+import jax
+from _rounds import Job
+from absl import flags
+
+from specmoe_jax import load_model
+from specmoe_jax.config import SamplingParams
+from specmoe_jax.engine.prompts import read_prompts
+from specmoe_jax.errors import RequestError
+from specmoe_jax.models.synthetic import synthetic_model, synthetic_prompts
+
+_SUITE = flags.DEFINE_enum("suite", "specmoe", ["specmoe"], "Which tables.")
+_TABLES = flags.DEFINE_list("tables", None, f"Some of {', '.join(_suite_specmoe.TABLES)}; default all.")
+_MODEL = flags.DEFINE_string("model", "demo", '"demo", "nllb_shaped" (random, synthetic routing and acceptance) or a checkpoint.')
+_PROMPTS = flags.DEFINE_string("prompts", None, "A .txt or .jsonl file; default: the held-out text of the bundled model.")
+_BATCHES = flags.DEFINE_list("batches", None, "Batch sizes; default 1,4,16,64 (demo) or 1,4,16,64,256 (nllb_shaped).")
+_LINK_GBPS = flags.DEFINE_float("link_gbps", 0.02, "Rate of the emulated link, in GB/s; small against the compute.")
+_DRAFT_EXPERTS = flags.DEFINE_integer("draft_experts", 4, "N where it is not swept.")
+_DRAFT_LENGTH = flags.DEFINE_integer("draft_length", None, "Draft length where it is not swept; default 4, nllb_shaped 10.")
+_ACCEPTANCE = flags.DEFINE_float("synthetic_acceptance", None, "Stamped on every figure; default none, nllb_shaped 0.913.")
+_SKEW = flags.DEFINE_float("skew", 0.84, "Gini coefficient of the expert counts (nllb_shaped).")
+_TOPIC_SHARE = flags.DEFINE_float("topic_share", 0.5, "How much of the routing stays within a request (nllb_shaped).")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Interleaved rounds.")
+_TOKENS = flags.DEFINE_integer("tokens", 16, "New tokens per request and round.")
+_STEPS = flags.DEFINE_integer("steps", 2, "Steps per round at least.")
+_QUICK = flags.DEFINE_boolean("quick", False, "One short round, the ends of every sweep.")
+_PLOTS = flags.DEFINE_string("plots", None, "A folder for PNGs (needs matplotlib: the [plot] extra).")
+_OUTPUT = flags.DEFINE_string("output", None, "Where the JSON document goes too.")
+
+
+def main() -> None:
+    _common.use_compile_cache()
+    setting = make_setting()
+    tables = {}
+    for name in choose_tables():
+        print(f"\n{name}: {_suite_specmoe.TABLES[name].__doc__.splitlines()[0]}", flush=True)
+        tables[name] = _suite_specmoe.TABLES[name](setting)
+        print(as_text(tables[name]), flush=True)
+    document = {
+        "suite": _SUITE.value,
+        "command": " ".join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
+        "machine": machine(),
+        "model": _MODEL.value,
+        "tables": tables,
+    }
+    if _OUTPUT.value:
+        pathlib.Path(_OUTPUT.value).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if _PLOTS.value:
+        _plots.save(document, pathlib.Path(_PLOTS.value))
+    print(json.dumps(document))
+
+
+def choose_tables() -> list[str]:
+    names = _TABLES.value or list(_suite_specmoe.TABLES)
+    for name in names:
+        if name not in _suite_specmoe.TABLES:
+            _common.usage_error(f"tables has {name!r}; it must be some of {', '.join(_suite_specmoe.TABLES)}")
+    return names
+
+
+def make_setting() -> _suite_specmoe.Setting:
+    synthetic = _MODEL.value == "nllb_shaped"
+    model = synthetic_model(skew=_SKEW.value, topic_share=_TOPIC_SHARE.value) if synthetic else load_model(_MODEL.value)
+    default_batches = ["1", "4", "16", "64", "256"] if synthetic else ["1", "4", "16", "64"]
+    sizes = tuple(int(size) for size in _BATCHES.value or default_batches)
+    prompts = synthetic_prompts(model.config, max(sizes), 17) if synthetic else real_prompts(max(sizes))
+    acceptance = _ACCEPTANCE.value
+    if acceptance is None and synthetic:
+        acceptance = 0.913
+    return _suite_specmoe.Setting(
+        model=model,
+        link_bytes_per_s=_LINK_GBPS.value * 1e9,
+        acceptance=acceptance,
+        experts=_DRAFT_EXPERTS.value,
+        length=_DRAFT_LENGTH.value or (10 if synthetic else 4),
+        batches=(min(sizes), max(sizes)) if _QUICK.value and len(sizes) > 2 else sizes,
+        job=lambda batch: Job(
+            prompts=prompts[:batch],
+            rounds=1 if _QUICK.value else _ROUNDS.value,
+            tokens=min(4, _TOKENS.value) if _QUICK.value else _TOKENS.value,
+            steps=_STEPS.value,
+        ),
+        quick=_QUICK.value,
+    )
+
+
+def real_prompts(count: int) -> list[str]:
+    """Texts of the file, again from its start where there are too few."""
+    path = _PROMPTS.value
+    if path is None:
+        import specmoe_jax
+
+        path = pathlib.Path(specmoe_jax.__file__).parent / "checkpoints" / "demo" / "held_out.txt"
+    texts = [prompt.text for prompt in read_prompts(str(path), SamplingParams())]
+    if not texts:
+        raise RequestError(f"{path} holds no prompt")
+    return [texts[i % len(texts)] for i in range(count)]
+
+
+def machine() -> dict:
+    device = jax.devices()[0]
+    return {
+        "device": f"{device.platform} {device.device_kind}",
+        "cpu_count": os.cpu_count(),
+        "architecture": platform.machine(),
+        "jax": jax.__version__,
+    }
+
+
+COLUMNS = (
+    ("tok/s", "decode_tokens_per_s", 1),
+    ("step s", "step_latency_s", 3),
+    ("tok/step", "tokens_per_step", 2),
+    ("kB/tok", "link_bytes_per_token", 1),
+    ("floor", "fraction_of_floor", 2),
+    ("floor s", "floor_s", 2),
+    ("wasted", "prefetch_wasted_share", 2),
+    ("growth", "bytes_growth", 2),
+)
+
+
+def as_text(rows: dict) -> str:
+    """A table for people; "speed" and "bytes" are ratios to the row's base, median and range."""
+    width = max(map(len, rows))
+    lines = ["  ".join([" " * width, *(f"{title:>8}" for title, *_ in COLUMNS), "speed x base         bytes x base"])]
+    for name, row in rows.items():
+        cells = [_cell(row.get(key), digits, 1e-3 if title == "kB/tok" else 1) for title, key, digits in COLUMNS]
+        ratios = row["ratios"] or {}
+        lines.append("  ".join([f"{name:<{width}}", *cells, *(_range(ratios.get(key)) for key in _RATIOS), row["base"] or ""]))
+    stamps = sorted({stamp for row in rows.values() for stamp in row["synthetic"]})
+    return "\n".join([*lines, f"SYNTHETIC: {', '.join(stamps) or 'nothing'}"])
+
+
+_RATIOS = ("decode_tokens_per_s", "link_bytes_per_token")
+
+
+def _cell(value: float | None, digits: int, scale: float) -> str:
+    return f"{'-':>8}" if value is None else f"{value * scale:>8.{digits}f}"
+
+
+def _range(values: list[float] | None) -> str:
+    return f"{'-':<19}" if values is None else f"{values[0]:.3f} ({values[1]:.3f}-{values[2]:.3f})"
+
+
+if __name__ == "__main__":
+    _common.run(main)

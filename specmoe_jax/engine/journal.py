@@ -1,0 +1,106 @@
+"""Jobs that `kill -9` cannot lose: finished requests are appended to the output and stay, whatever happens after.
+
+The output file itself says which requests are done; the journal beside it says which job it belongs to and carries
+the lock. A line that was being written when the process died is cut off at the next start.
+"""
+
+import fcntl
+import json
+import os
+import pathlib
+
+from specmoe_jax.errors import RequestError
+
+
+class Journal:
+    """The output of a job, JSON lines in the order of completion, each on disk (fsync) before the next begins.
+
+    done: numbers (`index`) of the requests that are finished. Raises RequestError when the output belongs to another
+    job (naming what changed), is in use by another process, or cannot be written.
+    """
+
+    def __init__(self, output: str, fingerprint: dict, *, restart: bool = False):
+        self._path = pathlib.Path(output)
+        journal = self._path.with_name(self._path.name + ".journal")
+        try:
+            self._journal = open(journal, "a+", encoding="utf-8")  # noqa: SIM115 (held open: it carries the lock)
+        except OSError as e:
+            raise RequestError(f"cannot write {journal} ({e.strerror}); choose another --output") from e
+        self._lock()
+        if restart:
+            self._journal.truncate(0)
+            self._path.unlink(missing_ok=True)
+        self._claim(fingerprint)
+        self._file = open(self._path, "ab+")  # noqa: SIM115 (closed by close)
+        self._end, self.done = self._read()
+        self._file.truncate(self._end)
+
+    def append(self, record: dict) -> None:
+        """Adds one finished request; when this returns, it survives. Raises RequestError when the disk does not take it."""
+        line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        try:
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as e:
+            self._cut()
+            raise RequestError(
+                f"cannot write {self._path} ({e.strerror}); {len(self.done)} requests are safe in it, make room and run "
+                "the same command again"
+            ) from e
+        self._end += len(line)
+        self.done.add(record["index"])
+
+    def close(self) -> None:
+        """Ends the job's hold on its output."""
+        self._file.close()
+        self._journal.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise RequestError(f"another process writes {self._path}; wait for it or choose another --output") from e
+
+    def _claim(self, fingerprint: dict) -> None:
+        """Writes what the job is, or compares it with what is written. A torn first write counts as none."""
+        self._journal.seek(0)
+        try:
+            written = json.loads(self._journal.read())
+        except ValueError:
+            written = None
+        if written is None:
+            if self._path.exists() and self._path.stat().st_size:
+                raise RequestError(f"{self._path} exists and is no output of a job; move it, or overwrite it with --restart")
+            self._journal.truncate(0)
+            self._journal.write(json.dumps(fingerprint))
+            self._journal.flush()
+            os.fsync(self._journal.fileno())
+            return
+        changed = sorted(key for key in fingerprint.keys() | written.keys() if fingerprint.get(key) != written.get(key))
+        if changed:
+            raise RequestError(
+                f"{self._path} was begun with other {', '.join(changed)}; run the first command to go on with it, or "
+                "begin anew with --restart"
+            )
+
+    def _read(self) -> tuple[int, set[int]]:
+        """The end of the last whole line, and the requests in the lines up to it."""
+        self._file.seek(0)
+        end, done = 0, set()
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                done.add(json.loads(line)["index"])
+            except (ValueError, KeyError, TypeError) as e:
+                raise RequestError(f"{self._path} holds a line that no job wrote; move it, or begin anew with --restart") from e
+            end += len(line)
+        return end, done
+
+    def _cut(self) -> None:
+        """Takes back a line that was written in part."""
+        try:
+            os.ftruncate(self._file.fileno(), self._end)
+        except OSError:
+            return  # the next start cuts it off

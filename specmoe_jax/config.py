@@ -10,7 +10,7 @@ GIB = 1 << 30
 
 DRAFTS = ("none", "self", "ngram", "custom")
 DRAFT_SETS = ("hot_temporal", "hot_global", "random", "decay", "accepted")
-SUBSTITUTIONS = ("affinity", "random")
+SUBSTITUTIONS = ("affinity", "distinct", "random", "mask")
 PREFETCHES = ("none", "draft", "oracle")
 EXPERT_FLOWS = ("resident", "on_demand")
 EXPERT_TIERS = ("host", "disk")
@@ -144,7 +144,7 @@ class Plan:
         _check_choices(self)
         _check_types(self)
         _check_draft(self, config)
-        _check_effects(self)
+        _check_effects(self, config)
         return self
 
 
@@ -208,7 +208,7 @@ def _check_draft(plan: Plan, config: ModelConfig) -> None:
         raise PlanError(f"synthetic_acceptance is {rate!r}; it must be a probability")
 
 
-def _check_effects(plan: Plan) -> None:
+def _check_effects(plan: Plan, config: ModelConfig) -> None:
     """Each line: fields that need a condition, the condition, and what to do without it."""
     needs = (
         (("draft_length", "guard", "synthetic_acceptance"), plan.draft != "none", "without a draft"),
@@ -227,6 +227,8 @@ def _check_effects(plan: Plan) -> None:
         raise PlanError("draft=self has no effect with expert_flow=resident, where every expert is at hand; use on_demand")
     if plan.prefetch == "draft" and plan.draft != "self":
         raise PlanError(f"prefetch=draft has no effect with draft={plan.draft}: its gates tell nothing; use draft=self")
+    if plan.substitution == "distinct" and config.experts_per_token == 1:
+        raise PlanError("substitution=distinct has no effect where a token chooses one expert; leave it out")
     if plan.prefetch == "oracle" and plan.link_bytes_per_s is None:
         raise PlanError("prefetch=oracle knows the future, which only an emulated link can; give --link_gbps")
     if plan.expert_tier == "disk" and plan.host_memory_bytes is None:

@@ -13,7 +13,7 @@ from specmoe_jax.engine.state import ExpertMemory, State
 from specmoe_jax.speculate.draft import DraftView
 from specmoe_jax.speculate.hotness import count_choices
 from specmoe_jax.speculate.sampling import Stream, coupled_keys, row_keys
-from specmoe_jax.speculate.self_draft import substitute_slots
+from specmoe_jax.speculate.substitution import draft_slots
 from specmoe_jax.types import KVCache, Proposal
 
 
@@ -38,7 +38,7 @@ class _Forward:
         self.memory, self.prefetched = state.memory, 0
         self.predicted = np.zeros((rt.config.num_layers, rt.config.num_experts), np.int64)
         self._rt, self._active, self._length = rt, state.active, length
-        self._slots = substitute_slots(state.memory.residency.slot_of, rt.neighbours)
+        self._slots = draft_slots(state.memory.residency.slot_of, rt.neighbours, rt.plan)
         self._calls, self._start_s = 0, time.perf_counter()
 
     def __call__(self, kv: KVCache, tokens, lengths) -> tuple[jax.Array, KVCache]:
@@ -64,7 +64,7 @@ def draft(rt: Runtime, state: State, length: int) -> Drafted:
     if length == 0:
         nothing = Proposal(tokens=jnp.zeros((len(state.requests), 0), jnp.int32), probs=None)
         return Drafted(nothing, state.kv, state.memory, np.zeros(state.memory.votes.shape, np.int64), 0)
-    forward = None if rt.neighbours is None else _Forward(rt, state, length)
+    forward = _Forward(rt, state, length) if rt.plan.draft == "self" else None
     view = DraftView(
         length=length,
         kv=state.kv,

@@ -143,7 +143,7 @@ def prefetch(
 def draft_forward(
     rt: Runtime, pool, slots, kv: KVCache, tokens, lengths, active
 ) -> tuple[jax.Array, KVCache, list[jax.Array]]:
-    """One token per row through resident experts only. tokens [B]; slots [L, E].
+    """One token per row through resident experts only. tokens [B]; slots: per layer, how to substitute.
 
     -> logits [B, V], kv, and per layer the experts [B, A] that the router chose, resident or not.
     """
@@ -164,7 +164,8 @@ def resident_layer(rt: Runtime, layer: int, h, kv: KVCache, lengths, num_new, po
         weights = rt.weights.layers[layer]
         return stages.layer(rt.config, weights, h, kv.k[layer], kv.v[layer], lengths, num_new, pool, slots)
     h, x, routing, k, v = attention(rt, layer, h, kv, lengths, num_new)
-    return stages.experts(h, x, routing, pool, slots), routing.ids, k, v
+    h = stages.resident_experts(rt.config, rt.weights.layers[layer], h, x, routing, pool, slots)
+    return h, routing.ids, k, v
 
 
 def attention(rt: Runtime, layer: int, h, kv: KVCache, lengths, num_new):

@@ -19,14 +19,15 @@ from specmoe_jax.speculate.draft import Draft
 from specmoe_jax.speculate.draft_set import DraftSetPolicy, make_policy
 from specmoe_jax.speculate.hotness import hot_set
 from specmoe_jax.speculate.ngram import NgramDraft
-from specmoe_jax.speculate.self_draft import SelfDraft, random_neighbours
+from specmoe_jax.speculate.self_draft import SelfDraft
+from specmoe_jax.speculate.substitution import random_neighbours
 
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
     """keep: (layer, votes [E], counts [E], resident [E]) -> [E] bool, experts that stay after the layer's pass.
 
-    neighbours: [L, E, E] int32 for the self-draft, else None. resident_slots: [L, E] int32 under the resident
+    neighbours: [L, E, E] int32 where residents stand in for others, else None. resident_slots: [L, E] int32 under the resident
     flow, else None. num_slots: R. dispatch_slots: those that a layer's dispatch can count on. single_wave: whether
     every dispatch fits into them at once. host: the CPU.
     """
@@ -132,8 +133,8 @@ def _keep(config: ModelConfig, plan: Plan, policy: DraftSetPolicy):
 
 
 def _neighbours(model: Model, plan: Plan, progress: bool) -> np.ndarray | None:
-    """[L, E, E]: for each expert the others, nearest first (SpecMoE, affinity) or at random; None without a self-draft."""
-    if plan.draft != "self":
+    """[L, E, E]: for each expert the others, nearest first (SpecMoE, affinity) or at random; None where no other stands in."""
+    if plan.draft != "self" or plan.substitution == "mask":
         return None
     if plan.substitution == "random":
         return random_neighbours(model.config.num_layers, model.config.num_experts)

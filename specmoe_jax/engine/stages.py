@@ -13,6 +13,7 @@ from specmoe_jax import ops
 from specmoe_jax.config import ModelConfig
 from specmoe_jax.models import layers
 from specmoe_jax.models.spec import LayerWeights
+from specmoe_jax.speculate.substitution import DistinctSlots, DraftSlots, MaskedSlots, choose_distinct
 from specmoe_jax.types import Routing
 
 embed = jax.jit(layers.embed)
@@ -76,7 +77,18 @@ def layer(config: ModelConfig, weights: LayerWeights, h, k_cache, v_cache, lengt
     -> h, the experts that the router chose [n, A] (not those that stood in), caches.
     """
     h, x, routing, k_cache, v_cache = attention(config, weights, h, k_cache, v_cache, lengths, num_new)
-    return experts(h, x, routing, pool, slots), routing.ids, k_cache, v_cache
+    return resident_experts(config, weights, h, x, routing, pool, slots), routing.ids, k_cache, v_cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def resident_experts(config: ModelConfig, weights: LayerWeights, h, x, routing: Routing, pool, slots: DraftSlots | jax.Array):
+    """The experts of a layer by what is in the pool: slots [E], or how a draft substitutes. -> h [B, T, M]."""
+    if isinstance(slots, MaskedSlots):
+        routing, slots = layers.reroute(config, weights, x, routing, slots.own >= 0), slots.own
+    if isinstance(slots, DistinctSlots):
+        with jax.named_scope("experts"):
+            return layers.combine(h, ops.expert_ffn(x, pool, choose_distinct(routing.ids, slots)), routing)
+    return experts(h, x, routing, pool, slots)
 
 
 def choose_slots(ids: jax.Array, slots: jax.Array) -> jax.Array:

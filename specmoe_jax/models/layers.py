@@ -68,6 +68,11 @@ def post_attention(
     return h, x, route(x, weights.router, config.experts_per_token, valid.reshape(-1))
 
 
+def reroute(config: ModelConfig, weights: LayerWeights, x: jax.Array, routing: Routing, allowed: jax.Array) -> Routing:
+    """The routing of the same rows x [n, M] among the allowed experts [E] bool alone."""
+    return route(x, weights.router, config.experts_per_token, routing.ids[:, 0] >= 0, allowed)
+
+
 def combine(h: jax.Array, expert_outputs: jax.Array, routing: Routing) -> jax.Array:
     """Adds the weighted expert outputs [n, A, M] to the residual h [B, T, M], always in the order of the choices."""
     mixed = jnp.sum(expert_outputs * routing.weights[..., None], axis=1)  # [n, M]

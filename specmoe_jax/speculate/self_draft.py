@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specmoe_jax.speculate.affinity import substitutes
 from specmoe_jax.speculate.draft import DraftView
 from specmoe_jax.speculate.sampling import choose_coupled, sample, transform_logits
 from specmoe_jax.types import KVCache, Proposal, SamplingRows
@@ -15,7 +14,7 @@ from specmoe_jax.types import KVCache, Proposal, SamplingRows
 class SelfDraft:
     """Drafts with the engine's resident experts (SpecMoE, draft model). No state of its own.
 
-    Substitution happens in the slot tables (`substitute_slots`), so the draft is the target's own forward.
+    Substitution happens in the slot tables (substitution.py), so the draft is the target's own forward.
     """
 
     def propose(self, view: DraftView) -> tuple[Proposal, KVCache]:
@@ -31,23 +30,6 @@ class SelfDraft:
                 probs.append(q)
             tokens.append(token)
         return Proposal(tokens=jnp.stack(tokens, 1), probs=jnp.stack(probs, 1) if probs else None), kv
-
-
-def substitute_slots(slot_of: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
-    """Slot tables [L, E] of the draft: each expert's own slot, or its nearest resident expert's (affinity).
-
-    slot_of: [L, E] int32, -1 = not resident; at least one resident expert per layer. neighbours: [L, E, E].
-    The gate's own weights stay, so two choices that land on one resident expert add up (`dup`).
-    """
-    stand_ins = [substitutes(order, slots >= 0) for order, slots in zip(neighbours, slot_of, strict=True)]
-    return np.stack([slots[chosen] for slots, chosen in zip(slot_of, stand_ins, strict=True)]).astype(np.int32)
-
-
-def random_neighbours(num_layers: int, num_experts: int, seed: int = 0) -> np.ndarray:
-    """[L, E, E] int32: itself first, then the others in random order (SpecMoE's ablation of affinity)."""
-    order = np.random.default_rng(seed).random((num_layers, num_experts, num_experts))
-    order[:, np.arange(num_experts), np.arange(num_experts)] = -1
-    return np.argsort(order, axis=-1).astype(np.int32)
 
 
 @jax.jit

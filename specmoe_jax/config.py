@@ -96,6 +96,7 @@ class Plan:
     cached_experts: int | None = None  # most used experts kept per MoE layer without a self-draft (MoE-Caching)
     prefetch: str = "none"  # "draft": what the draft's gates chose; "oracle": MoE-Overlap, emulated links only
     spare_slots: int | None = None  # slots for prefetch=draft; None: as many as one layer's dispatch
+    retain: bool = False  # freed experts stay usable until their slot is overwritten, the least used first
     expert_flow: str = "on_demand"
     kv_tier: str = "accelerator"
     batch_size: int = 16
@@ -207,7 +208,7 @@ def _check_effects(plan: Plan) -> None:
         (("draft_experts", "draft_set", "substitution"), plan.draft == "self", f"with draft={plan.draft}"),
         (("cached_experts",), plan.draft != "self", "with draft=self, which keeps its draft experts"),
         (("spare_slots",), plan.prefetch == "draft", f"with prefetch={plan.prefetch}"),
-        (("cached_experts", "link_bytes_per_s"), plan.expert_flow != "resident", "where every expert is resident"),
+        (("cached_experts", "link_bytes_per_s", "retain"), plan.expert_flow != "resident", "where every expert is resident"),
     )
     for names, condition, where in needs:
         for name in names:

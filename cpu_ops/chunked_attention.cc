@@ -116,8 +116,9 @@ struct Job {
   }
 };
 
-// Chunks of all heads, in order, shared by the threads; whoever completes the next in order merges it. `slots` partial results exist
-// at once, so memory does not grow with the sequence; a thread that is too far ahead waits for a chunk that somebody is working on.
+// Chunks of all heads, in order, shared by the threads; whoever completes the next in order merges it. `slots` partial results
+// exist at once, so memory does not grow with the sequence; a thread that is too far ahead waits for a chunk that somebody is
+// working on.
 class Split {
  public:
   Split(const Job& job, int threads) : job_(job), slots_(4 * threads), done_(slots_, 0) {

@@ -25,17 +25,17 @@ struct AttentionArgs {
   int64_t rows;           // cache rows: B, or the number of pages
   int64_t pages;          // table entries per request; 0: no table, request b owns cache row b
   DType q_type, new_type, out_type, cache_type;
-  bool packed;            // K as [S/16][D/u][16][u], u = 4 bytes' worth of elements; else [S][D]. V always [S][D].
+  bool packed;  // K as [S/16][D/u][16][u], u = 4 bytes' worth of elements; else [S][D]. V always [S][D].
   const void *q, *k_new, *v_new;
   const int32_t *lengths, *num_new;
-  const uint8_t* mask;    // [T, T] or [B, T, T]; nullptr: causal
+  const uint8_t* mask;  // [T, T] or [B, T, T]; nullptr: causal
   bool mask_per_request;
-  const int32_t* table;   // [B, pages]
+  const int32_t* table;  // [B, pages]
   void *k_cache, *v_cache;
   float *k_scale, *v_scale;  // [rows, K, S] for int8
   void* out;
-  float scale, softcap;   // softcap 0: none
-  int64_t window;         // 0: none
+  float scale, softcap;  // softcap 0: none
+  int64_t window;        // 0: none
 };
 
 struct AttentionRequest {
@@ -55,9 +55,7 @@ struct AttentionState {
   float* sum;  // [rows][16], one partial sum per lane
   float* acc;  // [rows][padded(D)]
   static int64_t floats(int64_t rows, int64_t D) { return padded(rows) + rows * (kBlock + padded(D)); }
-  static AttentionState at(float* p, int64_t rows, int64_t D) {
-    return {p + rows * (kBlock + padded(D)), p + rows * padded(D), p};
-  }
+  static AttentionState at(float* p, int64_t rows, int64_t D) { return {p + rows * (kBlock + padded(D)), p + rows * padded(D), p}; }
 };
 
 void chunked_attention(const AttentionArgs& args, const KernelTable& kernels, Parallel& parallel);

@@ -12,16 +12,17 @@ ffi::ErrorOr<DType> storage(ffi::DataType t, const char* what) {
   if (t == ffi::F32) return DType::kF32;
   if (t == ffi::BF16) return DType::kBF16;
   if (t == ffi::S8) return DType::kI8;
-  return ffi::Unexpected(ffi::Error::InvalidArgument(std::string("chunked_attention: ") + what + " has a dtype that is not supported"));
+  return ffi::Unexpected(
+      ffi::Error::InvalidArgument(std::string("chunked_attention: ") + what + " has a dtype that is not supported"));
 }
 
 ffi::Error wrong(const std::string& what) { return ffi::Error::InvalidArgument("chunked_attention: " + what); }
 
-#define SPECMOE_ASSIGN(target, expr)                \
-  {                                                  \
-    auto result = (expr);                           \
-    if (result.has_error()) return result.error();   \
-    target = result.value();                         \
+#define SPECMOE_ASSIGN(target, expr)               \
+  {                                                \
+    auto result = (expr);                          \
+    if (result.has_error()) return result.error(); \
+    target = result.value();                       \
   }
 
 // Operands 5.. : mask, table, k_cache, v_cache, k_scale, v_scale; the last four are aliased to results 1..4.

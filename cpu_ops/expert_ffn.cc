@@ -33,8 +33,10 @@ std::vector<FfnGroup> group_by_slot(const FfnArgs& a, std::vector<int32_t>& pair
   std::vector<int32_t> start(a.R + 1, 0);
   for (int64_t p = 0; p < P; ++p) {
     const int32_t s = a.slots[p];
-    if (s >= 0 && s < a.R) ++start[s + 1];
-    else std::memset(a.y + p * a.M, 0, a.M * sizeof(float));
+    if (s >= 0 && s < a.R)
+      ++start[s + 1];
+    else
+      std::memset(a.y + p * a.M, 0, a.M * sizeof(float));
   }
   std::vector<FfnGroup> groups;
   for (int64_t s = 0; s < a.R; ++s) {

@@ -2,7 +2,10 @@
 
 namespace specmoe {
 
-#define SPECMOE_DECLARE(name) namespace name { const KernelTable& table(); }
+#define SPECMOE_DECLARE(name) \
+  namespace name {            \
+  const KernelTable& table(); \
+  }
 SPECMOE_DECLARE(portable)
 #if SPECMOE_HAVE_AVX2
 SPECMOE_DECLARE(avx2)

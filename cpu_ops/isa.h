@@ -14,14 +14,15 @@ struct FfnGroup;
 
 struct KernelTable {
   const char* name;
-  // Attends request `r`, KV head `k`, to the cache positions [begin, end) inside one chunk; appends the new tokens among them first.
+  // Attends request `r`, KV head `k`, to the cache positions [begin, end) inside one chunk; appends the new tokens among them
+  // first.
   void (*attention_chunk)(const AttentionArgs&, const AttentionRequest& r, int64_t k, int64_t begin, int64_t end, AttentionState&);
   void (*attention_merge)(const AttentionArgs&, int64_t rows, AttentionState& total, const AttentionState& part);
   void (*attention_finish)(const AttentionArgs&, const AttentionRequest& r, int64_t k, const AttentionState& total);
   void (*ffn_hidden)(const FfnArgs&, const FfnGroup&, int64_t f_begin, int64_t f_end);
   void (*ffn_output)(const FfnArgs&, const FfnGroup&, int64_t m_begin, int64_t m_end);
-  double (*fma_peak)(int64_t iterations);                 // flops done; for the benchmark's own limits
-  double (*read_sum)(const void* data, int64_t bytes);    // a pure read; for the benchmark's own limits
+  double (*fma_peak)(int64_t iterations);               // flops done; for the benchmark's own limits
+  double (*read_sum)(const void* data, int64_t bytes);  // a pure read; for the benchmark's own limits
 };
 
 // Names of the tables this CPU can run, best first.

@@ -21,14 +21,14 @@ struct Rows {
 
 double fma_peak(int64_t iterations) {
   constexpr int kChains = kLanes == 16 || kLanes == 4 ? 24 : 12;  // beyond latency x width of any core, within its registers
-  vf c[kChains] = {};
+  vf c[kChains];
+  SPECMOE_UNROLL for (int j = 0; j < kChains; ++j) c[j] = splat(static_cast<float>(j));  // unlike, or they become one
   vf a = splat(1.0f - 1e-7f), b = splat(1e-7f);
   for (int64_t i = 0; i < iterations / kChains; ++i) {
-    asm volatile("" : "+m"(iterations));
-    for (int j = 0; j < kChains; ++j) c[j] = c[j] * a + b;
+    SPECMOE_UNROLL for (int j = 0; j < kChains; ++j) c[j] = c[j] * a + b;
   }
   vf sum = {};
-  for (int j = 0; j < kChains; ++j) sum += c[j];
+  SPECMOE_UNROLL for (int j = 0; j < kChains; ++j) sum += c[j];
   volatile float sink = sum_lanes(sum);
   (void)sink;
   return static_cast<double>(iterations / kChains) * kChains * kLanes * 2;
@@ -40,18 +40,18 @@ double read_sum(const void* data, int64_t bytes) {
   vi c[8] = {};
   for (int64_t i = 0; i + kStep <= bytes; i += kStep) {
     for (int64_t line = 0; line < kStep; line += 64) __builtin_prefetch(p + i + 4096 + line, 0, 3);
-    for (int j = 0; j < 8; ++j) c[j] += load_as<vi>(p + i + j * kLanes * 4);
+    SPECMOE_UNROLL for (int j = 0; j < 8; ++j) c[j] += load_as<vi>(p + i + j * kLanes * 4);
   }
   vi sum = {};
-  for (int j = 0; j < 8; ++j) sum += c[j];
+  SPECMOE_UNROLL for (int j = 0; j < 8; ++j) sum += c[j];
   return sum[0];
 }
 
 }  // namespace
 
 const KernelTable& table() {
-  static const KernelTable t = {SPECMOE_TEXT(SPECMOE_ISA), attention_chunk, attention_merge, attention_finish,
-                                ffn_hidden, ffn_output, fma_peak, read_sum};
+  static const KernelTable t = {
+      SPECMOE_TEXT(SPECMOE_ISA), attention_chunk, attention_merge, attention_finish, ffn_hidden, ffn_output, fma_peak, read_sum};
   return t;
 }
 

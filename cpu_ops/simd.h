@@ -5,25 +5,27 @@
 #include <cstdint>
 
 #include "isa.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace specmoe {
 namespace {
 
-// Lanes of one register. A vector type wider than the instruction set falls to 3 % of peak.
+// Lanes of one register (a vector type wider than the instruction set falls to 3 % of peak), rows of a register tile, and registers
+// of columns beside so many rows: at most 24 of 32 or 12 of 16 registers are accumulators, the rest operands.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16;
-constexpr int kAccVectors = 4;  // 6 rows x 4 vectors: 24 accumulators + 4 operands + 1 broadcast of 32 registers
+constexpr int kLanes = 16, kMaxRows = 12;
 #elif defined(__AVX2__)
-constexpr int kLanes = 8;
-constexpr int kAccVectors = 2;  // 6 rows x 2: 12 + 2 + 1 of 16 registers
+constexpr int kLanes = 8, kMaxRows = 6;
 #elif defined(__aarch64__)
-constexpr int kLanes = 4;
-constexpr int kAccVectors = 4;  // as AVX-512: 32 registers
+constexpr int kLanes = 4, kMaxRows = 12;
 #else
-constexpr int kLanes = 4;
-constexpr int kAccVectors = 2;
+constexpr int kLanes = 4, kMaxRows = 6;
 #endif
-constexpr int kAccRows = 6;
+// Few rows need more columns to cover the latency of the fused multiply-add (4 cycles x 2 a cycle = 8 accumulators); many rows
+// pay better for converting a column to float.
+constexpr int vectors_for(int rows) { return kMaxRows == 12 && rows <= 6 ? 4 : 2; }
 
 typedef float vf __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
@@ -32,6 +34,12 @@ typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 typedef int8_t vb __attribute__((vector_size(kLanes)));
 
 #define SPECMOE_INLINE inline __attribute__((always_inline))
+// Loops over registers must vanish, or the registers become memory: GCC peels at most 16 turns of its own accord.
+#define SPECMOE_UNROLL _Pragma("GCC unroll 32")
+#ifndef SPECMOE_PREFETCH_LEVEL
+#define SPECMOE_PREFETCH_LEVEL 3
+#endif
+#define SPECMOE_PREFETCH(p) __builtin_prefetch(p, 0, SPECMOE_PREFETCH_LEVEL)
 
 template <typename V>
 SPECMOE_INLINE V load_as(const void* p) {
@@ -44,21 +52,38 @@ SPECMOE_INLINE void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
 SPECMOE_INLINE vf splat(float x) { return x - vf{}; }
 SPECMOE_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 
-// W values at p of the storage type, as float.
+// kLanes values at p of the storage type, as float; load_pair: 2 * kLanes values in whatever order is cheapest.
 struct F32 {
   typedef float type;
+  static constexpr bool kSplitPair = false;
   static SPECMOE_INLINE vf load(const float* p) { return load_as<vf>(p); }
+  static SPECMOE_INLINE void load_pair(const float* p, vf& a, vf& b) { a = load(p), b = load(p + kLanes); }
 };
 struct BF16 {
   typedef uint16_t type;
+  static constexpr bool kSplitPair = true;  // a: the even columns, b: the odd ones; one instruction each instead of two
   static SPECMOE_INLINE vf load(const uint16_t* p) { return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16); }
+  static SPECMOE_INLINE void load_pair(const uint16_t* p, vf& a, vf& b) {
+    const vu raw = load_as<vu>(p);
+    a = (vf)(raw << 16), b = (vf)(raw & 0xffff0000u);
+  }
 };
 struct I8 {
   typedef int8_t type;
-  static SPECMOE_INLINE vf load(const int8_t* p) {
+  static constexpr bool kSplitPair = false;
+  static SPECMOE_INLINE vf load(const int8_t* p) {  // GCC's own conversion of 16 bytes is four times slower
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
     return __builtin_convertvector(__builtin_convertvector(load_as<vb>(p), vi), vf);
+#endif
   }
+  static SPECMOE_INLINE void load_pair(const int8_t* p, vf& a, vf& b) { a = load(p), b = load(p + kLanes); }
 };
+// bfloat16 K against bfloat16 queries, two products an instruction; V as BF16.
+struct BF16Dot : BF16 {};
 
 SPECMOE_INLINE float bf16_to_float(uint16_t h) {
   const uint32_t u = static_cast<uint32_t>(h) << 16;

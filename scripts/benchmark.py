@@ -11,20 +11,20 @@ import platform
 import sys
 
 import _common
-import _plots
-import _suite_specmoe
 import jax
-from _rounds import Job
 from absl import flags
 
+import specmoe_jax
 from specmoe_jax import load_model
+from specmoe_jax.benchmarks import plots, specmoe
+from specmoe_jax.benchmarks.rounds import Job
 from specmoe_jax.config import SamplingParams
 from specmoe_jax.engine.prompts import read_prompts
 from specmoe_jax.errors import RequestError
 from specmoe_jax.models.synthetic import synthetic_model, synthetic_prompts
 
 _SUITE = flags.DEFINE_enum("suite", "specmoe", ["specmoe"], "Which tables.")
-_TABLES = flags.DEFINE_list("tables", None, f"Some of {', '.join(_suite_specmoe.TABLES)}; default all.")
+_TABLES = flags.DEFINE_list("tables", None, f"Some of {', '.join(specmoe.TABLES)}; default all.")
 _MODEL = flags.DEFINE_string("model", "demo", '"demo", "nllb_shaped" (random, synthetic routing and acceptance) or a checkpoint.')
 _PROMPTS = flags.DEFINE_string("prompts", None, "A .txt or .jsonl file; default: the held-out text of the bundled model.")
 _BATCHES = flags.DEFINE_list("batches", None, "Batch sizes; default 1,4,16,64 (demo) or 1,4,16,64,256 (nllb_shaped).")
@@ -47,8 +47,8 @@ def main() -> None:
     setting = make_setting()
     tables = {}
     for name in choose_tables():
-        print(f"\n{name}: {_suite_specmoe.TABLES[name].__doc__.splitlines()[0]}", flush=True)
-        tables[name] = _suite_specmoe.TABLES[name](setting)
+        print(f"\n{name}: {specmoe.TABLES[name].__doc__.splitlines()[0]}", flush=True)
+        tables[name] = specmoe.TABLES[name](setting)
         print(as_text(tables[name]), flush=True)
     document = {
         "suite": _SUITE.value,
@@ -60,19 +60,19 @@ def main() -> None:
     if _OUTPUT.value:
         pathlib.Path(_OUTPUT.value).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if _PLOTS.value:
-        _plots.save(document, pathlib.Path(_PLOTS.value))
+        plots.save(document, pathlib.Path(_PLOTS.value))
     print(json.dumps(document))
 
 
 def choose_tables() -> list[str]:
-    names = _TABLES.value or list(_suite_specmoe.TABLES)
+    names = _TABLES.value or list(specmoe.TABLES)
     for name in names:
-        if name not in _suite_specmoe.TABLES:
-            _common.usage_error(f"tables has {name!r}; it must be some of {', '.join(_suite_specmoe.TABLES)}")
+        if name not in specmoe.TABLES:
+            _common.usage_error(f"tables has {name!r}; it must be some of {', '.join(specmoe.TABLES)}")
     return names
 
 
-def make_setting() -> _suite_specmoe.Setting:
+def make_setting() -> specmoe.Setting:
     synthetic = _MODEL.value == "nllb_shaped"
     model = synthetic_model(skew=_SKEW.value, topic_share=_TOPIC_SHARE.value) if synthetic else load_model(_MODEL.value)
     default_batches = ["1", "4", "16", "64", "256"] if synthetic else ["1", "4", "16", "64"]
@@ -81,7 +81,7 @@ def make_setting() -> _suite_specmoe.Setting:
     acceptance = _ACCEPTANCE.value
     if acceptance is None and synthetic:
         acceptance = 0.913
-    return _suite_specmoe.Setting(
+    return specmoe.Setting(
         model=model,
         link_bytes_per_s=_LINK_GBPS.value * 1e9,
         acceptance=acceptance,
@@ -102,8 +102,6 @@ def real_prompts(count: int) -> list[str]:
     """Texts of the file, again from its start where there are too few."""
     path = _PROMPTS.value
     if path is None:
-        import specmoe_jax
-
         path = pathlib.Path(specmoe_jax.__file__).parent / "checkpoints" / "demo" / "held_out.txt"
     texts = [prompt.text for prompt in read_prompts(str(path), SamplingParams())]
     if not texts:

@@ -4,20 +4,24 @@ Example:
     python scripts/generate.py --prompt="Call me Ishmael." --preset=specmoe --max_new_tokens=64
 """
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import pathlib
 import sys
+from typing import NamedTuple
 
 import _common
 import tqdm
 from absl import flags
 
-from specmoe_jax import Completion, Engine, Plan, SamplingParams, load_model, metrics
-from specmoe_jax.checkpoints.loader import checkpoint_path
+from specmoe_jax import Completion, Engine, Model, Plan, SamplingParams, load_model, metrics
+from specmoe_jax.checkpoints.loader import checkpoint_path, load_config, load_model_tokenizer
 from specmoe_jax.checkpoints.manifest import checkpoint_hash
+from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config import (
     DRAFTS,
     DRAM_POLICIES,
@@ -31,15 +35,18 @@ from specmoe_jax.config import (
     ModelConfig,
     preset,
 )
+from specmoe_jax.engine.finish import safe_length
 from specmoe_jax.engine.journal import Journal
 from specmoe_jax.engine.prompts import Prompt, read_prompts
-from specmoe_jax.engine.requests import refusal
+from specmoe_jax.engine.requests import check_job, refusal
 from specmoe_jax.errors import PlanError, RequestError
 
 _MODEL = flags.DEFINE_string("model", "demo", '"demo" (bundled) or a directory with a Hugging Face checkpoint.')
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "A file of prompts: .txt, one a line, or .jsonl.")
-_OUTPUT = flags.DEFINE_string("output", None, "Where finished requests go, as JSON lines; the same command goes on after an interruption. Default: stdout.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Where finished requests go, as JSON lines; the same command goes on after an interruption. Default: stdout."
+)
 _PRESET = flags.DEFINE_string("preset", None, f"One of {', '.join(PRESETS)}; default specmoe.")
 _PLAN = flags.DEFINE_string("plan", None, "A plan as JSON, instead of a preset.")
 _DRAFT = flags.DEFINE_enum("draft", None, [d for d in DRAFTS if d != "custom"], "Overrides the plan's draft.")
@@ -77,8 +84,10 @@ def main() -> None:
     watch = metrics.Stopwatch()
     prompts = read_all_prompts()
     for path in filter(None, (_OUTPUT.value, _STATS.value)):
-        if not pathlib.Path(path).absolute().parent.is_dir():
-            raise RequestError(f"the folder of {path} does not exist; create it first")
+        check_writable(path)
+    if _OUTPUT.value and _OUTPUT.value == _STATS.value:
+        raise RequestError(f"--output and --stats are both {_OUTPUT.value}; give two files")
+    check_job_before_loading(prompts)
     _common.use_compile_cache()
     model = load_model(_MODEL.value, **load_options(), progress=True)
     engine = Engine(model, make_plan(model.config), progress=True)
@@ -99,9 +108,7 @@ def run_job(engine: Engine, prompts: list[Prompt]) -> None:
     A prompt of a file that cannot be served becomes a record with finish_reason "error"; one of a flag ends the job
     before it begins.
     """
-    reasons = [p.error or refusal(engine.model, index, p.text, p.params) for index, p in enumerate(prompts)]
-    for reason in filter(None, reasons[: len(_PROMPT.value)]):
-        raise RequestError(reason)
+    reasons = refusals(engine.model, prompts)
     journal = Journal(_OUTPUT.value, fingerprint(prompts), restart=_RESTART.value)
     try:
         for index, reason in enumerate(reasons):
@@ -112,6 +119,35 @@ def run_job(engine: Engine, prompts: list[Prompt]) -> None:
             generate(engine, todo, journal)
     finally:
         journal.close()
+
+
+class ModelHead(NamedTuple):
+    """What is known of a model before a weight is read."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+
+
+def check_job_before_loading(prompts: list[Prompt]) -> None:
+    """Refuses a plan, a prompt or a memory budget that cannot work, before a weight is read."""
+    path = checkpoint_path(_MODEL.value)
+    if not (path / "config.json").is_file():
+        return  # load_model says what is wrong
+    config = load_config(path)
+    head = ModelHead(config=config, tokenizer=load_model_tokenizer(path, config))
+    plan = make_plan(config).validate(config)
+    reasons = refusals(head, prompts) if _OUTPUT.value else [None] * len(prompts)
+    good = [prompt for prompt, reason in zip(prompts, reasons, strict=True) if reason is None]
+    if good:
+        check_job(head, plan, [prompt.text for prompt in good], [prompt.params for prompt in good])
+
+
+def refusals(model: Model | ModelHead, prompts: list[Prompt]) -> list[str | None]:
+    """Why each prompt cannot be served, or None. Raises RequestError for one that is given by a flag."""
+    reasons = [p.error or refusal(model, index, p.text, p.params) for index, p in enumerate(prompts)]
+    for reason in filter(None, reasons[: len(_PROMPT.value)]):
+        raise RequestError(reason)
+    return reasons
 
 
 def fingerprint(prompts: list[Prompt]) -> dict:
@@ -169,8 +205,8 @@ def read_plan_file() -> Plan:
         raise PlanError("both --plan and --preset are given; leave one out")
     try:
         return Plan.from_json(pathlib.Path(_PLAN.value).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise PlanError(f"cannot read the plan {_PLAN.value} ({e.strerror})") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise PlanError(f"cannot read the plan {_PLAN.value} ({e}); write one with Plan.to_json or scripts/plan.py") from e
 
 
 def make_plan(config: ModelConfig) -> Plan:
@@ -206,8 +242,9 @@ def _to_bytes(value: float | None, unit: float) -> float | None:
 
 def generate(engine: Engine, numbered: list[tuple[int, Prompt]], journal: Journal | None) -> list[Completion]:
     """Runs prompts with a progress bar (none when not a terminal); completions in the order in which they finish."""
-    done, decoders, by_index = [], {}, dict(numbered)
+    done, by_index = [], dict(numbered)
     indices, prompts = list(by_index), list(by_index.values())
+    printed = {index: Printed(engine.model, prompt.params.stop) for index, prompt in numbered} if _STREAM.value else {}
     quiet = _STREAM.value or not sys.stderr.isatty()
     total = sum(prompt.params.max_new_tokens for prompt in prompts)
     with tqdm.tqdm(total=total, unit="tok", disable=quiet, desc="decode") as bar:
@@ -220,7 +257,7 @@ def generate(engine: Engine, numbered: list[tuple[int, Prompt]], journal: Journa
         texts, params = [prompt.text for prompt in prompts], [prompt.params for prompt in prompts]
         for event in engine.stream(texts, params, ids=indices, on_step=on_step):
             if _STREAM.value:
-                print_piece(engine, event, decoders, len(prompts) > 1)
+                print_piece(event, printed[event.id], several=len(prompts) > 1)
             if event.completion is None:
                 continue
             if journal:
@@ -230,12 +267,24 @@ def generate(engine: Engine, numbered: list[tuple[int, Prompt]], journal: Journa
     return done
 
 
-def print_piece(engine: Engine, event, decoders: dict, several: bool) -> None:
+class Printed:
+    """The text of one request so far, and how much of it has been printed."""
+
+    def __init__(self, model: Model, stop: tuple[str, ...]):
+        self._decoder, self._stop, self._text, self._length = model.tokenizer.stream(), stop, "", 0
+
+    def push(self, event) -> str:
+        """The text to print now; what may turn out to begin a stop string is held back."""
+        self._text += "".join(self._decoder.push(token) for token in event.token_ids)
+        done = event.completion
+        text = self._text[: safe_length(self._text, self._stop)] if done is None else done.text
+        piece, self._length = text[self._length :], max(self._length, len(text))
+        return piece
+
+
+def print_piece(event, printed: Printed, several: bool) -> None:
     """Prints the text of one event; with several prompts, one line each with the number of the prompt."""
-    decoder = decoders.setdefault(event.id, engine.model.tokenizer.stream())
-    text = "".join(decoder.push(token) for token in event.token_ids)
-    if event.completion is not None:
-        text += decoder.finish()
+    text = printed.push(event)
     if several:
         print(f"[{event.id}] {text!r}", flush=True)
     else:
@@ -249,12 +298,33 @@ def print_completions(completions: list[Completion]) -> None:
             print(f"[{completion.id}] {completion.prompt}{completion.text}\n")
 
 
+def check_writable(path: str) -> None:
+    """Refuses a path that could not be written to, before anything is computed."""
+    with writing_to(path):
+        if pathlib.Path(path).exists() and not pathlib.Path(path).is_file():
+            raise OSError(errno.EINVAL, "it is no regular file")
+        with open(f"{path}.partial", "w"):
+            pass
+
+
 def write_atomically(path: str, text: str) -> None:
     """Writes beside the file and renames, so that nothing half-written is left."""
-    partial = f"{path}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(partial, path)
+    with writing_to(path):
+        with open(f"{path}.partial", "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(f"{path}.partial", path)
+
+
+@contextlib.contextmanager
+def writing_to(path: str):
+    """Says in one line why a file cannot be written, and leaves no part of it behind."""
+    try:
+        yield
+    except OSError as e:
+        raise RequestError(f"cannot write {path} ({e.strerror}); give a file in a folder that exists and is writable") from e
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(f"{path}.partial")
 
 
 if __name__ == "__main__":

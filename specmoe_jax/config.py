@@ -98,6 +98,7 @@ class Plan:
     cached_experts: int | None = None  # most used experts kept per MoE layer without a self-draft (MoE-Caching)
     prefetch: str = "none"  # "draft": what the draft's gates chose; "oracle": MoE-Overlap, emulated links only
     spare_slots: int | None = None  # slots for prefetch=draft; None: as many as one layer's dispatch
+    retain: bool = False  # freed experts stay usable until their slot is overwritten, the least used first
     expert_flow: str = "on_demand"
     expert_tier: str = "host"  # where all experts are; "disk": host_memory_bytes hold a cache of them
     dram_policy: str | None = None  # which experts that cache keeps (expert_tier=disk); None: frequency
@@ -216,7 +217,7 @@ def _check_effects(plan: Plan, config: ModelConfig) -> None:
         (("cached_experts",), plan.draft != "self", "with draft=self, which keeps its draft experts"),
         (("spare_slots",), plan.prefetch == "draft", f"with prefetch={plan.prefetch}"),
         (("dram_policy", "bypass_page_cache"), plan.expert_tier == "disk", "where every expert is in host memory"),
-        (("cached_experts", "link_bytes_per_s"), plan.expert_flow != "resident", "where every expert is resident"),
+        (("cached_experts", "link_bytes_per_s", "retain"), plan.expert_flow != "resident", "where every expert is resident"),
     )
     for names, condition, where in needs:
         for name in names:

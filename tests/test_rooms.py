@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "speculate": {"base", "ops", "models", "checkpoints", "planner"},
     "metrics": {"base"},
     "engine": {"base", "ops", "models", "checkpoints", "planner", "offload", "speculate", "metrics"},
+    "benchmarks": {"base", "ops", "models", "engine", "metrics"},
     "training": {"base", "ops", "models", "checkpoints", "planner", "speculate"},
     "testing": {"base", "ops", "models", "checkpoints"},
 }

@@ -30,5 +30,11 @@ def final_text(generated: tuple[int, ...], stop: tuple[str, ...], eos_token_ids:
     return text[: min(ends)] if ends else text
 
 
+def safe_length(text: str, stop: tuple[str, ...]) -> int:
+    """How much of a text that is still growing can be shown: what may begin a stop string cannot."""
+    held = max((n for string in stop for n in range(1, min(len(string), len(text) + 1)) if text.endswith(string[:n])), default=0)
+    return len(text) - held
+
+
 def _has_stop(text: str, stop: tuple[str, ...]) -> bool:
     return any(string in text for string in stop)

@@ -9,10 +9,10 @@ import numpy as np
 from specmoe_jax.engine import stages
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, PassInfo
+from specmoe_jax.offload import leftovers
 from specmoe_jax.offload.residency import LayerPlan, plan_layer, plan_prefetch
 from specmoe_jax.speculate.hotness import count_choices
 from specmoe_jax.types import KVCache, Routing
-
 
 NO_SLOTS = np.zeros(0, np.int32)
 
@@ -80,7 +80,8 @@ def migrate_and_compute(
     # What is resident on a guess must not win the ties of the draft set: it costs acceptance (3.6 -> 2.9 tokens per step).
     settled = (memory.residency.slot_of[layer] >= 0) & ~memory.prefetched[layer]
     keep = rt.keep(layer, memory.votes[layer], counts, settled)
-    plan, residency = plan_layer(memory.residency, layer, needed, keep)
+    memory, worth = _revive(memory, layer, needed | keep, counts)
+    plan, residency = plan_layer(memory.residency, layer, needed, keep, worth)
     hits = int((memory.prefetched[layer] & needed).sum())
     prefetched = memory.prefetched.copy()
     prefetched[layer] = False
@@ -98,16 +99,35 @@ def execute(
     """
     if rt.single_wave:
         (wave,) = plan.waves
-        memory = memory._replace(pool=rt.store.fetch(memory.pool, wave.fetch))
+        memory = _fetch(rt, memory, wave.fetch)
         memory, ahead = prefetch(rt, memory, predicted, first_layer=layer + 1, in_use=wave.slots)
         rt.store.wait(wave.slots)
         return stages.experts(h, x, routing, memory.pool, wave.slots), memory, ahead
-    outputs, pool = jnp.zeros((*routing.ids.shape, x.shape[-1]), jnp.float32, device=rt.device), memory.pool
+    outputs = jnp.zeros((*routing.ids.shape, x.shape[-1]), jnp.float32, device=rt.device)
     for wave in plan.waves:
-        pool = rt.store.fetch(pool, wave.fetch)
+        memory = _fetch(rt, memory, wave.fetch)
         rt.store.wait(wave.slots)
-        outputs = stages.experts_wave(outputs, x, routing.ids, pool, wave.slots)
-    return stages.combine(h, outputs, routing), memory._replace(pool=pool), 0
+        outputs = stages.experts_wave(outputs, x, routing.ids, memory.pool, wave.slots)
+    return stages.combine(h, outputs, routing), memory, 0
+
+
+def _fetch(rt: Runtime, memory: ExpertMemory, copies) -> ExpertMemory:
+    """Starts the copies (layer, expert, slot)."""
+    left = memory.leftovers and leftovers.after_copies(memory.leftovers, copies)
+    return memory._replace(pool=rt.store.fetch(memory.pool, copies), leftovers=left)
+
+
+def _revive(
+    memory: ExpertMemory, layer: int, wanted: np.ndarray, counts: np.ndarray
+) -> tuple[ExpertMemory, np.ndarray | None]:
+    """Takes wanted experts [E] of a layer out of free slots. -> memory, the order in which slots are overwritten."""
+    if memory.leftovers is None:
+        return memory, None
+    left = leftovers.after_pass(memory.leftovers, layer, counts)
+    of_layer = np.zeros(left.usage.shape, bool)
+    of_layer[layer] = wanted
+    residency = leftovers.revive(memory.residency, left, of_layer, room=len(left.holds))
+    return memory._replace(residency=residency, leftovers=left), leftovers.worth(left)
 
 
 def prefetch(
@@ -127,17 +147,23 @@ def prefetch(
     if rt.plan.prefetch != "draft":
         return memory, 0
     ahead = np.where(np.arange(len(predicted))[:, None] >= first_layer, predicted, 0)
-    absent = np.where(memory.residency.slot_of < 0, ahead, 0)
-    rt.store.tier.read_ahead(absent)
-    limit = rt.store.copies_within(budget_s)
+    limit, residency, left = rt.store.copies_within(budget_s), memory.residency, memory.leftovers
+    if left is not None:
+        room = int((residency.owner < 0).sum()) - rt.dispatch_slots
+        residency = leftovers.revive(residency, left, ahead > 0, room)
+    rt.store.tier.read_ahead(np.where(residency.slot_of < 0, ahead, 0))
     copies, residency = plan_prefetch(
-        memory.residency, np.where(rt.store.tier.ready(), absent, 0), reserve=rt.dispatch_slots, limit=limit, in_use=in_use
+        residency,
+        np.where(rt.store.tier.ready(), ahead, 0),
+        reserve=rt.dispatch_slots,
+        limit=limit,
+        in_use=in_use,
+        worth=None if left is None else leftovers.worth(left),
     )
     prefetched = memory.prefetched.copy()
     for layer, expert, _ in copies:
         prefetched[layer, expert] = True
-    pool = rt.store.fetch(memory.pool, copies)
-    return memory._replace(pool=pool, residency=residency, prefetched=prefetched), len(copies)
+    return _fetch(rt, memory._replace(residency=residency, prefetched=prefetched), copies), len(copies)
 
 
 def draft_forward(

@@ -10,6 +10,7 @@ from specmoe_jax.config import ModelConfig, Plan
 from specmoe_jax.engine.state import ExpertMemory
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import DTYPE_BYTES, Weights
+from specmoe_jax.offload import leftovers
 from specmoe_jax.offload.residency import empty, plan_layer
 from specmoe_jax.offload.store import ExpertStore, Link
 from specmoe_jax.offload.tiers import DiskTier, HostTier, Tier
@@ -111,11 +112,13 @@ def first_memory(rt: Runtime) -> ExpertMemory:
     shape = (rt.config.num_layers, rt.config.num_experts)
     pool = rt.store.new_pool(rt.num_slots)
     residency, votes, none = empty(*shape, rt.num_slots), np.zeros(shape), np.zeros(shape[1], bool)
+    left = leftovers.nothing(*shape, rt.num_slots) if rt.plan.retain else None
     for layer in range(rt.config.num_layers):
         plan, residency = plan_layer(residency, layer, none, rt.keep(layer, votes[layer], votes[layer], none))
         for wave in plan.waves:
             pool = rt.store.fetch(pool, wave.fetch)
-    return ExpertMemory(pool=pool, residency=residency, votes=votes, prefetched=np.zeros(shape, bool))
+            left = left and leftovers.after_copies(left, wave.fetch)
+    return ExpertMemory(pool=pool, residency=residency, votes=votes, prefetched=np.zeros(shape, bool), leftovers=left)
 
 
 _DRAFTS = {"none": lambda: None, "custom": lambda: None, "self": SelfDraft, "ngram": NgramDraft}

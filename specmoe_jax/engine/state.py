@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from specmoe_jax.config import SamplingParams
+from specmoe_jax.offload.leftovers import Leftovers
 from specmoe_jax.offload.residency import Residency
 from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.speculate.guard import Guard
@@ -26,13 +27,15 @@ class ExpertMemory(NamedTuple):
     """Where the experts are, and what the next draft set will be chosen by.
 
     pool: [R, 3, F, M] slots on the accelerator, donated by every copy. residency: what is in them.
-    votes: [L, E], the memory of the draft-set policy. prefetched: [L, E] bool, resident on a guess.
+    votes: [L, E], the memory of the draft-set policy. prefetched: [L, E] bool, resident on a guess. leftovers: what
+    free slots still hold, None where the plan does not retain it.
     """
 
     pool: jax.Array
     residency: Residency
     votes: np.ndarray
     prefetched: np.ndarray
+    leftovers: Leftovers | None = None
 
 
 class State(NamedTuple):

@@ -39,19 +39,19 @@ class LayerPlan(NamedTuple):
 
 def empty(num_layers: int, num_experts: int, num_slots: int) -> Residency:
     """Nothing resident."""
-    return Residency(
-        slot_of=np.full((num_layers, num_experts), -1, np.int32), owner=np.full(num_slots, -1, np.int32)
-    )
+    return Residency(slot_of=np.full((num_layers, num_experts), -1, np.int32), owner=np.full(num_slots, -1, np.int32))
 
 
-def plan_layer(residency: Residency, layer: int, needed: np.ndarray, keep: np.ndarray) -> tuple[LayerPlan, Residency]:
+def plan_layer(
+    residency: Residency, layer: int, needed: np.ndarray, keep: np.ndarray, worth: np.ndarray | None = None
+) -> tuple[LayerPlan, Residency]:
     """The waves of one layer's pass, and the residency after it.
 
     needed: [E] bool, experts that the pass computes. keep: [E] bool, experts of this layer that stay resident
     afterwards (the next draft set: SpecMoE's switch moves nothing, because they were just fetched); the others
     are freed. Each missing expert is fetched once, however many tokens asked for it (coalescing). A slot is
     freed only after the wave that computed its expert, so no slot changes while the pass still refers to it.
-    Raises PlanError when a wave finds no free slot.
+    worth: [R], free slots are filled in its order (leftovers); None: in theirs. Raises PlanError when a wave finds no free slot.
     """
     slot_of, owner = residency.slot_of.copy(), residency.owner.copy()
     resident = slot_of[layer] >= 0
@@ -61,7 +61,7 @@ def plan_layer(residency: Residency, layer: int, needed: np.ndarray, keep: np.nd
     waves, computed = [], ~needed
     _release(slot_of, owner, layer, computed & ~keep)
     while True:
-        free = np.flatnonzero(owner < 0)
+        free = _by_worth(np.flatnonzero(owner < 0), worth)
         batch, queue = queue[: len(free)], queue[len(free) :]
         if queue and not batch and waves:  # the first wave may compute residents and free their slots
             raise PlanError(
@@ -87,7 +87,13 @@ def plan_layer(residency: Residency, layer: int, needed: np.ndarray, keep: np.nd
 
 
 def plan_prefetch(
-    residency: Residency, predicted: np.ndarray, *, reserve: int, limit: int, in_use: np.ndarray
+    residency: Residency,
+    predicted: np.ndarray,
+    *,
+    reserve: int,
+    limit: int,
+    in_use: np.ndarray,
+    worth: np.ndarray | None = None,
 ) -> tuple[tuple[tuple[int, int, int], ...], Residency]:
     """Copies of experts that a pass will probably need: (layer, expert, slot), nearest layer first.
 
@@ -98,7 +104,7 @@ def plan_prefetch(
     """
     free = np.flatnonzero(residency.owner < 0)
     room = min(len(free) - reserve, limit)
-    free = np.setdiff1d(free, in_use)
+    free = _by_worth(np.setdiff1d(free, in_use), worth)
     layers, experts = np.nonzero((predicted > 0) & (residency.slot_of < 0))
     order = np.lexsort((experts, -predicted[layers, experts], layers))[: max(min(room, len(free)), 0)]
     layers, experts, slots = layers[order], experts[order], free[: len(order)]
@@ -107,6 +113,10 @@ def plan_prefetch(
     owner[slots] = layers * predicted.shape[1] + experts
     copies = tuple((int(a), int(b), int(c)) for a, b, c in zip(layers, experts, slots, strict=True))
     return copies, Residency(slot_of=slot_of, owner=owner)
+
+
+def _by_worth(slots: np.ndarray, worth: np.ndarray | None) -> np.ndarray:
+    return slots if worth is None else slots[np.argsort(worth[slots], kind="stable")]
 
 
 def _release(slot_of: np.ndarray, owner: np.ndarray, layer: int, experts: np.ndarray) -> None:

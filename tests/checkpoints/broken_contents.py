@@ -105,6 +105,11 @@ def config_with_absurd_numbers(path, rng):
     edit_config(path, hidden_size=10**30)
 
 
+@kind(CONFIG, "head_dim is 5")
+def config_with_odd_heads(path, rng):
+    edit_config(path, head_dim=5)
+
+
 @kind(CONFIG, "not JSON")
 def config_with_nan(path, rng):
     edit_config(path, rms_norm_eps=float("nan"))

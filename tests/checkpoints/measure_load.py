@@ -3,7 +3,8 @@
     python tests/checkpoints/measure_load.py [--gigabytes=2] [--runs=3] [--folder=DIR]
 
 Every read and every load starts with the files dropped from the page cache; each load is a process of its own. The last
-line of the output is one JSON document with the medians.
+line of the output is one JSON document with the medians. Other work on the machine slows a load more than a read, which
+hardly computes: the CPU seconds say what a load takes when left alone (two threads).
 """
 
 import argparse
@@ -40,11 +41,11 @@ def memory(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
 jax.block_until_ready(jax.numpy.zeros(3))
-before, start = memory("VmRSS"), time.perf_counter()
+before, start, cpu_start = memory("VmRSS"), time.perf_counter(), time.process_time()
 model = load_model(sys.argv[1], dtype=sys.argv[2])
-load_s = time.perf_counter() - start
+load_s, load_cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
 weight_bytes = sum(x.nbytes for x in jax.tree.leaves((model.weights, model.experts)))
-print(json.dumps({"load_s": load_s, "weight_bytes": weight_bytes, "expert_bytes": model.expert_bytes,
+print(json.dumps({"load_s": load_s, "load_cpu_s": load_cpu_s, "weight_bytes": weight_bytes, "expert_bytes": model.expert_bytes,
                   "peak_host_bytes": memory("VmHWM") - before}))
 """
 
@@ -119,7 +120,7 @@ def main() -> None:
         print(
             f"{name:22} read {row['read_bytes_per_s'] / 1e9:5.2f} GB/s  load {row['load_bytes_per_s'] / 1e9:5.2f} GB/s"
             f"  ({row['fraction_of_read']:.2f})  peak {row['peak_host_bytes'] / 1e6:6.0f} MB for weights of"
-            f" {row['weight_bytes'] / 1e6:6.0f} MB ({row['experts_above_weights']:+.2f} experts)"
+            f" {row['weight_bytes'] / 1e6:6.0f} MB ({row['experts_above_weights']:+.2f} experts)  {row['load_cpu_s']:.2f} CPU s"
         )
     print(json.dumps(medians))
 

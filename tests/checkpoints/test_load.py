@@ -66,6 +66,15 @@ def test_fused_and_separate_names_give_the_same(stored, dtype, small_checkpoint,
     assert_same(load_model(str(separate), dtype=dtype), load_model(str(together), dtype=dtype))
 
 
+@pytest.mark.parametrize("chunk_bytes", [8, 200, 1000])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tensor_read_in_many_chunks_is_the_same(chunk_bytes, dtype, small_checkpoint, monkeypatch):
+    """Rows that do not divide into chunks, nor chunks into the strips of a transposing copy."""
+    monkeypatch.setattr("specmoe_jax.checkpoints.tensors.CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("specmoe_jax.checkpoints.tensors.TRANSPOSE_ROWS", 5)
+    assert_same(load_model(str(small_checkpoint), dtype=dtype), random_model(CONFIG, seed=SEED, dtype=dtype))
+
+
 def test_bfloat16_is_kept_bit_for_bit(tmp_path):
     """Every finite bit pattern, subnormals and -0 included, in experts and in other weights."""
     tensors = cast(checkpoint_tensors(CONFIG), ml_dtypes.bfloat16)

@@ -59,6 +59,13 @@ def test_byte_level_stream_of_any_ids_is_the_decoding(ids):
     assert "".join(pieces(BYTE_LEVEL, ids)) == BYTE_LEVEL.decode(ids)
 
 
+def test_a_token_without_text_does_not_make_the_next_one_the_first():
+    """The leading space of the first token is dropped; a special token in between must not drop another."""
+    the, he = (SENTENCEPIECE.backend.token_to_id(piece) for piece in ("▁the", "▁he"))
+    for ids in ([the, 2, he], [2, the, he], [the, 2, 2, 1, he, 2, he]):
+        assert "".join(pieces(SENTENCEPIECE, ids)) == SENTENCEPIECE.decode(ids)
+
+
 def test_half_a_character_waits():
     ids = BYTE_LEVEL.encode("é日")
     assert len(ids) > 2

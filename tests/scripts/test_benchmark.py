@@ -10,12 +10,11 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "scripts"))
 
-import _plots
-import _suite_specmoe
 import benchmark
-from _rounds import Case, Job, compare
 
 import specmoe_jax as sm
+from specmoe_jax.benchmarks import plots, specmoe
+from specmoe_jax.benchmarks.rounds import Case, Job, compare
 from specmoe_jax.models.synthetic import NLLB_SHAPED, gini, synthetic_model, synthetic_prompts
 from specmoe_jax.testing import TINY
 
@@ -25,7 +24,7 @@ LINK = 1e9
 
 @pytest.fixture(scope="module")
 def setting(model):
-    return _suite_specmoe.Setting(
+    return specmoe.Setting(
         model=model,
         link_bytes_per_s=LINK,
         acceptance=0.5,
@@ -37,9 +36,9 @@ def setting(model):
     )
 
 
-@pytest.mark.parametrize("table", [name for name in _suite_specmoe.TABLES if name != "batches"])
+@pytest.mark.parametrize("table", [name for name in specmoe.TABLES if name != "batches"])
 def test_every_table_runs_and_is_stamped(setting, table, tmp_path):
-    rows = _suite_specmoe.TABLES[table](setting._replace(batches=(4,)))
+    rows = specmoe.TABLES[table](setting._replace(batches=(4,)))
     assert any(row["base"] for row in rows.values())
     for row in rows.values():
         assert "link_bytes_per_s" in row["synthetic"]
@@ -50,7 +49,7 @@ def test_every_table_runs_and_is_stamped(setting, table, tmp_path):
 
 
 def test_batches_and_growth(setting, tmp_path):
-    rows = _suite_specmoe.batches(setting)
+    rows = specmoe.batches(setting)
     assert rows["on_demand @ 1"]["bytes_growth"] == rows["specmoe @ 1"]["bytes_growth"] == 1
     on_demand = rows["on_demand @ 4"]
     assert on_demand["bytes_growth"] > 1 and on_demand["tokens_per_step"] == 1
@@ -58,7 +57,7 @@ def test_batches_and_growth(setting, tmp_path):
     assert least <= rows["specmoe @ 4"]["link_bytes_per_token"] / on_demand["link_bytes_per_token"] <= most
     assert "oracle_prefetch" in rows["overlap @ 4"]["synthetic"] and "oracle_prefetch" not in on_demand["synthetic"]
     pytest.importorskip("matplotlib")
-    _plots.save({"suite": "specmoe", "model": "tiny", "tables": {"batches": rows}}, tmp_path)
+    plots.save({"suite": "specmoe", "model": "tiny", "tables": {"batches": rows}}, tmp_path)
     assert (tmp_path / "specmoe_tiny_batches.png").stat().st_size > 1000
 
 

@@ -2,11 +2,13 @@
 
 import random
 import statistics
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from specmoe_jax import Engine, Model, Plan, SamplingParams, metrics
+from specmoe_jax import metrics
+from specmoe_jax.config import Plan, SamplingParams
+from specmoe_jax.engine import Engine
+from specmoe_jax.models.model import Model
 
 
 class Case(NamedTuple):
@@ -47,14 +49,15 @@ def compare(model: Model, cases: list[Case], job: Job) -> dict[str, dict]:
             if number >= job.settle:
                 rounds[name].append(totals)
     bases = {case.name: rounds.get(case.base) for case in cases}
-    results = {
+    return {
         case.name: _figures(model, case.plan, rounds[case.name], bases[case.name])
-        | {"base": case.base, "peak_accelerator_bytes": engines[case.name].stats()["peak_accelerator_bytes"]}
+        | {
+            "base": case.base,
+            "peak_accelerator_bytes": engines[case.name].stats()["peak_accelerator_bytes"],
+            "compilations_after_warmup": compiles.count,  # of all cases together
+        }
         for case in cases
     }
-    if compiles.count:
-        print(f"warning: {compiles.count} compilations while measuring", file=sys.stderr)
-    return results
 
 
 def _limit(model: Model, job: Job) -> int:

@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from _rounds import Case, Job, compare
-
-from specmoe_jax import Model, Plan
-from specmoe_jax.config import DRAFT_SETS, preset
+from specmoe_jax.benchmarks.rounds import Case, Job, compare
+from specmoe_jax.config import DRAFT_SETS, Plan, preset
+from specmoe_jax.models.model import Model
 
 
 class Setting(NamedTuple):

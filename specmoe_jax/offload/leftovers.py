@@ -1,0 +1,58 @@
+"""What free slots still hold: a freed expert stays usable until its slot is overwritten, the least used first. Pure.
+
+Beyond the paper: a pool must hold one layer's whole dispatch, and most passes of small batches need a fraction of it.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from specmoe_jax.offload.residency import Residency
+
+DECAY = 0.9  # weight of the past per pass: what was chosen ten passes ago counts a third
+
+
+class Leftovers(NamedTuple):
+    """holds: [R] int32, layer * E + expert last copied into each slot, or -1. usage: [L, E], fading counts of choices."""
+
+    holds: np.ndarray
+    usage: np.ndarray
+
+
+def nothing(num_layers: int, num_experts: int, num_slots: int) -> Leftovers:
+    """A new pool's."""
+    return Leftovers(holds=np.full(num_slots, -1, np.int32), usage=np.zeros((num_layers, num_experts)))
+
+
+def revive(residency: Residency, leftovers: Leftovers, wanted: np.ndarray, room: int) -> Residency:
+    """The residency with wanted experts [L, E] back that lie in free slots: at most `room`, nearest layer first."""
+    slots = np.flatnonzero((residency.owner < 0) & (leftovers.holds >= 0))
+    ids = leftovers.holds[slots]
+    missing = wanted.reshape(-1)[ids] & (residency.slot_of.reshape(-1)[ids] < 0)
+    ids, first = np.unique(ids[missing], return_index=True)  # an expert may have been copied twice
+    ids, slots = ids[: max(room, 0)], slots[missing][first][: max(room, 0)]
+    if not len(ids):
+        return residency
+    slot_of, owner = residency.slot_of.copy(), residency.owner.copy()
+    slot_of.reshape(-1)[ids], owner[slots] = slots, ids
+    return Residency(slot_of=slot_of, owner=owner)
+
+
+def worth(leftovers: Leftovers) -> np.ndarray:
+    """[R], how much each slot's content is used; -1 for none. Slots are overwritten in this order."""
+    return np.where(leftovers.holds < 0, -1.0, leftovers.usage.reshape(-1)[leftovers.holds])
+
+
+def after_copies(leftovers: Leftovers, copies) -> Leftovers:
+    """With the copies (layer, expert, slot) made, in that order."""
+    holds, num_experts = leftovers.holds.copy(), leftovers.usage.shape[1]
+    for layer, expert, slot in copies:
+        holds[slot] = layer * num_experts + expert
+    return leftovers._replace(holds=holds)
+
+
+def after_pass(leftovers: Leftovers, layer: int, counts: np.ndarray) -> Leftovers:
+    """With the choices [E] of one layer's pass counted."""
+    usage = leftovers.usage.copy()
+    usage[layer] = DECAY * usage[layer] + counts
+    return leftovers._replace(usage=usage)

@@ -1,0 +1,294 @@
+"""scripts/generate.py: what it writes, its exit codes, and one line for everything that a person can mend."""
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+
+import specmoe_jax as sm
+from specmoe_jax.engine.finish import safe_length
+from specmoe_jax.testing import TINY
+
+PROMPTS = ("Call me Ishmael.", "a", "It was the best of times", "x = 1\ny = x")
+FIGURES = """wall_s load_s compile_s prefill_s decode_s new_tokens steps tokens_per_step decode_tokens_per_s
+acceptance_by_position link_bytes link_bytes_per_token expert_hits expert_misses draft_link_bytes peak_accelerator_bytes
+peak_host_bytes floor_s fraction_of_floor binding_resource compilations_after_warmup synthetic plan""".split()
+SMALL = ("--max_new_tokens=12", "--draft_length=3", "--draft_experts=3", "--ignore_eos")
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """What the resident plan gives for the same prompts."""
+    params = sm.SamplingParams(max_new_tokens=12, ignore_eos=True)
+    return sm.Engine(model, sm.PRESETS["resident"](TINY)).generate(PROMPTS, params)
+
+
+def prompt_flags(prompts=PROMPTS):
+    return [f"--prompt={prompt}" for prompt in prompts]
+
+
+def records(path):
+    """Finished requests in the order of the prompts; the file has them in the order in which they finished."""
+    return sorted((json.loads(line) for line in path.read_text().splitlines()), key=lambda record: record["index"])
+
+
+# A process of its own.
+
+
+def test_a_run_of_the_main_job(run_script, checkpoint, tmp_path, expected):
+    output, stats = tmp_path / "out.jsonl", tmp_path / "stats.json"
+    ran = run_script("generate.py", f"--model={checkpoint}", *prompt_flags(), *SMALL, f"--output={output}", f"--stats={stats}")
+    assert ran.code == 0, ran.err
+    assert ran.out == ""
+    for record, prompt, want in zip(records(output), PROMPTS, expected, strict=True):
+        assert set(record) >= {"id", "prompt", "text", "token_ids", "finish_reason", "num_prompt_tokens", "num_new_tokens"}
+        assert (record["prompt"], record["text"], tuple(record["token_ids"])) == (prompt, want.text, want.token_ids)
+        assert (record["finish_reason"], record["num_new_tokens"]) == ("length", 12)
+        assert record["num_prompt_tokens"] == len(prompt.encode())
+    figures = json.loads(stats.read_text())
+    assert set(FIGURES) <= set(figures)
+    assert figures["new_tokens"] == 12 * len(PROMPTS)
+    assert figures["draft_link_bytes"] == 0 and figures["compilations_after_warmup"] == 0 and figures["synthetic"] == []
+    assert figures["plan"]["preset"] == "specmoe" and figures["plan"]["draft_experts"] == 3
+    assert len(figures["acceptance_by_position"]) == 3
+    assert figures["wall_s"] > figures["load_s"] > 0
+    for row in ("tokens per step", "accepted by position", "link, expert bytes/token", "accelerator / host peak"):
+        assert row in ran.err
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_codes_of_a_process(run_script, checkpoint):
+    ran = run_script("generate.py", f"--model={checkpoint}", "--prompt=")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err == "error: prompt 0 is empty; give at least one character\n"
+    ran = run_script("generate.py", "--promt=a")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("error: ") and ran.err.count("\n") == 1 and "promt" in ran.err
+    ran = run_script("generate.py", "--help")
+    assert ran.code == 0
+    for flag in ("--prompt", "--[no]stream", "--kv_tier", "--link_gbps", "--device_memory_gib", "Example:"):
+        assert flag in ran.out
+
+
+# In this process.
+
+
+@pytest.mark.parametrize("changes", [[], ["--preset=on_demand"], ["--preset=resident"], ["--kv_tier=host"]], ids=str)
+def test_every_plan_writes_the_same_texts(generate, checkpoint, tmp_path, expected, changes):
+    settings = SMALL if not changes or "kv_tier" in changes[0] else ("--max_new_tokens=12", "--ignore_eos")
+    ran = generate(f"--model={checkpoint}", *prompt_flags(), *settings, "--output=o.jsonl", *changes)
+    assert ran.code == 0, ran.err
+    assert [record["text"] for record in records(tmp_path / "o.jsonl")] == [want.text for want in expected]
+
+
+def test_texts_to_stdout(generate, checkpoint, expected):
+    ran = generate(f"--model={checkpoint}", *prompt_flags(PROMPTS[:2]), *SMALL)
+    assert ran.code == 0, ran.err
+    for want in expected[:2]:
+        assert f"[{want.id}] {want.prompt}{want.text}\n" in ran.out
+
+
+def test_stream_of_one_prompt_is_its_text(generate, checkpoint, expected):
+    for want in expected:
+        ran = generate(f"--model={checkpoint}", f"--prompt={want.prompt}", *SMALL, "--stream")
+        assert (ran.code, ran.out) == (0, want.text + "\n")
+
+
+def test_stream_with_a_stop_string(generate, checkpoint, tmp_path, expected):
+    """Neither the stop string nor its beginning is shown, though tokens of it are committed in several steps."""
+    for number, want in enumerate(expected[:3]):
+        stop = want.text[4:6]
+        flags = (f"--model={checkpoint}", f"--prompt={want.prompt}", *SMALL, f"--stop={stop}")
+        ran = generate(*flags, "--stream", f"--output={number}.jsonl")
+        (record,) = records(tmp_path / f"{number}.jsonl")
+        assert record["finish_reason"] == "stop"
+        assert record["text"] == want.text[: want.text.index(stop)]
+        assert ran.out == record["text"] + "\n"
+
+
+def test_stream_of_several_prompts_is_their_texts(generate, checkpoint, expected):
+    ran = generate(f"--model={checkpoint}", *prompt_flags(), *SMALL, "--stream")
+    texts = ["" for _ in PROMPTS]
+    for line in ran.out.splitlines():
+        number, piece = re.fullmatch(r"\[(\d)\] (.*)", line).groups()
+        texts[int(number)] += eval(piece)
+    assert texts == [want.text for want in expected]
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"),
+    [("abc", (), 3), ("abc", ("x",), 3), ("abc", ("cd",), 2), ("abc", ("bcd", "c!"), 1), ("aa", ("aaa",), 0), ("", ("a",), 0)],
+)
+def test_safe_length(text, stop, shown):
+    assert safe_length(text, stop) == shown
+
+
+def test_prompts_from_a_file(generate, checkpoint, tmp_path, expected):
+    lines = [{"prompt": PROMPTS[0], "id": "first"}, {"prompt": PROMPTS[1], "max_new_tokens": 2}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    ran = generate(f"--model={checkpoint}", "--prompts=p.jsonl", *SMALL, "--output=o.jsonl")
+    assert ran.code == 0, ran.err
+    first, second = records(tmp_path / "o.jsonl")
+    assert (first["id"], first["text"]) == ("first", expected[0].text)
+    assert (second["id"], tuple(second["token_ids"])) == (1, expected[1].token_ids[:2])
+
+
+def test_a_plan_file_and_flags_over_it(generate, checkpoint, tmp_path, expected):
+    plan = sm.PRESETS["specmoe"](TINY).replace(draft_length=2, draft_experts=2, dtype="bfloat16")
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    flags = (f"--model={checkpoint}", *prompt_flags(), "--max_new_tokens=12", "--ignore_eos", "--output=o.jsonl", "--stats=s.json")
+    ran = generate(*flags, "--plan=plan.json", "--dtype=float32", "--draft_experts=3")
+    assert ran.code == 0, ran.err
+    assert [record["text"] for record in records(tmp_path / "o.jsonl")] == [want.text for want in expected]
+    done = json.loads((tmp_path / "s.json").read_text())["plan"]
+    assert (done["draft_length"], done["draft_experts"], done["dtype"]) == (2, 3, "float32")
+
+
+def test_an_emulated_link_is_stamped(generate, checkpoint, tmp_path):
+    ran = generate(f"--model={checkpoint}", "--prompt=a", "--max_new_tokens=3", "--link_gbps=1", "--stats=s.json")
+    figures = json.loads((tmp_path / "s.json").read_text())
+    assert figures["synthetic"] == ["link_bytes_per_s"] and "SYNTHETIC" in ran.err
+    assert figures["floor_s"] == pytest.approx(figures["link_bytes"] / 1e9)
+    assert figures["decode_s"] >= figures["floor_s"]
+
+
+ERRORS = [
+    (["--preset=fast"], "preset is 'fast'; it must be one of resident, on_demand"),
+    (["--prompt="], "prompt 1 is empty; give at least one"),
+    (["--prompt=" + "x" * 90], "prompt 1 has 90 tokens and the model's window is 90"),
+    (["--prompts=none.txt"], "cannot read prompts from none.txt"),
+    (["--model=nowhere"], "model nowhere: no such directory"),
+    (["--plan=none.json"], "cannot read the plan none.json"),
+    (["--plan=broken.json"], "the plan is not JSON"),
+    (["--plan=binary.json"], "cannot read the plan binary.json"),
+    (["--plan=unknown.json"], "a plan has no field nonsense"),
+    (["--plan=good.json", "--preset=specmoe"], "both --plan and --preset are given; leave one out"),
+    (["--max_new_tokens=0"], "max_new_tokens is 0"),
+    (["--temperature=-1"], "temperature is -1.0"),
+    (["--temperature=nan"], "temperature is nan"),
+    (["--temperature=1", "--top_p=0"], "top_p is 0.0"),
+    (["--temperature=1", "--seed=-1"], "seed is -1"),
+    (["--stop="], "at least one character"),
+    (["--batch_size=0"], "batch_size is 0"),
+    (["--draft_experts=9"], "draft_experts is 9; draft=self needs 1 to 5"),
+    (["--device_memory_gib=nan"], "device_memory_bytes is nan"),
+    (["--device_memory_gib=inf"], "device_memory_bytes is inf"),
+    (["--host_memory_gib=0.000001"], "host memory of 1.0 KiB is too small"),
+    (["--link_gbps=0"], "link_bytes_per_s is 0.0"),
+    # without effect
+    (["--top_k=5"], "top_k and top_p have no effect at temperature 0"),
+    (["--top_p=0.5"], "top_k and top_p have no effect at temperature 0"),
+    (["--seed=1"], "seed has no effect at temperature 0"),
+    (["--deterministic_sampling"], "deterministic_sampling has no effect at temperature 0"),
+    (["--preset=on_demand", "--draft_length=2"], "draft_length=2 has no effect without a draft"),
+    (["--preset=on_demand", "--draft_experts=2"], "draft_experts=2 has no effect with draft=none"),
+    (["--draft=none", "--draft_length=2"], "draft_length=2 has no effect without a draft"),
+    (["--micro_batches=2"], "micro_batches=2 has no effect"),
+    (["--preset=resident", "--link_gbps=1"], "has no effect where every expert is resident"),
+    (["--expert_flow=resident"], "draft=self has no effect with expert_flow=resident"),
+    # where nothing can be written
+    (["--output=none/o.jsonl"], "cannot write none/o.jsonl (No such file or directory)"),
+    (["--stats=none/s.json"], "cannot write none/s.json (No such file or directory)"),
+    (["--output=folder"], "cannot write folder (it is no regular file)"),
+    ([f"--output={os.devnull}"], f"cannot write {os.devnull} (it is no regular file)"),
+    (["--output=good.json/o.jsonl"], "cannot write good.json/o.jsonl (Not a directory)"),
+    (["--output=same", "--stats=same"], "--output and --stats are both same; give two files"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Files that the errors name."""
+    plan = sm.PRESETS["specmoe"](TINY)
+    (tmp_path / "good.json").write_text(plan.to_json())
+    (tmp_path / "broken.json").write_text(plan.to_json()[:-9])
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "unknown.json").write_text('{"preset": "specmoe", "nonsense": 1}')
+    (tmp_path / "folder").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(("flags", "said"), ERRORS, ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "")
+def test_what_a_person_can_mend_is_one_line(generate, checkpoint, folder, monkeypatch, generate_script, flags, said):
+    """Exit code 1, one line that says what was got, no file half-written, and no weight read before it."""
+    monkeypatch.setattr(generate_script, "load_model", lambda *args, **kwargs: read_no_weights(*args, **kwargs))
+    before = sorted(folder.iterdir())
+    outputs = [] if any("--output" in flag for flag in flags) else ["--output=o.jsonl"]
+    ran = generate(f"--model={checkpoint}", "--prompt=a", *outputs, *flags)
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.startswith("error: ") and ran.err.count("\n") == 1
+    assert said in ran.err
+    assert sorted(folder.iterdir()) == before
+
+
+def read_no_weights(*args, **kwargs):
+    raise AssertionError("a weight was read before the error")
+
+
+@pytest.mark.parametrize("preset", ["resident", "on_demand", "specmoe"])
+@pytest.mark.parametrize("kv_tier", ["accelerator", "host"])
+def test_the_named_memory_budget_works(generate, checkpoint, tmp_path, preset, kv_tier):
+    """The first refusal names a budget that works for this very job, batch and prompts included."""
+    job = (f"--model={checkpoint}", *prompt_flags(), "--max_new_tokens=60", f"--preset={preset}", f"--kv_tier={kv_tier}")
+    ran = generate(*job, "--device_memory_gib=0.00001", "--output=o.jsonl")
+    assert ran.code == 1 and ran.err.count("\n") == 1 and not list(tmp_path.iterdir())
+    (gib,) = re.findall(r"the smallest that works is (--device_memory_gib=[0-9.]+)", ran.err)
+    ran = generate(*job, gib, "--output=o.jsonl", "--stats=s.json")
+    assert ran.code == 0, ran.err
+    peak = json.loads((tmp_path / "s.json").read_text())["peak_accelerator_bytes"]
+    assert peak <= float(gib.split("=")[1]) * 2**30
+
+
+def broken(checkpoint, tmp_path, name, content):
+    path = tmp_path / "broken"
+    shutil.copytree(checkpoint, path)
+    if content is None:
+        (path / name).unlink()
+    else:
+        (path / name).write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"\x08" * 40], ids=["missing", "empty", "object", "binary"])
+def test_missing_and_broken_checkpoint_files(generate, checkpoint, tmp_path, name, content):
+    path = broken(checkpoint, tmp_path, name, content)
+    ran = generate(f"--model={path}", "--prompt=a", "--output=o.jsonl")
+    assert ran.code == 1, ran.err
+    assert ran.err.startswith("error: ") and ran.err.count("\n") == 1
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--unknown=1"], "Unknown command line flag 'unknown'"),
+        (["--kv_tier=disk"], "kv_tier"),
+        (["--batch_size=many"], "batch_size"),
+        (["text"], "unexpected argument 'text'"),
+    ],
+)
+def test_wrong_usage(generate, flags, said):
+    ran = generate("--prompt=a", *flags)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("error: ") and ran.err.count("\n") == 1 and said in ran.err
+
+
+def test_no_prompt_is_wrong_usage(generate, checkpoint):
+    ran = generate(f"--model={checkpoint}")
+    assert ran.code == 2 and ran.err == "error: no prompt; give --prompt=TEXT or --prompts=FILE\n"
+
+
+def test_a_failed_write_leaves_what_was_there(generate, checkpoint, tmp_path, monkeypatch):
+    """The disk fills up while the figures are written: the old file stays whole, and nothing lies beside it."""
+    (tmp_path / "s.json").write_text("old")
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    ran = generate(f"--model={checkpoint}", "--prompt=a", "--max_new_tokens=2", "--stats=s.json")
+    assert ran.code == 1 and "error: cannot write s.json (No space left on device)" in ran.err
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("s.json", "old")]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def append(cache: jax.Array, new: jax.Array, lengths: jax.Array, num_new: jax.Array) -> jax.Array:
-    """Write new [B, T, K, D] into cache [B, K, S, D] at positions lengths[b] + t, t < num_new[b]; what falls beyond S is dropped."""
+    """Write new [B, T, K, D] into cache [B, K, S, D] at lengths[b] + t, t < num_new[b]; what falls beyond S is dropped."""
     S = cache.shape[2]
     steps = jnp.arange(new.shape[1])
     at = jnp.where(steps < num_new[:, None], lengths[:, None] + steps, S)  # [B, T]

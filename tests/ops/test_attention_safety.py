@@ -13,7 +13,7 @@ BAD = [np.nan, np.inf, -np.inf]
 def poisoned(case, bad):
     """NaN or Inf wherever no token may look: beyond the lengths, in unused new tokens, in positions that nobody attends."""
     q, k_new, v_new, k, v, lengths = case.args
-    B, T, _, K, S, D = case.shape
+    B, T, *_ = case.shape
     used = jnp.asarray(mask64(case).any(1))[:, None, :, None]
     num_new = jnp.broadcast_to(case.options.get("num_new", T), (B,))
     unused = (jnp.arange(T) >= num_new[:, None])[:, :, None, None]

@@ -23,7 +23,7 @@ def ffn64(x, blocks, slots):
     for i, a in np.ndindex(*slots.shape):
         if 0 <= slots[i, a] < len(blocks):
             gate, up, down = blocks[slots[i, a]]
-            g, u = gate @ x[i], up @ x[i]
+            g, u = np.clip(gate @ x[i], -700, None), up @ x[i]
             ag, au = np.abs(gate) @ np.abs(x[i]), np.abs(up) @ np.abs(x[i])
             y[i, a] = (g / (1 + np.exp(-g)) * u) @ down
             bound[i, a] = ((ag + 1) * (au + np.abs(u))) @ np.abs(down)

@@ -68,7 +68,8 @@ def test_under_vmap(kernels):
 CANARY = """
 import jax, jax.numpy as jnp
 from specmoe_jax import ops
-q = jnp.ones((2, 2, 4, 16)); new = jnp.ones((2, 2, 2, 16)); cache = jnp.ones((2, 2, 40, 16)); lengths = jnp.array([7, 30], jnp.int32)
+q, new, cache = jnp.ones((2, 2, 4, 16)), jnp.ones((2, 2, 2, 16)), jnp.ones((2, 2, 40, 16))
+lengths = jnp.array([7, 30], jnp.int32)
 x, blocks, slots = jnp.ones((3, 16)), jnp.ones((4, 3, 24, 16)), jnp.arange(6, dtype=jnp.int32).reshape(3, 2) % 4
 def program(q, x):
     for i in range(8):  # independent chains, so that XLA may run handlers on pool workers at the same time
@@ -93,14 +94,14 @@ import warnings, sys
 import jax, jax.numpy as jnp
 {break_it}
 from specmoe_jax import ops
-args = jnp.ones((1, 2, 2, 8)), jnp.ones((1, 2, 1, 8)), jnp.ones((1, 2, 1, 8)), jnp.ones((1, 1, 9, 8)), jnp.ones((1, 1, 9, 8)), jnp.array([3], jnp.int32)
+new, cache = jnp.ones((1, 2, 1, 8)), jnp.ones((1, 1, 9, 8))
+args = jnp.ones((1, 2, 2, 8)), new, new, cache, cache, jnp.array([3], jnp.int32)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(3):
         ops.chunked_attention(*args)
         ops.expert_ffn(jnp.ones((1, 8)), jnp.ones((2, 3, 8, 8)), jnp.array([[0]], jnp.int32))
-        cache = ops.pack_cache(args[3], args[4])
-        ops.chunked_attention_packed(*args[:3], cache, args[5])
+        ops.chunked_attention_packed(*args[:3], ops.pack_cache(cache, cache), args[5])
 print(len([w for w in caught if "specmoe_jax.ops" in str(w.message)]), [str(w.message) for w in caught][:1])
 """
 

@@ -25,7 +25,7 @@ def runtime_api() -> tuple[int, int]:
 
 
 def check_api(built: tuple[int, int], runtime: tuple[int, int]) -> None:
-    """A handler newer than the runtime is rejected when the backend starts, and takes the whole CPU backend down: refuse it here."""
+    """A handler newer than the runtime is rejected at backend start, which takes the whole CPU backend down: refuse it here."""
     if built[0] != runtime[0] or built[1] > runtime[1]:
         raise Unusable(
             f"built for XLA FFI {built[0]}.{built[1]} but this jaxlib offers {runtime[0]}.{runtime[1]}; "

@@ -42,7 +42,14 @@ def kernel_call(q, k_new, v_new, lengths, num_new, tree_mask, table, caches, *, 
         "specmoe_chunked_attention", shapes, vmap_method="sequential", input_output_aliases={7 + i: 1 + i for i in range(4)}
     )
     return call(
-        q, k_new, v_new, lengths, num_new, tree_mask, table, *caches,
+        q,
+        k_new,
+        v_new,
+        lengths,
+        num_new,
+        tree_mask,
+        table,
+        *caches,
         scale=np.float32(1 / math.sqrt(D) if scale is None else scale),
         softcap=np.float32(softcap or 0),
         window=np.int64(window or 0),
@@ -54,8 +61,9 @@ def no_scales() -> tuple[jax.Array, jax.Array]:
     return jnp.zeros((0,), jnp.float32), jnp.zeros((0,), jnp.float32)
 
 
-def chunked_attention(q, k_new, v_new, k_cache, v_cache, lengths, *, tree_mask=None, scale=None, window=None, softcap=None,
-                      num_new=None):
+def chunked_attention(
+    q, k_new, v_new, k_cache, v_cache, lengths, *, tree_mask=None, scale=None, window=None, softcap=None, num_new=None
+):
     """Append T new K/V rows to the cache and attend the T new queries to it (SpecMoEOff 5.1).
 
     q [B, T, H, D], k_new and v_new [B, T, K, D], k_cache and v_cache [B, K, S, D], float32 or bfloat16; D a multiple of 8.
@@ -103,8 +111,14 @@ def _in_pieces(q, k_new, v_new, k_cache, v_cache, lengths, *, num_new, **options
         piece = slice(t, min(t + MAX_NEW, T))
         done = jnp.minimum(num_new, t)
         out, k_cache, v_cache = chunked_attention(
-            q[:, piece], k_new[:, piece], v_new[:, piece], k_cache, v_cache, lengths + done,
-            num_new=jnp.clip(num_new - t, 0, piece.stop - t), **options,
+            q[:, piece],
+            k_new[:, piece],
+            v_new[:, piece],
+            k_cache,
+            v_cache,
+            lengths + done,
+            num_new=jnp.clip(num_new - t, 0, piece.stop - t),
+            **options,
         )
         outs.append(out)
     return jnp.concatenate(outs, axis=1), k_cache, v_cache

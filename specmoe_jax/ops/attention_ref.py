@@ -7,13 +7,15 @@ import jax.numpy as jnp
 
 
 def append(cache: jax.Array, new: jax.Array, lengths: jax.Array, num_new: jax.Array) -> jax.Array:
-    """Write new [B, T, K, D] into cache [B, K, S, D] at positions lengths[b] + t, t < num_new[b]; what falls beyond S is dropped."""
+    """Write new [B, T, K, D] into cache [B, K, S, D] at lengths[b] + t, t < num_new[b]; what falls beyond S is dropped."""
     S = cache.shape[2]
     steps = jnp.arange(new.shape[1])
     at = jnp.where(steps < num_new[:, None], lengths[:, None] + steps, S)  # [B, T]
     new = new.astype(cache.dtype)
     if cache.dtype == jnp.bfloat16:  # XLA:CPU converts the whole cache to float32 and back for a bfloat16 scatter; not for uint16
-        bits = append(jax.lax.bitcast_convert_type(cache, jnp.uint16), jax.lax.bitcast_convert_type(new, jnp.uint16), lengths, num_new)
+        bits = append(
+            jax.lax.bitcast_convert_type(cache, jnp.uint16), jax.lax.bitcast_convert_type(new, jnp.uint16), lengths, num_new
+        )
         return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
     return cache.at[jnp.arange(new.shape[0])[:, None], :, at].set(new, mode="drop")
 
@@ -64,8 +66,9 @@ def attend(q, k_cache, v_cache, mask, *, scale, softcap) -> jax.Array:
     return out.reshape(B, T, H, D).astype(q.dtype)
 
 
-def chunked_attention_ref(q, k_new, v_new, k_cache, v_cache, lengths, *, tree_mask=None, scale=None, window=None, softcap=None,
-                          num_new=None):
+def chunked_attention_ref(
+    q, k_new, v_new, k_cache, v_cache, lengths, *, tree_mask=None, scale=None, window=None, softcap=None, num_new=None
+):
     """As chunked_attention, in jnp only; bits may depend on T and B."""
     B, T, _, D = q.shape
     S = k_cache.shape[2]

@@ -12,8 +12,8 @@ WEIGHTS = (jnp.float32, jnp.bfloat16, jnp.uint16)
 def expert_ffn(x, blocks, slots, *, activation="swiglu"):
     """SwiGLU of expert blocks[slots[i, a]] on x[i], for every token i and choice a, unweighted.
 
-    x [n, M] float32 or bfloat16; blocks [R, 3, F, M]: gate, up and down transposed, each [F, M], in float32, bfloat16 or uint16 that
-    holds bfloat16 bits; slots [n, A] int32, -1 (or beyond R) for a choice without an expert, which gives zeros.
+    x [n, M] float32 or bfloat16; blocks [R, 3, F, M]: gate, up and down transposed, each [F, M], in float32, bfloat16 or uint16
+    that holds bfloat16 bits; slots [n, A] int32, -1 (or beyond R) for a choice without an expert, which gives zeros.
     Returns y [n, A, M] float32. Rows of one slot are done together and its weights are read once; each (token, choice) is bit for
     bit independent of the other rows and of the thread count within one instruction set. Lowered for another platform than the CPU,
     this is expert_ffn_ref.
@@ -24,7 +24,9 @@ def expert_ffn(x, blocks, slots, *, activation="swiglu"):
     n, M = x.shape
     _check.array(op, "blocks", blocks, (None, 3, None, M), WEIGHTS)
     _check.array(op, "slots", slots, (n, None), (jnp.int32,))
-    if _ffi.module() is None or n == 0 or slots.shape[1] == 0:
+    if slots.size == 0:
+        return jnp.zeros((*slots.shape, M), jnp.float32)
+    if _ffi.module() is None:
         return expert_ffn_ref(x, blocks, slots)
 
     def kernel(x, blocks, slots):

@@ -114,8 +114,9 @@ def _check_cache(op, cache, B, K, D, table) -> None:
         _check.array(op, "block_table", table, (B, None), (jnp.int32,))
 
 
-def chunked_attention_packed(q, k_new, v_new, cache, lengths, *, block_table=None, tree_mask=None, scale=None, window=None,
-                             softcap=None, num_new=None):
+def chunked_attention_packed(
+    q, k_new, v_new, cache, lengths, *, block_table=None, tree_mask=None, scale=None, window=None, softcap=None, num_new=None
+):
     """chunked_attention over a PackedCache; returns (out, cache'), the cache in place when it is donated. T is at most 64.
 
     block_table [B, P] int32: token s of request b lives in cache row block_table[b, s // S] (pages of S tokens); a request's
@@ -158,8 +159,9 @@ def _scatter_pages(x: jax.Array, rows: jax.Array, table: jax.Array) -> jax.Array
     return x.at[jnp.where(valid, table, x.shape[0])].set(pages, mode="drop")
 
 
-def chunked_attention_packed_ref(q, k_new, v_new, cache, lengths, *, block_table=None, tree_mask=None, scale=None, window=None,
-                                 softcap=None, num_new=None):
+def chunked_attention_packed_ref(
+    q, k_new, v_new, cache, lengths, *, block_table=None, tree_mask=None, scale=None, window=None, softcap=None, num_new=None
+):
     """As chunked_attention_packed, in jnp only: unpack, append, attend, pack."""
     B, T, _, D = q.shape
     parts = [unpack_rows(cache.k), cache.v]

@@ -40,15 +40,18 @@ _STEPS = flags.DEFINE_integer("steps", 2, "Steps per round at least.")
 _QUICK = flags.DEFINE_boolean("quick", False, "One short round, the ends of every sweep.")
 _PLOTS = flags.DEFINE_string("plots", None, "A folder for PNGs (needs matplotlib: the [plot] extra).")
 _OUTPUT = flags.DEFINE_string("output", None, "Where the JSON document goes too.")
+_APPEND = flags.DEFINE_boolean("append", False, "Keep the rows that --output holds already; those measured again replace theirs.")
 
 
 def main() -> None:
     _common.use_compile_cache()
     setting = make_setting()
-    tables = {}
+    before = json.loads(pathlib.Path(_OUTPUT.value).read_text())["tables"] if _APPEND.value else {}
+    tables = dict(before)
     for name in choose_tables():
         print(f"\n{name}: {specmoe.TABLES[name].__doc__.splitlines()[0]}", flush=True)
-        tables[name] = specmoe.TABLES[name](setting)
+        rows = specmoe.with_growth(before.get(name, {}) | specmoe.TABLES[name](setting))
+        tables[name] = rows
         print(as_text(tables[name]), flush=True)
     document = {
         "suite": _SUITE.value,
@@ -128,13 +131,14 @@ COLUMNS = (
     ("floor s", "floor_s", 2),
     ("wasted", "prefetch_wasted_share", 2),
     ("growth", "bytes_growth", 2),
+    ("x caching", "speed_over_caching", 2),
 )
 
 
 def as_text(rows: dict) -> str:
     """A table for people; "speed" and "bytes" are ratios to the row's base, median and range."""
     width = max(map(len, rows))
-    lines = ["  ".join([" " * width, *(f"{title:>8}" for title, *_ in COLUMNS), "speed x base         bytes x base"])]
+    lines = ["  ".join([" " * width, *(f"{title:>9}" for title, *_ in COLUMNS), "speed x base         bytes x base"])]
     for name, row in rows.items():
         cells = [_cell(row.get(key), digits, 1e-3 if title == "kB/tok" else 1) for title, key, digits in COLUMNS]
         ratios = row["ratios"] or {}
@@ -147,7 +151,7 @@ _RATIOS = ("decode_tokens_per_s", "link_bytes_per_token")
 
 
 def _cell(value: float | None, digits: int, scale: float) -> str:
-    return f"{'-':>8}" if value is None else f"{value * scale:>8.{digits}f}"
+    return f"{'-':>9}" if value is None else f"{value * scale:>9.{digits}f}"
 
 
 def _range(values: list[float] | None) -> str:

@@ -56,10 +56,26 @@ def batches(s: Setting) -> dict:
             Case("caching", s.plan("caching", batch), "on_demand"),
             Case("specmoe", s.specmoe(batch), "on_demand"),
             Case("specmoe + prefetch", s.specmoe(batch, prefetch="draft"), "on_demand"),
-            Case("specmoe + guard", s.specmoe(batch, prefetch="draft", guard=True), "on_demand"),
+            Case("specmoe, all of ours", s.specmoe(batch, prefetch="draft", retain=True, guard=True), "on_demand"),
         ]
-        rows |= _rows(s, cases, batch, also={"specmoe": "caching", "specmoe + prefetch": "caching", "specmoe + guard": "caching"})
-    return _with_growth(rows)
+        rows |= _rows(s, cases, batch, also="caching")
+    return rows
+
+
+def retain(s: Setting) -> dict:
+    """Leftovers of the dispatch slots, for every system: what they give without speculation, and speculation beside them."""
+    rows = {}
+    for batch in s.ends(s.batches):
+        cases = [
+            Case("on_demand", s.plan("on_demand", batch)),
+            Case("caching", s.plan("caching", batch), "on_demand"),
+            Case("on_demand + retain", s.plan("on_demand", batch, retain=True), "on_demand"),
+            Case("caching + retain", s.plan("caching", batch, retain=True), "on_demand"),
+            Case("specmoe + retain", s.specmoe(batch, retain=True), "on_demand"),
+            Case("specmoe + retain + prefetch", s.specmoe(batch, retain=True, prefetch="draft"), "on_demand"),
+        ]
+        rows |= _rows(s, cases, batch, also="caching")
+    return rows
 
 
 def draft_experts(s: Setting) -> dict:
@@ -134,6 +150,7 @@ def guard(s: Setting) -> dict:
 
 TABLES = {
     "batches": batches,
+    "retain": retain,
     "draft_experts": draft_experts,
     "draft_lengths": draft_lengths,
     "policies": policies,
@@ -143,19 +160,20 @@ TABLES = {
 }
 
 
-def _rows(s: Setting, cases: list[Case], batch: int, also: dict[str, str] | None = None) -> dict:
-    """{"name @ batch": figures}; also: further bases, by case, whose speed ratio is of interest."""
+def _rows(s: Setting, cases: list[Case], batch: int, also: str | None = None) -> dict:
+    """{"name @ batch": figures}; also: a further base, whose ratios every row gets."""
     results = compare(s.model, cases, s.job(batch))
-    for name, base in (also or {}).items():
-        results[name][f"speed_over_{base}"] = results[name]["decode_tokens_per_s"] / results[base]["decode_tokens_per_s"]
-        results[name][f"bytes_over_{base}"] = results[name]["link_bytes_per_token"] / results[base]["link_bytes_per_token"]
+    for row in results.values() if also else ():
+        row[f"speed_over_{also}"] = row["decode_tokens_per_s"] / results[also]["decode_tokens_per_s"]
+        row[f"bytes_over_{also}"] = row["link_bytes_per_token"] / results[also]["link_bytes_per_token"]
     return {f"{name} @ {batch}": figures | {"case": name, "batch": batch} for name, figures in results.items()}
 
 
-def _with_growth(rows: dict) -> dict:
+def with_growth(rows: dict) -> dict:
     """bytes_growth: expert bytes for one token of every row, over the same system's at the smallest batch."""
     smallest = min(row["batch"] for row in rows.values())
     for row in rows.values():
-        first = rows[f"{row['case']} @ {smallest}"]
-        row["bytes_growth"] = row["link_bytes_per_token"] * row["batch"] / (first["link_bytes_per_token"] * smallest)
+        first = rows.get(f"{row['case']} @ {smallest}")
+        sent = first and first["link_bytes_per_token"] * smallest
+        row["bytes_growth"] = row["link_bytes_per_token"] * row["batch"] / sent if sent else None
     return rows

@@ -36,22 +36,35 @@ def demo():
     return load_model("demo")
 
 
-@functools.cache
+@functools.partial(jax.jit, static_argnums=0)
+def layer_modules(config, weights, blocks, h) -> dict[str, jax.Array]:
+    """What one layer computes on the way, and h after it; jitted whole, since op by op it compiles ten times longer."""
+    batch, length, _ = h.shape
+    positions, valid = jnp.broadcast_to(jnp.arange(length), (batch, length)), jnp.ones((batch, length), bool)
+    q, k, v = layers.pre_attention(config, weights, h, positions)
+    attended = reference_attention(q, k, v, config.sliding_window)
+    after, x, routing = layers.post_attention(config, weights, h, attended, valid)
+    outputs = jnp.stack([reference_expert(x, block) for block in blocks], axis=1)
+    chosen = jnp.take_along_axis(outputs, routing.ids[..., None], axis=1)
+    moe = layers.combine(jnp.zeros_like(after), chosen, routing)
+    return {
+        "attention": after - h,
+        "router_ids": routing.ids,
+        "router_weights": routing.weights,
+        "moe": moe,
+        "h": after + moe,
+    }
+
+
 def modules(name: str) -> dict[str, jax.Array]:
     """The same names as in the golden file, from our layers."""
     model, token_ids = random_reference(name), jnp.asarray(golden(name)[f"prompt{len(golden_models.RANDOM_SHAPES) - 1}"])
-    config, (batch, length) = model.config, token_ids.shape
-    positions, valid = jnp.broadcast_to(jnp.arange(length), (batch, length)), jnp.ones((batch, length), bool)
     h = layers.embed(model.weights, token_ids)
     found = {"embed": h}
     for i, (weights, blocks) in enumerate(zip(model.weights.layers, model.experts, strict=True)):
-        q, k, v = layers.pre_attention(config, weights, h, positions)
-        after, x, routing = layers.post_attention(config, weights, h, reference_attention(q, k, v, config.sliding_window), valid)
-        found |= {f"layer{i}.attention": after - h, f"layer{i}.router_ids": routing.ids}
-        outputs = jnp.stack([reference_expert(x, jax.device_put(block, jax.memory.Space.Device)) for block in blocks], axis=1)
-        chosen = jnp.take_along_axis(outputs, routing.ids[..., None], axis=1)
-        h = layers.combine(after, chosen, routing)
-        found |= {f"layer{i}.router_weights": routing.weights, f"layer{i}.moe": h - after}
+        outputs = layer_modules(model.config, weights, [jax.device_put(b, jax.memory.Space.Device) for b in blocks], h)
+        h = outputs.pop("h")
+        found |= {f"layer{i}.{key}": value for key, value in outputs.items()}
     return found
 
 

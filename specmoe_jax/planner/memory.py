@@ -11,6 +11,7 @@ from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
 class MemoryAccount(NamedTuple):
     """Bytes by tier and purpose, and the slots R of the expert pool.
 
+    merged_slots are further ones, which hold merged experts for good.
     pinned_slots of them hold experts that stay between passes; with wanted_slots every dispatch fits at once, and
     what is beyond holds prefetched experts.
     """
@@ -20,6 +21,7 @@ class MemoryAccount(NamedTuple):
     num_slots: int
     wanted_slots: int
     pinned_slots: int
+    merged_slots: int
     kv_bytes: int
     activation_bytes: int
     host_experts: int  # experts in host memory: all, or as many as the budget lets a disk tier cache
@@ -32,7 +34,7 @@ class MemoryAccount(NamedTuple):
     @property
     def accelerator_bytes(self) -> int:
         kv = self.kv_bytes if self.kv_tier == "accelerator" else 0
-        return self.weight_bytes + self.num_slots * self.expert_bytes + kv + self.activation_bytes
+        return self.weight_bytes + (self.num_slots + self.merged_slots) * self.expert_bytes + kv + self.activation_bytes
 
     @property
     def host_bytes(self) -> int:
@@ -67,6 +69,7 @@ def account(config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int)
         num_slots=wanted + _spare_slots(plan, dispatch),
         wanted_slots=wanted,
         pinned_slots=pinned,
+        merged_slots=config.num_layers * (plan.draft_experts or 0) if plan.draft == "merged" else 0,
         kv_bytes=2 * config.num_layers * batch_rows * config.num_kv_heads * positions * config.head_dim * item,
         activation_bytes=_activation_bytes(config, plan, batch_rows, passes, item),
         host_experts=config.num_layers * config.num_experts,
@@ -77,7 +80,9 @@ def account(config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int)
 
 def pinned_experts(config: ModelConfig, plan: Plan) -> int:
     """Experts of each layer that stay on the accelerator between passes."""
-    return config.num_experts if plan.expert_flow == "resident" else plan.draft_experts or plan.cached_experts or 0
+    if plan.expert_flow == "resident":
+        return config.num_experts
+    return (plan.draft_experts if plan.draft == "self" else plan.cached_experts) or 0
 
 
 def _spare_slots(plan: Plan, dispatch: int) -> int:

@@ -50,7 +50,7 @@ def make_cases(model: Model, batch: int) -> list[rounds.Case]:
     for policy in _POLICIES.value:
         changes = {
             "expert_tier": "disk",
-            "host_memory_bytes": _SHARE.value * model.expert_bytes * model.config.num_layers * model.config.num_experts,
+            "host_memory_bytes": _SHARE.value * model.expert_bytes * model.config.num_moe_layers * model.config.num_experts,
             "dram_policy": policy,
             "bypass_page_cache": True,
             "batch_size": batch,

@@ -1,10 +1,12 @@
 """Frozen configurations: the model's sizes, the sampling parameters, the Plan and its presets."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 
 from specmoe_jax.errors import PlanError, RequestError
+from specmoe_jax.layer_config import AttentionConfig, ExpertConfig, LayerConfig, Rope, RouterConfig
 
 GIB = 1 << 30
 
@@ -20,9 +22,14 @@ KV_TIERS = ("accelerator", "host")
 DTYPES = ("float32", "bfloat16")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes and rules of one model, read from its config.json and never assumed (letters: types.py)."""
+    """Sizes and rules of one model, read from its config.json and never assumed (letters: types.py).
+
+    layer_configs: what each layer computes. Left out, all layers are alike and as Mixtral's: plain rotary positions of
+    `rope_theta`, `sliding_window`, softmax routing with renormalised weights.
+    expert_hidden, num_experts, experts_per_token: of every layer that has experts; they share one pool of slots.
+    """
 
     family: str
     vocab_size: int  # V
@@ -35,16 +42,58 @@ class ModelConfig:
     num_experts: int  # E
     experts_per_token: int  # A
     max_positions: int
-    rope_theta: float
+    rope_theta: float | None = None
     norm_eps: float
     tie_embeddings: bool
-    sliding_window: int | None
+    sliding_window: int | None = None
     eos_token_ids: tuple[int, ...]
+    query_rank: int | None = None  # of compressed queries (DeepSeek-V2)
+    layer_configs: tuple[LayerConfig, ...] | None = None
+
+    @functools.cached_property
+    def layers(self) -> tuple[LayerConfig, ...]:
+        """One config a layer, equal where layers are alike."""
+        return self.layer_configs or (_uniform_layer(self),) * self.num_layers
+
+    @functools.cached_property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Layers that have experts. Residency, votes and expert stores count these only, from 0."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.router is not None)
+
+    @functools.cached_property
+    def moe_index(self) -> tuple[int | None, ...]:
+        """Of each layer its place among those that have experts; None for a dense one."""
+        return tuple(self.moe_layers.index(i) if i in self.moe_layers else None for i in range(self.num_layers))
+
+    @property
+    def num_moe_layers(self) -> int:
+        return len(self.moe_layers)
+
+    @property
+    def experts(self) -> ExpertConfig:
+        """The expert of every layer that has any."""
+        return self.layers[self.moe_layers[0]].experts
 
     @property
     def expert_params(self) -> int:
-        """Weights of one expert: gate, up and down, F x M each."""
-        return 3 * self.expert_hidden * self.hidden_size
+        """Weights of one expert: gate, up and down, F x M each, and the biases where it has some."""
+        return self.experts.params
+
+
+def _uniform_layer(config: ModelConfig) -> LayerConfig:
+    return LayerConfig(
+        attention=AttentionConfig(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            scale=config.head_dim**-0.5,
+            rope=Rope.plain(config.rope_theta, config.head_dim),
+            window=config.sliding_window,
+        ),
+        router=RouterConfig(num_experts=config.num_experts, experts_per_token=config.experts_per_token, renormalise=True),
+        experts=ExpertConfig(hidden=config.expert_hidden, model=config.hidden_size),
+        norm_eps=config.norm_eps,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 Shape alphabet, used in einsums, C++ and tests alike:
     B batch rows, N drafted tokens, T new positions of a pass (N + 1 when verifying), S cached positions,
-    H query heads, K key/value heads, D head dim, M model dim, F expert hidden, L layers, E experts,
-    A active experts per token, R resident expert slots, V vocabulary, n = B * T flattened tokens.
+    H query heads, K key/value heads, D head dim, M model dim, F expert hidden, L layers (beside an E:
+    those with experts), E experts, A active experts per token, R resident expert slots, V vocabulary, n = B * T flattened tokens.
 """
 
 from typing import NamedTuple

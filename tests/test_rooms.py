@@ -10,7 +10,7 @@ import specmoe_jax
 PACKAGE = pathlib.Path(specmoe_jax.__file__).parent
 SCRIPTS = PACKAGE.parent / "scripts"
 
-# room -> the rooms that it may import, itself aside. `base` is types, config and errors.
+# room -> the rooms that it may import, itself aside. `base` is types, config, layer_config and errors.
 MAY_IMPORT = {
     "base": set(),
     "ops": {"base"},
@@ -24,8 +24,9 @@ MAY_IMPORT = {
     "benchmarks": {"base", "ops", "models", "engine", "metrics"},
     "training": {"base", "ops", "models", "checkpoints", "planner", "speculate"},
     "testing": {"base", "ops", "models", "checkpoints"},
+    "testing_families": {"base", "ops", "models"},
 }
-BASE = {"types", "config", "errors"}
+BASE = {"types", "config", "layer_config", "errors"}
 
 
 def room_of(module: str) -> str:

@@ -8,12 +8,14 @@ The work goes on in OUTPUT.partial, part by part; each part is read back and com
 memory. A run that is stopped goes on where it was; OUTPUT appears when everything is there.
 """
 
+import functools
 import json
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import numpy as np
 import tqdm
 
 from specmoe_jax.checkpoints import orbax_parts
@@ -26,10 +28,12 @@ from specmoe_jax.checkpoints.tensors import TARGET_DTYPES
 from specmoe_jax.checkpoints.write import Output, padded, write_index, write_safetensors, write_text
 from specmoe_jax.errors import CheckpointError, RequestError
 from specmoe_jax.models.families import family_of
+from specmoe_jax.models.spec import Part as ExpertPart
 from specmoe_jax.models.spec import spec_leaves
 
 FORMATS = ("specmoe", "huggingface", "orbax")
 RECORD_FILE = "conversion.json"  # in OUTPUT.partial only: which parts are done, with their hashes
+_NOT_COPIED = ("torch_dtype", "quantization_config")  # of config.json: nothing is written in a packed type
 SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     "README.md", "LICENSE",
@@ -81,23 +85,38 @@ def _parts(source: Source, to: str) -> list[Part]:
     config, dtype = source.config, TARGET_DTYPES[source.dtype]
     specs = spec_leaves(family_of(config).weight_specs(config))
     groups = [[Output(s.name, dtype, s.shape, lambda s=s: source.weight(s.name)) for s in specs]]
-    for layer in range(config.num_layers):
-        experts = range(config.num_experts)
-        groups.append([out for expert in experts for out in _expert_outputs(source, to, layer, expert)])
+    for moe in range(config.num_moe_layers):
+        groups.append(_stored_experts(source, moe) if to == "huggingface" else _blocks(source, moe))
     if to == "specmoe":
         groups = [padded(group, PADDING_PREFIX) for group in groups]
     return [Part(_FORMATS[to].part_name(i, len(groups)), group) for i, group in enumerate(groups)]
 
 
-def _expert_outputs(source: Source, to: str, layer: int, expert: int) -> list[Output]:
-    spec, dtype = family_of(source.config).expert_specs(source.config, layer, expert), TARGET_DTYPES[source.dtype]
-    if to != "huggingface":
-        return [Output(block_name(layer, expert), dtype, spec.block_shape, lambda: source.expert(layer, expert))]
+def _blocks(source: Source, moe: int) -> list[Output]:
+    """Each expert of the moe-th layer that has any, as it lies in memory."""
+    config, dtype = source.config, TARGET_DTYPES[source.dtype]
     return [
-        Output(spec.gate.name, dtype, spec.gate.shape, lambda: source.expert(layer, expert)[0]),
-        Output(spec.up.name, dtype, spec.up.shape, lambda: source.expert(layer, expert)[1]),
-        Output(spec.down.name, dtype, spec.down.shape, lambda: source.expert(layer, expert)[2].T),
+        Output(block_name(moe, e), dtype, config.experts.block_shape, lambda e=e: source.expert(moe, e))
+        for e in range(config.num_experts)
     ]
+
+
+def _stored_experts(source: Source, moe: int) -> list[Output]:
+    """The same experts in the layout that is published: a tensor a matrix, or one tensor for all experts."""
+    config, outputs = source.config, {}
+    layouts = [family_of(config).expert_layouts(config, config.moe_layers[moe], e)[0] for e in range(config.num_experts)]
+    for expert, layout in enumerate(layouts):
+        for part in layout:
+            experts = [expert] if part.index is None else range(config.num_experts)
+            outputs[part.name] = Output(
+                part.name, TARGET_DTYPES[source.dtype], part.spec.shape, functools.partial(_stored, source, moe, part, experts)
+            )
+    return list(outputs.values())
+
+
+def _stored(source: Source, moe: int, part: ExpertPart, experts: Iterable[int]) -> np.ndarray:
+    """The values of a stored tensor, read back out of the blocks of the experts that it holds."""
+    return np.stack([part.view(source.expert(moe, e)) for e in experts]).reshape(part.spec.shape)
 
 
 def _begin(folder: pathlib.Path, job: dict, parts: list[Part]) -> dict[str, dict[str, str]]:
@@ -139,7 +158,7 @@ def _write_part(folder: pathlib.Path, part: Part, to: str, done: dict) -> None:
 
 def _finish(folder: pathlib.Path, source: Source, to: str, parts: list[Part], done: dict) -> None:
     """Everything but the weights: configs, tokenizer, index, manifest."""
-    raw = {k: v for k, v in read_json(source.path / "config.json").items() if k != "torch_dtype"}
+    raw = {k: v for k, v in read_json(source.path / "config.json").items() if k not in _NOT_COPIED}
     write_text(folder / "config.json", json.dumps(raw | {"dtype": source.dtype}, indent=2))
     for name in SIDE_FILES:
         if (source.path / name).is_file():

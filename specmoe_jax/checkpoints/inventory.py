@@ -1,5 +1,6 @@
 """Names: which stored tensor is which weight, with nothing missing, nothing left over and every shape as configured."""
 
+import math
 from typing import NamedTuple
 
 from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE, Checkpoint, StoredTensor
@@ -8,14 +9,14 @@ from specmoe_jax.checkpoints.tensors import ExpertSource, Piece, whole
 from specmoe_jax.config import ModelConfig
 from specmoe_jax.errors import CheckpointError
 from specmoe_jax.models.families import family_of
-from specmoe_jax.models.spec import ExpertSpec, TensorSpec, spec_leaves
+from specmoe_jax.models.spec import Layout, Part, TensorSpec, spec_leaves
 
 MAX_EXPERTS = 1 << 17  # the largest published models have some 23,000; a sparse file can claim any number
 BLOCK_PREFIX, PADDING_PREFIX = "specmoe.expert.", "specmoe.padding."
 
 
 class Inventory(NamedTuple):
-    """weights: canonical name -> tensor, for every spec of the family. experts: [layer][expert]."""
+    """weights: canonical name -> tensor, for every spec of the family. experts: [i][expert], of the i-th layer that has any."""
 
     weights: dict[str, StoredTensor]
     experts: tuple[tuple[ExpertSource, ...], ...]
@@ -31,9 +32,9 @@ class Inventory(NamedTuple):
         return sum(tensor.entry.bytes for tensor in self.weights.values())
 
 
-def block_name(layer: int, expert: int) -> str:
-    """Name of an expert's block in the converted format."""
-    return f"{BLOCK_PREFIX}{layer}.{expert}"
+def block_name(moe: int, expert: int) -> str:
+    """Name of an expert's block in the converted format, of the moe-th layer that has experts."""
+    return f"{BLOCK_PREFIX}{moe}.{expert}"
 
 
 def take_inventory(config: ModelConfig, checkpoint: Checkpoint) -> Inventory:
@@ -43,15 +44,15 @@ def take_inventory(config: ModelConfig, checkpoint: Checkpoint) -> Inventory:
             f"config.json: num_hidden_layers is {config.num_layers}, but {_file(checkpoint)} holds"
             f" {len(checkpoint.tensors)} tensors in all"
         )
-    if config.num_layers * config.num_experts > MAX_EXPERTS:
+    if config.num_moe_layers * config.num_experts > MAX_EXPERTS:
         raise CheckpointError(
-            f"config.json: {config.num_layers} layers of {config.num_experts} experts; at most {MAX_EXPERTS} experts in all"
+            f"config.json: {config.num_moe_layers} layers of {config.num_experts} experts; at most {MAX_EXPERTS} experts in all"
         )
     names = _Names(config, checkpoint)
     weights = {spec.name: names.take(spec) for spec in spec_leaves(family_of(config).weight_specs(config))}
     names.raise_if_missing()  # the router's shape has now confirmed the number of experts that is counted to next
     experts = tuple(
-        tuple(_expert(config, names, layer, expert) for expert in range(config.num_experts)) for layer in range(config.num_layers)
+        tuple(_expert(config, names, moe, expert) for expert in range(config.num_experts)) for moe in range(config.num_moe_layers)
     )
     names.raise_if_missing()
     names.raise_if_unused()
@@ -64,18 +65,22 @@ class _Names:
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint):
         canonical = family_of(config).canonical_name
         self._file, self._tied = _file(checkpoint), config.tie_embeddings
-        self._tensors = {canonical(name): tensor for name, tensor in checkpoint.tensors.items()}
+        used = {name: tensor for name, tensor in checkpoint.tensors.items() if canonical(name) is not None}
+        self._tensors = {canonical(name): tensor for name, tensor in used.items()}
         self._missing: dict[str, None] = {}  # an ordered set
         self._unused = {name for name in self._tensors if not name.startswith(PADDING_PREFIX)}
-        if len(self._tensors) < len(checkpoint.tensors):
-            twice = [name for name in checkpoint.tensors if canonical(name) != name and canonical(name) in checkpoint.tensors]
+        if len(self._tensors) < len(used):
+            twice = [name for name in used if canonical(name) != name and canonical(name) in used]
             raise CheckpointError(f"{self._file}: tensor {quote_list(twice)}: stored under two names; expected one")
 
     def has(self, name: str) -> bool:
         return name in self._tensors
 
-    def take(self, spec: TensorSpec) -> StoredTensor | None:
-        """The tensor of a spec; None, and remembered as missing, when there is none. Raises for a wrong shape or dtype."""
+    def take(self, spec: TensorSpec, *, packed: bool = False) -> StoredTensor | None:
+        """The tensor of a spec; None, and remembered as missing, when there is none. Raises for a wrong shape or dtype.
+
+        packed: bytes of MXFP4 are expected instead of floating-point numbers.
+        """
         if spec.name not in self._tensors:
             self._missing[spec.name] = None
             return None
@@ -86,7 +91,10 @@ class _Names:
             raise CheckpointError(
                 f"{tensor.where}: shape is {list(tensor.entry.shape)}; config.json asks for {list(spec.shape)}{hint}"
             )
-        assert tensor.dtype  # raises CheckpointError for integers
+        if not packed:
+            assert tensor.dtype  # raises CheckpointError for integers
+        elif tensor.entry.dtype != "U8":
+            raise CheckpointError(f"{tensor.where}: dtype is {tensor.entry.dtype}; MXFP4 is stored as U8")
         return tensor
 
     def raise_if_missing(self) -> None:
@@ -108,36 +116,41 @@ class _Names:
             )
 
 
-def _expert(config: ModelConfig, names: _Names, layer: int, expert: int) -> ExpertSource | None:
-    """The first layout that the checkpoint has: our block, fused [E, ...] tensors, one tensor a matrix."""
-    spec = family_of(config).expert_specs(config, layer, expert)
-    if names.has(block_name(layer, expert)):
-        return _from_block(names, block_name(layer, expert), spec)
-    gate_up, down = family_of(config).fused_expert_specs(config, layer)
-    if names.has(gate_up.name) or names.has(down.name):
-        return _from_fused(names, gate_up, down, spec, expert)
-    parts = [names.take(part) for part in spec]
-    if None in parts:
+def _expert(config: ModelConfig, names: _Names, moe: int, expert: int) -> ExpertSource | None:
+    """Our block where the checkpoint has it, else one of the family's layouts."""
+    shape = config.experts.block_shape
+    if names.has(block_name(moe, expert)):
+        block = names.take(TensorSpec(block_name(moe, expert), shape))
+        return ExpertSource(pieces=((whole(block), lambda block: block),), block_shape=shape, mapped=True)
+    layout = _stored_layout(names, family_of(config).expert_layouts(config, config.moe_layers[moe], expert))
+    pieces = [(_piece(names, part), part.view) for part in layout]
+    return None if any(piece is None for piece, _ in pieces) else ExpertSource(pieces=tuple(pieces), block_shape=shape)
+
+
+def _stored_layout(names: _Names, layouts: tuple[Layout, ...]) -> Layout:
+    """The usual layout, unless there is a tensor that only another one has."""
+    usual = {part.name for part in layouts[0]}
+    for layout in layouts[1:]:
+        if any(names.has(part.name) for part in layout if part.name not in usual):
+            return layout
+    return layouts[0]
+
+
+def _piece(names: _Names, part: Part) -> Piece | None:
+    """What a part says of a stored tensor; None when it is missing."""
+    packed = part.scales is not None
+    tensor = names.take(part.spec, packed=packed)
+    scales = names.take(part.scales, packed=True) if packed else None
+    if tensor is None or (packed and scales is None):
         return None
-    return ExpertSource(*(whole(part) for part in parts), down_transposed=False)
+    return _entry(tensor, part.index)._replace(scales=_entry(scales, part.index) if packed else None)
 
 
-def _from_block(names: _Names, name: str, spec: ExpertSpec) -> ExpertSource:
-    block, size = names.take(TensorSpec(name, spec.block_shape)), spec.gate.size
-    return ExpertSource(*(Piece(block, i * size, spec.gate.shape) for i in range(3)), down_transposed=True)
-
-
-def _from_fused(names: _Names, gate_up: TensorSpec, down: TensorSpec, spec: ExpertSpec, expert: int) -> ExpertSource | None:
-    stored_gate_up, stored_down = names.take(gate_up), names.take(down)
-    if stored_gate_up is None or stored_down is None:
-        return None
-    size = spec.gate.size
-    return ExpertSource(
-        gate=Piece(stored_gate_up, 2 * expert * size, spec.gate.shape),
-        up=Piece(stored_gate_up, (2 * expert + 1) * size, spec.up.shape),
-        down=Piece(stored_down, expert * size, spec.down.shape),
-        down_transposed=False,
-    )
+def _entry(tensor: StoredTensor, index: int | None) -> Piece:
+    if index is None:
+        return whole(tensor)
+    shape = tensor.entry.shape[1:]
+    return Piece(tensor=tensor, first=index * math.prod(shape), shape=shape)
 
 
 def _file(checkpoint: Checkpoint) -> str:

@@ -1,5 +1,6 @@
 """Whether the weights fit into host memory, asked before the first of them is read."""
 
+import math
 import pathlib
 
 from specmoe_jax.checkpoints.inventory import Inventory
@@ -14,7 +15,7 @@ def weight_bytes(inventory: Inventory, dtype: str) -> int:
     size = TARGET_DTYPES[dtype].itemsize
     weights = sum(tensor.entry.size for tensor in inventory.weights.values())
     read = [source for layer in inventory.experts for source in layer if not is_mappable(source, dtype)]
-    return size * (weights + sum(3 * source.gate.size for source in read))
+    return size * (weights + sum(math.prod(source.block_shape) for source in read))
 
 
 def available_bytes() -> int | None:

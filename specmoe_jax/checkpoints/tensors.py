@@ -2,12 +2,14 @@
 
 import math
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import ml_dtypes
 import numpy as np
 
+from specmoe_jax.checkpoints import mxfp4
 from specmoe_jax.checkpoints.files import Reader, StoredTensor
 from specmoe_jax.errors import CheckpointError
 from specmoe_jax.models.model import to_host
@@ -25,11 +27,12 @@ EXPONENT_BITS = {"float32": (np.uint32, 0x7F800000), "bfloat16": (np.uint16, 0x7
 
 
 class Piece(NamedTuple):
-    """A matrix inside a stored tensor: `shape` values from element `first` on."""
+    """Values in a stored tensor: `shape` of them from element `first` on. scales: of MXFP4 codes, those of `tensor`."""
 
     tensor: StoredTensor
     first: int
     shape: tuple[int, ...]
+    scales: "Piece | None" = None
 
     @property
     def size(self) -> int:
@@ -37,20 +40,23 @@ class Piece(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return self.size * self.tensor.dtype.itemsize
+        item = self.tensor.entry.bytes // max(1, math.prod(self.tensor.entry.shape))
+        return self.size * item + (self.scales.bytes if self.scales else 0)
 
 
 class ExpertSource(NamedTuple):
-    """Where the three matrices of one expert are. gate, up: [F, M]. down: [M, F], or [F, M] when down_transposed."""
+    """Where the values of one expert's block are. pieces: each with the view of the block that it fills.
 
-    gate: Piece
-    up: Piece
-    down: Piece
-    down_transposed: bool
+    mapped: whether its only piece is the block itself, as it lies in memory.
+    """
+
+    pieces: tuple[tuple[Piece, Callable[[np.ndarray], np.ndarray]], ...]
+    block_shape: tuple[int, ...]
+    mapped: bool = False
 
     @property
     def bytes(self) -> int:
-        return self.gate.bytes + self.up.bytes + self.down.bytes
+        return sum(piece.bytes for piece, _ in self.pieces)
 
 
 def whole(tensor: StoredTensor) -> Piece:
@@ -61,18 +67,20 @@ def whole(tensor: StoredTensor) -> Piece:
 def read_tensor(tensor: StoredTensor, dtype: str, *, check_finite: bool) -> np.ndarray:
     """A whole tensor as an array of the compute dtype. Raises CheckpointError."""
     out = aligned_empty(tensor.entry.shape, TARGET_DTYPES[dtype])
-    _fill(out.reshape(-1, out.shape[-1]) if out.ndim else out.reshape(1, 1), whole(tensor))
+    _fill(_rows(np.atleast_1d(out)), whole(tensor))
     if check_finite:
-        _check_finite(out, tensor, dtype)
+        _check_finite(np.atleast_1d(out), tensor, dtype)
     return out
 
 
 def read_expert(source: ExpertSource, dtype: str, *, check_finite: bool) -> np.ndarray:
-    """The block [3, F, M] of models.spec.expert_block (bfloat16 as uint16 bits), 64-byte aligned. Raises CheckpointError."""
-    block = aligned_empty((3, *source.gate.shape), TARGET_DTYPES[dtype])
-    down = block[2] if source.down_transposed else block[2].T
-    for out, piece in ((block[0], source.gate), (block[1], source.up), (down, source.down)):
-        _fill(out, piece)
+    """The block of an expert as models.spec says (bfloat16 as uint16 bits), 64-byte aligned. Raises CheckpointError."""
+    block = aligned_empty(source.block_shape, TARGET_DTYPES[dtype])
+    if not source.mapped:
+        _clear_border(block)
+    for piece, view in source.pieces:
+        out = view(block)
+        _fill(_rows(out), piece) if piece.scales is None else _fill_mxfp4(out, piece)
         if check_finite:
             _check_finite(out, piece.tensor, dtype)
     return block if dtype == "float32" else block.view(np.uint16)
@@ -89,21 +97,21 @@ class HostBlocks:
         self._maps: dict[pathlib.Path, np.ndarray] = {}  # one map a file: each would keep a descriptor open
 
     def __call__(self, source: ExpertSource) -> jax.Array:
-        """The block [3, F, M] of an expert; bfloat16 as uint16 bits. Raises CheckpointError."""
-        tensor = source.gate.tensor
+        """The block of an expert; bfloat16 as uint16 bits. Raises CheckpointError."""
+        tensor = source.pieces[0][0].tensor
         if not is_mappable(source, self._dtype):
             return to_host(read_expert(source, self._dtype, check_finite=self._check_finite))
         if tensor.path not in self._maps:
             self._maps[tensor.path] = np.memmap(tensor.path, np.uint8, mode="r")
         block = self._maps[tensor.path][tensor.entry.start : tensor.entry.end]
         block = np.asarray(block).view(np.float32 if self._dtype == "float32" else np.uint16)
-        return to_host(block.reshape(3, *source.gate.shape))
+        return to_host(block.reshape(source.block_shape))
 
 
 def is_mappable(source: ExpertSource, dtype: str) -> bool:
     """Whether the block stands in the file as it is needed in memory."""
-    tensor = source.gate.tensor
-    as_needed = source.down_transposed and tensor.dtype == TARGET_DTYPES[dtype]
+    tensor = source.pieces[0][0].tensor
+    as_needed = source.mapped and tensor.dtype == TARGET_DTYPES[dtype]
     return as_needed and tensor.entry.start % ALIGNMENT == 0
 
 
@@ -116,16 +124,29 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[skip : skip + count].view(dtype).reshape(shape)
 
 
+def _clear_border(block: np.ndarray) -> None:
+    """Zeroes what a bordered block holds beside weights and biases; of a plain one, one row that is filled afterwards."""
+    block[:, -1] = 0
+    block[:, :, -1] = 0
+
+
+def _rows(out: np.ndarray) -> np.ndarray:
+    """The same memory with a first axis whose entries are small, where that takes no copy."""
+    if out.ndim == 1:
+        return out[None]
+    return out.reshape(-1, out.shape[-1]) if out.flags.c_contiguous else out
+
+
 def _fill(out: np.ndarray, piece: Piece) -> None:
-    """Reads and converts a piece [rows, columns] into `out` of the same shape, which may be a transposed view."""
+    """Reads and converts a piece into `out` of as many values, in order; `out` may be a transposed view."""
     stored, first = piece.tensor.dtype, piece.first * piece.tensor.dtype.itemsize
     with Reader(piece.tensor) as reader:
         if out.dtype == stored and out.flags.c_contiguous:
             reader.read_into(out, first)
             return
-        row_bytes = out.shape[1] * stored.itemsize
+        row_bytes = math.prod(out.shape[1:]) * stored.itemsize
         rows = max(1, CHUNK_BYTES // max(1, row_bytes))
-        scratch = np.empty((min(rows, len(out)), out.shape[1]), stored)
+        scratch = np.empty((min(rows, len(out)), *out.shape[1:]), stored)
         for row in range(0, len(out), rows):
             chunk = scratch[: len(out) - row]
             reader.read_into(chunk, first + row * row_bytes)
@@ -144,13 +165,29 @@ def _convert(out: np.ndarray, chunk: np.ndarray) -> None:
         out.view(bits)[row : row + TRANSPOSE_ROWS] = chunk[row : row + TRANSPOSE_ROWS]
 
 
+def _fill_mxfp4(out: np.ndarray, piece: Piece) -> None:
+    """Reads and decodes codes and scales into `out` of as many values, in order."""
+    _, groups, group_bytes = piece.shape
+    inner = math.prod(out.shape[1:-1])  # stored rows to an entry of the first axis
+    entries = max(1, CHUNK_BYTES // (4 * math.prod(out.shape[1:])))
+    with Reader(piece.tensor) as codes, Reader(piece.scales.tensor) as scales:
+        for start in range(0, len(out), entries):
+            some = min(entries, len(out) - start)
+            block = np.empty((some * inner, groups, group_bytes), np.uint8)
+            scale = np.empty((some * inner, groups), np.uint8)
+            codes.read_into(block, piece.first + start * inner * groups * group_bytes)
+            scales.read_into(scale, piece.scales.first + start * inner * groups)
+            out[start : start + some] = mxfp4.decode(block, scale).reshape(some, *out.shape[1:])
+
+
 def _check_finite(out: np.ndarray, tensor: StoredTensor, dtype: str) -> None:
     """A number is NaN or infinite iff all its exponent bits are set."""
     unsigned, exponent = EXPONENT_BITS[dtype]
-    bits = (out if out.flags.c_contiguous else out.T).reshape(-1).view(unsigned)
-    step, without_sign = CHUNK_BYTES // bits.itemsize, unsigned(np.iinfo(unsigned).max >> 1)
-    for start in range(0, bits.size, step):
-        if ((bits[start : start + step] & without_sign) >= exponent).any():
+    out = _rows(out.T if out.T.flags.c_contiguous else out)
+    without_sign, rows = unsigned(np.iinfo(unsigned).max >> 1), max(1, CHUNK_BYTES // max(1, out[0].nbytes))
+    for start in range(0, len(out), rows):
+        bits = np.ascontiguousarray(out[start : start + rows]).view(unsigned)
+        if ((bits & without_sign) >= exponent).any():
             raise CheckpointError(
                 f"{tensor.where}: holds NaN or Inf; expected finite {dtype} weights (check_finite=False loads it anyway)"
             )

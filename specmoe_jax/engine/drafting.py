@@ -37,7 +37,7 @@ class _Forward:
 
     def __init__(self, rt: Runtime, state: State, length: int):
         self.memory, self.prefetched = state.memory, 0
-        self.predicted = np.zeros((rt.config.num_layers, rt.config.num_experts), np.int64)
+        self.predicted = np.zeros((rt.config.num_moe_layers, rt.config.num_experts), np.int64)
         self._rt, self._active, self._length = rt, state.active, length
         if rt.plan.draft == "merged":
             self._slots = list(state.memory.groups)
@@ -46,9 +46,7 @@ class _Forward:
         self._calls, self._start_s = 0, time.perf_counter()
 
     def __call__(self, kv: KVCache, tokens, lengths) -> tuple[jax.Array, KVCache]:
-        logits, kv, choices = draft_forward(
-            self._rt, self.memory.pool, self._slots, kv, tokens, lengths, self._active
-        )
+        logits, kv, choices = draft_forward(self._rt, self.memory.pool, self._slots, kv, tokens, lengths, self._active)
         self._calls += 1
         if self._rt.plan.prefetch == "draft":
             self._prefetch(choices)

@@ -47,12 +47,13 @@ def target_pass(
     """
     h, lengths, num_new = stages.embed(rt.weights, tokens), jnp.asarray(lengths), jnp.asarray(num_new)
     keys, values, infos = [], [], []
-    for layer in range(rt.config.num_layers):
-        if rt.plan.expert_flow == "resident":
-            h, _, k, v = resident_layer(rt, layer, h, kv, lengths, num_new, memory.pool, rt.resident_slots[layer])
+    for layer, moe in enumerate(rt.config.moe_index):
+        if moe is None or rt.plan.expert_flow == "resident":
+            slots = None if moe is None else rt.resident_slots[moe]
+            h, _, k, v = resident_layer(rt, layer, h, kv, lengths, num_new, memory.pool, slots)
         else:
             h, x, routing, k, v = attention(rt, layer, h, kv, lengths, num_new)
-            h, memory, info = migrate_and_compute(rt, layer, memory, h, x, routing, earlier[layer], predicted)
+            h, memory, info = migrate_and_compute(rt, moe, memory, h, x, routing, earlier[moe], predicted)
             infos.append(info)
         keys.append(k)
         values.append(v)
@@ -66,9 +67,9 @@ def target_pass(
 
 
 def migrate_and_compute(
-    rt: Runtime, layer: int, memory: ExpertMemory, h, x, routing: Routing, earlier: np.ndarray, predicted: np.ndarray
+    rt: Runtime, moe: int, memory: ExpertMemory, h, x, routing: Routing, earlier: np.ndarray, predicted: np.ndarray
 ) -> tuple[jax.Array, ExpertMemory, LayerInfo]:
-    """Fetches what layer `layer` needs for its routing and computes its experts, wave by wave.
+    """Fetches what the moe-th layer with experts needs for its routing and computes its experts, wave by wave.
 
     While its own misses travel, the link is also given the predicted misses of the layers after it, and the disk
     those that are not in host memory.
@@ -78,36 +79,37 @@ def migrate_and_compute(
     needed = np.zeros(rt.config.num_experts, bool)
     needed[ids[ids >= 0]] = True
     # What is resident on a guess must not win the ties of the draft set: it costs acceptance (3.6 -> 2.9 tokens per step).
-    settled = (memory.residency.slot_of[layer] >= 0) & ~memory.prefetched[layer]
-    keep = rt.keep(layer, memory.votes[layer], counts, settled)
-    memory, worth = _revive(memory, layer, needed | keep, counts)
-    plan, residency = plan_layer(memory.residency, layer, needed, keep, worth)
-    hits = int((memory.prefetched[layer] & needed).sum())
+    settled = (memory.residency.slot_of[moe] >= 0) & ~memory.prefetched[moe]
+    keep = rt.keep(moe, memory.votes[moe], counts, settled)
+    memory, worth = _revive(memory, moe, needed | keep, counts)
+    plan, residency = plan_layer(memory.residency, moe, needed, keep, worth)
+    hits = int((memory.prefetched[moe] & needed).sum())
     prefetched = memory.prefetched.copy()
-    prefetched[layer] = False
+    prefetched[moe] = False
     memory = memory._replace(residency=residency, prefetched=prefetched)
-    h, memory, ahead = execute(rt, layer, plan, memory, h, x, routing, predicted)
+    h, memory, ahead = execute(rt, moe, plan, memory, h, x, routing, predicted)
     return h, memory, LayerInfo(plan=plan, ids=ids, counts=counts, prefetched=ahead, prefetch_hits=hits)
 
 
 def execute(
-    rt: Runtime, layer: int, plan: LayerPlan, memory: ExpertMemory, h, x, routing: Routing, predicted: np.ndarray
+    rt: Runtime, moe: int, plan: LayerPlan, memory: ExpertMemory, h, x, routing: Routing, predicted: np.ndarray
 ) -> tuple[jax.Array, ExpertMemory, int]:
     """Does what the plan says: per wave, copies and then the experts. -> h, memory, experts prefetched.
 
     Which of the two forms runs is fixed by the memory account, so that nothing compiles after warm-up.
     """
+    config = rt.config.layers[rt.config.moe_layers[moe]]
     if rt.single_wave:
         (wave,) = plan.waves
         memory = _fetch(rt, memory, wave.fetch)
-        memory, ahead = prefetch(rt, memory, predicted, first_layer=layer + 1, in_use=wave.slots)
+        memory, ahead = prefetch(rt, memory, predicted, first_layer=moe + 1, in_use=wave.slots)
         rt.store.wait(wave.slots)
-        return stages.experts(h, x, routing, memory.pool, wave.slots), memory, ahead
+        return stages.experts(config, h, x, routing, memory.pool, wave.slots), memory, ahead
     outputs = jnp.zeros((*routing.ids.shape, x.shape[-1]), jnp.float32, device=rt.device)
     for wave in plan.waves:
         memory = _fetch(rt, memory, wave.fetch)
         rt.store.wait(wave.slots)
-        outputs = stages.experts_wave(outputs, x, routing.ids, memory.pool, wave.slots)
+        outputs = stages.experts_wave(config, outputs, x, routing.ids, memory.pool, wave.slots)
     return stages.combine(h, outputs, routing), memory, 0
 
 
@@ -117,15 +119,13 @@ def _fetch(rt: Runtime, memory: ExpertMemory, copies) -> ExpertMemory:
     return memory._replace(pool=rt.store.fetch(memory.pool, copies), leftovers=left)
 
 
-def _revive(
-    memory: ExpertMemory, layer: int, wanted: np.ndarray, counts: np.ndarray
-) -> tuple[ExpertMemory, np.ndarray | None]:
-    """Takes wanted experts [E] of a layer out of free slots. -> memory, the order in which slots are overwritten."""
+def _revive(memory: ExpertMemory, moe: int, wanted: np.ndarray, counts: np.ndarray) -> tuple[ExpertMemory, np.ndarray | None]:
+    """Takes wanted experts [E] of a layer with experts out of free slots. -> memory, the order in which slots are overwritten."""
     if memory.leftovers is None:
         return memory, None
-    left = leftovers.after_pass(memory.leftovers, layer, counts)
+    left = leftovers.after_pass(memory.leftovers, moe, counts)
     of_layer = np.zeros(left.usage.shape, bool)
-    of_layer[layer] = wanted
+    of_layer[moe] = wanted
     residency = leftovers.revive(memory.residency, left, of_layer, room=len(left.holds))
     return memory._replace(residency=residency, leftovers=left), leftovers.worth(left)
 
@@ -166,43 +166,45 @@ def prefetch(
     return _fetch(rt, memory._replace(residency=residency, prefetched=prefetched), copies), len(copies)
 
 
-def draft_forward(
-    rt: Runtime, pool, slots, kv: KVCache, tokens, lengths, active
-) -> tuple[jax.Array, KVCache, list[jax.Array]]:
+def draft_forward(rt: Runtime, pool, slots, kv: KVCache, tokens, lengths, active) -> tuple[jax.Array, KVCache, list[jax.Array]]:
     """One token per row through resident experts only. tokens [B]; slots: per layer, how to substitute.
 
-    -> logits [B, V], kv, and per layer the experts [B, A] that the router chose, resident or not.
+    -> logits [B, V], kv, and per layer with experts those [B, A] that the router chose, resident or not.
     """
     h = stages.embed(rt.weights, jnp.asarray(tokens)[:, None])
     lengths, num_new = jnp.asarray(lengths), jnp.asarray(active, jnp.int32)
     keys, values, choices = [], [], []
-    for layer in range(rt.config.num_layers):
-        h, ids, k, v = resident_layer(rt, layer, h, kv, lengths, num_new, pool, slots[layer])
+    for layer, moe in enumerate(rt.config.moe_index):
+        h, ids, k, v = resident_layer(rt, layer, h, kv, lengths, num_new, pool, None if moe is None else slots[moe])
         keys.append(k)
         values.append(v)
-        choices.append(ids)
-    return stages.head(rt.config, rt.weights, h)[:, 0], KVCache(k=tuple(keys), v=tuple(values)), choices
+        choices += [] if moe is None else [ids]
+    return stages.head(rt.config.norm_eps, rt.weights, h)[:, 0], KVCache(k=tuple(keys), v=tuple(values)), choices
 
 
 def resident_layer(rt: Runtime, layer: int, h, kv: KVCache, lengths, num_new, pool, slots):
-    """A layer whose experts need no copy: one program where the cache is on the accelerator. -> h, ids, k, v."""
+    """A layer that needs no copy of an expert, or has none (slots None). One program with an accelerator cache.
+
+    -> h, ids (None without experts), k, v.
+    """
+    config = rt.config.layers[layer]
     if rt.plan.kv_tier == "accelerator":
         weights = rt.weights.layers[layer]
-        return stages.layer(rt.config, weights, h, kv.k[layer], kv.v[layer], lengths, num_new, pool, slots)
+        return stages.layer(config, weights, h, kv.k[layer], kv.v[layer], lengths, num_new, pool, slots)
     h, x, routing, k, v = attention(rt, layer, h, kv, lengths, num_new)
-    h = stages.resident_experts(rt.config, rt.weights.layers[layer], h, x, routing, pool, slots)
-    return h, routing.ids, k, v
+    h = stages.resident_experts(config, rt.weights.layers[layer], h, x, routing, pool, slots)
+    return h, routing and routing.ids, k, v
 
 
 def attention(rt: Runtime, layer: int, h, kv: KVCache, lengths, num_new):
     """Everything of a layer before its experts, with the cache where the plan keeps it. -> h, x, routing, k, v."""
-    weights, k_cache, v_cache = rt.weights.layers[layer], kv.k[layer], kv.v[layer]
+    config, weights, k_cache, v_cache = rt.config.layers[layer], rt.weights.layers[layer], kv.k[layer], kv.v[layer]
     if rt.plan.kv_tier == "accelerator":
-        return stages.attention(rt.config, weights, h, k_cache, v_cache, lengths, num_new)
-    q, k, v = rt.to_host(stages.pre_attention(rt.config, weights, h, lengths))
+        return stages.attention(config, weights, h, k_cache, v_cache, lengths, num_new)
+    inputs = rt.to_host((*stages.pre_attention(config, weights, h, lengths), weights.sinks))
     host_lengths, host_num_new = jax.device_put((lengths, num_new), rt.host)
-    attended, k_cache, v_cache = stages.attend(rt.config, q, k, v, k_cache, v_cache, host_lengths, host_num_new)
-    h, x, routing = stages.post_attention(rt.config, weights, h, rt.to_accelerator(attended), num_new)
+    attended, k_cache, v_cache = stages.attend(config, *inputs, k_cache, v_cache, host_lengths, host_num_new)
+    h, x, routing = stages.post_attention(config, weights, h, rt.to_accelerator(attended), num_new)
     return h, x, routing, k_cache, v_cache
 
 

@@ -20,6 +20,7 @@ from specmoe_jax.engine.runtime import build, first_memory
 from specmoe_jax.engine.state import Request, State, StepInfo
 from specmoe_jax.engine.step import step, warm_up
 from specmoe_jax.errors import PlanError
+from specmoe_jax.layer_config import LayerConfig
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.memory import MemoryAccount, account, cache_positions
 from specmoe_jax.speculate.draft import Draft
@@ -140,7 +141,7 @@ class Engine:
         state = self._init(requests, shapes)
         counts_on_demand = self.plan.expert_flow != "resident"
         config, longest = self.model.config, max(request.limit for request in requests)
-        needed = np.zeros((longest, config.num_layers, config.num_experts), bool)
+        needed = np.zeros((longest, config.num_moe_layers, config.num_experts), bool)
         while not state.done:
             compiled = self._compiles.count
             state, info = self.step(state)
@@ -236,14 +237,14 @@ class Engine:
         return budget is not None and needed.num_slots < self._account.num_slots
 
     def _new_cache(self, shapes: Shapes) -> KVCache:
-        config = self.model.config
         device = self._rt.host if self.plan.kv_tier == "host" else self._rt.device
-        shape = (shapes.rows, config.num_kv_heads, shapes.positions, config.head_dim)
+
+        def buffer(layer: LayerConfig):
+            shape = (shapes.rows, layer.attention.num_kv_heads, shapes.positions, layer.attention.cache_dim)
+            return jax.device_put(jnp.zeros(shape, self.plan.dtype), device)
 
         def buffers():
-            return tuple(
-                jax.device_put(jnp.zeros(shape, self.plan.dtype), device) for _ in range(config.num_layers)
-            )
+            return tuple(buffer(layer) for layer in self.model.config.layers)
 
         return KVCache(k=buffers(), v=buffers())
 

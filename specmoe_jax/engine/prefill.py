@@ -18,7 +18,7 @@ def prefill(
     by the votes of the whole prompt, not of its last chunk.
     """
     counts = np.array([max(len(prompt) - 1, 0) for prompt in prompts], np.int32)
-    totals = np.zeros((rt.config.num_layers, rt.config.num_experts), np.int64)
+    totals = np.zeros((rt.config.num_moe_layers, rt.config.num_experts), np.int64)
     nothing = np.zeros_like(totals)
     infos = []
     for start in range(0, int(counts.max()), chunk):

@@ -58,7 +58,7 @@ class Runtime:
 
     def to_host(self, arrays):
         """Copies activations to the CPU that holds the KV cache."""
-        self.activations.send(sum(array.nbytes for array in arrays))
+        self.activations.send(sum(array.nbytes for array in jax.tree.leaves(arrays)))
         return jax.device_put(arrays, self.host)
 
     def to_accelerator(self, array: jax.Array) -> jax.Array:
@@ -77,8 +77,8 @@ def build(
     config, device = model.config, jax.devices()[0]
     found = earlier.neighbours if earlier else _neighbours(model, plan, progress)  # maps experts, so before a tier drops pages
     resident = plan.expert_flow == "resident"
-    policy = make_policy(_policy_name(plan), config.num_layers, config.num_experts)
-    order = np.arange(config.num_layers * config.num_experts, dtype=np.int32)
+    policy = make_policy(_policy_name(plan), config.num_moe_layers, config.num_experts)
+    order = np.arange(config.num_moe_layers * config.num_experts, dtype=np.int32)
     return Runtime(
         config=config,
         plan=plan,
@@ -88,7 +88,7 @@ def build(
         draft_set=policy,
         keep=_keep(config, plan, policy),
         neighbours=found,
-        resident_slots=order.reshape(config.num_layers, config.num_experts) if resident else None,
+        resident_slots=order.reshape(config.num_moe_layers, config.num_experts) if resident else None,
         num_slots=account.num_slots,
         merged_slots=_merged_slots(config, account) if plan.draft == "merged" else None,
         dispatch_slots=min(account.num_slots, account.wanted_slots) - account.pinned_slots,
@@ -112,11 +112,11 @@ def _tier(model: Model, plan: Plan, account: MemoryAccount) -> Tier:
 
 def first_memory(rt: Runtime) -> ExpertMemory:
     """A new pool with what must always be there: all experts (resident flow) or a first draft set per layer."""
-    shape = (rt.config.num_layers, rt.config.num_experts)
+    shape = (rt.config.num_moe_layers, rt.config.num_experts)
     pool = rt.store.new_pool(rt.num_slots + (0 if rt.merged_slots is None else rt.merged_slots.size))
     residency, votes, none = empty(*shape, rt.num_slots), np.zeros(shape), np.zeros(shape[1], bool)
     left = leftovers.nothing(*shape, rt.num_slots) if rt.plan.retain else None
-    for layer in range(rt.config.num_layers):
+    for layer in range(rt.config.num_moe_layers):
         plan, residency = plan_layer(residency, layer, none, rt.keep(layer, votes[layer], votes[layer], none))
         for wave in plan.waves:
             pool = rt.store.fetch(pool, wave.fetch)
@@ -129,7 +129,7 @@ _DRAFTS = {"none": lambda: None, "custom": lambda: None, "self": SelfDraft, "mer
 
 def _merged_slots(config: ModelConfig, account: MemoryAccount) -> np.ndarray:
     """[L, K]: behind those that the residency plans know of."""
-    return account.num_slots + np.arange(account.merged_slots, dtype=np.int32).reshape(config.num_layers, -1)
+    return account.num_slots + np.arange(account.merged_slots, dtype=np.int32).reshape(config.num_moe_layers, -1)
 
 
 def _policy_name(plan: Plan) -> str:
@@ -148,5 +148,5 @@ def _neighbours(model: Model, plan: Plan, progress: bool) -> np.ndarray | None:
     if plan.draft not in GATED_DRAFTS or plan.substitution == "mask":
         return None
     if plan.substitution == "random":
-        return random_neighbours(model.config.num_layers, model.config.num_experts)
+        return random_neighbours(model.config.num_moe_layers, model.config.num_experts)
     return affinity_table(model, progress=progress)

@@ -89,7 +89,7 @@ def verify(rt: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass, Acc
     verified = target_pass(
         rt, drafted.memory, drafted.kv, tokens, state.lengths, num_new, earlier=nothing, predicted=drafted.predicted
     )
-    logits = stages.head(rt.config, rt.weights, verified.h)  # [B, T, V]
+    logits = stages.head(rt.config.norm_eps, rt.weights, verified.h)  # [B, T, V]
     return verified, jax.device_get(_result(rt, state, proposal, logits))
 
 

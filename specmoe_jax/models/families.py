@@ -4,19 +4,29 @@ from types import ModuleType
 
 from specmoe_jax.config import ModelConfig
 from specmoe_jax.errors import CheckpointError
-from specmoe_jax.models import mixtral
+from specmoe_jax.models import deepseek_v2, gpt_oss, llama4, mixtral, olmoe, qwen2_moe, qwen3_moe
 
-FAMILIES: dict[str, ModuleType] = {"mixtral": mixtral}
+FAMILIES: dict[str, ModuleType] = {
+    "mixtral": mixtral,
+    "qwen3_moe": qwen3_moe,
+    "qwen2_moe": qwen2_moe,
+    "olmoe": olmoe,
+    "deepseek_v2": deepseek_v2,
+    "gpt_oss": gpt_oss,
+    "llama4": llama4,
+}
 
 
 def family_of(config: ModelConfig) -> ModuleType:
-    """The module with `parse_config`, `weight_specs` and `expert_specs` of a model's family."""
+    """The module with `parse_config`, `weight_specs` and `expert_layouts` of a model's family."""
     return FAMILIES[config.family]
 
 
 def parse_config(raw: dict) -> ModelConfig:
     """ModelConfig of a config.json. Raises CheckpointError for an architecture that is not built."""
     architectures = raw.get("architectures") or []
+    if llama4.WITH_VISION in architectures and isinstance(raw.get("text_config"), dict):
+        return llama4.parse_config({"tie_word_embeddings": raw.get("tie_word_embeddings")} | raw["text_config"])
     for family in FAMILIES.values():
         if family.ARCHITECTURE in architectures:
             return family.parse_config(raw)

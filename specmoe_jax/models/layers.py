@@ -3,39 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from specmoe_jax.config import ModelConfig
+from specmoe_jax.layer_config import AttentionConfig, LayerConfig
+from specmoe_jax.models import latent
+from specmoe_jax.models.basics import affine, heads, linear, rms_norm, rope
 from specmoe_jax.models.routing import route
-from specmoe_jax.models.spec import LayerWeights, Weights
+from specmoe_jax.models.spec import LayerWeights, MlpWeights, Weights
 from specmoe_jax.types import Routing
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Zhang & Sennrich 2019, in float32 whatever the dtype of x [..., M]."""
-    x32 = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * scale).astype(x.dtype) * weight
-
-
-def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., in] times weight [out, in], the layout of checkpoints; accumulates in float32."""
-    y = jax.lax.dot_general(
-        x,
-        weight,
-        (((x.ndim - 1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    return y.astype(x.dtype)
-
-
-def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Su et al. 2021, rotating halves. x: [B, T, heads, D]; positions: [B, T] int32, logical (per row)."""
-    half = x.shape[-1] // 2
-    inverse_frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None].astype(jnp.float32) * inverse_frequency  # [B, T, D/2]
-    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
 def embed(weights: Weights, token_ids: jax.Array) -> jax.Array:
@@ -44,33 +17,55 @@ def embed(weights: Weights, token_ids: jax.Array) -> jax.Array:
 
 
 def pre_attention(
-    config: ModelConfig, weights: LayerWeights, h: jax.Array, positions: jax.Array
+    config: LayerConfig, weights: LayerWeights, h: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Norm, projections and RoPE ("other1" of SpecMoEOff). h [B, T, M] -> q [B, T, H, D], k and v [B, T, K, D]."""
-    batch, length, _ = h.shape
     x = rms_norm(h, weights.input_norm, config.norm_eps)
-    q = linear(x, weights.q).reshape(batch, length, config.num_heads, config.head_dim)
-    k = linear(x, weights.k).reshape(batch, length, config.num_kv_heads, config.head_dim)
-    v = linear(x, weights.v).reshape(batch, length, config.num_kv_heads, config.head_dim)
-    return rope(q, positions, config.rope_theta), rope(k, positions, config.rope_theta), v
+    if config.attention.latent is not None:
+        return latent.project(config.attention, weights, x, positions)
+    attention = config.attention
+    q = heads(_normed(affine(x, weights.q, weights.q_bias), weights.q_norm, config.norm_eps), attention.num_heads)
+    k = heads(_normed(affine(x, weights.k, weights.k_bias), weights.k_norm, config.norm_eps), attention.num_kv_heads)
+    v = heads(affine(x, weights.v, weights.v_bias), attention.num_kv_heads)
+    q, k = rope(q, positions, attention.rope), rope(k, positions, attention.rope)
+    if attention.l2_norm:
+        q, k = (rms_norm(a, jnp.ones((), a.dtype), config.norm_eps) for a in (q, k))
+    return _tempered(attention, q, positions), k, v
 
 
 def post_attention(
-    config: ModelConfig, weights: LayerWeights, h: jax.Array, attended: jax.Array, valid: jax.Array
-) -> tuple[jax.Array, jax.Array, Routing]:
-    """Output projection, residual, norm and router ("other2" of SpecMoEOff).
+    config: LayerConfig, weights: LayerWeights, h: jax.Array, attended: jax.Array, valid: jax.Array
+) -> tuple[jax.Array, jax.Array, Routing | None]:
+    """Output projection, residual, norm, dense or shared MLP and router ("other2" of SpecMoEOff).
 
     h: [B, T, M]; attended: [B, T, H, D]; valid: [B, T] bool, False for padding and finished rows.
-    Returns h after the residual [B, T, M], the experts' input x [n, M] and the routing of its rows.
+    Returns h with all but the routed experts added [B, T, M], the experts' input x [n, M] and the routing of its rows,
+    None for a layer without experts.
     """
-    h = h + linear(attended.reshape(*h.shape[:2], -1), weights.o)
-    x = rms_norm(h, weights.post_norm, config.norm_eps).reshape(-1, config.hidden_size)  # [n, M]
-    return h, x, route(x, weights.router, config.experts_per_token, valid.reshape(-1))
+    if config.attention.latent is not None:
+        attended = latent.values(config.attention, weights, attended)
+    h = h + affine(attended.reshape(*h.shape[:2], -1), weights.o, weights.o_bias)
+    x = rms_norm(h, weights.post_norm, config.norm_eps)
+    if weights.mlp is not None:
+        h = h + _gated(mlp(weights.mlp, x), x, weights.shared_gate)
+    x = x.reshape(-1, x.shape[-1])  # [n, M]
+    if config.router is None:
+        return h, x, None
+    return h, *_routed(config, x, route(config.router, x, weights.router, weights.router_bias, valid.reshape(-1)))
 
 
-def reroute(config: ModelConfig, weights: LayerWeights, x: jax.Array, routing: Routing, allowed: jax.Array) -> Routing:
-    """The routing of the same rows x [n, M] among the allowed experts [E] bool alone."""
-    return route(x, weights.router, config.experts_per_token, routing.ids[:, 0] >= 0, allowed)
+def mlp(weights: MlpWeights, x: jax.Array) -> jax.Array:
+    """SwiGLU (Shazeer 2020) of x [..., M]: a dense layer's, or the shared expert's that every token takes."""
+    return linear(jax.nn.silu(linear(x, weights.gate)) * linear(x, weights.up), weights.down)
+
+
+def reroute(config: LayerConfig, weights: LayerWeights, x: jax.Array, routing: Routing, allowed: jax.Array) -> Routing:
+    """The routing of the same rows x [n, M] among the allowed experts [E] bool alone.
+
+    Where weights are on the input (Llama-4), x keeps that of the first routing: a draft may.
+    """
+    again = route(config.router, x, weights.router, weights.router_bias, routing.ids[:, 0] >= 0, allowed)
+    return again._replace(weights=routing.weights) if config.router.on_input else again
 
 
 def combine(h: jax.Array, expert_outputs: jax.Array, routing: Routing) -> jax.Array:
@@ -79,8 +74,36 @@ def combine(h: jax.Array, expert_outputs: jax.Array, routing: Routing) -> jax.Ar
     return h + mixed.reshape(h.shape).astype(h.dtype)
 
 
-def head(config: ModelConfig, weights: Weights, h: jax.Array) -> jax.Array:
+def head(norm_eps: float, weights: Weights, h: jax.Array) -> jax.Array:
     """Final norm and output matrix. h [B, T, M] -> logits [B, T, V] float32."""
-    x = rms_norm(h, weights.final_norm, config.norm_eps)
+    x = rms_norm(h, weights.final_norm, norm_eps)
     matrix = weights.embed if weights.lm_head is None else weights.lm_head
     return linear(x.astype(jnp.float32), matrix.astype(jnp.float32))
+
+
+def _normed(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
+    """Query or key norm over as many numbers as it has weights: a head's (Qwen3), or all heads' (OLMoE). None: as it is."""
+    if weight is None:
+        return x
+    return rms_norm(x.reshape(*x.shape[:-1], -1, weight.shape[0]), weight, eps).reshape(x.shape)
+
+
+def _tempered(config: AttentionConfig, q: jax.Array, positions: jax.Array) -> jax.Array:
+    """Queries that grow with the logarithm of their position (Llama-4, layers without rotary positions)."""
+    if config.temperature is None:
+        return q
+    floor, scale = config.temperature
+    factor = jnp.log1p(jnp.floor((positions.astype(jnp.float32) + 1) / floor)) * scale + 1
+    return (q * factor[..., None, None]).astype(q.dtype)
+
+
+def _gated(y: jax.Array, x: jax.Array, gate: jax.Array | None) -> jax.Array:
+    """The shared expert's output y, times sigmoid(gate x) where the family has that gate [1, M] (Qwen2-MoE)."""
+    return y if gate is None else y * jax.nn.sigmoid(linear(x, gate))
+
+
+def _routed(config: LayerConfig, x: jax.Array, routing: Routing) -> tuple[jax.Array, Routing]:
+    """Moves the weights from the experts' outputs to their input where the family wants it (Llama-4, one expert a token)."""
+    if not config.router.on_input:
+        return x, routing
+    return x * routing.weights.astype(x.dtype), routing._replace(weights=jnp.ones_like(routing.weights))

@@ -3,26 +3,48 @@
 import jax
 import jax.numpy as jnp
 
+from specmoe_jax.layer_config import RouterConfig
 from specmoe_jax.types import Routing
 
 
 def route(
-    x: jax.Array, router: jax.Array, experts_per_token: int, valid: jax.Array, allowed: jax.Array | None = None
+    config: RouterConfig,
+    x: jax.Array,
+    router: jax.Array,
+    bias: jax.Array | None,
+    valid: jax.Array,
+    allowed: jax.Array | None = None,
 ) -> Routing:
-    """Mixtral's rule: softmax over all experts in float32, top-k, renormalise.
+    """Scores in float32, the best A experts of each token and their weights.
 
-    x: [n, M]; router: [E, M]; valid: [n] bool. Tokens that are not valid get the ids -1 and the weights 0, so
-    that they neither fetch nor vote for an expert. Ties go to the smaller id. allowed: [E] bool, the experts to choose
-    among; where they are fewer than the top-k, the others chosen have weight 0.
+    x: [n, M]; router: [E, M]; bias: [E]; valid: [n] bool. Tokens that are not valid get the ids -1 and the weights
+    0, so that they neither fetch nor vote for an expert. Ties go to the smaller id. allowed: [E] bool, the experts to
+    choose among; where they are fewer than the top-k, the others chosen have weight 0.
     """
-    logits = jnp.einsum(
-        "nm,em->ne", x.astype(jnp.float32), router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
+    logits = jnp.einsum("nm,em->ne", x.astype(jnp.float32), router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    if bias is not None:
+        logits = logits + bias.astype(jnp.float32)
     if allowed is not None:
         logits = jnp.where(allowed, logits, -jnp.inf)
-    weights, ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), experts_per_token)  # [n, A]
-    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    if config.rule == "softmax":
+        weights, ids = jax.lax.top_k(_limit_groups(jax.nn.softmax(logits, axis=-1), config), config.experts_per_token)
+    else:  # chosen by logit, because sigmoids of large logits are all 1
+        weights, ids = jax.lax.top_k(logits, config.experts_per_token)  # [n, A]
+        weights = jax.nn.sigmoid(weights)
+    if config.renormalise:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return Routing(
         ids=jnp.where(valid[:, None], ids, -1).astype(jnp.int32),
-        weights=jnp.where(valid[:, None], weights, 0.0),
+        weights=jnp.where(valid[:, None], weights * config.scaling, 0.0),
     )
+
+
+def _limit_groups(scores: jax.Array, config: RouterConfig) -> jax.Array:
+    """Zeroes all scores but those of the groups with the best single score (DeepSeek-V2, device-limited routing)."""
+    if config.groups is None:
+        return scores
+    groups, chosen = config.groups
+    best = scores.reshape(-1, groups, scores.shape[1] // groups).max(axis=-1)  # [n, groups]
+    _, ids = jax.lax.top_k(best, chosen)
+    kept = jax.nn.one_hot(ids, groups).sum(axis=1) > 0  # [n, groups]
+    return jnp.where(jnp.repeat(kept, scores.shape[1] // groups, axis=1), scores, 0.0)

@@ -1,6 +1,7 @@
 """One description per tensor: names, shapes, bytes, random test weights and the loader's target derive from it."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,12 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 class TensorSpec(NamedTuple):
-    """A tensor as it stands in a checkpoint and in memory (same layout: [out, in] for matrices)."""
+    """A tensor as it stands in a checkpoint and in memory (same layout: [out, in] for matrices).
+
+    An expert's matrices differ in memory: there an expert is one contiguous block, [3, F, M]: gate, up, and down
+    transposed. One block is one copy over the link, and each row of it is one hidden unit: a unit's gate, up and down
+    weights all have length M, so the kernel streams rows whichever product it computes.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -23,33 +29,66 @@ class TensorSpec(NamedTuple):
         return math.prod(self.shape)
 
 
-class ExpertSpec(NamedTuple):
-    """The three matrices of one expert. In memory they are one contiguous block [3, F, M]: gate, up, down transposed.
+class Part(NamedTuple):
+    """A stored tensor, or one expert's entry of it, and where its values belong in the expert's block.
 
-    One block is one copy over the link, and each row of it is one hidden unit: a unit's gate, up and down
-    weights all have length M, so the kernel streams rows whichever product it computes.
+    index: the entry along the first axis, None for the whole tensor. view: block -> a view of it whose values, in
+    order, are the stored ones: one function says both what is read and how it is laid out. scales: the tensor of E8M0
+    exponents where `spec` holds MXFP4 codes; the view then takes what they decode to.
     """
 
-    gate: TensorSpec  # [F, M]
-    up: TensorSpec  # [F, M]
-    down: TensorSpec  # [M, F] in the checkpoint, transposed in the block
+    spec: TensorSpec
+    view: Callable[[np.ndarray], np.ndarray]
+    index: int | None = None
+    scales: TensorSpec | None = None
 
     @property
-    def block_shape(self) -> tuple[int, int, int]:
-        return (3, *self.gate.shape)
+    def name(self) -> str:
+        return self.spec.name
+
+
+Layout = tuple[Part, ...]  # all that one expert's block is filled from
+
+
+@struct.dataclass
+class MlpWeights:
+    """A dense SwiGLU network."""
+
+    gate: TensorSpec | jax.Array  # [F', M]
+    up: TensorSpec | jax.Array  # [F', M]
+    down: TensorSpec | jax.Array  # [M, F']
 
 
 @struct.dataclass
 class LayerWeights:
-    """Everything of one decoder layer but its experts. Leaves are TensorSpecs or arrays of those shapes."""
+    """Everything of one decoder layer but its routed experts. Leaves are TensorSpecs or arrays of those shapes.
+
+    What a family or a layer does not have is None.
+    """
 
     input_norm: TensorSpec | jax.Array  # [M]
-    q: TensorSpec | jax.Array  # [H * D, M]
-    k: TensorSpec | jax.Array  # [K * D, M]
-    v: TensorSpec | jax.Array  # [K * D, M]
+    q: TensorSpec | jax.Array  # [H * D, M]; after q_a: [H * D, its rank]
+    k: TensorSpec | jax.Array | None  # [K * D, M]
+    v: TensorSpec | jax.Array | None  # [K * D, M]
     o: TensorSpec | jax.Array  # [M, H * D]
     post_norm: TensorSpec | jax.Array  # [M]
-    router: TensorSpec | jax.Array  # [E, M]
+    router: TensorSpec | jax.Array | None = None  # [E, M]
+    router_bias: TensorSpec | jax.Array | None = None  # [E]
+    q_bias: TensorSpec | jax.Array | None = None
+    k_bias: TensorSpec | jax.Array | None = None
+    v_bias: TensorSpec | jax.Array | None = None
+    o_bias: TensorSpec | jax.Array | None = None
+    q_norm: TensorSpec | jax.Array | None = None  # [D] or [H * D]
+    k_norm: TensorSpec | jax.Array | None = None  # [D] or [K * D]
+    sinks: TensorSpec | jax.Array | None = None  # [H]
+    mlp: MlpWeights | None = None  # a dense layer's, or the shared expert
+    shared_gate: TensorSpec | jax.Array | None = None  # [1, M]
+    # Latent attention: down- and up-projections.
+    q_a: TensorSpec | jax.Array | None = None
+    q_a_norm: TensorSpec | jax.Array | None = None
+    kv_a: TensorSpec | jax.Array | None = None  # [rank + rope, M]
+    kv_a_norm: TensorSpec | jax.Array | None = None  # [rank]
+    kv_b: TensorSpec | jax.Array | None = None  # [H * (nope + value), rank]
 
 
 @struct.dataclass
@@ -86,12 +125,45 @@ def random_tensor(spec: TensorSpec, seed: int) -> np.ndarray:
     return rng.standard_normal(spec.shape, np.float32) * np.float32(scale)
 
 
-def expert_block(gate: np.ndarray, up: np.ndarray, down: np.ndarray, dtype: str) -> np.ndarray:
-    """The block [3, F, M] of an expert from its matrices in checkpoint layout.
+def random_block(layout: Layout, shape: tuple[int, ...], seed: int, dtype: str) -> np.ndarray:
+    """An expert's block with the random test weights of its parts; of a fused tensor, its entry."""
+
+    def read(part: Part) -> np.ndarray:
+        values = random_tensor(part.spec, seed)
+        return values if part.index is None else values[part.index]
+
+    return fill_block(((part.view, read(part)) for part in layout), shape, dtype)
+
+
+def fill_block(pieces, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """A block from (view, values) pieces; what no piece fills is zero. dtype: as kept, see below.
 
     bfloat16 blocks are stored as uint16 bits: XLA:CPU converts the whole buffer to float32 and back on every
     slot write of a bfloat16 array (1.33 ms against 0.13 ms for 1 MB), and a copy does not care.
     """
-    block = np.empty((3, *gate.shape), np.float32 if dtype == "float32" else ml_dtypes.bfloat16)
-    block[0], block[1], block[2] = gate, up, down.T
+    block = np.zeros(shape, np.float32 if dtype == "float32" else ml_dtypes.bfloat16)
+    for view, values in pieces:
+        target = view(block)
+        target[...] = values.reshape(target.shape)
     return block if dtype == "float32" else block.view(np.uint16)
+
+
+def expert_block(gate: np.ndarray, up: np.ndarray, down: np.ndarray, dtype: str) -> np.ndarray:
+    """The block [3, F, M] of a plain SwiGLU expert from its matrices in checkpoint layout ([F, M], [F, M], [M, F])."""
+    shape = (3, *gate.shape)
+    return fill_block(((gate_of, gate), (up_of, up), (down_of, down)), shape, dtype)
+
+
+def gate_of(block: np.ndarray) -> np.ndarray:
+    """[F, M]."""
+    return block[0]
+
+
+def up_of(block: np.ndarray) -> np.ndarray:
+    """[F, M]."""
+    return block[1]
+
+
+def down_of(block: np.ndarray) -> np.ndarray:
+    """[M, F], as checkpoints store it."""
+    return block[2].T

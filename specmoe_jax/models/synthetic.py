@@ -13,6 +13,7 @@ import numpy as np
 
 from specmoe_jax import ops
 from specmoe_jax.config import ModelConfig
+from specmoe_jax.layer_config import LayerConfig
 from specmoe_jax.models import layers
 from specmoe_jax.models.model import Model, random_model, reference_attention
 
@@ -60,10 +61,10 @@ def synthetic_model(
     weights = model.weights.replace(embed=jnp.asarray(embed, dtype), lm_head=jnp.asarray(head, dtype))
     h = layers.embed(weights, jnp.asarray(_walks(config, SAMPLE_ROWS, SAMPLE_TOKENS, rng), jnp.int32))
     calibrated = []
-    for layer, blocks in zip(weights.layers, model.experts, strict=True):
-        h, x = _attend(config, layer, h)
+    for kind, layer, blocks in zip(config.layers, weights.layers, model.experts, strict=True):
+        h, x = _attend(kind, layer, h)
         layer = layer.replace(router=jnp.asarray(_router(config, np.asarray(x, np.float32), skew, rng), dtype))
-        routing = layers.route(x, layer.router, config.experts_per_token, jnp.ones(len(x), bool))
+        routing = layers.route(kind.router, x, layer.router, None, jnp.ones(len(x), bool))
         h = layers.combine(h, ops.expert_ffn(x, jnp.stack([jnp.asarray(np.asarray(b)) for b in blocks]), routing.ids), routing)
         calibrated.append(layer)
     weights = weights.replace(layers=tuple(calibrated))
@@ -100,11 +101,11 @@ def _units(rng: np.random.Generator, count: int, width: int) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def _attend(config: ModelConfig, layer, h):
+def _attend(config: LayerConfig, layer, h):
     """h after the attention of whole sequences [B, T, M], and the experts' input x [n, M]."""
     positions = jnp.broadcast_to(jnp.arange(h.shape[1]), h.shape[:2])
     q, k, v = layers.pre_attention(config, layer, h, positions)
-    attended = reference_attention(q, k, v, config.sliding_window)
+    attended = reference_attention(config.attention, q, k, v)
     h, x, _ = layers.post_attention(config, layer, h, attended, jnp.ones(h.shape[:2], bool))
     return h, x
 

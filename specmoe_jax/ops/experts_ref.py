@@ -41,8 +41,10 @@ def tile_plan(slots: jax.Array, R: int, rows: int) -> tuple[jax.Array, jax.Array
     return tile_slot, pair_of.reshape(Q, rows), tiles.sum()
 
 
-def expert_ffn_ref(x, blocks, slots, *, activation="swiglu"):
+def expert_ffn_ref(x, blocks, slots, *, activation="swiglu", ffn=block_ffn):
     """As expert_ffn, in jnp only: pairs sorted by slot, tiles of rows, a loop over the tiles that exist (exact, no ragged_dot).
+
+    ffn: (x [n, M], one block) -> [n, M] float32, for experts that are not plain SwiGLU; blocks then have what shape it takes.
 
     A result does not depend on batch mates as far as XLA's matrix product treats the rows of one tile shape alike.
     """
@@ -59,7 +61,7 @@ def expert_ffn_ref(x, blocks, slots, *, activation="swiglu"):
         pairs = pair_of[i]
         token = jnp.minimum(pairs // A, n - 1)
         block = jax.lax.dynamic_index_in_dim(blocks, jnp.minimum(tile_slot[i], R - 1), keepdims=False)
-        return i + 1, y.at[pairs].set(block_ffn(x[token], block), mode="drop")
+        return i + 1, y.at[pairs].set(ffn(x[token], block), mode="drop")
 
     start = (jnp.int32(0), jnp.zeros((P, M), jnp.float32))
     _, y = jax.lax.while_loop(lambda s: s[0] < num_tiles, tile, start)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from specmoe_jax.config import GIB, ModelConfig, Plan
 from specmoe_jax.errors import PlanError
+from specmoe_jax.layer_config import LayerConfig
 from specmoe_jax.models.families import family_of
 from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
 
@@ -60,19 +61,19 @@ def account(config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int)
     """
     item = DTYPE_BYTES[plan.dtype]
     passes = max(plan.tokens_per_pass, plan.prefill_chunk) * batch_rows  # tokens of the largest pass
-    pinned = config.num_layers * pinned_experts(config, plan)
+    pinned = config.num_moe_layers * pinned_experts(config, plan)
     dispatch = min(config.num_experts, passes * config.experts_per_token)
-    wanted = pinned + (0 if pinned == config.num_layers * config.num_experts else dispatch)
+    wanted = pinned + (0 if pinned == config.num_moe_layers * config.num_experts else dispatch)
     whole = MemoryAccount(
         weight_bytes=sum(spec.size for spec in spec_leaves(family_of(config).weight_specs(config))) * item,
         expert_bytes=config.expert_params * item,
         num_slots=wanted + _spare_slots(plan, dispatch),
         wanted_slots=wanted,
         pinned_slots=pinned,
-        merged_slots=config.num_layers * (plan.draft_experts or 0) if plan.draft == "merged" else 0,
-        kv_bytes=2 * config.num_layers * batch_rows * config.num_kv_heads * positions * config.head_dim * item,
+        merged_slots=config.num_moe_layers * (plan.draft_experts or 0) if plan.draft == "merged" else 0,
+        kv_bytes=2 * sum(batch_rows * positions * _cache_row(layer) for layer in config.layers) * item,
         activation_bytes=_activation_bytes(config, plan, batch_rows, passes, item),
-        host_experts=config.num_layers * config.num_experts,
+        host_experts=config.num_moe_layers * config.num_experts,
         kv_tier=plan.kv_tier,
     )
     return _fit_device(_fit_host(whole, plan), plan)
@@ -91,12 +92,23 @@ def _spare_slots(plan: Plan, dispatch: int) -> int:
     return dispatch if plan.spare_slots is None else plan.spare_slots
 
 
+def _cache_row(layer: LayerConfig) -> int:
+    """Numbers that one position of one row takes in the key cache of a layer, and again in its value cache."""
+    return layer.attention.num_kv_heads * layer.attention.cache_dim
+
+
 def _activation_bytes(config: ModelConfig, plan: Plan, batch_rows: int, passes: int, item: int) -> int:
     """Largest live activations: residual, expert inputs and outputs of a pass, and the logits of a verification."""
-    per_token = (2 * config.hidden_size + (config.num_heads + 2 * config.num_kv_heads) * config.head_dim) * item
+    heads = max(_heads(layer) for layer in config.layers)
+    per_token = (2 * config.hidden_size + heads) * item
     outputs = config.experts_per_token * config.hidden_size * 4
     logits = batch_rows * plan.tokens_per_pass * config.vocab_size * 4
     return passes * (per_token + outputs) + logits
+
+
+def _heads(layer: LayerConfig) -> int:
+    """Numbers of the queries, keys and values of one token."""
+    return (layer.attention.num_heads + 2 * layer.attention.num_kv_heads) * layer.attention.cache_dim
 
 
 def _fit_host(whole: MemoryAccount, plan: Plan) -> MemoryAccount:

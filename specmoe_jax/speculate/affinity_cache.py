@@ -19,7 +19,7 @@ def affinity_table(model: Model, *, progress: bool = False) -> np.ndarray:
     progress: a bar of layers, silent when standard error is not a terminal.
     """
     path = _table_path(model)
-    shape = model.config.num_layers, model.config.num_experts
+    shape = model.config.num_moe_layers, model.config.num_experts
     if path is not None:
         try:
             return load_table(path, *shape)

@@ -11,7 +11,9 @@ import pytest
 from specmoe_jax.checkpoints import checkpoint_hash, checkpoint_path, load_model
 from specmoe_jax.checkpoints.loader import BUNDLED
 from specmoe_jax.models import layers
-from specmoe_jax.models.model import random_model, reference_attention, reference_expert
+from specmoe_jax.models.families import parse_config
+from specmoe_jax.models.model import random_model, reference_attention
+from specmoe_jax.ops.experts_ref import block_ffn
 
 TOLERANCE = 1e-4
 REGENERATE = "run: python tests/golden/regenerate.py"
@@ -42,9 +44,9 @@ def layer_modules(config, weights, blocks, h) -> dict[str, jax.Array]:
     batch, length, _ = h.shape
     positions, valid = jnp.broadcast_to(jnp.arange(length), (batch, length)), jnp.ones((batch, length), bool)
     q, k, v = layers.pre_attention(config, weights, h, positions)
-    attended = reference_attention(q, k, v, config.sliding_window)
+    attended = reference_attention(config.attention, q, k, v)
     after, x, routing = layers.post_attention(config, weights, h, attended, valid)
-    outputs = jnp.stack([reference_expert(x, block) for block in blocks], axis=1)
+    outputs = jnp.stack([block_ffn(x, block) for block in blocks], axis=1)
     chosen = jnp.take_along_axis(outputs, routing.ids[..., None], axis=1)
     moe = layers.combine(jnp.zeros_like(after), chosen, routing)
     return {
@@ -62,7 +64,7 @@ def modules(name: str) -> dict[str, jax.Array]:
     h = layers.embed(model.weights, token_ids)
     found = {"embed": h}
     for i, (weights, blocks) in enumerate(zip(model.weights.layers, model.experts, strict=True)):
-        outputs = layer_modules(model.config, weights, [jax.device_put(b, jax.memory.Space.Device) for b in blocks], h)
+        outputs = layer_modules(model.config.layers[i], weights, [jax.device_put(b, jax.memory.Space.Device) for b in blocks], h)
         h = outputs.pop("h")
         found |= {f"layer{i}.{key}": value for key, value in outputs.items()}
     return found
@@ -94,8 +96,8 @@ def test_modules_of_random_models(name):
 def test_the_window_matters():
     """Negative control: without its window the windowed model misses its golden logits by far."""
     kept = golden("windowed")
-    config = golden_models.odd_config("windowed")
-    unlimited = random_model(type(config)(**{**vars(config), "sliding_window": None}), seed=golden_models.SEED)
+    config = parse_config(golden_models.RAW_CONFIGS["windowed"] | {"sliding_window": None})
+    unlimited = random_model(config, seed=golden_models.SEED)
     assert np.abs(np.asarray(unlimited.logits(kept["prompt2"])) - kept["logits2"]).max() > 100 * TOLERANCE
 
 

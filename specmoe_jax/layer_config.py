@@ -1,0 +1,122 @@
+"""What one layer computes, as frozen numbers: the static argument that its compiled programs depend on.
+
+Layers that are alike have equal configs and so share programs, whatever family they belong to.
+"""
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary positions (Su et al. 2021) as numbers; every scaling rule ends in frequencies and a factor (models/rope.py).
+
+    frequencies: radians per position of each rotated pair. scale: multiplies cos and sin. interleaved: pairs are
+    (2i, 2i + 1) instead of (i, i + half).
+    """
+
+    frequencies: tuple[float, ...]
+    scale: float = 1.0
+    interleaved: bool = False
+
+    @classmethod
+    def plain(cls, theta: float, dim: int, **options) -> "Rope":
+        """Unscaled frequencies theta^(-2i / dim)."""
+        return cls(frequencies=tuple(theta ** (-2 * i / dim) for i in range(dim // 2)), **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """Head dims of multi-head latent attention (DeepSeek-V2, 2.1): keys and values are one compressed row a position.
+
+    rank: of the compressed row. nope, rope: parts of a query head without and with positions. value: of a value head.
+    """
+
+    rank: int
+    nope: int
+    rope: int
+    value: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """H, K, D and the variants. What is None or False is absent.
+
+    scale: of the scores. window: attend the last so many positions. chunk: attend only positions of one's own chunk
+    of so many (Llama-4). l2_norm: of queries and keys, after the rotation. temperature: (floor, scale) of queries
+    that grow with their position (Llama-4). latent: then K = 1 and D is what the cache holds, rank + rope.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    rope: Rope | None
+    window: int | None = None
+    chunk: int | None = None
+    l2_norm: bool = False
+    temperature: tuple[float, float] | None = None
+    latent: Latent | None = None
+
+    @property
+    def cache_dim(self) -> int:
+        """Row length of the KV cache: D up to the next multiple of 8, which the attention kernel asks for."""
+        return -(-self.head_dim // 8) * 8
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """E, A and the rule (models/routing.py).
+
+    rule: "softmax" or "sigmoid". renormalise: the chosen weights sum to 1. scaling: multiplies them. groups: (groups,
+    groups chosen) where the choice is limited to the best groups. on_input: weights multiply what goes into the
+    expert instead of what comes out.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    rule: str = "softmax"
+    renormalise: bool = False
+    scaling: float = 1.0
+    groups: tuple[int, int] | None = None
+    on_input: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertConfig:
+    """One expert. hidden: F. biased: the block is bordered by biases (models/experts.py).
+
+    activation: "swiglu", or "clamped_swiglu" with its alpha and limit (GPT-OSS).
+    """
+
+    hidden: int
+    model: int
+    activation: str = "swiglu"
+    biased: bool = False
+    alpha: float = 0.0
+    limit: float = 0.0
+
+    @property
+    def block_shape(self) -> tuple[int, int, int]:
+        """Shape of an expert in memory: gate, up and down transposed, [3, F, M], or [3, F + 1, M + 1] with biases."""
+        border = int(self.biased)
+        return (3, self.hidden + border, self.model + border)
+
+    @property
+    def params(self) -> int:
+        """Weights of a block."""
+        return math.prod(self.block_shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """A decoder layer. router and experts are None where the layer has a dense MLP alone.
+
+    mlp_hidden: width of the dense MLP or of the shared expert, None where there is neither.
+    """
+
+    attention: AttentionConfig
+    router: RouterConfig | None
+    experts: ExpertConfig | None
+    norm_eps: float
+    mlp_hidden: int | None = None

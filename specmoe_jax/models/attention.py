@@ -1,0 +1,68 @@
+"""Attention over the cache: the kernel where it knows the layer's variant, else its jnp form."""
+
+import jax
+import jax.numpy as jnp
+
+from specmoe_jax import ops
+from specmoe_jax.layer_config import AttentionConfig
+from specmoe_jax.ops import attention_ref
+
+
+def attend(config: AttentionConfig, q, k, v, sinks, k_cache, v_cache, lengths, num_new):
+    """Appends k, v [B, T, K, D] to the caches [B, K, S, cache_dim] at lengths[b] and attends q [B, T, H, D] to them.
+
+    sinks: [H] or None. -> attended [B, T, H, D] and the caches. Rows t >= num_new[b] write nothing and give zeros.
+    """
+    dim, missing = config.head_dim, config.cache_dim - config.head_dim
+    q, k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, missing))) for a in (q, k, v))  # zeros add nothing to a score
+    args = (q, k, v, k_cache, v_cache, lengths)
+    if sinks is None and (config.chunk is None or config.chunk >= k_cache.shape[2]):
+        out, *caches = ops.chunked_attention(*args, num_new=num_new, window=config.window, scale=config.scale)
+    else:
+        out, *caches = _attend_jnp(config, *args, num_new=num_new, sinks=sinks)
+    return out[..., :dim], *caches
+
+
+def allowed(config: AttentionConfig, positions: jax.Array, columns: jax.Array) -> jax.Array:
+    """Whether the query at each of `positions` [...] sees the key at each of `columns` [S] -> [..., S] bool."""
+    row = positions[..., None]
+    seen = columns <= row
+    if config.window is not None:
+        seen &= columns > row - config.window
+    if config.chunk is not None:
+        seen &= columns // config.chunk == row // config.chunk
+    return seen
+
+
+def softmax(scores: jax.Array, sinks: jax.Array | None) -> jax.Array:
+    """Over the last axis of scores [B, H, T, S]; a sink is one more score per head that takes its share and has no value."""
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    if sinks is None:
+        p = jnp.exp(scores - top)
+        return p / jnp.sum(p, axis=-1, keepdims=True)
+    sink = sinks.astype(jnp.float32)[:, None, None]
+    top = jnp.maximum(top, sink)
+    p = jnp.exp(scores - top)
+    return p / (jnp.sum(p, axis=-1, keepdims=True) + jnp.exp(sink - top))
+
+
+def scores_and_values(config: AttentionConfig, q, k, v, seen, sinks) -> jax.Array:
+    """Attention in full. q [B, T, H, D]; k, v [B, K, S, D]; seen [B, T, S] bool -> [B, T, H, D]."""
+    batch, length, heads, dim = q.shape
+    grouped = q.astype(jnp.float32).reshape(batch, length, k.shape[1], -1, dim)
+    scores = config.scale * jnp.einsum("btkgd,bksd->bkgts", grouped, k.astype(jnp.float32), precision="highest")
+    scores = jnp.where(seen[:, None], scores.reshape(batch, heads, length, -1), -jnp.inf)
+    p = softmax(scores, sinks).reshape(batch, k.shape[1], -1, length, k.shape[2])
+    out = jnp.einsum("bkgts,bksd->btkgd", p, v.astype(jnp.float32), precision="highest")
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def _attend_jnp(config: AttentionConfig, q, k, v, k_cache, v_cache, lengths, *, num_new, sinks):
+    """As the kernel, for what it does not know: sinks (GPT-OSS) and chunks shorter than the cache (Llama-4)."""
+    k_cache = attention_ref.append(k_cache, k, lengths, num_new)
+    v_cache = attention_ref.append(v_cache, v, lengths, num_new)
+    steps = jnp.arange(q.shape[1])
+    positions = lengths[:, None] + steps  # [B, T]
+    seen = allowed(config, positions, jnp.arange(k_cache.shape[2]))
+    out = scores_and_values(config, q, k_cache, v_cache, seen, sinks)
+    return jnp.where((steps < num_new[:, None])[..., None, None], out, 0), k_cache, v_cache

@@ -1,0 +1,49 @@
+"""The operations that layers are made of."""
+
+import jax
+import jax.numpy as jnp
+
+from specmoe_jax.layer_config import Rope
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Zhang & Sennrich 2019, in float32 whatever the dtype of x [..., M]."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * scale).astype(x.dtype) * weight
+
+
+def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., in] times weight [out, in], the layout of checkpoints; accumulates in float32."""
+    y = jax.lax.dot_general(
+        x,
+        weight,
+        (((x.ndim - 1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return y.astype(x.dtype)
+
+
+def rope(x: jax.Array, positions: jax.Array, config: Rope | None) -> jax.Array:
+    """Rotates the pairs of x [B, T, heads, D] by positions [B, T] int32, logical (per row). None: no positions."""
+    if config is None:
+        return x
+    angle = positions[..., None].astype(jnp.float32) * jnp.asarray(config.frequencies, jnp.float32)  # [B, T, D/2]
+    cos, sin = (config.scale * f(angle)[:, :, None] for f in (jnp.cos, jnp.sin))
+    x32 = x.astype(jnp.float32)
+    x1, x2 = (x32[..., ::2], x32[..., 1::2]) if config.interleaved else jnp.split(x32, 2, axis=-1)
+    pairs = (x1 * cos - x2 * sin, x2 * cos + x1 * sin)
+    # An interleaved rotation may leave its halves apart: queries and keys are permuted alike, and scores do not see it.
+    return jnp.concatenate(pairs, axis=-1).astype(x.dtype)
+
+
+def affine(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """`linear` with a bias [out], or without."""
+    y = linear(x, weight)
+    return y if bias is None else y + bias
+
+
+def heads(x: jax.Array, num_heads: int) -> jax.Array:
+    """[B, T, heads * D] -> [B, T, heads, D]."""
+    return x.reshape(*x.shape[:2], num_heads, -1)

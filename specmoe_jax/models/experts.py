@@ -1,0 +1,41 @@
+"""The feed-forward network of one expert, in every variant that a family has."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from specmoe_jax import ops
+from specmoe_jax.layer_config import ExpertConfig
+from specmoe_jax.ops.experts_ref import as_float32, block_ffn, expert_ffn_ref
+
+
+def expert_ffn(config: ExpertConfig, x: jax.Array, pool: jax.Array, slots: jax.Array) -> jax.Array:
+    """Experts pool[slots[i, a]] on x[i], unweighted: x [n, M], pool [R, *block_shape], slots [n, A] -> [n, A, M] float32.
+
+    A slot of -1 gives zeros. The C++ kernel knows plain SwiGLU; the rest runs in jnp, tile by tile.
+    """
+    if config.activation == "swiglu" and not config.biased:
+        return ops.expert_ffn(x, pool, slots)
+    return expert_ffn_ref(x, pool, slots, ffn=block_function(config))
+
+
+def block_function(config: ExpertConfig):
+    """(x [n, M], block) -> [n, M] float32, for one expert."""
+    if config.activation == "swiglu" and not config.biased:
+        return block_ffn
+    return functools.partial(_clamped_swiglu, config)
+
+
+def _clamped_swiglu(config: ExpertConfig, x: jax.Array, block: jax.Array) -> jax.Array:
+    """GPT-OSS: (up + 1) * gate * sigmoid(alpha * gate), both clamped. The block [3, F + 1, M + 1] is bordered by biases.
+
+    In the last column of gate and up stand theirs, in the last row of down stands its own (homogeneous
+    coordinates: x gets a 1 appended), so that an expert stays one array and one copy.
+    """
+    gate_up, down = as_float32(block[:2, :-1]), as_float32(block[2, :, :-1])
+    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, 1)), constant_values=1)
+    gate, up = (jnp.dot(x, matrix.T, precision="highest") for matrix in gate_up)
+    gate, up = jnp.minimum(gate, config.limit), jnp.clip(up, -config.limit, config.limit)
+    hidden = (up + 1) * gate * jax.nn.sigmoid(config.alpha * gate)
+    return jnp.dot(hidden, down[:-1], precision="highest") + down[-1]

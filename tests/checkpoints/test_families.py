@@ -1,0 +1,141 @@
+"""Checkpoints of every family: each layout loads to the same bits, converts there and back, and what is not built is refused."""
+
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from specmoe_jax.checkpoints import load_model
+from specmoe_jax.checkpoints.convert import convert
+from specmoe_jax.checkpoints.mxfp4 import decode
+from specmoe_jax.errors import CheckpointError
+from specmoe_jax.models.families import family_of, parse_config
+from specmoe_jax.models.spec import random_tensor, spec_leaves
+from specmoe_jax.testing_families import RAW_CONFIGS, tiny_family
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+
+
+def stored_tensors(model, layout: int) -> dict[str, np.ndarray]:
+    """Every tensor of `tiny_family`, experts in the family's given layout, read back out of the model's blocks."""
+    config, family = model.config, family_of(model.config)
+    tensors = {spec.name: random_tensor(spec, 0) for spec in spec_leaves(family.weight_specs(config))}
+    for moe, layer in enumerate(config.moe_layers):
+        for expert in range(config.num_experts):
+            for part in family.expert_layouts(config, layer, expert)[layout]:
+                values = part.view(np.asarray(model.experts[moe][expert]))
+                target = tensors.setdefault(part.name, np.zeros(part.spec.shape, np.float32))
+                target = target if part.index is None else target[part.index]
+                target[...] = values.reshape(target.shape)
+    return tensors
+
+
+def write(path, raw: dict, tensors: dict[str, np.ndarray]):
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(raw))
+    safetensors.numpy.save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, path / "model.safetensors")
+    return path
+
+
+def assert_same(model, other):
+    jax.tree.map(np.testing.assert_array_equal, model.weights, other.weights)
+    jax.tree.map(np.testing.assert_array_equal, model.experts, other.experts)
+
+
+LAYOUTS = [(family, i) for family in RAW_CONFIGS for i in range({"llama4": 1, "gpt_oss": 1}.get(family, 2))]
+
+
+@pytest.mark.parametrize(("family", "layout"), LAYOUTS)
+def test_every_layout_loads_the_random_model(family, layout, tmp_path):
+    model = tiny_family(family)
+    path = write(tmp_path / "checkpoint", RAW_CONFIGS[family], stored_tensors(model, layout))
+    assert_same(load_model(str(path)), model)
+
+
+@pytest.mark.parametrize("family", RAW_CONFIGS)
+def test_conversion_there_and_back(family, tmp_path):
+    model = tiny_family(family)
+    path = write(tmp_path / "checkpoint", RAW_CONFIGS[family], stored_tensors(model, 0))
+    mapped = convert(str(path), tmp_path / "mapped", to="specmoe")
+    assert_same(load_model(str(mapped)), model)
+    back = convert(str(mapped), tmp_path / "back", to="huggingface")
+    assert_same(load_model(str(back)), model)
+
+
+def test_text_part_beside_a_vision_part(tmp_path):
+    """Llama-4 as it is published: under text_config, names prefixed, the vision part left alone."""
+    model = tiny_family("llama4")
+    tensors = {f"language_model.{name}": t for name, t in stored_tensors(model, 0).items()}
+    tensors["vision_model.class_embedding"] = np.zeros(3, np.float32)
+    tensors["multi_modal_projector.linear_1.weight"] = np.zeros((2, 2), np.float32)
+    text = {key: value for key, value in RAW_CONFIGS["llama4"].items() if key != "architectures"}
+    raw = {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "text_config": text}
+    assert_same(load_model(str(write(tmp_path / "checkpoint", raw, tensors))), model)
+
+
+def pack(codes: np.ndarray) -> np.ndarray:
+    """4-bit codes [..., 2n] -> bytes [..., n], the even ones in the low half."""
+    return (codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_mxfp4_experts_load_as_what_they_decode_to(dtype, tmp_path):
+    """Codes and exponents at random: the same block as from the decoded numbers stored plainly."""
+    model, rng = tiny_family("gpt_oss"), np.random.default_rng(0)
+    plain, packed = stored_tensors(model, 0), {}
+    for name in [name for name in plain if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = plain.pop(name).shape  # stored [in, out]; packed [out, in / 32, 16]
+        codes = rng.integers(0, 16, (experts, rows, columns)).astype(np.uint8)
+        scales = rng.integers(120, 131, (experts, rows, columns // 32)).astype(np.uint8)
+        values = np.where(codes & 8, -E2M1[codes & 7], E2M1[codes & 7])
+        values *= np.exp2(np.repeat(scales, 32, axis=-1).astype(np.float32) - 127)
+        packed |= {f"{name}_blocks": pack(codes).reshape(experts, rows, columns // 32, 16), f"{name}_scales": scales}
+        plain[name] = values.swapaxes(1, 2).astype(ml_dtypes.bfloat16)
+    rest = {name: t for name, t in plain.items() if f"{name}_blocks" not in packed}
+    raw = RAW_CONFIGS["gpt_oss"] | {"quantization_config": {"quant_method": "mxfp4"}}
+    from_packed = load_model(str(write(tmp_path / "packed", raw, rest | packed)), dtype=dtype)
+    assert_same(from_packed, load_model(str(write(tmp_path / "plain", RAW_CONFIGS["gpt_oss"], plain)), dtype=dtype))
+
+
+def test_mxfp4_knows_every_code():
+    codes = np.arange(16, dtype=np.uint8).repeat(2)[None, None]
+    scales = np.array([[129]], np.uint8)
+    expected = np.array([*E2M1, *-E2M1]).repeat(2) * 4
+    np.testing.assert_array_equal(decode(pack(codes), scales)[0], expected)
+    assert np.isnan(decode(pack(codes), np.array([[255]], np.uint8))).all()
+
+
+REFUSALS = (
+    ("mixtral", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type is 'longrope'; built are default"),
+    ("mixtral", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+    ("mixtral", {"rope_parameters": {"rope_type": "yarn"}}, "rope factor is None"),
+    ("mixtral", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; this family is built with 'silu'"),
+    ("mixtral", {"architectures": ["LlamaForCausalLM"]}, "this version runs MixtralForCausalLM, Qwen3MoeForCausalLM"),
+    ("qwen3_moe", {"mlp_only_layers": list(range(6))}, "no layer has experts"),
+    ("qwen3_moe", {"attention_bias": True}, "attention_bias is True; this family is built with False"),
+    ("qwen3_moe", {"num_experts_per_tok": 8}, "num_experts_per_tok 8 is more than the number of experts, 7"),
+    ("qwen2_moe", {"qkv_bias": False}, "qkv_bias is False"),
+    ("qwen2_moe", {"layer_types": ["full_attention"]}, "layer_types is ['full_attention']; this family is built with 3 of"),
+    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0; this family is built with None"),
+    ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'"),
+    ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}, "n_group 4"),
+    ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True"),
+    ("deepseek_v2", {"qk_rope_head_dim": 5}, "qk_rope_head_dim is 5"),
+    ("gpt_oss", {"quantization_config": {"quant_method": "awq"}}, "quant_method is 'awq'"),
+    ("gpt_oss", {"layer_types": ["linear_attention"] * 3}, "layer_types is"),
+    ("llama4", {"num_experts_per_tok": 2}, "num_experts_per_tok is 2; this family is built with 1"),
+    ("llama4", {"moe_layers": [9]}, "moe_layers is (9,)"),
+    ("llama4", {"no_rope_layers": [1]}, "no_rope_layers has 1 entries; there are 4 layers"),
+    ("llama4", {"floor_scale": 0}, "floor_scale is 0.0"),
+)
+
+
+@pytest.mark.parametrize(("family", "changes", "message"), REFUSALS, ids=lambda value: value if isinstance(value, str) else None)
+def test_what_is_not_built_is_refused(family, changes, message):
+    with pytest.raises(CheckpointError) as caught:
+        parse_config(RAW_CONFIGS[family] | changes)
+    assert str(caught.value).startswith("config.json: ") and message in str(caught.value)
+    assert str(caught.value).isprintable()

@@ -1,0 +1,66 @@
+"""Greedy tokens of every family are those of its reference, under each preset and with the cache on either tier."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from specmoe_jax import PRESETS, Engine, SamplingParams
+from specmoe_jax.testing_families import RAW_CONFIGS, tiny_family
+
+PROMPTS = ((5, 99, 3, 17, 64, 8, 2, 120, 44, 9, 31), (77, 1, 30))  # ragged; longer than the windows and chunks
+NEW_TOKENS = 9
+PARAMS = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+
+
+@functools.cache
+def reference_tokens(family: str) -> tuple[tuple[int, ...], ...]:
+    """Argmax, token by token, of the reference forward over padded rows, which causal attention does not see."""
+    model, rows = tiny_family(family), [list(prompt) for prompt in PROMPTS]
+    length = max(map(len, rows)) + NEW_TOKENS
+    for _ in range(NEW_TOKENS):
+        padded = jnp.array([row + [0] * (length - len(row)) for row in rows])
+        logits = np.asarray(model.logits(padded))
+        for i, row in enumerate(rows):
+            row.append(int(logits[i, len(row) - 1].argmax()))
+    return tuple(tuple(row[len(prompt) :]) for row, prompt in zip(rows, PROMPTS, strict=True))
+
+
+@pytest.mark.parametrize("kv_tier", ["accelerator", "host"])
+@pytest.mark.parametrize("preset", ["resident", "on_demand", "specmoe"])
+@pytest.mark.parametrize("family", RAW_CONFIGS)
+def test_greedy_equality(family, preset, kv_tier):
+    model = tiny_family(family)
+    plan = PRESETS[preset](model.config).replace(kv_tier=kv_tier, batch_size=2, prefill_chunk=4)
+    if preset == "specmoe":
+        plan = plan.replace(draft_length=3, draft_experts=2)
+    engine = Engine(model, plan)
+    completions = engine.generate([list(prompt) for prompt in PROMPTS], PARAMS)
+    assert tuple(completion.token_ids for completion in completions) == reference_tokens(family)
+    stats = engine.stats()
+    assert stats["draft_link_bytes"] == 0 and stats["compilations_after_warmup"] == 0
+    assert (stats["link_bytes"] > 0) == (preset != "resident")
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama4"])  # dense layers before, between and after
+def test_every_pass_counts_the_layers_that_have_experts(family):
+    """One token on demand misses its experts in each of them, and every byte on the link is an expert's."""
+    model = tiny_family(family)
+    engine = Engine(model, PRESETS["on_demand"](model.config).replace(batch_size=1))
+    engine.generate([list(PROMPTS[0])], PARAMS)
+    stats = engine.stats()
+    assert stats["link_bytes"] == stats["expert_misses"] * model.expert_bytes
+    assert stats["expert_misses"] == NEW_TOKENS * model.config.num_moe_layers * model.config.experts_per_token
+
+
+@pytest.mark.parametrize("family", RAW_CONFIGS)
+def test_bfloat16_is_near_float32(family):
+    """Weights, caches and blocks in bfloat16: logits within its rounding, and generation runs."""
+    model, exact = tiny_family(family, "bfloat16"), tiny_family(family)
+    token_ids = jnp.array([PROMPTS[0]])
+    ours, theirs = np.asarray(model.logits(token_ids)), np.asarray(exact.logits(token_ids))
+    assert np.abs(ours - theirs).mean() < 0.05 * np.abs(theirs).mean()
+    plan = PRESETS["on_demand"](model.config).replace(dtype="bfloat16", batch_size=2, prefill_chunk=4, kv_tier="host")
+    (completion,) = Engine(model, plan).generate([list(PROMPTS[0])], SamplingParams(max_new_tokens=3, ignore_eos=True))
+    assert len(completion.token_ids) == 3

@@ -1,0 +1,21 @@
+"""model.logits of every family against what transformers computed, kept in golden files: needs no torch."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from specmoe_jax.testing_families import RAW_CONFIGS, tiny_family
+
+TOLERANCE = 1e-4
+
+
+@pytest.mark.parametrize("prompt", [0, 1])
+@pytest.mark.parametrize("family", RAW_CONFIGS)
+def test_logits(family, prompt):
+    """A miss after a change of the tiny models: run python tests/golden/families/regenerate.py."""
+    with np.load(pathlib.Path(__file__).parent / f"{family}.npz") as kept:
+        token_ids, theirs = kept[f"prompt{prompt}"], kept[f"logits{prompt}"]
+    ours = np.asarray(tiny_family(family).logits(token_ids))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+    np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))

@@ -1,0 +1,94 @@
+"""Every family against transformers: random checkpoints of its own save_pretrained, float32 logits within 1e-4, the same argmax."""
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from specmoe_jax.checkpoints import load_model
+from specmoe_jax.checkpoints.mxfp4 import decode
+from specmoe_jax.testing_families import RAW_CONFIGS
+
+REASON = "the reference implementation is not installed: pip install '.[parity]'"
+torch = pytest.importorskip("torch", reason=REASON)
+transformers = pytest.importorskip("transformers", reason=REASON)
+torch.set_num_threads(1)
+
+TOLERANCE = 1e-4
+SHAPES = ((1, 1), (1, 33), (3, 12))
+VARIANT_SHAPES = ((2, 33),)  # each shape compiles anew
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
+VARIANTS = (
+    *((family, {}) for family in RAW_CONFIGS),
+    ("mixtral", {"rope_parameters": LLAMA3}),
+    ("mixtral", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    ("qwen3_moe", {"rope_parameters": YARN, "norm_topk_prob": False}),
+    ("qwen3_moe", {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 5}),
+    ("qwen2_moe", {"tie_word_embeddings": True, "norm_topk_prob": True, "sliding_window": 50}),
+    ("qwen2_moe", {"use_sliding_window": False}),
+    ("olmoe", {"norm_topk_prob": True, "num_key_value_heads": 6, "tie_word_embeddings": True}),
+    ("deepseek_v2", {"q_lora_rank": 14, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2, "tie_word_embeddings": True}),
+    ("deepseek_v2", {"rope_parameters": RAW_CONFIGS["deepseek_v2"]["rope_parameters"] | {"mscale": 1.0, "mscale_all_dim": 0}}),
+    ("gpt_oss", {"sliding_window": 50, "tie_word_embeddings": True}),
+    ("gpt_oss", {"layer_types": ["full_attention"] * 3, "swiglu_limit": 7.0}),
+    ("llama4", {"no_rope_layers": [1, 1, 1, 1], "use_qk_norm": False, "tie_word_embeddings": True}),
+    ("llama4", {"attention_chunk_size": 50, "attn_temperature_tuning": False, "moe_layers": [0, 1, 2, 3]}),
+)
+FUSED = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "deepseek_v2")
+
+
+def write(path, family: str, changes: dict, *, original: bool = True):
+    """A random model of transformers, saved by transformers, large enough in weights that every part matters."""
+    torch.manual_seed(0)
+    raw = {key: value for key, value in (RAW_CONFIGS[family] | changes).items() if key != "architectures"}
+    config = transformers.AutoConfig.for_model(**raw, initializer_range=0.15)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name or "bias" in name or "sinks" in name:  # which start as ones, zeros or not at all
+                weight.copy_(float("norm" in name) + 0.3 * torch.randn_like(weight))
+    model.save_pretrained(path, save_original_format=original)
+    return model
+
+
+def assert_parity(model, reference, shapes=SHAPES) -> float:
+    """The largest difference."""
+    rng, worst = np.random.default_rng(0), 0.0
+    for shape in shapes:
+        token_ids = rng.integers(0, model.config.vocab_size, shape)
+        with torch.no_grad():
+            theirs = reference(torch.from_numpy(token_ids), use_cache=False).logits.numpy()
+        ours = np.asarray(model.logits(token_ids))
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+        np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))
+        worst = max(worst, float(np.abs(ours - theirs).max()))
+    return worst
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS, ids=lambda value: value if isinstance(value, str) else ",".join(value))
+def test_logits(family, changes, tmp_path, record_property):
+    reference = write(tmp_path, family, changes)
+    error = assert_parity(load_model(str(tmp_path)), reference, VARIANT_SHAPES if changes else SHAPES)
+    record_property("largest_difference", error)
+    print(f"{family}: largest difference of a logit {error:.1e}")
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_fused_names(family, tmp_path):
+    reference = write(tmp_path, family, {}, original=False)
+    assert any(name.endswith("gate_up_proj") for name in safetensors.numpy.load_file(tmp_path / "model.safetensors"))
+    assert_parity(load_model(str(tmp_path)), reference, VARIANT_SHAPES)
+
+
+def test_mxfp4_decodes_as_in_the_reference():
+    """Random bytes through both decoders."""
+    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (3, 6, 2, 16)).astype(np.uint8)
+    scales = rng.integers(100, 150, (3, 6, 2)).astype(np.uint8)
+    theirs = mxfp4.convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales), dtype=torch.float32)
+    np.testing.assert_array_equal(decode(blocks, scales).swapaxes(1, 2), theirs.numpy())

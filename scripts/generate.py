@@ -50,6 +50,7 @@ _OUTPUT = flags.DEFINE_string(
 _PRESET = flags.DEFINE_string("preset", None, f"One of {', '.join(PRESETS)}; default specmoe.")
 _PLAN = flags.DEFINE_string("plan", None, "A plan as JSON, instead of a preset.")
 _DRAFT = flags.DEFINE_enum("draft", None, [d for d in DRAFTS if d != "custom"], "Overrides the plan's draft.")
+_DRAFT_MODEL = flags.DEFINE_string("draft_model", None, "A checkpoint of the same vocabulary (draft=model).")
 _DRAFT_LENGTH = flags.DEFINE_integer("draft_length", None, "Tokens drafted per step.")
 _DRAFT_EXPERTS = flags.DEFINE_integer("draft_experts", None, "Draft experts per layer: hot (draft=self) or merged (draft=merged).")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Requests that generate together.")
@@ -90,7 +91,8 @@ def main() -> None:
     check_job_before_loading(prompts)
     _common.use_compile_cache()
     model = load_model(_MODEL.value, **load_options(), progress=True)
-    engine = Engine(model, make_plan(model.config), progress=True)
+    draft_model = load_model(_DRAFT_MODEL.value, dtype=model.dtype, progress=True) if _DRAFT_MODEL.value else None
+    engine = Engine(model, make_plan(model.config), draft_model=draft_model, progress=True)
     load_s = watch.seconds
     if _OUTPUT.value:
         run_job(engine, prompts)

@@ -6,7 +6,7 @@ Shape alphabet, used in einsums, C++ and tests alike:
     those with experts), E experts, A active experts per token, R resident expert slots, V vocabulary, n = B * T flattened tokens.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -55,10 +55,12 @@ class Proposal(NamedTuple):
     tokens: [B, N] int32.
     probs: [B, N, V] float32, the distribution that token j was really drawn from; None when the draft is a
         point mass (tokens picked by argmax, n-gram lookup), which acceptance treats as such.
+    memory: what the draft wants to see again in the next step of these rows; arrays in it may be donated then.
     """
 
     tokens: jax.Array
     probs: jax.Array | None
+    memory: Any = None
 
 
 class AcceptResult(NamedTuple):

@@ -64,7 +64,7 @@ class _Forward:
 def draft(rt: Runtime, state: State, length: int) -> Drafted:
     """`length` tokens per row, none for length 0. Blocks until they are there. Consumes the state's buffers."""
     if length == 0:
-        nothing = Proposal(tokens=jnp.zeros((len(state.requests), 0), jnp.int32), probs=None)
+        nothing = Proposal(tokens=jnp.zeros((len(state.requests), 0), jnp.int32), probs=None, memory=state.draft_memory)
         return Drafted(nothing, state.kv, state.memory, np.zeros(state.memory.votes.shape, np.int64), 0)
     forward = _Forward(rt, state, length) if rt.plan.draft in GATED_DRAFTS else None
     view = DraftView(
@@ -81,6 +81,7 @@ def draft(rt: Runtime, state: State, length: int) -> Drafted:
         keys=None if state.rows.greedy else step_keys(state, Stream.DRAFT),
         coupled=step_coupled_keys(state, length) if rt.plan.deterministic_sampling else None,
         forward=forward,
+        memory=state.draft_memory,
     )
     proposal, kv = jax.block_until_ready(rt.draft.propose(view))
     if forward is None:

@@ -7,20 +7,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax import metrics
 from specmoe_jax.checkpoints.disk import DiskExperts
 from specmoe_jax.config import Plan, SamplingParams
+from specmoe_jax.engine.draft_model import draft_model_bytes, make_model_draft
 from specmoe_jax.engine.finish import final_text
 from specmoe_jax.engine.prefill import prefill
 from specmoe_jax.engine.requests import Shapes, make_requests, shapes_of
-from specmoe_jax.engine.runtime import build, first_memory
+from specmoe_jax.engine.runtime import build, first_memory, new_cache
 from specmoe_jax.engine.state import Request, State, StepInfo
 from specmoe_jax.engine.step import step, warm_up
 from specmoe_jax.errors import PlanError
-from specmoe_jax.layer_config import LayerConfig
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.memory import MemoryAccount, account, cache_positions
 from specmoe_jax.speculate.draft import Draft
@@ -53,10 +52,19 @@ class Engine:
     """Generates with a model under a plan. Raises PlanError at construction for a plan that cannot run.
 
     draft: an own implementation of speculate.Draft, for plans with draft="custom".
+    draft_model: a smaller model of the same vocabulary, for plans with draft="model".
     progress: bars while preparing (affinity), silent when standard error is not a terminal.
     """
 
-    def __init__(self, model: Model, plan: Plan, *, draft: Draft | None = None, progress: bool = False):
+    def __init__(
+        self,
+        model: Model,
+        plan: Plan,
+        *,
+        draft: Draft | None = None,
+        draft_model: Model | None = None,
+        progress: bool = False,
+    ):
         self.model, self.plan = model, plan.validate(model.config)
         if (plan.draft == "custom") != (draft is not None):
             raise PlanError(f"draft={plan.draft} and a draft object {'' if draft else 'not '}given; custom needs one")
@@ -65,14 +73,21 @@ class Engine:
         tier = "disk" if isinstance(model.experts, DiskExperts) else "host"
         if plan.expert_tier != tier:
             raise PlanError(f"the plan says expert_tier={plan.expert_tier}, the model was loaded with {tier}; make them agree")
-        self._custom_draft, self._progress = draft, progress
+        if (plan.draft == "model") != (draft_model is not None):
+            raise PlanError(
+                f"draft={plan.draft} and {'a' if draft_model else 'no'} draft model given; "
+                "--draft=model and --draft_model=DIR go together"
+            )
+        self._given_draft, self._draft_model, self._progress = draft, draft_model, progress
         self._rt = self._memory = self._account = self._accounted_peak_bytes = None
         self._compiles = metrics.CompileCounter()
         self._warm_shapes, self._recompiled, self._warm_up_s = set(), 0, 0.0
         self._totals, self._prefill_s, self._on_demand_bytes = metrics.Totals(), 0.0, 0
         self._prefill_link_bytes = self._prefill_disk_bytes = 0
         # The smallest job must fit, so that a plan that never can is refused before anything is loaded.
-        account(model.config, plan, batch_rows=1, positions=cache_positions(2, plan))
+        self._needed(rows=1, positions=cache_positions(2, plan))
+        if draft_model is not None:
+            self._given_draft = make_model_draft(model, draft_model, plan)
 
     def generate(
         self,
@@ -218,18 +233,22 @@ class Engine:
 
     def _take_memory(self, shapes: Shapes):
         """The pool left by the batch before, or a new one; a larger batch may need a larger pool."""
-        needed = account(self.model.config, self.plan, batch_rows=shapes.rows, positions=shapes.positions)
+        needed = self._needed(rows=shapes.rows, positions=shapes.positions)
         fits = self._account is not None and needed.num_slots <= self._account.num_slots
         # A pool of the same size may hold a small batch's dispatch at once and a larger one's only in waves.
         fits = fits and self._rt.single_wave == (needed.num_slots >= needed.wanted_slots)
         if not fits or self._too_big(needed):
             self._memory = None
-            self._rt = build(self.model, self.plan, needed, self._custom_draft, earlier=self._rt, progress=self._progress)
+            self._rt = build(self.model, self.plan, needed, self._given_draft, earlier=self._rt, progress=self._progress)
             self._account = needed
         in_use = needed._replace(num_slots=self._account.num_slots).accelerator_bytes
         self._accounted_peak_bytes = max(self._accounted_peak_bytes or 0, in_use)
         memory, self._memory = self._memory, None
         return first_memory(self._rt) if memory is None else memory
+
+    def _needed(self, *, rows: int, positions: int) -> MemoryAccount:
+        beside = draft_model_bytes(self._draft_model, self.plan, batch_rows=rows, positions=positions)
+        return account(self.model.config, self.plan, batch_rows=rows, positions=positions, draft_model_bytes=beside)
 
     def _too_big(self, needed: MemoryAccount) -> bool:
         """Whether the pool of an earlier, smaller batch would break the budget beside this batch's cache."""
@@ -238,15 +257,7 @@ class Engine:
 
     def _new_cache(self, shapes: Shapes) -> KVCache:
         device = self._rt.host if self.plan.kv_tier == "host" else self._rt.device
-
-        def buffer(layer: LayerConfig):
-            shape = (shapes.rows, layer.attention.num_kv_heads, shapes.positions, layer.attention.cache_dim)
-            return jax.device_put(jnp.zeros(shape, self.plan.dtype), device)
-
-        def buffers():
-            return tuple(buffer(layer) for layer in self.model.config.layers)
-
-        return KVCache(k=buffers(), v=buffers())
+        return new_cache(self.model.config, shapes.rows, shapes.positions, self.plan.dtype, device)
 
     def _peak_accelerator_bytes(self) -> int | None:
         """The device's own figure, or (on CPU, which has none) the account of what the engine allocated."""

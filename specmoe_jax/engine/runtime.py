@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.config import GATED_DRAFTS, ModelConfig, Plan
 from specmoe_jax.engine.state import ExpertMemory
+from specmoe_jax.layer_config import LayerConfig
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import DTYPE_BYTES, Weights
 from specmoe_jax.offload import leftovers
@@ -22,6 +24,7 @@ from specmoe_jax.speculate.hotness import hot_set
 from specmoe_jax.speculate.ngram import NgramDraft
 from specmoe_jax.speculate.self_draft import SelfDraft
 from specmoe_jax.speculate.substitution import random_neighbours
+from specmoe_jax.types import KVCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +125,16 @@ def first_memory(rt: Runtime) -> ExpertMemory:
             pool = rt.store.fetch(pool, wave.fetch)
             left = left and leftovers.after_copies(left, wave.fetch)
     return ExpertMemory(pool=pool, residency=residency, votes=votes, prefetched=np.zeros(shape, bool), leftovers=left)
+
+
+def new_cache(config: ModelConfig, rows: int, positions: int, dtype: str, device: jax.Device) -> KVCache:
+    """A KV cache of zeros."""
+
+    def buffer(layer: LayerConfig) -> jax.Array:
+        shape = (rows, layer.attention.num_kv_heads, positions, layer.attention.cache_dim)
+        return jax.device_put(jnp.zeros(shape, dtype), device)
+
+    return KVCache(k=tuple(map(buffer, config.layers)), v=tuple(map(buffer, config.layers)))
 
 
 _DRAFTS = {"none": lambda: None, "custom": lambda: None, "self": SelfDraft, "merged": SelfDraft, "ngram": NgramDraft}

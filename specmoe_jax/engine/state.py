@@ -1,6 +1,6 @@
 """What a generation is made of between two steps, and what a step tells about itself."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -46,6 +46,7 @@ class State(NamedTuple):
     requests: B, the rows of the batch; None pads the batch to its compiled size. lengths: [B] int32, committed
     rows in the cache. last_token: [B] int32, committed but not yet in the cache. generated: per row, the new
     tokens so far. finish_reasons: per row, None while it runs. guard: chooses the draft length, None if it is fixed.
+    draft_memory: what the draft keeps between steps.
     """
 
     requests: tuple[Request | None, ...]
@@ -57,6 +58,7 @@ class State(NamedTuple):
     finish_reasons: tuple[str | None, ...]
     rows: SamplingRows
     guard: Guard | None
+    draft_memory: Any = None
 
     @property
     def active(self) -> np.ndarray:

@@ -126,6 +126,7 @@ def commit(
     votes = rt.draft_set.update(verified.memory.votes, verified.counts, _committed_counts(verified, committed))
     new_state = state._replace(
         kv=verified.kv,
+        draft_memory=proposal.memory,
         memory=verified.memory._replace(votes=votes),
         lengths=state.lengths + committed,
         last_token=last_token,

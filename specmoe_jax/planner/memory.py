@@ -27,6 +27,7 @@ class MemoryAccount(NamedTuple):
     activation_bytes: int
     host_experts: int  # experts in host memory: all, or as many as the budget lets a disk tier cache
     kv_tier: str
+    draft_model_bytes: int = 0
 
     @property
     def host_expert_bytes(self) -> int:
@@ -35,7 +36,8 @@ class MemoryAccount(NamedTuple):
     @property
     def accelerator_bytes(self) -> int:
         kv = self.kv_bytes if self.kv_tier == "accelerator" else 0
-        return self.weight_bytes + (self.num_slots + self.merged_slots) * self.expert_bytes + kv + self.activation_bytes
+        experts = (self.num_slots + self.merged_slots) * self.expert_bytes
+        return self.weight_bytes + experts + kv + self.activation_bytes + self.draft_model_bytes
 
     @property
     def host_bytes(self) -> int:
@@ -53,11 +55,14 @@ def cache_positions(longest: int, plan: Plan) -> int:
     return max(64, 1 << (needed - 1).bit_length())
 
 
-def account(config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int) -> MemoryAccount:
+def account(
+    config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int, draft_model_bytes: int = 0
+) -> MemoryAccount:
     """The account of a plan for `batch_rows` rows of `positions` KV positions, within its budgets.
 
     The pool gets what the plan can use (pinned experts, and one layer's whole dispatch), or what the budget
-    leaves. Raises PlanError with the shortage and the smallest budget that works.
+    leaves. draft_model_bytes: what a separate draft model takes. Raises PlanError with the shortage and the smallest
+    budget that works.
     """
     item = DTYPE_BYTES[plan.dtype]
     passes = max(plan.tokens_per_pass, plan.prefill_chunk) * batch_rows  # tokens of the largest pass
@@ -75,6 +80,7 @@ def account(config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int)
         activation_bytes=_activation_bytes(config, plan, batch_rows, passes, item),
         host_experts=config.num_moe_layers * config.num_experts,
         kv_tier=plan.kv_tier,
+        draft_model_bytes=draft_model_bytes,
     )
     return _fit_device(_fit_host(whole, plan), plan)
 

@@ -1,7 +1,7 @@
 """The protocol of a draft: anything that proposes tokens, given what the engine lets it see."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ class DraftView(NamedTuple):
     coupled: [B, N] keys that draft and target share under deterministic sampling, else None.
     forward: (kv, tokens [B], lengths [B]) -> (logits [B, V], kv): one token through the resident experts only,
         no expert crosses the link.
+    memory: of the draft's last proposal for these rows (Proposal.memory), None in their first step.
     """
 
     length: int
@@ -34,6 +35,7 @@ class DraftView(NamedTuple):
     keys: jax.Array | None
     coupled: jax.Array | None
     forward: Callable
+    memory: Any = None
 
 
 class Draft(Protocol):

@@ -21,15 +21,19 @@ class SelfDraft:
         kv, token, tokens, probs = view.kv, view.last_token, [], []
         for position in range(view.length):
             logits, kv = view.forward(kv, token, view.lengths + np.int32(position))
-            if view.rows.greedy:
-                token = _argmax(logits)
-            elif view.coupled is not None:
-                token = _choose_coupled(view.coupled[:, position], logits, view.rows)
-            else:
-                token, q = _draw(view.keys, np.int32(position), logits, view.rows)
-                probs.append(q)
+            token, q = choose_token(view, position, logits)
             tokens.append(token)
+            probs += [] if q is None else [q]
         return Proposal(tokens=jnp.stack(tokens, 1), probs=jnp.stack(probs, 1) if probs else None), kv
+
+
+def choose_token(view: DraftView, position: int, logits: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The drafted token [B] at a position of the step by the rows' parameters, and its distribution [B, V] if drawn."""
+    if view.rows.greedy:
+        return _argmax(logits), None
+    if view.coupled is not None:
+        return _choose_coupled(view.coupled[:, position], logits, view.rows), None
+    return _draw(view.keys, np.int32(position), logits, view.rows)
 
 
 @jax.jit

@@ -153,7 +153,7 @@ def hot_tables(params: model.Params, traces, starts: jax.Array, batch: int, num_
     return jnp.stack(tables)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_resident"))
+@functools.partial(jax.jit, static_argnames="config")
 def chain_acceptance(params: model.Params, tokens: jax.Array, config: ModelConfig, num_resident: int) -> jax.Array:
     """Drafts and verifies chains all along held-out rows. tokens [B, T] -> accepted prefix flags [B, P, N]."""
     _, traces = model.forward(params, tokens, config)

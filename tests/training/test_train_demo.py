@@ -66,6 +66,14 @@ def corpus(tmp_path_factory) -> pathlib.Path:
 
 
 def run_script(corpus: pathlib.Path, work: pathlib.Path, steps: int, *extra: str) -> None:
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "PATH": "",
+        "JAX_PLATFORMS": "cpu",
+        # The run that resumes compiles what the whole run compiled.
+        "JAX_COMPILATION_CACHE_DIR": str(corpus / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     subprocess.run(
         [
             sys.executable,
@@ -81,7 +89,7 @@ def run_script(corpus: pathlib.Path, work: pathlib.Path, steps: int, *extra: str
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": str(ROOT), "PATH": "", "JAX_PLATFORMS": "cpu"},
+        env=environment,
     )
 
 

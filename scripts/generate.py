@@ -51,7 +51,7 @@ _PRESET = flags.DEFINE_string("preset", None, f"One of {', '.join(PRESETS)}; def
 _PLAN = flags.DEFINE_string("plan", None, "A plan as JSON, instead of a preset.")
 _DRAFT = flags.DEFINE_enum("draft", None, [d for d in DRAFTS if d != "custom"], "Overrides the plan's draft.")
 _DRAFT_LENGTH = flags.DEFINE_integer("draft_length", None, "Tokens drafted per step.")
-_DRAFT_EXPERTS = flags.DEFINE_integer("draft_experts", None, "Resident draft experts per layer (draft=self).")
+_DRAFT_EXPERTS = flags.DEFINE_integer("draft_experts", None, "Draft experts per layer: hot (draft=self) or merged (draft=merged).")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Requests that generate together.")
 _MICRO_BATCHES = flags.DEFINE_integer("micro_batches", None, "Parts of a batch in flight at once.")
 _KV_TIER = flags.DEFINE_enum("kv_tier", None, KV_TIERS, "Where the KV cache is and attention runs.")

@@ -6,16 +6,16 @@
 The order of the batches depends on the seed and the step alone; a run that is started again continues from
 its newest Orbax checkpoint under RUN and gives the same weights as one that was never stopped.
 """
+
 import json
 import pathlib
 import time
 
-from absl import app, flags, logging
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
 import tqdm
+from absl import app, flags, logging
 
 from specmoe_jax.config import ModelConfig
 from specmoe_jax.training import data, evaluate, export, loop
@@ -26,16 +26,16 @@ flags.DEFINE_string("work_dir", None, "checkpoints and log of this run", require
 flags.DEFINE_string("export_dir", None, "where the Hugging Face checkpoint goes; empty: no export")
 flags.DEFINE_bool("evaluate", True, "evaluate the exported weights on the held-out text")
 flags.DEFINE_integer("evaluate_tokens", 0, "held-out tokens per corpus in the evaluation; 0: all of them")
-flags.DEFINE_integer("steps", 3000, "training steps")
+flags.DEFINE_integer("steps", 620, "training steps")
 flags.DEFINE_integer("batch_size", 32, "rows of a batch")
 flags.DEFINE_integer("length", 256, "tokens of a row")
 flags.DEFINE_float("learning_rate", 4e-3, "of the constant phase")
 flags.DEFINE_integer("warmup_steps", 50, "linear warm-up")
-flags.DEFINE_integer("decay_steps", 600, "linear decay to zero at the end")
+flags.DEFINE_integer("decay_steps", 320, "linear decay to zero at the end")
 flags.DEFINE_enum("optimizer", "muon", ["muon", "adamw"], "muon leaves embeddings, head, norms and gates to Adam")
 flags.DEFINE_float("weight_decay", 0.02, "decoupled weight decay")
-flags.DEFINE_float("balance_weight", 0.003, "weight of the load-balancing loss")
-flags.DEFINE_float("capacity_factor", 1.5, "rows of an expert in training, relative to an even load")
+flags.DEFINE_float("balance_weight", 0.01, "weight of the load-balancing loss")
+flags.DEFINE_float("capacity_factor", 2.0, "rows of an expert in training, relative to an even load")
 flags.DEFINE_bool("common_experts", True, "train experts as a common part plus differences; merged on export")
 flags.DEFINE_float("draft_rows", 0.25, "share of the rows of a batch routed as the self-draft would")
 flags.DEFINE_integer("seed", 0, "of weights and data order")
@@ -55,11 +55,23 @@ def configs() -> tuple[loop.TrainConfig, ModelConfig]:
     """The frozen configurations that the flags describe."""
     train = loop.TrainConfig(**{name: FLAGS[name].value for name in loop.TrainConfig.__dataclass_fields__})
     model = ModelConfig(
-        family="mixtral", vocab_size=FLAGS.vocab_size, hidden_size=FLAGS.hidden_size, num_layers=FLAGS.num_layers,
-        num_heads=FLAGS.num_heads, num_kv_heads=FLAGS.num_kv_heads, head_dim=FLAGS.hidden_size // FLAGS.num_heads,
-        expert_hidden=FLAGS.expert_hidden, num_experts=FLAGS.num_experts,
-        experts_per_token=FLAGS.experts_per_token, max_positions=max(1024, FLAGS.length), rope_theta=10000.0,
-        norm_eps=1e-5, tie_embeddings=False, sliding_window=None, eos_token_ids=(export.EOS_ID,))
+        family="mixtral",
+        vocab_size=FLAGS.vocab_size,
+        hidden_size=FLAGS.hidden_size,
+        num_layers=FLAGS.num_layers,
+        num_heads=FLAGS.num_heads,
+        num_kv_heads=FLAGS.num_kv_heads,
+        head_dim=FLAGS.hidden_size // FLAGS.num_heads,
+        expert_hidden=FLAGS.expert_hidden,
+        num_experts=FLAGS.num_experts,
+        experts_per_token=FLAGS.experts_per_token,
+        max_positions=max(1024, FLAGS.length),
+        rope_theta=10000.0,
+        norm_eps=1e-5,
+        tie_embeddings=False,
+        sliding_window=None,
+        eos_token_ids=(export.EOS_ID,),
+    )
     return train, model
 
 
@@ -81,8 +93,7 @@ def log_line(file, step: int, info: loop.StepInfo) -> str:
 def train_loop(train: loop.TrainConfig, model: ModelConfig, work_dir: pathlib.Path, tokens: np.ndarray):
     """Runs the remaining steps -> the last TrainState."""
     options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=FLAGS.checkpoint_every)
-    with (ocp.CheckpointManager(work_dir / "checkpoints", options=options) as manager,
-          open(work_dir / "log.jsonl", "a") as log):
+    with ocp.CheckpointManager(work_dir / "checkpoints", options=options) as manager, open(work_dir / "log.jsonl", "a") as log:
         state = restore_or_init(manager, train, model)
         steps = range(int(state.step), train.steps)
         for step in (bar := tqdm.tqdm(steps, initial=int(state.step), total=train.steps, mininterval=5)):
@@ -105,8 +116,7 @@ def main(_) -> None:
     if not FLAGS.export_dir:
         return
     folder = pathlib.Path(FLAGS.export_dir)
-    export.write_checkpoint(folder, state.params, model, tokenizer=data_dir / "tokenizer.json",
-                            dtype=FLAGS.export_dtype)
+    export.write_checkpoint(folder, state.params, model, tokenizer=data_dir / "tokenizer.json", dtype=FLAGS.export_dtype)
     if FLAGS.evaluate:
         # The exported weights, not the trained ones: bfloat16 rounding is part of the model.
         params = export.from_tensors(safetensors.numpy.load_file(folder / "model.safetensors"), model)

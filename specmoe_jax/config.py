@@ -10,7 +10,8 @@ from specmoe_jax.layer_config import AttentionConfig, ExpertConfig, LayerConfig,
 
 GIB = 1 << 30
 
-DRAFTS = ("none", "self", "ngram", "custom")
+DRAFTS = ("none", "self", "merged", "ngram", "custom")
+GATED_DRAFTS = ("self", "merged")  # those that run the target's own gates, over fewer experts
 DRAFT_SETS = ("hot_temporal", "hot_global", "random", "decay", "accepted")
 SUBSTITUTIONS = ("affinity", "distinct", "random", "mask")
 PREFETCHES = ("none", "draft", "oracle")
@@ -140,7 +141,7 @@ class Plan:
     preset: str
     draft: str = "none"
     draft_length: int | None = None  # N tokens drafted per step
-    draft_experts: int | None = None  # N resident draft experts per MoE layer (draft=self)
+    draft_experts: int | None = None  # resident draft experts per MoE layer: N hot (draft=self), K merged (draft=merged)
     draft_set: str | None = None  # which experts those are (draft=self); None: hot_temporal
     substitution: str | None = None  # who stands in for the others (draft=self); None: affinity
     guard: bool = False  # adapt the draft length while running, down to no draft where it does not pay
@@ -247,9 +248,9 @@ def _check_types(plan: Plan) -> None:
 def _check_draft(plan: Plan, config: ModelConfig) -> None:
     if plan.draft != "none" and plan.draft_length is None:
         raise PlanError(f"draft={plan.draft} needs a draft_length, for example 4")
-    if plan.draft == "self" and (plan.draft_experts is None or plan.draft_experts > config.num_experts):
+    if plan.draft in GATED_DRAFTS and (plan.draft_experts is None or plan.draft_experts > config.num_experts):
         raise PlanError(
-            f"draft_experts is {plan.draft_experts}; draft=self needs 1 to {config.num_experts}, the experts of a layer"
+            f"draft_experts is {plan.draft_experts}; draft={plan.draft} needs 1 to {config.num_experts}, the experts of a layer"
         )
     if plan.cached_experts is not None and plan.cached_experts > config.num_experts:
         raise PlanError(f"cached_experts is {plan.cached_experts}; a layer has {config.num_experts} experts")
@@ -262,7 +263,8 @@ def _check_effects(plan: Plan, config: ModelConfig) -> None:
     """Each line: fields that need a condition, the condition, and what to do without it."""
     needs = (
         (("draft_length", "guard", "synthetic_acceptance"), plan.draft != "none", "without a draft"),
-        (("draft_experts", "draft_set", "substitution"), plan.draft == "self", f"with draft={plan.draft}"),
+        (("draft_experts",), plan.draft in GATED_DRAFTS, f"with draft={plan.draft}"),
+        (("draft_set", "substitution"), plan.draft == "self", f"with draft={plan.draft}"),
         (("cached_experts",), plan.draft != "self", "with draft=self, which keeps its draft experts"),
         (("spare_slots",), plan.prefetch == "draft", f"with prefetch={plan.prefetch}"),
         (("dram_policy", "bypass_page_cache"), plan.expert_tier == "disk", "where every expert is in host memory"),
@@ -273,9 +275,9 @@ def _check_effects(plan: Plan, config: ModelConfig) -> None:
             value = getattr(plan, name)
             if not condition and value is not None and value is not False:
                 raise PlanError(f"{name}={value} has no effect {where}; leave it out")
-    if plan.draft == "self" and plan.expert_flow == "resident":
-        raise PlanError("draft=self has no effect with expert_flow=resident, where every expert is at hand; use on_demand")
-    if plan.prefetch == "draft" and plan.draft != "self":
+    if plan.draft in GATED_DRAFTS and plan.expert_flow == "resident":
+        raise PlanError(f"draft={plan.draft} has no effect with expert_flow=resident, where every expert is at hand; use on_demand")
+    if plan.prefetch == "draft" and plan.draft not in GATED_DRAFTS:
         raise PlanError(f"prefetch=draft has no effect with draft={plan.draft}: its gates tell nothing; use draft=self")
     if plan.substitution == "distinct" and config.experts_per_token == 1:
         raise PlanError("substitution=distinct has no effect where a token chooses one expert; leave it out")

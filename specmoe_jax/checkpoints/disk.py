@@ -1,6 +1,7 @@
 """Experts that stay on disk: read or mapped one by one when they are asked for."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 
@@ -36,8 +37,8 @@ class DiskExperts(Sequence):
         return len(self.sources), len(self.sources[0])
 
     @property
-    def block_shape(self) -> tuple[int, int, int]:
-        return (3, *self.sources[0][0].gate.shape)
+    def block_shape(self) -> tuple[int, ...]:
+        return self.sources[0][0].block_shape
 
     @property
     def block_dtype(self) -> np.dtype:
@@ -48,7 +49,7 @@ class DiskExperts(Sequence):
         return self.sources[layer][expert].bytes
 
     def read(self, layer: int, expert: int, *, keep_pages: bool = True) -> np.ndarray:
-        """The block [3, F, M] in memory of its own. Raises CheckpointError.
+        """The block in memory of its own. Raises CheckpointError.
 
         keep_pages: False drops its pages from the system's cache afterwards, so that the next read is one of the disk.
         """
@@ -82,17 +83,20 @@ class DiskLayer(Sequence):
 
 
 def _drop_pages(source: ExpertSource) -> None:
-    for piece in (source.gate, source.up, source.down):
+    for piece, _ in source.pieces:
         _drop_piece(piece)
+        if piece.scales is not None:
+            _drop_piece(piece.scales)
 
 
 def _drop_piece(piece: Piece) -> None:
     """Whole pages only are dropped, so the range is widened to their bounds."""
-    start = piece.tensor.entry.start + piece.first * piece.tensor.dtype.itemsize
-    first, page = start // os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PAGE_SIZE")
-    length = -(-(start + piece.bytes - first) // page) * page
+    entry, page = piece.tensor.entry, os.sysconf("SC_PAGE_SIZE")
+    item = entry.bytes // max(1, math.prod(entry.shape))
+    start, stop = entry.start + piece.first * item, entry.start + (piece.first + piece.size) * item
+    first = start // page * page
     descriptor = os.open(piece.tensor.path, os.O_RDONLY)
     try:
-        os.posix_fadvise(descriptor, first, length, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(descriptor, first, -(-(stop - first) // page) * page, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specmoe_jax.config import GATED_DRAFTS
 from specmoe_jax.engine.forward import draft_forward, prefetch
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, State
@@ -38,7 +39,10 @@ class _Forward:
         self.memory, self.prefetched = state.memory, 0
         self.predicted = np.zeros((rt.config.num_moe_layers, rt.config.num_experts), np.int64)
         self._rt, self._active, self._length = rt, state.active, length
-        self._slots = draft_slots(state.memory.residency.slot_of, rt.neighbours, rt.plan)
+        if rt.plan.draft == "merged":
+            self._slots = list(state.memory.groups)
+        else:
+            self._slots = draft_slots(state.memory.residency.slot_of, rt.neighbours, rt.plan)
         self._calls, self._start_s = 0, time.perf_counter()
 
     def __call__(self, kv: KVCache, tokens, lengths) -> tuple[jax.Array, KVCache]:
@@ -62,7 +66,7 @@ def draft(rt: Runtime, state: State, length: int) -> Drafted:
     if length == 0:
         nothing = Proposal(tokens=jnp.zeros((len(state.requests), 0), jnp.int32), probs=None)
         return Drafted(nothing, state.kv, state.memory, np.zeros(state.memory.votes.shape, np.int64), 0)
-    forward = _Forward(rt, state, length) if rt.plan.draft == "self" else None
+    forward = _Forward(rt, state, length) if rt.plan.draft in GATED_DRAFTS else None
     view = DraftView(
         length=length,
         kv=state.kv,

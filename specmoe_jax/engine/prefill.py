@@ -5,6 +5,7 @@ import numpy as np
 from specmoe_jax.engine.forward import target_pass
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, PassInfo
+from specmoe_jax.speculate.merged import group_experts, merge
 from specmoe_jax.types import KVCache
 
 
@@ -30,4 +31,22 @@ def prefill(
         memory, kv, totals = done.memory, done.kv, done.counts
         infos.append(done.info)
     votes = rt.draft_set.update(memory.votes, totals, totals)
-    return memory._replace(votes=votes), kv, infos
+    memory = memory._replace(votes=votes)
+    if rt.plan.draft == "merged" and memory.groups is None:
+        memory = merge_experts(rt, memory, totals)
+    return memory, kv, infos
+
+
+def merge_experts(rt: Runtime, memory: ExpertMemory, counts: np.ndarray) -> ExpertMemory:
+    """Fills the slots of draft=merged, once for each pool: the prompts of its first batch are the calibration run.
+
+    Every expert is read once and K blocks a layer cross the link. counts: [L, E], the choices of the prompts.
+    """
+    groups, pool = np.zeros(counts.shape, np.int32), memory.pool
+    for layer, slots in enumerate(rt.merged_slots):
+        grouping = group_experts(counts[layer], rt.neighbours[layer], len(slots))
+        for group, slot in enumerate(slots):
+            block = merge(lambda expert, layer=layer: np.asarray(rt.store.tier.block((layer, expert))), grouping, group)
+            pool = rt.store.put(pool, block, int(slot))
+        groups[layer] = slots[grouping.of]
+    return memory._replace(pool=pool, groups=groups)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from specmoe_jax.config import ModelConfig, Plan
+from specmoe_jax.config import GATED_DRAFTS, ModelConfig, Plan
 from specmoe_jax.engine.state import ExpertMemory
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import DTYPE_BYTES, Weights
@@ -28,9 +28,10 @@ from specmoe_jax.speculate.substitution import random_neighbours
 class Runtime:
     """keep: (layer, votes [E], counts [E], resident [E]) -> [E] bool, experts that stay after the layer's pass.
 
-    neighbours: [L, E, E] int32 where residents stand in for others, else None. resident_slots: [L, E] int32 under the resident
-    flow, else None. num_slots: R. dispatch_slots: those that a layer's dispatch can count on. single_wave: whether
-    every dispatch fits into them at once. host: the CPU.
+    neighbours: [L, E, E] int32 where residents stand in for others, else None. resident_slots: [L, E] int32 under the
+    resident flow, else None. num_slots: R. merged_slots: [L, K] int32, further slots, under draft=merged, else None.
+    dispatch_slots: those that a layer's dispatch can count on. single_wave: whether every dispatch fits into them at
+    once. host: the CPU.
     """
 
     config: ModelConfig
@@ -43,6 +44,7 @@ class Runtime:
     neighbours: np.ndarray | None
     resident_slots: np.ndarray | None
     num_slots: int
+    merged_slots: np.ndarray | None
     dispatch_slots: int
     single_wave: bool
     device: jax.Device
@@ -88,6 +90,7 @@ def build(
         neighbours=found,
         resident_slots=order.reshape(config.num_moe_layers, config.num_experts) if resident else None,
         num_slots=account.num_slots,
+        merged_slots=_merged_slots(config, account) if plan.draft == "merged" else None,
         dispatch_slots=min(account.num_slots, account.wanted_slots) - account.pinned_slots,
         single_wave=account.num_slots >= account.wanted_slots,
         device=device,
@@ -110,7 +113,7 @@ def _tier(model: Model, plan: Plan, account: MemoryAccount) -> Tier:
 def first_memory(rt: Runtime) -> ExpertMemory:
     """A new pool with what must always be there: all experts (resident flow) or a first draft set per layer."""
     shape = (rt.config.num_moe_layers, rt.config.num_experts)
-    pool = rt.store.new_pool(rt.num_slots)
+    pool = rt.store.new_pool(rt.num_slots + (0 if rt.merged_slots is None else rt.merged_slots.size))
     residency, votes, none = empty(*shape, rt.num_slots), np.zeros(shape), np.zeros(shape[1], bool)
     left = leftovers.nothing(*shape, rt.num_slots) if rt.plan.retain else None
     for layer in range(rt.config.num_moe_layers):
@@ -121,7 +124,12 @@ def first_memory(rt: Runtime) -> ExpertMemory:
     return ExpertMemory(pool=pool, residency=residency, votes=votes, prefetched=np.zeros(shape, bool), leftovers=left)
 
 
-_DRAFTS = {"none": lambda: None, "custom": lambda: None, "self": SelfDraft, "ngram": NgramDraft}
+_DRAFTS = {"none": lambda: None, "custom": lambda: None, "self": SelfDraft, "merged": SelfDraft, "ngram": NgramDraft}
+
+
+def _merged_slots(config: ModelConfig, account: MemoryAccount) -> np.ndarray:
+    """[L, K]: behind those that the residency plans know of."""
+    return account.num_slots + np.arange(account.merged_slots, dtype=np.int32).reshape(config.num_moe_layers, -1)
 
 
 def _policy_name(plan: Plan) -> str:
@@ -137,7 +145,7 @@ def _keep(config: ModelConfig, plan: Plan, policy: DraftSetPolicy):
 
 def _neighbours(model: Model, plan: Plan, progress: bool) -> np.ndarray | None:
     """[L, E, E]: for each expert the others, nearest first (SpecMoE, affinity) or at random; None where no other stands in."""
-    if plan.draft != "self" or plan.substitution == "mask":
+    if plan.draft not in GATED_DRAFTS or plan.substitution == "mask":
         return None
     if plan.substitution == "random":
         return random_neighbours(model.config.num_moe_layers, model.config.num_experts)

@@ -28,7 +28,8 @@ class ExpertMemory(NamedTuple):
 
     pool: [R, 3, F, M] slots on the accelerator, donated by every copy. residency: what is in them.
     votes: [L, E], the memory of the draft-set policy. prefetched: [L, E] bool, resident on a guess. leftovers: what
-    free slots still hold, None where the plan does not retain it.
+    free slots still hold, None where the plan does not retain it. groups: [L, E] int32, the slot of the merged block that
+    stands for each expert under draft=merged, else None.
     """
 
     pool: jax.Array
@@ -36,6 +37,7 @@ class ExpertMemory(NamedTuple):
     votes: np.ndarray
     prefetched: np.ndarray
     leftovers: Leftovers | None = None
+    groups: np.ndarray | None = None
 
 
 class State(NamedTuple):

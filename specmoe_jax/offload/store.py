@@ -71,9 +71,13 @@ class ExpertStore:
         """Starts the copies (layer, expert, slot), in that order. The pool is consumed (donated)."""
         self.tier.request([(layer, expert) for layer, expert, _ in copies])
         for layer, expert, slot in copies:
-            block = self.tier.block((layer, expert))
-            pool = _write_slot(pool, block, np.int32(slot))
-            self._arrival_s[slot] = self.link.send(block.nbytes)
+            pool = self.put(pool, self.tier.block((layer, expert)), slot)
+        return pool
+
+    def put(self, pool: jax.Array, block: jax.Array | np.ndarray, slot: int) -> jax.Array:
+        """Starts the copy of one block [3, F, M] from host memory. The pool is consumed (donated)."""
+        pool = _write_slot(pool, block if isinstance(block, jax.Array) else to_host(block), np.int32(slot))
+        self._arrival_s[slot] = self.link.send(block.nbytes)
         return pool
 
     def copies_within(self, budget_s: float) -> int:

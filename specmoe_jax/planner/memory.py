@@ -12,6 +12,7 @@ from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
 class MemoryAccount(NamedTuple):
     """Bytes by tier and purpose, and the slots R of the expert pool.
 
+    merged_slots are further ones, which hold merged experts for good.
     pinned_slots of them hold experts that stay between passes; with wanted_slots every dispatch fits at once, and
     what is beyond holds prefetched experts.
     """
@@ -21,6 +22,7 @@ class MemoryAccount(NamedTuple):
     num_slots: int
     wanted_slots: int
     pinned_slots: int
+    merged_slots: int
     kv_bytes: int
     activation_bytes: int
     host_experts: int  # experts in host memory: all, or as many as the budget lets a disk tier cache
@@ -33,7 +35,7 @@ class MemoryAccount(NamedTuple):
     @property
     def accelerator_bytes(self) -> int:
         kv = self.kv_bytes if self.kv_tier == "accelerator" else 0
-        return self.weight_bytes + self.num_slots * self.expert_bytes + kv + self.activation_bytes
+        return self.weight_bytes + (self.num_slots + self.merged_slots) * self.expert_bytes + kv + self.activation_bytes
 
     @property
     def host_bytes(self) -> int:
@@ -68,6 +70,7 @@ def account(config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int)
         num_slots=wanted + _spare_slots(plan, dispatch),
         wanted_slots=wanted,
         pinned_slots=pinned,
+        merged_slots=config.num_moe_layers * (plan.draft_experts or 0) if plan.draft == "merged" else 0,
         kv_bytes=2 * sum(batch_rows * positions * _cache_row(layer) for layer in config.layers) * item,
         activation_bytes=_activation_bytes(config, plan, batch_rows, passes, item),
         host_experts=config.num_moe_layers * config.num_experts,
@@ -78,7 +81,9 @@ def account(config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int)
 
 def pinned_experts(config: ModelConfig, plan: Plan) -> int:
     """Experts of each layer that stay on the accelerator between passes."""
-    return config.num_experts if plan.expert_flow == "resident" else plan.draft_experts or plan.cached_experts or 0
+    if plan.expert_flow == "resident":
+        return config.num_experts
+    return (plan.draft_experts if plan.draft == "self" else plan.cached_experts) or 0
 
 
 def _spare_slots(plan: Plan, dispatch: int) -> int:

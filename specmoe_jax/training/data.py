@@ -15,8 +15,8 @@ def batch_at(tokens: np.ndarray, step: int, *, batch_size: int, length: int, see
     epoch, position = divmod(step, per_epoch)
     rng = np.random.default_rng((seed, epoch))
     offset = rng.integers(length)
-    chosen = rng.permutation(windows)[position * batch_size:(position + 1) * batch_size]
-    return np.stack([tokens[offset + w * length:offset + (w + 1) * length + 1] for w in chosen]).astype(np.int32)
+    chosen = rng.permutation(windows)[position * batch_size : (position + 1) * batch_size]
+    return np.stack([tokens[offset + w * length : offset + (w + 1) * length + 1] for w in chosen]).astype(np.int32)
 
 
 def held_out_windows(tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -26,6 +26,6 @@ def held_out_windows(tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.nd
     """
     count = -(-(len(tokens) - 1) // length)
     padded = np.full(count * length + 1, -1, np.int32)
-    padded[:len(tokens)] = tokens
+    padded[: len(tokens)] = tokens
     inputs = padded[:-1].reshape(count, length)
     return np.where(inputs < 0, 0, inputs), padded[1:].reshape(count, length)

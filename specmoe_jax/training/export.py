@@ -12,15 +12,18 @@ import safetensors.numpy
 from specmoe_jax.config import ModelConfig
 from specmoe_jax.training import model
 
-BOS_ID, EOS_ID = 1, 2  # the tokenizer's special tokens: <unk> 0, <s> 1, </s> 2
+# </s> ends every training document and so also stands before the next one: it serves as both.
+EOS_ID, EOS = 2, "</s>"
 
 
 def layer_tensors(index: int, layer: model.LayerParams) -> dict[str, np.ndarray]:
     """One layer under its Hugging Face names; linear weights are [out, in]."""
     prefix = f"model.layers.{index}."
-    tensors = {f"{prefix}input_layernorm.weight": layer.attention_norm,
-               f"{prefix}post_attention_layernorm.weight": layer.expert_norm,
-               f"{prefix}block_sparse_moe.gate.weight": layer.gate.T}
+    tensors = {
+        f"{prefix}input_layernorm.weight": layer.attention_norm,
+        f"{prefix}post_attention_layernorm.weight": layer.expert_norm,
+        f"{prefix}block_sparse_moe.gate.weight": layer.gate.T,
+    }
     for name in ("q", "k", "v", "o"):
         tensors[f"{prefix}self_attn.{name}_proj.weight"] = getattr(layer, f"w{name}").T
     for name, weight in model.merged(layer)._asdict().items():
@@ -31,8 +34,7 @@ def layer_tensors(index: int, layer: model.LayerParams) -> dict[str, np.ndarray]
 
 def to_tensors(params: model.Params, dtype: str) -> dict[str, np.ndarray]:
     """Every tensor of the checkpoint, rounded to `dtype`."""
-    tensors = {"model.embed_tokens.weight": params.embedding, "model.norm.weight": params.norm,
-               "lm_head.weight": params.head.T}
+    tensors = {"model.embed_tokens.weight": params.embedding, "model.norm.weight": params.norm, "lm_head.weight": params.head.T}
     for index, layer in enumerate(params.layers):
         tensors |= layer_tensors(index, layer)
     target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
@@ -41,48 +43,82 @@ def to_tensors(params: model.Params, dtype: str) -> dict[str, np.ndarray]:
 
 def from_tensors(tensors: dict[str, np.ndarray], config: ModelConfig) -> model.Params:
     """The parameters of a checkpoint, float32, without a common part: what is evaluated is what was exported."""
+
     def matrix(name):
         return np.asarray(tensors[name + ".weight"], np.float32).T
 
     def layer(index):
         prefix = f"model.layers.{index}."
-        experts = {w: np.stack([matrix(f"{prefix}block_sparse_moe.experts.{e}.{w}")
-                                for e in range(config.num_experts)]) for w in ("w1", "w3", "w2")}
+        experts = {
+            w: np.stack([matrix(f"{prefix}block_sparse_moe.experts.{e}.{w}") for e in range(config.num_experts)])
+            for w in ("w1", "w3", "w2")
+        }
         bases = {f"base{w[1]}": np.zeros_like(stack[0]) for w, stack in experts.items()}
         projections = {f"w{p}": matrix(f"{prefix}self_attn.{p}_proj") for p in ("q", "k", "v", "o")}
-        return model.LayerParams(attention_norm=matrix(prefix + "input_layernorm"),
-                                 expert_norm=matrix(prefix + "post_attention_layernorm"),
-                                 gate=matrix(prefix + "block_sparse_moe.gate"), **projections, **experts, **bases)
+        return model.LayerParams(
+            attention_norm=matrix(prefix + "input_layernorm"),
+            expert_norm=matrix(prefix + "post_attention_layernorm"),
+            gate=matrix(prefix + "block_sparse_moe.gate"),
+            **projections,
+            **experts,
+            **bases,
+        )
 
-    params = model.Params(embedding=matrix("model.embed_tokens").T, norm=matrix("model.norm"),
-                          head=matrix("lm_head"), layers=tuple(layer(i) for i in range(config.num_layers)))
+    params = model.Params(
+        embedding=matrix("model.embed_tokens").T,
+        norm=matrix("model.norm"),
+        head=matrix("lm_head"),
+        layers=tuple(layer(i) for i in range(config.num_layers)),
+    )
     return jax.tree.map(jax.numpy.asarray, params)
 
 
 def config_json(config: ModelConfig, dtype: str) -> dict:
-    return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "dtype": dtype,
-            "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
-            "intermediate_size": config.expert_hidden, "num_hidden_layers": config.num_layers,
-            "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
-            "head_dim": config.head_dim, "num_local_experts": config.num_experts,
-            "num_experts_per_tok": config.experts_per_token, "max_position_embeddings": config.max_positions,
-            "rope_theta": config.rope_theta, "rms_norm_eps": config.norm_eps, "hidden_act": "silu",
-            "sliding_window": config.sliding_window, "attention_dropout": 0.0, "router_jitter_noise": 0.0,
-            "tie_word_embeddings": config.tie_embeddings, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "dtype": dtype,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.expert_hidden,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "num_local_experts": config.num_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "max_position_embeddings": config.max_positions,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": "silu",
+        "sliding_window": config.sliding_window,
+        "attention_dropout": 0.0,
+        "router_jitter_noise": 0.0,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": EOS_ID,
+        "eos_token_id": EOS_ID,
+    }
 
 
-def write_checkpoint(folder: pathlib.Path, params: model.Params, config: ModelConfig, *, tokenizer: pathlib.Path,
-                     dtype: str) -> None:
+def write_checkpoint(
+    folder: pathlib.Path, params: model.Params, config: ModelConfig, *, tokenizer: pathlib.Path, dtype: str
+) -> None:
     """config.json, model.safetensors, the tokenizer and the generation defaults into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(to_tensors(params, dtype), folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
     documents = {
         "config.json": config_json(config, dtype),
-        "generation_config.json": {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "do_sample": False},
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>",
-                                  "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": False,
-                                  "clean_up_tokenization_spaces": False,
-                                  "model_max_length": config.max_positions}}
+        "generation_config.json": {"bos_token_id": EOS_ID, "eos_token_id": EOS_ID, "do_sample": False},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": EOS,
+            "eos_token": EOS,
+            "unk_token": "<unk>",
+            "add_bos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": config.max_positions,
+        },
+    }
     for name, document in documents.items():
         (folder / name).write_text(json.dumps(document, indent=2) + "\n")

@@ -52,24 +52,31 @@ DRAFT_SIZES = (2, 4, 8)  # resident experts of the draft-routed rows, in turn
 def learning_rate(config: TrainConfig) -> optax.Schedule:
     """Linear warm-up, constant, linear to zero: the end may be moved until the decay begins."""
     return optax.join_schedules(
-        [optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps),
-         optax.constant_schedule(config.learning_rate),
-         optax.linear_schedule(config.learning_rate, 0.0, config.decay_steps)],
-        [config.warmup_steps, config.steps - config.decay_steps])
+        [
+            optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps),
+            optax.constant_schedule(config.learning_rate),
+            optax.linear_schedule(config.learning_rate, 0.0, config.decay_steps),
+        ],
+        [config.warmup_steps, config.steps - config.decay_steps],
+    )
 
 
 def matrix_axes(params: model.Params):
     """Which leaves Muon orthogonalises, and over which axes; None leaves the others to Adam."""
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-    layer = model.LayerParams(*(None if name in ("attention_norm", "expert_norm", "gate") else matrix
-                                for name in model.LayerParams._fields))
+    layer = model.LayerParams(
+        *(None if name in ("attention_norm", "expert_norm", "gate") else matrix for name in model.LayerParams._fields)
+    )
     return model.Params(embedding=None, layers=(layer,) * len(params.layers), norm=None, head=None)
 
 
 def freeze_common(updates: model.Params) -> model.Params:
-    zero = {name: 0.0 for name in ("base1", "base3", "base2")}
-    layers = tuple(u._replace(**{n: jnp.zeros_like(getattr(u, n)) for n in zero}) for u in updates.layers)
-    return updates._replace(layers=layers)
+    """The updates without those of the common experts."""
+
+    def freeze(layer):
+        return layer._replace(**{name: jnp.zeros_like(getattr(layer, name)) for name in ("base1", "base3", "base2")})
+
+    return updates._replace(layers=tuple(map(freeze, updates.layers)))
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -78,8 +85,14 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     if config.optimizer == "adamw":
         update = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=config.weight_decay, mask=decay_mask)
     elif config.optimizer == "muon":
-        update = optax.contrib.muon(schedule, weight_decay=config.weight_decay, adam_b1=0.9, adam_b2=0.95,
-                                    consistent_rms=0.2, muon_weight_dimension_numbers=matrix_axes)
+        update = optax.contrib.muon(
+            schedule,
+            weight_decay=config.weight_decay,
+            adam_b1=0.9,
+            adam_b2=0.95,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=matrix_axes,
+        )
     else:
         raise ValueError(f"optimizer is {config.optimizer!r}; it must be adamw or muon")
     return optax.chain(optax.clip_by_global_norm(1.0), update)
@@ -90,6 +103,7 @@ def balance_loss(traces: list[model.LayerTrace]) -> jax.Array:
 
     Fedus et al. 2021, eq. 4, over the top-A choices.
     """
+
     def one(layer):
         num_experts = layer.probabilities.shape[-1]
         share = jnp.mean(jax.nn.one_hot(layer.ids, num_experts), axis=(0, 1))
@@ -116,14 +130,18 @@ def loss_fn(params: model.Params, batch: jax.Array, config: TrainConfig, model_c
     resident = residents_per_row(config, model_config.num_experts)
     native = (resident >= model_config.num_experts).astype(jnp.float32)
     substitute = functools.partial(self_draft.substitute_rows, num_resident=resident) if config.draft_rows else None
-    logits, traces = model.forward(params, batch[:, :-1], model_config, capacity_factor=config.capacity_factor,
-                                    substitute=substitute)
+    logits, traces = model.forward(
+        params, batch[:, :-1], model_config, capacity_factor=config.capacity_factor, substitute=substitute
+    )
     rows = jnp.mean(token_losses(logits, batch[:, 1:]), axis=1)  # [B]
     balance = balance_loss(traces)
     choices = sum(layer.ids.size for layer in traces)
-    info = StepInfo(loss=jnp.sum(rows * native) / jnp.sum(native),
-                    draft_loss=jnp.sum(rows * (1 - native)) / jnp.maximum(jnp.sum(1 - native), 1.0),
-                    balance=balance, dropped=sum(layer.dropped for layer in traces) / choices)
+    info = StepInfo(
+        loss=jnp.sum(rows * native) / jnp.sum(native),
+        draft_loss=jnp.sum(rows * (1 - native)) / jnp.maximum(jnp.sum(1 - native), 1.0),
+        balance=balance,
+        dropped=sum(layer.dropped for layer in traces) / choices,
+    )
     return jnp.mean(rows) + config.balance_weight * balance, info
 
 
@@ -133,8 +151,9 @@ def init_state(config: TrainConfig, model_config: ModelConfig) -> TrainState:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "model_config"), donate_argnums=0)
-def train_step(state: TrainState, batch: jax.Array, *, config: TrainConfig,
-               model_config: ModelConfig) -> tuple[TrainState, StepInfo]:
+def train_step(
+    state: TrainState, batch: jax.Array, *, config: TrainConfig, model_config: ModelConfig
+) -> tuple[TrainState, StepInfo]:
     """One update. batch [B, T + 1] int32; the old state's buffers are given up."""
     grads, info = jax.grad(loss_fn, has_aux=True)(state.params, batch, config, model_config)
     updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)

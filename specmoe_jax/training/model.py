@@ -78,22 +78,32 @@ def init_params(key: jax.Array, config: ModelConfig, *, common_experts: bool) ->
     queries, keyvalues = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     # Writers into the residual stream start smaller with depth (GPT-2), experts with 1/sqrt(fan in).
     out_std = INIT_STD / (2 * config.num_layers) ** 0.5
-    in_std = model ** -0.5
+    in_std = model**-0.5
     part = 0.5 if common_experts else 1.0
 
     def layer():
         return LayerParams(
-            attention_norm=jnp.ones(model), wq=normal(model, queries, std=in_std),
-            wk=normal(model, keyvalues, std=in_std), wv=normal(model, keyvalues, std=in_std),
-            wo=normal(queries, model, std=out_std), expert_norm=jnp.ones(model), gate=normal(model, experts),
-            w1=normal(experts, model, hidden, std=part * in_std), w3=normal(experts, model, hidden, std=part * in_std),
+            attention_norm=jnp.ones(model),
+            wq=normal(model, queries, std=in_std),
+            wk=normal(model, keyvalues, std=in_std),
+            wv=normal(model, keyvalues, std=in_std),
+            wo=normal(queries, model, std=out_std),
+            expert_norm=jnp.ones(model),
+            gate=normal(model, experts),
+            w1=normal(experts, model, hidden, std=part * in_std),
+            w3=normal(experts, model, hidden, std=part * in_std),
             w2=normal(experts, hidden, model, std=part * out_std),
             base1=common_experts * normal(model, hidden, std=in_std),
             base3=common_experts * normal(model, hidden, std=in_std),
-            base2=common_experts * normal(hidden, model, std=out_std))
+            base2=common_experts * normal(hidden, model, std=out_std),
+        )
 
-    return Params(embedding=normal(config.vocab_size, model), layers=tuple(layer() for _ in range(config.num_layers)),
-                  norm=jnp.ones(model), head=normal(model, config.vocab_size))
+    return Params(
+        embedding=normal(config.vocab_size, model),
+        layers=tuple(layer() for _ in range(config.num_layers)),
+        norm=jnp.ones(model),
+        head=normal(model, config.vocab_size),
+    )
 
 
 def merged(layer: LayerParams) -> Experts:
@@ -127,7 +137,7 @@ def causal_attention(x: jax.Array, layer: LayerParams, config: ModelConfig):
     """x [B, T, M] -> [B, T, M], and the keys and values [B, T, K, D]."""
     length = x.shape[1]
     q, k, v = project_qkv(x, jnp.arange(length), layer, config)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q * config.head_dim ** -0.5, k)
+    scores = jnp.einsum("btkgd,bskd->bkgts", q * config.head_dim**-0.5, k)
     scores = jnp.where(jnp.tril(jnp.ones((length, length), bool)), scores, -jnp.inf)
     out = jnp.einsum("bkgts,bskd->btkgd", jax.nn.softmax(scores, axis=-1), v)
     return out.reshape(*x.shape[:-1], -1) @ layer.wo, k, v
@@ -182,8 +192,9 @@ def apply_experts(x: jax.Array, ids: jax.Array, weights: jax.Array, experts: Exp
     return dispatch_ffn(x, ids, weights, experts, int(ids.size / experts.w1.shape[0] * capacity_factor))
 
 
-def forward(params: Params, tokens: jax.Array, config: ModelConfig, *, capacity_factor: float | None = None,
-            substitute=None) -> tuple[jax.Array, list[LayerTrace]]:
+def forward(
+    params: Params, tokens: jax.Array, config: ModelConfig, *, capacity_factor: float | None = None, substitute=None
+) -> tuple[jax.Array, list[LayerTrace]]:
     """Logits of every position, and what each layer did.
 
     tokens [B, T] int32 -> [B, T, V] float32. `substitute(ids [B, T, A], experts) -> [B, T, A]` replaces

@@ -45,7 +45,7 @@ def test_json_lines(write):
         '\ufeff{"prompt": "c\u2028d", "ignore_eos": true}'[1:],
     ]
     first, second, third = read_prompts(write("\n".join(lines)), DEFAULTS)
-    assert first == (0, "a", DEFAULTS)
+    assert first == (0, "a", DEFAULTS, None)
     assert second.id == "x" and second.params == sm.SamplingParams(max_new_tokens=3, temperature=0.5, top_k=4, stop=("\n",), seed=9)
     assert third.text == "c\u2028d" and third.params.ignore_eos
 

@@ -111,7 +111,7 @@ def run_job(engine: Engine, prompts: list[Prompt]) -> None:
     before it begins.
     """
     reasons = refusals(engine.model, prompts)
-    journal = Journal(_OUTPUT.value, fingerprint(prompts), restart=_RESTART.value)
+    journal = Journal(_OUTPUT.value, fingerprint(prompts, engine.plan), restart=_RESTART.value)
     try:
         for index, reason in enumerate(reasons):
             if reason and index not in journal.done:
@@ -152,8 +152,12 @@ def refusals(model: Model | ModelHead, prompts: list[Prompt]) -> list[str | None
     return reasons
 
 
-def fingerprint(prompts: list[Prompt]) -> dict:
-    """What the finished requests of a job depend on. Batch size and plan are not in it: the text does not depend on them."""
+def fingerprint(prompts: list[Prompt], plan: Plan) -> dict:
+    """What the finished requests of a job depend on.
+
+    Batch size and the rest of the plan are not in it: greedy and deterministic sampling do not depend on them, and
+    ordinary sampling keeps its distribution.
+    """
     texts = hashlib.sha256(json.dumps([(p.id, p.text, dataclasses.asdict(p.params)) for p in prompts]).encode())
     return {
         "prompts": texts.hexdigest(),

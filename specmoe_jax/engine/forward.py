@@ -99,7 +99,7 @@ def execute(
     Which of the two forms runs is fixed by the memory account, so that nothing compiles after warm-up.
     """
     config = rt.config.layers[rt.config.moe_layers[moe]]
-    if rt.single_wave:
+    if memory.slots.single_wave:
         (wave,) = plan.waves
         memory = _fetch(rt, memory, wave.fetch)
         memory, ahead = prefetch(rt, memory, predicted, first_layer=moe + 1, in_use=wave.slots)
@@ -149,13 +149,13 @@ def prefetch(
     ahead = np.where(np.arange(len(predicted))[:, None] >= first_layer, predicted, 0)
     limit, residency, left = rt.store.copies_within(budget_s), memory.residency, memory.leftovers
     if left is not None:
-        room = int((residency.owner < 0).sum()) - rt.dispatch_slots
+        room = int((residency.owner < 0).sum()) - memory.slots.dispatch
         residency = leftovers.revive(residency, left, ahead > 0, room)
     rt.store.tier.read_ahead(np.where(residency.slot_of < 0, ahead, 0))
     copies, residency = plan_prefetch(
         residency,
         np.where(rt.store.tier.ready(), ahead, 0),
-        reserve=rt.dispatch_slots,
+        reserve=memory.slots.dispatch,
         limit=limit,
         in_use=in_use,
         worth=None if left is None else leftovers.worth(left),

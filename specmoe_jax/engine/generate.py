@@ -236,7 +236,7 @@ class Engine:
         needed = self._needed(rows=shapes.rows, positions=shapes.positions)
         fits = self._account is not None and needed.num_slots <= self._account.num_slots
         # A pool of the same size may hold a small batch's dispatch at once and a larger one's only in waves.
-        fits = fits and self._rt.single_wave == (needed.num_slots >= needed.wanted_slots)
+        fits = fits and self._rt.slots.single_wave == (needed.num_slots >= needed.wanted_slots)
         if not fits or self._too_big(needed):
             self._memory = None
             self._rt = build(self.model, self.plan, needed, self._given_draft, earlier=self._rt, progress=self._progress)

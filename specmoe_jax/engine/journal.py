@@ -31,7 +31,10 @@ class Journal:
             self._journal.truncate(0)
             self._path.unlink(missing_ok=True)
         self._claim(fingerprint)
-        self._file = open(self._path, "ab+")  # noqa: SIM115 (closed by close)
+        try:
+            self._file = open(self._path, "ab+")  # noqa: SIM115 (closed by close)
+        except OSError as e:
+            raise RequestError(f"cannot write {self._path} ({e.strerror}); choose another --output") from e
         self._end, self.done = self._read()
         self._file.truncate(self._end)
 

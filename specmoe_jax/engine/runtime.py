@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.config import GATED_DRAFTS, ModelConfig, Plan
-from specmoe_jax.engine.state import ExpertMemory
+from specmoe_jax.engine.state import ExpertMemory, PoolSlots
 from specmoe_jax.layer_config import LayerConfig
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import DTYPE_BYTES, Weights
@@ -32,9 +32,8 @@ class Runtime:
     """keep: (layer, votes [E], counts [E], resident [E]) -> [E] bool, experts that stay after the layer's pass.
 
     neighbours: [L, E, E] int32 where residents stand in for others, else None. resident_slots: [L, E] int32 under the
-    resident flow, else None. num_slots: R. merged_slots: [L, K] int32, further slots, under draft=merged, else None.
-    dispatch_slots: those that a layer's dispatch can count on. single_wave: whether every dispatch fits into them at
-    once. host: the CPU.
+    resident flow, else None. slots: of the pools that are made for this account. merged_slots: [L, K] int32, further
+    slots, under draft=merged, else None. host: the CPU.
     """
 
     config: ModelConfig
@@ -46,10 +45,8 @@ class Runtime:
     keep: Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
     neighbours: np.ndarray | None
     resident_slots: np.ndarray | None
-    num_slots: int
+    slots: PoolSlots
     merged_slots: np.ndarray | None
-    dispatch_slots: int
-    single_wave: bool
     device: jax.Device
     host: jax.Device
     activations: Link  # counts what crosses between accelerator and host beside experts
@@ -92,10 +89,12 @@ def build(
         keep=_keep(config, plan, policy),
         neighbours=found,
         resident_slots=order.reshape(config.num_moe_layers, config.num_experts) if resident else None,
-        num_slots=account.num_slots,
+        slots=PoolSlots(
+            total=account.num_slots,
+            dispatch=min(account.num_slots, account.wanted_slots) - account.pinned_slots,
+            single_wave=account.num_slots >= account.wanted_slots,
+        ),
         merged_slots=_merged_slots(config, account) if plan.draft == "merged" else None,
-        dispatch_slots=min(account.num_slots, account.wanted_slots) - account.pinned_slots,
-        single_wave=account.num_slots >= account.wanted_slots,
         device=device,
         host=jax.local_devices(backend="cpu")[0],
         activations=Link(),
@@ -116,15 +115,22 @@ def _tier(model: Model, plan: Plan, account: MemoryAccount) -> Tier:
 def first_memory(rt: Runtime) -> ExpertMemory:
     """A new pool with what must always be there: all experts (resident flow) or a first draft set per layer."""
     shape = (rt.config.num_moe_layers, rt.config.num_experts)
-    pool = rt.store.new_pool(rt.num_slots + (0 if rt.merged_slots is None else rt.merged_slots.size))
-    residency, votes, none = empty(*shape, rt.num_slots), np.zeros(shape), np.zeros(shape[1], bool)
-    left = leftovers.nothing(*shape, rt.num_slots) if rt.plan.retain else None
+    pool = rt.store.new_pool(rt.slots.total + (0 if rt.merged_slots is None else rt.merged_slots.size))
+    residency, votes, none = empty(*shape, rt.slots.total), np.zeros(shape), np.zeros(shape[1], bool)
+    left = leftovers.nothing(*shape, rt.slots.total) if rt.plan.retain else None
     for layer in range(rt.config.num_moe_layers):
         plan, residency = plan_layer(residency, layer, none, rt.keep(layer, votes[layer], votes[layer], none))
         for wave in plan.waves:
             pool = rt.store.fetch(pool, wave.fetch)
             left = left and leftovers.after_copies(left, wave.fetch)
-    return ExpertMemory(pool=pool, residency=residency, votes=votes, prefetched=np.zeros(shape, bool), leftovers=left)
+    return ExpertMemory(
+        slots=rt.slots,
+        pool=pool,
+        residency=residency,
+        votes=votes,
+        prefetched=np.zeros(shape, bool),
+        leftovers=left,
+    )
 
 
 def new_cache(config: ModelConfig, rows: int, positions: int, dtype: str, device: jax.Device) -> KVCache:

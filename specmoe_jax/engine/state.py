@@ -23,15 +23,28 @@ class Request(NamedTuple):
     limit: int
 
 
+class PoolSlots(NamedTuple):
+    """How a pool's slots are meant. total: R. dispatch: those that a layer's dispatch can count on.
+
+    single_wave: whether every dispatch of the batch that the pool was made for fits into them at once.
+    """
+
+    total: int
+    dispatch: int
+    single_wave: bool
+
+
 class ExpertMemory(NamedTuple):
     """Where the experts are, and what the next draft set will be chosen by.
 
+    slots: what the pool was made for; it is the state's, because an engine may meanwhile serve a batch of another size.
     pool: [R, 3, F, M] slots on the accelerator, donated by every copy. residency: what is in them.
     votes: [L, E], the memory of the draft-set policy. prefetched: [L, E] bool, resident on a guess. leftovers: what
     free slots still hold, None where the plan does not retain it. groups: [L, E] int32, the slot of the merged block that
     stands for each expert under draft=merged, else None.
     """
 
+    slots: PoolSlots
     pool: jax.Array
     residency: Residency
     votes: np.ndarray

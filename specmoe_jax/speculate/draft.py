@@ -21,7 +21,7 @@ class DraftView(NamedTuple):
     rows: sampling parameters. keys: [B] random keys of this step, consumed by the draft (fold in the position).
     coupled: [B, N] keys that draft and target share under deterministic sampling, else None.
     forward: (kv, tokens [B], lengths [B]) -> (logits [B, V], kv): one token through the resident experts only,
-        no expert crosses the link.
+        no expert crosses the link. None where the plan keeps no draft experts.
     memory: of the draft's last proposal for these rows (Proposal.memory), None in their first step.
     """
 

@@ -1,5 +1,7 @@
 """Speculation, offloading, tiers and waves change no token (design.md, contracts 1 and 2)."""
 
+import functools
+
 import numpy as np
 import pytest
 from engine_cases import GREEDY, PROMPTS, ScriptedDraft, plan, run, steps, tokens_of
@@ -163,3 +165,21 @@ def test_two_states_of_one_engine(model, resident):
             second, _ = engine.step(second)
     assert list(first.generated) == resident[:1]
     assert list(second.generated) == resident
+
+
+def test_two_states_of_one_engine_under_a_budget(model, resident):
+    """A large batch computes in waves, a small one at once; each state keeps the way its own pool was made for."""
+    base = plan(draft_length=2, draft_experts=2, prefill_chunk=1)
+    size = functools.partial(sm.planner.memory.account, TINY, base, positions=64)
+    large, small = size(batch_rows=len(PROMPTS)), size(batch_rows=1)
+    tight = large.accelerator_bytes - (large.num_slots - large.pinned_slots - 2) * large.expert_bytes
+    engine = sm.Engine(model, base.replace(device_memory_bytes=max(tight, small.accelerator_bytes)))
+    first, second = engine.init(PROMPTS, GREEDY), engine.init(PROMPTS[:1], GREEDY)
+    assert not first.memory.slots.single_wave
+    assert second.memory.slots.single_wave
+    while not first.done:
+        first, _ = engine.step(first)
+    while not second.done:
+        second, _ = engine.step(second)
+    assert list(first.generated) == resident
+    assert list(second.generated) == resident[:1]

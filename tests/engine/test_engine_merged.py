@@ -55,7 +55,7 @@ def test_the_blocks_stay(model):
     engine, blocks = sm.Engine(model, merged()), None
     for _, state, _ in steps(engine):
         slots = engine._rt.merged_slots
-        assert state.memory.residency.owner.size == slots.min() == engine._rt.num_slots
+        assert state.memory.residency.owner.size == slots.min() == engine._rt.slots.total
         assert state.memory.pool.shape[0] == slots.max() + 1
         now = np.asarray(state.memory.pool)[slots]
         blocks = now if blocks is None else blocks

@@ -17,13 +17,13 @@ from specmoe_jax.layer_config import LayerConfig
 from specmoe_jax.models import layers
 from specmoe_jax.models.model import Model, random_model, reference_attention
 
-TOPIC = 64  # tokens of a topic, a cycle
+TOPIC = 256  # tokens of a topic, a cycle; longer than what a row generates in a measurement
 CONSTANT_SHARE = 0.3  # of an embedding's squared length: the direction that the routers' bias leans on
 SAMPLE_ROWS, SAMPLE_TOKENS = 64, 32  # the batch on which the skew is calibrated: 4,096 choices of a layer
 
 NLLB_SHAPED = ModelConfig(
     family="mixtral",
-    vocab_size=32 * TOPIC,
+    vocab_size=8 * TOPIC,
     hidden_size=64,
     num_layers=6,
     num_heads=4,

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+SMALL_WEIGHTS = 1 << 20
+
 
 def expert_distances(read_block: Callable[[int], np.ndarray], num_experts: int, block_size: int = 1 << 14) -> np.ndarray:
     """L2 distance between every pair of a layer's experts over all their weights, [E, E] float32.
@@ -19,11 +21,13 @@ def expert_distances(read_block: Callable[[int], np.ndarray], num_experts: int, 
 
     read_block: expert id -> [3, F, M], float32 or uint16 holding the bits of bfloat16; called once an expert, and the
     blocks are held, so it should return a view. block_size: weights of each expert in work at a time; it is lowered
-    where needed so that, beside the blocks, less than two experts' worth of memory is alive.
+    where needed so that, beside the blocks, less than two experts' worth of memory (or a few MB) is alive.
     """
     blocks = [np.reshape(read_block(e), -1) for e in range(num_experts)]
     weights = blocks[0].size
-    step = max(1, min(block_size, weights // (4 * num_experts)))  # [E, step] float64: 2 bytes a weight of one expert
+    # [E, step] float64: 2 bytes a weight of one expert. Where experts are small a few MB are better: products of 128 by
+    # 48 kept two busy cores for half a minute.
+    step = max(1, min(block_size, max(weights, SMALL_WEIGHTS) // (4 * num_experts)))
     gram = np.zeros((num_experts, num_experts))
     for start in range(0, weights, step):
         gram += _centred_gram([block[start : start + step] for block in blocks])

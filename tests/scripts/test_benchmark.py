@@ -16,7 +16,7 @@ import benchmark
 import specmoe_jax as sm
 from specmoe_jax.benchmarks import plots, specmoe
 from specmoe_jax.benchmarks.rounds import Case, Job, compare
-from specmoe_jax.models.synthetic import NLLB_SHAPED, gini, synthetic_model, synthetic_prompts
+from specmoe_jax.models.synthetic import NLLB_SHAPED, TOPIC, gini, synthetic_model, synthetic_prompts
 from specmoe_jax.testing import TINY
 
 PROMPTS = tuple((7 * i % 250, 3, i) for i in range(4))
@@ -91,4 +91,4 @@ def test_the_synthetic_model_is_as_skewed_as_asked_and_counts():
     assert "synthetic_routing" in engine.stats()["synthetic"]
     for prompt, completion in zip(prompts, completions, strict=True):
         text = (*prompt, *completion.token_ids)
-        assert all(b == (a + 1 if (a + 1) % 64 else a - 63) for a, b in itertools.pairwise(text))
+        assert all(b == (a + 1 if (a + 1) % TOPIC else a + 1 - TOPIC) for a, b in itertools.pairwise(text))

@@ -64,7 +64,7 @@ def test_equal_experts_are_nearest_to_each_other():
 
 @pytest.mark.parametrize("encode", [np.copy, bfloat16_bits])
 def test_less_than_two_experts_are_alive_beside_the_blocks(encode):
-    weights = encode(experts(num_experts=8, hidden=128, model=128))
+    weights = encode(experts(num_experts=8, hidden=1024, model=512))
     tracemalloc.start()
     expert_distances(lambda e: weights[e], 8, block_size=1 << 30)
     peak_bytes = tracemalloc.get_traced_memory()[1]

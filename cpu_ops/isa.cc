@@ -9,7 +9,11 @@ namespace specmoe {
 SPECMOE_DECLARE(portable)
 #if SPECMOE_HAVE_AVX2
 SPECMOE_DECLARE(avx2)
+#endif
+#if SPECMOE_HAVE_AVX512
 SPECMOE_DECLARE(avx512)
+#endif
+#if SPECMOE_HAVE_AVX512BF16
 SPECMOE_DECLARE(avx512bf16)
 #endif
 #if SPECMOE_HAVE_NEON
@@ -23,10 +27,14 @@ std::vector<const KernelTable*> tables() {
   std::vector<const KernelTable*> found;
 #if SPECMOE_HAVE_AVX2
   __builtin_cpu_init();
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  [[maybe_unused]] const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#if SPECMOE_HAVE_AVX512BF16
   if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16::table());
+#endif
+#if SPECMOE_HAVE_AVX512
   if (avx512) found.push_back(&avx512::table());
+#endif
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::table());
 #endif
 #if SPECMOE_HAVE_NEON

@@ -1,0 +1,151 @@
+// Small odd shapes on exactly sized, misaligned heap buffers, on every instruction set of the machine. Meant for the sanitizers:
+//   cmake -S cpu_ops -B build/sanitize -DSPECMOE_SANITIZE=ON && cmake --build build/sanitize && build/sanitize/selftest
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "chunked_attention.h"
+#include "expert_ffn.h"
+
+namespace specmoe {
+namespace {
+
+struct Threads final : Parallel {
+  int count;
+  explicit Threads(int n) : count(n) {}
+  int threads() const override { return count; }
+  void run(int64_t n, void (*fn)(void*, int64_t), void* ctx) override {
+    std::atomic<int64_t> next{0};
+    const auto loop = [&] {
+      for (int64_t i; (i = next.fetch_add(1)) < n;) fn(ctx, i);
+    };
+    std::vector<std::thread> helpers;
+    for (int i = 1; i < count; ++i) helpers.emplace_back(loop);
+    loop();
+    for (auto& t : helpers) t.join();
+  }
+};
+
+// n items that start `item` bytes behind a 64-byte boundary and end where the allocation ends.
+template <typename T>
+struct Exact {
+  std::unique_ptr<char[]> raw;
+  T* data;
+  int64_t size;
+  explicit Exact(int64_t n, int64_t item = sizeof(T)) : raw(new char[n * sizeof(T) + 64 + item]), size(n) {
+    data = reinterpret_cast<T*>(raw.get() + 64 + item);
+  }
+  T& operator[](int64_t i) { return data[i]; }
+};
+
+std::mt19937 rng(1);
+float draw() { return std::normal_distribution<float>()(rng); }
+
+struct Shape {
+  int64_t B, T, H, K, D, S;
+  int threads;
+};
+
+// Float32 rows against doubles; the other layouts and types only have to stay in bounds and finite.
+double attention(const KernelTable& kernels, const Shape& s, DType type, bool packed) {
+  const int64_t item = type == DType::kF32 ? 4 : type == DType::kBF16 ? 2 : 1;
+  const int64_t S = packed ? padded(s.S) : s.S, cache = s.B * s.K * S * s.D;
+  Exact<float> q(s.B * s.T * s.H * s.D), k_new(s.B * s.T * s.K * s.D), v_new(k_new.size), out(q.size);
+  Exact<char> k(cache * item, item), v(cache * item, item);
+  Exact<float> k_scale(item == 1 ? s.B * s.K * S : 0), v_scale(k_scale.size);
+  Exact<int32_t> lengths(s.B), num_new(s.B);
+  for (auto* x : {&q, &k_new, &v_new}) {
+    for (int64_t i = 0; i < x->size; ++i) (*x)[i] = draw();
+  }
+  for (auto* x : {&k, &v}) {
+    std::memset(x->data, 0, x->size);
+    for (int64_t i = 0; item == 4 && i < cache; ++i) {
+      const float f = draw();
+      std::memcpy(x->data + 4 * i, &f, 4);
+    }
+  }
+  for (int64_t i = 0; i < k_scale.size; ++i) k_scale[i] = v_scale[i] = 0.01f;
+  for (int64_t b = 0; b < s.B; ++b) lengths[b] = b == 0 ? s.S - s.T : b % (s.S - s.T + 1), num_new[b] = s.T;
+  AttentionArgs a{};
+  a.B = s.B, a.T = s.T, a.H = s.H, a.K = s.K, a.D = s.D, a.S = S, a.rows = s.B;
+  a.q_type = a.new_type = a.out_type = DType::kF32, a.cache_type = type, a.packed = packed;
+  a.q = q.data, a.k_new = k_new.data, a.v_new = v_new.data, a.lengths = lengths.data, a.num_new = num_new.data;
+  a.k_cache = k.data, a.v_cache = v.data, a.k_scale = k_scale.data, a.v_scale = v_scale.data, a.out = out.data;
+  a.scale = 1 / std::sqrt(static_cast<float>(s.D));
+  Threads parallel(s.threads);
+  chunked_attention(a, kernels, parallel);
+  double worst = 0;
+  for (int64_t i = 0; i < out.size; ++i) worst = std::isfinite(out[i]) ? worst : INFINITY;
+  if (type != DType::kF32 || packed) return worst;
+  const float *kf = reinterpret_cast<float*>(k.data), *vf = reinterpret_cast<float*>(v.data);
+  for (int64_t i = 0; i < s.B * s.T * s.H; ++i) {
+    const int64_t b = i / s.H / s.T, t = i / s.H % s.T, head = (b * s.K + i % s.H / (s.H / s.K)) * S;
+    std::vector<double> sum(s.D, 0.0);
+    double total = 0;
+    for (int64_t p = 0; p <= lengths[b] + t; ++p) {
+      double logit = 0;
+      for (int64_t d = 0; d < s.D; ++d) logit += static_cast<double>(q[i * s.D + d]) * kf[(head + p) * s.D + d];
+      const double e = std::exp(logit * a.scale);
+      total += e;
+      for (int64_t d = 0; d < s.D; ++d) sum[d] += e * vf[(head + p) * s.D + d];
+    }
+    for (int64_t d = 0; d < s.D; ++d) worst = std::fmax(worst, std::fabs(sum[d] / total - out[i * s.D + d]));
+  }
+  return worst;
+}
+
+double ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, bool bf16, int threads) {
+  const int64_t R = 3, A = 2;
+  Exact<float> x(n * M), w(bf16 ? 0 : R * 3 * F * M), y(n * A * M);
+  Exact<uint16_t> h(bf16 ? R * 3 * F * M : 0);
+  Exact<int32_t> slots(n * A);
+  for (auto* p : {&x, &w}) {
+    for (int64_t i = 0; i < p->size; ++i) (*p)[i] = draw();
+  }
+  for (int64_t i = 0; i < h.size; ++i) h[i] = 0x3f80;
+  for (int64_t i = 0; i < n * A; ++i) slots[i] = static_cast<int32_t>(i % 4) - 1;
+  FfnArgs a{};
+  a.n = n, a.A = A, a.M = M, a.F = F, a.R = R, a.x_type = DType::kF32, a.w_type = bf16 ? DType::kBF16 : DType::kF32;
+  a.x = x.data, a.blocks = bf16 ? static_cast<void*>(h.data) : w.data, a.slots = slots.data, a.y = y.data;
+  Threads parallel(threads);
+  expert_ffn(a, kernels, parallel);
+  for (int64_t i = 0; i < y.size; ++i) {
+    if (!std::isfinite(y[i])) return INFINITY;
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace specmoe
+
+int main() {
+  using namespace specmoe;
+  const Shape shapes[] = {{1, 1, 1, 1, 8, 9, 1},      {2, 5, 6, 2, 24, 71, 2},  {3, 7, 4, 1, 40, 130, 2}, {1, 3, 4, 2, 80, 2100, 3},
+                          {16, 2, 16, 2, 128, 65, 2}, {1, 64, 4, 4, 16, 64, 2}, {2, 13, 8, 1, 72, 64, 1}};
+  int failures = 0;
+  for (const auto& isa : isa_names()) {
+    const KernelTable& kernels = *isa_table(isa);
+    for (const Shape& s : shapes) {
+      for (DType type : {DType::kF32, DType::kBF16, DType::kI8}) {
+        for (bool packed : {false, true}) {
+          const double error = attention(kernels, s, type, packed);
+          if (error <= 1e-5) continue;
+          std::printf("%s attention T %d D %d S %d type %d packed %d: error %g\n", isa.c_str(), int(s.T), int(s.D), int(s.S),
+                      int(type), packed, error);
+          ++failures;
+        }
+      }
+    }
+    for (int64_t n : {1, 2, 9, 40}) {
+      for (bool bf16 : {false, true}) failures += ffn(kernels, n, 3 + 16 * n, 5 + 8 * n, bf16, n % 2 + 1) != 0;
+    }
+  }
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}

@@ -37,6 +37,7 @@ _TOPIC_SHARE = flags.DEFINE_float("topic_share", 0.5, "How much of the routing s
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Interleaved rounds.")
 _TOKENS = flags.DEFINE_integer("tokens", 16, "New tokens per request and round.")
 _STEPS = flags.DEFINE_integer("steps", 2, "Steps per round at least.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy, where small models soon repeat themselves.")
 _QUICK = flags.DEFINE_boolean("quick", False, "One short round, the ends of every sweep.")
 _PLOTS = flags.DEFINE_string("plots", None, "A folder for PNGs (needs matplotlib: the [plot] extra).")
 _OUTPUT = flags.DEFINE_string("output", None, "Where the JSON document goes too.")
@@ -96,6 +97,7 @@ def make_setting() -> specmoe.Setting:
             rounds=1 if _QUICK.value else _ROUNDS.value,
             tokens=min(4, _TOKENS.value) if _QUICK.value else _TOKENS.value,
             steps=_STEPS.value,
+            temperature=_TEMPERATURE.value,
         ),
         quick=_QUICK.value,
     )

@@ -20,13 +20,17 @@ class Case(NamedTuple):
 
 
 class Job(NamedTuple):
-    """tokens: new tokens per row and round. settle: rounds before the first that counts. steps: at least, per round."""
+    """tokens: new tokens per row and round. settle: rounds before the first that counts. steps: at least, per round.
+
+    temperature: 0 is greedy, which small models answer with repetitions that any draft guesses.
+    """
 
     prompts: Sequence
     rounds: int
     tokens: int
     settle: int = 1
     steps: int = 1
+    temperature: float = 0.0
 
 
 def compare(model: Model, cases: list[Case], job: Job) -> dict[str, dict]:
@@ -35,7 +39,7 @@ def compare(model: Model, cases: list[Case], job: Job) -> dict[str, dict]:
     The order within a round is shuffled, so that a neighbour's noise falls on nobody in particular.
     """
     engines = {case.name: Engine(model, case.plan) for case in cases}
-    params = SamplingParams(max_new_tokens=_limit(model, job), ignore_eos=True)
+    params = SamplingParams(max_new_tokens=_limit(model, job), ignore_eos=True, temperature=job.temperature)
     states = {name: engine.init(job.prompts, params) for name, engine in engines.items()}
     rounds: dict[str, list[metrics.Totals]] = {case.name: [] for case in cases}
     order, shuffle = [case.name for case in cases], random.Random(0)

@@ -23,7 +23,7 @@ class Journal:
         self._path = pathlib.Path(output)
         journal = self._path.with_name(self._path.name + ".journal")
         try:
-            self._journal = open(journal, "a+", encoding="utf-8")  # noqa: SIM115 (held open: it carries the lock)
+            self._journal = open(journal, "a+", encoding="utf-8")
         except OSError as e:
             raise RequestError(f"cannot write {journal} ({e.strerror}); choose another --output") from e
         self._lock()
@@ -32,7 +32,7 @@ class Journal:
             self._path.unlink(missing_ok=True)
         self._claim(fingerprint)
         try:
-            self._file = open(self._path, "ab+")  # noqa: SIM115 (closed by close)
+            self._file = open(self._path, "ab+")
         except OSError as e:
             raise RequestError(f"cannot write {self._path} ({e.strerror}); choose another --output") from e
         self._end, self.done = self._read()

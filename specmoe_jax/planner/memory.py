@@ -55,9 +55,7 @@ def cache_positions(longest: int, plan: Plan) -> int:
     return max(64, 1 << (needed - 1).bit_length())
 
 
-def account(
-    config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int, draft_model_bytes: int = 0
-) -> MemoryAccount:
+def account(config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int, draft_model_bytes: int = 0) -> MemoryAccount:
     """The account of a plan for `batch_rows` rows of `positions` KV positions, within its budgets.
 
     The pool gets what the plan can use (pinned experts, and one layer's whole dispatch), or what the budget

@@ -55,9 +55,7 @@ def accept_greedy(draft_tokens: jax.Array, target_logits: jax.Array) -> AcceptRe
     return _accept_equal(draft_tokens, jnp.argmax(target_logits, axis=-1).astype(jnp.int32))
 
 
-def accept_coupled(
-    keys: jax.Array, draft_tokens: jax.Array, target_logits: jax.Array, rows: SamplingRows
-) -> AcceptResult:
+def accept_coupled(keys: jax.Array, draft_tokens: jax.Array, target_logits: jax.Array, rows: SamplingRows) -> AcceptResult:
     """Deterministic sampling: equality with the token that each position's own noise picks (`choose_coupled`).
 
     keys: [B, N+1], of (seed, request, position) alone, consumed; draft_tokens: [B, N]; target_logits: [B, N+1, V].

@@ -23,16 +23,12 @@ class DraftSetPolicy(NamedTuple):
 
 def hot_temporal() -> DraftSetPolicy:
     """SpecMoE's: the latest pass alone votes, so the chosen were just fetched and the switch moves nothing."""
-    return DraftSetPolicy(
-        scores=lambda votes, counts, layer: counts, update=lambda votes, counts, accepted: np.zeros_like(votes)
-    )
+    return DraftSetPolicy(scores=lambda votes, counts, layer: counts, update=lambda votes, counts, accepted: np.zeros_like(votes))
 
 
 def hot_global() -> DraftSetPolicy:
     """SpecMoE's ablation: the most used over all. Deviation: counted while running, not profiled beforehand."""
-    return DraftSetPolicy(
-        scores=lambda votes, counts, layer: votes + counts, update=lambda votes, counts, accepted: votes + counts
-    )
+    return DraftSetPolicy(scores=lambda votes, counts, layer: votes + counts, update=lambda votes, counts, accepted: votes + counts)
 
 
 def decayed() -> DraftSetPolicy:
@@ -53,9 +49,7 @@ def accepted_only() -> DraftSetPolicy:
 def random_set(num_layers: int, num_experts: int, seed: int = 0) -> DraftSetPolicy:
     """SpecMoE's ablation: a set drawn once."""
     fixed = np.random.default_rng(seed).random((num_layers, num_experts))
-    return DraftSetPolicy(
-        scores=lambda votes, counts, layer: fixed[layer], update=lambda votes, counts, accepted: votes
-    )
+    return DraftSetPolicy(scores=lambda votes, counts, layer: fixed[layer], update=lambda votes, counts, accepted: votes)
 
 
 def make_policy(name: str, num_layers: int, num_experts: int) -> DraftSetPolicy:

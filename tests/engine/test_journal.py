@@ -94,7 +94,7 @@ def test_a_full_disk_leaves_whole_lines(out, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(RequestError, match="No space left on device.*1 requests are safe"):
+        with pytest.raises(RequestError, match=r"No space left on device.*1 requests are safe"):
             journal.append(RECORDS[1])
     journal.close()
     assert [json.loads(line)["index"] for line in out.read_bytes().splitlines()] == [2]

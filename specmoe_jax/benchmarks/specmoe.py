@@ -133,16 +133,17 @@ def drafts(s: Setting) -> dict:
 def guard(s: Setting) -> dict:
     """Never slower: nothing accepted, and the real (or given) acceptance; each against the same plan without a draft.
 
-    The base keeps the same experts, N of every layer by HotTemporal's counts, so that only the draft differs.
+    The base keeps N experts of every layer too, by the same rule (hot_global), so that only the draft differs.
     """
+    same = {"draft_set": "hot_global"}
     rows = {}
     for batch in s.ends(s.batches):
-        base = s.plan("caching", batch, cached_experts=s.experts, draft_set=None)
         cases = [
-            Case("no draft", base),
-            Case("guard, 0 accepted", s.specmoe(batch, synthetic_acceptance=0.0, guard=True), "no draft"),
-            Case("guard", s.specmoe(batch, guard=True), "no draft"),
-            Case("no guard, 0 accepted", s.specmoe(batch, synthetic_acceptance=0.0), "no draft"),
+            Case("no draft", s.plan("caching", batch, cached_experts=s.experts)),
+            Case("on_demand", s.plan("on_demand", batch), "no draft"),
+            Case("guard, 0 accepted", s.specmoe(batch, synthetic_acceptance=0.0, guard=True, **same), "no draft"),
+            Case("guard", s.specmoe(batch, guard=True, **same), "no draft"),
+            Case("no guard, 0 accepted", s.specmoe(batch, synthetic_acceptance=0.0, **same), "no draft"),
         ]
         rows |= _rows(s, cases, batch)
     return rows

@@ -94,7 +94,7 @@ def verify(rt: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass, Acc
 
 
 def _result(rt: Runtime, state: State, proposal: Proposal, logits) -> AcceptResult:
-    if rt.plan.synthetic_acceptance is not None:
+    if rt.plan.synthetic_acceptance is not None and proposal.tokens.shape[1]:
         keys = step_keys(state, Stream.VERIFY)
         return _synthetic_accept(keys, proposal.tokens, logits, np.float32(rt.plan.synthetic_acceptance))
     if state.rows.greedy:

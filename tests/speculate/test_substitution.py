@@ -15,6 +15,7 @@ from specmoe_jax.speculate.substitution import MaskedSlots, choose_distinct, dra
 from specmoe_jax.testing import TINY, tiny
 
 L, E = 2, 6
+LAYER = TINY.layers[0]
 
 
 def plan(**changes):
@@ -77,9 +78,9 @@ def test_affinity_takes_the_nearest(resident, seed):
 def test_mask_chooses_among_residents_and_renormalises():
     x = np.random.default_rng(0).standard_normal((7, TINY.hidden_size)).astype(np.float32)
     weights, valid = tiny().weights.layers[1], np.arange(7) != 3
-    routing = route(x, weights.router, TINY.experts_per_token, valid)
+    routing = route(LAYER.router, x, weights.router, None, valid)
     allowed = np.array([True, False, True, False, True])
-    masked = layers.reroute(TINY, weights, x, routing, allowed)
+    masked = layers.reroute(LAYER, weights, x, routing, allowed)
     logits = np.where(allowed, x @ np.asarray(weights.router).T, -np.inf)
     for token in np.flatnonzero(valid):
         best = np.argsort(-logits[token])[: TINY.experts_per_token]
@@ -92,8 +93,8 @@ def test_mask_chooses_among_residents_and_renormalises():
 def test_mask_with_fewer_residents_than_choices():
     x = np.random.default_rng(0).standard_normal((4, TINY.hidden_size)).astype(np.float32)
     weights = tiny().weights.layers[0]
-    routing = route(x, weights.router, TINY.experts_per_token, np.ones(4, bool))
-    masked = layers.reroute(TINY, weights, x, routing, np.arange(TINY.num_experts) == 2)
+    routing = route(LAYER.router, x, weights.router, None, np.ones(4, bool))
+    masked = layers.reroute(LAYER, weights, x, routing, np.arange(TINY.num_experts) == 2)
     assert (masked.ids[:, 0] == 2).all()
     np.testing.assert_array_equal(masked.weights, np.tile([1.0, 0.0], (4, 1)))
 

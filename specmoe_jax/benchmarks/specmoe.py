@@ -124,8 +124,9 @@ def drafts(s: Setting) -> dict:
         for length in s.ends((2, 4, 8)):
             cases.append(Case(f"ngram, length {length}", s.ngram(batch, length), "on_demand"))
             for n in s.ends(tuple(n for n in (2, 4, 8) if n < s.model.config.num_experts)):
-                plan = s.specmoe(batch, draft_experts=n, draft_length=length, prefetch="draft")
-                cases.append(Case(f"self, N = {n}, length {length}", plan, "on_demand"))
+                for draft in ("self", "merged"):
+                    plan = s.specmoe(batch, draft=draft, draft_experts=n, draft_length=length, prefetch="draft")
+                    cases.append(Case(f"{draft}, {n} experts, length {length}", plan, "on_demand"))
         rows |= _rows(s, cases, batch)
     return rows
 

@@ -162,8 +162,8 @@ def fingerprint(prompts: list[Prompt], plan: Plan) -> dict:
     return {
         "prompts": texts.hexdigest(),
         "model": checkpoint_hash(checkpoint_path(_MODEL.value)),
-        "dtype": load_options()["dtype"],
-        "deterministic_sampling": _DETERMINISTIC.value,
+        "dtype": plan.dtype,
+        "deterministic_sampling": plan.deterministic_sampling,
     }
 
 

@@ -292,3 +292,15 @@ def test_a_failed_write_leaves_what_was_there(generate, checkpoint, tmp_path, mo
     ran = generate(f"--model={checkpoint}", "--prompt=a", "--max_new_tokens=2", "--stats=s.json")
     assert ran.code == 1 and "error: cannot write s.json (No space left on device)" in ran.err
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("s.json", "old")]
+
+
+def test_a_job_knows_how_its_plan_samples(generate, checkpoint, tmp_path):
+    """A plan file may ask for deterministic sampling without the flag; going on without it is another job."""
+    plan = sm.PRESETS["on_demand"](TINY)
+    flags = (f"--model={checkpoint}", *prompt_flags(), "--max_new_tokens=3", "--temperature=1", "--output=o.jsonl")
+    for name, deterministic in (("keyed", True), ("plain", False)):
+        (tmp_path / f"{name}.json").write_text(plan.replace(deterministic_sampling=deterministic).to_json())
+    assert generate(*flags, "--plan=keyed.json").code == 0
+    refused = generate(*flags, "--plan=plain.json")
+    assert refused.code == 1
+    assert "begun with other deterministic_sampling" in refused.err

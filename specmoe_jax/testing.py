@@ -1,13 +1,18 @@
 """A named tiny model with a tokenizer, so that every test and every doubt can say `tiny()`. Random weights, odd sizes."""
 
 import functools
+import json
+import pathlib
 
+import safetensors.numpy
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config import ModelConfig
+from specmoe_jax.models.families import family_of
 from specmoe_jax.models.model import Model, random_model
+from specmoe_jax.models.spec import random_tensor, spec_leaves
 
 EOS_ID = 256
 
@@ -35,6 +40,35 @@ TINY = ModelConfig(
 def tiny(dtype: str = "float32") -> Model:
     """The same model for the same dtype; made once a process."""
     return random_model(TINY, seed=0, dtype=dtype, tokenizer=byte_tokenizer())
+
+
+TINY_JSON = {
+    "architectures": ["MixtralForCausalLM"],
+    "vocab_size": TINY.vocab_size,
+    "hidden_size": TINY.hidden_size,
+    "intermediate_size": TINY.expert_hidden,
+    "num_hidden_layers": TINY.num_layers,
+    "num_attention_heads": TINY.num_heads,
+    "num_key_value_heads": TINY.num_kv_heads,
+    "head_dim": TINY.head_dim,
+    "num_local_experts": TINY.num_experts,
+    "num_experts_per_tok": TINY.experts_per_token,
+    "max_position_embeddings": TINY.max_positions,
+    "rope_theta": TINY.rope_theta,
+    "rms_norm_eps": TINY.norm_eps,
+    "eos_token_id": list(TINY.eos_token_ids),
+}
+
+
+def write_tiny(folder: pathlib.Path) -> None:
+    """The weights of `tiny()` in Hugging Face format, float32, without a tokenizer."""
+    family = family_of(TINY)
+    specs = spec_leaves(family.weight_specs(TINY))
+    for layer in range(TINY.num_layers):
+        for expert in range(TINY.num_experts):
+            specs += spec_leaves(family.expert_specs(TINY, layer, expert))
+    safetensors.numpy.save_file({spec.name: random_tensor(spec, seed=0) for spec in specs}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(TINY_JSON))
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -1,35 +1,15 @@
 """Experts on disk under a RAM budget: the same tokens, every byte read counted, the budget kept."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
-import safetensors.numpy
 from engine_cases import PROMPTS, SAMPLED, plan, run, steps
 
 import specmoe_jax as sm
 from specmoe_jax.checkpoints.convert import convert
-from specmoe_jax.models.families import family_of
-from specmoe_jax.models.spec import random_tensor, spec_leaves
-from specmoe_jax.testing import TINY
+from specmoe_jax.testing import TINY, write_tiny
 
-RAW_CONFIG = {
-    "architectures": ["MixtralForCausalLM"],
-    "vocab_size": TINY.vocab_size,
-    "hidden_size": TINY.hidden_size,
-    "intermediate_size": TINY.expert_hidden,
-    "num_hidden_layers": TINY.num_layers,
-    "num_attention_heads": TINY.num_heads,
-    "num_key_value_heads": TINY.num_kv_heads,
-    "head_dim": TINY.head_dim,
-    "num_local_experts": TINY.num_experts,
-    "num_experts_per_tok": TINY.experts_per_token,
-    "max_position_embeddings": TINY.max_positions,
-    "rms_norm_eps": TINY.norm_eps,
-    "rope_theta": TINY.rope_theta,
-    "eos_token_id": list(TINY.eos_token_ids),
-}
 EXPERTS = TINY.num_layers * TINY.num_experts
 
 
@@ -39,14 +19,7 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     huggingface = folder / "huggingface"
     huggingface.mkdir()
-    (huggingface / "config.json").write_text(json.dumps(RAW_CONFIG))
-    family = family_of(TINY)
-    specs = spec_leaves(family.weight_specs(TINY))
-    for layer in range(TINY.num_layers):
-        for expert in range(TINY.num_experts):
-            specs += spec_leaves(family.expert_specs(TINY, layer, expert))
-    tensors = {spec.name: random_tensor(spec, seed=0) for spec in specs}
-    safetensors.numpy.save_file(tensors, huggingface / "model.safetensors")
+    write_tiny(huggingface)
     return {"huggingface": huggingface, "specmoe": convert(str(huggingface), folder / "specmoe", to="specmoe")}
 
 

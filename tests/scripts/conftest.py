@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import json
 import os
 import pathlib
 import signal
@@ -13,30 +12,11 @@ from typing import NamedTuple
 
 import absl.flags
 import pytest
-import safetensors.numpy
 from absl.testing import flagsaver
 
-from specmoe_jax.models.families import family_of
-from specmoe_jax.models.spec import random_tensor, spec_leaves
-from specmoe_jax.testing import TINY, byte_tokenizer
+from specmoe_jax.testing import byte_tokenizer, write_tiny
 
 SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
-CONFIG = {
-    "architectures": ["MixtralForCausalLM"],
-    "vocab_size": TINY.vocab_size,
-    "hidden_size": TINY.hidden_size,
-    "intermediate_size": TINY.expert_hidden,
-    "num_hidden_layers": TINY.num_layers,
-    "num_attention_heads": TINY.num_heads,
-    "num_key_value_heads": TINY.num_kv_heads,
-    "head_dim": TINY.head_dim,
-    "num_local_experts": TINY.num_experts,
-    "num_experts_per_tok": TINY.experts_per_token,
-    "max_position_embeddings": TINY.max_positions,
-    "rope_theta": TINY.rope_theta,
-    "rms_norm_eps": TINY.norm_eps,
-    "eos_token_id": list(TINY.eos_token_ids),
-}
 
 
 class Ran(NamedTuple):
@@ -49,13 +29,7 @@ class Ran(NamedTuple):
 def checkpoint(tmp_path_factory):
     """The weights of testing.tiny() in Hugging Face format. Never written to."""
     path = tmp_path_factory.mktemp("tiny")
-    family = family_of(TINY)
-    specs = spec_leaves(family.weight_specs(TINY))
-    for layer in range(TINY.num_layers):
-        for expert in range(TINY.num_experts):
-            specs += family.expert_specs(TINY, layer, expert)
-    safetensors.numpy.save_file({spec.name: random_tensor(spec, 0) for spec in specs}, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps(CONFIG))
+    write_tiny(path)
     byte_tokenizer().backend.save(str(path / "tokenizer.json"))
     return path
 

@@ -5,23 +5,17 @@ Example:
 """
 
 import contextlib
-import dataclasses
-import errno
-import hashlib
 import json
-import os
 import pathlib
 import sys
-from typing import NamedTuple
 
 import _common
 import tqdm
 from absl import flags
 
-from specmoe_jax import Completion, Engine, Model, Plan, SamplingParams, load_model, metrics
-from specmoe_jax.checkpoints.loader import checkpoint_path, load_config, load_model_tokenizer
-from specmoe_jax.checkpoints.manifest import checkpoint_hash
-from specmoe_jax.checkpoints.tokenizer import Tokenizer
+from specmoe_jax import Completion, Engine, Plan, SamplingParams, TokenEvent, load_model, metrics
+from specmoe_jax.atomic_files import check_writable, write_atomically
+from specmoe_jax.checkpoints.loader import checkpoint_path
 from specmoe_jax.config import (
     DRAFTS,
     DRAM_POLICIES,
@@ -35,10 +29,10 @@ from specmoe_jax.config import (
     ModelConfig,
     preset,
 )
-from specmoe_jax.engine.finish import safe_length
+from specmoe_jax.engine import jobs
 from specmoe_jax.engine.journal import Journal
 from specmoe_jax.engine.prompts import Prompt, read_prompts
-from specmoe_jax.engine.requests import check_job, refusal
+from specmoe_jax.engine.shown import ShownText
 from specmoe_jax.errors import PlanError, RequestError
 
 _MODEL = flags.DEFINE_string("model", "demo", '"demo" (bundled) or a directory with a Hugging Face checkpoint.')
@@ -88,93 +82,43 @@ def main() -> None:
         check_writable(path)
     if _OUTPUT.value and _OUTPUT.value == _STATS.value:
         raise RequestError(f"--output and --stats are both {_OUTPUT.value}; give two files")
-    check_job_before_loading(prompts)
+    if head := jobs.read_head(checkpoint_path(_MODEL.value)):
+        keep_bad = _OUTPUT.value is not None
+        jobs.check_before_loading(head, make_plan(head.config), prompts, keep_bad=keep_bad, must_work=len(_PROMPT.value))
     _common.use_compile_cache()
     model = load_model(_MODEL.value, **load_options(), progress=True)
     draft_model = load_model(_DRAFT_MODEL.value, dtype=model.dtype, progress=True) if _DRAFT_MODEL.value else None
     engine = Engine(model, make_plan(model.config), draft_model=draft_model, progress=True)
     load_s = watch.seconds
-    if _OUTPUT.value:
-        run_job(engine, prompts)
-    else:
-        print_completions(generate(engine, list(enumerate(prompts)), None))
+    generate(engine, prompts)
     stats = engine.stats() | {"load_s": load_s, "wall_s": watch.seconds}
     if _STATS.value:
         write_atomically(_STATS.value, json.dumps(stats, indent=2) + "\n")
     print(metrics.table(stats), file=sys.stderr)
 
 
-def run_job(engine: Engine, prompts: list[Prompt]) -> None:
-    """All requests that the output does not hold yet, each appended when it is finished.
+def generate(engine: Engine, prompts: list[Prompt]) -> None:
+    """The job of --output, or the texts on stdout; with a progress bar (none when not a terminal)."""
+    shown = [ShownText(engine.model, prompt.params.stop) for prompt in prompts] if _STREAM.value else []
+    quiet = _STREAM.value or not sys.stderr.isatty()
+    total = sum(prompt.params.max_new_tokens for prompt in prompts)
+    with tqdm.tqdm(total=total, unit="tok", disable=quiet, desc="decode") as bar:
 
-    A prompt of a file that cannot be served becomes a record with finish_reason "error"; one of a flag ends the job
-    before it begins.
-    """
-    reasons = refusals(engine.model, prompts)
-    journal = Journal(_OUTPUT.value, fingerprint(prompts, engine.plan), restart=_RESTART.value)
-    try:
-        for index, reason in enumerate(reasons):
-            if reason and index not in journal.done:
-                journal.append(error_record(index, prompts[index], reason))
-        todo = [(index, prompt) for index, prompt in enumerate(prompts) if index not in journal.done]
-        if todo:
-            generate(engine, todo, journal)
-    finally:
-        journal.close()
+        def on_step(info) -> None:
+            bar.update(int(info.committed.sum()))
+            bar.set_postfix_str(f"{info.committed.sum() / max(int(info.active.sum()), 1):.2f} tokens/step")
 
+        def on_event(event) -> None:
+            if shown:
+                print_piece(event, shown[event.id], several=len(prompts) > 1)
 
-class ModelHead(NamedTuple):
-    """What is known of a model before a weight is read."""
-
-    config: ModelConfig
-    tokenizer: Tokenizer | None
-
-
-def check_job_before_loading(prompts: list[Prompt]) -> None:
-    """Refuses a plan, a prompt or a memory budget that cannot work, before a weight is read."""
-    path = checkpoint_path(_MODEL.value)
-    if not (path / "config.json").is_file():
-        return  # load_model says what is wrong
-    config = load_config(path)
-    head = ModelHead(config=config, tokenizer=load_model_tokenizer(path, config))
-    plan = make_plan(config).validate(config)
-    reasons = refusals(head, prompts) if _OUTPUT.value else [None] * len(prompts)
-    good = [prompt for prompt, reason in zip(prompts, reasons, strict=True) if reason is None]
-    if good:
-        check_job(head, plan, [prompt.text for prompt in good], [prompt.params for prompt in good])
-
-
-def refusals(model: Model | ModelHead, prompts: list[Prompt]) -> list[str | None]:
-    """Why each prompt cannot be served, or None. Raises RequestError for one that is given by a flag."""
-    reasons = [p.error or refusal(model, index, p.text, p.params) for index, p in enumerate(prompts)]
-    for reason in filter(None, reasons[: len(_PROMPT.value)]):
-        raise RequestError(reason)
-    return reasons
-
-
-def fingerprint(prompts: list[Prompt], plan: Plan) -> dict:
-    """What the finished requests of a job depend on.
-
-    Batch size and the rest of the plan are not in it: greedy and deterministic sampling do not depend on them, and
-    ordinary sampling keeps its distribution.
-    """
-    texts = hashlib.sha256(json.dumps([(p.id, p.text, dataclasses.asdict(p.params)) for p in prompts]).encode())
-    return {
-        "prompts": texts.hexdigest(),
-        "model": checkpoint_hash(checkpoint_path(_MODEL.value)),
-        "dtype": plan.dtype,
-        "deterministic_sampling": plan.deterministic_sampling,
-    }
-
-
-def record(index: int, prompt: Prompt, completion: Completion) -> dict:
-    fields = dataclasses.asdict(completion)
-    return fields | {"id": prompt.id, "index": index, "num_new_tokens": len(completion.token_ids)}
-
-
-def error_record(index: int, prompt: Prompt, reason: str) -> dict:
-    empty = Completion(index, prompt.text, "", (), "error", 0)
-    return record(index, prompt, empty) | {"error": reason}
+        if not _OUTPUT.value:
+            print_completions(list(jobs.completions(engine, dict(enumerate(prompts)), on_event=on_event, on_step=on_step)))
+            return
+        reasons = jobs.refusals(engine.model, prompts, must_work=len(_PROMPT.value))
+        job = jobs.fingerprint(prompts, engine.plan, checkpoint_path(_MODEL.value))
+        with contextlib.closing(Journal(_OUTPUT.value, job, restart=_RESTART.value)) as journal:
+            jobs.run_job(engine, prompts, reasons, journal, on_event=on_event, on_step=on_step)
 
 
 def read_all_prompts() -> list[Prompt]:
@@ -246,51 +190,9 @@ def _to_bytes(value: float | None, unit: float) -> float | None:
     return None if value is None else value * unit
 
 
-def generate(engine: Engine, numbered: list[tuple[int, Prompt]], journal: Journal | None) -> list[Completion]:
-    """Runs prompts with a progress bar (none when not a terminal); completions in the order in which they finish."""
-    done, by_index = [], dict(numbered)
-    indices, prompts = list(by_index), list(by_index.values())
-    printed = {index: Printed(engine.model, prompt.params.stop) for index, prompt in numbered} if _STREAM.value else {}
-    quiet = _STREAM.value or not sys.stderr.isatty()
-    total = sum(prompt.params.max_new_tokens for prompt in prompts)
-    with tqdm.tqdm(total=total, unit="tok", disable=quiet, desc="decode") as bar:
-
-        def on_step(info) -> None:
-            bar.update(int(info.committed.sum()))
-            active = max(int(info.active.sum()), 1)
-            bar.set_postfix_str(f"{info.committed.sum() / active:.2f} tokens/step")
-
-        texts, params = [prompt.text for prompt in prompts], [prompt.params for prompt in prompts]
-        for event in engine.stream(texts, params, ids=indices, on_step=on_step):
-            if _STREAM.value:
-                print_piece(event, printed[event.id], several=len(prompts) > 1)
-            if event.completion is None:
-                continue
-            if journal:
-                journal.append(record(event.id, by_index[event.id], event.completion))
-            else:
-                done.append(event.completion)
-    return done
-
-
-class Printed:
-    """The text of one request so far, and how much of it has been printed."""
-
-    def __init__(self, model: Model, stop: tuple[str, ...]):
-        self._decoder, self._stop, self._text, self._length = model.tokenizer.stream(), stop, "", 0
-
-    def push(self, event) -> str:
-        """The text to print now; what may turn out to begin a stop string is held back."""
-        self._text += "".join(self._decoder.push(token) for token in event.token_ids)
-        done = event.completion
-        text = self._text[: safe_length(self._text, self._stop)] if done is None else done.text
-        piece, self._length = text[self._length :], max(self._length, len(text))
-        return piece
-
-
-def print_piece(event, printed: Printed, several: bool) -> None:
+def print_piece(event: TokenEvent, shown: ShownText, several: bool) -> None:
     """Prints the text of one event; with several prompts, one line each with the number of the prompt."""
-    text = printed.push(event)
+    text = shown.push(event)
     if several:
         print(f"[{event.id}] {text!r}", flush=True)
     else:
@@ -302,35 +204,6 @@ def print_completions(completions: list[Completion]) -> None:
     for completion in sorted(completions, key=lambda completion: completion.id):
         if not _STREAM.value:
             print(f"[{completion.id}] {completion.prompt}{completion.text}\n")
-
-
-def check_writable(path: str) -> None:
-    """Refuses a path that could not be written to, before anything is computed."""
-    with writing_to(path):
-        if pathlib.Path(path).exists() and not pathlib.Path(path).is_file():
-            raise OSError(errno.EINVAL, "it is no regular file")
-        with open(f"{path}.partial", "w"):
-            pass
-
-
-def write_atomically(path: str, text: str) -> None:
-    """Writes beside the file and renames, so that nothing half-written is left."""
-    with writing_to(path):
-        with open(f"{path}.partial", "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(f"{path}.partial", path)
-
-
-@contextlib.contextmanager
-def writing_to(path: str):
-    """Says in one line why a file cannot be written, and leaves no part of it behind."""
-    try:
-        yield
-    except OSError as e:
-        raise RequestError(f"cannot write {path} ({e.strerror}); give a file in a folder that exists and is writable") from e
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(f"{path}.partial")
 
 
 if __name__ == "__main__":

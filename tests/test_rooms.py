@@ -10,7 +10,7 @@ import specmoe_jax
 PACKAGE = pathlib.Path(specmoe_jax.__file__).parent
 SCRIPTS = PACKAGE.parent / "scripts"
 
-# room -> the rooms that it may import, itself aside. `base` is types, config, layer_config and errors.
+# room -> the rooms that it may import, itself aside. `base` is BASE.
 MAY_IMPORT = {
     "base": set(),
     "ops": {"base"},
@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "testing": {"base", "ops", "models", "checkpoints"},
     "testing_families": {"base", "ops", "models"},
 }
-BASE = {"types", "config", "layer_config", "errors"}
+BASE = {"types", "config", "layer_config", "errors", "atomic_files"}
 
 
 def room_of(module: str) -> str:

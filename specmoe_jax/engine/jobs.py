@@ -1,0 +1,113 @@
+"""A job: many prompts, one output file, and a record for each prompt whatever becomes of it."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from specmoe_jax.checkpoints.loader import load_config, load_model_tokenizer
+from specmoe_jax.checkpoints.manifest import checkpoint_hash
+from specmoe_jax.checkpoints.tokenizer import Tokenizer
+from specmoe_jax.config import ModelConfig, Plan
+from specmoe_jax.engine.generate import Completion, Engine, TokenEvent
+from specmoe_jax.engine.journal import Journal
+from specmoe_jax.engine.prompts import Prompt
+from specmoe_jax.engine.requests import check_job, refusal
+from specmoe_jax.engine.state import StepInfo
+from specmoe_jax.errors import RequestError
+from specmoe_jax.models.model import Model
+
+
+class ModelHead(NamedTuple):
+    """What is known of a model before a weight is read."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+
+
+def read_head(path: pathlib.Path) -> ModelHead | None:
+    """Config and tokenizer of a checkpoint directory; None where there is no config, which load_model explains."""
+    if not (path / "config.json").is_file():
+        return None
+    config = load_config(path)
+    return ModelHead(config=config, tokenizer=load_model_tokenizer(path, config))
+
+
+def check_before_loading(head: ModelHead, plan: Plan, prompts: list[Prompt], *, keep_bad: bool, must_work: int) -> None:
+    """Refuses a plan, a prompt or a memory budget that cannot work. Raises PlanError or RequestError.
+
+    keep_bad, must_work: as in `refusals`; without keep_bad the first bad prompt is the error.
+    """
+    plan.validate(head.config)
+    reasons = refusals(head, prompts, must_work=must_work) if keep_bad else [None] * len(prompts)
+    good = [prompt for prompt, reason in zip(prompts, reasons, strict=True) if reason is None]
+    if good:
+        check_job(head, plan, [prompt.text for prompt in good], [prompt.params for prompt in good])
+
+
+def refusals(model: Model | ModelHead, prompts: list[Prompt], *, must_work: int = 0) -> list[str | None]:
+    """Why each prompt cannot be served, or None. Raises RequestError for one of the first `must_work` of them."""
+    reasons = [prompt.error or refusal(model, index, prompt.text, prompt.params) for index, prompt in enumerate(prompts)]
+    for reason in filter(None, reasons[:must_work]):
+        raise RequestError(reason)
+    return reasons
+
+
+def run_job(engine: Engine, prompts: list[Prompt], reasons: list[str | None], journal: Journal, **callbacks) -> None:
+    """All requests that the journal does not hold yet, each appended when it is finished.
+
+    reasons: of `refusals`; a prompt that cannot be served becomes a record with finish_reason "error". callbacks: of
+    `completions`.
+    """
+    for index, reason in enumerate(reasons):
+        if reason and index not in journal.done:
+            journal.append(error_record(index, prompts[index], reason))
+    todo = {index: prompt for index, prompt in enumerate(prompts) if index not in journal.done}
+    for completion in completions(engine, todo, **callbacks):
+        journal.append(record(completion.id, todo[completion.id], completion))
+
+
+def completions(
+    engine: Engine,
+    prompts: dict[int, Prompt],
+    *,
+    on_event: Callable[[TokenEvent], None] = lambda event: None,
+    on_step: Callable[[StepInfo], None] | None = None,
+) -> Iterator[Completion]:
+    """Completions of numbered prompts in the order in which they finish; none for none."""
+    if not prompts:
+        return
+    texts, params = [prompt.text for prompt in prompts.values()], [prompt.params for prompt in prompts.values()]
+    for event in engine.stream(texts, params, ids=list(prompts), on_step=on_step):
+        on_event(event)
+        if event.completion is not None:
+            yield event.completion
+
+
+def fingerprint(prompts: list[Prompt], plan: Plan, model: pathlib.Path) -> dict:
+    """What the finished requests of a job depend on.
+
+    Batch size and the rest of the plan are not in it: greedy and deterministic sampling do not depend on them, and
+    ordinary sampling keeps its distribution.
+    """
+    texts = hashlib.sha256(json.dumps([(p.id, p.text, dataclasses.asdict(p.params)) for p in prompts]).encode())
+    return {
+        "prompts": texts.hexdigest(),
+        "model": checkpoint_hash(model),
+        "dtype": plan.dtype,
+        "deterministic_sampling": plan.deterministic_sampling,
+    }
+
+
+def record(index: int, prompt: Prompt, completion: Completion) -> dict:
+    """A line of the output."""
+    fields = dataclasses.asdict(completion)
+    return fields | {"id": prompt.id, "index": index, "num_new_tokens": len(completion.token_ids)}
+
+
+def error_record(index: int, prompt: Prompt, reason: str) -> dict:
+    """A line of the output for a prompt that cannot be served."""
+    empty = Completion(index, prompt.text, "", (), "error", 0)
+    return record(index, prompt, empty) | {"error": reason}

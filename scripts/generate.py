@@ -13,8 +13,9 @@ import _common
 import tqdm
 from absl import flags
 
-from specmoe_jax import Completion, Engine, Plan, SamplingParams, TokenEvent, load_model, metrics
+from specmoe_jax import Completion, Engine, Model, Plan, SamplingParams, TokenEvent, load_model, metrics
 from specmoe_jax.atomic_files import check_writable, write_atomically
+from specmoe_jax.checkpoints.eagle import BUNDLED_HEADS, load_head
 from specmoe_jax.checkpoints.loader import checkpoint_path
 from specmoe_jax.config import (
     DRAFTS,
@@ -22,6 +23,7 @@ from specmoe_jax.config import (
     DTYPES,
     EXPERT_FLOWS,
     EXPERT_TIERS,
+    GATED_DRAFTS,
     GIB,
     KV_TIERS,
     PREFETCHES,
@@ -34,6 +36,7 @@ from specmoe_jax.engine.journal import Journal
 from specmoe_jax.engine.prompts import Prompt, read_prompts
 from specmoe_jax.engine.shown import ShownText
 from specmoe_jax.errors import PlanError, RequestError
+from specmoe_jax.models.eagle import EagleHead
 
 _MODEL = flags.DEFINE_string("model", "demo", '"demo" (bundled) or a directory with a Hugging Face checkpoint.')
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
@@ -45,6 +48,7 @@ _PRESET = flags.DEFINE_string("preset", None, f"One of {', '.join(PRESETS)}; def
 _PLAN = flags.DEFINE_string("plan", None, "A plan as JSON, instead of a preset.")
 _DRAFT = flags.DEFINE_enum("draft", None, [d for d in DRAFTS if d != "custom"], "Overrides the plan's draft.")
 _DRAFT_MODEL = flags.DEFINE_string("draft_model", None, "A checkpoint of the same vocabulary (draft=model).")
+_DRAFT_HEAD = flags.DEFINE_string("draft_head", None, "An EAGLE head (draft=eagle); default: the bundled model's own.")
 _DRAFT_LENGTH = flags.DEFINE_integer("draft_length", None, "Tokens drafted per step.")
 _DRAFT_EXPERTS = flags.DEFINE_integer("draft_experts", None, "Draft experts per layer: hot (draft=self) or merged (draft=merged).")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Requests that generate together.")
@@ -88,13 +92,21 @@ def main() -> None:
     _common.use_compile_cache()
     model = load_model(_MODEL.value, **load_options(), progress=True)
     draft_model = load_model(_DRAFT_MODEL.value, dtype=model.dtype, progress=True) if _DRAFT_MODEL.value else None
-    engine = Engine(model, make_plan(model.config), draft_model=draft_model, progress=True)
+    plan = make_plan(model.config)
+    engine = Engine(model, plan, draft_model=draft_model, draft_head=read_head(model, plan), progress=True)
     load_s = watch.seconds
     generate(engine, prompts)
     stats = engine.stats() | {"load_s": load_s, "wall_s": watch.seconds}
     if _STATS.value:
         write_atomically(_STATS.value, json.dumps(stats, indent=2) + "\n")
     print(metrics.table(stats), file=sys.stderr)
+
+
+def read_head(model: Model, plan: Plan) -> EagleHead | None:
+    """The head of --draft_head, or the bundled one of the bundled model where the plan drafts with one."""
+    bundled = _MODEL.value if plan.draft == "eagle" and _MODEL.value in BUNDLED_HEADS else None
+    name = _DRAFT_HEAD.value or bundled
+    return load_head(name, model) if name else None
 
 
 def generate(engine: Engine, prompts: list[Prompt]) -> None:
@@ -181,8 +193,10 @@ def make_plan(config: ModelConfig) -> Plan:
         "host_memory_bytes": _to_bytes(_HOST_GIB.value, GIB),
         "link_bytes_per_s": _to_bytes(_LINK_GBPS.value, 1e9),
     }
-    if _DRAFT.value == "none":  # switching the draft off takes its settings along
-        plan = plan.replace(draft_length=None, draft_experts=None)
+    if _DRAFT.value is not None and _DRAFT.value not in GATED_DRAFTS:  # another draft takes the old one's settings along
+        plan = plan.replace(draft_experts=None, draft_set=None, substitution=None)
+    if _DRAFT.value == "none":
+        plan = plan.replace(draft_length=None)
     return plan.replace(**{name: value for name, value in overrides.items() if value is not None})
 
 

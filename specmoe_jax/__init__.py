@@ -1,7 +1,7 @@
 """specmoe_jax: Mixture-of-Experts models whose experts do not fit on the accelerator, fast and exact."""
 
 from specmoe_jax import ops, speculate
-from specmoe_jax.checkpoints import load_model
+from specmoe_jax.checkpoints import load_head, load_model
 from specmoe_jax.config import PRESETS, ModelConfig, Plan, SamplingParams
 from specmoe_jax.engine import Completion, Engine, TokenEvent
 from specmoe_jax.errors import CheckpointError, PlanError, RequestError, UserError
@@ -20,6 +20,7 @@ __all__ = [
     "SamplingParams",
     "TokenEvent",
     "UserError",
+    "load_head",
     "load_model",
     "ops",
     "random_model",

@@ -10,7 +10,7 @@ from specmoe_jax.layer_config import AttentionConfig, ExpertConfig, LayerConfig,
 
 GIB = 1 << 30
 
-DRAFTS = ("none", "self", "merged", "ngram", "model", "custom")
+DRAFTS = ("none", "self", "merged", "eagle", "ngram", "model", "custom")
 GATED_DRAFTS = ("self", "merged")  # those that run the target's own gates, over fewer experts
 DRAFT_SETS = ("hot_temporal", "hot_global", "random", "decay", "accepted")
 SUBSTITUTIONS = ("affinity", "distinct", "random", "mask")

@@ -10,6 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config import ModelConfig
+from specmoe_jax.models import eagle
 from specmoe_jax.models.families import family_of
 from specmoe_jax.models.model import Model, random_model
 from specmoe_jax.models.spec import random_tensor, spec_leaves
@@ -79,3 +80,24 @@ def byte_tokenizer() -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["</s>"])
     return Tokenizer(backend=backend, eos_token_ids=(EOS_ID,))
+
+
+EAGLE_JSON = {
+    "hidden_size": TINY.hidden_size,
+    "intermediate_size": 56,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": TINY.vocab_size,
+    "hidden_act": "silu",
+    "max_position_embeddings": 128,
+}
+EAGLE3_JSON = EAGLE_JSON | {"draft_vocab_size": 131, "eagle_config": {eagle.AUX_LAYERS_KEY: [0, 1, 2]}}
+
+
+def eagle_head(model: Model, *, fused: bool = False) -> eagle.EagleHead:
+    """A random EAGLE-1 head for `tiny()`, or an EAGLE-3 one."""
+    raw = EAGLE3_JSON if fused else EAGLE_JSON
+    return eagle.random_head(eagle.parse_config(raw, model.config, fused=fused), model)

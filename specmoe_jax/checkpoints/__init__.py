@@ -1,5 +1,6 @@
 """Checkpoints: Hugging Face safetensors -> host weights, checked before they are believed; the tokenizer."""
 
+from specmoe_jax.checkpoints.eagle import load_head
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config, load_model
 from specmoe_jax.checkpoints.manifest import checkpoint_hash, write_manifest
 from specmoe_jax.checkpoints.tokenizer import StreamDecoder, Tokenizer
@@ -10,6 +11,7 @@ __all__ = [
     "checkpoint_hash",
     "checkpoint_path",
     "load_config",
+    "load_head",
     "load_model",
     "write_manifest",
 ]

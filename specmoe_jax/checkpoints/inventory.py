@@ -1,6 +1,7 @@
 """Names: which stored tensor is which weight, with nothing missing, nothing left over and every shape as configured."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE, Checkpoint, StoredTensor
@@ -48,7 +49,7 @@ def take_inventory(config: ModelConfig, checkpoint: Checkpoint) -> Inventory:
         raise CheckpointError(
             f"config.json: {config.num_moe_layers} layers of {config.num_experts} experts; at most {MAX_EXPERTS} experts in all"
         )
-    names = _Names(config, checkpoint)
+    names = Names(checkpoint, canonical=family_of(config).canonical_name, tied=config.tie_embeddings)
     weights = {spec.name: names.take(spec) for spec in spec_leaves(family_of(config).weight_specs(config))}
     names.raise_if_missing()  # the router's shape has now confirmed the number of experts that is counted to next
     experts = tuple(
@@ -59,12 +60,14 @@ def take_inventory(config: ModelConfig, checkpoint: Checkpoint) -> Inventory:
     return Inventory(weights=weights, experts=experts)
 
 
-class _Names:
-    """The tensors by canonical name, and which of them have been asked for."""
+class Names:
+    """The tensors by canonical name, and which of them have been asked for.
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint):
-        canonical = family_of(config).canonical_name
-        self._file, self._tied = _file(checkpoint), config.tie_embeddings
+    canonical: a stored name -> the specs' name of it, None for what is not used on purpose. tied: see raise_if_unused.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, canonical: Callable[[str], str | None] = str, tied: bool = False):
+        self._file, self._tied = _file(checkpoint), tied
         used = {name: tensor for name, tensor in checkpoint.tensors.items() if canonical(name) is not None}
         self._tensors = {canonical(name): tensor for name, tensor in used.items()}
         self._missing: dict[str, None] = {}  # an ordered set
@@ -76,10 +79,10 @@ class _Names:
     def has(self, name: str) -> bool:
         return name in self._tensors
 
-    def take(self, spec: TensorSpec, *, packed: bool = False) -> StoredTensor | None:
+    def take(self, spec: TensorSpec, *, packed: bool = False, integers: tuple[str, ...] = ()) -> StoredTensor | None:
         """The tensor of a spec; None, and remembered as missing, when there is none. Raises for a wrong shape or dtype.
 
-        packed: bytes of MXFP4 are expected instead of floating-point numbers.
+        packed: bytes of MXFP4 are expected instead of floating-point numbers; integers: one of these types.
         """
         if spec.name not in self._tensors:
             self._missing[spec.name] = None
@@ -91,7 +94,10 @@ class _Names:
             raise CheckpointError(
                 f"{tensor.where}: shape is {list(tensor.entry.shape)}; config.json asks for {list(spec.shape)}{hint}"
             )
-        if not packed:
+        if integers:
+            if tensor.entry.dtype not in integers:
+                raise CheckpointError(f"{tensor.where}: dtype is {tensor.entry.dtype}; expected one of {', '.join(integers)}")
+        elif not packed:
             assert tensor.dtype  # raises CheckpointError for integers
         elif tensor.entry.dtype != "U8":
             raise CheckpointError(f"{tensor.where}: dtype is {tensor.entry.dtype}; MXFP4 is stored as U8")
@@ -116,7 +122,7 @@ class _Names:
             )
 
 
-def _expert(config: ModelConfig, names: _Names, moe: int, expert: int) -> ExpertSource | None:
+def _expert(config: ModelConfig, names: Names, moe: int, expert: int) -> ExpertSource | None:
     """Our block where the checkpoint has it, else one of the family's layouts."""
     shape = config.experts.block_shape
     if names.has(block_name(moe, expert)):
@@ -127,7 +133,7 @@ def _expert(config: ModelConfig, names: _Names, moe: int, expert: int) -> Expert
     return None if any(piece is None for piece, _ in pieces) else ExpertSource(pieces=tuple(pieces), block_shape=shape)
 
 
-def _stored_layout(names: _Names, layouts: tuple[Layout, ...]) -> Layout:
+def _stored_layout(names: Names, layouts: tuple[Layout, ...]) -> Layout:
     """The usual layout, unless there is a tensor that only another one has."""
     usual = {part.name for part in layouts[0]}
     for layout in layouts[1:]:
@@ -136,7 +142,7 @@ def _stored_layout(names: _Names, layouts: tuple[Layout, ...]) -> Layout:
     return layouts[0]
 
 
-def _piece(names: _Names, part: Part) -> Piece | None:
+def _piece(names: Names, part: Part) -> Piece | None:
     """What a part says of a stored tensor; None when it is missing."""
     packed = part.scales is not None
     tensor = names.take(part.spec, packed=packed)

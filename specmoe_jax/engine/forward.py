@@ -11,6 +11,7 @@ from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, PassInfo
 from specmoe_jax.offload import leftovers
 from specmoe_jax.offload.residency import LayerPlan, plan_layer, plan_prefetch
+from specmoe_jax.speculate.draft import FeatureDraft
 from specmoe_jax.speculate.hotness import count_choices
 from specmoe_jax.types import KVCache, Routing
 
@@ -18,13 +19,17 @@ NO_SLOTS = np.zeros(0, np.int32)
 
 
 class TargetPass(NamedTuple):
-    """h: [B, T, M] after the last layer. counts: [L, E] int64, how often each expert was chosen."""
+    """h: [B, T, M] after the last layer. counts: [L, E] int64, how often each expert was chosen.
+
+    features: [B, T, M'], what the draft takes of the hidden states; None where it takes nothing.
+    """
 
     h: jax.Array
     kv: KVCache
     memory: ExpertMemory
     counts: np.ndarray
     info: PassInfo
+    features: jax.Array | None = None
 
 
 class LayerInfo(NamedTuple):
@@ -46,8 +51,10 @@ def target_pass(
     expected of this pass (0 = none), worth a prefetch. kv and the memory's pool are consumed.
     """
     h, lengths, num_new = stages.embed(rt.weights, tokens), jnp.asarray(lengths), jnp.asarray(num_new)
-    keys, values, infos = [], [], []
+    keys, values, infos, inputs = [], [], [], {}
     for layer, moe in enumerate(rt.config.moe_index):
+        if layer in rt.feature_layers:
+            inputs[layer] = h
         if moe is None or rt.plan.expert_flow == "resident":
             slots = None if moe is None else rt.resident_slots[moe]
             h, _, k, v = resident_layer(rt, layer, h, kv, lengths, num_new, memory.pool, slots)
@@ -63,7 +70,17 @@ def target_pass(
         memory=memory,
         counts=np.stack([info.counts for info in infos]) if infos else earlier,
         info=_pass_info(infos, tokens.shape),
+        features=features(rt, h, inputs),
     )
+
+
+def features(rt: Runtime, h: jax.Array, inputs: dict[int, jax.Array]) -> jax.Array | None:
+    """What a FeatureDraft takes of a pass. h [B, T, M] after the last layer; inputs: those of `rt.feature_layers`."""
+    if not isinstance(rt.draft, FeatureDraft):
+        return None
+    if not rt.feature_layers:
+        return stages.final_norm(rt.config.norm_eps, rt.weights, h)
+    return jnp.concatenate([inputs[layer] for layer in rt.feature_layers], axis=-1)
 
 
 def migrate_and_compute(

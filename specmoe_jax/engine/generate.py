@@ -20,9 +20,11 @@ from specmoe_jax.engine.runtime import build, first_memory, new_cache
 from specmoe_jax.engine.state import Request, State, StepInfo
 from specmoe_jax.engine.step import step, warm_up
 from specmoe_jax.errors import PlanError
+from specmoe_jax.models.eagle import EagleHead, check_head, head_bytes
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.memory import MemoryAccount, account, cache_positions
-from specmoe_jax.speculate.draft import Draft
+from specmoe_jax.speculate.draft import Draft, FeatureDraft
+from specmoe_jax.speculate.eagle import EagleDraft
 from specmoe_jax.speculate.guard import make_guard
 from specmoe_jax.speculate.sampling import sampling_rows
 from specmoe_jax.types import KVCache
@@ -53,6 +55,7 @@ class Engine:
 
     draft: an own implementation of speculate.Draft, for plans with draft="custom".
     draft_model: a smaller model of the same vocabulary, for plans with draft="model".
+    draft_head: an EAGLE head of this model (checkpoints.load_head), for plans with draft="eagle".
     progress: bars while preparing (affinity), silent when standard error is not a terminal.
     """
 
@@ -63,6 +66,7 @@ class Engine:
         *,
         draft: Draft | None = None,
         draft_model: Model | None = None,
+        draft_head: EagleHead | None = None,
         progress: bool = False,
     ):
         self.model, self.plan = model, plan.validate(model.config)
@@ -78,7 +82,15 @@ class Engine:
                 f"draft={plan.draft} and {'a' if draft_model else 'no'} draft model given; "
                 "--draft=model and --draft_model=DIR go together"
             )
+        if (plan.draft == "eagle") != (draft_head is not None):
+            raise PlanError(
+                f"draft={plan.draft} and {'a' if draft_head else 'no'} draft head given; "
+                "--draft=eagle and --draft_head=DIR go together"
+            )
         self._given_draft, self._draft_model, self._progress = draft, draft_model, progress
+        self._draft_head = draft_head
+        if draft_head is not None:
+            self._given_draft = EagleDraft(check_head(model, draft_head))
         self._rt = self._memory = self._account = self._accounted_peak_bytes = None
         self._compiles = metrics.CompileCounter()
         self._warm_shapes, self._recompiled, self._warm_up_s = set(), 0, 0.0
@@ -197,8 +209,10 @@ class Engine:
         padding = shapes.rows - len(requests)
         rows: tuple[Request | None, ...] = (*requests, *[None] * padding)
         prompts = [request.token_ids if request else () for request in rows]
-        memory, kv, _ = prefill(self._rt, memory, kv, prompts, shapes.chunk)
-        jax.block_until_ready(kv)
+        watcher = isinstance(self._rt.draft, FeatureDraft)
+        draft_memory = self._rt.draft.new_memory(shapes.rows, shapes.positions) if watcher else None
+        memory, kv, draft_memory, _ = prefill(self._rt, memory, kv, prompts, shapes.chunk, draft_memory)
+        jax.block_until_ready((kv, draft_memory))
         self._prefill_s += watch.seconds
         link_bytes, disk_bytes = self._moved_bytes()
         self._prefill_link_bytes += link_bytes - before[0]
@@ -213,6 +227,7 @@ class Engine:
             finish_reasons=tuple(None if request else "padding" for request in rows),
             rows=sampling_rows([request.params if request else SamplingParams() for request in rows]),
             guard=make_guard(self.plan.draft_length) if self.plan.guard else None,
+            draft_memory=draft_memory,
         )
         return self._warm(state, shapes)
 
@@ -248,6 +263,8 @@ class Engine:
 
     def _needed(self, *, rows: int, positions: int) -> MemoryAccount:
         beside = draft_model_bytes(self._draft_model, self.plan, batch_rows=rows, positions=positions)
+        if self._draft_head is not None:
+            beside += head_bytes(self._draft_head, batch_rows=rows, positions=positions)
         return account(self.model.config, self.plan, batch_rows=rows, positions=positions, draft_model_bytes=beside)
 
     def _too_big(self, needed: MemoryAccount) -> bool:

@@ -1,5 +1,7 @@
 """Fills the KV cache with the prompts, chunk by chunk, and leaves the first draft set resident."""
 
+from typing import Any
+
 import numpy as np
 
 from specmoe_jax.engine.forward import target_pass
@@ -10,31 +12,34 @@ from specmoe_jax.types import KVCache
 
 
 def prefill(
-    rt: Runtime, memory: ExpertMemory, kv: KVCache, prompts: list[tuple[int, ...]], chunk: int
-) -> tuple[ExpertMemory, KVCache, list[PassInfo]]:
+    rt: Runtime, memory: ExpertMemory, kv: KVCache, prompts: list[tuple[int, ...]], chunk: int, draft_memory: Any = None
+) -> tuple[ExpertMemory, KVCache, Any, list[PassInfo]]:
     """All tokens of each prompt but its last, which is the input of the first step.
 
     prompts: B token tuples, ragged; an empty one is a padding row. The draft set after the prefill is chosen
-    by the votes of the whole prompt, not of its last chunk.
+    by the votes of the whole prompt, not of its last chunk. draft_memory: of a FeatureDraft, which observes every chunk.
     """
     counts = np.array([max(len(prompt) - 1, 0) for prompt in prompts], np.int32)
     totals = np.zeros((rt.config.num_moe_layers, rt.config.num_experts), np.int64)
     nothing = np.zeros_like(totals)
-    infos = []
+    infos, every_row = [], np.arange(len(prompts), dtype=np.int32)
     for start in range(0, int(counts.max()), chunk):
-        tokens = np.zeros((len(prompts), chunk), np.int32)
+        tokens, following = np.zeros((2, len(prompts), chunk), np.int32)
         num_new = np.clip(counts - start, 0, chunk).astype(np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : num_new[row]] = prompt[start : start + num_new[row]]
+            following[row, : num_new[row]] = prompt[start + 1 : start + 1 + num_new[row]]
         lengths = np.minimum(counts, start).astype(np.int32)
         done = target_pass(rt, memory, kv, tokens, lengths, num_new, earlier=totals, predicted=nothing)
         memory, kv, totals = done.memory, done.kv, done.counts
+        if done.features is not None:
+            draft_memory = rt.draft.observe(draft_memory, every_row, following, done.features, lengths, num_new)
         infos.append(done.info)
     votes = rt.draft_set.update(memory.votes, totals, totals)
     memory = memory._replace(votes=votes)
     if rt.plan.draft == "merged" and memory.groups is None:
         memory = merge_experts(rt, memory, totals)
-    return memory, kv, infos
+    return memory, kv, draft_memory, infos
 
 
 def merge_experts(rt: Runtime, memory: ExpertMemory, counts: np.ndarray) -> ExpertMemory:

@@ -18,7 +18,7 @@ from specmoe_jax.offload.store import ExpertStore, Link
 from specmoe_jax.offload.tiers import DiskTier, HostTier, Tier
 from specmoe_jax.planner.memory import MemoryAccount, pinned_experts
 from specmoe_jax.speculate.affinity_cache import affinity_table
-from specmoe_jax.speculate.draft import Draft
+from specmoe_jax.speculate.draft import Draft, FeatureDraft
 from specmoe_jax.speculate.draft_set import DraftSetPolicy, make_policy
 from specmoe_jax.speculate.hotness import hot_set
 from specmoe_jax.speculate.ngram import NgramDraft
@@ -50,6 +50,11 @@ class Runtime:
     device: jax.Device
     host: jax.Device
     activations: Link  # counts what crosses between accelerator and host beside experts
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """Layers whose inputs the draft takes; none for most drafts, nor for one of the last hidden state."""
+        return self.draft.feature_layers if isinstance(self.draft, FeatureDraft) else ()
 
     @property
     def expert_bytes(self) -> int:
@@ -143,7 +148,8 @@ def new_cache(config: ModelConfig, rows: int, positions: int, dtype: str, device
     return KVCache(k=tuple(map(buffer, config.layers)), v=tuple(map(buffer, config.layers)))
 
 
-_DRAFTS = {"none": lambda: None, "custom": lambda: None, "self": SelfDraft, "merged": SelfDraft, "ngram": NgramDraft}
+_GIVEN = ("none", "custom", "model", "eagle")  # none at all, or one that the engine was given or made
+_DRAFTS = dict.fromkeys(_GIVEN, lambda: None) | {"self": SelfDraft, "merged": SelfDraft, "ngram": NgramDraft}
 
 
 def _merged_slots(config: ModelConfig, account: MemoryAccount) -> np.ndarray:

@@ -19,6 +19,7 @@ from specmoe_jax.types import Routing
 
 embed = jax.jit(layers.embed)
 head = functools.partial(jax.jit, static_argnums=0)(layers.head)
+final_norm = functools.partial(jax.jit, static_argnums=0)(layers.final_norm)
 
 
 @functools.partial(jax.jit, static_argnums=0)

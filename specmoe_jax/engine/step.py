@@ -45,8 +45,10 @@ def step(rt: Runtime, state: State, tokenizer, *, length: int | None = None) -> 
     sent.append(rt.store.link.sent_bytes)
     new_state, accepted, committed = commit(rt, state, drafted.proposal, verified, result, tokenizer)
     clock.append(time.perf_counter())
+    new_state = inform(rt, new_state, verified, state.lengths, committed)
+    clock.append(time.perf_counter())
     if state.guard:
-        guard = observe(state.guard, length, accepted[state.active], clock[3] - clock[0])
+        guard = observe(state.guard, length, accepted[state.active], clock[4] - clock[0])
         new_state = new_state._replace(guard=guard)
     guesses = drafted.prefetched + verified.info.prefetched
     return new_state, StepInfo(
@@ -62,7 +64,7 @@ def step(rt: Runtime, state: State, tokenizer, *, length: int | None = None) -> 
         prefetch_wasted_bytes=(guesses - verified.info.prefetch_hits) * rt.expert_bytes,
         activation_bytes=rt.activations.sent_bytes - activations,
         below=TierCounts(*np.subtract(rt.store.tier.counts, below).tolist()),
-        draft_s=clock[1] - clock[0],
+        draft_s=clock[1] - clock[0] + clock[4] - clock[3],
         verify_s=clock[2] - clock[1],
         commit_s=clock[3] - clock[2],
     )
@@ -77,7 +79,7 @@ def warm_up(rt: Runtime, state: State) -> State:
     idle = state._replace(finish_reasons=("idle",) * len(state.requests), guard=None)
     for length in state.guard.lengths if state.guard else (rt.plan.draft_length or 0,):
         idle, _ = step(rt, idle, None, length=length)
-    return state._replace(kv=idle.kv, memory=idle.memory._replace(votes=state.memory.votes))
+    return state._replace(kv=idle.kv, memory=idle.memory._replace(votes=state.memory.votes), draft_memory=idle.draft_memory)
 
 
 def verify(rt: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass, AcceptResult]:
@@ -134,6 +136,19 @@ def commit(
         finish_reasons=tuple(reasons),
     )
     return new_state, accepted, committed
+
+
+def inform(rt: Runtime, state: State, verified: TargetPass, lengths: np.ndarray, committed: np.ndarray) -> State:
+    """Shows a FeatureDraft the target's hidden states of what a step committed. state: after it; lengths: [B] before it."""
+    if verified.features is None:
+        return state
+    rows, width = len(state.requests), verified.features.shape[1]
+    following = np.zeros((rows, width), np.int32)
+    for row, count in enumerate(committed):
+        following[row, :count] = state.generated[row][len(state.generated[row]) - count :]
+    every_row = np.arange(rows, dtype=np.int32)
+    memory = rt.draft.observe(state.draft_memory, every_row, following, verified.features, lengths, committed)
+    return state._replace(draft_memory=jax.block_until_ready(memory))
 
 
 def _committed_counts(verified: TargetPass, committed: np.ndarray) -> np.ndarray:

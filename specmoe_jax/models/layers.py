@@ -20,7 +20,13 @@ def pre_attention(
     config: LayerConfig, weights: LayerWeights, h: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Norm, projections and RoPE ("other1" of SpecMoEOff). h [B, T, M] -> q [B, T, H, D], k and v [B, T, K, D]."""
-    x = rms_norm(h, weights.input_norm, config.norm_eps)
+    return queries_keys_values(config, weights, rms_norm(h, weights.input_norm, config.norm_eps), positions)
+
+
+def queries_keys_values(
+    config: LayerConfig, weights: LayerWeights, x: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`pre_attention` of what is normed already (or, in EAGLE's layer, never is). x [B, T, in]."""
     if config.attention.latent is not None:
         return latent.project(config.attention, weights, x, positions)
     attention = config.attention
@@ -76,9 +82,22 @@ def combine(h: jax.Array, expert_outputs: jax.Array, routing: Routing) -> jax.Ar
 
 def head(norm_eps: float, weights: Weights, h: jax.Array) -> jax.Array:
     """Final norm and output matrix. h [B, T, M] -> logits [B, T, V] float32."""
-    x = rms_norm(h, weights.final_norm, norm_eps)
-    matrix = weights.embed if weights.lm_head is None else weights.lm_head
+    return output(output_matrix(weights), final_norm(norm_eps, weights, h))
+
+
+def final_norm(norm_eps: float, weights: Weights, h: jax.Array) -> jax.Array:
+    """The last hidden state, which is EAGLE's feature: after the final norm, before the output matrix. h [..., M]."""
+    return rms_norm(h, weights.final_norm, norm_eps)
+
+
+def output(matrix: jax.Array, x: jax.Array) -> jax.Array:
+    """Logits [..., V] float32 of x [..., M] by an output matrix [V, M]."""
     return linear(x.astype(jnp.float32), matrix.astype(jnp.float32))
+
+
+def output_matrix(weights: Weights) -> jax.Array:
+    """[V, M], the embedding where they are tied."""
+    return weights.embed if weights.lm_head is None else weights.lm_head
 
 
 def _normed(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:

@@ -59,7 +59,7 @@ def account(config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int,
     """The account of a plan for `batch_rows` rows of `positions` KV positions, within its budgets.
 
     The pool gets what the plan can use (pinned experts, and one layer's whole dispatch), or what the budget
-    leaves. draft_model_bytes: what a separate draft model takes. Raises PlanError with the shortage and the smallest
+    leaves. draft_model_bytes: what a separate draft model or head takes. Raises PlanError with the shortage and the smallest
     budget that works.
     """
     item = DTYPE_BYTES[plan.dtype]

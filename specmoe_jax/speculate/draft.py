@@ -1,7 +1,7 @@
 """The protocol of a draft: anything that proposes tokens, given what the engine lets it see."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -22,7 +22,8 @@ class DraftView(NamedTuple):
     coupled: [B, N] keys that draft and target share under deterministic sampling, else None.
     forward: (kv, tokens [B], lengths [B]) -> (logits [B, V], kv): one token through the resident experts only,
         no expert crosses the link. None where the plan keeps no draft experts.
-    memory: of the draft's last proposal for these rows (Proposal.memory), None in their first step.
+    memory: of the draft's last proposal for these rows (Proposal.memory), or what a FeatureDraft made of it since; None in
+        the first step of any other draft.
     """
 
     length: int
@@ -43,4 +44,32 @@ class Draft(Protocol):
 
     def propose(self, view: DraftView) -> tuple[Proposal, KVCache]:
         """The tokens [B, view.length] with the distribution they were drawn from, and the cache after drafting."""
+        ...
+
+
+@runtime_checkable
+class FeatureDraft(Draft, Protocol):
+    """A draft that is fed by the target's hidden states, of every position that is committed (EAGLE).
+
+    feature_layers: the layers whose inputs [.., M] it takes, side by side; empty for the last hidden state after the
+    final norm.
+    """
+
+    feature_layers: tuple[int, ...]
+
+    def new_memory(self, rows: int, positions: int) -> Any:
+        """The memory of a batch of `rows` rows B, before anything was observed."""
+        ...
+
+    def observe(self, memory: Any, rows, following, features, lengths, num_new) -> Any:
+        """The memory after a pass of the target over T positions of b rows of the batch; the old one is consumed.
+
+        rows: [b] int32, any of 0..B-1 in any order; another number is padding. features: [b, T, M'], of the positions
+        lengths[b] + t; following: [b, T] int32, the committed token after each. lengths: [b] int32, positions of the row
+        that were observed before, 0 for the first of a request (a row may serve one after the other). num_new: [b] int32,
+        columns that count; a row with none stays as it is.
+
+        The engine calls it for every chunk of a prefill and for what each step committed, so a row's observed positions are
+        always its committed tokens but the last.
+        """
         ...

@@ -1,0 +1,237 @@
+"""EAGLE draft heads: one dense layer that predicts the target's next hidden state from the last one and a token.
+
+EAGLE-1 and -2 (Li et al. 2024a, b) share a network: fc over [embedding(token_{i+1}), feature_i], a Llama layer without
+input norm, the target's output matrix. Its feature is the target's last hidden state after the final norm. EAGLE-3 (Li et
+al. 2025) takes the residual streams before three layers of the target, and has norms, an output matrix and a
+vocabulary of its own. Row i of a head, at position i, holds feature_i and the token after it and gives feature_{i+1}.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from specmoe_jax.config import ModelConfig
+from specmoe_jax.errors import CheckpointError, PlanError
+from specmoe_jax.layer_config import LayerConfig
+from specmoe_jax.models import config_json as read
+from specmoe_jax.models import layers
+from specmoe_jax.models.attention import attend
+from specmoe_jax.models.basics import affine, rms_norm
+from specmoe_jax.models.model import Model
+from specmoe_jax.models.naming import norm_spec
+from specmoe_jax.models.parse import grouped_attention
+from specmoe_jax.models.spec import LayerWeights, MlpWeights, TensorSpec, map_specs, random_tensor
+from specmoe_jax.types import KVCache
+
+AUX_LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
+
+
+@dataclasses.dataclass(frozen=True)
+class EagleConfig:
+    """Sizes and format of a head.
+
+    feature_layers: the target's layers whose inputs are the features; empty for EAGLE-1, whose feature is the last hidden
+    state after the final norm. draft_vocab_size: of EAGLE-3's own output matrix, None for EAGLE-1.
+    """
+
+    layer: LayerConfig
+    hidden_size: int  # M, the target's
+    bias: bool
+    feature_layers: tuple[int, ...] = ()
+    draft_vocab_size: int | None = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether it is an EAGLE-3 head."""
+        return self.draft_vocab_size is not None
+
+    @property
+    def feature_size(self) -> int:
+        """Numbers of the target's features at one position."""
+        return self.hidden_size * max(len(self.feature_layers), 1)
+
+
+@struct.dataclass
+class EagleWeights:
+    """Leaves are TensorSpecs or arrays. EAGLE-1 has the first three, EAGLE-3 all but the bias."""
+
+    fc: TensorSpec | jax.Array  # [M, 2M]; EAGLE-3: [M, 3M]
+    fc_bias: TensorSpec | jax.Array | None  # [M]
+    layer: LayerWeights  # EAGLE-3: projections from 2M, input_norm is the embedding's
+    hidden_norm: TensorSpec | jax.Array | None = None  # [M]
+    norm: TensorSpec | jax.Array | None = None  # [M]
+    lm_head: TensorSpec | jax.Array | None = None  # [V', M]
+    to_target: jax.Array | None = None  # [V'] int32, the target's id of each draft id; read from d2t, so no spec
+
+
+@struct.dataclass
+class EagleHead:
+    """A loaded head with what it borrows from the target: embed and output, both [V, M]."""
+
+    config: EagleConfig = struct.field(pytree_node=False)
+    weights: EagleWeights
+    embed: jax.Array
+    output: jax.Array
+
+
+def parse_config(raw: dict, target: ModelConfig, *, fused: bool) -> EagleConfig:
+    """EagleConfig of a head's config.json for a target. Raises CheckpointError where they do not fit each other.
+
+    rope_theta is 10000 where absent, as in the published config of EAGLE for Mixtral (the target's own is 1e6).
+    """
+    hidden = read.size(raw, "hidden_size")
+    for key, value, wanted in (
+        ("hidden_size", hidden, target.hidden_size),
+        ("vocab_size", read.size(raw, "vocab_size"), target.vocab_size),
+    ):
+        if value != wanted:
+            raise CheckpointError(f"config.json: {key} is {value}, the model's is {wanted}: this head is of another model")
+    read.require(raw, "hidden_act", "silu")
+    if read.size(raw, "num_hidden_layers", default=1) != 1:
+        raise CheckpointError(f"config.json: num_hidden_layers is {raw['num_hidden_layers']}; a head has one layer")
+    layer = LayerConfig(
+        attention=grouped_attention(raw, default_theta=1e4),
+        router=None,
+        experts=None,
+        norm_eps=read.number(raw, "rms_norm_eps", 1e-6),
+        mlp_hidden=read.size(raw, "intermediate_size"),
+    )
+    if not fused:
+        return EagleConfig(layer=layer, hidden_size=hidden, bias=read.flag(raw, "bias", True))
+    return EagleConfig(
+        layer=layer,
+        hidden_size=hidden,
+        bias=False,
+        feature_layers=_feature_layers(raw, target),
+        draft_vocab_size=read.size(raw, "draft_vocab_size"),
+    )
+
+
+def _feature_layers(raw: dict, target: ModelConfig) -> tuple[int, ...]:
+    """Those that the config names (SGLang's and vLLM's key), or the published rule: 2, L // 2 and L - 3."""
+    named = raw.get("eagle_config") if isinstance(raw.get("eagle_config"), dict) else raw
+    chosen = read.layer_numbers(named, AUX_LAYERS_KEY) or (2, target.num_layers // 2, target.num_layers - 3)
+    if len(chosen) != 3 or not 0 <= chosen[0] < chosen[1] < chosen[2] < target.num_layers:
+        raise CheckpointError(
+            f"config.json: features before layers {read.show(chosen)} of {target.num_layers}; an EAGLE-3 head takes three "
+            f"ascending ones, {AUX_LAYERS_KEY} in eagle_config names them"
+        )
+    return chosen
+
+
+def weight_specs(config: EagleConfig) -> EagleWeights:
+    """Names and shapes of the published files; d2t and t2d of EAGLE-3 are integers and read apart."""
+    hidden, prefix = config.hidden_size, "midlayer" if config.fused else "layers.0"
+    inner = 2 * hidden if config.fused else hidden
+    return EagleWeights(
+        fc=TensorSpec("fc.weight", (hidden, 3 * hidden if config.fused else 2 * hidden)),
+        fc_bias=TensorSpec("fc.bias", (hidden,)) if config.bias else None,
+        layer=_layer_specs(config, prefix, inner),
+        hidden_norm=norm_spec("midlayer.hidden_norm", hidden) if config.fused else None,
+        norm=norm_spec("norm", hidden) if config.fused else None,
+        lm_head=TensorSpec("lm_head.weight", (config.draft_vocab_size, hidden)) if config.fused else None,
+    )
+
+
+def _layer_specs(config: EagleConfig, prefix: str, inner: int) -> LayerWeights:
+    attention, hidden, width = config.layer.attention, config.hidden_size, config.layer.mlp_hidden
+    q, kv = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
+
+    def spec(name: str, *shape: int) -> TensorSpec:
+        return TensorSpec(f"{prefix}.{name}.weight", shape)
+
+    return LayerWeights(
+        input_norm=norm_spec(f"{prefix}.input_layernorm", hidden) if config.fused else None,
+        q=spec("self_attn.q_proj", q, inner),
+        k=spec("self_attn.k_proj", kv, inner),
+        v=spec("self_attn.v_proj", kv, inner),
+        o=spec("self_attn.o_proj", hidden, q),
+        post_norm=norm_spec(f"{prefix}.post_attention_layernorm", hidden),
+        mlp=MlpWeights(
+            gate=spec("mlp.gate_proj", width, hidden),
+            up=spec("mlp.up_proj", width, hidden),
+            down=spec("mlp.down_proj", hidden, width),
+        ),
+    )
+
+
+def fuse(weights: EagleWeights, features: jax.Array) -> jax.Array:
+    """What a head makes of the target's features [..., M']: themselves, or EAGLE-3's mixture of three -> [..., M]."""
+    return features if weights.hidden_norm is None else affine(features, weights.fc, weights.fc_bias)
+
+
+def layer_input(head: EagleHead, tokens: jax.Array, feature: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Residual stream [B, T, M] and the input of the projections [B, T, M or 2M] of tokens [B, T] beside feature [B, T, M]."""
+    config, weights, embedded = head.config, head.weights, head.embed[tokens].astype(feature.dtype)
+    if not config.fused:
+        h = affine(jnp.concatenate([embedded, feature], axis=-1), weights.fc, weights.fc_bias)
+        return h, h
+    eps = config.layer.norm_eps
+    normed = (rms_norm(embedded, weights.layer.input_norm, eps), rms_norm(feature, weights.hidden_norm, eps))
+    return feature, jnp.concatenate(normed, axis=-1)
+
+
+def forward(
+    head: EagleHead, tokens: jax.Array, feature: jax.Array, kv: KVCache, rows: jax.Array, lengths: jax.Array, num_new: jax.Array
+) -> tuple[jax.Array, KVCache]:
+    """One pass of the layer over T further rows of some sequences.
+
+    tokens [b, T], each following feature [b, T, M] (fused, see `fuse`); kv: one layer of B rows of cache; rows [b] int32:
+    where these sequences' cache is, 0..B-1 and different, any other number is padding; lengths, num_new [b]: positions
+    that their caches hold, and new ones. -> predicted features [b, T, M] and the cache with their keys and values.
+    """
+    h, x = layer_input(head, tokens, feature)
+    layer, weights = head.config.layer, head.weights.layer
+    positions = lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    q, k, v = layers.queries_keys_values(layer, weights, x, positions)
+    held = kv.k[0].shape[0]
+    rows = jnp.where((rows >= 0) & (rows < held), rows, held)
+
+    def spread(a: jax.Array) -> jax.Array:  # the cache stays where it is; only the new rows move to their places
+        return jnp.zeros((held, *a.shape[1:]), a.dtype).at[rows].set(a, mode="drop")
+
+    attended, k_cache, v_cache = attend(
+        layer.attention, *map(spread, (q, k, v)), None, kv.k[0], kv.v[0], spread(lengths), spread(num_new)
+    )
+    attended = attended.at[rows].get(mode="fill", fill_value=0)
+    valid = jnp.arange(tokens.shape[1], dtype=jnp.int32) < num_new[:, None]
+    h, _, _ = layers.post_attention(layer, weights, h, attended, valid)
+    return h, KVCache(k=(k_cache,), v=(v_cache,))
+
+
+def logits(head: EagleHead, feature: jax.Array) -> jax.Array:
+    """[..., M] -> [..., V] float32; -inf for what is not in an EAGLE-3 head's own vocabulary."""
+    weights = head.weights
+    if weights.lm_head is None:
+        return layers.output(head.output, feature)
+    own = layers.output(weights.lm_head, rms_norm(feature, weights.norm, head.config.layer.norm_eps))
+    return jnp.full((*own.shape[:-1], len(head.embed)), -jnp.inf).at[..., weights.to_target].set(own)
+
+
+def check_head(model: Model, head: EagleHead) -> EagleHead:
+    """The head itself. Raises PlanError when it borrows its embedding from another model, or computes in another dtype."""
+    if head.embed is not model.weights.embed:
+        raise PlanError("the draft head was loaded for another model; load it with this one: checkpoints.load_head(DIR, model)")
+    return head
+
+
+def head_bytes(head: EagleHead, *, batch_rows: int, positions: int) -> int:
+    """Accelerator bytes of the head's own weights, its cache and its feature row; what it borrows is the target's."""
+    layer, item = head.config.layer.attention, head.weights.fc.dtype.itemsize
+    rows = 2 * positions * layer.num_kv_heads * layer.cache_dim + head.config.hidden_size
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(head.weights)) + batch_rows * rows * item
+
+
+def random_head(config: EagleConfig, model: Model, *, seed: int = 0) -> EagleHead:
+    """A head of random weights for a model, for tests. EAGLE-3's vocabulary: every other token of the target's."""
+    weights = map_specs(lambda spec: jnp.asarray(random_tensor(spec, seed), model.dtype), weight_specs(config))
+    if config.fused:
+        weights = weights.replace(to_target=2 * jnp.arange(config.draft_vocab_size, dtype=jnp.int32))
+    return attach(config, weights, model)
+
+
+def attach(config: EagleConfig, weights: EagleWeights, model: Model) -> EagleHead:
+    """The head of a model, which lends it embedding and output matrix."""
+    return EagleHead(config=config, weights=weights, embed=model.weights.embed, output=layers.output_matrix(model.weights))

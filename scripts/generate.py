@@ -10,7 +10,6 @@ import pathlib
 import sys
 
 import _common
-import tqdm
 from absl import flags
 
 from specmoe_jax import Completion, Engine, Model, Plan, SamplingParams, TokenEvent, load_model, metrics
@@ -32,11 +31,14 @@ from specmoe_jax.config import (
     preset,
 )
 from specmoe_jax.engine import jobs
+from specmoe_jax.engine.job_watch import JobWatch
 from specmoe_jax.engine.journal import Journal
 from specmoe_jax.engine.prompts import Prompt, read_prompts
 from specmoe_jax.engine.shown import ShownText
 from specmoe_jax.errors import PlanError, RequestError
 from specmoe_jax.models.eagle import EagleHead
+from specmoe_jax.progress import PROGRESS
+from specmoe_jax.tracing import trace
 
 _MODEL = flags.DEFINE_string("model", "demo", '"demo" (bundled) or a directory with a Hugging Face checkpoint.')
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
@@ -77,26 +79,27 @@ _IGNORE_EOS = flags.DEFINE_boolean("ignore_eos", False, "Go on after an end-of-s
 _STREAM = flags.DEFINE_boolean("stream", False, "Print text as it is committed.")
 _RESTART = flags.DEFINE_boolean("restart", False, "Begin the job of --output anew instead of going on with it.")
 _STATS = flags.DEFINE_string("stats", None, "Where the figures of the run go, as JSON.")
+_METRICS_FILE = flags.DEFINE_string("metrics_file", None, "Where the figures so far go each second, in Prometheus' text format.")
+_PROGRESS = flags.DEFINE_enum("progress", "auto", PROGRESS, "Bars on a terminal, a log line each 10 s, or nothing.")
+_TRACE = flags.DEFINE_string("trace", None, "A folder for a profile of the generation (perfetto_trace.json.gz in it).")
 
 
 def main() -> None:
     watch = metrics.Stopwatch()
     prompts = read_all_prompts()
-    for path in filter(None, (_OUTPUT.value, _STATS.value)):
-        check_writable(path)
-    if _OUTPUT.value and _OUTPUT.value == _STATS.value:
-        raise RequestError(f"--output and --stats are both {_OUTPUT.value}; give two files")
+    check_files()
     if head := jobs.read_head(checkpoint_path(_MODEL.value)):
         keep_bad = _OUTPUT.value is not None
         jobs.check_before_loading(head, make_plan(head.config), prompts, keep_bad=keep_bad, must_work=len(_PROMPT.value))
     _common.use_compile_cache()
-    model = load_model(_MODEL.value, **load_options(), progress=True)
-    draft_model = load_model(_DRAFT_MODEL.value, dtype=model.dtype, progress=True) if _DRAFT_MODEL.value else None
+    model = load_model(_MODEL.value, **load_options(), progress=_PROGRESS.value)
+    draft_model = load_model(_DRAFT_MODEL.value, dtype=model.dtype, progress=_PROGRESS.value) if _DRAFT_MODEL.value else None
     plan = make_plan(model.config)
-    engine = Engine(model, plan, draft_model=draft_model, draft_head=read_head(model, plan), progress=True)
+    engine = Engine(model, plan, draft_model=draft_model, draft_head=read_head(model, plan), progress=_PROGRESS.value)
     load_s = watch.seconds
-    generate(engine, prompts)
-    stats = engine.stats() | {"load_s": load_s, "wall_s": watch.seconds}
+    with trace(_TRACE.value):
+        timings = generate(engine, prompts)
+    stats = engine.stats() | {"load_s": load_s, "wall_s": watch.seconds, "requests": timings}
     if _STATS.value:
         write_atomically(_STATS.value, json.dumps(stats, indent=2) + "\n")
     print(metrics.table(stats), file=sys.stderr)
@@ -109,28 +112,44 @@ def read_head(model: Model, plan: Plan) -> EagleHead | None:
     return load_head(name, model) if name else None
 
 
-def generate(engine: Engine, prompts: list[Prompt]) -> None:
-    """The job of --output, or the texts on stdout; with a progress bar (none when not a terminal)."""
+def check_files() -> None:
+    """Refuses files that cannot be written, or that would overwrite each other."""
+    paths = {"--output": _OUTPUT.value, "--stats": _STATS.value, "--metrics_file": _METRICS_FILE.value}
+    names: dict[str, str] = {}
+    for flag, path in paths.items():
+        if path is None:
+            continue
+        check_writable(path)
+        if path in names:
+            raise RequestError(f"{names[path]} and {flag} are both {path}; give two files")
+        names[path] = flag
+
+
+def generate(engine: Engine, prompts: list[Prompt]) -> list[dict]:
+    """The job of --output, or the texts on stdout. -> JobWatch.timings."""
     shown = [ShownText(engine.model, prompt.params.stop) for prompt in prompts] if _STREAM.value else []
-    quiet = _STREAM.value or not sys.stderr.isatty()
-    total = sum(prompt.params.max_new_tokens for prompt in prompts)
-    with tqdm.tqdm(total=total, unit="tok", disable=quiet, desc="decode") as bar:
 
-        def on_step(info) -> None:
-            bar.update(int(info.committed.sum()))
-            bar.set_postfix_str(f"{info.committed.sum() / max(int(info.active.sum()), 1):.2f} tokens/step")
+    def watched(todo: dict[int, Prompt], failed: int) -> JobWatch:
+        limits = [prompt.params.max_new_tokens for prompt in todo.values()]
+        progress = "none" if _STREAM.value else _PROGRESS.value
+        return JobWatch(engine, limits, progress=progress, metrics_file=_METRICS_FILE.value, failed=failed)
 
-        def on_event(event) -> None:
-            if shown:
-                print_piece(event, shown[event.id], several=len(prompts) > 1)
+    def on_event(event: TokenEvent) -> None:
+        if shown:
+            print_piece(event, shown[event.id], several=len(prompts) > 1)
 
-        if not _OUTPUT.value:
-            print_completions(list(jobs.completions(engine, dict(enumerate(prompts)), on_event=on_event, on_step=on_step)))
-            return
-        reasons = jobs.refusals(engine.model, prompts, must_work=len(_PROMPT.value))
-        job = jobs.fingerprint(prompts, engine.plan, checkpoint_path(_MODEL.value))
-        with contextlib.closing(Journal(_OUTPUT.value, job, restart=_RESTART.value)) as journal:
-            jobs.run_job(engine, prompts, reasons, journal, on_event=on_event, on_step=on_step)
+    if not _OUTPUT.value:
+        todo = dict(enumerate(prompts))
+        with watched(todo, failed=0) as watch:
+            print_completions(list(jobs.completions(engine, todo, watch, on_event=on_event)))
+        return watch.timings
+    reasons = jobs.refusals(engine.model, prompts, must_work=len(_PROMPT.value))
+    job = jobs.fingerprint(prompts, engine.plan, checkpoint_path(_MODEL.value))
+    with contextlib.closing(Journal(_OUTPUT.value, job, restart=_RESTART.value)) as journal:
+        todo = jobs.record_errors(prompts, reasons, journal)
+        with watched(todo, failed=sum(map(bool, reasons))) as watch:
+            jobs.run_job(engine, todo, journal, watch, on_event=on_event)
+    return watch.timings
 
 
 def read_all_prompts() -> list[Prompt]:

@@ -1,5 +1,6 @@
 """StepInfo -> figures with units. Pure but for the compile counter, which listens to JAX."""
 
+import functools
 import itertools
 import time
 from typing import NamedTuple
@@ -62,19 +63,45 @@ def add_step(totals: Totals, info) -> Totals:
     )
 
 
-def add_on_demand(needed: np.ndarray, info) -> np.ndarray:
-    """Marks what plain decoding would have needed for the tokens that a step committed.
+class OnDemand(NamedTuple):
+    """What plain decoding of a batch would have fetched.
 
-    needed: [P, L, E] bool; entry p holds the experts that decoding token p of every row of the batch needs in
-    one OnDemand step. Every committed token was routed by the target, so the count is exact, not an estimate.
+    needed: [W, L, E] bool; entry w holds the experts that decoding token first + w of every row of the batch needs in
+    one OnDemand step. counted: experts of the tokens before `first`, which every row that still runs has behind it; so W
+    is how far the rows are apart, not how long they get.
+    """
+
+    first: int
+    needed: np.ndarray
+    counted: int
+
+    @property
+    def experts(self) -> int:
+        """Fetches of experts so far."""
+        return self.counted + int(self.needed.sum())
+
+
+def no_on_demand(num_layers: int, num_experts: int) -> OnDemand:
+    """Before the first step of a batch."""
+    return OnDemand(first=0, needed=np.zeros((0, num_layers, num_experts), bool), counted=0)
+
+
+def add_on_demand(before: OnDemand, info) -> OnDemand:
+    """Adds what plain decoding would have needed for the tokens that a step committed.
+
+    Every committed token was routed by the target, so the count is exact, not an estimate.
     """
     routing = info.verify.routing  # [L, B, T, A]
     committed = np.where(info.active, info.committed, 0)
     row, offset = np.nonzero(np.arange(routing.shape[2]) < committed[:, None])
     chosen = routing[:, row, offset]  # [L, tokens, A]
-    needed = needed.copy()
-    needed[(info.start[row] + offset)[None, :, None], np.arange(len(chosen))[:, None, None], chosen] = True
-    return needed
+    starts, ends = info.start[info.active], (info.start + committed)[info.active]
+    first, end = int(starts.min()), max(int(ends.max()), before.first + len(before.needed))
+    past = min(first - before.first, len(before.needed))
+    needed = np.zeros((end - first, *before.needed.shape[1:]), bool)
+    needed[: len(before.needed) - past] = before.needed[past:]
+    needed[(info.start[row] + offset - first)[None, :, None], np.arange(len(chosen))[:, None, None], chosen] = True
+    return OnDemand(first=first, needed=needed, counted=before.counted + int(before.needed[:past].sum()))
 
 
 def acceptance_by_position(totals: Totals) -> list[float]:
@@ -139,8 +166,8 @@ def _synthetic(plan: Plan) -> list[str]:
     return [name for name, touched in stamps.items() if touched]
 
 
-class CompileCounter:
-    """Counts XLA compilations and their time in this process since it was made."""
+class _Compilations:
+    """Of the process. JAX keeps a listener for ever, so there is one."""
 
     _EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -152,6 +179,25 @@ class CompileCounter:
         if event == self._EVENT:
             self.count += 1
             self.seconds += duration_s
+
+
+_compilations = functools.cache(_Compilations)
+
+
+class CompileCounter:
+    """Counts XLA compilations and their time in this process since it was made."""
+
+    def __init__(self):
+        self._all = _compilations()
+        self._count, self._seconds = self._all.count, self._all.seconds
+
+    @property
+    def count(self) -> int:
+        return self._all.count - self._count
+
+    @property
+    def seconds(self) -> float:
+        return self._all.seconds - self._seconds
 
 
 class Stopwatch:

@@ -20,13 +20,14 @@ MAY_IMPORT = {
     "offload": {"base", "ops", "models", "checkpoints", "planner"},
     "speculate": {"base", "ops", "models", "checkpoints", "planner"},
     "metrics": {"base"},
-    "engine": {"base", "ops", "models", "checkpoints", "planner", "offload", "speculate", "metrics"},
+    "prometheus": {"base"},
+    "engine": {"base", "ops", "models", "checkpoints", "planner", "offload", "speculate", "metrics", "prometheus"},
     "benchmarks": {"base", "ops", "models", "engine", "metrics"},
     "training": {"base", "ops", "models", "checkpoints", "planner", "speculate"},
     "testing": {"base", "ops", "models", "checkpoints"},
     "testing_families": {"base", "ops", "models"},
 }
-BASE = {"types", "config", "layer_config", "errors", "atomic_files"}
+BASE = {"types", "config", "layer_config", "errors", "atomic_files", "progress", "tracing"}
 
 
 def room_of(module: str) -> str:

@@ -5,7 +5,6 @@ import dataclasses
 import pathlib
 
 import jax
-import tqdm
 
 from specmoe_jax.checkpoints import manifest, orbax_parts
 from specmoe_jax.checkpoints.disk import DiskExperts
@@ -20,6 +19,7 @@ from specmoe_jax.errors import CheckpointError, RequestError
 from specmoe_jax.models.families import family_of, parse_config
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import Weights, map_specs
+from specmoe_jax.progress import bar
 
 BUNDLED = {"demo": pathlib.Path(__file__).parent / "demo"}
 
@@ -28,7 +28,7 @@ def load_model(
     path_or_name: str,
     *,
     dtype: str | None = None,
-    progress: bool = False,
+    progress: str | bool = False,
     check_finite: bool = True,
     verify: bool = False,
     expert_tier: str = "host",
@@ -36,7 +36,7 @@ def load_model(
     """A model from "demo" or from a directory with a Hugging Face checkpoint, every expert in pinned host memory.
 
     dtype: "float32" (default) or "bfloat16"; stored bfloat16 is kept bit for bit under "bfloat16".
-    progress: a bar of bytes read, silent when standard error is not a terminal.
+    progress: a bar of bytes read, a mode of progress.bar.
     check_finite: refuse NaN and infinite weights. Experts that are mapped are not read, so not checked again; the
         conversion that laid them out has.
     verify: first compare every tensor with the manifest of hashes in the directory.
@@ -61,14 +61,14 @@ def load_model(
     if not on_disk:
         check_memory(inventory, dtype, str(path_or_name))
     if verify:
-        with _bar("verify", inventory.bytes, progress) as bar:
-            manifest.verify(checkpoint, bar.update)
-    with _bar("load", inventory.weight_bytes if on_disk else inventory.bytes, progress) as bar:
-        weights = _read_weights(config, inventory, dtype, check_finite, bar)
+        with bar("verify", inventory.bytes, "B", mode=progress, scale=True) as shown:
+            manifest.verify(checkpoint, shown.update)
+    with bar("load", inventory.weight_bytes if on_disk else inventory.bytes, "B", mode=progress, scale=True) as shown:
+        weights = _read_weights(config, inventory, dtype, check_finite, shown)
         if on_disk:
             experts = DiskExperts(inventory.experts, dtype, check_finite)
         else:
-            experts = _read_experts(inventory, dtype, check_finite, bar)
+            experts = _read_experts(inventory, dtype, check_finite, shown)
     return Model(config=config, weights=weights, experts=experts, tokenizer=tokenizer, dtype=dtype, path=path)
 
 
@@ -111,27 +111,22 @@ def load_model_tokenizer(path: pathlib.Path, config: ModelConfig) -> Tokenizer |
     return tokenizer
 
 
-def _bar(name: str, total_bytes: int, progress: bool) -> tqdm.tqdm:
-    """Bytes and rate on standard error; disable=None silences it where that is no terminal."""
-    return tqdm.tqdm(total=total_bytes, unit="B", unit_scale=True, desc=name, disable=None if progress else True)
-
-
-def _read_weights(config: ModelConfig, inventory: Inventory, dtype: str, check_finite: bool, bar) -> Weights:
+def _read_weights(config: ModelConfig, inventory: Inventory, dtype: str, check_finite: bool, shown) -> Weights:
     def weight(spec):
         tensor = inventory.weights[spec.name]
         array = jax.device_put(read_tensor(tensor, dtype, check_finite=check_finite))
-        bar.update(tensor.entry.bytes)
+        shown.update(tensor.entry.bytes)
         return array
 
     return map_specs(weight, family_of(config).weight_specs(config))
 
 
-def _read_experts(inventory: Inventory, dtype: str, check_finite: bool, bar) -> tuple[tuple[jax.Array, ...], ...]:
+def _read_experts(inventory: Inventory, dtype: str, check_finite: bool, shown) -> tuple[tuple[jax.Array, ...], ...]:
     host_block = HostBlocks(dtype, check_finite=check_finite)
 
     def expert(source):
         block = host_block(source)
-        bar.update(source.bytes)
+        shown.update(source.bytes)
         return block
 
     blocks = iter(_in_order(expert, [source for layer in inventory.experts for source in layer]))

@@ -23,10 +23,12 @@ from specmoe_jax.errors import PlanError
 from specmoe_jax.models.eagle import EagleHead, check_head, head_bytes
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.memory import MemoryAccount, account, cache_positions
+from specmoe_jax.progress import bar
 from specmoe_jax.speculate.draft import Draft, FeatureDraft
 from specmoe_jax.speculate.eagle import EagleDraft
 from specmoe_jax.speculate.guard import make_guard
 from specmoe_jax.speculate.sampling import sampling_rows
+from specmoe_jax.tracing import span
 from specmoe_jax.types import KVCache
 
 
@@ -43,11 +45,15 @@ class Completion:
 
 
 class TokenEvent(NamedTuple):
-    """Tokens that one request got in one step; completion is set with its last ones."""
+    """Tokens that one request got in one step; completion is set with its last ones.
+
+    elapsed_s: seconds since the prefill of the request's batch began.
+    """
 
     id: int
     token_ids: tuple[int, ...]
     completion: Completion | None
+    elapsed_s: float
 
 
 class Engine:
@@ -56,7 +62,7 @@ class Engine:
     draft: an own implementation of speculate.Draft, for plans with draft="custom".
     draft_model: a smaller model of the same vocabulary, for plans with draft="model".
     draft_head: an EAGLE head of this model (checkpoints.load_head), for plans with draft="eagle".
-    progress: bars while preparing (affinity), silent when standard error is not a terminal.
+    progress: bars of affinity, compilation and prefill; a mode of progress.bar.
     """
 
     def __init__(
@@ -67,7 +73,7 @@ class Engine:
         draft: Draft | None = None,
         draft_model: Model | None = None,
         draft_head: EagleHead | None = None,
-        progress: bool = False,
+        progress: str | bool = False,
     ):
         self.model, self.plan = model, plan.validate(model.config)
         if (plan.draft == "custom") != (draft is not None):
@@ -165,29 +171,29 @@ class Engine:
         }
 
     def _run_batch(self, requests: list[Request], shapes: Shapes, on_step) -> Iterator[TokenEvent]:
+        watch = metrics.Stopwatch()
         state = self._init(requests, shapes)
         counts_on_demand = self.plan.expert_flow != "resident"
-        config, longest = self.model.config, max(request.limit for request in requests)
-        needed = np.zeros((longest, config.num_moe_layers, config.num_experts), bool)
+        on_demand = metrics.no_on_demand(self.model.config.num_moe_layers, self.model.config.num_experts)
         while not state.done:
             compiled = self._compiles.count
             state, info = self.step(state)
             self._recompiled += self._compiles.count - compiled
             self._totals = metrics.add_step(self._totals, info)
             if counts_on_demand:
-                needed = metrics.add_on_demand(needed, info)
+                on_demand = metrics.add_on_demand(on_demand, info)
             if on_step is not None:
                 on_step(info)
-            yield from self._events(state, info)
+            yield from self._events(state, info, watch.seconds)
         self._memory = state.memory
-        self._on_demand_bytes += int(needed.sum()) * self.model.expert_bytes
+        self._on_demand_bytes += on_demand.experts * self.model.expert_bytes
 
-    def _events(self, state: State, info: StepInfo) -> Iterator[TokenEvent]:
+    def _events(self, state: State, info: StepInfo, elapsed_s: float) -> Iterator[TokenEvent]:
         for row in np.flatnonzero(info.active):
             request, tokens, reason = state.requests[row], state.generated[row], state.finish_reasons[row]
             new = tokens[info.start[row] :]
             completion = None if reason is None else self._completion(request, tokens, reason)
-            yield TokenEvent(id=request.id, token_ids=new, completion=completion)
+            yield TokenEvent(id=request.id, token_ids=new, completion=completion, elapsed_s=elapsed_s)
 
     def _completion(self, request: Request, tokens: tuple[int, ...], reason: str) -> Completion:
         tokenizer, eos = self.model.tokenizer, self.model.config.eos_token_ids
@@ -211,8 +217,9 @@ class Engine:
         prompts = [request.token_ids if request else () for request in rows]
         watcher = isinstance(self._rt.draft, FeatureDraft)
         draft_memory = self._rt.draft.new_memory(shapes.rows, shapes.positions) if watcher else None
-        memory, kv, draft_memory, _ = prefill(self._rt, memory, kv, prompts, shapes.chunk, draft_memory)
-        jax.block_until_ready((kv, draft_memory))
+        with bar("prefill", max(map(len, prompts)) - 1, "position", mode=self._progress, leave=False) as shown, span("prefill"):
+            memory, kv, draft_memory, _ = prefill(self._rt, memory, kv, prompts, shapes.chunk, draft_memory, on_chunk=shown.update)
+            jax.block_until_ready((kv, draft_memory))
         self._prefill_s += watch.seconds
         link_bytes, disk_bytes = self._moved_bytes()
         self._prefill_link_bytes += link_bytes - before[0]
@@ -242,7 +249,8 @@ class Engine:
             return state
         self._warm_shapes.add(key)
         watch = metrics.Stopwatch()
-        state = warm_up(self._rt, state)
+        with bar("compile", None, "step", mode=self._progress, leave=False) as shown:
+            state = warm_up(self._rt, state, on_step=shown.update)
         self._warm_up_s += watch.seconds
         return state
 

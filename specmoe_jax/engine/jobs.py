@@ -12,10 +12,10 @@ from specmoe_jax.checkpoints.manifest import checkpoint_hash
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config import ModelConfig, Plan
 from specmoe_jax.engine.generate import Completion, Engine, TokenEvent
+from specmoe_jax.engine.job_watch import JobWatch
 from specmoe_jax.engine.journal import Journal
 from specmoe_jax.engine.prompts import Prompt
 from specmoe_jax.engine.requests import check_job, refusal
-from specmoe_jax.engine.state import StepInfo
 from specmoe_jax.errors import RequestError
 from specmoe_jax.models.model import Model
 
@@ -55,33 +55,31 @@ def refusals(model: Model | ModelHead, prompts: list[Prompt], *, must_work: int 
     return reasons
 
 
-def run_job(engine: Engine, prompts: list[Prompt], reasons: list[str | None], journal: Journal, **callbacks) -> None:
-    """All requests that the journal does not hold yet, each appended when it is finished.
-
-    reasons: of `refusals`; a prompt that cannot be served becomes a record with finish_reason "error". callbacks: of
-    `completions`.
-    """
+def record_errors(prompts: list[Prompt], reasons: list[str | None], journal: Journal) -> dict[int, Prompt]:
+    """Writes a record with finish_reason "error" for each prompt with a reason. -> numbered prompts still to do."""
     for index, reason in enumerate(reasons):
         if reason and index not in journal.done:
             journal.append(error_record(index, prompts[index], reason))
-    todo = {index: prompt for index, prompt in enumerate(prompts) if index not in journal.done}
-    for completion in completions(engine, todo, **callbacks):
+    return {index: prompt for index, prompt in enumerate(prompts) if index not in journal.done}
+
+
+def run_job(engine: Engine, todo: dict[int, Prompt], journal: Journal, watch: JobWatch, *, on_event=None) -> None:
+    """Serves numbered prompts, each appended to the journal when it is finished. watch, on_event: of `completions`."""
+    for completion in completions(engine, todo, watch, on_event=on_event):
         journal.append(record(completion.id, todo[completion.id], completion))
 
 
 def completions(
-    engine: Engine,
-    prompts: dict[int, Prompt],
-    *,
-    on_event: Callable[[TokenEvent], None] = lambda event: None,
-    on_step: Callable[[StepInfo], None] | None = None,
+    engine: Engine, prompts: dict[int, Prompt], watch: JobWatch, *, on_event: Callable[[TokenEvent], None] | None = None
 ) -> Iterator[Completion]:
-    """Completions of numbered prompts in the order in which they finish; none for none."""
+    """Completions of numbered prompts in the order in which they finish; none for none. on_event: called beside the watch."""
     if not prompts:
         return
     texts, params = [prompt.text for prompt in prompts.values()], [prompt.params for prompt in prompts.values()]
-    for event in engine.stream(texts, params, ids=list(prompts), on_step=on_step):
-        on_event(event)
+    for event in engine.stream(texts, params, ids=list(prompts), on_step=watch.on_step):
+        watch.on_event(event)
+        if on_event is not None:
+            on_event(event)
         if event.completion is not None:
             yield event.completion
 

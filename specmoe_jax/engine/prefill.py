@@ -1,5 +1,6 @@
 """Fills the KV cache with the prompts, chunk by chunk, and leaves the first draft set resident."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,20 @@ from specmoe_jax.types import KVCache
 
 
 def prefill(
-    rt: Runtime, memory: ExpertMemory, kv: KVCache, prompts: list[tuple[int, ...]], chunk: int, draft_memory: Any = None
+    rt: Runtime,
+    memory: ExpertMemory,
+    kv: KVCache,
+    prompts: list[tuple[int, ...]],
+    chunk: int,
+    draft_memory: Any = None,
+    *,
+    on_chunk: Callable[[int], object] = lambda positions: None,
 ) -> tuple[ExpertMemory, KVCache, Any, list[PassInfo]]:
     """All tokens of each prompt but its last, which is the input of the first step.
 
     prompts: B token tuples, ragged; an empty one is a padding row. The draft set after the prefill is chosen
     by the votes of the whole prompt, not of its last chunk. draft_memory: of a FeatureDraft, which observes every chunk.
+    on_chunk: called with the positions of each chunk done.
     """
     counts = np.array([max(len(prompt) - 1, 0) for prompt in prompts], np.int32)
     totals = np.zeros((rt.config.num_moe_layers, rt.config.num_experts), np.int64)
@@ -35,6 +44,7 @@ def prefill(
         if done.features is not None:
             draft_memory = rt.draft.observe(draft_memory, every_row, following, done.features, lengths, num_new)
         infos.append(done.info)
+        on_chunk(int(num_new.max()))
     votes = rt.draft_set.update(memory.votes, totals, totals)
     memory = memory._replace(votes=votes)
     if rt.plan.draft == "merged" and memory.groups is None:

@@ -73,7 +73,7 @@ class Runtime:
 
 
 def build(
-    model: Model, plan: Plan, account: MemoryAccount, draft: Draft | None, *, earlier: "Runtime | None", progress: bool
+    model: Model, plan: Plan, account: MemoryAccount, draft: Draft | None, *, earlier: "Runtime | None", progress: str | bool
 ) -> Runtime:
     """The runtime of a plan whose account fits. Copies the weights (not the experts) to the accelerator.
 
@@ -168,7 +168,7 @@ def _keep(config: ModelConfig, plan: Plan, policy: DraftSetPolicy):
     return lambda layer, votes, counts, resident: hot_set(policy.scores(votes, counts, layer), resident, size)
 
 
-def _neighbours(model: Model, plan: Plan, progress: bool) -> np.ndarray | None:
+def _neighbours(model: Model, plan: Plan, progress: str | bool) -> np.ndarray | None:
     """[L, E, E]: for each expert the others, nearest first (SpecMoE, affinity) or at random; None where no other stands in."""
     if plan.draft not in GATED_DRAFTS or plan.substitution == "mask":
         return None

@@ -1,6 +1,7 @@
 """One step of every row: draft, verify (which migrates layer by layer), commit."""
 
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from specmoe_jax.speculate.acceptance import accept, accept_coupled, accept_gree
 from specmoe_jax.speculate.guard import choose, observe
 from specmoe_jax.speculate.hotness import count_choices
 from specmoe_jax.speculate.sampling import Stream
+from specmoe_jax.tracing import span
 from specmoe_jax.types import AcceptResult, Proposal
 
 _accept = jax.jit(accept)
@@ -37,13 +39,16 @@ def step(rt: Runtime, state: State, tokenizer, *, length: int | None = None) -> 
     below = rt.store.tier.counts
     if length is None:
         length = choose(state.guard) if state.guard else rt.plan.draft_length or 0
-    drafted = draft(rt, state, length)
+    with span("draft"):
+        drafted = draft(rt, state, length)
     clock.append(time.perf_counter())
     sent.append(rt.store.link.sent_bytes)
-    verified, result = verify(rt, state, drafted)
+    with span("verify"):
+        verified, result = verify(rt, state, drafted)
     clock.append(time.perf_counter())
     sent.append(rt.store.link.sent_bytes)
-    new_state, accepted, committed = commit(rt, state, drafted.proposal, verified, result, tokenizer)
+    with span("commit"):
+        new_state, accepted, committed = commit(rt, state, drafted.proposal, verified, result, tokenizer)
     clock.append(time.perf_counter())
     new_state = inform(rt, new_state, verified, state.lengths, committed)
     clock.append(time.perf_counter())
@@ -70,15 +75,16 @@ def step(rt: Runtime, state: State, tokenizer, *, length: int | None = None) -> 
     )
 
 
-def warm_up(rt: Runtime, state: State) -> State:
+def warm_up(rt: Runtime, state: State, *, on_step: Callable[[], object] = lambda: None) -> State:
     """Compiles what the steps will run, by steps of every draft length in which no row is active.
 
     Such a step routes, fetches and commits nothing; only the buffers move on. What it taught guard and votes is
-    dropped.
+    dropped. on_step: called after each.
     """
     idle = state._replace(finish_reasons=("idle",) * len(state.requests), guard=None)
     for length in state.guard.lengths if state.guard else (rt.plan.draft_length or 0,):
         idle, _ = step(rt, idle, None, length=length)
+        on_step()
     return state._replace(kv=idle.kv, memory=idle.memory._replace(votes=state.memory.votes), draft_memory=idle.draft_memory)
 
 

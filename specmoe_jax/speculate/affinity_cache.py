@@ -4,19 +4,19 @@ import os
 import pathlib
 
 import numpy as np
-import tqdm
 
 from specmoe_jax.checkpoints.manifest import checkpoint_hash
 from specmoe_jax.models.model import Model
+from specmoe_jax.progress import bar
 from specmoe_jax.speculate.affinity import expert_distances, load_table, neighbours, save_table
 
 
-def affinity_table(model: Model, *, progress: bool = False) -> np.ndarray:
+def affinity_table(model: Model, *, progress: str | bool = False) -> np.ndarray:
     """[L, E, E] int32: for each expert the others by L2 distance, nearest first (SpecMoE, affinity).
 
     Loaded where an earlier run left it; a table that is damaged is computed anew. A model that is not a checkpoint's
     (random weights) has no hash and is not cached. A cache that cannot be written is done without.
-    progress: a bar of layers, silent when standard error is not a terminal.
+    progress: a bar of layers, a mode of progress.bar.
     """
     path = _table_path(model)
     shape = model.config.num_moe_layers, model.config.num_experts
@@ -43,11 +43,13 @@ def _table_path(model: Model) -> pathlib.Path | None:
     return cache_folder() / "affinity" / f"{checkpoint_hash(model.path)}-{model.dtype}.npz"
 
 
-def _compute(model: Model, progress: bool) -> np.ndarray:
-    layers = tqdm.tqdm(model.experts, desc="affinity", unit="layer", disable=None if progress else True)
-    return np.stack(
-        [neighbours(expert_distances(lambda e, blocks=blocks: np.asarray(blocks[e]), len(blocks))) for blocks in layers]
-    )
+def _compute(model: Model, progress: str | bool) -> np.ndarray:
+    table = []
+    with bar("affinity", len(model.experts), "layer", mode=progress) as shown:
+        for blocks in model.experts:
+            table.append(neighbours(expert_distances(lambda e, blocks=blocks: np.asarray(blocks[e]), len(blocks))))
+            shown.update()
+    return np.stack(table)
 
 
 def _save(path: pathlib.Path, table: np.ndarray) -> None:

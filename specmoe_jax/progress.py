@@ -1,0 +1,46 @@
+"""Bars with rate and time left: on a terminal, as a log line each 10 seconds, or none."""
+
+import sys
+
+import tqdm
+
+PROGRESS = ("auto", "log", "none")
+LOG_EVERY_S = 10.0
+SHOWN_AFTER_S = 0.5  # shorter work shows no bar
+
+
+class _WholeLines:
+    """Standard error without the line ends and returns that tqdm writes between its bars."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+class _LogLines(tqdm.tqdm):
+    """Whole lines instead of one that is redrawn."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        if msg != "":  # what tqdm clears a bar with
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
+        return True
+
+
+def bar(name: str, total: int | None, unit: str, *, mode: str | bool, leave: bool = True, scale: bool = False) -> tqdm.tqdm:
+    """A bar on standard error; `.update(n)` moves it. It is a context manager.
+
+    mode: "auto" (silent where standard error is no terminal), "log" (a line each 10 s, none for shorter work), "none".
+    True and False stand for "auto" and "none". leave: keep it when it is done. scale: 1.2M instead of 1200000.
+    """
+    mode = {True: "auto", False: "none"}.get(mode, mode)
+    if mode not in PROGRESS:
+        raise ValueError(f"progress is {mode!r}; it must be one of {', '.join(PROGRESS)}")
+    common = dict(desc=name, total=total, unit=unit, unit_scale=scale)
+    if mode == "log":
+        rhythm = dict(mininterval=LOG_EVERY_S, maxinterval=LOG_EVERY_S, miniters=1, delay=LOG_EVERY_S)
+        return _LogLines(**common, **rhythm, file=_WholeLines(), ncols=100)
+    return tqdm.tqdm(**common, disable=None if mode == "auto" else True, leave=leave, delay=0.0 if leave else SHOWN_AFTER_S)

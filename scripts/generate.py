@@ -14,6 +14,7 @@ from absl import flags
 
 from specmoe_jax import Completion, Engine, Model, Plan, SamplingParams, TokenEvent, load_model, metrics
 from specmoe_jax.atomic_files import check_writable, write_atomically
+from specmoe_jax.checkpoints.chat import sampling_defaults
 from specmoe_jax.checkpoints.eagle import BUNDLED_HEADS, load_head
 from specmoe_jax.checkpoints.loader import checkpoint_path
 from specmoe_jax.config import (
@@ -33,7 +34,7 @@ from specmoe_jax.config import (
 from specmoe_jax.engine import jobs
 from specmoe_jax.engine.job_watch import JobWatch
 from specmoe_jax.engine.journal import Journal
-from specmoe_jax.engine.prompts import Prompt, read_prompts
+from specmoe_jax.engine.prompts import Prompt, as_chat, read_prompts
 from specmoe_jax.engine.shown import ShownText
 from specmoe_jax.errors import PlanError, RequestError
 from specmoe_jax.models.eagle import EagleHead
@@ -65,9 +66,12 @@ _HOST_GIB = flags.DEFINE_float("host_memory_gib", None, "Host memory to use. Def
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Compute and weight type. Default float32, where exactness holds.")
 _LINK_GBPS = flags.DEFINE_float("link_gbps", None, "Emulate a link of that many GB/s (stamped on the figures).")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens per request at most.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k most likely tokens; 0 is all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample within the smallest set of this probability mass.")
+_CHAT = flags.DEFINE_boolean("chat", False, "Prompts are messages of a user, put through the model's chat template (needs jinja2).")
+_TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy. Default: what the model's generation_config asks for, else 0.")
+_TOP_K = flags.DEFINE_integer("top_k", None, "Sample among the k most likely tokens; 0 is all. Default: the model's, else 0.")
+_TOP_P = flags.DEFINE_float(
+    "top_p", None, "Sample within the smallest set of this probability mass. Default: the model's, else 1."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
 _DETERMINISTIC = flags.DEFINE_boolean(
     "deterministic_sampling", False, "Draws depend on seed, request and position alone: same text with any plan."
@@ -86,10 +90,15 @@ _TRACE = flags.DEFINE_string("trace", None, "A folder for a profile of the gener
 
 def main() -> None:
     watch = metrics.Stopwatch()
-    prompts = read_all_prompts()
+    if not (_PROMPT.value or _PROMPTS.value):
+        _common.usage_error("no prompt; give --prompt=TEXT or --prompts=FILE")
+    folder = checkpoint_path(_MODEL.value)
+    prompts = read_all_prompts(folder)
     check_files()
-    if head := jobs.read_head(checkpoint_path(_MODEL.value)):
+    if head := jobs.read_head(folder):
         keep_bad = _OUTPUT.value is not None
+        if _CHAT.value:
+            prompts = as_chat(prompts, folder, head.tokenizer, keep_bad=keep_bad, must_work=len(_PROMPT.value))
         jobs.check_before_loading(head, make_plan(head.config), prompts, keep_bad=keep_bad, must_work=len(_PROMPT.value))
     _common.use_compile_cache()
     model = load_model(_MODEL.value, **load_options(), progress=_PROGRESS.value)
@@ -144,7 +153,7 @@ def generate(engine: Engine, prompts: list[Prompt]) -> list[dict]:
             print_completions(list(jobs.completions(engine, todo, watch, on_event=on_event)))
         return watch.timings
     reasons = jobs.refusals(engine.model, prompts, must_work=len(_PROMPT.value))
-    job = jobs.fingerprint(prompts, engine.plan, checkpoint_path(_MODEL.value))
+    job = jobs.fingerprint(prompts, engine.plan, engine.model.path)
     with contextlib.closing(Journal(_OUTPUT.value, job, restart=_RESTART.value)) as journal:
         todo = jobs.record_errors(prompts, reasons, journal)
         with watched(todo, failed=sum(map(bool, reasons))) as watch:
@@ -152,27 +161,29 @@ def generate(engine: Engine, prompts: list[Prompt]) -> list[dict]:
     return watch.timings
 
 
-def read_all_prompts() -> list[Prompt]:
-    """Prompts of the flags and then of the file, with the sampling flags as their defaults."""
-    if _TEMPERATURE.value == 0 and flags.FLAGS["seed"].present:
+def read_all_prompts(folder: pathlib.Path) -> list[Prompt]:
+    """Prompts of the flags and then of the file, with the sampling flags, or else the model's own wishes, as defaults."""
+    sampling = choose_sampling(sampling_defaults(folder))
+    if sampling["temperature"] == 0 and flags.FLAGS["seed"].present:
         raise RequestError("seed has no effect at temperature 0; set a temperature or leave it out")
-    if _TEMPERATURE.value == 0 and _DETERMINISTIC.value:
+    if sampling["temperature"] == 0 and _DETERMINISTIC.value:
         raise RequestError("deterministic_sampling has no effect at temperature 0; set a temperature or leave it out")
     defaults = SamplingParams(
-        max_new_tokens=_MAX_NEW_TOKENS.value,
-        temperature=_TEMPERATURE.value,
-        top_k=_TOP_K.value,
-        top_p=_TOP_P.value,
-        seed=_SEED.value,
-        stop=tuple(_STOP.value),
-        ignore_eos=_IGNORE_EOS.value,
+        max_new_tokens=_MAX_NEW_TOKENS.value, seed=_SEED.value, stop=tuple(_STOP.value), ignore_eos=_IGNORE_EOS.value, **sampling
     )
     prompts = [Prompt(number, text, defaults) for number, text in enumerate(_PROMPT.value)]
     if _PROMPTS.value:
         prompts += read_prompts(_PROMPTS.value, defaults, keep_bad=_OUTPUT.value is not None)
-    if not prompts:
-        _common.usage_error("no prompt; give --prompt=TEXT or --prompts=FILE")
     return prompts
+
+
+def choose_sampling(wishes: dict[str, float | int]) -> dict[str, float | int]:
+    """Temperature, top_k and top_p: a flag, or what the model wishes, or greedy."""
+    if _TEMPERATURE.value == 0:
+        wishes = {}
+    given = {"temperature": _TEMPERATURE.value, "top_k": _TOP_K.value, "top_p": _TOP_P.value}
+    given = {name: value for name, value in given.items() if value is not None}
+    return {"temperature": 0.0, "top_k": 0, "top_p": 1.0} | wishes | given
 
 
 def load_options() -> dict[str, str]:
@@ -236,7 +247,8 @@ def print_completions(completions: list[Completion]) -> None:
     """The texts, in the order of the prompts (--stream has printed them already)."""
     for completion in sorted(completions, key=lambda completion: completion.id):
         if not _STREAM.value:
-            print(f"[{completion.id}] {completion.prompt}{completion.text}\n")
+            between = "\n" if _CHAT.value else ""
+            print(f"[{completion.id}] {completion.prompt}{between}{completion.text}\n")
 
 
 if __name__ == "__main__":

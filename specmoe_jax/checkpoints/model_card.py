@@ -10,8 +10,8 @@ A mixture of experts in Qwen2-MoE format, cut out of a dense checkpoint by `scri
 **The routing is carved, not trained**: no weight was ever changed by a gradient. In each layer the {sizes.shared} neurons
 with the largest mean contribution are the shared expert, the others {sizes.experts} balanced clusters, of which a token takes
 {sizes.top_k}; the router is a ridge regression from the layer's input to how much each cluster adds. It is made to exercise an
-engine with a real vocabulary and real text, not to be better than its source: it computes {sizes.top_k} of {sizes.experts} parts of the
-same sum.
+engine with a real vocabulary and real text, not to be better than its source: it computes {sizes.top_k} of {sizes.experts} parts
+of the same sum.
 
 | perplexity of the held-back third of the calibration text | |
 |---|---|

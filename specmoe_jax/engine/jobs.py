@@ -44,12 +44,12 @@ def check_before_loading(head: ModelHead, plan: Plan, prompts: list[Prompt], *, 
     reasons = refusals(head, prompts, must_work=must_work) if keep_bad else [None] * len(prompts)
     good = [prompt for prompt, reason in zip(prompts, reasons, strict=True) if reason is None]
     if good:
-        check_job(head, plan, [prompt.text for prompt in good], [prompt.params for prompt in good])
+        check_job(head, plan, [prompt.model_input for prompt in good], [prompt.params for prompt in good])
 
 
 def refusals(model: Model | ModelHead, prompts: list[Prompt], *, must_work: int = 0) -> list[str | None]:
     """Why each prompt cannot be served, or None. Raises RequestError for one of the first `must_work` of them."""
-    reasons = [prompt.error or refusal(model, index, prompt.text, prompt.params) for index, prompt in enumerate(prompts)]
+    reasons = [prompt.error or refusal(model, index, prompt.model_input, prompt.params) for index, prompt in enumerate(prompts)]
     for reason in filter(None, reasons[:must_work]):
         raise RequestError(reason)
     return reasons
@@ -75,13 +75,13 @@ def completions(
     """Completions of numbered prompts in the order in which they finish; none for none. on_event: called beside the watch."""
     if not prompts:
         return
-    texts, params = [prompt.text for prompt in prompts.values()], [prompt.params for prompt in prompts.values()]
+    texts, params = [prompt.model_input for prompt in prompts.values()], [prompt.params for prompt in prompts.values()]
     for event in engine.stream(texts, params, ids=list(prompts), on_step=watch.on_step):
         watch.on_event(event)
         if on_event is not None:
             on_event(event)
         if event.completion is not None:
-            yield event.completion
+            yield dataclasses.replace(event.completion, prompt=prompts[event.id].text)
 
 
 def fingerprint(prompts: list[Prompt], plan: Plan, model: pathlib.Path) -> dict:
@@ -90,7 +90,7 @@ def fingerprint(prompts: list[Prompt], plan: Plan, model: pathlib.Path) -> dict:
     Batch size and the rest of the plan are not in it: greedy and deterministic sampling do not depend on them, and
     ordinary sampling keeps its distribution.
     """
-    texts = hashlib.sha256(json.dumps([(p.id, p.text, dataclasses.asdict(p.params)) for p in prompts]).encode())
+    texts = hashlib.sha256(json.dumps([(p.id, p.model_input, dataclasses.asdict(p.params)) for p in prompts]).encode())
     return {
         "prompts": texts.hexdigest(),
         "model": checkpoint_hash(model),

@@ -5,17 +5,52 @@ import json
 import pathlib
 from typing import NamedTuple
 
+from specmoe_jax.checkpoints.chat import encode_chat
+from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config import SamplingParams
 from specmoe_jax.errors import RequestError
 
 
 class Prompt(NamedTuple):
-    """A prompt with the id that the output repeats, its parameters, and why it cannot be served (None: it can)."""
+    """A prompt with the id that the output repeats, its parameters, and why it cannot be served (None: it can).
+
+    token_ids: what the model is given where that is not the text itself (a chat template), else None.
+    """
 
     id: str | int
     text: str
     params: SamplingParams
     error: str | None = None
+    token_ids: tuple[int, ...] | None = None
+
+    @property
+    def model_input(self) -> str | tuple[int, ...]:
+        """The text, or the ids in its place."""
+        return self.text if self.token_ids is None else self.token_ids
+
+
+def as_chat(
+    prompts: list[Prompt], folder: pathlib.Path, tokenizer: Tokenizer | None, *, keep_bad: bool, must_work: int
+) -> list[Prompt]:
+    """The prompts as messages of a user under the chat template of a checkpoint directory.
+
+    Raises CheckpointError for a template that is missing or fails, RequestError for a prompt that it refuses; with keep_bad
+    that prompt gets an `error` instead, unless it is one of the first `must_work`.
+    """
+    if tokenizer is None:
+        raise RequestError("chat needs a tokenizer and the model has none; give token ids")
+
+    def one(number: int, prompt: Prompt) -> Prompt:
+        if prompt.error or not prompt.text:  # an empty text is refused with the others, later
+            return prompt
+        try:
+            return prompt._replace(token_ids=tuple(encode_chat(folder, tokenizer, [{"role": "user", "content": prompt.text}])))
+        except RequestError as e:
+            if not keep_bad or number < must_work:
+                raise
+            return prompt._replace(error=str(e))
+
+    return [one(number, prompt) for number, prompt in enumerate(prompts)]
 
 
 def read_prompts(path: str, defaults: SamplingParams, *, keep_bad: bool = False) -> list[Prompt]:
@@ -69,6 +104,8 @@ def _parse(line: str, number: int, defaults: SamplingParams) -> Prompt:
         raise RequestError(f"line {number} has the unknown field {unknown[0]!r}; known are prompt, id, {', '.join(sorted(names))}")
     if isinstance(fields.get("stop"), list):
         fields["stop"] = tuple(fields["stop"])
+    if fields.get("temperature") == 0:  # greedy: what is the default of sampled requests falls away
+        fields = {"top_k": 0, "top_p": 1.0} | fields
     try:
         return Prompt(request_id, text, dataclasses.replace(defaults, **fields))
     except RequestError as e:

@@ -69,9 +69,7 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens per re
 _CHAT = flags.DEFINE_boolean("chat", False, "Prompts are messages of a user, put through the model's chat template (needs jinja2).")
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy. Default: what the model's generation_config asks for, else 0.")
 _TOP_K = flags.DEFINE_integer("top_k", None, "Sample among the k most likely tokens; 0 is all. Default: the model's, else 0.")
-_TOP_P = flags.DEFINE_float(
-    "top_p", None, "Sample within the smallest set of this probability mass. Default: the model's, else 1."
-)
+_TOP_P = flags.DEFINE_float("top_p", None, "Sample within the smallest set of this probability mass. Default: the model's, else 1.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
 _DETERMINISTIC = flags.DEFINE_boolean(
     "deterministic_sampling", False, "Draws depend on seed, request and position alone: same text with any plan."

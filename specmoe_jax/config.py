@@ -20,6 +20,7 @@ EXPERT_TIERS = ("host", "disk")
 DRAM_POLICIES = ("lru", "frequency")
 KV_TIERS = ("accelerator", "host")
 DTYPES = ("float32", "bfloat16")
+PER_LAYER = ("draft_experts", "cached_experts")  # fields of a plan that are one number, or one for each layer with experts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,11 +142,11 @@ class Plan:
     preset: str
     draft: str = "none"
     draft_length: int | None = None  # N tokens drafted per step
-    draft_experts: int | None = None  # resident draft experts per MoE layer: N hot (draft=self), K merged (draft=merged)
+    draft_experts: int | tuple[int, ...] | None = None  # resident per MoE layer: N hot (draft=self; may differ by layer), K merged
     draft_set: str | None = None  # which experts those are (draft=self); None: hot_temporal
     substitution: str | None = None  # who stands in for the others (draft=self); None: affinity
     guard: bool = False  # adapt the draft length while running, down to no draft where it does not pay
-    cached_experts: int | None = None  # most used experts kept per MoE layer without a self-draft (MoE-Caching)
+    cached_experts: int | tuple[int, ...] | None = None  # most used experts kept per MoE layer without a self-draft (MoE-Caching)
     prefetch: str = "none"  # "draft": what the draft's gates chose; "oracle": MoE-Overlap, emulated links only
     spare_slots: int | None = None  # slots for prefetch=draft; None: as many as one layer's dispatch
     retain: bool = False  # freed experts stay usable until their slot is overwritten, the least used first
@@ -183,6 +184,7 @@ class Plan:
             raise PlanError(f"the plan is not JSON ({e}); write one with Plan.to_json or scripts/plan.py") from e
         if not isinstance(fields, dict) or not isinstance(fields.get("preset"), str):
             raise PlanError('the plan is not a JSON object with a "preset"; write one with Plan.to_json')
+        fields = {name: tuple(value) if name in PER_LAYER and isinstance(value, list) else value for name, value in fields.items()}
         return Plan(preset=fields.pop("preset")).replace(**fields)
 
     @property
@@ -208,6 +210,11 @@ def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
+def most(value: int | tuple[int, ...]) -> int:
+    """The largest number of a field that may differ by layer."""
+    return max(value) if isinstance(value, tuple) else value
+
+
 def field_names() -> list[str]:
     """Names of the fields of a plan, for messages."""
     return [f.name for f in dataclasses.fields(Plan)]
@@ -231,7 +238,12 @@ def _check_choices(plan: Plan) -> None:
 
 
 def _check_types(plan: Plan) -> None:
-    for name in ("draft_length", "draft_experts", "cached_experts", "spare_slots", "batch_size", "micro_batches", "prefill_chunk"):
+    for name in PER_LAYER:
+        value = getattr(plan, name)
+        if value is not None and not (isinstance(value, tuple) and value and all(_is_whole(n) and n >= 1 for n in value)):
+            if not _is_whole(value) or value < 1:
+                raise PlanError(f"{name} is {value!r}; it must be a whole number of at least 1, or a tuple of one for each layer")
+    for name in ("draft_length", "spare_slots", "batch_size", "micro_batches", "prefill_chunk"):
         value = getattr(plan, name)
         optional = name not in ("batch_size", "micro_batches", "prefill_chunk")
         if not (optional and value is None) and (not _is_whole(value) or value < 1):
@@ -248,11 +260,17 @@ def _check_types(plan: Plan) -> None:
 def _check_draft(plan: Plan, config: ModelConfig) -> None:
     if plan.draft != "none" and plan.draft_length is None:
         raise PlanError(f"draft={plan.draft} needs a draft_length, for example 4")
-    if plan.draft in GATED_DRAFTS and (plan.draft_experts is None or plan.draft_experts > config.num_experts):
+    for name in PER_LAYER:
+        value = getattr(plan, name)
+        if isinstance(value, tuple) and len(value) != config.num_moe_layers:
+            raise PlanError(f"{name} has {len(value)} numbers; the model has {config.num_moe_layers} layers with experts")
+    if plan.draft == "merged" and isinstance(plan.draft_experts, tuple):
+        raise PlanError(f"draft_experts is {plan.draft_experts}; draft=merged takes one number for all layers")
+    if plan.draft in GATED_DRAFTS and (plan.draft_experts is None or most(plan.draft_experts) > config.num_experts):
         raise PlanError(
             f"draft_experts is {plan.draft_experts}; draft={plan.draft} needs 1 to {config.num_experts}, the experts of a layer"
         )
-    if plan.cached_experts is not None and plan.cached_experts > config.num_experts:
+    if plan.cached_experts is not None and most(plan.cached_experts) > config.num_experts:
         raise PlanError(f"cached_experts is {plan.cached_experts}; a layer has {config.num_experts} experts")
     rate = plan.synthetic_acceptance
     if rate is not None and not (_is_number(rate) and 0 <= rate <= 1):

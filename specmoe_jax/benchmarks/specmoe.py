@@ -80,7 +80,7 @@ def retain(s: Setting) -> dict:
 
 def draft_experts(s: Setting) -> dict:
     """Table III: N draft experts per layer, at the largest batch."""
-    counts = tuple(n for n in (2, 4, 8, 12, 16) if n < s.model.config.num_experts)
+    counts = tuple(n for n in (2, 4, 6, 8, 12, 16) if n < s.model.config.num_experts)
     cases = [Case("on_demand", s.plan("on_demand", s.largest))]
     for n in s.ends(counts):
         cases += [
@@ -123,7 +123,7 @@ def drafts(s: Setting) -> dict:
         cases = [Case("on_demand", s.plan("on_demand", batch))]
         for length in s.ends((2, 4, 8)):
             cases.append(Case(f"ngram, length {length}", s.ngram(batch, length), "on_demand"))
-            for n in s.ends(tuple(n for n in (2, 4, 8) if n < s.model.config.num_experts)):
+            for n in s.ends(tuple(n for n in (2, 4, 6, 8) if n < s.model.config.num_experts)):
                 for draft in ("self", "merged"):
                     plan = s.specmoe(batch, draft=draft, draft_experts=n, draft_length=length, prefetch="draft")
                     cases.append(Case(f"{draft}, {n} experts, length {length}", plan, "on_demand"))

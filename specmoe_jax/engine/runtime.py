@@ -164,8 +164,8 @@ def _policy_name(plan: Plan) -> str:
 
 def _keep(config: ModelConfig, plan: Plan, policy: DraftSetPolicy):
     """The best experts of a layer by the policy's scores, as many as the plan pins; N = 0 keeps nothing (OnDemand)."""
-    size = pinned_experts(config, plan)
-    return lambda layer, votes, counts, resident: hot_set(policy.scores(votes, counts, layer), resident, size)
+    sizes = pinned_experts(config, plan)
+    return lambda layer, votes, counts, resident: hot_set(policy.scores(votes, counts, layer), resident, sizes[layer])
 
 
 def _neighbours(model: Model, plan: Plan, progress: str | bool) -> np.ndarray | None:

@@ -64,7 +64,7 @@ def account(config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int,
     """
     item = DTYPE_BYTES[plan.dtype]
     passes = max(plan.tokens_per_pass, plan.prefill_chunk) * batch_rows  # tokens of the largest pass
-    pinned = config.num_moe_layers * pinned_experts(config, plan)
+    pinned = sum(pinned_experts(config, plan))
     dispatch = min(config.num_experts, passes * config.experts_per_token)
     wanted = pinned + (0 if pinned == config.num_moe_layers * config.num_experts else dispatch)
     whole = MemoryAccount(
@@ -83,11 +83,12 @@ def account(config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int,
     return _fit_device(_fit_host(whole, plan), plan)
 
 
-def pinned_experts(config: ModelConfig, plan: Plan) -> int:
-    """Experts of each layer that stay on the accelerator between passes."""
+def pinned_experts(config: ModelConfig, plan: Plan) -> tuple[int, ...]:
+    """[L], experts of each layer that stay on the accelerator between passes."""
     if plan.expert_flow == "resident":
-        return config.num_experts
-    return (plan.draft_experts if plan.draft == "self" else plan.cached_experts) or 0
+        return (config.num_experts,) * config.num_moe_layers
+    pinned = (plan.draft_experts if plan.draft == "self" else plan.cached_experts) or 0
+    return pinned if isinstance(pinned, tuple) else (pinned,) * config.num_moe_layers
 
 
 def _spare_slots(plan: Plan, dispatch: int) -> int:

@@ -30,16 +30,16 @@ DraftSlots = np.ndarray | MaskedSlots | DistinctSlots  # of one layer; an array 
 
 
 def draft_slots(slot_of: np.ndarray, neighbours: np.ndarray | None, plan: Plan) -> list[DraftSlots]:
-    """How each layer substitutes. slot_of: [L, E] int32, -1 = not resident; at least N = plan.draft_experts resident.
+    """How each layer substitutes. slot_of: [L, E] int32, -1 = not resident; at least as many resident as plan.draft_experts says.
 
     neighbours: [L, E, E], by distance or at random; None under `mask`, which asks for no one to stand in.
     """
     if plan.substitution == "mask":
         return [MaskedSlots(own=own) for own in slot_of]
     if plan.substitution == "distinct":
-        return [
-            DistinctSlots(own=a, nearest=b) for a, b in zip(slot_of, _nearest(slot_of, neighbours, plan.draft_experts), strict=True)
-        ]
+        sizes = plan.draft_experts if isinstance(plan.draft_experts, tuple) else (plan.draft_experts,) * len(slot_of)
+        nearest = _nearest(slot_of, neighbours, max(sizes))
+        return [DistinctSlots(own=a, nearest=b[:, :n]) for a, b, n in zip(slot_of, nearest, sizes, strict=True)]
     return list(substitute_slots(slot_of, neighbours))
 
 

@@ -78,9 +78,7 @@ def test_chat_without_a_template(generate, checkpoint):
     ],
     ids=str,
 )
-def test_sampling_is_the_models_wish_unless_a_flag_says_otherwise(
-    generate, generate_script, folder, monkeypatch, flags, sampled
-):
+def test_sampling_is_the_models_wish_unless_a_flag_says_otherwise(generate, generate_script, folder, monkeypatch, flags, sampled):
     wishes = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9}
     (folder / "generation_config.json").write_text(json.dumps(wishes))
     seen = []

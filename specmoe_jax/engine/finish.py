@@ -15,7 +15,7 @@ def commit_tokens(
         generated = (*generated, token)
         if token in eos_token_ids and not request.params.ignore_eos:
             return generated, "stop"
-        if request.params.stop and _has_stop(tokenizer.decode(generated), request.params.stop):
+        if request.params.stop and ends_in_stop(tokenizer, generated, request.params.stop):
             return generated, "stop"
         if len(generated) >= request.limit:
             return generated, "length"
@@ -34,6 +34,23 @@ def safe_length(text: str, stop: tuple[str, ...]) -> int:
     """How much of a text that is still growing can be shown: what may begin a stop string cannot."""
     held = max((n for string in stop for n in range(1, min(len(string), len(text) + 1)) if text.endswith(string[:n])), default=0)
     return len(text) - held
+
+
+def ends_in_stop(tokenizer, generated: tuple[int, ...], stop: tuple[str, ...]) -> bool:
+    """Whether the text holds a stop string, given that it did not before its last token.
+
+    The work does not grow with the text: a new stop string reaches at most its own length into what was there, so the end
+    of the text is decoded, and the whole of it only to confirm. A cut inside a character of up to four byte tokens spoils
+    what follows for some decoders, so the end is cut at four places in a row.
+    """
+    reach = 4 * max(map(len, stop)) + 8  # a character may take four byte tokens, each of which may decode to one of its own
+    size = reach + 4
+    while size + 3 < len(generated):
+        if len(tokenizer.decode(generated[-size:-1])) >= reach:  # else tokens without text are among them
+            ends = (tokenizer.decode(generated[-size - shift :]) for shift in range(4))
+            return any(_has_stop(end, stop) for end in ends) and _has_stop(tokenizer.decode(generated), stop)
+        size *= 2
+    return _has_stop(tokenizer.decode(generated), stop)
 
 
 def _has_stop(text: str, stop: tuple[str, ...]) -> bool:

@@ -34,7 +34,11 @@ from specmoe_jax.types import KVCache
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """One finished request. finish_reason: "stop" (end of sequence or a stop string) or "length"."""
+    """One finished request.
+
+    finish_reason: "stop" (end of sequence or a stop string), "length", or "error", whose reason is in `error`; what was
+    generated before is kept.
+    """
 
     id: int
     prompt: str | None
@@ -42,6 +46,13 @@ class Completion:
     token_ids: tuple[int, ...]
     finish_reason: str
     num_prompt_tokens: int
+    error: str | None = None
+
+
+_NOT_FINITE = (
+    "prompt {}: the logits of new token {} hold NaN or Inf; check the weights (load_model refuses such ones by default) "
+    "or compute in --dtype=float32"
+)
 
 
 class TokenEvent(NamedTuple):
@@ -204,6 +215,7 @@ class Engine:
             token_ids=tokens,
             finish_reason=reason,
             num_prompt_tokens=len(request.token_ids),
+            error=_NOT_FINITE.format(request.id, len(tokens)) if reason == "error" else None,
         )
 
     def _init(self, requests: list[Request], shapes: Shapes) -> State:

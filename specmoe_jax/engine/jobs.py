@@ -102,10 +102,11 @@ def fingerprint(prompts: list[Prompt], plan: Plan, model: pathlib.Path) -> dict:
 def record(index: int, prompt: Prompt, completion: Completion) -> dict:
     """A line of the output."""
     fields = dataclasses.asdict(completion)
+    if completion.error is None:
+        del fields["error"]
     return fields | {"id": prompt.id, "index": index, "num_new_tokens": len(completion.token_ids)}
 
 
 def error_record(index: int, prompt: Prompt, reason: str) -> dict:
     """A line of the output for a prompt that cannot be served."""
-    empty = Completion(index, prompt.text, "", (), "error", 0)
-    return record(index, prompt, empty) | {"error": reason}
+    return record(index, prompt, Completion(index, prompt.text, "", (), "error", 0, reason))

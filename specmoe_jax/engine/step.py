@@ -14,7 +14,7 @@ from specmoe_jax.engine.forward import TargetPass, target_pass
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import State, StepInfo
 from specmoe_jax.offload.tiers import TierCounts
-from specmoe_jax.speculate.acceptance import accept, accept_coupled, accept_greedy, synthetic_accept
+from specmoe_jax.speculate.acceptance import accept, accept_coupled, accept_greedy, finite_positions, synthetic_accept
 from specmoe_jax.speculate.guard import choose, observe
 from specmoe_jax.speculate.hotness import count_choices
 from specmoe_jax.speculate.sampling import Stream
@@ -25,6 +25,7 @@ _accept = jax.jit(accept)
 _accept_greedy = jax.jit(accept_greedy)
 _accept_coupled = jax.jit(accept_coupled)
 _synthetic_accept = jax.jit(synthetic_accept)
+_finite_positions = jax.jit(finite_positions)
 
 
 def step(rt: Runtime, state: State, tokenizer, *, length: int | None = None) -> tuple[State, StepInfo]:
@@ -44,11 +45,11 @@ def step(rt: Runtime, state: State, tokenizer, *, length: int | None = None) -> 
     clock.append(time.perf_counter())
     sent.append(rt.store.link.sent_bytes)
     with span("verify"):
-        verified, result = verify(rt, state, drafted)
+        verified, result, sound = verify(rt, state, drafted)
     clock.append(time.perf_counter())
     sent.append(rt.store.link.sent_bytes)
     with span("commit"):
-        new_state, accepted, committed = commit(rt, state, drafted.proposal, verified, result, tokenizer)
+        new_state, accepted, committed = commit(rt, state, drafted.proposal, verified, result, sound, tokenizer)
     clock.append(time.perf_counter())
     new_state = inform(rt, new_state, verified, state.lengths, committed)
     clock.append(time.perf_counter())
@@ -88,8 +89,11 @@ def warm_up(rt: Runtime, state: State, *, on_step: Callable[[], object] = lambda
     return state._replace(kv=idle.kv, memory=idle.memory._replace(votes=state.memory.votes), draft_memory=idle.draft_memory)
 
 
-def verify(rt: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass, AcceptResult]:
-    """One exact pass over [last token, drafted tokens] of every row, and the lossless choice."""
+def verify(rt: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass, AcceptResult, np.ndarray]:
+    """One exact pass over [last token, drafted tokens] of every row, and the lossless choice.
+
+    Third, [B]: how many of the positions from the first on have logits that give a distribution.
+    """
     proposal = drafted.proposal
     tokens = jnp.concatenate([jnp.asarray(state.last_token)[:, None], jnp.asarray(proposal.tokens)], axis=1)  # [B, T]
     num_new = np.where(state.active, tokens.shape[1], 0).astype(np.int32)
@@ -98,7 +102,8 @@ def verify(rt: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass, Acc
         rt, drafted.memory, drafted.kv, tokens, state.lengths, num_new, earlier=nothing, predicted=drafted.predicted
     )
     logits = stages.head(rt.config.norm_eps, rt.weights, verified.h)  # [B, T, V]
-    return verified, jax.device_get(_result(rt, state, proposal, logits))
+    result, finite = jax.device_get((_result(rt, state, proposal, logits), _finite_positions(logits)))
+    return verified, result, np.cumprod(finite, axis=1).sum(axis=1)
 
 
 def _result(rt: Runtime, state: State, proposal: Proposal, logits) -> AcceptResult:
@@ -113,11 +118,13 @@ def _result(rt: Runtime, state: State, proposal: Proposal, logits) -> AcceptResu
 
 
 def commit(
-    rt: Runtime, state: State, proposal: Proposal, verified: TargetPass, result: AcceptResult, tokenizer
+    rt: Runtime, state: State, proposal: Proposal, verified: TargetPass, result: AcceptResult, sound: np.ndarray, tokenizer
 ) -> tuple[State, np.ndarray, np.ndarray]:
     """Appends the accepted run and the target's token to each active row, cut where the request ends.
 
-    Returns the new state, the drafted tokens accepted [B] and the tokens committed [B].
+    sound: [B], positions before the first without a distribution; a row that reaches it gets what plain decoding would
+    have given it before, and ends with "error". Returns the new state, the drafted tokens accepted [B] and the tokens
+    committed [B].
     """
     drafted, rows = np.asarray(proposal.tokens), len(state.requests)
     generated, reasons = list(state.generated), list(state.finish_reasons)
@@ -125,12 +132,16 @@ def commit(
     last_token = state.last_token.copy()
     for row in np.flatnonzero(state.active):
         run = (*drafted[row, : result.num_accepted[row]].tolist(), int(result.next_token[row]))
+        broken, run = len(run) > sound[row], run[: sound[row]]
         generated[row], reasons[row] = commit_tokens(
             state.requests[row], state.generated[row], run, rt.config.eos_token_ids, tokenizer
         )
-        accepted[row] = result.num_accepted[row]
+        if broken and reasons[row] is None:
+            reasons[row] = "error"
+        accepted[row] = min(result.num_accepted[row], sound[row])
         committed[row] = len(generated[row]) - len(state.generated[row])
-        last_token[row] = generated[row][-1]
+        if generated[row]:
+            last_token[row] = generated[row][-1]
     votes = rt.draft_set.update(verified.memory.votes, verified.counts, _committed_counts(verified, committed))
     new_state = state._replace(
         kv=verified.kv,

@@ -131,7 +131,12 @@ def accepted_tokens(draft_tokens: jax.Array, result: AcceptResult) -> jax.Array:
 
 def finite_rows(target_logits: jax.Array) -> jax.Array:
     """Rows [B] whose logits [B, T, V] all give a distribution: no NaN, no +inf, and not -inf everywhere."""
-    return jnp.all(jnp.isfinite(jnp.max(target_logits, axis=-1)), axis=-1)
+    return jnp.all(finite_positions(target_logits), axis=-1)
+
+
+def finite_positions(target_logits: jax.Array) -> jax.Array:
+    """Positions [B, T] whose logits [B, T, V] give a distribution: no NaN, no +inf, and not -inf everywhere."""
+    return jnp.isfinite(jnp.max(target_logits, axis=-1))
 
 
 def leading_run(accepted: jax.Array) -> jax.Array:

@@ -5,11 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 from engine_cases import GREEDY, PROMPTS, plan, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import specmoe_jax as sm
-from specmoe_jax.engine.finish import commit_tokens, final_text
+from specmoe_jax.engine.finish import commit_tokens, ends_in_stop, final_text
 from specmoe_jax.engine.state import Request
-from specmoe_jax.testing import EOS_ID, TINY
+from specmoe_jax.testing import EOS_ID, TINY, byte_tokenizer
 
 ALL_ACCEPTED = plan(draft_length=8, draft_experts=TINY.num_experts)  # every run has 9 tokens
 SOME_ACCEPTED = plan(draft_length=3, draft_experts=3)
@@ -160,3 +162,39 @@ def test_commit_tokens(run, limit, params, kept, reason):
 )
 def test_final_text(tokens, stop, text):
     assert final_text(tokens, stop, (EOS_ID,), Letters()) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_stop_strings_are_found_in_the_end_of_the_text(data):
+    """As in the whole text decoded anew for each token, whatever the characters, special tokens and ids without text."""
+    tokenizer = byte_tokenizer()
+    text = data.draw(st.text(st.sampled_from("ab \u00e9\u4e05\U0001f600"), min_size=1, max_size=150)).encode()
+    silent = st.lists(st.sampled_from([EOS_ID, 260]), max_size=30)
+    tokens = [t for b in text for t in (*(data.draw(silent) if data.draw(st.integers(0, 9)) == 0 else ()), *tokenizer.encode("a"))]
+    ids = iter(tokenizer.backend.encode(text.decode()).ids)
+    tokens = tuple(next(ids) if t == tokenizer.encode("a")[0] else t for t in tokens)
+    stop = tuple(data.draw(st.lists(st.text(st.sampled_from("ab \u00e9\u4e05\U0001f600"), min_size=1, max_size=6), min_size=1)))
+    for length in range(1, len(tokens) + 1):
+        whole = any(string in tokenizer.decode(tokens[:length]) for string in stop)
+        assert ends_in_stop(tokenizer, tokens[:length], stop) == whole
+        if whole:
+            break
+
+
+def test_stop_strings_cost_the_same_at_any_length():
+    """Tokens decoded for one more token, after 100 and after 10,000 of them."""
+
+    class Counting(Letters):
+        decoded = 0
+
+        def decode(self, ids):
+            self.decoded += len(ids)
+            return super().decode(ids)
+
+    counts = []
+    for length in (100, 10_000):
+        tokenizer = Counting()
+        assert not ends_in_stop(tokenizer, (7,) * length, ("never",))
+        counts.append(tokenizer.decoded)
+    assert counts[0] == counts[1] < 300

@@ -4,6 +4,7 @@ import os
 import pathlib
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -59,6 +60,7 @@ def _guarded(main: Callable[[], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which accelerators this machine lacks
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         main()
     except UserError as e:

@@ -99,9 +99,9 @@ def main() -> None:
             prompts = as_chat(prompts, folder, head.tokenizer, keep_bad=keep_bad, must_work=len(_PROMPT.value))
         jobs.check_before_loading(head, make_plan(head.config), prompts, keep_bad=keep_bad, must_work=len(_PROMPT.value))
     _common.use_compile_cache()
-    model = load_model(_MODEL.value, **load_options(), progress=_PROGRESS.value)
+    model, changes = jobs.load_that_fits(load_model, _MODEL.value, **load_options(), progress=_PROGRESS.value)
     draft_model = load_model(_DRAFT_MODEL.value, dtype=model.dtype, progress=_PROGRESS.value) if _DRAFT_MODEL.value else None
-    plan = make_plan(model.config)
+    plan = make_plan(model.config).replace(**changes)
     engine = Engine(model, plan, draft_model=draft_model, draft_head=read_head(model, plan), progress=_PROGRESS.value)
     load_s = watch.seconds
     with trace(_TRACE.value):

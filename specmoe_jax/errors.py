@@ -15,3 +15,11 @@ class PlanError(UserError):
 
 class RequestError(UserError):
     """A prompt or its sampling parameters that cannot be served."""
+
+
+class PinnedMemoryError(UserError):
+    """Pinned host memory that the system refused. pinned_bytes: what the experts had got before."""
+
+    def __init__(self, message: str, pinned_bytes: int = 0):
+        super().__init__(message)
+        self.pinned_bytes = pinned_bytes

@@ -15,7 +15,7 @@ from specmoe_jax.checkpoints.memory import check_memory
 from specmoe_jax.checkpoints.tensors import READERS, TARGET_DTYPES, HostBlocks, read_tensor
 from specmoe_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from specmoe_jax.config import EXPERT_TIERS, ModelConfig
-from specmoe_jax.errors import CheckpointError, RequestError
+from specmoe_jax.errors import CheckpointError, PinnedMemoryError, RequestError
 from specmoe_jax.models.families import family_of, parse_config
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import Weights, map_specs
@@ -122,14 +122,18 @@ def _read_weights(config: ModelConfig, inventory: Inventory, dtype: str, check_f
 
 
 def _read_experts(inventory: Inventory, dtype: str, check_finite: bool, shown) -> tuple[tuple[jax.Array, ...], ...]:
-    host_block = HostBlocks(dtype, check_finite=check_finite)
+    host_block, loaded = HostBlocks(dtype, check_finite=check_finite), []
 
     def expert(source):
         block = host_block(source)
+        loaded.append(block.nbytes)
         shown.update(source.bytes)
         return block
 
-    blocks = iter(_in_order(expert, [source for layer in inventory.experts for source in layer]))
+    try:
+        blocks = iter(_in_order(expert, [source for layer in inventory.experts for source in layer]))
+    except PinnedMemoryError as e:
+        raise PinnedMemoryError(str(e), pinned_bytes=sum(loaded)) from e
     return tuple(tuple(next(blocks) for _ in layer) for layer in inventory.experts)
 
 

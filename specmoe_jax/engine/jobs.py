@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,8 +17,10 @@ from specmoe_jax.engine.job_watch import JobWatch
 from specmoe_jax.engine.journal import Journal
 from specmoe_jax.engine.prompts import Prompt
 from specmoe_jax.engine.requests import check_job, refusal
-from specmoe_jax.errors import RequestError
+from specmoe_jax.errors import PinnedMemoryError, RequestError
 from specmoe_jax.models.model import Model
+
+CACHE_SHARE = 0.75  # of the pinned memory that was to be had, where not all experts got some
 
 
 class ModelHead(NamedTuple):
@@ -33,6 +36,29 @@ def read_head(path: pathlib.Path) -> ModelHead | None:
         return None
     config = load_config(path)
     return ModelHead(config=config, tokenizer=load_model_tokenizer(path, config))
+
+
+def load_that_fits(load: Callable[..., Model], name: str, *, dtype: str, expert_tier: str, progress: str) -> tuple[Model, dict]:
+    """A model, and the changes to its plan that make it fit; none where pinned memory for all experts is to be had.
+
+    Where the system refuses it, experts stay on disk and host memory becomes a cache of them, with a warning: of a part
+    of what was to be had, because whatever else runs needs some too. load: load_model. Raises PinnedMemoryError where
+    there is no room for a cache either.
+    """
+    try:
+        return load(name, dtype=dtype, expert_tier=expert_tier, progress=progress), {}
+    except PinnedMemoryError as e:
+        cache_bytes, refused = int(e.pinned_bytes * CACHE_SHARE), e
+        if expert_tier == "disk" or cache_bytes == 0:
+            raise
+    warnings.warn(
+        f"{refused.pinned_bytes / 1e9:.3f} GB of experts fit into pinned host memory and no more; the others stay on disk: "
+        f"expert_tier=disk, host_memory_bytes={cache_bytes}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    model = load(name, dtype=dtype, expert_tier="disk", progress=progress)
+    return model, {"expert_tier": "disk", "host_memory_bytes": cache_bytes}
 
 
 def check_before_loading(head: ModelHead, plan: Plan, prompts: list[Prompt], *, keep_bad: bool, must_work: int) -> None:

@@ -32,7 +32,7 @@ class Journal:
             self._path.unlink(missing_ok=True)
         self._claim(fingerprint)
         try:
-            self._file = open(self._path, "ab+")
+            self._file = open(self._path, "ab", buffering=0)  # what a buffer holds back would be written after a failure
         except OSError as e:
             raise RequestError(f"cannot write {self._path} ({e.strerror}); choose another --output") from e
         self._end, self.done = self._read()
@@ -42,8 +42,9 @@ class Journal:
         """Adds one finished request; when this returns, it survives. Raises RequestError when the disk does not take it."""
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
         try:
-            self._file.write(line)
-            self._file.flush()
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
             os.fsync(self._file.fileno())
         except OSError as e:
             self._cut()
@@ -89,16 +90,17 @@ class Journal:
 
     def _read(self) -> tuple[int, set[int]]:
         """The end of the last whole line, and the requests in the lines up to it."""
-        self._file.seek(0)
         end, done = 0, set()
-        for line in self._file:
-            if not line.endswith(b"\n"):
-                break
-            try:
-                done.add(json.loads(line)["index"])
-            except (ValueError, KeyError, TypeError) as e:
-                raise RequestError(f"{self._path} holds a line that no job wrote; move it, or begin anew with --restart") from e
-            end += len(line)
+        with open(self._path, "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    done.add(json.loads(line)["index"])
+                except (ValueError, KeyError, TypeError) as e:
+                    said = f"{self._path} holds a line that no job wrote; move it, or begin anew with --restart"
+                    raise RequestError(said) from e
+                end += len(line)
         return end, done
 
     def _cut(self) -> None:

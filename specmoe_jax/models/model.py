@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from specmoe_jax.config import ModelConfig
+from specmoe_jax.errors import PinnedMemoryError
 from specmoe_jax.layer_config import AttentionConfig, LayerConfig
 from specmoe_jax.models import layers
 from specmoe_jax.models.attention import allowed, scores_and_values
@@ -101,7 +102,16 @@ def random_model(config: ModelConfig, *, seed: int = 0, dtype: str = "float32", 
 def to_host(block) -> jax.Array:
     """A block in pinned host memory, where the accelerator can copy from it at full link speed.
 
-    Blocks until done: device_put copies an unaligned numpy array asynchronously, and callers reuse theirs.
+    Blocks until done: device_put copies an unaligned numpy array asynchronously, and callers reuse theirs. Raises
+    PinnedMemoryError where the system refuses the memory.
     """
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
-    return jax.block_until_ready(jax.device_put(block, sharding))
+    try:
+        return jax.block_until_ready(jax.device_put(block, sharding))
+    except (jax.errors.JaxRuntimeError, MemoryError) as e:
+        if isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e):
+            raise PinnedMemoryError(
+                f"the system refused {block.nbytes} bytes of pinned host memory; leave experts on disk with a smaller cache: "
+                "--expert_tier=disk --host_memory_gib=..."
+            ) from e
+        raise

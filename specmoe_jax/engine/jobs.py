@@ -48,11 +48,12 @@ def load_that_fits(load: Callable[..., Model], name: str, *, dtype: str, expert_
     try:
         return load(name, dtype=dtype, expert_tier=expert_tier, progress=progress), {}
     except PinnedMemoryError as e:
-        cache_bytes, refused = int(e.pinned_bytes * CACHE_SHARE), e
+        pinned_bytes = e.pinned_bytes  # not the error, whose traceback would keep the memory
+        cache_bytes = int(pinned_bytes * CACHE_SHARE)
         if expert_tier == "disk" or cache_bytes == 0:
             raise
     warnings.warn(
-        f"{refused.pinned_bytes / 1e9:.3f} GB of experts fit into pinned host memory and no more; the others stay on disk: "
+        f"{pinned_bytes / 1e9:.3f} GB of experts fit into pinned host memory and no more; the others stay on disk: "
         f"expert_tier=disk, host_memory_bytes={cache_bytes}",
         RuntimeWarning,
         stacklevel=2,

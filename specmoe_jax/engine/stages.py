@@ -14,6 +14,7 @@ from specmoe_jax.models import attention as attentions
 from specmoe_jax.models import experts as ffn
 from specmoe_jax.models import layers
 from specmoe_jax.models.spec import LayerWeights
+from specmoe_jax.ops import PackedCache
 from specmoe_jax.speculate.substitution import DistinctSlots, MaskedSlots, choose_distinct
 from specmoe_jax.types import Routing
 
@@ -35,6 +36,13 @@ def attend(config: LayerConfig, q, k, v, sinks, k_cache, v_cache, lengths, num_n
     """Appends k, v to the caches [B, K, S, D] (donated) and attends. -> attended [B, T, H, D], caches."""
     with jax.named_scope("attend"):
         return attentions.attend(config.attention, q, k, v, sinks, k_cache, v_cache, lengths, num_new)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def attend_paged(config: LayerConfig, q, k, v, sinks, cache: PackedCache, table, lengths, num_new):
+    """As `attend`, over a paged cache in host memory (donated). table [B, P] int32 -> attended [B, T, H, D], cache."""
+    with jax.named_scope("attend_paged"):
+        return attentions.attend_paged(config.attention, q, k, v, sinks, cache, table, lengths, num_new)
 
 
 @functools.partial(jax.jit, static_argnums=0)

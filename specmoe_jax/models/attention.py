@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from specmoe_jax import ops
 from specmoe_jax.layer_config import AttentionConfig
-from specmoe_jax.ops import attention_ref
+from specmoe_jax.ops import attention_ref, packed
 
 
 def attend(config: AttentionConfig, q, k, v, sinks, k_cache, v_cache, lengths, num_new):
@@ -21,6 +21,37 @@ def attend(config: AttentionConfig, q, k, v, sinks, k_cache, v_cache, lengths, n
     else:
         out, *caches = _attend_jnp(config, *args, num_new=num_new, sinks=sinks)
     return out[..., :dim], *caches
+
+
+def attend_paged(config: AttentionConfig, q, k, v, sinks, cache: ops.PackedCache, table, lengths, num_new):
+    """As `attend`, over a paged packed cache: rows of `table` [B, P] int32 name the pages of each row. -> attended, cache.
+
+    What the kernel does not know (sinks, chunks) is done on unpacked rows of the whole table: right, and slow.
+    """
+    dim, missing = config.head_dim, config.cache_dim - config.head_dim
+    q, k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, missing))) for a in (q, k, v))
+    positions = table.shape[1] * cache.shape[2]
+    if sinks is not None or (config.chunk is not None and config.chunk < positions):
+        rows = packed.gather(cache, table)
+        out, *rows = _attend_jnp(config, q, k, v, *rows, lengths, num_new=num_new, sinks=sinks)
+        return out[..., :dim], packed.scatter(cache, table, *rows)
+    outs = []
+    for start in range(0, q.shape[1], ops.MAX_NEW):  # each piece finds those before it in the cache
+        piece = slice(start, start + ops.MAX_NEW)
+        new = jnp.clip(num_new - start, 0, q[:, piece].shape[1])
+        out, cache = ops.chunked_attention_packed(
+            q[:, piece],
+            k[:, piece],
+            v[:, piece],
+            cache,
+            lengths + jnp.minimum(num_new, start),
+            block_table=table,
+            num_new=new,
+            window=config.window,
+            scale=config.scale,
+        )
+        outs.append(out)
+    return jnp.concatenate(outs, axis=1)[..., :dim], cache
 
 
 def allowed(config: AttentionConfig, positions: jax.Array, columns: jax.Array) -> jax.Array:

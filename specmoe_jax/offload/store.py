@@ -2,6 +2,7 @@
 
 import functools
 import math
+import threading
 import time
 from collections.abc import Sequence
 
@@ -24,16 +25,23 @@ class Link:
     def __init__(self, bytes_per_s: float | None = None, *, oracle: bool = False):
         self.bytes_per_s = bytes_per_s
         self.sent_bytes = 0
+        self.busy_s = 0.0
         self._oracle = oracle
         self._free_at_s = self._last_wait_s = 0.0
+        self._lock = threading.Lock()  # a streamed pass sends activations while another thread sends weights
 
-    def send(self, num_bytes: int) -> float:
-        """Accounts for a copy that starts now or when the link is free; the time at which it arrives."""
-        self.sent_bytes += num_bytes
-        if self.bytes_per_s is not None:
-            earliest = self._last_wait_s if self._oracle else time.perf_counter()
-            self._free_at_s = max(earliest, self._free_at_s) + num_bytes / self.bytes_per_s
-        return self._free_at_s
+    def send(self, num_bytes: int, *, since_s: float | None = None) -> float:
+        """Accounts for a copy that starts now or when the link is free; the time at which it arrives.
+
+        since_s: when the copy could have started, for one of several in a row: a late thread costs no bandwidth.
+        """
+        with self._lock:
+            self.sent_bytes += num_bytes
+            if self.bytes_per_s is not None:
+                earliest = self._last_wait_s if self._oracle else since_s or time.perf_counter()
+                self._free_at_s = max(earliest, self._free_at_s) + num_bytes / self.bytes_per_s
+                self.busy_s += num_bytes / self.bytes_per_s
+            return self._free_at_s
 
     @property
     def backlog_s(self) -> float:
@@ -79,6 +87,26 @@ class ExpertStore:
         pool = _write_slot(pool, block if isinstance(block, jax.Array) else to_host(block), np.int32(slot))
         self._arrival_s[slot] = self.link.send(block.nbytes)
         return pool
+
+    def new_buffer(self) -> jax.Array:
+        """Room for all experts of one layer, [E, 3, F, M] of zeros on the accelerator (expert_flow=stream)."""
+        zeros = jnp.zeros((self.tier.num_experts // self.tier.num_layers, *self.tier.shape), self.tier.dtype)
+        return jax.device_put(zeros, jax.devices()[0])
+
+    def stream(self, buffer: jax.Array, layer: int) -> jax.Array:
+        """Copies all experts of a layer into a buffer (donated), expert by expert, and returns when they have arrived.
+
+        Each chunk waits for the one before, so what is more urgent on the link waits for one expert at most. Runs in
+        the engine's link thread.
+        """
+        start_s = time.perf_counter()
+        self.tier.request([(layer, expert) for expert in range(len(buffer))])
+        for expert in range(len(buffer)):
+            block = self.tier.block((layer, expert))
+            arrival_s = self.link.send(block.nbytes, since_s=start_s)
+            buffer = jax.block_until_ready(_write_slot(buffer, block, np.int32(expert)))
+            self.link.wait(arrival_s)
+        return buffer
 
     def copies_within(self, budget_s: float) -> int:
         """Experts that can arrive within `budget_s` from now; without an emulated rate there is no telling: all."""

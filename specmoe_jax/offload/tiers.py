@@ -23,11 +23,12 @@ class TierCounts(NamedTuple):
 class Tier(Protocol):
     """Blocks [3, F, M] of experts in pinned host memory, ready to be copied over the link.
 
-    shape, dtype: of a block. num_experts: of all layers. counts: since it was made.
+    shape, dtype: of a block. num_layers: those with experts. num_experts: of all layers. counts: since it was made.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
+    num_layers: int
     num_experts: int
     counts: "TierCounts"
 
@@ -52,7 +53,7 @@ class HostTier:
     def __init__(self, experts: tuple[tuple[jax.Array, ...], ...]):
         self._experts = experts
         self.shape, self.dtype = experts[0][0].shape, experts[0][0].dtype
-        self.num_experts = sum(map(len, experts))
+        self.num_layers, self.num_experts = len(experts), sum(map(len, experts))
         self._ready = np.ones((len(experts), len(experts[0])), bool)
 
     def request(self, keys: list[tuple[int, int]]) -> None:
@@ -80,7 +81,7 @@ class DiskTier:
     def __init__(self, files, *, capacity: int, policy: str, keep_pages: bool):
         self._files, self._capacity, self._policy, self._keep_pages = files, capacity, policy, keep_pages
         self.shape, self.dtype, shape = files.block_shape, files.block_dtype, files.shape
-        self.num_experts, self.counts = shape[0] * shape[1], TierCounts()
+        self.num_layers, self.num_experts, self.counts = shape[0], shape[0] * shape[1], TierCounts()
         self._cache = dram.empty(*shape)
         self._blocks: dict[tuple[int, int], concurrent.futures.Future] = {}
         self._pending: dict[tuple[int, int], concurrent.futures.Future] = {}  # those whose read may not have ended

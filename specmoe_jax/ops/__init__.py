@@ -1,7 +1,7 @@
 """Kernels behind one Python face, each with its jnp twin. Imports nothing of the package but types and config."""
 
 from specmoe_jax.ops._ffi import isas
-from specmoe_jax.ops.attention import chunked_attention
+from specmoe_jax.ops.attention import MAX_NEW, chunked_attention
 from specmoe_jax.ops.attention_ref import chunked_attention_ref
 from specmoe_jax.ops.experts import expert_ffn
 from specmoe_jax.ops.experts_ref import expert_ffn_ref
@@ -15,6 +15,7 @@ from specmoe_jax.ops.packed import (
 )
 
 __all__ = [
+    "MAX_NEW",
     "PackedCache",
     "chunked_attention",
     "chunked_attention_packed",

@@ -192,3 +192,18 @@ def chunked_attention_packed_ref(
         rows = [_scatter_pages(x, r, block_table) for x, r in zip(parts, rows, strict=True)]
     scales = [x[..., 0] for x in rows[2:]] or list(no_scales())
     return out, PackedCache(pack_rows(rows[0]), rows[1], *scales)
+
+
+def gather(cache: PackedCache, table: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Row caches k and v [B, K, P * S, D] of the pages that table [B, P] names; what an entry outside [0, rows) holds is undefined.
+
+    For attention that no kernel knows; a float cache only.
+    """
+    _check.that("gather", cache.dtype != jnp.int8, "an int8 cache has no float rows; use unpack_cache")
+    return _gather_pages(unpack_rows(cache.k), table), _gather_pages(cache.v, table)
+
+
+def scatter(cache: PackedCache, table: jax.Array, k: jax.Array, v: jax.Array) -> PackedCache:
+    """The cache with the pages that table [B, P] names replaced by row caches k and v [B, K, P * S, D]."""
+    rows = _scatter_pages(unpack_rows(cache.k), k, table), _scatter_pages(cache.v, v, table)
+    return dataclasses.replace(cache, k=pack_rows(rows[0]), v=rows[1])

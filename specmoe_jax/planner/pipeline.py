@@ -1,0 +1,99 @@
+"""What a streamed pass consists of: tasks on resources, and what each of them waits for (SpecMoEOff, 4.1 and 5.2). Pure.
+
+The engine executes this list (engine/streaming.py) and the simulator times it (simulate.py): there is no second description.
+Per layer and item `other1` -> queries, keys, values to the host -> attention on the CPU -> back -> `other2` -> experts, while the
+experts of the next layer that has some stream into the other of two buffers; the first layer's of the next pass
+stream through the drafting.
+"""
+
+from typing import NamedTuple
+
+ACCELERATOR, CPU, UP, DOWN = "accelerator", "cpu attention", "link to accelerator", "link to host"
+RESOURCES = (ACCELERATOR, CPU, UP, DOWN)
+
+_RESOURCE_OF = {
+    "embed": ACCELERATOR,
+    "other1": ACCELERATOR,
+    "to_host": DOWN,
+    "attention": CPU,
+    "to_accelerator": UP,
+    "other2": ACCELERATOR,
+    "experts": ACCELERATOR,
+    "stream": UP,
+}
+KINDS = tuple(_RESOURCE_OF)
+
+
+class Task(NamedTuple):
+    """One piece of a pass. A resource does one task at a time: of those that can start the most urgent, in the order of the list.
+
+    item: the work item (a micro-batch, or a chunk of prompts), or for `stream` the chunk (an expert) of the layer.
+    after: places in the list of the tasks that must have ended; a negative place is one of the pass before, counted
+    from its end.
+    """
+
+    kind: str
+    layer: int
+    item: int
+    after: tuple[int, ...]
+
+    @property
+    def resource(self) -> str:
+        return _RESOURCE_OF[self.kind]
+
+    @property
+    def urgent(self) -> bool:
+        """Weights give way to everything else on the link, chunk by chunk."""
+        return self.kind != "stream"
+
+
+def pass_tasks(has_experts: tuple[bool, ...], items: int, chunks: int) -> tuple[Task, ...]:
+    """The tasks of one pass of `items` work items, in an order in which they can be issued one after the other.
+
+    has_experts: per layer. chunks: pieces in which a layer's experts cross the link. The stream of the first layer with experts
+    is that of the next pass and comes late in the list.
+    """
+    moe = [layer for layer, has in enumerate(has_experts) if has]
+    order = _order(has_experts, moe, items, chunks)
+    place = {key: i for i, key in enumerate(order)}
+    return tuple(Task(*key, after=_after(key, place, moe, items, chunks, len(has_experts))) for key in order)
+
+
+def _order(has_experts, moe: list[int], items: int, chunks: int) -> list[tuple[str, int, int]]:
+    """(kind, layer, item). A layer's stream is issued when the layer before has been handed to the CPU."""
+    head = ("other1", "to_host", "attention")
+    order = [(kind, 0, item) for item in range(items) for kind in ("embed", *head)]
+    for layer, has in enumerate(has_experts):
+        if has:
+            following = moe[(moe.index(layer) + 1) % len(moe)]
+            order += [("stream", following, chunk) for chunk in range(chunks)]
+        for item in range(items):
+            order += [("to_accelerator", layer, item), ("other2", layer, item)]
+            order += [("experts", layer, item)] if has else []
+            order += [(kind, layer + 1, item) for kind in head] if layer + 1 < len(has_experts) else []
+    return order
+
+
+def _after(key, place: dict, moe: list[int], items: int, chunks: int, num_layers: int) -> tuple[int, ...]:
+    kind, layer, item = key
+    last = {True: "experts", False: "other2"}
+    before = {
+        "embed": lambda: (),
+        "other1": lambda: (("embed", 0, item) if layer == 0 else (last[layer - 1 in moe], layer - 1, item),),
+        "to_host": lambda: (("other1", layer, item),),
+        "attention": lambda: (("to_host", layer, item),),
+        "to_accelerator": lambda: (("attention", layer, item),),
+        "other2": lambda: (("to_accelerator", layer, item),),
+        "experts": lambda: (("other2", layer, item), *(("stream", layer, chunk) for chunk in range(chunks))),
+        "stream": lambda: _users_of_the_buffer(moe, layer, items),
+    }
+    places = [place[name] for name in before[kind]()]
+    here = place[key]
+    # What is written later in the list than its user belongs to the pass before.
+    return tuple(i if i < here else i - len(place) for i in places)
+
+
+def _users_of_the_buffer(moe: list[int], layer: int, items: int) -> tuple[tuple[str, int, int], ...]:
+    """Two buffers: the experts of two layers before must have been computed."""
+    user = moe[moe.index(layer) - 2] if len(moe) > 1 else moe[0]
+    return tuple(("experts", user, item) for item in range(items))

@@ -15,7 +15,7 @@ GATED_DRAFTS = ("self", "merged")  # those that run the target's own gates, over
 DRAFT_SETS = ("hot_temporal", "hot_global", "random", "decay", "accepted")
 SUBSTITUTIONS = ("affinity", "distinct", "random", "mask")
 PREFETCHES = ("none", "draft", "oracle")
-EXPERT_FLOWS = ("resident", "on_demand")
+EXPERT_FLOWS = ("resident", "on_demand", "stream")
 EXPERT_TIERS = ("host", "disk")
 DRAM_POLICIES = ("lru", "frequency")
 KV_TIERS = ("accelerator", "host")
@@ -303,8 +303,26 @@ def _check_effects(plan: Plan, config: ModelConfig) -> None:
         raise PlanError("prefetch=oracle knows the future, which only an emulated link can; give --link_gbps")
     if plan.expert_tier == "disk" and plan.host_memory_bytes is None:
         raise PlanError("expert_tier=disk needs the host memory to cache experts in; give --host_memory_gib")
-    if plan.micro_batches != 1:
+    if plan.expert_flow == "stream":
+        _check_stream(plan)
+    elif plan.micro_batches != 1:
         raise PlanError(f"micro_batches={plan.micro_batches} has no effect with expert_flow={plan.expert_flow}; leave it 1")
+
+
+def _check_stream(plan: Plan) -> None:
+    """Streaming keeps no expert between passes and asks no router what to bring."""
+    if plan.kv_tier != "host":
+        raise PlanError(f"expert_flow=stream keeps the KV cache in host memory; got kv_tier={plan.kv_tier}, give kv_tier=host")
+    if plan.draft in GATED_DRAFTS:
+        raise PlanError(
+            f"draft={plan.draft} needs experts that stay on the accelerator, expert_flow=stream keeps none; use on_demand"
+        )
+    if plan.cached_experts is not None or plan.retain or plan.prefetch != "none":
+        raise PlanError(
+            "cached_experts, retain and prefetch have no effect with expert_flow=stream, which brings every expert; leave them out"
+        )
+    if plan.micro_batches > plan.batch_size:
+        raise PlanError(f"micro_batches={plan.micro_batches} of batch_size={plan.batch_size} rows; give at most as many as rows")
 
 
 def _resident(config: ModelConfig) -> Plan:
@@ -337,12 +355,27 @@ def _specmoe(config: ModelConfig) -> Plan:
     return Plan(preset="specmoe", draft="self", draft_length=4, draft_experts=experts)
 
 
+def _streaming(config: ModelConfig) -> Plan:
+    """SpecMoEOff without speculation, and MoE-Lightning's scheme: host KV cache, CPU attention, every layer streamed."""
+    return Plan(preset="streaming", expert_flow="stream", kv_tier="host", batch_size=64)
+
+
+def _specmoeoff(config: ModelConfig) -> Plan:
+    """SpecMoEOff: streaming with an EAGLE draft of five tokens (its Table 3) and two micro-batches in flight.
+
+    Where the CPU is the accelerator too, micro-batches only cost: give micro_batches=1.
+    """
+    return _streaming(config).replace(preset="specmoeoff", draft="eagle", draft_length=5, micro_batches=2)
+
+
 PRESETS: dict[str, Callable[[ModelConfig], Plan]] = {
     "resident": _resident,
     "on_demand": _on_demand,
     "overlap": _overlap,
     "caching": _caching,
     "specmoe": _specmoe,
+    "streaming": _streaming,
+    "specmoeoff": _specmoeoff,
 }
 
 

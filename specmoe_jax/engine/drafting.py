@@ -4,13 +4,13 @@ import time
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.config import GATED_DRAFTS
 from specmoe_jax.engine.forward import draft_forward, prefetch
 from specmoe_jax.engine.runtime import Runtime
-from specmoe_jax.engine.state import ExpertMemory, State
+from specmoe_jax.engine.state import ExpertMemory, HostKV, State
+from specmoe_jax.planner.memory import KV_PAGE
 from specmoe_jax.speculate.draft import DraftView
 from specmoe_jax.speculate.hotness import count_choices
 from specmoe_jax.speculate.sampling import Stream, coupled_keys, row_keys
@@ -64,15 +64,17 @@ class _Forward:
 def draft(rt: Runtime, state: State, length: int) -> Drafted:
     """`length` tokens per row, none for length 0. Blocks until they are there. Consumes the state's buffers."""
     if length == 0:
-        nothing = Proposal(tokens=jnp.zeros((len(state.requests), 0), jnp.int32), probs=None, memory=state.draft_memory)
+        nothing = Proposal(tokens=np.zeros((len(state.requests), 0), np.int32), probs=None, memory=state.draft_memory)
         return Drafted(nothing, state.kv, state.memory, np.zeros(state.memory.votes.shape, np.int64), 0)
     forward = _Forward(rt, state, length) if rt.plan.draft in GATED_DRAFTS else None
     view = DraftView(
         length=length,
+        positions=_positions(state.kv),
         kv=state.kv,
         lengths=state.lengths,
         last_token=state.last_token,
         active=state.active,
+        ids=np.array([-1 if request is None else request.id for request in state.requests]),
         history=tuple(
             () if request is None else request.token_ids + tokens
             for request, tokens in zip(state.requests, state.generated, strict=True)
@@ -87,6 +89,10 @@ def draft(rt: Runtime, state: State, length: int) -> Drafted:
     if forward is None:
         return Drafted(proposal, kv, state.memory, np.zeros(state.memory.votes.shape, np.int64), 0)
     return Drafted(proposal, kv, forward.memory, forward.predicted, forward.prefetched)
+
+
+def _positions(kv: KVCache | HostKV) -> int:
+    return kv.pages.table.shape[1] * KV_PAGE if isinstance(kv, HostKV) else kv.k[0].shape[2]
 
 
 _row_keys = jax.jit(row_keys, static_argnames="stream")

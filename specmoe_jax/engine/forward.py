@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.engine import stages
+from specmoe_jax.engine.refill import PromptChunk
 from specmoe_jax.engine.runtime import Runtime
-from specmoe_jax.engine.state import ExpertMemory, PassInfo
+from specmoe_jax.engine.state import ExpertMemory, HostKV, PassInfo
 from specmoe_jax.offload import leftovers
 from specmoe_jax.offload.residency import LayerPlan, plan_layer, plan_prefetch
 from specmoe_jax.speculate.draft import FeatureDraft
@@ -19,17 +20,19 @@ NO_SLOTS = np.zeros(0, np.int32)
 
 
 class TargetPass(NamedTuple):
-    """h: [B, T, M] after the last layer. counts: [L, E] int64, how often each expert was chosen.
+    """h: [B, T, M] after the last layer, None if all rows only joined. counts: [L, E] int64, how often each expert was chosen.
 
-    features: [B, T, M'], what the draft takes of the hidden states; None where it takes nothing.
+    features: [B, T, M'], what the draft takes of the hidden states; None where it takes nothing. prompts: of a streamed pass,
+    the chunks that joined and their features.
     """
 
-    h: jax.Array
-    kv: KVCache
+    h: jax.Array | None
+    kv: KVCache | HostKV
     memory: ExpertMemory
     counts: np.ndarray
     info: PassInfo
     features: jax.Array | None = None
+    prompts: tuple[tuple[PromptChunk, jax.Array], ...] = ()
 
 
 class LayerInfo(NamedTuple):

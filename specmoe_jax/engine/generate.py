@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import resource
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,14 +15,16 @@ from specmoe_jax.config import Plan, SamplingParams
 from specmoe_jax.engine.draft_model import draft_model_bytes, make_model_draft
 from specmoe_jax.engine.finish import final_text
 from specmoe_jax.engine.prefill import prefill
+from specmoe_jax.engine.refill import fill
 from specmoe_jax.engine.requests import Shapes, make_requests, shapes_of
-from specmoe_jax.engine.runtime import build, first_memory, new_cache
+from specmoe_jax.engine.runtime import build, first_memory, new_cache, new_host_kv
 from specmoe_jax.engine.state import Request, State, StepInfo
 from specmoe_jax.engine.step import step, warm_up
 from specmoe_jax.errors import PlanError
 from specmoe_jax.models.eagle import EagleHead, check_head, head_bytes
 from specmoe_jax.models.model import Model
-from specmoe_jax.planner.memory import MemoryAccount, account, cache_positions
+from specmoe_jax.offload.pages import no_pages
+from specmoe_jax.planner.memory import MemoryAccount, PagedLoad, account, cache_positions
 from specmoe_jax.progress import bar
 from specmoe_jax.speculate.draft import Draft, FeatureDraft
 from specmoe_jax.speculate.eagle import EagleDraft
@@ -140,11 +142,15 @@ class Engine:
     ) -> Iterator[TokenEvent]:
         """Tokens as they are committed, batches of at most `plan.batch_size` requests one after the other.
 
+        Under expert_flow=stream there is one batch, in which the next request takes the place of one that ended.
+
         ids: what events and sampling keys know the requests by; None for 0, 1, 2, ... Raises RequestError at the
         call, not when the first token is asked for.
         """
         requests = make_requests(self.model, prompts, params, ids)
         shapes = shapes_of(self.plan, requests)
+        if self.plan.expert_flow == "stream":
+            return self._run_queue(requests, shapes, on_step)
         starts = range(0, len(requests), shapes.rows)
         batches = (self._run_batch(requests[start : start + shapes.rows], shapes, on_step) for start in starts)
         return itertools.chain.from_iterable(batches)
@@ -154,7 +160,13 @@ class Engine:
         requests = make_requests(self.model, prompts, params)
         if len(requests) > self.plan.batch_size:
             raise PlanError(f"{len(requests)} prompts and batch_size {self.plan.batch_size}; init takes one batch")
-        return self._init(requests, shapes_of(self.plan, requests))
+        shapes = shapes_of(self.plan, requests)
+        if self.plan.expert_flow != "stream":
+            return self._init(requests, shapes)
+        state, waiting = fill(self._init_queue(requests, shapes), requests, self.plan.tokens_per_pass)
+        if waiting:
+            raise PlanError(f"{len(waiting)} of {len(requests)} prompts find no room in the KV cache; give more host memory")
+        return self.step(state)[0]
 
     def step(self, state: State) -> tuple[State, StepInfo]:
         """Every active row gets 1 to N + 1 tokens. The state is consumed: its buffers are donated."""
@@ -165,7 +177,7 @@ class Engine:
         figures = metrics.figures(
             self._totals,
             self.plan,
-            on_demand_bytes=self._on_demand_bytes if self.plan.expert_flow != "resident" else None,
+            on_demand_bytes=self._on_demand_bytes if self.plan.expert_flow == "on_demand" else None,
             link_bytes_per_s=self.plan.link_bytes_per_s,
             model_stamps=self.model.synthetic,
         )
@@ -184,7 +196,7 @@ class Engine:
     def _run_batch(self, requests: list[Request], shapes: Shapes, on_step) -> Iterator[TokenEvent]:
         watch = metrics.Stopwatch()
         state = self._init(requests, shapes)
-        counts_on_demand = self.plan.expert_flow != "resident"
+        counts_on_demand = self.plan.expert_flow == "on_demand"
         on_demand = metrics.no_on_demand(self.model.config.num_moe_layers, self.model.config.num_experts)
         while not state.done:
             compiled = self._compiles.count
@@ -195,16 +207,61 @@ class Engine:
                 on_demand = metrics.add_on_demand(on_demand, info)
             if on_step is not None:
                 on_step(info)
-            yield from self._events(state, info, watch.seconds)
+            yield from self._events(state, info, dict.fromkeys((request.id for request in requests), watch))
         self._memory = state.memory
         self._on_demand_bytes += on_demand.experts * self.model.expert_bytes
 
-    def _events(self, state: State, info: StepInfo, elapsed_s: float) -> Iterator[TokenEvent]:
+    def _run_queue(self, requests: list[Request], shapes: Shapes, on_step) -> Iterator[TokenEvent]:
+        """A streamed job: rows are filled from the queue as they become free. Steps in which all rows join count as prefill."""
+        state, waiting, watches = self._init_queue(requests, shapes), tuple(requests), {}
+        while waiting or not state.done:
+            state, waiting = fill(state, waiting, self.plan.tokens_per_pass)
+            watches |= {state.requests[row].id: metrics.Stopwatch() for row in np.flatnonzero(state.joining)}
+            compiled, watch, sent = self._compiles.count, metrics.Stopwatch(), self._moved_bytes()
+            state, info = self.step(state)
+            self._recompiled += self._compiles.count - compiled
+            if not info.active.any():
+                self._prefill_s += watch.seconds
+                self._count_prefill(sent)
+                continue
+            self._totals = metrics.add_step(self._totals, info)
+            if on_step is not None:
+                on_step(info)
+            yield from self._events(state, info, watches)
+        self._memory = state.memory
+
+    def _init_queue(self, requests: list[Request], shapes: Shapes) -> State:
+        """A compiled state with no request in its rows."""
+        memory = self._take_memory(shapes)
+        pages = no_pages(shapes.rows, shapes.positions, self._account.kv_pages)
+        params = [request.params for request in requests]
+        state = State(
+            requests=(None,) * shapes.rows,
+            kv=new_host_kv(self._rt, pages, shapes.chunk),
+            memory=memory,
+            lengths=np.zeros(shapes.rows, np.int32),
+            last_token=np.zeros(shapes.rows, np.int32),
+            generated=((),) * shapes.rows,
+            finish_reasons=("padding",) * shapes.rows,
+            rows=sampling_rows([SamplingParams()] * shapes.rows),
+            guard=make_guard(self.plan.draft_length) if self.plan.guard else None,
+            draft_memory=self._new_draft_memory(shapes),
+        )
+        for kind in {p.temperature == 0: p for p in params}.values():  # greedy and sampled batches run different programs
+            state = self._warm(state._replace(rows=sampling_rows([kind] * shapes.rows)), shapes)
+        return state
+
+    def _count_prefill(self, before: tuple[int, int]) -> None:
+        link_bytes, disk_bytes = self._moved_bytes()
+        self._prefill_link_bytes += link_bytes - before[0]
+        self._prefill_disk_bytes += disk_bytes - before[1]
+
+    def _events(self, state: State, info: StepInfo, watches: dict[int, metrics.Stopwatch]) -> Iterator[TokenEvent]:
         for row in np.flatnonzero(info.active):
             request, tokens, reason = state.requests[row], state.generated[row], state.finish_reasons[row]
             new = tokens[info.start[row] :]
             completion = None if reason is None else self._completion(request, tokens, reason)
-            yield TokenEvent(id=request.id, token_ids=new, completion=completion, elapsed_s=elapsed_s)
+            yield TokenEvent(id=request.id, token_ids=new, completion=completion, elapsed_s=watches[request.id].seconds)
 
     def _completion(self, request: Request, tokens: tuple[int, ...], reason: str) -> Completion:
         tokenizer, eos = self.model.tokenizer, self.model.config.eos_token_ids
@@ -227,15 +284,12 @@ class Engine:
         padding = shapes.rows - len(requests)
         rows: tuple[Request | None, ...] = (*requests, *[None] * padding)
         prompts = [request.token_ids if request else () for request in rows]
-        watcher = isinstance(self._rt.draft, FeatureDraft)
-        draft_memory = self._rt.draft.new_memory(shapes.rows, shapes.positions) if watcher else None
+        draft_memory = self._new_draft_memory(shapes)
         with bar("prefill", max(map(len, prompts)) - 1, "position", mode=self._progress, leave=False) as shown, span("prefill"):
             memory, kv, draft_memory, _ = prefill(self._rt, memory, kv, prompts, shapes.chunk, draft_memory, on_chunk=shown.update)
             jax.block_until_ready((kv, draft_memory))
         self._prefill_s += watch.seconds
-        link_bytes, disk_bytes = self._moved_bytes()
-        self._prefill_link_bytes += link_bytes - before[0]
-        self._prefill_disk_bytes += disk_bytes - before[1]
+        self._count_prefill(before)
         state = State(
             requests=rows,
             kv=kv,
@@ -268,7 +322,7 @@ class Engine:
 
     def _take_memory(self, shapes: Shapes):
         """The pool left by the batch before, or a new one; a larger batch may need a larger pool."""
-        needed = self._needed(rows=shapes.rows, positions=shapes.positions)
+        needed = self._needed(rows=shapes.rows, positions=shapes.positions, paged=shapes.paged)
         fits = self._account is not None and needed.num_slots <= self._account.num_slots
         # A pool of the same size may hold a small batch's dispatch at once and a larger one's only in waves.
         fits = fits and self._rt.slots.single_wave == (needed.num_slots >= needed.wanted_slots)
@@ -281,16 +335,21 @@ class Engine:
         memory, self._memory = self._memory, None
         return first_memory(self._rt) if memory is None else memory
 
-    def _needed(self, *, rows: int, positions: int) -> MemoryAccount:
+    def _needed(self, *, rows: int, positions: int, paged: PagedLoad | None = None) -> MemoryAccount:
         beside = draft_model_bytes(self._draft_model, self.plan, batch_rows=rows, positions=positions)
         if self._draft_head is not None:
             beside += head_bytes(self._draft_head, batch_rows=rows, positions=positions)
-        return account(self.model.config, self.plan, batch_rows=rows, positions=positions, draft_model_bytes=beside)
+        return account(self.model.config, self.plan, batch_rows=rows, positions=positions, draft_model_bytes=beside, paged=paged)
 
     def _too_big(self, needed: MemoryAccount) -> bool:
         """Whether the pool of an earlier, smaller batch would break the budget beside this batch's cache."""
         budget = self.plan.device_memory_bytes
         return budget is not None and needed.num_slots < self._account.num_slots
+
+    def _new_draft_memory(self, shapes: Shapes) -> Any:
+        """What a FeatureDraft observes into; None for others, which make their own."""
+        watches = isinstance(self._rt.draft, FeatureDraft)
+        return self._rt.draft.new_memory(shapes.rows, shapes.positions) if watches else None
 
     def _new_cache(self, shapes: Shapes) -> KVCache:
         device = self._rt.host if self.plan.kv_tier == "host" else self._rt.device

@@ -8,26 +8,37 @@ from specmoe_jax.config import Plan, SamplingParams
 from specmoe_jax.engine.state import Request
 from specmoe_jax.errors import RequestError
 from specmoe_jax.models.model import Model
-from specmoe_jax.planner.memory import MemoryAccount, account, cache_positions
+from specmoe_jax.planner.memory import MemoryAccount, PagedLoad, account, cache_positions, pages_of
 
 
 class Shapes(NamedTuple):
-    """What programs are compiled for: rows, KV positions S and prefill chunk."""
+    """What programs are compiled for: rows, KV positions S and prefill chunk. paged: what a streamed batch may fill, else None."""
 
     rows: int
     positions: int
     chunk: int
+    paged: PagedLoad | None = None
 
 
 def shapes_of(plan: Plan, requests: list[Request]) -> Shapes:
     """The shapes that all batches of these requests share."""
     prompt = max(len(request.token_ids) for request in requests)
     longest = max(len(request.token_ids) + request.limit for request in requests)
+    rows = min(plan.batch_size, len(requests))
+    streams = plan.expert_flow == "stream"
     return Shapes(
-        rows=min(plan.batch_size, len(requests)),
+        rows=-(-rows // plan.micro_batches) * plan.micro_batches if streams else rows,
         positions=cache_positions(longest, plan),
         chunk=min(plan.prefill_chunk, 1 << max(prompt - 2, 0).bit_length()),
+        paged=_paged(plan, requests, rows) if streams else None,
     )
+
+
+def _paged(plan: Plan, requests: list[Request], rows: int) -> PagedLoad:
+    """What any `rows` of the requests fill at most: they take each other's places in an order that is not known yet."""
+    pages = [pages_of(len(request.token_ids) + request.limit + plan.tokens_per_pass) for request in requests]
+    prompts = [len(request.token_ids) for request in requests]
+    return PagedLoad(pages=sum(sorted(pages)[-rows:]), prompt_tokens=sum(sorted(prompts)[-rows:]))
 
 
 def check_job(model, plan: Plan, prompts, params) -> MemoryAccount:
@@ -37,7 +48,7 @@ def check_job(model, plan: Plan, prompts, params) -> MemoryAccount:
     """
     plan.validate(model.config)
     shapes = shapes_of(plan, make_requests(model, prompts, params))
-    return account(model.config, plan, batch_rows=shapes.rows, positions=shapes.positions)
+    return account(model.config, plan, batch_rows=shapes.rows, positions=shapes.positions, paged=shapes.paged)
 
 
 def make_requests(

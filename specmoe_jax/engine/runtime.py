@@ -1,22 +1,26 @@
 """What stays the same over all steps of an engine: weights on the accelerator, the store, the draft, the policies."""
 
+import concurrent.futures
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.config import GATED_DRAFTS, ModelConfig, Plan
-from specmoe_jax.engine.state import ExpertMemory, PoolSlots
-from specmoe_jax.layer_config import LayerConfig
+from specmoe_jax.engine.state import Buffers, ExpertMemory, HostKV, PoolSlots
+from specmoe_jax.layer_config import AttentionConfig, LayerConfig
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import DTYPE_BYTES, Weights
 from specmoe_jax.offload import leftovers
+from specmoe_jax.offload.pages import Pages
 from specmoe_jax.offload.residency import empty, plan_layer
 from specmoe_jax.offload.store import ExpertStore, Link
 from specmoe_jax.offload.tiers import DiskTier, HostTier, Tier
-from specmoe_jax.planner.memory import MemoryAccount, pinned_experts
+from specmoe_jax.ops import PackedCache, empty_cache
+from specmoe_jax.planner.memory import KV_PAGE, MemoryAccount, pinned_experts
 from specmoe_jax.speculate.affinity_cache import affinity_table
 from specmoe_jax.speculate.draft import Draft, FeatureDraft
 from specmoe_jax.speculate.draft_set import DraftSetPolicy, make_policy
@@ -25,6 +29,13 @@ from specmoe_jax.speculate.ngram import NgramDraft
 from specmoe_jax.speculate.self_draft import SelfDraft
 from specmoe_jax.speculate.substitution import random_neighbours
 from specmoe_jax.types import KVCache
+
+
+class Lanes(NamedTuple):
+    """The workers of a streamed plan beside the engine's own thread, one thread each; they start with their first task."""
+
+    cpu: concurrent.futures.ThreadPoolExecutor
+    link: concurrent.futures.ThreadPoolExecutor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +61,8 @@ class Runtime:
     device: jax.Device
     host: jax.Device
     activations: Link  # counts what crosses between accelerator and host beside experts
+    parking: jax.sharding.Sharding  # pinned host memory, where hidden states wait between two layers
+    lanes: Lanes
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
@@ -103,6 +116,8 @@ def build(
         device=device,
         host=jax.local_devices(backend="cpu")[0],
         activations=Link(),
+        parking=jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host"),
+        lanes=Lanes(*(concurrent.futures.ThreadPoolExecutor(1, f"specmoe-{lane}") for lane in Lanes._fields)),
     )
 
 
@@ -120,6 +135,15 @@ def _tier(model: Model, plan: Plan, account: MemoryAccount) -> Tier:
 def first_memory(rt: Runtime) -> ExpertMemory:
     """A new pool with what must always be there: all experts (resident flow) or a first draft set per layer."""
     shape = (rt.config.num_moe_layers, rt.config.num_experts)
+    if rt.plan.expert_flow == "stream":
+        return ExpertMemory(
+            slots=rt.slots,
+            pool=None,
+            residency=empty(*shape, 0),
+            votes=np.zeros(shape),
+            prefetched=np.zeros(shape, bool),
+            buffers=_first_buffers(rt),
+        )
     pool = rt.store.new_pool(rt.slots.total + (0 if rt.merged_slots is None else rt.merged_slots.size))
     residency, votes, none = empty(*shape, rt.slots.total), np.zeros(shape), np.zeros(shape[1], bool)
     left = leftovers.nothing(*shape, rt.slots.total) if rt.plan.retain else None
@@ -136,6 +160,22 @@ def first_memory(rt: Runtime) -> ExpertMemory:
         prefetched=np.zeros(shape, bool),
         leftovers=left,
     )
+
+
+def _first_buffers(rt: Runtime) -> Buffers:
+    """Two layer buffers; the first layer is on its way into one of them."""
+    spare, first = rt.store.new_buffer(), rt.store.new_buffer()
+    return Buffers(spare=spare, readers=(), coming=rt.lanes.link.submit(rt.store.stream, first, 0))
+
+
+def new_host_kv(rt: Runtime, pages: Pages, chunk: int) -> HostKV:
+    """A paged cache of zeros in host memory, in the plan's dtype."""
+
+    def cache(attention: AttentionConfig) -> PackedCache:
+        empty_pages = empty_cache(len(pages.free), attention.num_kv_heads, KV_PAGE, attention.cache_dim, rt.plan.dtype)
+        return jax.device_put(empty_pages, rt.host)
+
+    return HostKV(caches=tuple(cache(layer.attention) for layer in rt.config.layers), pages=pages, chunk=chunk)
 
 
 def new_cache(config: ModelConfig, rows: int, positions: int, dtype: str, device: jax.Device) -> KVCache:

@@ -1,5 +1,6 @@
 """What a generation is made of between two steps, and what a step tells about itself."""
 
+import concurrent.futures
 from typing import Any, NamedTuple
 
 import jax
@@ -7,8 +8,10 @@ import numpy as np
 
 from specmoe_jax.config import SamplingParams
 from specmoe_jax.offload.leftovers import Leftovers
+from specmoe_jax.offload.pages import Pages
 from specmoe_jax.offload.residency import Residency
 from specmoe_jax.offload.tiers import TierCounts
+from specmoe_jax.ops import PackedCache
 from specmoe_jax.speculate.guard import Guard
 from specmoe_jax.types import KVCache, SamplingRows
 
@@ -41,16 +44,39 @@ class ExpertMemory(NamedTuple):
     pool: [R, 3, F, M] slots on the accelerator, donated by every copy. residency: what is in them.
     votes: [L, E], the memory of the draft-set policy. prefetched: [L, E] bool, resident on a guess. leftovers: what
     free slots still hold, None where the plan does not retain it. groups: [L, E] int32, the slot of the merged block that
-    stands for each expert under draft=merged, else None.
+    stands for each expert under draft=merged, else None. buffers: under expert_flow=stream, which has no pool, else None.
     """
 
     slots: PoolSlots
-    pool: jax.Array
+    pool: jax.Array | None
     residency: Residency
     votes: np.ndarray
     prefetched: np.ndarray
     leftovers: Leftovers | None = None
     groups: np.ndarray | None = None
+    buffers: "Buffers | None" = None
+
+
+class HostKV(NamedTuple):
+    """The KV cache of a streamed plan, paged in host memory: one cache of pages per layer, and which pages are whose.
+
+    chunk: positions of a prompt that one item of a pass takes in.
+    """
+
+    caches: tuple[PackedCache, ...]
+    pages: Pages
+    chunk: int
+
+
+class Buffers(NamedTuple):
+    """The two layer buffers [E, 3, F, M] of a streamed plan, between two passes.
+
+    spare: free once `readers` are computed. coming: gives the other one, when the first layer has arrived in it.
+    """
+
+    spare: jax.Array
+    readers: tuple[jax.Array, ...]
+    coming: concurrent.futures.Future
 
 
 class State(NamedTuple):
@@ -58,12 +84,13 @@ class State(NamedTuple):
 
     requests: B, the rows of the batch; None pads the batch to its compiled size. lengths: [B] int32, committed
     rows in the cache. last_token: [B] int32, committed but not yet in the cache. generated: per row, the new
-    tokens so far. finish_reasons: per row, None while it runs. guard: chooses the draft length, None if it is fixed.
+    tokens so far. finish_reasons: per row, None while it runs, "joining" until its prompt has been in a pass.
+    guard: chooses the draft length, None if it is fixed.
     draft_memory: what the draft keeps between steps.
     """
 
     requests: tuple[Request | None, ...]
-    kv: KVCache
+    kv: KVCache | HostKV
     memory: ExpertMemory
     lengths: np.ndarray
     last_token: np.ndarray
@@ -79,8 +106,13 @@ class State(NamedTuple):
         return np.array([reason is None for reason in self.finish_reasons])
 
     @property
+    def joining(self) -> np.ndarray:
+        """[B] bool, rows whose prompt the next pass takes in (expert_flow=stream)."""
+        return np.array([reason == "joining" for reason in self.finish_reasons])
+
+    @property
     def done(self) -> bool:
-        return not self.active.any()
+        return not (self.active | self.joining).any()
 
 
 class PassInfo(NamedTuple):

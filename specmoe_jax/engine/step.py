@@ -4,15 +4,16 @@ import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.engine import stages
 from specmoe_jax.engine.drafting import Drafted, draft, step_coupled_keys, step_keys
 from specmoe_jax.engine.finish import commit_tokens
 from specmoe_jax.engine.forward import TargetPass, target_pass
+from specmoe_jax.engine.refill import joined
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import State, StepInfo
+from specmoe_jax.engine.streaming import streamed_target_pass
 from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.speculate.acceptance import accept, accept_coupled, accept_greedy, finite_positions, synthetic_accept
 from specmoe_jax.speculate.guard import choose, observe
@@ -39,7 +40,7 @@ def step(rt: Runtime, state: State, tokenizer, *, length: int | None = None) -> 
     clock, sent, activations = [time.perf_counter()], [rt.store.link.sent_bytes], rt.activations.sent_bytes
     below = rt.store.tier.counts
     if length is None:
-        length = choose(state.guard) if state.guard else rt.plan.draft_length or 0
+        length = _length(rt, state)
     with span("draft"):
         drafted = draft(rt, state, length)
     clock.append(time.perf_counter())
@@ -53,7 +54,7 @@ def step(rt: Runtime, state: State, tokenizer, *, length: int | None = None) -> 
     clock.append(time.perf_counter())
     new_state = inform(rt, new_state, verified, state.lengths, committed)
     clock.append(time.perf_counter())
-    if state.guard:
+    if state.guard and state.active.any():
         guard = observe(state.guard, length, accepted[state.active], clock[4] - clock[0])
         new_state = new_state._replace(guard=guard)
     guesses = drafted.prefetched + verified.info.prefetched
@@ -76,6 +77,13 @@ def step(rt: Runtime, state: State, tokenizer, *, length: int | None = None) -> 
     )
 
 
+def _length(rt: Runtime, state: State) -> int:
+    """Tokens to draft; none where all rows only join."""
+    if not state.active.any():
+        return 0
+    return choose(state.guard) if state.guard else rt.plan.draft_length or 0
+
+
 def warm_up(rt: Runtime, state: State, *, on_step: Callable[[], object] = lambda: None) -> State:
     """Compiles what the steps will run, by steps of every draft length in which no row is active.
 
@@ -95,12 +103,18 @@ def verify(rt: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass, Acc
     Third, [B]: how many of the positions from the first on have logits that give a distribution.
     """
     proposal = drafted.proposal
-    tokens = jnp.concatenate([jnp.asarray(state.last_token)[:, None], jnp.asarray(proposal.tokens)], axis=1)  # [B, T]
+    tokens = np.concatenate([state.last_token[:, None], np.asarray(proposal.tokens)], axis=1)  # [B, T]
     num_new = np.where(state.active, tokens.shape[1], 0).astype(np.int32)
     nothing = np.zeros(state.memory.votes.shape, np.int64)
-    verified = target_pass(
-        rt, drafted.memory, drafted.kv, tokens, state.lengths, num_new, earlier=nothing, predicted=drafted.predicted
-    )
+    if rt.plan.expert_flow == "stream":
+        verified = streamed_target_pass(rt, state._replace(kv=drafted.kv), drafted.memory, tokens, num_new)
+        if verified.h is None:
+            none = np.zeros(len(num_new), np.int32)
+            return verified, AcceptResult(num_accepted=none, next_token=none)
+    else:
+        verified = target_pass(
+            rt, drafted.memory, drafted.kv, tokens, state.lengths, num_new, earlier=nothing, predicted=drafted.predicted
+        )
     logits = stages.head(rt.config.norm_eps, rt.weights, verified.h)  # [B, T, V]
     result, finite = jax.device_get((_result(rt, state, proposal, logits), _finite_positions(logits)))
     return verified, result, np.cumprod(finite, axis=1).sum(axis=1)
@@ -152,19 +166,25 @@ def commit(
         generated=tuple(generated),
         finish_reasons=tuple(reasons),
     )
-    return new_state, accepted, committed
+    return joined(new_state) if new_state.joining.any() else new_state, accepted, committed
 
 
 def inform(rt: Runtime, state: State, verified: TargetPass, lengths: np.ndarray, committed: np.ndarray) -> State:
-    """Shows a FeatureDraft the target's hidden states of what a step committed. state: after it; lengths: [B] before it."""
-    if verified.features is None:
-        return state
-    rows, width = len(state.requests), verified.features.shape[1]
-    following = np.zeros((rows, width), np.int32)
-    for row, count in enumerate(committed):
-        following[row, :count] = state.generated[row][len(state.generated[row]) - count :]
-    every_row = np.arange(rows, dtype=np.int32)
-    memory = rt.draft.observe(state.draft_memory, every_row, following, verified.features, lengths, committed)
+    """Shows a FeatureDraft the target's hidden states of what a step committed or took in.
+
+    state: after the step; lengths: [B], before it.
+    """
+    memory = state.draft_memory
+    for chunk, features in verified.prompts:
+        item = chunk.item
+        memory = rt.draft.observe(memory, chunk.rows, chunk.following, features, item.lengths, item.num_new)
+    if verified.features is not None:
+        rows, width = len(state.requests), verified.features.shape[1]
+        following = np.zeros((rows, width), np.int32)
+        for row, count in enumerate(committed):
+            following[row, :count] = state.generated[row][len(state.generated[row]) - count :]
+        every_row = np.arange(rows, dtype=np.int32)
+        memory = rt.draft.observe(memory, every_row, following, verified.features, lengths, committed)
     return state._replace(draft_memory=jax.block_until_ready(memory))
 
 

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from specmoe_jax.errors import PlanError
-
-PAGE = 64  # tokens of a page: whole blocks of the packed layout; a request wastes half a page on average
+from specmoe_jax.planner.memory import pages_of
 
 
 class Pages(NamedTuple):
@@ -17,11 +16,6 @@ class Pages(NamedTuple):
 
     table: np.ndarray
     free: np.ndarray
-
-
-def pages_of(tokens: int) -> int:
-    """Pages that so many tokens take."""
-    return -(-tokens // PAGE)
 
 
 def no_pages(rows: int, longest: int, num_pages: int) -> Pages:
@@ -33,7 +27,9 @@ def admit(pages: Pages, row: int, tokens: int) -> Pages | None:
     """With pages for `tokens` tokens reserved for a row that has none; None when there are not enough free ones."""
     wanted, free = pages_of(tokens), np.flatnonzero(pages.free)
     if (pages.table[row] >= 0).any() or wanted > pages.table.shape[1]:
-        raise PlanError(f"row {row} has pages or is given more than {pages.table.shape[1]}: release it first, or plan for longer rows")
+        raise PlanError(
+            f"row {row} has pages or is given more than {pages.table.shape[1]}: release it first, or plan for longer rows"
+        )
     if wanted > len(free):
         return None
     table, left = pages.table.copy(), pages.free.copy()

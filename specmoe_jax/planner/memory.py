@@ -1,5 +1,6 @@
 """The memory account of a plan: what lies where, and how many expert slots a budget leaves."""
 
+import math
 from typing import NamedTuple
 
 from specmoe_jax.config import GIB, ModelConfig, Plan
@@ -28,6 +29,8 @@ class MemoryAccount(NamedTuple):
     host_experts: int  # experts in host memory: all, or as many as the budget lets a disk tier cache
     kv_tier: str
     draft_model_bytes: int = 0
+    kv_pages: int = 0  # of the host's paged cache (expert_flow=stream), else 0
+    hidden_bytes: int = 0  # hidden states of prompts that wait in host memory for the next layer (expert_flow=stream)
 
     @property
     def host_expert_bytes(self) -> int:
@@ -41,7 +44,23 @@ class MemoryAccount(NamedTuple):
 
     @property
     def host_bytes(self) -> int:
-        return self.host_expert_bytes + (self.kv_bytes if self.kv_tier == "host" else 0)
+        return self.host_expert_bytes + (self.kv_bytes if self.kv_tier == "host" else 0) + self.hidden_bytes
+
+
+PREFILL_TOKENS = 512  # of one item of a streamed prefill: enough to use an accelerator, few enough to keep others waiting briefly
+KV_PAGE = 64  # tokens of a page of the host's paged cache: whole blocks of the packed layout, half of one wasted per request
+
+
+def pages_of(tokens: int) -> int:
+    """Pages that so many tokens take."""
+    return -(-tokens // KV_PAGE)
+
+
+class PagedLoad(NamedTuple):
+    """What a batch of a streamed plan can fill at once. pages: of the KV cache; prompt_tokens: hidden states of a prefill."""
+
+    pages: int
+    prompt_tokens: int
 
 
 def cache_positions(longest: int, plan: Plan) -> int:
@@ -55,18 +74,33 @@ def cache_positions(longest: int, plan: Plan) -> int:
     return max(64, 1 << (needed - 1).bit_length())
 
 
-def account(config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int, draft_model_bytes: int = 0) -> MemoryAccount:
+def account(
+    config: ModelConfig,
+    plan: Plan,
+    *,
+    batch_rows: int,
+    positions: int,
+    draft_model_bytes: int = 0,
+    paged: PagedLoad | None = None,
+) -> MemoryAccount:
     """The account of a plan for `batch_rows` rows of `positions` KV positions, within its budgets.
 
     The pool gets what the plan can use (pinned experts, and one layer's whole dispatch), or what the budget
-    leaves. draft_model_bytes: what a separate draft model or head takes. Raises PlanError with the shortage and the smallest
-    budget that works.
+    leaves. draft_model_bytes: what a separate draft model or head takes. paged: under expert_flow=stream, None for rows that
+    are all of the longest; where host memory is short the cache gets fewer pages, and so fewer rows run at a time.
+    Raises PlanError with the shortage and the smallest budget that works.
     """
     item = DTYPE_BYTES[plan.dtype]
     passes = max(plan.tokens_per_pass, plan.prefill_chunk) * batch_rows  # tokens of the largest pass
+    streams = plan.expert_flow == "stream"
+    passes = plan.tokens_per_pass * batch_rows + PREFILL_TOKENS if streams else passes
+    if streams and paged is None:
+        paged = PagedLoad(pages=batch_rows * pages_of(positions), prompt_tokens=batch_rows * positions)
     pinned = sum(pinned_experts(config, plan))
     dispatch = min(config.num_experts, passes * config.experts_per_token)
     wanted = pinned + (0 if pinned == config.num_moe_layers * config.num_experts else dispatch)
+    wanted = 2 * config.num_experts if streams else wanted  # two layer buffers
+    cached = paged.pages * KV_PAGE if streams else batch_rows * positions
     whole = MemoryAccount(
         weight_bytes=sum(spec.size for spec in spec_leaves(family_of(config).weight_specs(config))) * item,
         expert_bytes=config.expert_params * item,
@@ -74,13 +108,15 @@ def account(config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int,
         wanted_slots=wanted,
         pinned_slots=pinned,
         merged_slots=config.num_moe_layers * (plan.draft_experts or 0) if plan.draft == "merged" else 0,
-        kv_bytes=2 * sum(batch_rows * positions * _cache_row(layer) for layer in config.layers) * item,
+        kv_bytes=cached * _position_bytes(config, item),
         activation_bytes=_activation_bytes(config, plan, batch_rows, passes, item),
         host_experts=config.num_moe_layers * config.num_experts,
         kv_tier=plan.kv_tier,
         draft_model_bytes=draft_model_bytes,
+        kv_pages=paged.pages if streams else 0,
+        hidden_bytes=paged.prompt_tokens * config.hidden_size * item if streams else 0,
     )
-    return _fit_device(_fit_host(whole, plan), plan)
+    return _fit_device(_fit_host(_fit_pages(whole, plan, positions), plan), plan)
 
 
 def pinned_experts(config: ModelConfig, plan: Plan) -> tuple[int, ...]:
@@ -102,6 +138,11 @@ def _cache_row(layer: LayerConfig) -> int:
     return layer.attention.num_kv_heads * layer.attention.cache_dim
 
 
+def _position_bytes(config: ModelConfig, item: int) -> int:
+    """Keys and values of one position of one row, in all layers."""
+    return 2 * sum(map(_cache_row, config.layers)) * item
+
+
 def _activation_bytes(config: ModelConfig, plan: Plan, batch_rows: int, passes: int, item: int) -> int:
     """Largest live activations: residual, expert inputs and outputs of a pass, and the logits of a verification."""
     heads = max(_heads(layer) for layer in config.layers)
@@ -114,6 +155,26 @@ def _activation_bytes(config: ModelConfig, plan: Plan, batch_rows: int, passes: 
 def _heads(layer: LayerConfig) -> int:
     """Numbers of the queries, keys and values of one token."""
     return (layer.attention.num_heads + 2 * layer.attention.num_kv_heads) * layer.attention.cache_dim
+
+
+def _fit_pages(whole: MemoryAccount, plan: Plan, positions: int) -> MemoryAccount:
+    """With as many pages as host memory leaves, at least those of the longest request; the prompts' hidden states shrink alike."""
+    if not whole.kv_pages or plan.host_memory_bytes is None or whole.host_bytes <= plan.host_memory_bytes:
+        return whole
+    beside = 0 if plan.expert_tier == "disk" else whole.host_expert_bytes
+    page = (whole.kv_bytes + whole.hidden_bytes) / whole.kv_pages
+    pages, one = int((plan.host_memory_bytes - beside) // page), pages_of(positions)
+    if pages < one:
+        room = f"the longest context that fits is {pages * KV_PAGE} tokens; " if pages > 0 else ""
+        raise PlanError(
+            f"host memory of {_size(plan.host_memory_bytes)} is too small: experts take {_size(beside)} and one request of "
+            f"{positions} positions {_size(one * page)}; {room}the smallest that works is "
+            f"--host_memory_gib={_ceil_gib(beside + one * page)}"
+        )
+    share = pages / whole.kv_pages
+    return whole._replace(
+        kv_pages=pages, kv_bytes=whole.kv_bytes // whole.kv_pages * pages, hidden_bytes=int(whole.hidden_bytes * share)
+    )
 
 
 def _fit_host(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
@@ -141,16 +202,21 @@ def _fit_device(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
         return whole
     beside = whole.accelerator_bytes - whole.num_slots * whole.expert_bytes
     slots = int(plan.device_memory_bytes - beside) // whole.expert_bytes
-    smallest = min(whole.pinned_slots + 1, whole.num_slots)  # one free slot carries a dispatch, wave by wave
+    # One free slot carries a dispatch, wave by wave; streaming needs both of its buffers.
+    smallest = whole.num_slots if plan.expert_flow == "stream" else min(whole.pinned_slots + 1, whole.num_slots)
     if slots < smallest:
         need = beside + smallest * whole.expert_bytes
         raise PlanError(
-            f"device memory of {_size(plan.device_memory_bytes)} is too small for one layer's dispatch: weights, KV "
+            f"device memory of {_size(plan.device_memory_bytes)} is too small for {_what_for(plan)}: weights, KV "
             f"cache and activations take {_size(beside)}, {smallest} expert slots {_size(smallest * whole.expert_bytes)}; "
             f"the smallest that works is --device_memory_gib={_ceil_gib(need)}"
             + (", or fewer draft experts" if plan.draft_experts else "")
         )
     return whole._replace(num_slots=min(slots, whole.num_slots))
+
+
+def _what_for(plan: Plan) -> str:
+    return "two layers' experts" if plan.expert_flow == "stream" else "one layer's dispatch"
 
 
 def _size(num_bytes: float) -> str:
@@ -161,6 +227,6 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes:.0f} bytes"
 
 
-def _ceil_gib(num_bytes: int) -> str:
+def _ceil_gib(num_bytes: float) -> str:
     """Rounded up to six digits, so that the number given is one that works."""
-    return f"{-(-num_bytes * 10**6 // GIB) / 10**6:.6f}"
+    return f"{math.ceil(num_bytes * 10**6 / GIB) / 10**6:.6f}"

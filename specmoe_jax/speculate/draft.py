@@ -13,10 +13,12 @@ class DraftView(NamedTuple):
     """What a draft may look at and use in one step.
 
     length: N, tokens to propose in this step; the engine may change it from step to step.
+    positions: S, cache positions that a row can fill.
     kv: the target's cache; a draft that writes rows must return the new one (the old is donated). Rows at and
         after `lengths` are free to write: verification overwrites every one of them.
     lengths: [B] int32, committed rows of the cache; the last committed token is not in it yet.
     last_token: [B] int32. active: [B] bool, False for finished rows.
+    ids: [B] int64, the request of each row, -1 for none; a row may serve one after the other.
     history: per row, prompt and generated ids, the last token included.
     rows: sampling parameters. keys: [B] random keys of this step, consumed by the draft (fold in the position).
     coupled: [B, N] keys that draft and target share under deterministic sampling, else None.
@@ -27,10 +29,12 @@ class DraftView(NamedTuple):
     """
 
     length: int
+    positions: int
     kv: KVCache
     lengths: np.ndarray
     last_token: np.ndarray
     active: np.ndarray
+    ids: np.ndarray
     history: tuple[tuple[int, ...], ...]
     rows: SamplingRows
     keys: jax.Array | None

@@ -12,10 +12,14 @@ from specmoe_jax.types import KVCache, Proposal
 
 
 class DraftCache(NamedTuple):
-    """The draft's memory between steps. lengths: [B] int32, rows of kv that were written, drafted ones included."""
+    """The draft's memory between steps. lengths: [B] int32, rows of kv that were written, drafted ones included.
+
+    ids: [B], the requests that they belong to.
+    """
 
     kv: KVCache
     lengths: np.ndarray
+    ids: np.ndarray
 
 
 class ModelDraft(NamedTuple):
@@ -43,7 +47,7 @@ class ModelDraft(NamedTuple):
             drafted.append(token)
             probs += [] if q is None else [q]
         lengths = np.where(view.active, view.lengths + view.length, valid).astype(np.int32)
-        memory = DraftCache(kv=kv, lengths=lengths)
+        memory = DraftCache(kv=kv, lengths=lengths, ids=view.ids)
         return Proposal(tokens=jnp.stack(drafted, 1), probs=jnp.stack(probs, 1) if probs else None, memory=memory), view.kv
 
     def _catch_up(self, view: DraftView) -> tuple[KVCache, np.ndarray]:
@@ -53,9 +57,10 @@ class ModelDraft(NamedTuple):
         """
         rows, first = len(view.history), view.memory is None
         if first:
-            kv, valid = self.new_cache(rows, view.kv.k[0].shape[2]), np.zeros(rows, np.int32)
+            kv, valid = self.new_cache(rows, view.positions), np.zeros(rows, np.int32)
         else:
             kv, valid = view.memory.kv, np.minimum(view.memory.lengths, view.lengths)
+            valid = np.where(view.memory.ids == view.ids, valid, 0).astype(np.int32)
         while first or (np.where(view.active, view.lengths - valid, 0) > 1).any():
             tokens, num_new = _following(view, valid, view.lengths - valid, self.chunk)
             _, kv = self.forward(kv, tokens, valid, num_new)

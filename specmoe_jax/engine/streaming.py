@@ -1,0 +1,211 @@
+"""A pass that streams every layer's experts and attends on the CPU (SpecMoEOff, 4.1): executes planner.pipeline, nothing more.
+
+Three lanes: this thread issues the accelerator's work, one worker runs the CPU attention, one brings the experts. Each task
+waits for what its entry in the list says; on a CPU without an accelerator all of them share the cores, and only the link is hidden.
+"""
+
+import functools
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specmoe_jax.engine import stages
+from specmoe_jax.engine.forward import TargetPass, features
+from specmoe_jax.engine.refill import Item, empty_chunk, prompt_chunks, rows_of
+from specmoe_jax.engine.runtime import Runtime
+from specmoe_jax.engine.state import Buffers, ExpertMemory, HostKV, PassInfo, State
+from specmoe_jax.planner.pipeline import KINDS, Task, pass_tasks
+
+
+class Span(NamedTuple):
+    """When a task ran, in seconds of time.perf_counter."""
+
+    task: Task
+    start_s: float
+    end_s: float
+
+
+class StreamedPass(NamedTuple):
+    """h: per item [b, T, M] after the last layer. features: per item, what the draft takes; None where it takes nothing.
+
+    spans: empty unless they were asked for.
+    """
+
+    h: list[jax.Array]
+    features: list[jax.Array | None]
+    kv: HostKV
+    buffers: Buffers
+    spans: tuple[Span, ...]
+
+
+def stream_pass(rt: Runtime, buffers: Buffers, kv: HostKV, items: list[Item], *, timed: bool = False) -> StreamedPass:
+    """The exact model over all items, each layer's experts crossing the link once. Consumes buffers and kv.
+
+    timed: notes when each task ran; this waits for each of the accelerator's tasks, which costs a little of the overlap.
+    """
+    run = _Run(rt, buffers, kv, items, timed)
+    moe = tuple(index is not None for index in rt.config.moe_index)
+    for task in _tasks(moe, len(items)):
+        run.handlers[task.kind](task)
+    return run.result()
+
+
+_tasks = functools.cache(functools.partial(pass_tasks, chunks=1))  # the store cuts a layer into its experts
+
+
+class _Run:
+    """The values that tasks hand on during one pass."""
+
+    def __init__(self, rt: Runtime, buffers: Buffers, kv: HostKV, items: list[Item], timed: bool):
+        self.rt, self.items, self.timed = rt, items, timed
+        self.caches, self.kv = list(kv.caches), kv
+        self.host = [jax.device_put((item.table, item.lengths, item.num_new), rt.host) for item in items]
+        self.lengths = [jnp.asarray(item.lengths) for item in items]
+        self.num_new = [jnp.asarray(item.num_new) for item in items]
+        self.h: list = [None] * len(items)
+        self.inputs: list[dict[int, jax.Array]] = [{} for _ in items]
+        self.projected: dict = {}
+        self.attended: dict = {}
+        self.routed: list = [None] * len(items)
+        self.spare, self.readers, self.coming = buffers
+        self.due = self.current = None
+        self.spans: list[Span] = []
+        self.handlers = {kind: getattr(self, f"_{kind}") for kind in KINDS}
+        self.every_expert = np.arange(rt.config.num_experts, dtype=np.int32)
+
+    def result(self) -> StreamedPass:
+        h = [self._h(i) for i in range(len(self.items))]
+        return StreamedPass(
+            h=h,
+            features=[features(self.rt, h, inputs) for h, inputs in zip(h, self.inputs, strict=True)],
+            kv=self.kv._replace(caches=tuple(self.caches)),
+            buffers=Buffers(spare=self.spare, readers=tuple(self.readers), coming=self.coming),
+            spans=tuple(self.spans),
+        )
+
+    def _h(self, item: int) -> jax.Array:
+        """The hidden states of an item on the accelerator."""
+        return jax.device_put(self.h[item], jax.memory.Space.Device) if self.items[item].parked else self.h[item]
+
+    def _keep(self, item: int, h: jax.Array) -> None:
+        self.h[item] = jax.device_put(h, self.rt.parking) if self.items[item].parked else h
+
+    def _note(self, task: Task, start_s: float, outputs) -> None:
+        if self.timed:
+            jax.block_until_ready(outputs)
+            self.spans.append(Span(task, start_s, time.perf_counter()))
+
+    def _embed(self, task: Task) -> None:
+        self._keep(task.item, stages.embed(self.rt.weights, jnp.asarray(self.items[task.item].tokens)))
+
+    def _other1(self, task: Task) -> None:
+        start_s = time.perf_counter()
+        config, weights = self.rt.config.layers[task.layer], self.rt.weights.layers[task.layer]
+        h = self._h(task.item)
+        if task.layer in self.rt.feature_layers:
+            self.inputs[task.item][task.layer] = h
+        projected = stages.pre_attention(config, weights, h, self.lengths[task.item])
+        self.projected[task.item] = (*projected, weights.sinks)
+        self._note(task, start_s, projected)
+
+    def _to_host(self, task: Task) -> None:
+        self.projected[task.item] = self.rt.to_host(self.projected[task.item])
+
+    def _attention(self, task: Task) -> None:
+        projected = self.projected.pop(task.item)
+        self.attended[task.item] = self.rt.lanes.cpu.submit(self._attend, task, projected)
+
+    def _attend(self, task: Task, projected) -> jax.Array:
+        """In the CPU worker, one at a time and in order, so that a chunk finds the rows of the chunks before it."""
+        jax.block_until_ready(projected)
+        start_s = time.perf_counter()
+        config = self.rt.config.layers[task.layer]
+        cache = self.caches[task.layer]
+        out, self.caches[task.layer] = jax.block_until_ready(stages.attend_paged(config, *projected, cache, *self.host[task.item]))
+        self.spans += [Span(task, start_s, time.perf_counter())] if self.timed else []
+        return out
+
+    def _to_accelerator(self, task: Task) -> None:
+        self.attended[task.item] = self.rt.to_accelerator(self.attended[task.item].result())
+
+    def _other2(self, task: Task) -> None:
+        start_s = time.perf_counter()
+        config, weights = self.rt.config.layers[task.layer], self.rt.weights.layers[task.layer]
+        attended, num_new = self.attended.pop(task.item), self.num_new[task.item]
+        h, *routed = stages.post_attention(config, weights, self._h(task.item), attended, num_new)
+        self.routed[task.item] = routed
+        self._keep(task.item, h)
+        self._note(task, start_s, h)
+
+    def _experts(self, task: Task) -> None:
+        if self.due is not None:  # the first item of the layer
+            self.current, self.due, self.readers = self.due.result(), None, []
+        start_s = time.perf_counter()
+        x, routing = self.routed[task.item]
+        config = self.rt.config.layers[task.layer]
+        h = stages.experts(config, self._h(task.item), x, routing, self.current, self.every_expert)
+        self._keep(task.item, h)
+        self._note(task, start_s, h)
+        self.readers.append(h)
+        self.spare = self.current
+
+    def _stream(self, task: Task) -> None:
+        self.due = self.coming
+        self.coming = self.rt.lanes.link.submit(self._bring, task, self.spare, tuple(self.readers))
+        self.spare = None
+
+    def _bring(self, task: Task, buffer: jax.Array, readers) -> jax.Array:
+        """In the link worker: the layer's experts, once the buffer is no longer read."""
+        jax.block_until_ready(readers)
+        start_s = time.perf_counter()
+        buffer = self.rt.store.stream(buffer, self.rt.config.moe_index[task.layer])
+        self.spans += [Span(task, start_s, time.perf_counter())] if self.timed else []
+        return buffer
+
+
+def streamed_target_pass(rt: Runtime, state: State, memory: ExpertMemory, tokens, num_new) -> TargetPass:
+    """The verification of all rows in micro-batches, and the prompts of the rows that join, in one pass. Consumes the state.
+
+    tokens: [B, T]; num_new: [B]. A micro-batch without an active row is left out; if nothing is active nor joins, all items run
+    with padding alone, to be compiled.
+    """
+    idle = state.done
+    prompts = [empty_chunk(state)] if idle else prompt_chunks(state)
+    groups = np.split(np.arange(len(num_new), dtype=np.int32), rt.plan.micro_batches)
+    running = [idle or bool(num_new[rows].any()) for rows in groups]
+    decoding = [
+        Item(tokens[rows], rows_of(state.kv, rows), state.lengths[rows], num_new[rows])
+        for rows, runs in zip(groups, running, strict=True)
+        if runs
+    ]
+    items = decoding + [prompt.item for prompt in prompts]
+    if items:
+        done = stream_pass(rt, memory.buffers, state.kv, items)
+    else:  # prompts of one token alone join: there is nothing to fill a cache with
+        done = StreamedPass(h=[], features=[], kv=state.kv, buffers=memory.buffers, spans=())
+    decoded = len(decoding)
+    watched = any(f is not None for f in done.features)
+    experts = rt.config.num_moe_layers * rt.config.num_experts if items else 0
+    return TargetPass(
+        h=_all_rows(rt, done.h[:decoded], running),
+        kv=done.kv,
+        memory=memory._replace(buffers=done.buffers),
+        counts=np.zeros_like(memory.votes, dtype=np.int64),
+        info=PassInfo(hits=0, misses=experts, fetched=experts, waves=0, prefetched=0, prefetch_hits=0, routing=None),
+        features=_all_rows(rt, done.features[:decoded], running) if watched else None,
+        prompts=tuple(zip(prompts, done.features[decoded:], strict=True)) if watched else (),
+    )
+
+
+def _all_rows(rt: Runtime, pieces: list[jax.Array], running: list[bool]) -> jax.Array | None:
+    """The micro-batches in their order, zeros [b, ...] for those that were left out; None if all were."""
+    if not pieces:
+        return None
+    given, nothing = iter(pieces), np.zeros(pieces[0].shape, pieces[0].dtype)
+    return _rows([next(given) if runs else jax.device_put(nothing, rt.device) for runs in running])
+
+
+_rows = jax.jit(lambda pieces: jnp.concatenate(pieces) if len(pieces) > 1 else pieces[0])

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 
 from specmoe_jax.errors import PlanError, RequestError
-from specmoe_jax.layer_config import AttentionConfig, ExpertConfig, LayerConfig, Rope, RouterConfig
+from specmoe_jax.layer_config import AttentionConfig, Embedding, EncoderConfig, ExpertConfig, LayerConfig, Rope, RouterConfig
 
 GIB = 1 << 30
 
@@ -30,6 +30,8 @@ class ModelConfig:
     layer_configs: what each layer computes. Left out, all layers are alike and as Mixtral's: plain rotary positions of
     `rope_theta`, `sliding_window`, softmax routing with renormalised weights.
     expert_hidden, num_experts, experts_per_token: of every layer that has experts; they share one pool of slots.
+    embedding: None for plain token embeddings. encoder: None for a decoder alone; what is not said of the encoder
+    (num_layers, layers, moe_layers) is the decoder's.
     """
 
     family: str
@@ -50,6 +52,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     query_rank: int | None = None  # of compressed queries (DeepSeek-V2)
     layer_configs: tuple[LayerConfig, ...] | None = None
+    embedding: Embedding | None = None
+    encoder: EncoderConfig | None = None
 
     @functools.cached_property
     def layers(self) -> tuple[LayerConfig, ...]:
@@ -69,6 +73,20 @@ class ModelConfig:
     @property
     def num_moe_layers(self) -> int:
         return len(self.moe_layers)
+
+    @functools.cached_property
+    def all_layers(self) -> tuple[LayerConfig, ...]:
+        """The decoder's, then the encoder's."""
+        return self.layers + (self.encoder.layers if self.encoder else ())
+
+    @functools.cached_property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Those of all layers that have experts: the order of Model.experts, of the tiers below and of residency."""
+        return tuple(i for i, layer in enumerate(self.all_layers) if layer.router is not None)
+
+    @property
+    def num_expert_layers(self) -> int:
+        return len(self.expert_layers)
 
     @property
     def experts(self) -> ExpertConfig:
@@ -260,6 +278,8 @@ def _check_types(plan: Plan) -> None:
 def _check_draft(plan: Plan, config: ModelConfig) -> None:
     if plan.draft != "none" and plan.draft_length is None:
         raise PlanError(f"draft={plan.draft} needs a draft_length, for example 4")
+    if plan.draft in ("model", "eagle") and config.encoder is not None:
+        raise PlanError(f"draft={plan.draft} is built for decoders alone; use self, merged or ngram with an encoder-decoder")
     for name in PER_LAYER:
         value = getattr(plan, name)
         if isinstance(value, tuple) and len(value) != config.num_moe_layers:
@@ -303,6 +323,8 @@ def _check_effects(plan: Plan, config: ModelConfig) -> None:
         raise PlanError("prefetch=oracle knows the future, which only an emulated link can; give --link_gbps")
     if plan.expert_tier == "disk" and plan.host_memory_bytes is None:
         raise PlanError("expert_tier=disk needs the host memory to cache experts in; give --host_memory_gib")
+    if plan.expert_flow == "stream" and config.encoder is not None:
+        raise PlanError("expert_flow=stream is built for decoders alone; use on_demand with an encoder-decoder")
     if plan.expert_flow == "stream":
         _check_stream(plan)
     elif plan.micro_batches != 1:

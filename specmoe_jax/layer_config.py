@@ -86,7 +86,7 @@ class RouterConfig:
 class ExpertConfig:
     """One expert. hidden: F. biased: the block is bordered by biases (models/experts.py).
 
-    activation: "swiglu", or "clamped_swiglu" with its alpha and limit (GPT-OSS).
+    activation: "swiglu", "clamped_swiglu" with its alpha and limit (GPT-OSS), or "relu", which has no gate (NLLB).
     """
 
     hidden: int
@@ -98,9 +98,12 @@ class ExpertConfig:
 
     @property
     def block_shape(self) -> tuple[int, int, int]:
-        """Shape of an expert in memory: gate, up and down transposed, [3, F, M], or [3, F + 1, M + 1] with biases."""
-        border = int(self.biased)
-        return (3, self.hidden + border, self.model + border)
+        """Shape of an expert in memory: gate, up and down transposed, [3, F, M], or [3, F + 1, M + 1] with biases.
+
+        Without a gate the first axis is 2.
+        """
+        border, matrices = int(self.biased), 2 if self.activation == "relu" else 3
+        return (matrices, self.hidden + border, self.model + border)
 
     @property
     def params(self) -> int:
@@ -110,9 +113,10 @@ class ExpertConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LayerConfig:
-    """A decoder layer. router and experts are None where the layer has a dense MLP alone.
+    """A layer. router and experts are None where the layer has a dense MLP alone.
 
-    mlp_hidden: width of the dense MLP or of the shared expert, None where there is neither.
+    mlp_hidden: width of the dense MLP or of the shared expert, None where there is neither. cross: attention to what an
+    encoder has read, between the self-attention and the rest.
     """
 
     attention: AttentionConfig
@@ -120,3 +124,24 @@ class LayerConfig:
     experts: ExpertConfig | None
     norm_eps: float
     mlp_hidden: int | None = None
+    cross: AttentionConfig | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+    """Token embeddings times `scale` plus sinusoidal positions (NLLB). Positions count from pad_id + 1; pad_id has none."""
+
+    scale: float
+    pad_id: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """What reads the prompt, once and in both directions, where the decoder only writes (NLLB).
+
+    layers: without cross attention; those with experts have the decoder's. start: tokens that the decoder begins with:
+    decoder_start_token_id and, where the target language is forced, its token.
+    """
+
+    layers: tuple[LayerConfig, ...]
+    start: tuple[int, ...]

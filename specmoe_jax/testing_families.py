@@ -75,8 +75,19 @@ RAW_CONFIGS = {
     },
 }  # fmt: skip
 
+ENCODER_DECODERS = {
+    # Every other layer of the decoder has experts, the second of three in the encoder.
+    "nllb_moe": {
+        "architectures": ["NllbMoeForConditionalGeneration"], "model_type": "nllb-moe", "vocab_size": 131,
+        "max_position_embeddings": 96, "d_model": 42, "encoder_layers": 3, "decoder_layers": 4, "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24, "encoder_attention_heads": 6, "decoder_attention_heads": 3, "encoder_sparse_step": 2,
+        "decoder_sparse_step": 2, "num_experts": 6, "moe_token_dropout": 0.2, "second_expert_policy": "all",
+        "activation_function": "relu", "scale_embedding": False, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
+    },
+}  # fmt: skip
+
 
 @functools.cache
 def tiny_family(name: str, dtype: str = "float32") -> Model:
     """The same random model for the same name and dtype; made once a process. No tokenizer."""
-    return random_model(parse_config(RAW_CONFIGS[name]), seed=0, dtype=dtype)
+    return random_model(parse_config((RAW_CONFIGS | ENCODER_DECODERS)[name]), seed=0, dtype=dtype)

@@ -12,14 +12,27 @@ import jax
 import numpy as np
 
 
+class CrossCache(NamedTuple):
+    """Keys and values [B, K, S, D] of what the encoder read, for one decoder layer; row b has lengths[b] positions."""
+
+    k: jax.Array
+    v: jax.Array
+    lengths: jax.Array
+
+
 class KVCache(NamedTuple):
     """Keys and values of every layer, one buffer a layer so that each can be donated on its own.
 
     k, v: L arrays [B, K, S, D]. Row b holds `lengths[b]` committed positions; what lies beyond is never read.
+    cross: of each layer, written by the encoder and never donated; None without one.
     """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
+    cross: tuple[CrossCache, ...] | None = None
+
+    def cross_of(self, layer: int) -> CrossCache | None:
+        return self.cross and self.cross[layer]
 
 
 class Routing(NamedTuple):

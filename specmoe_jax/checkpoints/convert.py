@@ -85,7 +85,7 @@ def _parts(source: Source, to: str) -> list[Part]:
     config, dtype = source.config, TARGET_DTYPES[source.dtype]
     specs = spec_leaves(family_of(config).weight_specs(config))
     groups = [[Output(s.name, dtype, s.shape, lambda s=s: source.weight(s.name)) for s in specs]]
-    for moe in range(config.num_moe_layers):
+    for moe in range(config.num_expert_layers):
         groups.append(_stored_experts(source, moe) if to == "huggingface" else _blocks(source, moe))
     if to == "specmoe":
         groups = [padded(group, PADDING_PREFIX) for group in groups]
@@ -104,7 +104,7 @@ def _blocks(source: Source, moe: int) -> list[Output]:
 def _stored_experts(source: Source, moe: int) -> list[Output]:
     """The same experts in the layout that is published: a tensor a matrix, or one tensor for all experts."""
     config, outputs = source.config, {}
-    layouts = [family_of(config).expert_layouts(config, config.moe_layers[moe], e)[0] for e in range(config.num_experts)]
+    layouts = [family_of(config).expert_layouts(config, config.expert_layers[moe], e)[0] for e in range(config.num_experts)]
     for expert, layout in enumerate(layouts):
         for part in layout:
             experts = [expert] if part.index is None else range(config.num_experts)

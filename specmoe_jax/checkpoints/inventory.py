@@ -45,15 +45,16 @@ def take_inventory(config: ModelConfig, checkpoint: Checkpoint) -> Inventory:
             f"config.json: num_hidden_layers is {config.num_layers}, but {_file(checkpoint)} holds"
             f" {len(checkpoint.tensors)} tensors in all"
         )
-    if config.num_moe_layers * config.num_experts > MAX_EXPERTS:
+    if config.num_expert_layers * config.num_experts > MAX_EXPERTS:
         raise CheckpointError(
-            f"config.json: {config.num_moe_layers} layers of {config.num_experts} experts; at most {MAX_EXPERTS} experts in all"
+            f"config.json: {config.num_expert_layers} layers of {config.num_experts} experts; at most {MAX_EXPERTS} experts in all"
         )
     names = Names(checkpoint, canonical=family_of(config).canonical_name, tied=config.tie_embeddings)
     weights = {spec.name: names.take(spec) for spec in spec_leaves(family_of(config).weight_specs(config))}
     names.raise_if_missing()  # the router's shape has now confirmed the number of experts that is counted to next
     experts = tuple(
-        tuple(_expert(config, names, moe, expert) for expert in range(config.num_experts)) for moe in range(config.num_moe_layers)
+        tuple(_expert(config, names, moe, expert) for expert in range(config.num_experts))
+        for moe in range(config.num_expert_layers)
     )
     names.raise_if_missing()
     names.raise_if_unused()
@@ -128,7 +129,7 @@ def _expert(config: ModelConfig, names: Names, moe: int, expert: int) -> ExpertS
     if names.has(block_name(moe, expert)):
         block = names.take(TensorSpec(block_name(moe, expert), shape))
         return ExpertSource(pieces=((whole(block), lambda block: block),), block_shape=shape, mapped=True)
-    layout = _stored_layout(names, family_of(config).expert_layouts(config, config.moe_layers[moe], expert))
+    layout = _stored_layout(names, family_of(config).expert_layouts(config, config.expert_layers[moe], expert))
     pieces = [(_piece(names, part), part.view) for part in layout]
     return None if any(piece is None for piece, _ in pieces) else ExpertSource(pieces=tuple(pieces), block_shape=shape)
 

@@ -87,7 +87,7 @@ def checkpoint_path(path_or_name: str) -> pathlib.Path:
 
 
 def load_config(path: pathlib.Path) -> ModelConfig:
-    """ModelConfig of a directory, EOS ids of generation_config.json included. Raises CheckpointError."""
+    """ModelConfig of a directory, what generation_config.json says of its tokens included. Raises CheckpointError."""
     raw = read_json(path / "config.json")
     try:
         config = parse_config(raw)
@@ -95,7 +95,12 @@ def load_config(path: pathlib.Path) -> ModelConfig:
         raise
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError, ZeroDivisionError) as e:
         raise CheckpointError(f"config.json: a value of the wrong kind ({str(e)[:100]})") from e
-    return dataclasses.replace(config, eos_token_ids=_eos_token_ids(path, config))
+    file = path / "generation_config.json"
+    generation = read_json(file) if file.is_symlink() or file.exists() else {}
+    if config.encoder is not None:
+        forced = generation.get("forced_bos_token_id", raw.get("forced_bos_token_id"))
+        config = config if forced is None else force_first_token(config, forced)
+    return dataclasses.replace(config, eos_token_ids=_eos_token_ids(generation, config))
 
 
 def load_model_tokenizer(path: pathlib.Path, config: ModelConfig) -> Tokenizer | None:
@@ -146,13 +151,18 @@ def _in_order(function, arguments: list) -> list:
         pool.shutdown(cancel_futures=True)
 
 
-def _eos_token_ids(path: pathlib.Path, config: ModelConfig) -> tuple[int, ...]:
+def force_first_token(config: ModelConfig, token_id: int) -> ModelConfig:
+    """The config of an encoder-decoder that begins with this token (forced_bos_token_id: the target language)."""
+    if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < config.vocab_size:
+        raise CheckpointError(f"forced_bos_token_id is {quote(str(token_id))}; expected 0 to {config.vocab_size - 1}")
+    encoder = dataclasses.replace(config.encoder, start=(config.encoder.start[0], token_id))
+    return dataclasses.replace(config, encoder=encoder)
+
+
+def _eos_token_ids(generation: dict, config: ModelConfig) -> tuple[int, ...]:
     """Those of config.json, then those that generation_config.json adds."""
-    ids = list(config.eos_token_ids)
-    file = path / "generation_config.json"
-    if file.is_symlink() or file.exists():
-        value = read_json(file).get("eos_token_id")
-        ids += value if isinstance(value, list) else [] if value is None else [value]
+    value = generation.get("eos_token_id")
+    ids = [*config.eos_token_ids, *(value if isinstance(value, list) else [] if value is None else [value])]
     for token_id in ids:
         if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < config.vocab_size:
             raise CheckpointError(

@@ -17,6 +17,8 @@ from specmoe_jax.types import KVCache
 
 def make_model_draft(target: Model, model: Model, plan: Plan) -> ModelDraft:
     """Copies the model to the accelerator. Raises PlanError when its vocabulary is another than the target's."""
+    if model.config.encoder is not None:
+        raise PlanError("the draft model is an encoder-decoder; draft=model is built for decoders alone")
     difference = vocabulary_difference(target, model)
     if difference:
         raise PlanError(f"the draft model cannot draft for this one: {difference}; give one of the same family")

@@ -42,7 +42,7 @@ class _Forward:
         if rt.plan.draft == "merged":
             self._slots = list(state.memory.groups)
         else:
-            self._slots = draft_slots(state.memory.residency.slot_of, rt.neighbours, rt.plan)
+            self._slots = draft_slots(state.memory.residency.slot_of[: rt.config.num_moe_layers], rt.neighbours, rt.plan)
         self._calls, self._start_s = 0, time.perf_counter()
 
     def __call__(self, kv: KVCache, tokens, lengths) -> tuple[jax.Array, KVCache]:

@@ -10,6 +10,7 @@ from specmoe_jax.engine import stages
 from specmoe_jax.engine.refill import PromptChunk
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, HostKV, PassInfo
+from specmoe_jax.layer_config import LayerConfig
 from specmoe_jax.offload import leftovers
 from specmoe_jax.offload.residency import LayerPlan, plan_layer, plan_prefetch
 from specmoe_jax.speculate.draft import FeatureDraft
@@ -53,7 +54,8 @@ def target_pass(
     earlier: [L, E], choices of the earlier chunks of the same prefill. predicted: [L, E], choices that are
     expected of this pass (0 = none), worth a prefetch. kv and the memory's pool are consumed.
     """
-    h, lengths, num_new = stages.embed(rt.weights, tokens), jnp.asarray(lengths), jnp.asarray(num_new)
+    lengths, num_new = jnp.asarray(lengths), jnp.asarray(num_new)
+    h = embed(rt, tokens, lengths)
     keys, values, infos, inputs = [], [], [], {}
     for layer, moe in enumerate(rt.config.moe_index):
         if layer in rt.feature_layers:
@@ -69,7 +71,7 @@ def target_pass(
         values.append(v)
     return TargetPass(
         h=h,
-        kv=KVCache(k=tuple(keys), v=tuple(values)),
+        kv=kv._replace(k=tuple(keys), v=tuple(values)),
         memory=memory,
         counts=np.stack([info.counts for info in infos]) if infos else earlier,
         info=_pass_info(infos, tokens.shape),
@@ -84,6 +86,13 @@ def features(rt: Runtime, h: jax.Array, inputs: dict[int, jax.Array]) -> jax.Arr
     if not rt.feature_layers:
         return stages.final_norm(rt.config.norm_eps, rt.weights, h)
     return jnp.concatenate([inputs[layer] for layer in rt.feature_layers], axis=-1)
+
+
+def embed(rt: Runtime, tokens, lengths: jax.Array) -> jax.Array:
+    """tokens [B, T] at positions lengths[b] + t -> [B, T, M]."""
+    if rt.config.embedding is None:
+        return stages.embed(rt.weights, tokens)
+    return stages.embed(rt.weights, tokens, lengths[:, None] + jnp.arange(tokens.shape[1]), config=rt.config.embedding)
 
 
 def migrate_and_compute(
@@ -125,12 +134,17 @@ def execute(
         memory, ahead = prefetch(rt, memory, predicted, first_layer=moe + 1, in_use=wave.slots)
         rt.store.wait(wave.slots)
         return stages.experts(config, h, x, routing, memory.pool, wave.slots), memory, ahead
+    return *execute_waves(rt, config, plan, memory, h, x, routing), 0
+
+
+def execute_waves(rt: Runtime, config: LayerConfig, plan: LayerPlan, memory: ExpertMemory, h, x, routing: Routing):
+    """Any number of waves, by one program. -> h, memory."""
     outputs = jnp.zeros((*routing.ids.shape, x.shape[-1]), jnp.float32, device=rt.device)
     for wave in plan.waves:
         memory = _fetch(rt, memory, wave.fetch)
         rt.store.wait(wave.slots)
         outputs = stages.experts_wave(config, outputs, x, routing.ids, memory.pool, wave.slots)
-    return stages.combine(h, outputs, routing), memory, 0
+    return stages.combine(h, outputs, routing), memory
 
 
 def _fetch(rt: Runtime, memory: ExpertMemory, copies) -> ExpertMemory:
@@ -166,7 +180,8 @@ def prefetch(
     """
     if rt.plan.prefetch != "draft":
         return memory, 0
-    ahead = np.where(np.arange(len(predicted))[:, None] >= first_layer, predicted, 0)
+    ahead = np.zeros(memory.prefetched.shape, predicted.dtype)
+    ahead[first_layer : len(predicted)] = predicted[first_layer:]
     limit, residency, left = rt.store.copies_within(budget_s), memory.residency, memory.leftovers
     if left is not None:
         room = int((residency.owner < 0).sum()) - memory.slots.dispatch
@@ -191,15 +206,15 @@ def draft_forward(rt: Runtime, pool, slots, kv: KVCache, tokens, lengths, active
 
     -> logits [B, V], kv, and per layer with experts those [B, A] that the router chose, resident or not.
     """
-    h = stages.embed(rt.weights, jnp.asarray(tokens)[:, None])
     lengths, num_new = jnp.asarray(lengths), jnp.asarray(active, jnp.int32)
+    h = embed(rt, jnp.asarray(tokens)[:, None], lengths)
     keys, values, choices = [], [], []
     for layer, moe in enumerate(rt.config.moe_index):
         h, ids, k, v = resident_layer(rt, layer, h, kv, lengths, num_new, pool, None if moe is None else slots[moe])
         keys.append(k)
         values.append(v)
         choices += [] if moe is None else [ids]
-    return stages.head(rt.config.norm_eps, rt.weights, h)[:, 0], KVCache(k=tuple(keys), v=tuple(values)), choices
+    return stages.head(rt.config.norm_eps, rt.weights, h)[:, 0], kv._replace(k=tuple(keys), v=tuple(values)), choices
 
 
 def resident_layer(rt: Runtime, layer: int, h, kv: KVCache, lengths, num_new, pool, slots):
@@ -210,7 +225,7 @@ def resident_layer(rt: Runtime, layer: int, h, kv: KVCache, lengths, num_new, po
     config = rt.config.layers[layer]
     if rt.plan.kv_tier == "accelerator":
         weights = rt.weights.layers[layer]
-        return stages.layer(config, weights, h, kv.k[layer], kv.v[layer], lengths, num_new, pool, slots)
+        return stages.layer(config, weights, h, kv.k[layer], kv.v[layer], lengths, num_new, pool, slots, kv.cross_of(layer))
     h, x, routing, k, v = attention(rt, layer, h, kv, lengths, num_new)
     h = stages.resident_experts(config, rt.weights.layers[layer], h, x, routing, pool, slots)
     return h, routing and routing.ids, k, v
@@ -220,11 +235,11 @@ def attention(rt: Runtime, layer: int, h, kv: KVCache, lengths, num_new):
     """Everything of a layer before its experts, with the cache where the plan keeps it. -> h, x, routing, k, v."""
     config, weights, k_cache, v_cache = rt.config.layers[layer], rt.weights.layers[layer], kv.k[layer], kv.v[layer]
     if rt.plan.kv_tier == "accelerator":
-        return stages.attention(config, weights, h, k_cache, v_cache, lengths, num_new)
+        return stages.attention(config, weights, h, k_cache, v_cache, lengths, num_new, kv.cross_of(layer))
     inputs = rt.to_host((*stages.pre_attention(config, weights, h, lengths), weights.sinks))
     host_lengths, host_num_new = jax.device_put((lengths, num_new), rt.host)
     attended, k_cache, v_cache = stages.attend(config, *inputs, k_cache, v_cache, host_lengths, host_num_new)
-    h, x, routing = stages.post_attention(config, weights, h, rt.to_accelerator(attended), num_new)
+    h, x, routing = stages.post_attention(config, weights, h, rt.to_accelerator(attended), num_new, kv.cross_of(layer))
     return h, x, routing, k_cache, v_cache
 
 

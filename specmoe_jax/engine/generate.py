@@ -13,6 +13,7 @@ from specmoe_jax import metrics
 from specmoe_jax.checkpoints.disk import DiskExperts
 from specmoe_jax.config import Plan, SamplingParams
 from specmoe_jax.engine.draft_model import draft_model_bytes, make_model_draft
+from specmoe_jax.engine.encode import encode
 from specmoe_jax.engine.finish import final_text
 from specmoe_jax.engine.prefill import prefill
 from specmoe_jax.engine.refill import fill
@@ -271,7 +272,7 @@ class Engine:
             text="" if tokenizer is None else final_text(tokens, request.params.stop, eos, tokenizer),
             token_ids=tokens,
             finish_reason=reason,
-            num_prompt_tokens=len(request.token_ids),
+            num_prompt_tokens=len(request.source or request.token_ids),
             error=_NOT_FINITE.format(request.id, len(tokens)) if reason == "error" else None,
         )
 
@@ -284,6 +285,9 @@ class Engine:
         padding = shapes.rows - len(requests)
         rows: tuple[Request | None, ...] = (*requests, *[None] * padding)
         prompts = [request.token_ids if request else () for request in rows]
+        if shapes.source:
+            memory, cross = encode(self._rt, memory, [request.source if request else () for request in rows], shapes.source)
+            kv = kv._replace(cross=cross)
         draft_memory = self._new_draft_memory(shapes)
         with bar("prefill", max(map(len, prompts)) - 1, "position", mode=self._progress, leave=False) as shown, span("prefill"):
             memory, kv, draft_memory, _ = prefill(self._rt, memory, kv, prompts, shapes.chunk, draft_memory, on_chunk=shown.update)
@@ -322,7 +326,7 @@ class Engine:
 
     def _take_memory(self, shapes: Shapes):
         """The pool left by the batch before, or a new one; a larger batch may need a larger pool."""
-        needed = self._needed(rows=shapes.rows, positions=shapes.positions, paged=shapes.paged)
+        needed = self._needed(rows=shapes.rows, positions=shapes.positions, source=shapes.source, paged=shapes.paged)
         fits = self._account is not None and needed.num_slots <= self._account.num_slots
         # A pool of the same size may hold a small batch's dispatch at once and a larger one's only in waves.
         fits = fits and self._rt.slots.single_wave == (needed.num_slots >= needed.wanted_slots)
@@ -335,11 +339,19 @@ class Engine:
         memory, self._memory = self._memory, None
         return first_memory(self._rt) if memory is None else memory
 
-    def _needed(self, *, rows: int, positions: int, paged: PagedLoad | None = None) -> MemoryAccount:
+    def _needed(self, *, rows: int, positions: int, source: int = 0, paged: PagedLoad | None = None) -> MemoryAccount:
         beside = draft_model_bytes(self._draft_model, self.plan, batch_rows=rows, positions=positions)
         if self._draft_head is not None:
             beside += head_bytes(self._draft_head, batch_rows=rows, positions=positions)
-        return account(self.model.config, self.plan, batch_rows=rows, positions=positions, draft_model_bytes=beside, paged=paged)
+        return account(
+            self.model.config,
+            self.plan,
+            batch_rows=rows,
+            positions=positions,
+            source_positions=source,
+            draft_model_bytes=beside,
+            paged=paged,
+        )
 
     def _too_big(self, needed: MemoryAccount) -> bool:
         """Whether the pool of an earlier, smaller batch would break the budget beside this batch's cache."""

@@ -12,12 +12,16 @@ from specmoe_jax.planner.memory import MemoryAccount, PagedLoad, account, cache_
 
 
 class Shapes(NamedTuple):
-    """What programs are compiled for: rows, KV positions S and prefill chunk. paged: what a streamed batch may fill, else None."""
+    """What programs are compiled for: rows, KV positions S and prefill chunk. paged: what a streamed batch may fill, else None.
+
+    source: positions of an encoder, 0 without one.
+    """
 
     rows: int
     positions: int
     chunk: int
     paged: PagedLoad | None = None
+    source: int = 0
 
 
 def shapes_of(plan: Plan, requests: list[Request]) -> Shapes:
@@ -26,11 +30,13 @@ def shapes_of(plan: Plan, requests: list[Request]) -> Shapes:
     longest = max(len(request.token_ids) + request.limit for request in requests)
     rows = min(plan.batch_size, len(requests))
     streams = plan.expert_flow == "stream"
+    source = max(len(request.source) for request in requests)
     return Shapes(
         rows=-(-rows // plan.micro_batches) * plan.micro_batches if streams else rows,
         positions=cache_positions(longest, plan),
         chunk=min(plan.prefill_chunk, 1 << max(prompt - 2, 0).bit_length()),
         paged=_paged(plan, requests, rows) if streams else None,
+        source=source and max(8, 1 << (source - 1).bit_length()),
     )
 
 
@@ -48,7 +54,14 @@ def check_job(model, plan: Plan, prompts, params) -> MemoryAccount:
     """
     plan.validate(model.config)
     shapes = shapes_of(plan, make_requests(model, prompts, params))
-    return account(model.config, plan, batch_rows=shapes.rows, positions=shapes.positions, paged=shapes.paged)
+    return account(
+        model.config,
+        plan,
+        batch_rows=shapes.rows,
+        positions=shapes.positions,
+        source_positions=shapes.source,
+        paged=shapes.paged,
+    )
 
 
 def make_requests(
@@ -99,8 +112,14 @@ def _request(model: Model, index: int, prompt: str | Sequence[int], params: Samp
             f"prompt {index} has {len(token_ids)} tokens and the model's window is {window}, one of them for the "
             f"answer; shorten it to {window - 1}"
         )
-    limit = min(params.max_new_tokens, window - len(token_ids))
-    return Request(id=index, prompt=text, token_ids=token_ids, params=params, limit=limit)
+    encoder = model.config.encoder
+    if encoder is None:
+        limit = min(params.max_new_tokens, window - len(token_ids))
+        return Request(id=index, prompt=text, token_ids=token_ids, params=params, limit=limit)
+    if model.config.embedding.pad_id in token_ids:
+        raise RequestError(f"prompt {index} holds the padding token {model.config.embedding.pad_id}; leave it out")
+    limit = min(params.max_new_tokens, window - len(encoder.start))
+    return Request(id=index, prompt=text, token_ids=encoder.start, params=params, limit=limit, source=token_ids)
 
 
 def _token_ids(index: int, prompt: Sequence[int]) -> tuple[int, ...]:

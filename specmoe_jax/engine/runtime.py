@@ -43,8 +43,8 @@ class Runtime:
     """keep: (layer, votes [E], counts [E], resident [E]) -> [E] bool, experts that stay after the layer's pass.
 
     neighbours: [L, E, E] int32 where residents stand in for others, else None. resident_slots: [L, E] int32 under the
-    resident flow, else None. slots: of the pools that are made for this account. merged_slots: [L, K] int32, further
-    slots, under draft=merged, else None. host: the CPU.
+    resident flow, else None; an encoder's layers last. slots: of the pools that are made for this account. merged_slots:
+    [L, K] int32, further slots, under draft=merged, else None. host: the CPU.
     """
 
     config: ModelConfig
@@ -96,7 +96,7 @@ def build(
     found = earlier.neighbours if earlier else _neighbours(model, plan, progress)  # maps experts, so before a tier drops pages
     resident = plan.expert_flow == "resident"
     policy = make_policy(_policy_name(plan), config.num_moe_layers, config.num_experts)
-    order = np.arange(config.num_moe_layers * config.num_experts, dtype=np.int32)
+    order = np.arange(config.num_expert_layers * config.num_experts, dtype=np.int32)
     return Runtime(
         config=config,
         plan=plan,
@@ -106,7 +106,7 @@ def build(
         draft_set=policy,
         keep=_keep(config, plan, policy),
         neighbours=found,
-        resident_slots=order.reshape(config.num_moe_layers, config.num_experts) if resident else None,
+        resident_slots=order.reshape(config.num_expert_layers, config.num_experts) if resident else None,
         slots=PoolSlots(
             total=account.num_slots,
             dispatch=min(account.num_slots, account.wanted_slots) - account.pinned_slots,
@@ -133,8 +133,8 @@ def _tier(model: Model, plan: Plan, account: MemoryAccount) -> Tier:
 
 
 def first_memory(rt: Runtime) -> ExpertMemory:
-    """A new pool with what must always be there: all experts (resident flow) or a first draft set per layer."""
-    shape = (rt.config.num_moe_layers, rt.config.num_experts)
+    """A new pool with what must always be there: all experts (resident flow) or a first draft set per layer that decodes."""
+    shape = (rt.config.num_expert_layers, rt.config.num_experts)
     if rt.plan.expert_flow == "stream":
         return ExpertMemory(
             slots=rt.slots,
@@ -145,10 +145,13 @@ def first_memory(rt: Runtime) -> ExpertMemory:
             buffers=_first_buffers(rt),
         )
     pool = rt.store.new_pool(rt.slots.total + (0 if rt.merged_slots is None else rt.merged_slots.size))
-    residency, votes, none = empty(*shape, rt.slots.total), np.zeros(shape), np.zeros(shape[1], bool)
+    residency, none = empty(*shape, rt.slots.total), np.zeros(shape[1], bool)
+    votes = np.zeros((rt.config.num_moe_layers, shape[1]))
     left = leftovers.nothing(*shape, rt.slots.total) if rt.plan.retain else None
-    for layer in range(rt.config.num_moe_layers):
-        plan, residency = plan_layer(residency, layer, none, rt.keep(layer, votes[layer], votes[layer], none))
+    for layer in range(rt.config.num_expert_layers):
+        decodes = layer < rt.config.num_moe_layers
+        keep = rt.keep(layer, votes[layer], votes[layer], none) if decodes else np.full(shape[1], rt.resident_slots is not None)
+        plan, residency = plan_layer(residency, layer, none, keep)
         for wave in plan.waves:
             pool = rt.store.fetch(pool, wave.fetch)
             left = left and leftovers.after_copies(left, wave.fetch)

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 
 from specmoe_jax.layer_config import LayerConfig
 from specmoe_jax.models import attention as attentions
+from specmoe_jax.models import encoder, layers
 from specmoe_jax.models import experts as ffn
-from specmoe_jax.models import layers
 from specmoe_jax.models.spec import LayerWeights
 from specmoe_jax.ops import PackedCache
 from specmoe_jax.speculate.substitution import DistinctSlots, MaskedSlots, choose_distinct
-from specmoe_jax.types import Routing
+from specmoe_jax.types import CrossCache, Routing
 
-embed = jax.jit(layers.embed)
+embed = jax.jit(layers.embed, static_argnames="config")
 head = functools.partial(jax.jit, static_argnums=0)(layers.head)
 final_norm = functools.partial(jax.jit, static_argnums=0)(layers.final_norm)
 
@@ -46,19 +46,26 @@ def attend_paged(config: LayerConfig, q, k, v, sinks, cache: PackedCache, table,
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def post_attention(config: LayerConfig, weights: LayerWeights, h, attended, num_new):
+def post_attention(config: LayerConfig, weights: LayerWeights, h, attended, num_new, cross: CrossCache | None = None):
     """-> h [B, T, M], the experts' input x [n, M] and its Routing (None without experts); rows t >= num_new[b] route nowhere."""
     with jax.named_scope("post_attention"):
         valid = jnp.arange(h.shape[1], dtype=jnp.int32) < num_new[:, None]
-        return layers.post_attention(config, weights, h, attended, valid)
+        return layers.post_attention(config, weights, h, attended, valid, cross)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
-def attention(config: LayerConfig, weights: LayerWeights, h, k_cache, v_cache, lengths, num_new):
+def attention(config: LayerConfig, weights: LayerWeights, h, k_cache, v_cache, lengths, num_new, cross: CrossCache | None = None):
     """The three stages above as one program, for a cache on the accelerator (donated)."""
     q, k, v = pre_attention(config, weights, h, lengths)
     attended, k_cache, v_cache = attend(config, q, k, v, weights.sinks, k_cache, v_cache, lengths, num_new)
-    return *post_attention(config, weights, h, attended, num_new), k_cache, v_cache
+    return *post_attention(config, weights, h, attended, num_new, cross), k_cache, v_cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encoder_attention(config: LayerConfig, weights: LayerWeights, h: jax.Array, lengths: jax.Array):
+    """An encoder layer but for its experts, whole sequences at once. -> as post_attention."""
+    with jax.named_scope("encoder_attention"):
+        return encoder.attention(config, weights, h, lengths)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -81,12 +88,12 @@ combine = jax.jit(layers.combine)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
-def layer(config: LayerConfig, weights: LayerWeights, h, k_cache, v_cache, lengths, num_new, pool, slots):
+def layer(config: LayerConfig, weights: LayerWeights, h, k_cache, v_cache, lengths, num_new, pool, slots, cross=None):
     """A whole layer whose experts are known to be in their slots: the resident flow and the self-draft.
 
     -> h, the experts that the router chose [n, A] (not those that stood in), caches.
     """
-    h, x, routing, k_cache, v_cache = attention(config, weights, h, k_cache, v_cache, lengths, num_new)
+    h, x, routing, k_cache, v_cache = attention(config, weights, h, k_cache, v_cache, lengths, num_new, cross)
     return resident_experts(config, weights, h, x, routing, pool, slots), routing and routing.ids, k_cache, v_cache
 
 

@@ -17,13 +17,17 @@ from specmoe_jax.types import KVCache, SamplingRows
 
 
 class Request(NamedTuple):
-    """One prompt with its parameters. limit: new tokens it may get (max_new_tokens, or what the window leaves)."""
+    """One prompt with its parameters. limit: new tokens it may get (max_new_tokens, or what the window leaves).
+
+    token_ids: what the decoder begins with. source: what the encoder reads, empty without one.
+    """
 
     id: int
     prompt: str | None
     token_ids: tuple[int, ...]
     params: SamplingParams
     limit: int
+    source: tuple[int, ...] = ()
 
 
 class PoolSlots(NamedTuple):
@@ -42,7 +46,8 @@ class ExpertMemory(NamedTuple):
 
     slots: what the pool was made for; it is the state's, because an engine may meanwhile serve a batch of another size.
     pool: [R, 3, F, M] slots on the accelerator, donated by every copy. residency: what is in them.
-    votes: [L, E], the memory of the draft-set policy. prefetched: [L, E] bool, resident on a guess. leftovers: what
+    votes: [L, E], the memory of the draft-set policy. prefetched: [L, E] bool, resident on a guess; an encoder's layers are in it
+    and in the residency, not among the votes. leftovers: what
     free slots still hold, None where the plan does not retain it. groups: [L, E] int32, the slot of the merged block that
     stands for each expert under draft=merged, else None. buffers: under expert_flow=stream, which has no pool, else None.
     """

@@ -65,6 +65,12 @@ def allowed(config: AttentionConfig, positions: jax.Array, columns: jax.Array) -
     return seen
 
 
+def within(lengths: jax.Array, queries: int, columns: int) -> jax.Array:
+    """[B, queries, columns] bool: every query sees the first lengths[b] keys, at least one (of padding rows, which need a sum)."""
+    seen = jnp.arange(columns) < jnp.maximum(lengths, 1)[:, None, None]
+    return jnp.broadcast_to(seen, (len(lengths), queries, columns))
+
+
 def softmax(scores: jax.Array, sinks: jax.Array | None) -> jax.Array:
     """Over the last axis of scores [B, H, T, S]; a sink is one more score per head that takes its share and has no value."""
     top = jnp.max(scores, axis=-1, keepdims=True)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from specmoe_jax.layer_config import Rope
 
@@ -11,6 +12,25 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (x32 * scale).astype(x.dtype) * weight
+
+
+def norm(x: jax.Array, weight: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
+    """LayerNorm (Ba et al. 2016) in float32 where there is a bias [M], else `rms_norm`."""
+    if bias is None:
+        return rms_norm(x, weight, eps)
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * scale).astype(x.dtype) * weight + bias
+
+
+def sinusoids(positions: jax.Array, dim: int) -> jax.Array:
+    """Vaswani et al. 2017 as tensor2tensor has it: positions [...] -> [..., dim] float32, all sines before all cosines."""
+    half = dim // 2
+    step = np.float32(-np.log(10000) / (half - 1))
+    angles = positions[..., None].astype(jnp.float32) * np.exp(np.arange(half, dtype=np.float32) * step)
+    pairs = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return jnp.pad(pairs, [(0, 0)] * positions.ndim + [(0, dim - 2 * half)])
 
 
 def linear(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -18,11 +18,11 @@ def size(raw: dict, *keys: str, default: int | None = None) -> int:
     return value
 
 
-def num_layers(raw: dict) -> int:
-    """num_hidden_layers, bounded."""
-    count = size(raw, "num_hidden_layers")
+def num_layers(raw: dict, key: str = "num_hidden_layers") -> int:
+    """How many layers, bounded."""
+    count = size(raw, key)
     if count > MAX_LAYERS:
-        raise CheckpointError(f"config.json: num_hidden_layers is {count}; it must be at most {MAX_LAYERS}")
+        raise CheckpointError(f"config.json: {key} is {count}; it must be at most {MAX_LAYERS}")
     return count
 
 
@@ -76,6 +76,14 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else (value,)
+
+
+def token_id(raw: dict, key: str, default: int) -> int:
+    """One id of the vocabulary; the default where it is absent or null."""
+    value = default if raw.get(key) is None else raw[key]
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < size(raw, "vocab_size"):
+        raise CheckpointError(f"config.json: {key} is {show(value)}; it must be an id of the vocabulary")
+    return value
 
 
 def head_dim(raw: dict, hidden: int, num_heads: int) -> int:

@@ -24,7 +24,15 @@ def block_function(config: ExpertConfig):
     """(x [n, M], block) -> [n, M] float32, for one expert."""
     if config.activation == "swiglu" and not config.biased:
         return block_ffn
-    return functools.partial(_clamped_swiglu, config)
+    return _relu if config.activation == "relu" else functools.partial(_clamped_swiglu, config)
+
+
+def _relu(x: jax.Array, block: jax.Array) -> jax.Array:
+    """NLLB: no gate. The block [2, F + 1, M + 1] is bordered as below."""
+    up, down = as_float32(block[0, :-1]), as_float32(block[1, :, :-1])
+    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, 1)), constant_values=1)
+    hidden = jax.nn.relu(jnp.dot(x, up.T, precision="highest"))
+    return jnp.dot(hidden, down[:-1], precision="highest") + down[-1]
 
 
 def _clamped_swiglu(config: ExpertConfig, x: jax.Array, block: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ from types import ModuleType
 
 from specmoe_jax.config import ModelConfig
 from specmoe_jax.errors import CheckpointError
-from specmoe_jax.models import deepseek_v2, gpt_oss, llama4, mixtral, olmoe, qwen2_moe, qwen3_moe
+from specmoe_jax.models import deepseek_v2, gpt_oss, llama4, mixtral, nllb_moe, olmoe, qwen2_moe, qwen3_moe
 
 FAMILIES: dict[str, ModuleType] = {
     "mixtral": mixtral,
@@ -14,6 +14,7 @@ FAMILIES: dict[str, ModuleType] = {
     "deepseek_v2": deepseek_v2,
     "gpt_oss": gpt_oss,
     "llama4": llama4,
+    "nllb_moe": nllb_moe,
 }
 
 

@@ -10,7 +10,7 @@ from specmoe_jax.layer_config import AttentionConfig, RouterConfig
 from specmoe_jax.models import naming
 from specmoe_jax.models.config_json import layer_types, num_layers, number, require, size
 from specmoe_jax.models.parse import grouped_attention, model_config
-from specmoe_jax.models.spec import LayerWeights, Layout, Part, TensorSpec, Weights
+from specmoe_jax.models.spec import LayerWeights, Layout, Part, TensorSpec, Weights, down_bias_of, outer_of
 
 ARCHITECTURE = "GptOssForCausalLM"
 MXFP4_GROUP = 32  # weights that share an exponent, two to a byte
@@ -70,7 +70,7 @@ def expert_layouts(config: ModelConfig, layer: int, expert: int) -> tuple[Layout
     )
     packed = (
         _packed_part(f"{prefix}.gate_up_proj", (experts, 2 * hidden, model), gate_up_rows_of, expert),
-        _packed_part(f"{prefix}.down_proj", (experts, model, hidden), down_columns_of, expert),
+        _packed_part(f"{prefix}.down_proj", (experts, model, hidden), outer_of, expert),
     )
     return ((*plain, *biases), (*packed, *biases))
 
@@ -94,19 +94,9 @@ def down_rows_of(block: np.ndarray) -> np.ndarray:
     return block[2, :-1, :-1]
 
 
-def down_columns_of(block: np.ndarray) -> np.ndarray:
-    """[M, F]."""
-    return block[2, :-1, :-1].T
-
-
 def gate_up_bias_of(block: np.ndarray) -> np.ndarray:
     """[F, 2]: the last column of gate and up."""
     return block[:2, :-1, -1].T
-
-
-def down_bias_of(block: np.ndarray) -> np.ndarray:
-    """[M]: the last row of down."""
-    return block[2, -1, :-1]
 
 
 def _packed_part(name: str, shape: tuple[int, int, int], view, expert: int) -> Part:

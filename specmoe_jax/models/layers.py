@@ -3,24 +3,29 @@
 import jax
 import jax.numpy as jnp
 
-from specmoe_jax.layer_config import AttentionConfig, LayerConfig
+from specmoe_jax.layer_config import AttentionConfig, Embedding, LayerConfig
 from specmoe_jax.models import latent
-from specmoe_jax.models.basics import affine, heads, linear, rms_norm, rope
+from specmoe_jax.models.attention import scores_and_values, within
+from specmoe_jax.models.basics import affine, heads, linear, norm, rms_norm, rope, sinusoids
 from specmoe_jax.models.routing import route
-from specmoe_jax.models.spec import LayerWeights, MlpWeights, Weights
-from specmoe_jax.types import Routing
+from specmoe_jax.models.spec import CrossWeights, LayerWeights, MlpWeights, Weights
+from specmoe_jax.types import CrossCache, Routing
 
 
-def embed(weights: Weights, token_ids: jax.Array) -> jax.Array:
-    """[B, T] int32 -> [B, T, M]."""
-    return weights.embed[token_ids]
+def embed(weights: Weights, token_ids: jax.Array, positions: jax.Array | None = None, config: Embedding | None = None) -> jax.Array:
+    """[B, T] int32 -> [B, T, M]; scaled and with sinusoids of `positions` [B, T] where the config says so."""
+    h = weights.embed[token_ids]
+    if config is None:
+        return h
+    places = sinusoids(positions + config.pad_id + 1, h.shape[-1])
+    return h * jnp.asarray(config.scale, h.dtype) + jnp.where(token_ids[..., None] == config.pad_id, 0, places).astype(h.dtype)
 
 
 def pre_attention(
     config: LayerConfig, weights: LayerWeights, h: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Norm, projections and RoPE ("other1" of SpecMoEOff). h [B, T, M] -> q [B, T, H, D], k and v [B, T, K, D]."""
-    return queries_keys_values(config, weights, rms_norm(h, weights.input_norm, config.norm_eps), positions)
+    return queries_keys_values(config, weights, norm(h, weights.input_norm, weights.input_norm_bias, config.norm_eps), positions)
 
 
 def queries_keys_values(
@@ -40,9 +45,14 @@ def queries_keys_values(
 
 
 def post_attention(
-    config: LayerConfig, weights: LayerWeights, h: jax.Array, attended: jax.Array, valid: jax.Array
+    config: LayerConfig,
+    weights: LayerWeights,
+    h: jax.Array,
+    attended: jax.Array,
+    valid: jax.Array,
+    cross: CrossCache | None = None,
 ) -> tuple[jax.Array, jax.Array, Routing | None]:
-    """Output projection, residual, norm, dense or shared MLP and router ("other2" of SpecMoEOff).
+    """Output projection, residual, cross attention, norm, dense or shared MLP and router ("other2" of SpecMoEOff).
 
     h: [B, T, M]; attended: [B, T, H, D]; valid: [B, T] bool, False for padding and finished rows.
     Returns h with all but the routed experts added [B, T, M], the experts' input x [n, M] and the routing of its rows,
@@ -51,7 +61,9 @@ def post_attention(
     if config.attention.latent is not None:
         attended = latent.values(config.attention, weights, attended)
     h = h + affine(attended.reshape(*h.shape[:2], -1), weights.o, weights.o_bias)
-    x = rms_norm(h, weights.post_norm, config.norm_eps)
+    if config.cross is not None:
+        h = h + _cross_attention(config, weights.cross, h, cross)
+    x = norm(h, weights.post_norm, weights.post_norm_bias, config.norm_eps)
     if weights.mlp is not None:
         h = h + _gated(mlp(weights.mlp, x), x, weights.shared_gate)
     x = x.reshape(-1, x.shape[-1])  # [n, M]
@@ -61,7 +73,9 @@ def post_attention(
 
 
 def mlp(weights: MlpWeights, x: jax.Array) -> jax.Array:
-    """SwiGLU (Shazeer 2020) of x [..., M]: a dense layer's, or the shared expert's that every token takes."""
+    """SwiGLU (Shazeer 2020) of x [..., M], or ReLU where there is no gate: a dense layer's, or the shared expert's."""
+    if weights.gate is None:
+        return affine(jax.nn.relu(affine(x, weights.up, weights.up_bias)), weights.down, weights.down_bias)
     return linear(jax.nn.silu(linear(x, weights.gate)) * linear(x, weights.up), weights.down)
 
 
@@ -87,7 +101,7 @@ def head(norm_eps: float, weights: Weights, h: jax.Array) -> jax.Array:
 
 def final_norm(norm_eps: float, weights: Weights, h: jax.Array) -> jax.Array:
     """The last hidden state, which is EAGLE's feature: after the final norm, before the output matrix. h [..., M]."""
-    return rms_norm(h, weights.final_norm, norm_eps)
+    return norm(h, weights.final_norm, weights.final_norm_bias, norm_eps)
 
 
 def output(matrix: jax.Array, x: jax.Array) -> jax.Array:
@@ -98,6 +112,21 @@ def output(matrix: jax.Array, x: jax.Array) -> jax.Array:
 def output_matrix(weights: Weights) -> jax.Array:
     """[V, M], the embedding where they are tied."""
     return weights.embed if weights.lm_head is None else weights.lm_head
+
+
+def cross_cache(config: LayerConfig, weights: LayerWeights, encoded: jax.Array, lengths: jax.Array) -> CrossCache:
+    """What a decoder layer attends of the encoder's output [B, S, M], of which row b has lengths[b] positions."""
+    k = heads(affine(encoded, weights.cross.k, weights.cross.k_bias), config.cross.num_kv_heads)
+    v = heads(affine(encoded, weights.cross.v, weights.cross.v_bias), config.cross.num_kv_heads)
+    return CrossCache(k=k.swapaxes(1, 2), v=v.swapaxes(1, 2), lengths=lengths)
+
+
+def _cross_attention(config: LayerConfig, weights: CrossWeights, h: jax.Array, cross: CrossCache) -> jax.Array:
+    """h [B, T, M] attends all that the encoder read -> [B, T, M]."""
+    x = norm(h, weights.norm, weights.norm_bias, config.norm_eps)
+    q = heads(affine(x, weights.q, weights.q_bias), config.cross.num_heads)
+    attended = scores_and_values(config.cross, q, cross.k, cross.v, within(cross.lengths, *h.shape[1:2], cross.k.shape[2]), None)
+    return affine(attended.reshape(*h.shape[:2], -1), weights.o, weights.o_bias)
 
 
 def _normed(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:

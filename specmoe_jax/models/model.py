@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from specmoe_jax.config import ModelConfig
 from specmoe_jax.errors import PinnedMemoryError
 from specmoe_jax.layer_config import AttentionConfig, LayerConfig
-from specmoe_jax.models import layers
+from specmoe_jax.models import encoder, layers
 from specmoe_jax.models.attention import allowed, scores_and_values
 from specmoe_jax.models.experts import block_function
 from specmoe_jax.models.families import family_of
@@ -22,6 +22,7 @@ from specmoe_jax.models.spec import (
     random_block,
     random_tensor,
 )
+from specmoe_jax.types import CrossCache, Routing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Model:
     """A model whose experts lie in host memory.
 
     weights: everything but the experts, arrays in the compute dtype.
-    experts: experts[i][expert] is one block of the i-th layer that has experts, in pinned host memory; bfloat16 as
-        uint16 bits. [3, F, M], or as ExpertConfig.block_shape says.
+    experts: experts[i][expert] is one block of the i-th layer that has experts (the decoder's, then the encoder's), in
+        pinned host memory; bfloat16 as uint16 bits. [3, F, M], or as ExpertConfig.block_shape says.
     tokenizer: see checkpoints.tokenizer; None for a random model.
     dtype: "float32" or "bfloat16". synthetic: stamps for every figure made with it, see metrics.figures.
     path: of the checkpoint whose weights these are, unchanged; None for every other model.
@@ -49,25 +50,54 @@ class Model:
         """Bytes of one expert as it crosses the link."""
         return self.config.expert_params * DTYPE_BYTES[self.dtype]
 
-    def logits(self, token_ids: jax.Array) -> jax.Array:
-        """The reference: [B, T] int -> [B, T, V] float32, every expert computed for every token."""
+    def logits(self, token_ids: jax.Array, source: jax.Array | None = None, source_lengths: jax.Array | None = None) -> jax.Array:
+        """The reference: [B, T] int -> [B, T, V] float32, every expert computed for every token.
+
+        source: [B, S] int, what the encoder reads where there is one; source_lengths: [B], of which so many count (None: all).
+        """
         token_ids = jnp.asarray(token_ids, jnp.int32)
-        h = layers.embed(self.weights, token_ids)
-        for config, weights, moe in zip(self.config.layers, self.weights.layers, self.config.moe_index, strict=True):
-            blocks = [] if moe is None else self.experts[moe]
-            blocks = [jax.device_put(block, jax.memory.Space.Device) for block in blocks]
-            h = _reference_layer(config, weights, blocks, h)
+        cross = (None,) * self.config.num_layers if source is None else self._encoded(source, source_lengths)
+        h = layers.embed(self.weights, token_ids, _positions(token_ids), self.config.embedding)
+        for i, (config, weights) in enumerate(zip(self.config.layers, self.weights.layers, strict=True)):
+            h = _reference_layer(config, weights, self._blocks(i), h, cross[i])
         return layers.head(self.config.norm_eps, self.weights, h)
+
+    def _encoded(self, source, lengths) -> list[CrossCache]:
+        """What each decoder layer attends of the sources."""
+        source = jnp.asarray(source, jnp.int32)
+        lengths = jnp.full(source.shape[0], source.shape[1]) if lengths is None else jnp.asarray(lengths)
+        h = layers.embed(self.weights, source, _positions(source), self.config.embedding)
+        for i, (config, weights) in enumerate(zip(self.config.encoder.layers, self.weights.encoder.layers, strict=True)):
+            h = _reference_encoder_layer(config, weights, self._blocks(self.config.num_layers + i), h, lengths)
+        return encoder.cross_caches(self.config, self.weights, h, lengths)
+
+    def _blocks(self, layer: int) -> list[jax.Array]:
+        """All experts of one of all layers, on the accelerator."""
+        where = self.config.expert_layers
+        blocks = self.experts[where.index(layer)] if layer in where else []
+        return [jax.device_put(block, jax.memory.Space.Device) for block in blocks]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _reference_layer(config: LayerConfig, weights, blocks, h: jax.Array) -> jax.Array:
+def _reference_layer(config: LayerConfig, weights, blocks, h: jax.Array, cross: CrossCache | None) -> jax.Array:
     """One decoder layer over whole sequences h [B, T, M]; quadratic in T and linear in E by intent."""
-    batch, length, _ = h.shape
-    positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    q, k, v = layers.pre_attention(config, weights, h, positions)
+    q, k, v = layers.pre_attention(config, weights, h, _positions(h))
     attended = reference_attention(config.attention, q, k, v, weights.sinks)
-    h, x, routing = layers.post_attention(config, weights, h, attended, jnp.ones((batch, length), bool))
+    return _all_experts(config, blocks, *layers.post_attention(config, weights, h, attended, jnp.ones(h.shape[:2], bool), cross))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _reference_encoder_layer(config: LayerConfig, weights, blocks, h: jax.Array, lengths: jax.Array) -> jax.Array:
+    return _all_experts(config, blocks, *encoder.attention(config, weights, h, lengths))
+
+
+def _positions(x: jax.Array) -> jax.Array:
+    """[B, T] of x [B, T, ...]."""
+    return jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+
+
+def _all_experts(config: LayerConfig, blocks, h: jax.Array, x: jax.Array, routing: Routing | None) -> jax.Array:
+    """h with the chosen ones of all experts' outputs added."""
     if routing is None:
         return h
     outputs = jnp.stack([block_function(config.experts)(x, block) for block in blocks], axis=1)  # [n, E, M]
@@ -93,7 +123,7 @@ def random_model(config: ModelConfig, *, seed: int = 0, dtype: str = "float32", 
     return Model(
         config=config,
         weights=map_specs(lambda spec: jnp.asarray(random_tensor(spec, seed), dtype), family.weight_specs(config)),
-        experts=tuple(blocks(layer) for layer in config.moe_layers),
+        experts=tuple(blocks(layer) for layer in config.expert_layers),
         tokenizer=tokenizer,
         dtype=dtype,
     )

@@ -52,18 +52,36 @@ Layout = tuple[Part, ...]  # all that one expert's block is filled from
 
 @struct.dataclass
 class MlpWeights:
-    """A dense SwiGLU network."""
+    """A dense SwiGLU network, or a ReLU network without a gate."""
 
-    gate: TensorSpec | jax.Array  # [F', M]
+    gate: TensorSpec | jax.Array | None  # [F', M]
     up: TensorSpec | jax.Array  # [F', M]
     down: TensorSpec | jax.Array  # [M, F']
+    up_bias: TensorSpec | jax.Array | None = None
+    down_bias: TensorSpec | jax.Array | None = None
+
+
+@struct.dataclass
+class CrossWeights:
+    """Attention to what an encoder read: norm and projections, all with biases."""
+
+    norm: TensorSpec | jax.Array  # [M]
+    norm_bias: TensorSpec | jax.Array
+    q: TensorSpec | jax.Array  # [H * D, M]
+    q_bias: TensorSpec | jax.Array
+    k: TensorSpec | jax.Array
+    k_bias: TensorSpec | jax.Array
+    v: TensorSpec | jax.Array
+    v_bias: TensorSpec | jax.Array
+    o: TensorSpec | jax.Array  # [M, H * D]
+    o_bias: TensorSpec | jax.Array
 
 
 @struct.dataclass
 class LayerWeights:
-    """Everything of one decoder layer but its routed experts. Leaves are TensorSpecs or arrays of those shapes.
+    """Everything of one layer but its routed experts. Leaves are TensorSpecs or arrays of those shapes.
 
-    What a family or a layer does not have is None.
+    What a family or a layer does not have is None. A norm with a bias is a LayerNorm, one without an RMSNorm.
     """
 
     input_norm: TensorSpec | jax.Array  # [M]
@@ -83,12 +101,24 @@ class LayerWeights:
     sinks: TensorSpec | jax.Array | None = None  # [H]
     mlp: MlpWeights | None = None  # a dense layer's, or the shared expert
     shared_gate: TensorSpec | jax.Array | None = None  # [1, M]
+    input_norm_bias: TensorSpec | jax.Array | None = None
+    post_norm_bias: TensorSpec | jax.Array | None = None
+    cross: CrossWeights | None = None
     # Latent attention: down- and up-projections.
     q_a: TensorSpec | jax.Array | None = None
     q_a_norm: TensorSpec | jax.Array | None = None
     kv_a: TensorSpec | jax.Array | None = None  # [rank + rope, M]
     kv_a_norm: TensorSpec | jax.Array | None = None  # [rank]
     kv_b: TensorSpec | jax.Array | None = None  # [H * (nope + value), rank]
+
+
+@struct.dataclass
+class EncoderWeights:
+    """The encoder but for its experts and the embeddings, which are the decoder's."""
+
+    layers: tuple[LayerWeights, ...]
+    final_norm: TensorSpec | jax.Array  # [M]
+    final_norm_bias: TensorSpec | jax.Array | None
 
 
 @struct.dataclass
@@ -99,6 +129,8 @@ class Weights:
     layers: tuple[LayerWeights, ...]
     final_norm: TensorSpec | jax.Array  # [M]
     lm_head: TensorSpec | jax.Array | None  # [V, M]; None: tied to embed
+    final_norm_bias: TensorSpec | jax.Array | None = None
+    encoder: EncoderWeights | None = None
 
 
 def is_spec(leaf) -> bool:
@@ -167,3 +199,23 @@ def up_of(block: np.ndarray) -> np.ndarray:
 def down_of(block: np.ndarray) -> np.ndarray:
     """[M, F], as checkpoints store it."""
     return block[2].T
+
+
+def inner_of(block: np.ndarray) -> np.ndarray:
+    """[F, M], the first matrix of a bordered block."""
+    return block[0, :-1, :-1]
+
+
+def outer_of(block: np.ndarray) -> np.ndarray:
+    """[M, F], the last matrix of a bordered block, as checkpoints store it."""
+    return block[-1, :-1, :-1].T
+
+
+def up_bias_of(block: np.ndarray) -> np.ndarray:
+    """[F]: the last column of the first matrix."""
+    return block[0, :-1, -1]
+
+
+def down_bias_of(block: np.ndarray) -> np.ndarray:
+    """[M]: the last row of the last matrix."""
+    return block[-1, -1, :-1]

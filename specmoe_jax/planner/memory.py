@@ -31,6 +31,7 @@ class MemoryAccount(NamedTuple):
     draft_model_bytes: int = 0
     kv_pages: int = 0  # of the host's paged cache (expert_flow=stream), else 0
     hidden_bytes: int = 0  # hidden states of prompts that wait in host memory for the next layer (expert_flow=stream)
+    cross_bytes: int = 0  # keys and values of what an encoder read
 
     @property
     def host_expert_bytes(self) -> int:
@@ -40,7 +41,7 @@ class MemoryAccount(NamedTuple):
     def accelerator_bytes(self) -> int:
         kv = self.kv_bytes if self.kv_tier == "accelerator" else 0
         experts = (self.num_slots + self.merged_slots) * self.expert_bytes
-        return self.weight_bytes + experts + kv + self.activation_bytes + self.draft_model_bytes
+        return self.weight_bytes + experts + kv + self.activation_bytes + self.draft_model_bytes + self.cross_bytes
 
     @property
     def host_bytes(self) -> int:
@@ -80,10 +81,13 @@ def account(
     *,
     batch_rows: int,
     positions: int,
+    source_positions: int = 0,
     draft_model_bytes: int = 0,
     paged: PagedLoad | None = None,
 ) -> MemoryAccount:
     """The account of a plan for `batch_rows` rows of `positions` KV positions, within its budgets.
+
+    source_positions: what the encoder reads of each row, where there is one.
 
     The pool gets what the plan can use (pinned experts, and one layer's whole dispatch), or what the budget
     leaves. draft_model_bytes: what a separate draft model or head takes. paged: under expert_flow=stream, None for rows that
@@ -96,9 +100,10 @@ def account(
     passes = plan.tokens_per_pass * batch_rows + PREFILL_TOKENS if streams else passes
     if streams and paged is None:
         paged = PagedLoad(pages=batch_rows * pages_of(positions), prompt_tokens=batch_rows * positions)
-    pinned = sum(pinned_experts(config, plan))
+    everything = config.num_expert_layers * config.num_experts
+    pinned = everything if plan.expert_flow == "resident" else sum(pinned_experts(config, plan))
     dispatch = min(config.num_experts, passes * config.experts_per_token)
-    wanted = pinned + (0 if pinned == config.num_moe_layers * config.num_experts else dispatch)
+    wanted = pinned + (0 if pinned == everything else dispatch)
     wanted = 2 * config.num_experts if streams else wanted  # two layer buffers
     cached = paged.pages * KV_PAGE if streams else batch_rows * positions
     whole = MemoryAccount(
@@ -109,12 +114,15 @@ def account(
         pinned_slots=pinned,
         merged_slots=config.num_moe_layers * (plan.draft_experts or 0) if plan.draft == "merged" else 0,
         kv_bytes=cached * _position_bytes(config, item),
-        activation_bytes=_activation_bytes(config, plan, batch_rows, passes, item),
-        host_experts=config.num_moe_layers * config.num_experts,
+        activation_bytes=max(
+            _activation_bytes(config, plan, batch_rows, passes, item), _encoder_bytes(config, batch_rows, source_positions, item)
+        ),
+        host_experts=everything,
         kv_tier=plan.kv_tier,
         draft_model_bytes=draft_model_bytes,
         kv_pages=paged.pages if streams else 0,
         hidden_bytes=paged.prompt_tokens * config.hidden_size * item if streams else 0,
+        cross_bytes=sum(2 * batch_rows * source_positions * _cross_row(layer) for layer in config.layers) * item,
     )
     return _fit_device(_fit_host(_fit_pages(whole, plan, positions), plan), plan)
 
@@ -150,6 +158,21 @@ def _activation_bytes(config: ModelConfig, plan: Plan, batch_rows: int, passes: 
     outputs = config.experts_per_token * config.hidden_size * 4
     logits = batch_rows * plan.tokens_per_pass * config.vocab_size * 4
     return passes * (per_token + outputs) + logits
+
+
+def _cross_row(layer: LayerConfig) -> int:
+    """As _cache_row, of what the encoder read."""
+    return 0 if layer.cross is None else layer.cross.num_kv_heads * layer.cross.head_dim
+
+
+def _encoder_bytes(config: ModelConfig, batch_rows: int, positions: int, item: int) -> int:
+    """Largest live activations of the encoder: as of a pass, and scores in full (twice: themselves and their softmax)."""
+    if config.encoder is None:
+        return 0
+    heads = max(layer.attention.num_heads for layer in config.encoder.layers)
+    width = max(_heads(layer) for layer in config.encoder.layers)
+    per_token = (2 * config.hidden_size + width) * item + config.experts_per_token * config.hidden_size * 4
+    return batch_rows * positions * (per_token + 2 * heads * positions * 4)
 
 
 def _heads(layer: LayerConfig) -> int:

@@ -44,9 +44,9 @@ def _table_path(model: Model) -> pathlib.Path | None:
 
 
 def _compute(model: Model, progress: str | bool) -> np.ndarray:
-    table = []
-    with bar("affinity", len(model.experts), "layer", mode=progress) as shown:
-        for blocks in model.experts:
+    table, count = [], model.config.num_moe_layers  # what an encoder has behind them is not drafted with
+    with bar("affinity", count, "layer", mode=progress) as shown:
+        for blocks in (model.experts[layer] for layer in range(count)):
             table.append(neighbours(expert_distances(lambda e, blocks=blocks: np.asarray(blocks[e]), len(blocks))))
             shown.update()
     return np.stack(table)

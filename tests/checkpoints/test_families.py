@@ -14,8 +14,9 @@ from specmoe_jax.checkpoints.mxfp4 import decode
 from specmoe_jax.errors import CheckpointError
 from specmoe_jax.models.families import family_of, parse_config
 from specmoe_jax.models.spec import random_tensor, spec_leaves
-from specmoe_jax.testing_families import RAW_CONFIGS, tiny_family
+from specmoe_jax.testing_families import ENCODER_DECODERS, RAW_CONFIGS, tiny_family
 
+ALL = RAW_CONFIGS | ENCODER_DECODERS
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
@@ -23,7 +24,7 @@ def stored_tensors(model, layout: int) -> dict[str, np.ndarray]:
     """Every tensor of `tiny_family`, experts in the family's given layout, read back out of the model's blocks."""
     config, family = model.config, family_of(model.config)
     tensors = {spec.name: random_tensor(spec, 0) for spec in spec_leaves(family.weight_specs(config))}
-    for moe, layer in enumerate(config.moe_layers):
+    for moe, layer in enumerate(config.expert_layers):
         for expert in range(config.num_experts):
             for part in family.expert_layouts(config, layer, expert)[layout]:
                 values = part.view(np.asarray(model.experts[moe][expert]))
@@ -45,20 +46,20 @@ def assert_same(model, other):
     jax.tree.map(np.testing.assert_array_equal, model.experts, other.experts)
 
 
-LAYOUTS = [(family, i) for family in RAW_CONFIGS for i in range({"llama4": 1, "gpt_oss": 1}.get(family, 2))]
+LAYOUTS = [(family, i) for family in ALL for i in range({"llama4": 1, "gpt_oss": 1, "nllb_moe": 1}.get(family, 2))]
 
 
 @pytest.mark.parametrize(("family", "layout"), LAYOUTS)
 def test_every_layout_loads_the_random_model(family, layout, tmp_path):
     model = tiny_family(family)
-    path = write(tmp_path / "checkpoint", RAW_CONFIGS[family], stored_tensors(model, layout))
+    path = write(tmp_path / "checkpoint", ALL[family], stored_tensors(model, layout))
     assert_same(load_model(str(path)), model)
 
 
-@pytest.mark.parametrize("family", RAW_CONFIGS)
+@pytest.mark.parametrize("family", ALL)
 def test_conversion_there_and_back(family, tmp_path):
     model = tiny_family(family)
-    path = write(tmp_path / "checkpoint", RAW_CONFIGS[family], stored_tensors(model, 0))
+    path = write(tmp_path / "checkpoint", ALL[family], stored_tensors(model, 0))
     mapped = convert(str(path), tmp_path / "mapped", to="specmoe")
     assert_same(load_model(str(mapped)), model)
     back = convert(str(mapped), tmp_path / "back", to="huggingface")
@@ -130,12 +131,26 @@ REFUSALS = (
     ("llama4", {"moe_layers": [9]}, "moe_layers is (9,)"),
     ("llama4", {"no_rope_layers": [1]}, "no_rope_layers has 1 entries; there are 4 layers"),
     ("llama4", {"floor_scale": 0}, "floor_scale is 0.0"),
+    (
+        "nllb_moe",
+        {"second_expert_policy": "random"},
+        "second_expert_policy is 'random'; its routing is random, so nothing could be lossless",
+    ),
+    ("nllb_moe", {"second_expert_policy": "sampling"}, "second_expert_policy is 'sampling'"),
+    ("nllb_moe", {"moe_eval_capacity_token_fraction": 0.5}, "moe_eval_capacity_token_fraction is 0.5; below 1, tokens lose"),
+    ("nllb_moe", {"moe_eval_capacity_token_fraction": -1}, "moe_eval_capacity_token_fraction is -1.0"),
+    ("nllb_moe", {"encoder_ffn_dim": 32}, "encoder_ffn_dim and decoder_ffn_dim differ"),
+    ("nllb_moe", {"decoder_sparse_step": 0}, "no layer of the decoder has experts"),
+    ("nllb_moe", {"encoder_sparse_step": -1}, "encoder_sparse_step is -1"),
+    ("nllb_moe", {"encoder_attention_heads": 4}, "d_model is 42; it must be a multiple of encoder_attention_heads, 4"),
+    ("nllb_moe", {"decoder_start_token_id": 131}, "decoder_start_token_id is 131; it must be an id of the vocabulary"),
+    ("nllb_moe", {"tie_word_embeddings": False}, "tie_word_embeddings is False"),
 )
 
 
 @pytest.mark.parametrize(("family", "changes", "message"), REFUSALS, ids=lambda value: value if isinstance(value, str) else None)
 def test_what_is_not_built_is_refused(family, changes, message):
     with pytest.raises(CheckpointError) as caught:
-        parse_config(RAW_CONFIGS[family] | changes)
+        parse_config(ALL[family] | changes)
     assert str(caught.value).startswith("config.json: ") and message in str(caught.value)
     assert str(caught.value).isprintable()

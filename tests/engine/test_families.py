@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from specmoe_jax import PRESETS, Engine, SamplingParams
-from specmoe_jax.testing_families import RAW_CONFIGS, tiny_family
+from specmoe_jax.testing_families import ENCODER_DECODERS, RAW_CONFIGS, tiny_family
 
-PROMPTS = ((5, 99, 3, 17, 64, 8, 2, 120, 44, 9, 31), (77, 1, 30))  # ragged; longer than the windows and chunks
+PROMPTS = ((5, 99, 3, 17, 64, 8, 2, 120, 44, 9, 31), (77, 6, 30))  # ragged; longer than the windows and chunks
 NEW_TOKENS = 9
+FAMILIES = (*RAW_CONFIGS, *ENCODER_DECODERS)
 PARAMS = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
 
 
@@ -24,11 +25,20 @@ def padded(rows: list[list[int]]) -> jnp.ndarray:
 def reference_tokens(family: str) -> tuple[tuple[int, ...], ...]:
     """Argmax, token by token, of the reference forward over padded rows, which causal attention does not see."""
     model, rows = tiny_family(family), [list(prompt) for prompt in PROMPTS]
+    source = ()
+    if model.config.encoder:
+        source, rows = encoder_input(), [list(model.config.encoder.start) for _ in PROMPTS]
+    begun = len(rows[0]), len(rows[1])
     for _ in range(NEW_TOKENS):
-        logits = np.asarray(model.logits(padded(rows)))
+        logits = np.asarray(model.logits(padded(rows), *source))
         for i, row in enumerate(rows):
             row.append(int(logits[i, len(row) - 1].argmax()))
-    return tuple(tuple(row[len(prompt) :]) for row, prompt in zip(rows, PROMPTS, strict=True))
+    return tuple(tuple(row[start:]) for row, start in zip(rows, begun, strict=True))
+
+
+def encoder_input() -> tuple[jnp.ndarray, jnp.ndarray]:
+    """The prompts as sources, and their lengths."""
+    return padded([list(prompt) for prompt in PROMPTS]), jnp.array([len(prompt) for prompt in PROMPTS])
 
 
 SPECMOE = {"draft_length": 3, "draft_experts": 2}
@@ -47,7 +57,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", RAW_CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equality(family, case):
     model, preset = tiny_family(family), case.split()[0]
     if case == "specmoe distinct" and model.config.experts_per_token == 1:
@@ -62,7 +72,7 @@ def test_greedy_equality(family, case):
     assert plan.prefetch == "draft" or stats["draft_link_bytes"] == 0
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "llama4"])  # dense layers before, between and after
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama4", "nllb_moe"])  # dense layers before, between and after
 def test_every_pass_counts_the_layers_that_have_experts(family):
     """One token on demand misses its experts in each of them, and every byte on the link is an expert's."""
     model = tiny_family(family)
@@ -73,12 +83,13 @@ def test_every_pass_counts_the_layers_that_have_experts(family):
     assert stats["expert_misses"] == NEW_TOKENS * model.config.num_moe_layers * model.config.experts_per_token
 
 
-@pytest.mark.parametrize("family", RAW_CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_near_float32(family):
     """Weights, caches and blocks in bfloat16: logits within its rounding, and generation runs."""
     model, exact = tiny_family(family, "bfloat16"), tiny_family(family)
     token_ids = padded([list(prompt) for prompt in PROMPTS])
-    ours, theirs = np.asarray(model.logits(token_ids)), np.asarray(exact.logits(token_ids))
+    source = encoder_input() if model.config.encoder else ()
+    ours, theirs = np.asarray(model.logits(token_ids, *source)), np.asarray(exact.logits(token_ids, *source))
     assert np.abs(ours - theirs).mean() < 0.05 * np.abs(theirs).mean()
     plan = PRESETS["on_demand"](model.config).replace(dtype="bfloat16", batch_size=2, prefill_chunk=4, kv_tier="host")
     (completion,) = Engine(model, plan).generate([list(PROMPTS[0])], SamplingParams(max_new_tokens=3, ignore_eos=True))

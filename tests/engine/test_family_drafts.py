@@ -6,12 +6,14 @@ from engine_cases import tokens_of
 from specmoe_jax import PRESETS, Engine, SamplingParams
 from specmoe_jax.testing_families import RAW_CONFIGS, tiny_family
 
-PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7]]
+PROMPTS = [[3, 8, 4, 8, 5, 9, 2, 6], [2, 7]]
 PARAMS = SamplingParams(max_new_tokens=6, ignore_eos=True)
 
 
-@pytest.mark.parametrize("draft", ["merged", "model"])
-@pytest.mark.parametrize("family", RAW_CONFIGS)
+CASES = [*((family, draft) for family in RAW_CONFIGS for draft in ("merged", "model")), ("nllb_moe", "merged")]
+
+
+@pytest.mark.parametrize(("family", "draft"), CASES)
 def test_lossless(family, draft):
     model = tiny_family(family)
     resident, plan = (PRESETS[name](model.config).replace(batch_size=2, prefill_chunk=4) for name in ("resident", "on_demand"))

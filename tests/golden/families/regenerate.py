@@ -2,6 +2,7 @@
 
     python tests/golden/families/regenerate.py [FAMILY ...]
 
+nllb_moe needs transformers 4 (written with 4.57.1): release 5.23 sends every token to experts 0 and 1.
 The models are those of specmoe_jax.testing_families: their weights come from a seed and are nowhere stored.
 """
 
@@ -18,7 +19,7 @@ import transformers
 
 from specmoe_jax.models.families import family_of, parse_config
 from specmoe_jax.models.spec import random_tensor, spec_leaves
-from specmoe_jax.testing_families import RAW_CONFIGS
+from specmoe_jax.testing_families import ENCODER_DECODERS, RAW_CONFIGS
 
 FOLDER = pathlib.Path(__file__).parent
 SHAPES = ((1, 9), (2, 17))  # [B, T], the second longer than every window and chunk
@@ -26,14 +27,15 @@ SHAPES = ((1, 9), (2, 17))  # [B, T], the second longer than every window and ch
 
 def write_checkpoint(name: str, path: pathlib.Path) -> None:
     """`tiny_family(name)` as a Hugging Face directory."""
-    config = parse_config(RAW_CONFIGS[name])
+    raw = (RAW_CONFIGS | ENCODER_DECODERS)[name]
+    config = parse_config(raw)
     family = family_of(config)
     specs = spec_leaves(family.weight_specs(config))
-    for layer in config.moe_layers:
+    for layer in config.expert_layers:
         for expert in range(config.num_experts):
             specs += [part.spec for part in family.expert_layouts(config, layer, expert)[0]]
     tensors = {spec.name: random_tensor(spec, 0) for spec in specs}
-    (path / "config.json").write_text(json.dumps(RAW_CONFIGS[name]))
+    (path / "config.json").write_text(json.dumps(raw))
     safetensors.numpy.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -41,10 +43,13 @@ def golden(name: str) -> dict[str, np.ndarray]:
     """prompt0.. and logits0.."""
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(name, pathlib.Path(folder))
-        load = transformers.AutoModelForCausalLM.from_pretrained
+        kind = transformers.AutoModelForSeq2SeqLM if name in ENCODER_DECODERS else transformers.AutoModelForCausalLM
+        load = kind.from_pretrained
         model, loaded = load(folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
     if any(loaded.values()):
         raise SystemExit(f"error: {name}: transformers did not take every tensor: {loaded}")
+    if name in ENCODER_DECODERS:
+        return translated(model)
     rng, arrays = np.random.default_rng(0), {}
     for i, shape in enumerate(SHAPES):
         arrays[f"prompt{i}"] = rng.integers(0, model.config.vocab_size, shape).astype(np.int32)
@@ -54,8 +59,22 @@ def golden(name: str) -> dict[str, np.ndarray]:
     return arrays
 
 
+def translated(model) -> dict[str, np.ndarray]:
+    """prompt0, logits0 and the ragged source that they follow."""
+    if transformers.__version__ >= "5":
+        raise SystemExit("error: an encoder-decoder with experts needs transformers 4, see above")
+    rng = np.random.default_rng(0)
+    source, prompt = (rng.integers(3, model.config.vocab_size, (3, length)) for length in (11, 8))
+    lengths = np.array([11, 1, 6])
+    mask = np.arange(11) < lengths[:, None]
+    inputs = (torch.from_numpy(a) for a in (np.where(mask, source, model.config.pad_token_id), mask.astype(np.int64), prompt))
+    with torch.no_grad():
+        logits = model.eval()(**dict(zip(("input_ids", "attention_mask", "decoder_input_ids"), inputs, strict=True))).logits
+    return {"prompt0": prompt, "source": source, "lengths": lengths, "logits0": logits.numpy()}
+
+
 def main() -> None:
-    for name in sys.argv[1:] or RAW_CONFIGS:
+    for name in sys.argv[1:] or RAW_CONFIGS | ENCODER_DECODERS:
         target = FOLDER / f"{name}.npz"
         temporary = target.with_suffix(".partial.npz")
         np.savez_compressed(temporary, **golden(name))

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from specmoe_jax.testing_families import RAW_CONFIGS, tiny_family
+from specmoe_jax.testing_families import ENCODER_DECODERS, RAW_CONFIGS, tiny_family
 
 TOLERANCE = 1e-4
 
@@ -19,3 +19,11 @@ def test_logits(family, prompt):
     ours = np.asarray(tiny_family(family).logits(token_ids))
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
     np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))
+
+
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_logits_after_a_ragged_source(family):
+    with np.load(pathlib.Path(__file__).parent / f"{family}.npz") as kept:
+        ours = np.asarray(tiny_family(family).logits(kept["prompt0"], kept["source"], kept["lengths"]))
+        np.testing.assert_allclose(ours, kept["logits0"], rtol=0, atol=TOLERANCE)
+        np.testing.assert_array_equal(ours.argmax(-1), kept["logits0"].argmax(-1))

@@ -1,0 +1,64 @@
+"""What an encoder adds: its experts cross the link once per batch, in any number of waves, and batch mates change nothing."""
+
+import pytest
+from engine_cases import tokens_of
+
+from specmoe_jax import PRESETS, Engine, SamplingParams
+from specmoe_jax.errors import PlanError, RequestError
+from specmoe_jax.planner.memory import account, cache_positions
+from specmoe_jax.testing_families import tiny_family
+
+PROMPTS = [[5, 99, 3, 17, 64, 8, 2, 120, 44, 9, 31], [77, 6, 30], [4]]
+PARAMS = SamplingParams(max_new_tokens=7, ignore_eos=True)
+MODEL = tiny_family("nllb_moe")
+SPECMOE = PRESETS["specmoe"](MODEL.config).replace(batch_size=3, prefill_chunk=4, draft_length=3, draft_experts=2)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return tokens_of(Engine(MODEL, PRESETS["resident"](MODEL.config).replace(batch_size=3)).generate(PROMPTS, PARAMS))
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 2}, {"draft": "ngram"}], ids=str)
+def test_batches_and_drafts(changes, expected):
+    plan = SPECMOE.replace(**changes)
+    if plan.draft == "ngram":
+        plan = plan.replace(draft_experts=None)
+    assert tokens_of(Engine(MODEL, plan).generate(PROMPTS, PARAMS)) == expected
+
+
+def test_one_free_slot_is_enough(expected):
+    """The encoder's needs of a layer, all its experts, come one by one."""
+    positions = cache_positions(9, SPECMOE)
+    whole = account(MODEL.config, SPECMOE, batch_rows=3, positions=positions, source_positions=16)
+    budget = whole.accelerator_bytes - (whole.num_slots - whole.pinned_slots - 1) * whole.expert_bytes
+    engine = Engine(MODEL, SPECMOE.replace(device_memory_bytes=budget))
+    assert tokens_of(engine.generate(PROMPTS, PARAMS)) == expected
+    assert engine.stats()["peak_accelerator_bytes"] == budget
+    assert engine.stats()["compilations_after_warmup"] == 0
+
+
+def test_the_bytes_of_the_encoder_are_counted():
+    """One source token: two experts of the one encoder layer that has any, beside the block that warms the copy up."""
+    engine = Engine(MODEL, PRESETS["on_demand"](MODEL.config).replace(batch_size=1))
+    engine.generate([[4]], PARAMS)
+    assert engine.stats()["prefill_link_bytes"] == (1 + 2) * MODEL.expert_bytes
+
+
+@pytest.mark.parametrize(("prompt", "message"), [([5, 1, 7], "the padding token 1"), ([5] * 96, "window is 96")])
+def test_refused_prompts(prompt, message):
+    with pytest.raises(RequestError, match=message):
+        Engine(MODEL, SPECMOE).generate([prompt], PARAMS)
+
+
+@pytest.mark.parametrize("draft", ["model", "eagle"])
+def test_drafts_for_decoders_alone_are_refused(draft):
+    with pytest.raises(PlanError, match=f"draft={draft} is built for decoders alone"):
+        SPECMOE.replace(draft=draft, draft_experts=None).validate(MODEL.config)
+
+
+def test_an_encoder_decoder_as_draft_model_is_refused():
+    target = tiny_family("mixtral")
+    plan = PRESETS["on_demand"](target.config).replace(draft="model", draft_length=2)
+    with pytest.raises(PlanError, match="the draft model is an encoder-decoder"):
+        Engine(target, plan, draft_model=MODEL)

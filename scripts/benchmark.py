@@ -12,20 +12,26 @@ import sys
 
 import _common
 import jax
+import numpy as np
 from absl import flags
 
 import specmoe_jax
-from specmoe_jax import load_model
-from specmoe_jax.benchmarks import plots, specmoe
+from specmoe_jax import load_head, load_model
+from specmoe_jax.benchmarks import plots, specmoe, specmoeoff
 from specmoe_jax.benchmarks.rounds import Job
 from specmoe_jax.config import SamplingParams
 from specmoe_jax.engine.prompts import read_prompts
 from specmoe_jax.errors import RequestError
 from specmoe_jax.models.synthetic import synthetic_model, synthetic_prompts
 
-_SUITE = flags.DEFINE_enum("suite", "specmoe", ["specmoe"], "Which tables.")
-_TABLES = flags.DEFINE_list("tables", None, f"Some of {', '.join(specmoe.TABLES)}; default all.")
-_MODEL = flags.DEFINE_string("model", "demo", '"demo", "nllb_shaped" (random, synthetic routing and acceptance) or a checkpoint.')
+_SUITES = {"specmoe": specmoe, "specmoeoff": specmoeoff}
+_SUITE = flags.DEFINE_enum("suite", "specmoe", list(_SUITES), "Which tables.")
+_TABLES = flags.DEFINE_list("tables", None, "Some of the suite's tables; default all.")
+_MODEL = flags.DEFINE_string(
+    "model", "demo", '"demo", "nllb_shaped", "mixtral_shaped" (random; synthetic acceptance) or a checkpoint.'
+)
+_DRAFT_HEAD = flags.DEFINE_string("draft_head", None, "An EAGLE head (specmoeoff); default: the bundled model's.")
+_PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 256, "Tokens of a prompt where they are not swept (specmoeoff).")
 _PROMPTS = flags.DEFINE_string("prompts", None, "A .txt or .jsonl file; default: the held-out text of the bundled model.")
 _BATCHES = flags.DEFINE_list("batches", None, "Batch sizes; default 1,4,16,64 (demo) or 1,4,16,64,256 (nllb_shaped).")
 _LINK_GBPS = flags.DEFINE_float("link_gbps", 0.02, "Rate of the emulated link, in GB/s; small against the compute.")
@@ -46,13 +52,14 @@ _APPEND = flags.DEFINE_boolean("append", False, "Keep the rows that --output hol
 
 def main() -> None:
     _common.use_compile_cache()
-    setting = make_setting()
+    suite = _SUITES[_SUITE.value]
+    setting = make_setting() if suite is specmoe else make_streaming_setting()
     before = json.loads(pathlib.Path(_OUTPUT.value).read_text())["tables"] if _APPEND.value else {}
     tables = dict(before)
     for name in choose_tables():
-        print(f"\n{name}: {specmoe.TABLES[name].__doc__.splitlines()[0]}", flush=True)
-        rows = specmoe.with_growth(before.get(name, {}) | specmoe.TABLES[name](setting))
-        tables[name] = rows
+        print(f"\n{name}: {suite.TABLES[name].__doc__.splitlines()[0]}", flush=True)
+        rows = before.get(name, {}) | suite.TABLES[name](setting)
+        tables[name] = specmoe.with_growth(rows) if suite is specmoe else rows
         print(as_text(tables[name]), flush=True)
     document = {
         "suite": _SUITE.value,
@@ -69,10 +76,11 @@ def main() -> None:
 
 
 def choose_tables() -> list[str]:
-    names = _TABLES.value or list(specmoe.TABLES)
+    known = _SUITES[_SUITE.value].TABLES
+    names = _TABLES.value or list(known)
     for name in names:
-        if name not in specmoe.TABLES:
-            _common.usage_error(f"tables has {name!r}; it must be some of {', '.join(specmoe.TABLES)}")
+        if name not in known:
+            _common.usage_error(f"tables has {name!r}; suite {_SUITE.value} has {', '.join(known)}")
     return names
 
 
@@ -94,6 +102,42 @@ def make_setting() -> specmoe.Setting:
         batches=(min(sizes), max(sizes)) if _QUICK.value and len(sizes) > 2 else sizes,
         job=lambda batch: Job(
             prompts=prompts[:batch],
+            rounds=1 if _QUICK.value else _ROUNDS.value,
+            tokens=min(4, _TOKENS.value) if _QUICK.value else _TOKENS.value,
+            steps=_STEPS.value,
+            temperature=_TEMPERATURE.value,
+        ),
+        quick=_QUICK.value,
+    )
+
+
+def make_streaming_setting() -> specmoeoff.Setting:
+    synthetic = _MODEL.value == "mixtral_shaped"
+    if synthetic:
+        model, head = specmoeoff.mixtral_shaped()
+    else:
+        model = load_model(_MODEL.value)
+        head = load_head(_DRAFT_HEAD.value or _MODEL.value, model)
+    sizes = tuple(int(size) for size in _BATCHES.value or ["8", "32", "64"])
+    rng = np.random.default_rng(0)
+    token_ids = rng.integers(0, model.config.vocab_size, (max(sizes), model.config.max_positions))
+    texts = None if synthetic else [model.tokenizer.encode(text) for text in real_prompts(max(sizes))]
+
+    def prompts(batch: int, tokens: int) -> list:
+        """Random ids, or as much of the texts as there is: acceptance on noise says nothing."""
+        given = token_ids[:, :tokens].tolist() if texts is None else [text[:tokens] for text in texts]
+        return [tuple(ids) for ids in given[:batch]]
+
+    return specmoeoff.Setting(
+        model=model,
+        head=head,
+        link_bytes_per_s=_LINK_GBPS.value * 1e9,
+        synthetic=synthetic,
+        length=_DRAFT_LENGTH.value or 5,
+        batches=(min(sizes), max(sizes)) if _QUICK.value and len(sizes) > 2 else sizes,
+        prompt=_PROMPT_TOKENS.value,
+        job=lambda batch, tokens: Job(
+            prompts=prompts(batch, tokens),
             rounds=1 if _QUICK.value else _ROUNDS.value,
             tokens=min(4, _TOKENS.value) if _QUICK.value else _TOKENS.value,
             steps=_STEPS.value,
@@ -134,6 +178,10 @@ COLUMNS = (
     ("wasted", "prefetch_wasted_share", 2),
     ("growth", "bytes_growth", 2),
     ("x caching", "speed_over_caching", 2),
+    ("link s", "link_s", 3),
+    ("compute s", "compute_s", 3),
+    ("x floor", "iteration_over_floor", 2),
+    ("x sum", "iteration_over_sum", 2),
 )
 
 

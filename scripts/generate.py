@@ -39,7 +39,7 @@ from specmoe_jax.engine.shown import ShownText
 from specmoe_jax.errors import PlanError, RequestError
 from specmoe_jax.models.eagle import EagleHead
 from specmoe_jax.progress import PROGRESS
-from specmoe_jax.tracing import trace
+from specmoe_jax.tracing import trace, write_lanes
 
 _MODEL = flags.DEFINE_string("model", "demo", '"demo" (bundled) or a directory with a Hugging Face checkpoint.')
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
@@ -83,7 +83,9 @@ _RESTART = flags.DEFINE_boolean("restart", False, "Begin the job of --output ane
 _STATS = flags.DEFINE_string("stats", None, "Where the figures of the run go, as JSON.")
 _METRICS_FILE = flags.DEFINE_string("metrics_file", None, "Where the figures so far go each second, in Prometheus' text format.")
 _PROGRESS = flags.DEFINE_enum("progress", "auto", PROGRESS, "Bars on a terminal, a log line each 10 s, or nothing.")
-_TRACE = flags.DEFINE_string("trace", None, "A folder for a profile of the generation (perfetto_trace.json.gz in it).")
+_TRACE = flags.DEFINE_string(
+    "trace", None, "A folder for a profile of the generation (perfetto_trace.json.gz in it; lanes.json of a streamed plan)."
+)
 
 
 def main() -> None:
@@ -102,10 +104,14 @@ def main() -> None:
     model, changes = jobs.load_that_fits(load_model, _MODEL.value, **load_options(), progress=_PROGRESS.value)
     draft_model = load_model(_DRAFT_MODEL.value, dtype=model.dtype, progress=_PROGRESS.value) if _DRAFT_MODEL.value else None
     plan = make_plan(model.config).replace(**changes)
-    engine = Engine(model, plan, draft_model=draft_model, draft_head=read_head(model, plan), progress=_PROGRESS.value)
+    spans = [] if _TRACE.value and plan.expert_flow == "stream" else None
+    options = {"draft_model": draft_model, "draft_head": read_head(model, plan), "progress": _PROGRESS.value, "spans": spans}
+    engine = Engine(model, plan, **options)
     load_s = watch.seconds
     with trace(_TRACE.value):
         timings = generate(engine, prompts)
+    if spans is not None:
+        write_lanes(spans, pathlib.Path(_TRACE.value) / "lanes.json")
     stats = engine.stats() | {"load_s": load_s, "wall_s": watch.seconds, "requests": timings}
     if _STATS.value:
         write_atomically(_STATS.value, json.dumps(stats, indent=2) + "\n")

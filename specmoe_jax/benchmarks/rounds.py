@@ -8,15 +8,17 @@ from typing import NamedTuple
 from specmoe_jax import metrics
 from specmoe_jax.config import Plan, SamplingParams
 from specmoe_jax.engine import Engine
+from specmoe_jax.models.eagle import EagleHead
 from specmoe_jax.models.model import Model
 
 
 class Case(NamedTuple):
-    """A plan under a name; base: the name of the case that its ratios are taken against."""
+    """A plan under a name; base: the name of the case that its ratios are taken against. head: of an EAGLE draft."""
 
     name: str
     plan: Plan
     base: str | None = None
+    head: EagleHead | None = None
 
 
 class Job(NamedTuple):
@@ -38,7 +40,7 @@ def compare(model: Model, cases: list[Case], job: Job) -> dict[str, dict]:
 
     The order within a round is shuffled, so that a neighbour's noise falls on nobody in particular.
     """
-    engines = {case.name: Engine(model, case.plan) for case in cases}
+    engines = {case.name: Engine(model, case.plan, draft_head=case.head) for case in cases}
     params = SamplingParams(max_new_tokens=_limit(model, job), ignore_eos=True, temperature=job.temperature)
     states = {name: engine.init(job.prompts, params) for name, engine in engines.items()}
     rounds: dict[str, list[metrics.Totals]] = {case.name: [] for case in cases}

@@ -31,7 +31,7 @@ from specmoe_jax.speculate.draft import Draft, FeatureDraft
 from specmoe_jax.speculate.eagle import EagleDraft
 from specmoe_jax.speculate.guard import make_guard
 from specmoe_jax.speculate.sampling import sampling_rows
-from specmoe_jax.tracing import span
+from specmoe_jax.tracing import Span, span
 from specmoe_jax.types import KVCache
 
 
@@ -77,6 +77,7 @@ class Engine:
     draft_model: a smaller model of the same vocabulary, for plans with draft="model".
     draft_head: an EAGLE head of this model (checkpoints.load_head), for plans with draft="eagle".
     progress: bars of affinity, compilation and prefill; a mode of progress.bar.
+    spans: a list that gets the time of every task of a streamed plan (tracing.write_lanes); costs a little of the overlap.
     """
 
     def __init__(
@@ -88,10 +89,13 @@ class Engine:
         draft_model: Model | None = None,
         draft_head: EagleHead | None = None,
         progress: str | bool = False,
+        spans: list[Span] | None = None,
     ):
         self.model, self.plan = model, plan.validate(model.config)
         if (plan.draft == "custom") != (draft is not None):
             raise PlanError(f"draft={plan.draft} and a draft object {'' if draft else 'not '}given; custom needs one")
+        if spans is not None and plan.expert_flow != "stream":
+            raise PlanError(f"spans have no effect with expert_flow={plan.expert_flow}, which has no lanes; leave them out")
         if plan.dtype != model.dtype:
             raise PlanError(f"the plan says dtype={plan.dtype}, the model was loaded as {model.dtype}; make them agree")
         tier = "disk" if isinstance(model.experts, DiskExperts) else "host"
@@ -107,6 +111,7 @@ class Engine:
                 f"draft={plan.draft} and {'a' if draft_head else 'no'} draft head given; "
                 "--draft=eagle and --draft_head=DIR go together"
             )
+        self._spans = spans
         self._given_draft, self._draft_model, self._progress = draft, draft_model, progress
         self._draft_head = draft_head
         if draft_head is not None:
@@ -332,7 +337,8 @@ class Engine:
         fits = fits and self._rt.slots.single_wave == (needed.num_slots >= needed.wanted_slots)
         if not fits or self._too_big(needed):
             self._memory = None
-            self._rt = build(self.model, self.plan, needed, self._given_draft, earlier=self._rt, progress=self._progress)
+            how = {"earlier": self._rt, "progress": self._progress, "spans": self._spans}
+            self._rt = build(self.model, self.plan, needed, self._given_draft, **how)
             self._account = needed
         in_use = needed._replace(num_slots=self._account.num_slots).accelerator_bytes
         self._accounted_peak_bytes = max(self._accounted_peak_bytes or 0, in_use)

@@ -28,14 +28,19 @@ from specmoe_jax.speculate.hotness import hot_set
 from specmoe_jax.speculate.ngram import NgramDraft
 from specmoe_jax.speculate.self_draft import SelfDraft
 from specmoe_jax.speculate.substitution import random_neighbours
+from specmoe_jax.tracing import Span
 from specmoe_jax.types import KVCache
 
 
 class Lanes(NamedTuple):
-    """The workers of a streamed plan beside the engine's own thread, one thread each; they start with their first task."""
+    """The workers of a streamed plan beside the engine's own thread, one thread each; they start with their first task.
+
+    spans: where it is noted when each task ran, None where nobody wants to know.
+    """
 
     cpu: concurrent.futures.ThreadPoolExecutor
     link: concurrent.futures.ThreadPoolExecutor
+    spans: list[Span] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +91,19 @@ class Runtime:
 
 
 def build(
-    model: Model, plan: Plan, account: MemoryAccount, draft: Draft | None, *, earlier: "Runtime | None", progress: str | bool
+    model: Model,
+    plan: Plan,
+    account: MemoryAccount,
+    draft: Draft | None,
+    *,
+    earlier: "Runtime | None",
+    progress: str | bool,
+    spans: list[Span] | None = None,
 ) -> Runtime:
     """The runtime of a plan whose account fits. Copies the weights (not the experts) to the accelerator.
 
     earlier: one of the same model and plan, whose neighbours need not be found again. progress: a bar while finding them.
+    spans: see Lanes.
     """
     config, device = model.config, jax.devices()[0]
     found = earlier.neighbours if earlier else _neighbours(model, plan, progress)  # maps experts, so before a tier drops pages
@@ -117,7 +130,7 @@ def build(
         host=jax.local_devices(backend="cpu")[0],
         activations=Link(),
         parking=jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host"),
-        lanes=Lanes(*(concurrent.futures.ThreadPoolExecutor(1, f"specmoe-{lane}") for lane in Lanes._fields)),
+        lanes=Lanes(*(concurrent.futures.ThreadPoolExecutor(1, f"specmoe-{lane}") for lane in ("cpu", "link")), spans),
     )
 
 

@@ -15,11 +15,12 @@ from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import State, StepInfo
 from specmoe_jax.engine.streaming import streamed_target_pass
 from specmoe_jax.offload.tiers import TierCounts
+from specmoe_jax.planner.pipeline import ACCELERATOR
 from specmoe_jax.speculate.acceptance import accept, accept_coupled, accept_greedy, finite_positions, synthetic_accept
 from specmoe_jax.speculate.guard import choose, observe
 from specmoe_jax.speculate.hotness import count_choices
 from specmoe_jax.speculate.sampling import Stream
-from specmoe_jax.tracing import span
+from specmoe_jax.tracing import Span, span
 from specmoe_jax.types import AcceptResult, Proposal
 
 _accept = jax.jit(accept)
@@ -44,6 +45,8 @@ def step(rt: Runtime, state: State, tokenizer, *, length: int | None = None) -> 
     with span("draft"):
         drafted = draft(rt, state, length)
     clock.append(time.perf_counter())
+    if rt.lanes.spans is not None and length:
+        rt.lanes.spans.append(Span("draft", ACCELERATOR, -1, -1, clock[0], clock[1]))
     sent.append(rt.store.link.sent_bytes)
     with span("verify"):
         verified, result, sound = verify(rt, state, drafted)
@@ -110,7 +113,7 @@ def verify(rt: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass, Acc
         verified = streamed_target_pass(rt, state._replace(kv=drafted.kv), drafted.memory, tokens, num_new)
         if verified.h is None:
             none = np.zeros(len(num_new), np.int32)
-            return verified, AcceptResult(num_accepted=none, next_token=none)
+            return verified, AcceptResult(num_accepted=none, next_token=none), none
     else:
         verified = target_pass(
             rt, drafted.memory, drafted.kv, tokens, state.lengths, num_new, earlier=nothing, predicted=drafted.predicted

@@ -18,35 +18,25 @@ from specmoe_jax.engine.refill import Item, empty_chunk, prompt_chunks, rows_of
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import Buffers, ExpertMemory, HostKV, PassInfo, State
 from specmoe_jax.planner.pipeline import KINDS, Task, pass_tasks
-
-
-class Span(NamedTuple):
-    """When a task ran, in seconds of time.perf_counter."""
-
-    task: Task
-    start_s: float
-    end_s: float
+from specmoe_jax.tracing import Span
 
 
 class StreamedPass(NamedTuple):
-    """h: per item [b, T, M] after the last layer. features: per item, what the draft takes; None where it takes nothing.
-
-    spans: empty unless they were asked for.
-    """
+    """h: per item [b, T, M] after the last layer. features: per item, what the draft takes; None where it takes nothing."""
 
     h: list[jax.Array]
     features: list[jax.Array | None]
     kv: HostKV
     buffers: Buffers
-    spans: tuple[Span, ...]
 
 
-def stream_pass(rt: Runtime, buffers: Buffers, kv: HostKV, items: list[Item], *, timed: bool = False) -> StreamedPass:
+def stream_pass(rt: Runtime, buffers: Buffers, kv: HostKV, items: list[Item]) -> StreamedPass:
     """The exact model over all items, each layer's experts crossing the link once. Consumes buffers and kv.
 
-    timed: notes when each task ran; this waits for each of the accelerator's tasks, which costs a little of the overlap.
+    With rt.lanes.spans it is noted when each task ran; this waits for each of the accelerator's tasks, which costs a
+    little of the overlap.
     """
-    run = _Run(rt, buffers, kv, items, timed)
+    run = _Run(rt, buffers, kv, items)
     moe = tuple(index is not None for index in rt.config.moe_index)
     for task in _tasks(moe, len(items)):
         run.handlers[task.kind](task)
@@ -59,8 +49,8 @@ _tasks = functools.cache(functools.partial(pass_tasks, chunks=1))  # the store c
 class _Run:
     """The values that tasks hand on during one pass."""
 
-    def __init__(self, rt: Runtime, buffers: Buffers, kv: HostKV, items: list[Item], timed: bool):
-        self.rt, self.items, self.timed = rt, items, timed
+    def __init__(self, rt: Runtime, buffers: Buffers, kv: HostKV, items: list[Item]):
+        self.rt, self.items = rt, items
         self.caches, self.kv = list(kv.caches), kv
         self.host = [jax.device_put((item.table, item.lengths, item.num_new), rt.host) for item in items]
         self.lengths = [jnp.asarray(item.lengths) for item in items]
@@ -72,7 +62,6 @@ class _Run:
         self.routed: list = [None] * len(items)
         self.spare, self.readers, self.coming = buffers
         self.due = self.current = None
-        self.spans: list[Span] = []
         self.handlers = {kind: getattr(self, f"_{kind}") for kind in KINDS}
         self.every_expert = np.arange(rt.config.num_experts, dtype=np.int32)
 
@@ -83,7 +72,6 @@ class _Run:
             features=[features(self.rt, h, inputs) for h, inputs in zip(h, self.inputs, strict=True)],
             kv=self.kv._replace(caches=tuple(self.caches)),
             buffers=Buffers(spare=self.spare, readers=tuple(self.readers), coming=self.coming),
-            spans=tuple(self.spans),
         )
 
     def _h(self, item: int) -> jax.Array:
@@ -94,9 +82,11 @@ class _Run:
         self.h[item] = jax.device_put(h, self.rt.parking) if self.items[item].parked else h
 
     def _note(self, task: Task, start_s: float, outputs) -> None:
-        if self.timed:
+        """outputs: waited for only where spans are wanted."""
+        spans = self.rt.lanes.spans
+        if spans is not None:
             jax.block_until_ready(outputs)
-            self.spans.append(Span(task, start_s, time.perf_counter()))
+            spans.append(Span(task.kind, task.resource, task.layer, task.item, start_s, time.perf_counter()))
 
     def _embed(self, task: Task) -> None:
         self._keep(task.item, stages.embed(self.rt.weights, jnp.asarray(self.items[task.item].tokens)))
@@ -125,7 +115,7 @@ class _Run:
         config = self.rt.config.layers[task.layer]
         cache = self.caches[task.layer]
         out, self.caches[task.layer] = jax.block_until_ready(stages.attend_paged(config, *projected, cache, *self.host[task.item]))
-        self.spans += [Span(task, start_s, time.perf_counter())] if self.timed else []
+        self._note(task, start_s, out)
         return out
 
     def _to_accelerator(self, task: Task) -> None:
@@ -162,7 +152,7 @@ class _Run:
         jax.block_until_ready(readers)
         start_s = time.perf_counter()
         buffer = self.rt.store.stream(buffer, self.rt.config.moe_index[task.layer])
-        self.spans += [Span(task, start_s, time.perf_counter())] if self.timed else []
+        self._note(task, start_s, buffer)
         return buffer
 
 
@@ -185,7 +175,7 @@ def streamed_target_pass(rt: Runtime, state: State, memory: ExpertMemory, tokens
     if items:
         done = stream_pass(rt, memory.buffers, state.kv, items)
     else:  # prompts of one token alone join: there is nothing to fill a cache with
-        done = StreamedPass(h=[], features=[], kv=state.kv, buffers=memory.buffers, spans=())
+        done = StreamedPass(h=[], features=[], kv=state.kv, buffers=memory.buffers)
     decoded = len(decoding)
     watched = any(f is not None for f in done.features)
     experts = rt.config.num_moe_layers * rt.config.num_experts if items else 0

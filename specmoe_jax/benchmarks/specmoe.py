@@ -73,6 +73,7 @@ def retain(s: Setting) -> dict:
             Case("caching + retain", s.plan("caching", batch, retain=True), "on_demand"),
             Case("specmoe + retain", s.specmoe(batch, retain=True), "on_demand"),
             Case("specmoe + retain + prefetch", s.specmoe(batch, retain=True, prefetch="draft"), "on_demand"),
+            Case("the same, guard", s.specmoe(batch, retain=True, prefetch="draft", guard=True), "on_demand"),
         ]
         rows |= _rows(s, cases, batch, also="caching")
     return rows
@@ -134,18 +135,24 @@ def drafts(s: Setting) -> dict:
 def guard(s: Setting) -> dict:
     """Never slower: nothing accepted, and the real (or given) acceptance; each against the same plan without a draft.
 
-    The base keeps N experts of every layer too, by the same rule (hot_global), so that only the draft differs.
+    The base keeps N experts of every layer too, by hot_global; the guarded plans by their own rule and by that.
     """
-    same = {"draft_set": "hot_global"}
     rows = {}
     for batch in s.ends(s.batches):
         cases = [
             Case("no draft", s.plan("caching", batch, cached_experts=s.experts)),
             Case("on_demand", s.plan("on_demand", batch), "no draft"),
-            Case("guard, 0 accepted", s.specmoe(batch, synthetic_acceptance=0.0, guard=True, **same), "no draft"),
-            Case("guard", s.specmoe(batch, guard=True, **same), "no draft"),
-            Case("no guard, 0 accepted", s.specmoe(batch, synthetic_acceptance=0.0, **same), "no draft"),
         ]
+        for policy in ("hot_temporal", "hot_global"):
+            cases += [
+                Case(
+                    f"guard, 0 accepted, {policy}",
+                    s.specmoe(batch, synthetic_acceptance=0.0, guard=True, draft_set=policy),
+                    "no draft",
+                ),
+                Case(f"guard, {policy}", s.specmoe(batch, guard=True, draft_set=policy), "no draft"),
+            ]
+        cases.append(Case("no guard, 0 accepted", s.specmoe(batch, synthetic_acceptance=0.0), "no draft"))
         rows |= _rows(s, cases, batch)
     return rows
 

@@ -109,7 +109,7 @@ def migrate_and_compute(
     needed[ids[ids >= 0]] = True
     # What is resident on a guess must not win the ties of the draft set: it costs acceptance (3.6 -> 2.9 tokens per step).
     settled = (memory.residency.slot_of[moe] >= 0) & ~memory.prefetched[moe]
-    keep = rt.keep(moe, memory.votes[moe], counts, settled)
+    keep = rt.keep(moe, memory.votes[moe], counts, settled, memory.resting)
     memory, worth = _revive(memory, moe, needed | keep, counts)
     plan, residency = plan_layer(memory.residency, moe, needed, keep, worth)
     hits = int((memory.prefetched[moe] & needed).sum())

@@ -45,7 +45,7 @@ class Lanes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """keep: (layer, votes [E], counts [E], resident [E]) -> [E] bool, experts that stay after the layer's pass.
+    """keep: (layer, votes [E], counts [E], resident [E], resting) -> [E] bool, experts that stay after the layer's pass.
 
     neighbours: [L, E, E] int32 where residents stand in for others, else None. resident_slots: [L, E] int32 under the
     resident flow, else None; an encoder's layers last. slots: of the pools that are made for this account. merged_slots:
@@ -58,7 +58,7 @@ class Runtime:
     store: ExpertStore
     draft: Draft | None
     draft_set: DraftSetPolicy
-    keep: Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+    keep: Callable[..., np.ndarray]
     neighbours: np.ndarray | None
     resident_slots: np.ndarray | None
     slots: PoolSlots
@@ -108,7 +108,7 @@ def build(
     config, device = model.config, jax.devices()[0]
     found = earlier.neighbours if earlier else _neighbours(model, plan, progress)  # maps experts, so before a tier drops pages
     resident = plan.expert_flow == "resident"
-    policy = make_policy(_policy_name(plan), config.num_moe_layers, config.num_experts)
+    policy = make_policy(_policy_name(plan), config.num_moe_layers, config.num_experts, guard=plan.guard)
     order = np.arange(config.num_expert_layers * config.num_experts, dtype=np.int32)
     return Runtime(
         config=config,
@@ -221,7 +221,12 @@ def _policy_name(plan: Plan) -> str:
 def _keep(config: ModelConfig, plan: Plan, policy: DraftSetPolicy):
     """The best experts of a layer by the policy's scores, as many as the plan pins; N = 0 keeps nothing (OnDemand)."""
     sizes = pinned_experts(config, plan)
-    return lambda layer, votes, counts, resident: hot_set(policy.scores(votes, counts, layer), resident, sizes[layer])
+
+    def keep(layer: int, votes: np.ndarray, counts: np.ndarray, resident: np.ndarray, resting: bool = False) -> np.ndarray:
+        scores = policy.resting if resting and policy.resting else policy.scores
+        return hot_set(scores(votes, counts, layer), resident, sizes[layer])
+
+    return keep
 
 
 def _neighbours(model: Model, plan: Plan, progress: str | bool) -> np.ndarray | None:

@@ -50,6 +50,7 @@ class ExpertMemory(NamedTuple):
     and in the residency, not among the votes. leftovers: what
     free slots still hold, None where the plan does not retain it. groups: [L, E] int32, the slot of the merged block that
     stands for each expert under draft=merged, else None. buffers: under expert_flow=stream, which has no pool, else None.
+    resting: whether the guard rests from drafting in this step.
     """
 
     slots: PoolSlots
@@ -60,6 +61,7 @@ class ExpertMemory(NamedTuple):
     leftovers: Leftovers | None = None
     groups: np.ndarray | None = None
     buffers: "Buffers | None" = None
+    resting: bool = False
 
 
 class HostKV(NamedTuple):

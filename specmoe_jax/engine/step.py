@@ -17,7 +17,7 @@ from specmoe_jax.engine.streaming import streamed_target_pass
 from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.planner.pipeline import ACCELERATOR
 from specmoe_jax.speculate.acceptance import accept, accept_coupled, accept_greedy, finite_positions, synthetic_accept
-from specmoe_jax.speculate.guard import choose, observe
+from specmoe_jax.speculate.guard import choose, observe, resting
 from specmoe_jax.speculate.hotness import count_choices
 from specmoe_jax.speculate.sampling import Stream
 from specmoe_jax.tracing import Span, span
@@ -42,6 +42,8 @@ def step(rt: Runtime, state: State, tokenizer, *, length: int | None = None) -> 
     below = rt.store.tier.counts
     if length is None:
         length = _length(rt, state)
+    if state.guard:
+        state = state._replace(memory=state.memory._replace(resting=resting(state.guard, length)))
     with span("draft"):
         drafted = draft(rt, state, length)
     clock.append(time.perf_counter())

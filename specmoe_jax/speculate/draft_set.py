@@ -15,15 +15,22 @@ class DraftSetPolicy(NamedTuple):
         pass (and of the earlier chunks of a prefill).
     update: (votes [L, E], counts [L, E], accepted [L, E]) -> [L, E], after the step. accepted: choices of the
         positions whose tokens were committed.
+    resting: in the place of scores while a guard rests from drafting; None: the same.
     """
 
     scores: Callable[[np.ndarray, np.ndarray, int], np.ndarray]
     update: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+    resting: Callable[[np.ndarray, np.ndarray, int], np.ndarray] | None = None
 
 
 def hot_temporal() -> DraftSetPolicy:
     """SpecMoE's: the latest pass alone votes, so the chosen were just fetched and the switch moves nothing."""
     return DraftSetPolicy(scores=lambda votes, counts, layer: counts, update=lambda votes, counts, accepted: np.zeros_like(votes))
+
+
+def guarded_hot_temporal() -> DraftSetPolicy:
+    """The same under a guard: while it rests, a pass is one token a row, a poor guide, and all passes vote as in hot_global."""
+    return hot_global()._replace(scores=hot_temporal().scores, resting=hot_global().scores)
 
 
 def hot_global() -> DraftSetPolicy:
@@ -52,10 +59,12 @@ def random_set(num_layers: int, num_experts: int, seed: int = 0) -> DraftSetPoli
     return DraftSetPolicy(scores=lambda votes, counts, layer: fixed[layer], update=lambda votes, counts, accepted: votes)
 
 
-def make_policy(name: str, num_layers: int, num_experts: int) -> DraftSetPolicy:
-    """The policy of a plan's `draft_set`."""
+def make_policy(name: str, num_layers: int, num_experts: int, *, guard: bool = False) -> DraftSetPolicy:
+    """The policy of a plan's `draft_set`. guard: whether the plan has one."""
     if name == "random":
         return random_set(num_layers, num_experts)
+    if name == "hot_temporal" and guard:
+        return guarded_hot_temporal()
     return {
         "hot_temporal": hot_temporal,
         "hot_global": hot_global,

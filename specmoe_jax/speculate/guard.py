@@ -3,7 +3,8 @@
 Utility is tokens gained per second spent (after Cascade, Saxena et al. 2025): with a per-token acceptance a, a step
 of k drafted tokens commits (1 - a^(k+1)) / (1 - a) tokens per row (Leviathan et al. 2023, Eq. 1) and takes the
 seconds that steps of that length were seen to take. The length with the largest utility is used; the others are
-tried again at growing intervals, because acceptance and contexts change.
+tried again at growing intervals, because acceptance and contexts change, and because a length is slow when it is first
+used: its experts are not there yet.
 """
 
 from typing import NamedTuple
@@ -11,28 +12,43 @@ from typing import NamedTuple
 import numpy as np
 
 MEMORY = 0.7  # weight of the past in the running means: a change shows after about three steps
-FIRST_INTERVAL, LAST_INTERVAL = 16, 512  # steps between trials; each trial that changes nothing doubles it
+HICCUP = 2.0  # a step counts at most so many times the mean: one that something else delayed must not stop the drafting
+STALE = 4  # steps after which the time of a length is forgotten when it is seen again
+FIRST_INTERVAL, LAST_INTERVAL = 8, 512  # steps between trials; each trial that changes nothing doubles it
+BUDGET = 0.02  # of the time so far: what trials may have lost before the next one
+CHEAP = 0.05  # what drafting a token costs at least, of a step without a draft: so a trial hopes
+PROMISING = 1.2  # tokens per row and step without a draft, if drafts were that cheap: such a trial gets a second step
 
 
 class Guard(NamedTuple):
     """lengths: compiled draft lengths, ascending from 0. seconds: per length, running mean of a step, nan = unseen.
 
-    accepted, refused: running sums of drafted tokens that stood, and of runs that ended before their end.
+    seen: per length, steps in a row that made its mean. last: per length, the step that saw it last. accepted, refused:
+    running sums of drafted tokens that stood, and of runs that ended before their end. trials: so far. trying: the length
+    that a trial goes on with, else None. elapsed_s, lost_s: of all steps, and what trials took beyond the time in which the
+    best length would have made the same tokens (the first two steps aside).
     """
 
     lengths: tuple[int, ...]
     seconds: tuple[float, ...]
+    seen: tuple[int, ...]
+    last: tuple[int, ...]
     accepted: float = 0.0
     refused: float = 0.0
     step: int = 0
+    elapsed_s: float = 0.0
+    lost_s: float = 0.0
     next_trial: int = FIRST_INTERVAL
     interval: int = FIRST_INTERVAL
+    trials: int = 0
+    trying: int | None = None
 
 
 def make_guard(longest: int) -> Guard:
     """Lengths 0, the powers of two below `longest`, and `longest`."""
     lengths = [0, *(1 << i for i in range(longest.bit_length()) if 1 << i < longest), longest]
-    return Guard(lengths=tuple(lengths), seconds=(float("nan"),) * len(lengths))
+    zeros = (0,) * len(lengths)
+    return Guard(lengths=tuple(lengths), seconds=(float("nan"),) * len(lengths), seen=zeros, last=zeros)
 
 
 def choose(guard: Guard) -> int:
@@ -41,26 +57,57 @@ def choose(guard: Guard) -> int:
         return guard.lengths[-1]
     if np.isnan(guard.seconds[0]):
         return 0
-    best = int(np.argmax(utilities(guard)))
-    if guard.step < guard.next_trial:
-        return guard.lengths[best]
-    # A trial tells what is not known: the time without a draft while drafting, the acceptance while not.
-    return 0 if best else guard.lengths[1]
+    if guard.trying is not None:
+        return guard.trying
+    best = best_length(guard)
+    if not _trial_is_due(guard):
+        return best
+    # A trial tells what is not known: the time without a draft or with a longer one while drafting, that of any while not.
+    hopeful = _hopeful_length(guard)
+    return 0 if best and (guard.trials % 2 == 0 or hopeful == best) else hopeful
+
+
+def resting(guard: Guard, length: int) -> bool:
+    """Whether a step of that length is one of plain decoding, or a trial out of it.
+
+    What stays on the accelerator is then better chosen by all passes than by this one of a token a row.
+    """
+    return length == 0 or (not np.isnan(guard.seconds[0]) and best_length(guard) == 0)
 
 
 def observe(guard: Guard, length: int, accepted: np.ndarray, seconds: float) -> Guard:
     """The guard after a step that drafted `length` tokens; accepted: [rows], drafted tokens that stood."""
-    index = guard.lengths.index(length)
+    known = not np.isnan([guard.seconds[0], guard.seconds[-1]]).any()
+    before, trial = best_length(guard) if known else None, known and guard.trying is None and _trial_is_due(guard)
+    if trial or guard.trying is not None:
+        expected_s = (1 + float(np.mean(accepted)) if len(accepted) else 1) / utilities(guard).max()
+        guard = guard._replace(lost_s=guard.lost_s + max(seconds - expected_s, 0.0))
+    index, step = guard.lengths.index(length), guard.step + 1
+    seen = 0 if step - guard.last[index] > STALE else guard.seen[index]
     old = guard.seconds[index]
-    mean = seconds if np.isnan(old) else MEMORY * old + (1 - MEMORY) * seconds
-    trial, step = guard.step >= guard.next_trial, guard.step + 1
-    guard = guard._replace(seconds=(*guard.seconds[:index], mean, *guard.seconds[index + 1 :]), step=step)
+    # The first step of a length after others is slow, so the second one takes its place.
+    mean = seconds if seen < 2 else MEMORY * old + (1 - MEMORY) * min(seconds, HICCUP * old)
+    guard = guard._replace(
+        seconds=_changed(guard.seconds, index, mean),
+        seen=_changed(guard.seen, index, seen + 1),
+        last=_changed(guard.last, index, step),
+        step=step,
+        elapsed_s=guard.elapsed_s + seconds,
+    )
     if length:
         guard = guard._replace(
             accepted=MEMORY * guard.accepted + float(accepted.sum()),
             refused=MEMORY * guard.refused + float((accepted < length).sum()),
         )
-    if not trial:
+    if before is None:
+        return guard
+    if trial and length and seen == 0 and _hopes(guard)[index] > PROMISING:
+        return guard._replace(trying=length)
+    ended = trial or guard.trying is not None
+    guard = guard._replace(trying=None, trials=guard.trials + ended)
+    if best_length(guard) != before:
+        return guard._replace(interval=FIRST_INTERVAL, next_trial=step + FIRST_INTERVAL)
+    if not ended:
         return guard
     interval = min(2 * guard.interval, LAST_INTERVAL)
     return guard._replace(interval=interval, next_trial=step + interval)
@@ -72,11 +119,37 @@ def acceptance(guard: Guard) -> float:
     return guard.accepted / tried if tried else 0.0
 
 
+def best_length(guard: Guard) -> int:
+    """The length with the largest utility."""
+    return guard.lengths[int(np.argmax(utilities(guard)))]
+
+
 def utilities(guard: Guard) -> np.ndarray:
     """Tokens per row and second of each length; the seconds of an unseen one are interpolated between its neighbours."""
     lengths, seconds = np.array(guard.lengths, float), np.array(guard.seconds)
     seen = ~np.isnan(seconds)
-    expected_s = np.where(seen, seconds, np.interp(lengths, lengths[seen], seconds[seen]))
-    rate = acceptance(guard)
-    tokens = lengths + 1 if rate >= 1 else (1 - rate ** (lengths + 1)) / (1 - rate)
-    return tokens / expected_s
+    return _tokens(guard) / np.where(seen, seconds, np.interp(lengths, lengths[seen], seconds[seen]))
+
+
+def _tokens(guard: Guard) -> np.ndarray:
+    """Expected tokens per row of a step of each length."""
+    lengths, rate = np.array(guard.lengths, float), acceptance(guard)
+    return lengths + 1 if rate >= 1 else (1 - rate ** (lengths + 1)) / (1 - rate)
+
+
+def _hopes(guard: Guard) -> np.ndarray:
+    """Tokens per row and step without a draft of each length, if drafting were nearly free."""
+    return _tokens(guard) / (1 + CHEAP * np.array(guard.lengths))
+
+
+def _hopeful_length(guard: Guard) -> int:
+    """The best length above 0 if drafting were nearly free: the longer, the more is accepted."""
+    return guard.lengths[1 + int(np.argmax(_hopes(guard)[1:]))]
+
+
+def _trial_is_due(guard: Guard) -> bool:
+    return guard.step >= guard.next_trial and guard.lost_s <= BUDGET * guard.elapsed_s
+
+
+def _changed(values: tuple, index: int, value) -> tuple:
+    return (*values[:index], value, *values[index + 1 :])

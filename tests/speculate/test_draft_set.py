@@ -40,3 +40,11 @@ def test_random_set_never_moves_and_differs_by_layer():
 def test_temporal_forgets_global_does_not():
     assert not after_two_passes("hot_temporal")[1].any()
     np.testing.assert_array_equal(after_two_passes("hot_global")[1], FIRST + SECOND)
+
+
+def test_under_a_guard_temporal_remembers_for_when_it_rests():
+    policy, votes = make_policy("hot_temporal", 1, 3, guard=True), np.zeros((1, 3))
+    votes = policy.update(votes, FIRST, FIRST)
+    np.testing.assert_array_equal(policy.scores(votes[0], SECOND[0], 0), SECOND[0])
+    np.testing.assert_array_equal(policy.resting(votes[0], SECOND[0], 0), FIRST[0] + SECOND[0])
+    assert make_policy("hot_temporal", 1, 3).resting is None

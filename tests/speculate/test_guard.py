@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from specmoe_jax.speculate.guard import acceptance, choose, make_guard, observe
+from specmoe_jax.speculate.guard import acceptance, best_length, choose, make_guard, observe, resting
 
 
 def drive(guard, rate, step_s, steps, seed=0):
@@ -13,8 +13,9 @@ def drive(guard, rate, step_s, steps, seed=0):
     for _ in range(steps):
         length = choose(guard)
         runs = np.array([np.argmin(np.append(rng.random(length) < rate, False)) for _ in range(8)])
-        guard = observe(guard, length, runs, step_s(length))
-        tokens, seconds = tokens + runs.mean() + 1, seconds + step_s(length)
+        took = step_s(length)
+        guard = observe(guard, length, runs, took)
+        tokens, seconds = tokens + runs.mean() + 1, seconds + took
         lengths.append(length)
     return guard, tokens, seconds, lengths
 
@@ -56,3 +57,55 @@ def test_acceptance_is_per_tried_token():
     guard = observe(make_guard(4), 4, np.array([4, 2]), 1.0)  # 4 + 2 stood, one fell
     assert acceptance(guard) == pytest.approx(6 / 7)
     assert acceptance(observe(guard, 0, np.zeros(2), 1.0)) == acceptance(guard)
+
+
+def cold(step_s, factor=10.0, warms=2):
+    """A machine on which the first `warms` steps of a length after others take `factor` times as long."""
+    runs = {"length": None, "count": 0}
+
+    def seconds(length):
+        runs["count"] = runs["count"] + 1 if runs["length"] == length else 0
+        runs["length"] = length
+        return step_s(length) * (factor if length and runs["count"] < warms - 1 else 1)
+
+    return seconds
+
+
+def test_a_cold_start_does_not_end_the_drafting():
+    """The longest draft is slow while its experts are not there; it is tried again, and for two steps."""
+    _, tokens, seconds, lengths = drive(make_guard(10), 0.9, cold(lambda length: 1 + 0.1 * length), 300)
+    assert np.mean(np.array(lengths[60:]) >= 8) > 0.8
+    assert tokens / seconds > 0.85 * (1 - 0.9**11) / 0.1 / 2
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.5, 0.7])
+@pytest.mark.parametrize("cost", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("longest", [1, 4, 10])
+def test_never_three_percent_slower_than_none(rate, cost, longest):
+    """After the first two steps, which measure, whatever the machine."""
+    _, tokens, seconds, _ = drive(make_guard(longest), rate, lambda length: 1 + cost * length, 3000)
+    first = 1 + cost * longest
+    assert tokens / (seconds - first) >= 0.97
+
+
+@pytest.mark.parametrize("rate, cost", [(0.0, 0.5), (0.9, 0.05), (0.5, 0.4), (0.2, 1.0)])
+def test_one_slow_step_changes_nothing_for_long(rate, cost):
+    hiccups = {100, 200, 260}
+    count = iter(range(10**6))
+
+    def seconds(length):
+        return (1 + cost * length) * (30 if next(count) in hiccups else 1)
+
+    _, _, _, steady = drive(make_guard(8), rate, lambda length: 1 + cost * length, 400)
+    _, _, _, shaken = drive(make_guard(8), rate, seconds, 400)
+    assert abs(np.mean(np.array(steady[100:]) > 0) - np.mean(np.array(shaken[100:]) > 0)) < 0.05
+
+
+def test_rests_while_nothing_is_drafted_and_in_trials_out_of_it():
+    guard = make_guard(4)
+    assert not resting(guard, 4) and resting(guard, 0)
+    guard, _, _, lengths = drive(guard, 0.0, lambda length: 1 + length, 60)
+    assert any(lengths[2:]) and best_length(guard) == 0  # there were trials
+    assert resting(guard, 0) and resting(guard, 1)
+    guard, *_ = drive(make_guard(4), 1.0, lambda length: 1 + 0.1 * length, 60)
+    assert resting(guard, 0) and not resting(guard, 4)

@@ -1,0 +1,159 @@
+"""What each piece of a pass takes, as functions of shapes (SpecMoEOff, Table 1, and everything else the engine does). Pure.
+
+Flops count a multiplication and an addition as two (the paper's table counts the attention's as one). Sizes of projections are
+those of the family's own tensors, whatever the family; norms, biases and softmax are left out.
+"""
+
+import functools
+from typing import NamedTuple
+
+from specmoe_jax.config import ModelConfig
+from specmoe_jax.layer_config import AttentionConfig
+from specmoe_jax.models.families import family_of
+from specmoe_jax.models.spec import LayerWeights
+from specmoe_jax.planner.hardware import Hardware
+from specmoe_jax.planner.pipeline import ACCELERATOR, CPU, DOWN, UP, Task
+
+DISK = "disk"
+
+
+class Cost(NamedTuple):
+    """flops and bytes of the resource's memory (for the link and the disk: bytes that cross it), and how many programs or copies.
+
+    operator: whose efficiency holds, one of hardware.OPERATORS.
+    """
+
+    resource: str
+    operator: str
+    flops: float = 0.0
+    bytes: float = 0.0
+    programs: int = 1
+
+
+class Load(NamedTuple):
+    """One work item: sequences, new positions of each, and positions in their caches (means, so they need not be whole)."""
+
+    rows: float
+    new: float
+    context: float
+
+    @property
+    def tokens(self) -> float:
+        return self.rows * self.new
+
+
+class LayerSizes(NamedTuple):
+    """Numbers in the projections before the attention, and after it (router, dense MLP and cross attention among them)."""
+
+    before: int
+    after: int
+
+
+def seconds(cost: Cost, hardware: Hardware, dtype: str) -> float:
+    """The slower of arithmetic and memory at their efficiencies, and the fixed costs. Raises KeyError for an unknown resource."""
+    compute, memory, overhead_s = hardware.efficiency(cost.operator)
+    peak, rate, fixed_s = limits(hardware, dtype)[cost.resource]
+    return max(cost.flops / (peak * compute), cost.bytes / (rate * memory)) + cost.programs * (fixed_s + overhead_s)
+
+
+def floor_seconds(costs: list[Cost], hardware: Hardware, dtype: str) -> float:
+    """No schedule can be faster: the busiest resource at its peaks, without fixed costs. Shared cores do one thing at a time."""
+    needs = {}
+    for resource, (peak, rate, _) in limits(hardware, dtype).items():
+        own = [cost for cost in costs if cost.resource == resource]
+        needs[resource] = max(sum(cost.flops for cost in own) / peak, sum(cost.bytes for cost in own) / rate)
+    cores_s = needs[ACCELERATOR] + needs[CPU] if hardware.shared_cores else max(needs[ACCELERATOR], needs[CPU])
+    return max(cores_s, needs[UP], needs[DOWN], needs[DISK])
+
+
+def limits(hardware: Hardware, dtype: str) -> dict[str, tuple[float, float, float]]:
+    """Of each resource: peak flop/s, bytes/s, seconds of a program or a copy. A pass waits for the CPU once per attention."""
+    accelerator = hardware.accelerator_flops(dtype), hardware.accelerator_bytes_per_s, hardware.task_s
+    return {
+        ACCELERATOR: accelerator,
+        CPU: (hardware.cpu_flops(dtype), hardware.dram_bytes_per_s, hardware.sync_s),
+        UP: (float("inf"), hardware.up_bytes_per_s, hardware.copy_s),
+        DOWN: (float("inf"), hardware.down_bytes_per_s, hardware.copy_s),
+        DISK: (float("inf"), hardware.disk_bytes_per_s, 0.0),
+    }
+
+
+@functools.lru_cache(maxsize=64)
+def layer_sizes(config: ModelConfig) -> tuple[LayerSizes, ...]:
+    """One a layer of the decoder."""
+    return tuple(map(_sizes, family_of(config).weight_specs(config).layers))
+
+
+def _sizes(weights: LayerWeights) -> LayerSizes:
+    before = (weights.q, weights.k, weights.v, weights.q_a, weights.kv_a)
+    cross = (weights.cross.q, weights.cross.o) if weights.cross else ()
+    mlp = (weights.mlp.gate, weights.mlp.up, weights.mlp.down) if weights.mlp else ()
+    after = (weights.o, weights.router, weights.shared_gate, *cross, *mlp)
+    up = weights.kv_b.size // 2 if weights.kv_b else 0  # of latent attention: half to the query, half to the output
+    return LayerSizes(*(sum(spec.size for spec in group if spec) + up for group in (before, after)))
+
+
+def embed(config: ModelConfig, load: Load, item: int) -> Cost:
+    return Cost(ACCELERATOR, "dense", bytes=2 * load.tokens * config.hidden_size * item)
+
+
+def projections(size: int, load: Load, item: int, *, programs: int = 1) -> Cost:
+    """Matrices of `size` numbers applied to the item's tokens."""
+    return Cost(ACCELERATOR, "dense", 2 * size * load.tokens, size * item, programs)
+
+
+def attention(config: AttentionConfig, load: Load, item: int, *, resource: str, programs: int = 1) -> Cost:
+    """Scores and mixture over the cache, which is read once for all new positions of a row and all heads of a KV group."""
+    context = min(x for x in (load.context + load.new / 2, config.window, config.chunk) if x is not None)
+    flops = 4 * load.tokens * context * config.num_heads * config.cache_dim
+    operator = "cpu_attention" if resource == CPU else "attention"
+    return Cost(resource, operator, flops, load.rows * context * cache_row(config) * item, programs)
+
+
+def cache_row(config: AttentionConfig) -> int:
+    """Numbers of keys and values of one position."""
+    return 2 * config.num_kv_heads * config.cache_dim
+
+
+def experts(config: ModelConfig, tokens: float, distinct: float, item: int, *, programs: int = 1) -> Cost:
+    """The chosen experts' FFN: every different one is read once."""
+    flops = 2 * config.experts.params * config.experts_per_token * tokens
+    moved = 2 * tokens * config.experts_per_token * config.hidden_size * item
+    return Cost(ACCELERATOR, "experts", flops, distinct * config.expert_params * item + moved, programs)
+
+
+def fetch(config: ModelConfig, count: float, item: int, *, operator: str = "stream", resource: str = UP) -> Cost:
+    """`count` experts over the link, or from disk, a copy each."""
+    return Cost(resource, operator, bytes=count * config.expert_params * item, programs=max(round(count), 1) if count else 0)
+
+
+def queries_down(config: AttentionConfig, load: Load, item: int) -> Cost:
+    """Queries, keys and values of the new positions to the host."""
+    numbers = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    return Cost(DOWN, "copy", bytes=load.tokens * numbers * item)
+
+
+def attended_up(config: AttentionConfig, load: Load, item: int) -> Cost:
+    """What the CPU's attention gives, back."""
+    return Cost(UP, "copy", bytes=load.tokens * config.num_heads * config.head_dim * item)
+
+
+def head(config: ModelConfig, tokens: float, item: int) -> Cost:
+    """Logits, float32, and the choice among them."""
+    size = config.vocab_size * config.hidden_size
+    return Cost(ACCELERATOR, "dense", 2 * size * tokens, size * item + 2 * tokens * config.vocab_size * 4)
+
+
+def task_cost(config: ModelConfig, task: Task, load: Load, *, distinct: float, chunks: int, item: int) -> Cost:
+    """Of one task of a streamed pass (planner.pipeline). distinct: experts of a layer that the work item uses."""
+    layer, sizes = config.layers[task.layer], layer_sizes(config)[task.layer]
+    return {
+        "embed": lambda: embed(config, load, item),
+        "other1": lambda: projections(sizes.before, load, item),
+        "to_host": lambda: queries_down(layer.attention, load, item),
+        "attention": lambda: attention(layer.attention, load, item, resource=CPU),
+        "to_accelerator": lambda: attended_up(layer.attention, load, item),
+        "other2": lambda: projections(sizes.after, load, item),
+        "experts": lambda: experts(config, load.tokens, distinct, item),
+        "stream": lambda: fetch(config, config.num_experts / chunks, item),
+    }[task.kind]()

@@ -1,0 +1,114 @@
+"""What drafting takes, by kind of draft, as costs of its pieces in the order in which they run. Pure."""
+
+from typing import NamedTuple
+
+from specmoe_jax.config import ModelConfig, Plan
+from specmoe_jax.layer_config import LayerConfig
+from specmoe_jax.models import eagle
+from specmoe_jax.models.eagle import EagleConfig
+from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
+from specmoe_jax.planner import costs, routing
+from specmoe_jax.planner.costs import Cost, Load
+from specmoe_jax.planner.memory import account
+from specmoe_jax.planner.pipeline import ACCELERATOR, CPU
+
+
+class DraftCosts(NamedTuple):
+    """costs: one after the other. syncs: how often the host waits meanwhile. bytes: on the accelerator, of its own."""
+
+    costs: tuple[Cost, ...]
+    syncs: int = 1
+    bytes: int = 0
+
+
+NOTHING = DraftCosts(costs=(), syncs=0)
+
+
+def draft_costs(
+    config: ModelConfig, plan: Plan, load: Load, *, positions: int, skew: float, head: EagleConfig | None, model: ModelConfig | None
+) -> DraftCosts:
+    """Of `plan.draft_length` tokens for each of `load.rows` sequences.
+
+    head: of draft=eagle, None for `usual_head`. model: the configuration of draft=model. positions: of its cache. A custom
+    draft and prompt lookup take nothing: what they do on the host is in Hardware.step_s.
+    """
+    item, length = DTYPE_BYTES[plan.dtype], plan.draft_length or 0
+    one = Load(load.rows, 1, load.context + length / 2)
+    if not length or plan.draft in ("none", "ngram", "custom"):
+        return NOTHING
+    if plan.draft in ("self", "merged"):
+        resident = plan.draft_experts if isinstance(plan.draft_experts, int) else sum(plan.draft_experts) / config.num_moe_layers
+        used = min(
+            routing.distinct(routing.choice_probabilities(config.num_experts, config.experts_per_token, skew), load.rows), resident
+        )
+        token = resident_pass(config, one, used, item, kv_tier=plan.kv_tier)
+        return DraftCosts(token * length, syncs=length if plan.prefetch == "draft" else 1)
+    if plan.draft == "model":
+        return _model_costs(model, plan, load, one, item, positions)
+    return _eagle_costs(config, head or usual_head(config), load, one, item, length, positions)
+
+
+def resident_pass(config: ModelConfig, load: Load, distinct: float, item: int, *, kv_tier: str) -> tuple[Cost, ...]:
+    """All layers and the head without a copy of an expert. distinct: experts of a layer that are used."""
+    found = [costs.embed(config, load, item)]
+    for index in range(config.num_layers):
+        found += attention_block(config, index, load, item, kv_tier=kv_tier)
+        if config.moe_index[index] is not None:
+            found.append(costs.experts(config, load.tokens, distinct, item, programs=0 if kv_tier == "accelerator" else 1))
+    return (*found, costs.head(config, load.tokens, item))
+
+
+def attention_block(config: ModelConfig, index: int, load: Load, item: int, *, kv_tier: str) -> list[Cost]:
+    """A layer up to its router: one program with a cache on the accelerator, else three and two copies."""
+    layer, sizes = config.layers[index], costs.layer_sizes(config)[index]
+    on_cpu = kv_tier == "host"
+    attend = costs.attention(layer.attention, load, item, resource=CPU if on_cpu else ACCELERATOR, programs=int(on_cpu))
+    around = [costs.queries_down(layer.attention, load, item)], [costs.attended_up(layer.attention, load, item)]
+    before, after = around if on_cpu else ([], [])
+    return [
+        costs.projections(sizes.before, load, item),
+        *before,
+        attend,
+        *after,
+        costs.projections(sizes.after, load, item, programs=int(on_cpu)),
+    ]
+
+
+def usual_head(config: ModelConfig) -> EagleConfig:
+    """An EAGLE-1 head in the shape of the published one for Mixtral: the target's attention with a KV head for each query head
+    (16 KiB of float16 cache a token there), a dense MLP of 3.5 times its width."""
+    heads = max(config.hidden_size // 128, 1)
+    layer = config.layers[0]
+    attention = type(layer.attention)(
+        num_heads=heads, num_kv_heads=heads, head_dim=config.hidden_size // heads, scale=1.0, rope=layer.attention.rope
+    )
+    dense = LayerConfig(
+        attention=attention, router=None, experts=None, norm_eps=layer.norm_eps, mlp_hidden=config.hidden_size * 7 // 2
+    )
+    return EagleConfig(layer=dense, hidden_size=config.hidden_size, bias=True)
+
+
+def _eagle_costs(config, head: EagleConfig, load: Load, one: Load, item: int, length: int, positions: int) -> DraftCosts:
+    """The head reads the pass's committed tokens (padded to all of the pass's), then feeds back its own; an output matrix each."""
+    attention = head.layer.attention
+    size = sum(spec.size for spec in spec_leaves(eagle.weight_specs(head)))
+
+    def layer(of: Load) -> list[Cost]:
+        return [costs.projections(size, of, item), costs.attention(attention, of, item, resource=ACCELERATOR, programs=0)]
+
+    output = costs.head(config, load.rows, item)
+    held = positions * costs.cache_row(attention) + head.hidden_size
+    return DraftCosts(
+        costs=(*layer(load), output, *((*layer(one), output) * (length - 1))),
+        bytes=int((size + load.rows * held) * item),
+    )
+
+
+def _model_costs(model: ModelConfig, plan: Plan, load: Load, one: Load, item: int, positions: int) -> DraftCosts:
+    """It first reads what was committed (padded to all of the pass's), then writes."""
+    resident = Plan(preset="resident", expert_flow="resident", dtype=plan.dtype, prefill_chunk=plan.prefill_chunk)
+    used = float(model.num_experts) if model.num_moe_layers else 0.0
+    catch_up = resident_pass(model, load, used, item, kv_tier="accelerator")
+    token = resident_pass(model, one, min(used, load.rows * model.experts_per_token), item, kv_tier="accelerator")
+    own = account(model, resident, batch_rows=round(load.rows), positions=positions).accelerator_bytes
+    return DraftCosts(costs=(*catch_up, *(token * ((plan.draft_length or 1) - 1))), bytes=own)

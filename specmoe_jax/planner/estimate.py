@@ -1,0 +1,170 @@
+"""What a plan will do on a machine: time, bytes, memory, what binds. Pure numbers; nothing is run, no weight is read."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+from specmoe_jax.config import ModelConfig, Plan
+from specmoe_jax.planner.costs import Load
+from specmoe_jax.planner.drafts import draft_costs
+from specmoe_jax.planner.hardware import Efficiency, Hardware
+from specmoe_jax.planner.memory import MemoryAccount, PagedLoad, account, cache_positions, pages_of
+from specmoe_jax.planner.passes import Setting, Timing, prefill_seconds, time_pass
+from specmoe_jax.planner.pipeline import ACCELERATOR, CPU
+from specmoe_jax.planner.simulate import Simulation
+from specmoe_jax.planner.workload import Workload
+
+# Rates whose spread makes the interval: by what share the tokens/s move with each, added as independent errors are.
+_UNCERTAIN = (
+    "up_bytes_per_s",
+    "accelerator_flops_float32",
+    "accelerator_flops_bfloat16",
+    "accelerator_bytes_per_s",
+    "cpu_flops_float32",
+    "cpu_flops_bfloat16",
+    "dram_bytes_per_s",
+    "disk_bytes_per_s",
+)
+
+
+class Prediction(NamedTuple):
+    """Of the decoding in its steady state.
+
+    rows: sequences that run at a time. interval: of tokens_per_s, None if not asked for. binding: the busiest resource.
+    busy_s: of one iteration, by resource. floor_s: no schedule of the pass can be faster at the machine's peaks.
+    naive_s: the iteration as the per-layer maximum sees it; None for passes that are not streamed. prefill_s: of all rows' prompts.
+    """
+
+    rows: int
+    iteration_s: float
+    draft_s: float
+    tokens_per_step: float
+    tokens_per_s: float
+    interval: tuple[float, float] | None
+    link_bytes_per_token: float
+    binding: str
+    busy_s: dict[str, float]
+    floor_s: float
+    prefill_s: float
+    account: MemoryAccount
+    naive_s: float | None
+    simulation: Simulation | None
+
+    @property
+    def fraction_of_floor(self) -> float:
+        return self.floor_s / self.iteration_s
+
+
+def predict(
+    config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload, *, budgets: bool = True, interval: bool = True
+) -> Prediction:
+    """The prediction of a plan. budgets: what the plan does not limit, the machine's memories do; False: only the plan does.
+
+    Raises PlanError for a plan that does not hold for the model or does not fit.
+    """
+    plan = plan.validate(config)
+    own = needed(config, plan, hardware, workload, budgets=budgets)
+    rows = running_rows(plan, own, workload)
+    timing = _time(config, plan, hardware, workload, own, rows)
+    tokens = workload.tokens_per_step(plan.draft_length or 0)
+    setting = _setting(config, plan, hardware, workload, own, rows)
+    return Prediction(
+        rows=rows,
+        iteration_s=timing.iteration_s,
+        draft_s=timing.draft_s,
+        tokens_per_step=tokens,
+        tokens_per_s=rows * tokens / timing.iteration_s,
+        interval=_interval(config, plan, hardware, workload, own, rows, timing, tokens) if interval else None,
+        link_bytes_per_token=timing.link_bytes / (rows * tokens),
+        binding=_binding(timing.busy_s, hardware),
+        busy_s=timing.busy_s,
+        floor_s=timing.floor_s,
+        prefill_s=prefill_seconds(setting, workload.source_tokens if config.encoder else workload.prompt_tokens),
+        account=own,
+        naive_s=timing.simulation and timing.simulation.naive_s,
+        simulation=timing.simulation,
+    )
+
+
+def needed(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload, *, budgets: bool = True) -> MemoryAccount:
+    """The engine's own account for this workload. Raises PlanError with the shortage."""
+    if budgets:
+        device, host = plan.device_memory_bytes, plan.host_memory_bytes
+        plan = plan.replace(
+            device_memory_bytes=int(hardware.accelerator_memory_bytes) if device is None else device,
+            host_memory_bytes=int(hardware.host_memory_bytes) if host is None else host,
+        )
+    prompt, longest = _prompt(config, workload), _prompt(config, workload) + workload.new_tokens
+    rows, positions = plan.batch_size, cache_positions(longest, plan)
+    load = Load(rows, plan.tokens_per_pass, longest)
+    of_draft = draft_costs(
+        config, plan, load, positions=positions, skew=workload.skew, head=workload.head, model=workload.draft_model
+    )
+    return account(
+        config,
+        plan,
+        batch_rows=rows,
+        positions=positions,
+        source_positions=workload.source_tokens if config.encoder else 0,
+        draft_model_bytes=of_draft.bytes,
+        paged=PagedLoad(pages=rows * _pages(plan, longest), prompt_tokens=rows * prompt),
+    )
+
+
+def running_rows(plan: Plan, own: MemoryAccount, workload: Workload) -> int:
+    """Sequences at a time: the batch, or as many as have pages in a streamed plan's cache."""
+    if plan.expert_flow != "stream":
+        return plan.batch_size
+    return min(plan.batch_size, own.kv_pages // _pages(plan, workload.prompt_tokens + workload.new_tokens))
+
+
+def _prompt(config: ModelConfig, workload: Workload) -> int:
+    """Positions that the decoder's cache holds before it writes."""
+    return len(config.encoder.start) if config.encoder else workload.prompt_tokens
+
+
+def _pages(plan: Plan, longest: int) -> int:
+    return pages_of(longest + plan.tokens_per_pass)
+
+
+def _setting(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload, own: MemoryAccount, rows: int) -> Setting:
+    context = _prompt(config, workload) + workload.new_tokens / 2
+    load = Load(rows, plan.tokens_per_pass, context)
+    return Setting(config, plan, _with_emulated_link(hardware, plan), own, load, workload.skew)
+
+
+def _with_emulated_link(hardware: Hardware, plan: Plan) -> Hardware:
+    """Experts cross at the emulated rate; activations do not."""
+    if plan.link_bytes_per_s is None:
+        return hardware
+    share = min(plan.link_bytes_per_s / hardware.up_bytes_per_s, 1.5)
+    efficiencies = dict(hardware.efficiencies) | {"stream": Efficiency(memory=share)}
+    return hardware.replace(efficiencies=tuple(efficiencies.items()))
+
+
+def _time(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload, own: MemoryAccount, rows: int) -> Timing:
+    setting = _setting(config, plan, hardware, workload, own, rows)
+    positions = cache_positions(_prompt(config, workload) + workload.new_tokens, plan)
+    of_draft = draft_costs(
+        config, plan, setting.load, positions=positions, skew=workload.skew, head=workload.head, model=workload.draft_model
+    )
+    return time_pass(setting, of_draft)
+
+
+def _binding(busy_s: dict[str, float], hardware: Hardware) -> str:
+    if hardware.shared_cores:
+        busy_s = busy_s | {ACCELERATOR: busy_s[ACCELERATOR] + busy_s[CPU], CPU: 0.0}
+    return max(busy_s, key=busy_s.get)
+
+
+def _interval(config, plan, hardware, workload, own, rows, timing: Timing, tokens: float) -> tuple[float, float]:
+    """Each rate lowered by its spread in turn; the changes of the iteration are added in squares, the same up and down."""
+    changes = []
+    for name in _UNCERTAIN:
+        if name.endswith(("float32", "bfloat16")) and not name.endswith(plan.dtype):
+            continue
+        slower = dataclasses.replace(hardware, **{name: getattr(hardware, name) * (1 - min(hardware.spread(name), 0.9))})
+        changes.append(_time(config, plan, slower, workload, own, rows).iteration_s / timing.iteration_s - 1)
+    spread = math.hypot(*changes)
+    rate = rows * tokens / timing.iteration_s
+    return rate / (1 + spread), rate * (1 + spread)

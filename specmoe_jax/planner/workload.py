@@ -1,0 +1,71 @@
+"""What is to be generated, as far as its cost depends on it. Pure."""
+
+import dataclasses
+import itertools
+import math
+
+from specmoe_jax.config import ModelConfig
+from specmoe_jax.errors import PlanError
+from specmoe_jax.models.eagle import EagleConfig
+
+# Accepted drafted tokens by draft length k, EAGLE on Mixtral-8x7B (SpecMoEOff; k counts the nodes of a small tree there).
+EAGLE_MIXTRAL = (
+    (2, 0.58),
+    (3, 0.78),
+    (4, 0.91),
+    (5, 1.15),
+    (6, 1.24),
+    (8, 1.45),
+    (10, 1.50),
+    (15, 1.60),
+    (20, 1.64),
+    (30, 1.87),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """prompt_tokens, new_tokens: of a request, means.
+
+    acceptance: the probability that a drafted token is accepted if those before it were, or pairs (draft length, mean accepted
+    tokens), interpolated. skew: Gini coefficient of the expert counts, see planner.routing. head: of draft=eagle, None for the
+    usual one. draft_model: of draft=model. source_tokens: what an encoder reads.
+    Raises PlanError for what is no workload.
+    """
+
+    prompt_tokens: int = 512
+    new_tokens: int = 128
+    acceptance: float | tuple[tuple[int, float], ...] = 0.7
+    skew: float = 0.4
+    head: EagleConfig | None = None
+    draft_model: ModelConfig | None = None
+    source_tokens: int = 0
+
+    def __post_init__(self):
+        if self.prompt_tokens < 1 or self.new_tokens < 1:
+            raise PlanError(f"a workload of {self.prompt_tokens} prompt and {self.new_tokens} new tokens; both must be at least 1")
+        if isinstance(self.acceptance, tuple):
+            lengths = [length for length, _ in self.acceptance]
+            if not lengths or lengths != sorted(set(lengths)) or any(not 0 <= mean <= k for k, mean in self.acceptance):
+                raise PlanError(f"acceptance is {self.acceptance}; a map has ascending draft lengths k, each with a mean of 0 to k")
+        elif not 0 <= self.acceptance <= 1:
+            raise PlanError(f"acceptance is {self.acceptance}; it must be a probability, or pairs (draft length, mean accepted)")
+
+    @property
+    def context(self) -> float:
+        """Mean cached positions of a sequence over its generation."""
+        return self.prompt_tokens + self.new_tokens / 2
+
+    def tokens_per_step(self, draft_length: int) -> float:
+        """One from the target and the accepted ones, at most what is asked for."""
+        return min(1 + self.accepted(draft_length), self.new_tokens)
+
+    def accepted(self, draft_length: int) -> float:
+        """Mean accepted tokens of so many drafted."""
+        if not isinstance(self.acceptance, tuple):
+            return math.fsum(self.acceptance**j for j in range(1, draft_length + 1))
+        points = ((0, 0.0), *self.acceptance) if self.acceptance[0][0] > 0 else self.acceptance
+        for (low, below), (high, above) in itertools.pairwise(points):
+            if low <= draft_length <= high:
+                return below + (above - below) * (draft_length - low) / (high - low)
+        return points[-1][1]

@@ -1,0 +1,95 @@
+"""The simulator: nothing starts before what it waits for, a resource does one thing at a time, and times known by hand."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specmoe_jax.planner import simulate as module
+from specmoe_jax.planner.pipeline import KINDS, pass_tasks
+from specmoe_jax.planner.simulate import naive_seconds, simulate
+
+DURATIONS = st.fixed_dictionaries({kind: st.integers(0, 20).map(float) for kind in KINDS})
+
+
+def run(seconds, layers=(True,) * 3, items=2, chunks=2, **options):
+    return simulate(pass_tasks(tuple(layers), items, chunks), lambda task: seconds.get(task.kind, 0.0), **options)
+
+
+@given(
+    DURATIONS,
+    st.lists(st.booleans(), min_size=1, max_size=4).filter(any),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_order_edges_and_exclusive_resources_hold(seconds, layers, items, chunks, shared_cores):
+    tasks = pass_tasks(tuple(layers), items, chunks)
+    nodes = module._unroll(tasks, [seconds[task.kind] for task in tasks], draft_s=3.0)
+    starts, ends, causes = module._schedule(nodes, shared_cores)
+    for i, node in enumerate(nodes):
+        assert all(ends[place] <= starts[i] for place in node.after)
+        assert ends[i] == starts[i] + node.seconds
+        assert starts[i] == 0 or (causes[i] is not None and ends[causes[i]] == starts[i])  # nothing idles without a reason
+    for server in {module._server(node.resource, shared_cores) for node in nodes}:
+        own = sorted((starts[i], ends[i]) for i, node in enumerate(nodes) if module._server(node.resource, shared_cores) == server)
+        assert all(before[1] <= after[0] for before, after in itertools.pairwise(own))
+
+
+@given(DURATIONS, st.integers(1, 3))
+@settings(max_examples=50, deadline=None)
+def test_shared_cores_are_never_faster_and_drafting_adds_at_most_itself(seconds, items):
+    apart = run(seconds, items=items)
+    assert run(seconds, items=items, shared_cores=True).iteration_s >= max(apart.busy_s.values())
+    assert run(seconds, items=items, draft_s=5.0).iteration_s <= apart.iteration_s + 5.0 + max(seconds.values()) * len(KINDS)
+
+
+def test_a_link_that_binds_is_all_that_counts():
+    """3 layers of 2 chunks of 10 s: 60 s, whatever short things happen beside them."""
+    found = run({"stream": 10.0, "attention": 1.0, "experts": 1.0}, items=1)
+    assert found.iteration_s == 60.0
+    assert {span.kind for span in found.critical} >= {"stream"}
+
+
+def test_drafting_hides_the_stream_of_the_next_layer():
+    """Attention and experts alone: 3 layers of 2 + 3 s, and 7 s of drafting, in which the link of 1 s a layer is idle or ahead."""
+    assert run({"attention": 2.0, "experts": 3.0, "stream": 0.5}, items=1, draft_s=7.0).iteration_s == 3 * 5.0 + 7.0
+
+
+def test_two_micro_batches_overlap_attention_with_experts():
+    """One item: 4 + 4 s a layer; two of half the size: the CPU is busy 4 s a layer and waits for the experts of one half only."""
+    one = run({"attention": 4.0, "experts": 4.0}, items=1).iteration_s
+    two = run({"attention": 2.0, "experts": 2.0}, items=2).iteration_s
+    assert one == 24.0
+    assert two == pytest.approx(3 * 4.0 + 2.0)
+
+
+def test_shared_cores_cannot_overlap_them():
+    assert run({"attention": 2.0, "experts": 2.0}, items=2, shared_cores=True).iteration_s == 24.0
+
+
+def test_urgent_copies_go_before_weights():
+    """The copy back waits for one chunk at most: cut finer, the pass is shorter."""
+    coarse = run({"stream": 8.0, "to_accelerator": 1.0, "attention": 3.0, "experts": 4.0}, items=1, chunks=1).iteration_s
+    fine = run({"stream": 1.0, "to_accelerator": 1.0, "attention": 3.0, "experts": 4.0}, items=1, chunks=8).iteration_s
+    assert fine < coarse
+
+
+def test_what_does_not_overlap_is_added():
+    whole = run({"stream": 10.0, "experts": 5.0}, items=1)
+    assert run({"stream": 10.0, "experts": 5.0}, items=1, overlap=0.5).iteration_s == whole.iteration_s + 0.5 * 15.0
+
+
+def test_the_naive_estimator_takes_the_busiest_resource_of_each_layer():
+    tasks = pass_tasks((True, False, True), 2, 2)
+    seconds = {"stream": 5.0, "attention": 3.0, "experts": 1.0}
+    assert naive_seconds(tasks, lambda task: seconds.get(task.kind, 0.0), draft_s=2.0) == 2.0 + 10.0 + 6.0 + 10.0
+
+
+def test_the_critical_path_spans_the_iteration():
+    found = run({"stream": 2.0, "attention": 3.0, "experts": 4.0, "other1": 1.0}, draft_s=2.0)
+    assert found.critical[-1].kind == module.DRAFT
+    assert found.critical[-1].end_s == pytest.approx(found.iteration_s)
+    assert all(a.end_s == b.start_s for a, b in itertools.pairwise(found.critical))

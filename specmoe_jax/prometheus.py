@@ -15,6 +15,12 @@ def text(figures: Mapping) -> str:
     """Numbers become samples; None, texts and nested settings are left out, a list of numbers gets positions from 1.
 
     What is emulated or synthetic is a label of `specmoe_info`, so that no dashboard shows such figures unmarked.
+
+    >>> print(text({"steps": 3, "floor_s": None, "synthetic": ["link_bytes_per_s"]}), end="")
+    # TYPE specmoe_steps_total counter
+    specmoe_steps_total 3
+    # TYPE specmoe_info gauge
+    specmoe_info{preset="",synthetic="link_bytes_per_s"} 1
     """
     lines = []
     for name, value in figures.items():

@@ -31,7 +31,11 @@ def final_text(generated: tuple[int, ...], stop: tuple[str, ...], eos_token_ids:
 
 
 def safe_length(text: str, stop: tuple[str, ...]) -> int:
-    """How much of a text that is still growing can be shown: what may begin a stop string cannot."""
+    """How much of a text that is still growing can be shown: what may begin a stop string cannot.
+
+    >>> safe_length("the en", stop=("end", "stop"))
+    4
+    """
     held = max((n for string in stop for n in range(1, min(len(string), len(text) + 1)) if text.endswith(string[:n])), default=0)
     return len(text) - held
 

@@ -91,7 +91,11 @@ def accept_chances(draft_tokens: jax.Array, draft_probs: jax.Array | None, targe
 
 
 def accept_probability(p: jax.Array, q: jax.Array) -> jax.Array:
-    """min(1, p / q), elementwise; where q is 0 the limit: 1, or 0 when p is 0 too."""
+    """min(1, p / q), elementwise; where q is 0 the limit: 1, or 0 when p is 0 too.
+
+    >>> accept_probability(jnp.array([0.2, 0.5, 0.3, 0.0]), jnp.array([0.4, 0.1, 0.0, 0.0])).tolist()
+    [0.5, 1.0, 1.0, 0.0]
+    """
     ratio = p / jnp.where(q > 0, q, 1.0)
     return jnp.where(q > 0, jnp.minimum(ratio, 1.0), (p > 0).astype(p.dtype))
 
@@ -140,7 +144,11 @@ def finite_positions(target_logits: jax.Array) -> jax.Array:
 
 
 def leading_run(accepted: jax.Array) -> jax.Array:
-    """Length [B] int32 of the run of True that each row of [B, N] starts with."""
+    """Length [B] int32 of the run of True that each row of [B, N] starts with.
+
+    >>> leading_run(jnp.array([[True, True, False], [False, True, True]])).tolist()
+    [2, 0]
+    """
     return jnp.sum(jnp.cumprod(accepted.astype(jnp.int32), axis=1), axis=1)
 
 

@@ -38,7 +38,11 @@ def expert_distances(read_block: Callable[[int], np.ndarray], num_experts: int, 
 
 
 def neighbours(distances: np.ndarray) -> np.ndarray:
-    """Experts by distance: row e of [E, E] int32 is every expert, e first, then nearest first, ties to the smaller id."""
+    """Experts by distance: row e of [E, E] int32 is every expert, e first, then nearest first, ties to the smaller id.
+
+    >>> neighbours(np.array([[0, 5, 1], [5, 0, 2], [1, 2, 0]])).tolist()
+    [[0, 2, 1], [1, 2, 0], [2, 0, 1]]
+    """
     distances = np.array(distances, np.float64)
     np.fill_diagonal(distances, -1)
     return np.argsort(distances, axis=1, kind="stable").astype(np.int32)
@@ -48,6 +52,9 @@ def substitutes(neighbours: np.ndarray, resident: np.ndarray) -> np.ndarray:
     """Who computes for each expert while drafting, [E] int32: itself when resident, else the nearest that is.
 
     neighbours: [E, E] int32; resident: [E] bool. Raises ValueError when no expert is resident.
+
+    >>> substitutes(np.array([[0, 2, 1], [1, 2, 0], [2, 0, 1]]), resident=[True, True, False]).tolist()
+    [0, 1, 0]
     """
     is_resident = np.asarray(resident, bool)[neighbours]
     if not is_resident.any():

@@ -25,6 +25,11 @@ def lookup(history: tuple[int, ...], length: int, longest: int) -> list[int]:
     """`length` tokens that continue `history`: after the latest earlier occurrence of its longest matching suffix.
 
     Where the occurrence is too near the end its continuation is repeated; without any match the last token is.
+
+    >>> lookup((1, 2, 3, 4, 1, 2), length=2, longest=3)
+    [3, 4]
+    >>> lookup((1, 2, 3), length=2, longest=3)
+    [3, 3]
     """
     if not history:
         return [0] * length

@@ -62,6 +62,7 @@ def main() -> None:
                 assert second.returncode == 0, second.stderr
                 assert set(held) <= set(lines(folder)) and lines(folder) == expected, "the files differ"
             expected = lines(folder)
+            kept = f"{len(held)} of {len(TEXTS)} requests kept"
             said = next((line for line in first.stderr.splitlines() if line.startswith("error:")), "through")
             print(
                 f"{size or 'unlimited'} KiB: exit {first.returncode}, {kept}; {said[:120]}",

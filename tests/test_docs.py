@@ -1,0 +1,121 @@
+"""The docs do what they say: their blocks run, their commands run, their links lead somewhere, their examples hold."""
+
+import doctest
+import importlib
+import json
+import pathlib
+import pkgutil
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import specmoe_jax
+from specmoe_jax.models import families
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def code_cells(notebook):
+    cells = json.loads((ROOT / notebook).read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def run_all(sources, name):
+    """One after the other in one namespace, as a reader does."""
+    namespace = {"__name__": name}
+    for number, source in enumerate(sources):
+        exec(compile(source, f"{name}, block {number}", "exec"), namespace)
+    return namespace
+
+
+@pytest.fixture
+def known_families(monkeypatch):
+    """An example adds a family; it is gone afterwards."""
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/extending.md"])
+def test_python_blocks(page, known_families, capsys):
+    sources = blocks(page, "python")
+    assert sources
+    run_all(sources, page)
+
+
+def test_the_notebook(monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(plt.gcf()))
+    run_all(code_cells("docs/tour.ipynb"), "tour")
+    assert len(shown) == 3
+    plt.close("all")
+
+
+def test_the_notebook_is_kept_without_outputs():
+    for cell in json.loads((ROOT / "docs/tour.ipynb").read_text())["cells"]:
+        assert cell.get("outputs", []) == [] and cell.get("execution_count") is None
+
+
+def test_commands_of_the_tutorial(tmp_path):
+    """In an empty folder, with a prompts file as it describes one."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The sea", "id": "first"}\n{"prompt": ""}\n')
+    lines = "".join(blocks("docs/tutorial.md", "sh")).splitlines()
+    commands = [line for line in lines if line.startswith("python scripts/generate.py")]
+    assert len(commands) == 2
+    for command in commands:
+        _, script, *flags = shlex.split(command)
+        done = subprocess.run([sys.executable, ROOT / script, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert sorted(record["finish_reason"] for record in records) == ["error", "length"]
+    described = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", (ROOT / "docs/formats.md").read_text(), flags=re.M)))
+    assert {key for record in records for key in record} == set(described)
+
+
+def test_flags_named_in_the_docs_exist():
+    """Of generate.py, by its source: a flag that was renamed must not live on in a page."""
+    defined = set()
+    for script in (ROOT / "scripts").glob("*.py"):
+        defined |= set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", script.read_text()))
+    for page in ("tutorial", "formats", "troubleshooting"):
+        named = set(re.findall(r"`--(\w+)", (ROOT / f"docs/{page}.md").read_text()))
+        assert named <= defined, named - defined
+
+
+def anchors(page):
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links(page):
+    """Of files in this repository and of headings in them; the web is not asked."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for link in LINK.findall(text):
+        if re.match(r"\w+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name}: {link} leads nowhere"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link} has no such heading"
+
+
+MODULES = sorted(m.name for m in pkgutil.walk_packages(specmoe_jax.__path__, "specmoe_jax.") if not m.name.endswith("_cpu_ops"))
+
+
+def test_doctests():
+    """The examples in docstrings."""
+    results = [doctest.testmod(importlib.import_module(name)) for name in MODULES]
+    assert sum(result.failed for result in results) == 0
+    assert sum(result.attempted for result in results) >= 9

@@ -14,10 +14,10 @@ import time
 import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
-import tqdm
 from absl import app, flags, logging
 
 from specmoe_jax.config import ModelConfig
+from specmoe_jax.progress import PROGRESS, bar
 from specmoe_jax.training import data, evaluate, export, loop
 
 FLAGS = flags.FLAGS
@@ -39,6 +39,7 @@ flags.DEFINE_float("capacity_factor", 2.0, "rows of an expert in training, relat
 flags.DEFINE_bool("common_experts", True, "train experts as a common part plus differences; merged on export")
 flags.DEFINE_float("draft_rows", 0.25, "share of the rows of a batch routed as the self-draft would")
 flags.DEFINE_integer("seed", 0, "of weights and data order")
+flags.DEFINE_enum("progress", "auto", PROGRESS, "a bar on a terminal, a log line each 10 s, or nothing")
 flags.DEFINE_integer("checkpoint_every", 100, "steps between checkpoints")
 flags.DEFINE_enum("export_dtype", "bfloat16", ["bfloat16", "float32"], "of the exported weights")
 flags.DEFINE_integer("hidden_size", 256, "M")
@@ -96,12 +97,15 @@ def train_loop(train: loop.TrainConfig, model: ModelConfig, work_dir: pathlib.Pa
     with ocp.CheckpointManager(work_dir / "checkpoints", options=options) as manager, open(work_dir / "log.jsonl", "a") as log:
         state = restore_or_init(manager, train, model)
         steps = range(int(state.step), train.steps)
-        for step in (bar := tqdm.tqdm(steps, initial=int(state.step), total=train.steps, mininterval=5)):
+        shown = bar("train", train.steps, "step", mode=FLAGS.progress, initial=int(state.step))
+        for step in steps:
             batch = data.batch_at(tokens, step, batch_size=train.batch_size, length=train.length, seed=train.seed)
             state, info = loop.train_step(state, batch, config=train, model_config=model)
             if step % 20 == 0:
-                bar.set_postfix_str(log_line(log, step, info), refresh=False)
+                shown.set_postfix_str(log_line(log, step, info), refresh=False)
             manager.save(step + 1, args=ocp.args.StandardSave(state))
+            shown.update()
+        shown.close()
         if manager.latest_step() != train.steps:
             manager.save(train.steps, args=ocp.args.StandardSave(state), force=True)
     return state

@@ -30,16 +30,19 @@ class _LogLines(tqdm.tqdm):
         return True
 
 
-def bar(name: str, total: int | None, unit: str, *, mode: str | bool, leave: bool = True, scale: bool = False) -> tqdm.tqdm:
+def bar(
+    name: str, total: int | None, unit: str, *, mode: str | bool, leave: bool = True, scale: bool = False, initial: int = 0
+) -> tqdm.tqdm:
     """A bar on standard error; `.update(n)` moves it. It is a context manager.
 
     mode: "auto" (silent where standard error is no terminal), "log" (a line each 10 s, none for shorter work), "none".
     True and False stand for "auto" and "none". leave: keep it when it is done. scale: 1.2M instead of 1200000.
+    initial: what was done before, for work that goes on.
     """
     mode = {True: "auto", False: "none"}.get(mode, mode)
     if mode not in PROGRESS:
         raise ValueError(f"progress is {mode!r}; it must be one of {', '.join(PROGRESS)}")
-    common = dict(desc=name, total=total, unit=unit, unit_scale=scale)
+    common = dict(desc=name, total=total, unit=unit, unit_scale=scale, initial=initial)
     if mode == "log":
         rhythm = dict(mininterval=LOG_EVERY_S, maxinterval=LOG_EVERY_S, miniters=1, delay=LOG_EVERY_S)
         return _LogLines(**common, **rhythm, file=_WholeLines(), ncols=100)

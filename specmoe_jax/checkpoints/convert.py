@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
-import tqdm
 
 from specmoe_jax.checkpoints import orbax_parts
 from specmoe_jax.checkpoints.files import MAX_INDEX_BYTES, StoredTensor, read_header, read_json
@@ -30,6 +29,7 @@ from specmoe_jax.errors import CheckpointError, RequestError
 from specmoe_jax.models.families import family_of
 from specmoe_jax.models.spec import Part as ExpertPart
 from specmoe_jax.models.spec import spec_leaves
+from specmoe_jax.progress import bar
 
 FORMATS = ("specmoe", "huggingface", "orbax")
 RECORD_FILE = "conversion.json"  # in OUTPUT.partial only: which parts are done, with their hashes
@@ -55,7 +55,7 @@ class Format(NamedTuple):
     stored_hashes: Callable[[pathlib.Path], dict[str, str]]
 
 
-def convert(model: str, output: pathlib.Path, *, to: str, dtype: str | None = None, progress: bool = False) -> pathlib.Path:
+def convert(model: str, output: pathlib.Path, *, to: str, dtype: str | None = None, progress: str | bool = False) -> pathlib.Path:
     """Converts the checkpoint directory (or bundled model) `model` into the new directory `output`; returns it.
 
     to: one of FORMATS. dtype: "float32" or "bfloat16"; default: bfloat16 when all of it is stored so, else float32.
@@ -71,11 +71,11 @@ def convert(model: str, output: pathlib.Path, *, to: str, dtype: str | None = No
     done = _begin(folder, {"source": source.hash, "to": to, "dtype": source.dtype}, parts)
     total_bytes = sum(out.bytes for part in parts for out in part.outputs)
     _check_room(folder, total_bytes)
-    with tqdm.tqdm(total=total_bytes, unit="B", unit_scale=True, desc=to, disable=None if progress else True) as bar:
+    with bar(to, total_bytes, "B", mode=progress, scale=True) as shown:
         for part in parts:
             if not _is_intact(folder, part, to, done):
                 _write_part(folder, part, to, done)
-            bar.update(sum(out.bytes for out in part.outputs))
+            shown.update(sum(out.bytes for out in part.outputs))
     _finish(folder, source, to, parts, done)
     folder.rename(output)
     return output

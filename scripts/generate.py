@@ -53,6 +53,8 @@ _DRAFT = flags.DEFINE_enum("draft", None, [d for d in DRAFTS if d != "custom"], 
 _DRAFT_MODEL = flags.DEFINE_string("draft_model", None, "A checkpoint of the same vocabulary (draft=model).")
 _DRAFT_HEAD = flags.DEFINE_string("draft_head", None, "An EAGLE head (draft=eagle); default: the bundled model's own.")
 _DRAFT_LENGTH = flags.DEFINE_integer("draft_length", None, "Tokens drafted per step.")
+_TREE_TOP_K = flags.DEFINE_integer("draft_tree_top_k", None, "Branches of a drafted node (draft=eagle); default a chain.")
+_TREE_TOKENS = flags.DEFINE_integer("draft_tree_tokens", None, "Nodes of the tree to verify; draft_length is its depth.")
 _DRAFT_EXPERTS = flags.DEFINE_integer("draft_experts", None, "Draft experts per layer: hot (draft=self) or merged (draft=merged).")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Requests that generate together.")
 _MICRO_BATCHES = flags.DEFINE_integer("micro_batches", None, "Parts of a batch in flight at once.")
@@ -212,6 +214,8 @@ def make_plan(config: ModelConfig) -> Plan:
         "draft": _DRAFT.value,
         "draft_length": _DRAFT_LENGTH.value,
         "draft_experts": _DRAFT_EXPERTS.value,
+        "draft_tree_top_k": _TREE_TOP_K.value,
+        "draft_tree_tokens": _TREE_TOKENS.value,
         "batch_size": _BATCH_SIZE.value,
         "guard": _GUARD.value or None,
         "prefetch": _PREFETCH.value,

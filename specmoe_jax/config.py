@@ -12,6 +12,8 @@ GIB = 1 << 30
 
 DRAFTS = ("none", "self", "merged", "eagle", "ngram", "model", "custom")
 GATED_DRAFTS = ("self", "merged")  # those that run the target's own gates, over fewer experts
+TREE_DRAFTS = ("eagle", "custom")  # those that may propose a tree
+MAX_TREE = 64  # nodes of one attention call with a tree mask, see ops.attention
 DRAFT_SETS = ("hot_temporal", "hot_global", "random", "decay", "accepted")
 SUBSTITUTIONS = ("affinity", "distinct", "random", "mask")
 PREFETCHES = ("none", "draft", "oracle")
@@ -161,6 +163,8 @@ class Plan:
     draft: str = "none"
     draft_length: int | None = None  # N tokens drafted per step
     draft_experts: int | tuple[int, ...] | None = None  # resident per MoE layer: N hot (draft=self; may differ by layer), K merged
+    draft_tree_top_k: int | None = None  # branches of a drafted node; draft_length is then the tree's depth
+    draft_tree_tokens: int | None = None  # nodes that are verified, the best of the tree; None, as the line above: a chain
     draft_set: str | None = None  # which experts those are (draft=self); None: hot_temporal
     substitution: str | None = None  # who stands in for the others (draft=self); None: affinity
     guard: bool = False  # adapt the draft length while running, down to no draft where it does not pay
@@ -208,7 +212,12 @@ class Plan:
     @property
     def tokens_per_pass(self) -> int:
         """T: positions of one verification pass, the draft's tokens and the last committed one."""
-        return (self.draft_length or 0) + 1
+        return (self.draft_tree_tokens or self.draft_length or 0) + 1
+
+    @property
+    def tree_rows(self) -> int:
+        """Rows that growing a tree takes of the draft's cache beyond the committed ones."""
+        return ((self.draft_length or 1) - 1) * (self.draft_tree_top_k or 0)
 
     def validate(self, config: ModelConfig) -> "Plan":
         """Returns itself, or raises PlanError naming the field, its value and what would work."""
@@ -261,7 +270,15 @@ def _check_types(plan: Plan) -> None:
         if value is not None and not (isinstance(value, tuple) and value and all(_is_whole(n) and n >= 1 for n in value)):
             if not _is_whole(value) or value < 1:
                 raise PlanError(f"{name} is {value!r}; it must be a whole number of at least 1, or a tuple of one for each layer")
-    for name in ("draft_length", "spare_slots", "batch_size", "micro_batches", "prefill_chunk"):
+    for name in (
+        "draft_length",
+        "draft_tree_top_k",
+        "draft_tree_tokens",
+        "spare_slots",
+        "batch_size",
+        "micro_batches",
+        "prefill_chunk",
+    ):
         value = getattr(plan, name)
         optional = name not in ("batch_size", "micro_batches", "prefill_chunk")
         if not (optional and value is None) and (not _is_whole(value) or value < 1):
@@ -292,9 +309,34 @@ def _check_draft(plan: Plan, config: ModelConfig) -> None:
         )
     if plan.cached_experts is not None and most(plan.cached_experts) > config.num_experts:
         raise PlanError(f"cached_experts is {plan.cached_experts}; a layer has {config.num_experts} experts")
+    _check_tree(plan, config)
     rate = plan.synthetic_acceptance
     if rate is not None and not (_is_number(rate) and 0 <= rate <= 1):
         raise PlanError(f"synthetic_acceptance is {rate!r}; it must be a probability")
+
+
+def _check_tree(plan: Plan, config: ModelConfig) -> None:
+    """Sizes that the attention kernel takes (a tree mask of 64) and that the tree can have."""
+    top_k, tokens = plan.draft_tree_top_k, plan.draft_tree_tokens
+    if (top_k is None) != (tokens is None):
+        raise PlanError(f"draft_tree_top_k is {top_k} and draft_tree_tokens is {tokens}; give both, or none for a chain")
+    if plan.draft not in TREE_DRAFTS or top_k is None or tokens is None:
+        return
+    largest = min(top_k + (plan.draft_length - 1) * top_k**2, MAX_TREE - 1)
+    if plan.tree_rows > MAX_TREE or top_k > config.vocab_size:
+        raise PlanError(
+            f"draft_tree_top_k is {top_k}; with draft_length={plan.draft_length} at most "
+            f"{min(MAX_TREE // max(plan.draft_length - 1, 1), config.vocab_size)} branches can be grown"
+        )
+    if not plan.draft_length <= tokens <= largest:
+        raise PlanError(
+            f"draft_tree_tokens is {tokens}; a tree of depth draft_length={plan.draft_length} with {top_k} branches has "
+            f"{plan.draft_length} to {largest} nodes to verify"
+        )
+    if plan.guard:
+        raise PlanError("guard=True adapts the length of a chain, not a tree; leave out guard or the draft_tree fields")
+    if plan.synthetic_acceptance is not None:
+        raise PlanError("synthetic_acceptance is for chains; leave it out or the draft_tree fields")
 
 
 def _check_effects(plan: Plan, config: ModelConfig) -> None:
@@ -302,6 +344,7 @@ def _check_effects(plan: Plan, config: ModelConfig) -> None:
     needs = (
         (("draft_length", "guard", "synthetic_acceptance"), plan.draft != "none", "without a draft"),
         (("draft_experts",), plan.draft in GATED_DRAFTS, f"with draft={plan.draft}"),
+        (("draft_tree_top_k", "draft_tree_tokens"), plan.draft in TREE_DRAFTS, f"with draft={plan.draft}"),
         (("draft_set", "substitution"), plan.draft == "self", f"with draft={plan.draft}"),
         (("cached_experts",), plan.draft != "self", "with draft=self, which keeps its draft experts"),
         (("spare_slots",), plan.prefetch == "draft", f"with prefetch={plan.prefetch}"),
@@ -323,6 +366,8 @@ def _check_effects(plan: Plan, config: ModelConfig) -> None:
         raise PlanError("prefetch=oracle knows the future, which only an emulated link can; give --link_gbps")
     if plan.expert_tier == "disk" and plan.host_memory_bytes is None:
         raise PlanError("expert_tier=disk needs the host memory to cache experts in; give --host_memory_gib")
+    if plan.draft == "eagle" and config.encoder is not None:
+        raise PlanError("draft=eagle is built for decoders alone; use another draft with an encoder-decoder")
     if plan.expert_flow == "stream" and config.encoder is not None:
         raise PlanError("expert_flow=stream is built for decoders alone; use on_demand with an encoder-decoder")
     if plan.expert_flow == "stream":
@@ -343,6 +388,8 @@ def _check_stream(plan: Plan) -> None:
         raise PlanError(
             "cached_experts, retain and prefetch have no effect with expert_flow=stream, which brings every expert; leave them out"
         )
+    if plan.draft_tree_tokens is not None:
+        raise PlanError("trees are verified by expert_flow=resident and on_demand, not by stream; leave out the draft_tree fields")
     if plan.micro_batches > plan.batch_size:
         raise PlanError(f"micro_batches={plan.micro_batches} of batch_size={plan.batch_size} rows; give at most as many as rows")
 

@@ -62,6 +62,18 @@ class SamplingRows(NamedTuple):
         return bool((np.asarray(self.temperature) == 0).all())
 
 
+class Tree(NamedTuple):
+    """Shape of the T nodes of a pass: node 0 is the last committed token, parents come before children.
+
+    parents: [B, T] int32, 0 for the root's own. depths: [B, T] int32, ancestors of each. mask: [B, T, T] bool, node (row)
+    attends node (column): its ancestors and itself.
+    """
+
+    parents: jax.Array
+    depths: jax.Array
+    mask: jax.Array
+
+
 class Proposal(NamedTuple):
     """What a draft proposes for each row.
 
@@ -69,15 +81,28 @@ class Proposal(NamedTuple):
     probs: [B, N, V] float32, the distribution that token j was really drawn from; None when the draft is a
         point mass (tokens picked by argmax, n-gram lookup), which acceptance treats as such.
     memory: what the draft wants to see again in the next step of these rows; arrays in it may be donated then.
+    tree: how the tokens hang together, T = N + 1; None where each follows the one before it. Its nodes are point masses.
     """
 
     tokens: jax.Array
     probs: jax.Array | None
     memory: Any = None
+    tree: Tree | None = None
 
 
 class AcceptResult(NamedTuple):
     """num_accepted: [B] int32 in 0..N. next_token: [B] int32, the target's own token after the accepted run."""
 
+    num_accepted: jax.Array
+    next_token: jax.Array
+
+
+class AcceptedPath(NamedTuple):
+    """What verification accepts of a tree. path: [B, depth] int32, the accepted nodes from the root down, then 0.
+
+    num_accepted: [B] int32 in 0..depth. next_token: [B] int32, the target's own token after them.
+    """
+
+    path: jax.Array
     num_accepted: jax.Array
     next_token: jax.Array

@@ -57,6 +57,8 @@ WITHOUT_EFFECT = [
     ("on_demand", {"draft_set": "random"}, "draft_set=random has no effect with draft=none"),
     ("on_demand", {"substitution": "random"}, "substitution=random has no effect with draft=none"),
     ("on_demand", {"draft": "ngram", "draft_length": 2, "draft_experts": 2}, "draft_experts=2 has no effect with draft=ngram"),
+    ("on_demand", {"draft": "eagle", "draft_length": 2, "draft_experts": 2}, "draft_experts=2 has no effect with draft=eagle"),
+    ("specmoe", {"draft_tree_top_k": 2, "draft_tree_tokens": 4}, "draft_tree_top_k=2 has no effect with draft=self"),
     ("on_demand", {"spare_slots": 3}, "spare_slots=3 has no effect with prefetch=none"),
     ("on_demand", {"prefetch": "draft"}, "prefetch=draft has no effect with draft=none"),
     ("on_demand", {"micro_batches": 2}, "micro_batches=2 has no effect"),

@@ -15,7 +15,7 @@ from specmoe_jax.offload import leftovers
 from specmoe_jax.offload.residency import LayerPlan, plan_layer, plan_prefetch
 from specmoe_jax.speculate.draft import FeatureDraft
 from specmoe_jax.speculate.hotness import count_choices
-from specmoe_jax.types import KVCache, Routing
+from specmoe_jax.types import KVCache, Routing, Tree
 
 NO_SLOTS = np.zeros(0, np.int32)
 
@@ -47,9 +47,18 @@ class LayerInfo(NamedTuple):
 
 
 def target_pass(
-    rt: Runtime, memory: ExpertMemory, kv: KVCache, tokens, lengths, num_new, *, earlier: np.ndarray, predicted: np.ndarray
+    rt: Runtime,
+    memory: ExpertMemory,
+    kv: KVCache,
+    tokens,
+    lengths,
+    num_new,
+    *,
+    earlier: np.ndarray,
+    predicted: np.ndarray,
+    tree: Tree | None = None,
 ) -> TargetPass:
-    """The exact model over tokens [B, T] at positions lengths[b] + t; rows t >= num_new[b] are padding.
+    """The exact model over tokens [B, T] at positions lengths[b] + t, or + depth in a tree; rows t >= num_new[b] are padding.
 
     earlier: [L, E], choices of the earlier chunks of the same prefill. predicted: [L, E], choices that are
     expected of this pass (0 = none), worth a prefetch. kv and the memory's pool are consumed.
@@ -62,9 +71,9 @@ def target_pass(
             inputs[layer] = h
         if moe is None or rt.plan.expert_flow == "resident":
             slots = None if moe is None else rt.resident_slots[moe]
-            h, _, k, v = resident_layer(rt, layer, h, kv, lengths, num_new, memory.pool, slots)
+            h, _, k, v = resident_layer(rt, layer, h, kv, lengths, num_new, memory.pool, slots, tree)
         else:
-            h, x, routing, k, v = attention(rt, layer, h, kv, lengths, num_new)
+            h, x, routing, k, v = attention(rt, layer, h, kv, lengths, num_new, tree)
             h, memory, info = migrate_and_compute(rt, moe, memory, h, x, routing, earlier[moe], predicted)
             infos.append(info)
         keys.append(k)
@@ -217,7 +226,7 @@ def draft_forward(rt: Runtime, pool, slots, kv: KVCache, tokens, lengths, active
     return stages.head(rt.config.norm_eps, rt.weights, h)[:, 0], kv._replace(k=tuple(keys), v=tuple(values)), choices
 
 
-def resident_layer(rt: Runtime, layer: int, h, kv: KVCache, lengths, num_new, pool, slots):
+def resident_layer(rt: Runtime, layer: int, h, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None):
     """A layer that needs no copy of an expert, or has none (slots None). One program with an accelerator cache.
 
     -> h, ids (None without experts), k, v.
@@ -225,20 +234,21 @@ def resident_layer(rt: Runtime, layer: int, h, kv: KVCache, lengths, num_new, po
     config = rt.config.layers[layer]
     if rt.plan.kv_tier == "accelerator":
         weights = rt.weights.layers[layer]
-        return stages.layer(config, weights, h, kv.k[layer], kv.v[layer], lengths, num_new, pool, slots, kv.cross_of(layer))
-    h, x, routing, k, v = attention(rt, layer, h, kv, lengths, num_new)
+        cross = kv.cross_of(layer)
+        return stages.layer(config, weights, h, kv.k[layer], kv.v[layer], lengths, num_new, pool, slots, cross, tree)
+    h, x, routing, k, v = attention(rt, layer, h, kv, lengths, num_new, tree)
     h = stages.resident_experts(config, rt.weights.layers[layer], h, x, routing, pool, slots)
     return h, routing and routing.ids, k, v
 
 
-def attention(rt: Runtime, layer: int, h, kv: KVCache, lengths, num_new):
+def attention(rt: Runtime, layer: int, h, kv: KVCache, lengths, num_new, tree: Tree | None = None):
     """Everything of a layer before its experts, with the cache where the plan keeps it. -> h, x, routing, k, v."""
     config, weights, k_cache, v_cache = rt.config.layers[layer], rt.weights.layers[layer], kv.k[layer], kv.v[layer]
     if rt.plan.kv_tier == "accelerator":
-        return stages.attention(config, weights, h, k_cache, v_cache, lengths, num_new, kv.cross_of(layer))
-    inputs = rt.to_host((*stages.pre_attention(config, weights, h, lengths), weights.sinks))
-    host_lengths, host_num_new = jax.device_put((lengths, num_new), rt.host)
-    attended, k_cache, v_cache = stages.attend(config, *inputs, k_cache, v_cache, host_lengths, host_num_new)
+        return stages.attention(config, weights, h, k_cache, v_cache, lengths, num_new, kv.cross_of(layer), tree)
+    inputs = rt.to_host((*stages.pre_attention(config, weights, h, lengths, tree), weights.sinks))
+    where = jax.device_put((lengths, num_new, tree), rt.host)
+    attended, k_cache, v_cache = stages.attend(config, *inputs, k_cache, v_cache, *where)
     h, x, routing = stages.post_attention(config, weights, h, rt.to_accelerator(attended), num_new, kv.cross_of(layer))
     return h, x, routing, k_cache, v_cache
 

@@ -28,7 +28,7 @@ from specmoe_jax.offload.pages import no_pages
 from specmoe_jax.planner.memory import MemoryAccount, PagedLoad, account, cache_positions
 from specmoe_jax.progress import bar
 from specmoe_jax.speculate.draft import Draft, FeatureDraft
-from specmoe_jax.speculate.eagle import EagleDraft
+from specmoe_jax.speculate.eagle import EagleDraft, tree_shape
 from specmoe_jax.speculate.guard import make_guard
 from specmoe_jax.speculate.sampling import sampling_rows
 from specmoe_jax.tracing import Span, span
@@ -115,7 +115,7 @@ class Engine:
         self._given_draft, self._draft_model, self._progress = draft, draft_model, progress
         self._draft_head = draft_head
         if draft_head is not None:
-            self._given_draft = EagleDraft(check_head(model, draft_head))
+            self._given_draft = EagleDraft(check_head(model, draft_head), tree_shape(plan))
         self._rt = self._memory = self._account = self._accounted_peak_bytes = None
         self._compiles = metrics.CompileCounter()
         self._warm_shapes, self._recompiled, self._warm_up_s = set(), 0, 0.0

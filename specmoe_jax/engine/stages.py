@@ -14,9 +14,9 @@ from specmoe_jax.models import attention as attentions
 from specmoe_jax.models import encoder, layers
 from specmoe_jax.models import experts as ffn
 from specmoe_jax.models.spec import LayerWeights
-from specmoe_jax.ops import PackedCache
+from specmoe_jax.ops import PackedCache, attention_ref
 from specmoe_jax.speculate.substitution import DistinctSlots, MaskedSlots, choose_distinct
-from specmoe_jax.types import CrossCache, Routing
+from specmoe_jax.types import CrossCache, Routing, Tree
 
 embed = jax.jit(layers.embed, static_argnames="config")
 head = functools.partial(jax.jit, static_argnums=0)(layers.head)
@@ -24,18 +24,19 @@ final_norm = functools.partial(jax.jit, static_argnums=0)(layers.final_norm)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def pre_attention(config: LayerConfig, weights: LayerWeights, h: jax.Array, lengths: jax.Array):
-    """h [B, T, M] -> q [B, T, H, D], k and v [B, T, K, D], rotated to positions lengths[b] + t."""
+def pre_attention(config: LayerConfig, weights: LayerWeights, h: jax.Array, lengths: jax.Array, tree: Tree | None = None):
+    """h [B, T, M] -> q [B, T, H, D], k and v [B, T, K, D], rotated to positions lengths[b] + t, or + depth in a tree."""
     with jax.named_scope("pre_attention"):
-        positions = lengths[:, None] + jnp.arange(h.shape[1], dtype=jnp.int32)
+        depths = jnp.arange(h.shape[1], dtype=jnp.int32) if tree is None else tree.depths
+        positions = lengths[:, None] + depths
         return layers.pre_attention(config, weights, h, positions)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(5, 6))
-def attend(config: LayerConfig, q, k, v, sinks, k_cache, v_cache, lengths, num_new):
+def attend(config: LayerConfig, q, k, v, sinks, k_cache, v_cache, lengths, num_new, tree: Tree | None = None):
     """Appends k, v to the caches [B, K, S, D] (donated) and attends. -> attended [B, T, H, D], caches."""
     with jax.named_scope("attend"):
-        return attentions.attend(config.attention, q, k, v, sinks, k_cache, v_cache, lengths, num_new)
+        return attentions.attend(config.attention, q, k, v, sinks, k_cache, v_cache, lengths, num_new, tree)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
@@ -54,10 +55,20 @@ def post_attention(config: LayerConfig, weights: LayerWeights, h, attended, num_
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
-def attention(config: LayerConfig, weights: LayerWeights, h, k_cache, v_cache, lengths, num_new, cross: CrossCache | None = None):
+def attention(
+    config: LayerConfig,
+    weights: LayerWeights,
+    h,
+    k_cache,
+    v_cache,
+    lengths,
+    num_new,
+    cross: CrossCache | None = None,
+    tree: Tree | None = None,
+):
     """The three stages above as one program, for a cache on the accelerator (donated)."""
-    q, k, v = pre_attention(config, weights, h, lengths)
-    attended, k_cache, v_cache = attend(config, q, k, v, weights.sinks, k_cache, v_cache, lengths, num_new)
+    q, k, v = pre_attention(config, weights, h, lengths, tree)
+    attended, k_cache, v_cache = attend(config, q, k, v, weights.sinks, k_cache, v_cache, lengths, num_new, tree)
     return *post_attention(config, weights, h, attended, num_new, cross), k_cache, v_cache
 
 
@@ -88,12 +99,12 @@ combine = jax.jit(layers.combine)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
-def layer(config: LayerConfig, weights: LayerWeights, h, k_cache, v_cache, lengths, num_new, pool, slots, cross=None):
+def layer(config: LayerConfig, weights: LayerWeights, h, k_cache, v_cache, lengths, num_new, pool, slots, cross=None, tree=None):
     """A whole layer whose experts are known to be in their slots: the resident flow and the self-draft.
 
     -> h, the experts that the router chose [n, A] (not those that stood in), caches.
     """
-    h, x, routing, k_cache, v_cache = attention(config, weights, h, k_cache, v_cache, lengths, num_new, cross)
+    h, x, routing, k_cache, v_cache = attention(config, weights, h, k_cache, v_cache, lengths, num_new, cross, tree)
     return resident_experts(config, weights, h, x, routing, pool, slots), routing and routing.ids, k_cache, v_cache
 
 
@@ -114,3 +125,14 @@ def resident_experts(config: LayerConfig, weights: LayerWeights, h, x, routing: 
 def choose_slots(ids: jax.Array, slots: jax.Array) -> jax.Array:
     """Slots [n, A] of the chosen experts ids [n, A]; -1 stays -1 (padding), as does an expert without a slot."""
     return jnp.where(ids < 0, -1, slots[ids])
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def keep_path(cache: jax.Array, lengths: jax.Array, path: jax.Array, num_accepted: jax.Array) -> jax.Array:
+    """Moves the rows of a tree's accepted nodes together, right after the root's. cache [B, K, S, D], donated.
+
+    path [B, depth], num_accepted [B]: see AcceptedPath. Siblings are left behind and overwritten by the next pass.
+    """
+    with jax.named_scope("keep_path"):
+        rows = jnp.take_along_axis(cache, (lengths[:, None] + path)[:, None, :, None], axis=2)  # [B, K, depth, D]
+        return attention_ref.append(cache, rows.swapaxes(1, 2), lengths + 1, num_accepted)

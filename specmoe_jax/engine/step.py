@@ -14,6 +14,7 @@ from specmoe_jax.engine.refill import joined
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import State, StepInfo
 from specmoe_jax.engine.streaming import streamed_target_pass
+from specmoe_jax.engine.tree import accepted_path, straighten
 from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.planner.pipeline import ACCELERATOR
 from specmoe_jax.speculate.acceptance import accept, accept_coupled, accept_greedy, finite_positions, synthetic_accept
@@ -51,13 +52,14 @@ def step(rt: Runtime, state: State, tokenizer, *, length: int | None = None) -> 
         rt.lanes.spans.append(Span("draft", ACCELERATOR, -1, -1, clock[0], clock[1]))
     sent.append(rt.store.link.sent_bytes)
     with span("verify"):
-        verified, result, sound = verify(rt, state, drafted)
+        verified, result, sound, proposal = verify(rt, state, drafted)
     clock.append(time.perf_counter())
     sent.append(rt.store.link.sent_bytes)
     with span("commit"):
-        new_state, accepted, committed = commit(rt, state, drafted.proposal, verified, result, sound, tokenizer)
+        new_state, accepted, committed = commit(rt, state, proposal, verified, result, sound, tokenizer)
     clock.append(time.perf_counter())
-    new_state = inform(rt, new_state, verified, state.lengths, committed)
+    with span("inform"):
+        new_state = inform(rt, new_state, verified, state.lengths, committed)
     clock.append(time.perf_counter())
     if state.guard and state.active.any():
         guard = observe(state.guard, length, accepted[state.active], clock[4] - clock[0])
@@ -102,10 +104,11 @@ def warm_up(rt: Runtime, state: State, *, on_step: Callable[[], object] = lambda
     return state._replace(kv=idle.kv, memory=idle.memory._replace(votes=state.memory.votes), draft_memory=idle.draft_memory)
 
 
-def verify(rt: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass, AcceptResult, np.ndarray]:
+def verify(rt: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass, AcceptResult, np.ndarray, Proposal]:
     """One exact pass over [last token, drafted tokens] of every row, and the lossless choice.
 
-    Third, [B]: how many of the positions from the first on have logits that give a distribution.
+    Third, [B]: how many of the positions from the first on have logits that give a distribution. Of a tree, all that comes
+    back is that of the accepted path, as if it alone had been drafted.
     """
     proposal = drafted.proposal
     tokens = np.concatenate([state.last_token[:, None], np.asarray(proposal.tokens)], axis=1)  # [B, T]
@@ -115,14 +118,25 @@ def verify(rt: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass, Acc
         verified = streamed_target_pass(rt, state._replace(kv=drafted.kv), drafted.memory, tokens, num_new)
         if verified.h is None:
             none = np.zeros(len(num_new), np.int32)
-            return verified, AcceptResult(num_accepted=none, next_token=none), none
+            return verified, AcceptResult(num_accepted=none, next_token=none), none, proposal
     else:
         verified = target_pass(
-            rt, drafted.memory, drafted.kv, tokens, state.lengths, num_new, earlier=nothing, predicted=drafted.predicted
+            rt,
+            drafted.memory,
+            drafted.kv,
+            tokens,
+            state.lengths,
+            num_new,
+            earlier=nothing,
+            predicted=drafted.predicted,
+            tree=proposal.tree,
         )
     logits = stages.head(rt.config.norm_eps, rt.weights, verified.h)  # [B, T, V]
-    result, finite = jax.device_get((_result(rt, state, proposal, logits), _finite_positions(logits)))
-    return verified, result, np.cumprod(finite, axis=1).sum(axis=1)
+    finite = _finite_positions(logits)
+    if proposal.tree is not None:
+        return straighten(rt, state, verified, proposal, accepted_path(rt, state, proposal, logits), finite)
+    result, finite = jax.device_get((_result(rt, state, proposal, logits), finite))
+    return verified, result, np.cumprod(finite, axis=1).sum(axis=1), proposal
 
 
 def _result(rt: Runtime, state: State, proposal: Proposal, logits) -> AcceptResult:

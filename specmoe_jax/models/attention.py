@@ -6,20 +6,23 @@ import jax.numpy as jnp
 from specmoe_jax import ops
 from specmoe_jax.layer_config import AttentionConfig
 from specmoe_jax.ops import attention_ref, packed
+from specmoe_jax.types import Tree
 
 
-def attend(config: AttentionConfig, q, k, v, sinks, k_cache, v_cache, lengths, num_new):
+def attend(config: AttentionConfig, q, k, v, sinks, k_cache, v_cache, lengths, num_new, tree: Tree | None = None):
     """Appends k, v [B, T, K, D] to the caches [B, K, S, cache_dim] at lengths[b] and attends q [B, T, H, D] to them.
 
-    sinks: [H] or None. -> attended [B, T, H, D] and the caches. Rows t >= num_new[b] write nothing and give zeros.
+    sinks: [H] or None. tree: of the new tokens, None for a chain.
+    -> attended [B, T, H, D] and the caches. Rows t >= num_new[b] write nothing and give zeros.
     """
     dim, missing = config.head_dim, config.cache_dim - config.head_dim
     q, k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, missing))) for a in (q, k, v))  # zeros add nothing to a score
     args = (q, k, v, k_cache, v_cache, lengths)
     if sinks is None and (config.chunk is None or config.chunk >= k_cache.shape[2]):
-        out, *caches = ops.chunked_attention(*args, num_new=num_new, window=config.window, scale=config.scale)
+        mask = None if tree is None else tree.mask
+        out, *caches = ops.chunked_attention(*args, num_new=num_new, window=config.window, scale=config.scale, tree_mask=mask)
     else:
-        out, *caches = _attend_jnp(config, *args, num_new=num_new, sinks=sinks)
+        out, *caches = _attend_jnp(config, *args, num_new=num_new, sinks=sinks, tree=tree)
     return out[..., :dim], *caches
 
 
@@ -94,12 +97,25 @@ def scores_and_values(config: AttentionConfig, q, k, v, seen, sinks) -> jax.Arra
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def _attend_jnp(config: AttentionConfig, q, k, v, k_cache, v_cache, lengths, *, num_new, sinks):
+def _attend_jnp(config: AttentionConfig, q, k, v, k_cache, v_cache, lengths, *, num_new, sinks, tree: Tree | None = None):
     """As the kernel, for what it does not know: sinks (GPT-OSS) and chunks shorter than the cache (Llama-4)."""
     k_cache = attention_ref.append(k_cache, k, lengths, num_new)
     v_cache = attention_ref.append(v_cache, v, lengths, num_new)
-    steps = jnp.arange(q.shape[1])
-    positions = lengths[:, None] + steps  # [B, T]
-    seen = allowed(config, positions, jnp.arange(k_cache.shape[2]))
+    steps, columns = jnp.arange(q.shape[1]), jnp.arange(k_cache.shape[2])
+    if tree is None:
+        seen = allowed(config, lengths[:, None] + steps, columns)
+    else:
+        seen = _allowed_in_tree(config, lengths, columns, tree)
     out = scores_and_values(config, q, k_cache, v_cache, seen, sinks)
     return jnp.where((steps < num_new[:, None])[..., None, None], out, 0), k_cache, v_cache
+
+
+def _allowed_in_tree(config: AttentionConfig, lengths: jax.Array, columns: jax.Array, tree: Tree) -> jax.Array:
+    """`allowed` where the columns [S] after lengths [B] are the nodes of a tree, at positions by depth. -> [B, T, S] bool."""
+    node = columns - lengths[:, None]  # [B, S]
+    new, node = (node >= 0) & (node < tree.depths.shape[1]), jnp.clip(node, 0, tree.depths.shape[1] - 1)
+    positions = lengths[:, None] + tree.depths  # [B, T]
+    column_positions = jnp.where(new, jnp.take_along_axis(positions, node, axis=1), columns)
+    related = jnp.take_along_axis(tree.mask, node[:, None], axis=2)  # [B, T, S]
+    related = jnp.where(new[:, None], related, (columns < lengths[:, None])[:, None])
+    return related & allowed(config, positions, column_positions[:, None])

@@ -7,6 +7,7 @@ vocabulary of its own. Row i of a head, at position i, holds feature_i and the t
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from specmoe_jax.models.model import Model
 from specmoe_jax.models.naming import norm_spec
 from specmoe_jax.models.parse import grouped_attention
 from specmoe_jax.models.spec import LayerWeights, MlpWeights, TensorSpec, map_specs, random_tensor
-from specmoe_jax.types import KVCache
+from specmoe_jax.types import KVCache, Tree
 
 AUX_LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
 
@@ -74,6 +75,14 @@ class EagleHead:
     weights: EagleWeights
     embed: jax.Array
     output: jax.Array
+
+
+class Grown(NamedTuple):
+    """Keys and values [B, E, K, D] of the nodes of a tree that the head has computed, and how they hang together."""
+
+    k: jax.Array
+    v: jax.Array
+    tree: Tree
 
 
 def parse_config(raw: dict, target: ModelConfig, *, fused: bool) -> EagleConfig:
@@ -199,6 +208,25 @@ def forward(
     valid = jnp.arange(tokens.shape[1], dtype=jnp.int32) < num_new[:, None]
     h, _, _ = layers.post_attention(layer, weights, h, attended, valid)
     return h, KVCache(k=(k_cache,), v=(v_cache,))
+
+
+def forward_tree(
+    head: EagleHead, tokens: jax.Array, feature: jax.Array, grown: Grown, kv: KVCache, lengths: jax.Array, num_new: jax.Array
+) -> tuple[jax.Array, Grown, KVCache]:
+    """One generation of a tree in every row: tokens [B, k], each with the feature [B, k, M] of its parent's row.
+
+    grown: the generations before it, whose keys stand again at lengths[b] on; tree: of all nodes, this generation last.
+    -> predicted features [B, k, M], grown with this generation, and the cache.
+    """
+    layer, weights, width = head.config.layer, head.weights.layer, tokens.shape[1]
+    h, x = layer_input(head, tokens, feature)
+    q, *new = layers.queries_keys_values(layer, weights, x, lengths[:, None] + grown.tree.depths[:, -width:])
+    k, v = (jnp.concatenate([old, a], axis=1) for old, a in zip((grown.k, grown.v), new, strict=True))
+    q = jnp.pad(q, ((0, 0), (k.shape[1] - width, 0), (0, 0), (0, 0)))  # earlier nodes need no output again
+    count = num_new * k.shape[1]
+    attended, k_cache, v_cache = attend(layer.attention, q, k, v, None, kv.k[0], kv.v[0], lengths, count, grown.tree)
+    h, _, _ = layers.post_attention(layer, weights, h, attended[:, -width:], jnp.ones(tokens.shape, bool))
+    return h, Grown(k=k, v=v, tree=grown.tree), KVCache(k=(k_cache,), v=(v_cache,))
 
 
 def logits(head: EagleHead, feature: jax.Array) -> jax.Array:

@@ -69,7 +69,7 @@ def cache_positions(longest: int, plan: Plan) -> int:
 
     In steps (powers of two to 1024, then multiples of 1024), so that similar jobs share compiled programs.
     """
-    needed = longest + plan.tokens_per_pass
+    needed = longest + max(plan.tokens_per_pass, plan.tree_rows)
     if needed > 1024:
         return -(-needed // 1024) * 1024
     return max(64, 1 << (needed - 1).bit_length())

@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 
 import specmoe_jax as sm
+from specmoe_jax.checkpoints.eagle import BUNDLED_HEADS
 from specmoe_jax.models import eagle
 from specmoe_jax.models.spec import spec_leaves
 from specmoe_jax.testing import EAGLE3_JSON, EAGLE_JSON, TINY, eagle_head, tiny
@@ -149,3 +150,20 @@ def test_broken_eagle3_heads(tmp_path, change, config, said):
 def test_no_such_head():
     assert "no such directory" in refusal("no/such/head")
     assert "no such directory" in refusal("nul\0byte")
+
+
+def test_the_bundled_head_loads_and_is_small():
+    """It is of the bundled model, and what its card says of it can be run."""
+    model = sm.load_model("demo")
+    head = sm.load_head("demo", model)
+    assert head.weights.fc_bias is not None and not head.config.fused
+    assert (BUNDLED_HEADS["demo"] / "model.safetensors").stat().st_size < 2 << 20
+    with pytest.raises(sm.CheckpointError, match="another model"):
+        sm.load_head("demo", tiny())
+    plan = sm.PRESETS["on_demand"](model.config).replace(draft="eagle", draft_length=3)
+    prompts, params = ["Call me Ishmael.", "The "], sm.SamplingParams(max_new_tokens=16, ignore_eos=True)
+    engine = sm.Engine(model, plan, draft_head=head)
+    tokens = [completion.token_ids for completion in engine.generate(prompts, params)]
+    plain = sm.Engine(model, plan.replace(draft="none", draft_length=None)).generate(prompts, params)
+    assert tokens == [completion.token_ids for completion in plain]
+    assert engine.stats()["acceptance_by_position"][0] > 0.3

@@ -3,6 +3,7 @@
 import numpy as np
 
 import specmoe_jax as sm
+from specmoe_jax.speculate.tree import make_tree
 from specmoe_jax.testing import TINY
 from specmoe_jax.types import Proposal
 
@@ -57,3 +58,32 @@ class ScriptedDraft:
             wrong = self._right(row, start)
             tokens[row, wrong:] = (tokens[row, wrong:] + 1) % TINY.vocab_size
         return Proposal(tokens=tokens, probs=None), view.kv
+
+
+class ScriptedTree:
+    """As ScriptedDraft, but the right tokens are scattered over a random tree among wrong ones.
+
+    The tree has `count` nodes and paths of up to `depth`; right(row, start) of its nodes, one below the other, are right.
+    """
+
+    def __init__(self, depth, count, texts, right):
+        self._chain, self._depth, self._count, self._right = ScriptedDraft(depth, texts, lambda *_: depth), depth, count, right
+
+    def propose(self, view):
+        text = self._chain.propose(view)[0].tokens  # [B, depth], all right
+        tokens, parents = np.zeros((2, len(text), self._count), np.int32)
+        for row, history in enumerate(view.history):
+            rng = np.random.default_rng([row, len(history)])
+            right = self._right(row, len(history))
+            path, depths = sorted(rng.choice(self._count, right, replace=False).tolist()), [0]
+            on_path = [0]  # nodes
+            for node in range(1, self._count + 1):
+                if node - 1 in path:
+                    parents[row, node - 1], tokens[row, node - 1] = on_path[-1], text[row, len(on_path) - 1]
+                    on_path.append(node)
+                else:
+                    parent = rng.choice([n for n in range(node) if depths[n] < self._depth])
+                    parents[row, node - 1] = parent
+                    tokens[row, node - 1] = (text[row, min(depths[parent], self._depth - 1)] + 1 + node) % TINY.vocab_size
+                depths.append(depths[parents[row, node - 1]] + 1)
+        return Proposal(tokens=tokens, probs=None, tree=make_tree(parents, self._depth)), view.kv

@@ -93,14 +93,15 @@ def target_features(model, head, ids):
     for layer in range(TINY.num_layers):
         inputs.append(h)
         blocks = [jax.device_put(block, jax.memory.Space.Device) for block in model.experts[layer]]
-        h = _reference_layer(TINY.layers[layer], model.weights.layers[layer], blocks, h)
+        h = _reference_layer(TINY.layers[layer], model.weights.layers[layer], blocks, h, None)
     if not head.config.fused:
         return np.asarray(layers.final_norm(TINY.norm_eps, model.weights, h)[0], np.float64)
     taken = np.concatenate([np.asarray(inputs[i][0], np.float64) for i in head.config.feature_layers], -1)
     return taken @ np.asarray(head.weights.fc, np.float64).T
 
 
-def oracle_draft(model, head, text, length):
+def oracle_draft(model, head, text, length, *, after=(), want="tokens"):
+    """Greedy tokens after a text; or the log-probabilities [V] after the drafted tokens `after`, along that branch."""
     names = [spec.name for spec in spec_leaves(eagle.weight_specs(head.config))]
     own = head.weights.replace(to_target=None)
     w = {name: np.asarray(leaf, np.float64) for name, leaf in zip(names, jax.tree.leaves(own), strict=True)}
@@ -114,10 +115,25 @@ def oracle_draft(model, head, text, length):
     embed, output = np.asarray(head.embed, np.float64), np.asarray(head.output, np.float64)
     features = target_features(model, head, text)[: len(text) - 1]
     if head.config.fused:
-        to_target = np.asarray(head.weights.to_target)
-        pick = lambda h: int(to_target[np.argmax(w["lm_head.weight"] @ rms(h, w["norm.weight"], raw["rms_norm_eps"]))])  # noqa: E731
-        return chain(lambda t, f: eagle3(w, raw, embed, t, f), text, features, length, pick)
-    return chain(lambda t, f: eagle1(w, raw, embed, t, f), text, features, length, lambda h: int(np.argmax(output @ h)))
+        to_target, inner = np.asarray(head.weights.to_target), w["lm_head.weight"]
+
+        def scores(h):
+            out = np.full(len(embed), -np.inf)
+            out[to_target] = inner @ rms(h, w["norm.weight"], raw["rms_norm_eps"])
+            return out
+
+    else:
+        scores = lambda h: output @ h  # noqa: E731
+    network = eagle3 if head.config.fused else eagle1
+    following = iter((*after, None))
+    seen = []
+
+    def choose(h):
+        seen.append(scores(h))
+        return int(np.argmax(seen[-1])) if want == "tokens" else next(following)
+
+    drafted = chain(lambda t, f: network(w, raw, embed, t, f), text, features, length + len(after), choose)
+    return drafted if want == "tokens" else seen[-1] - np.log(np.exp(seen[-1] - seen[-1].max()).sum()) - seen[-1].max()
 
 
 class Watched(EagleDraft):

@@ -21,6 +21,7 @@ from specmoe_jax.config import (
     DRAFTS,
     DRAM_POLICIES,
     DTYPES,
+    EXPERT_DTYPES,
     EXPERT_FLOWS,
     EXPERT_TIERS,
     GATED_DRAFTS,
@@ -66,6 +67,12 @@ _EXPERT_FLOW = flags.DEFINE_enum("expert_flow", None, EXPERT_FLOWS, "How experts
 _DEVICE_GIB = flags.DEFINE_float("device_memory_gib", None, "Accelerator memory to use. Default: what the plan can use.")
 _HOST_GIB = flags.DEFINE_float("host_memory_gib", None, "Host memory to use. Default: what the machine has.")
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Compute and weight type. Default float32, where exactness holds.")
+_EXPERT_DTYPE = flags.DEFINE_enum(
+    "expert_dtype",
+    None,
+    EXPERT_DTYPES,
+    "Quantise the experts: fewer bytes on the link, other tokens (the error is printed).",
+)
 _LINK_GBPS = flags.DEFINE_float("link_gbps", None, "Emulate a link of that many GB/s (stamped on the figures).")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens per request at most.")
 _CHAT = flags.DEFINE_boolean("chat", False, "Prompts are messages of a user, put through the model's chat template (needs jinja2).")
@@ -103,7 +110,7 @@ def main() -> None:
             prompts = as_chat(prompts, folder, head.tokenizer, keep_bad=keep_bad, must_work=len(_PROMPT.value))
         jobs.check_before_loading(head, make_plan(head.config), prompts, keep_bad=keep_bad, must_work=len(_PROMPT.value))
     _common.use_compile_cache()
-    model, changes = jobs.load_that_fits(load_model, _MODEL.value, **load_options(), progress=_PROGRESS.value)
+    model, changes, error = load(prompts)
     draft_model = load_model(_DRAFT_MODEL.value, dtype=model.dtype, progress=_PROGRESS.value) if _DRAFT_MODEL.value else None
     plan = make_plan(model.config).replace(**changes)
     spans = [] if _TRACE.value and plan.expert_flow == "stream" else None
@@ -114,7 +121,7 @@ def main() -> None:
         timings = generate(engine, prompts)
     if spans is not None:
         write_lanes(spans, pathlib.Path(_TRACE.value) / "lanes.json")
-    stats = engine.stats() | {"load_s": load_s, "wall_s": watch.seconds, "requests": timings}
+    stats = engine.stats() | error | {"load_s": load_s, "wall_s": watch.seconds, "requests": timings}
     if _STATS.value:
         write_atomically(_STATS.value, json.dumps(stats, indent=2) + "\n")
     print(metrics.table(stats), file=sys.stderr)
@@ -192,10 +199,19 @@ def choose_sampling(wishes: dict[str, float | int]) -> dict[str, float | int]:
     return {"temperature": 0.0, "top_k": 0, "top_p": 1.0} | wishes | given
 
 
-def load_options() -> dict[str, str]:
-    """The weights' type and the experts' place have to be known before the model is loaded; the plan is made after it."""
+def load(prompts: list[Prompt]) -> tuple[Model, dict, dict]:
+    """The model, changes to its plan that make it fit, and what its quantised experts cost in logits, as figures.
+
+    The weights' types and the experts' place have to be known before the model is loaded; the plan is made after it.
+    """
     plan = read_plan_file() if _PLAN.value else Plan(preset="")
-    return {"dtype": _DTYPE.value or plan.dtype, "expert_tier": _EXPERT_TIER.value or plan.expert_tier}
+    dtype, expert_dtype = _DTYPE.value or plan.dtype, _EXPERT_DTYPE.value or plan.expert_dtype
+    if expert_dtype:
+        options = {"dtype": dtype, "expert_dtype": expert_dtype, "prompts": prompts, "progress": _PROGRESS.value}
+        model, error = jobs.load_quantised(load_model, _MODEL.value, **options)
+        return model, {}, error
+    tier = _EXPERT_TIER.value or plan.expert_tier
+    return *jobs.load_that_fits(load_model, _MODEL.value, dtype=dtype, expert_tier=tier, progress=_PROGRESS.value), {}
 
 
 def read_plan_file() -> Plan:
@@ -227,6 +243,7 @@ def make_plan(config: ModelConfig) -> Plan:
         "bypass_page_cache": _BYPASS_PAGE_CACHE.value or None,
         "expert_flow": _EXPERT_FLOW.value,
         "dtype": _DTYPE.value,
+        "expert_dtype": _EXPERT_DTYPE.value,
         "device_memory_bytes": _to_bytes(_DEVICE_GIB.value, GIB),
         "host_memory_bytes": _to_bytes(_HOST_GIB.value, GIB),
         "link_bytes_per_s": _to_bytes(_LINK_GBPS.value, 1e9),

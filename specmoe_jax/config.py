@@ -22,6 +22,7 @@ EXPERT_TIERS = ("host", "disk")
 DRAM_POLICIES = ("lru", "frequency")
 KV_TIERS = ("accelerator", "host")
 DTYPES = ("float32", "bfloat16")
+EXPERT_DTYPES = ("int8", "int4")
 PER_LAYER = ("draft_experts", "cached_experts")  # fields of a plan that are one number, or one for each layer with experts
 
 
@@ -182,6 +183,7 @@ class Plan:
     prefill_chunk: int = 64  # prompt positions per prefill pass
     deterministic_sampling: bool = False  # sampled tokens too are the same with speculation on or off
     dtype: str = "float32"
+    expert_dtype: str | None = None  # "int8", "int4": quantised experts, another model than the checkpoint's; None: as they are
     device_memory_bytes: int | None = None  # None: as much as the plan can use
     host_memory_bytes: int | None = None  # None: what the machine has
     link_bytes_per_s: float | None = None  # emulate a slower link; None: the real one
@@ -255,6 +257,7 @@ def _check_choices(plan: Plan) -> None:
         ("dram_policy", (None, *DRAM_POLICIES)),
         ("kv_tier", KV_TIERS),
         ("dtype", DTYPES),
+        ("expert_dtype", (None, *EXPERT_DTYPES)),
         ("prefetch", PREFETCHES),
         ("draft_set", (None, *DRAFT_SETS)),
         ("substitution", (None, *SUBSTITUTIONS)),
@@ -362,6 +365,11 @@ def _check_effects(plan: Plan, config: ModelConfig) -> None:
         raise PlanError(f"prefetch=draft has no effect with draft={plan.draft}: its gates tell nothing; use draft=self")
     if plan.substitution == "distinct" and config.experts_per_token == 1:
         raise PlanError("substitution=distinct has no effect where a token chooses one expert; leave it out")
+    if plan.expert_dtype is not None and (plan.expert_tier == "disk" or plan.draft == "merged"):
+        what = "expert_tier=disk" if plan.expert_tier == "disk" else "draft=merged"
+        raise PlanError(
+            f"expert_dtype={plan.expert_dtype} is built for packed experts in host memory, without {what}; leave one out"
+        )
     if plan.prefetch == "oracle" and plan.link_bytes_per_s is None:
         raise PlanError("prefetch=oracle knows the future, which only an emulated link can; give --link_gbps")
     if plan.expert_tier == "disk" and plan.host_memory_bytes is None:

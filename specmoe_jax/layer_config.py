@@ -86,6 +86,7 @@ class RouterConfig:
 class ExpertConfig:
     """One expert. hidden: F. biased: the block is bordered by biases (models/experts.py).
 
+    packing: None for weights as they are, "int8" or "int4" (models/packing.py).
     activation: "swiglu", "clamped_swiglu" with its alpha and limit (GPT-OSS), or "relu", which has no gate (NLLB).
     """
 
@@ -95,6 +96,12 @@ class ExpertConfig:
     biased: bool = False
     alpha: float = 0.0
     limit: float = 0.0
+    packing: str | None = None
+
+    @property
+    def matrices(self) -> int:
+        """2 without a gate, else 3."""
+        return 2 if self.activation == "relu" else 3
 
     @property
     def block_shape(self) -> tuple[int, int, int]:
@@ -102,8 +109,8 @@ class ExpertConfig:
 
         Without a gate the first axis is 2.
         """
-        border, matrices = int(self.biased), 2 if self.activation == "relu" else 3
-        return (matrices, self.hidden + border, self.model + border)
+        border = int(self.biased)
+        return (self.matrices, self.hidden + border, self.model + border)
 
     @property
     def params(self) -> int:

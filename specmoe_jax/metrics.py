@@ -230,6 +230,10 @@ def table(stats: dict) -> str:
         rows.append(("host cache hits / misses", f"{stats['dram_hits']} / {stats['dram_misses']}"))
     if stats["fraction_of_floor"] is not None:
         rows.append(("share of the link floor", f"{stats['fraction_of_floor']:.2f}"))
+    if "expert_dtype_kl" in stats:
+        kl, top1, positions = (stats[f"expert_dtype_{name}"] for name in ("kl", "top1", "positions"))
+        error = f"KL {kl:.1e} nats from {stats['plan']['dtype']}, same top token at {top1:.1%} of {positions} positions"
+        rows.append((f"experts in {stats['plan']['expert_dtype']}", error))
     if stats["synthetic"]:
         rows.append(("SYNTHETIC", f"{', '.join(stats['synthetic'])}: emulated, not this machine's"))
     width = max(len(name) for name, _ in rows)

@@ -98,6 +98,11 @@ class Engine:
             raise PlanError(f"spans have no effect with expert_flow={plan.expert_flow}, which has no lanes; leave them out")
         if plan.dtype != model.dtype:
             raise PlanError(f"the plan says dtype={plan.dtype}, the model was loaded as {model.dtype}; make them agree")
+        if plan.expert_dtype != model.config.experts.packing:
+            raise PlanError(
+                f"the plan says expert_dtype={plan.expert_dtype}, the model's experts are packed as {model.config.experts.packing};"
+                " make them agree (models.quantised.quantise)"
+            )
         tier = "disk" if isinstance(model.experts, DiskExperts) else "host"
         if plan.expert_tier != tier:
             raise PlanError(f"the plan says expert_tier={plan.expert_tier}, the model was loaded with {tier}; make them agree")

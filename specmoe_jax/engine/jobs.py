@@ -16,10 +16,12 @@ from specmoe_jax.engine.generate import Completion, Engine, TokenEvent
 from specmoe_jax.engine.job_watch import JobWatch
 from specmoe_jax.engine.journal import Journal
 from specmoe_jax.engine.prompts import Prompt
-from specmoe_jax.engine.requests import check_job, refusal
+from specmoe_jax.engine.requests import check_job, make_requests, refusal
 from specmoe_jax.errors import PinnedMemoryError, RequestError
 from specmoe_jax.models.model import Model
+from specmoe_jax.models.quantised import logit_error, quantise
 
+SAMPLE_PROMPTS, SAMPLE_TOKENS = 8, 64  # on which quantised experts are compared with exact ones
 CACHE_SHARE = 0.75  # of the pinned memory that was to be had, where not all experts got some
 
 
@@ -36,6 +38,21 @@ def read_head(path: pathlib.Path) -> ModelHead | None:
         return None
     config = load_config(path)
     return ModelHead(config=config, tokenizer=load_model_tokenizer(path, config))
+
+
+def load_quantised(
+    load: Callable[..., Model], name: str, *, dtype: str, expert_dtype: str, prompts: list[Prompt], progress: str
+) -> tuple[Model, dict[str, float]]:
+    """A model with packed experts, and how far its logits are from those of the model in `dtype` on some of the prompts.
+
+    The exact experts are read from disk one by one, for packing and again for the comparison. -> figures for the statistics.
+    """
+    exact = load(name, dtype=dtype, expert_tier="disk", progress=progress)
+    model, sample = quantise(exact, expert_dtype), []
+    for request in make_requests(model, [p.model_input for p in prompts if p.error is None][:SAMPLE_PROMPTS], None):
+        sample.append((request.source or request.token_ids)[:SAMPLE_TOKENS])
+    error = logit_error(exact, model, sample)
+    return model, {f"expert_dtype_{name}": value for name, value in error.items()}
 
 
 def load_that_fits(load: Callable[..., Model], name: str, *, dtype: str, expert_tier: str, progress: str) -> tuple[Model, dict]:
@@ -122,6 +139,7 @@ def fingerprint(prompts: list[Prompt], plan: Plan, model: pathlib.Path) -> dict:
         "prompts": texts.hexdigest(),
         "model": checkpoint_hash(model),
         "dtype": plan.dtype,
+        "expert_dtype": plan.expert_dtype,
         "deterministic_sampling": plan.deterministic_sampling,
     }
 

@@ -12,8 +12,9 @@ import numpy as np
 from specmoe_jax.config import GATED_DRAFTS, ModelConfig, Plan
 from specmoe_jax.engine.state import Buffers, ExpertMemory, HostKV, PoolSlots
 from specmoe_jax.layer_config import AttentionConfig, LayerConfig
+from specmoe_jax.models.experts import block_bytes
 from specmoe_jax.models.model import Model
-from specmoe_jax.models.spec import DTYPE_BYTES, Weights
+from specmoe_jax.models.spec import Weights
 from specmoe_jax.offload import leftovers
 from specmoe_jax.offload.pages import Pages
 from specmoe_jax.offload.residency import empty, plan_layer
@@ -77,7 +78,7 @@ class Runtime:
     @property
     def expert_bytes(self) -> int:
         """Bytes of one expert on the link."""
-        return self.config.expert_params * DTYPE_BYTES[self.plan.dtype]
+        return block_bytes(self.config.experts, self.plan.dtype)
 
     def to_host(self, arrays):
         """Copies activations to the CPU that holds the KV cache."""

@@ -7,21 +7,31 @@ import jax.numpy as jnp
 
 from specmoe_jax import ops
 from specmoe_jax.layer_config import ExpertConfig
+from specmoe_jax.models.packing import packed_bytes, unpack, without_packing
+from specmoe_jax.models.spec import DTYPE_BYTES
 from specmoe_jax.ops.experts_ref import as_float32, block_ffn, expert_ffn_ref
 
 
 def expert_ffn(config: ExpertConfig, x: jax.Array, pool: jax.Array, slots: jax.Array) -> jax.Array:
     """Experts pool[slots[i, a]] on x[i], unweighted: x [n, M], pool [R, *block_shape], slots [n, A] -> [n, A, M] float32.
 
-    A slot of -1 gives zeros. The C++ kernel knows plain SwiGLU; the rest runs in jnp, tile by tile.
+    A slot of -1 gives zeros. The C++ kernel knows plain SwiGLU of weights that are not packed; the rest runs in jnp, tile by tile.
     """
-    if config.activation == "swiglu" and not config.biased:
+    if config.activation == "swiglu" and not config.biased and config.packing is None:
         return ops.expert_ffn(x, pool, slots)
     return expert_ffn_ref(x, pool, slots, ffn=block_function(config))
 
 
+def block_bytes(config: ExpertConfig, dtype: str) -> int:
+    """Bytes of one expert in host memory, on the link and in a slot."""
+    return config.params * DTYPE_BYTES[dtype] if config.packing is None else packed_bytes(config)
+
+
 def block_function(config: ExpertConfig):
-    """(x [n, M], block) -> [n, M] float32, for one expert."""
+    """(x [n, M], block) -> [n, M] float32, for one expert; a packed block is unpacked on the way."""
+    if config.packing is not None:
+        plain = block_function(without_packing(config))
+        return lambda x, packed: plain(x, unpack(config, packed))
     if config.activation == "swiglu" and not config.biased:
         return block_ffn
     return _relu if config.activation == "relu" else functools.partial(_clamped_swiglu, config)

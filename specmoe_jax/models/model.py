@@ -13,10 +13,9 @@ from specmoe_jax.errors import PinnedMemoryError
 from specmoe_jax.layer_config import AttentionConfig, LayerConfig
 from specmoe_jax.models import encoder, layers
 from specmoe_jax.models.attention import allowed, scores_and_values
-from specmoe_jax.models.experts import block_function
+from specmoe_jax.models.experts import block_bytes, block_function
 from specmoe_jax.models.families import family_of
 from specmoe_jax.models.spec import (
-    DTYPE_BYTES,
     Weights,
     map_specs,
     random_block,
@@ -31,10 +30,10 @@ class Model:
 
     weights: everything but the experts, arrays in the compute dtype.
     experts: experts[i][expert] is one block of the i-th layer that has experts (the decoder's, then the encoder's), in
-        pinned host memory; bfloat16 as uint16 bits. [3, F, M], or as ExpertConfig.block_shape says.
+        pinned host memory; bfloat16 as uint16 bits. [3, F, M], or as ExpertConfig.block_shape says; packed ones are bytes.
     tokenizer: see checkpoints.tokenizer; None for a random model.
     dtype: "float32" or "bfloat16". synthetic: stamps for every figure made with it, see metrics.figures.
-    path: of the checkpoint whose weights these are, unchanged; None for every other model.
+    path: of the checkpoint whose weights these are, unchanged but perhaps packed; None for every other model.
     """
 
     config: ModelConfig
@@ -48,7 +47,7 @@ class Model:
     @property
     def expert_bytes(self) -> int:
         """Bytes of one expert as it crosses the link."""
-        return self.config.expert_params * DTYPE_BYTES[self.dtype]
+        return block_bytes(self.config.experts, self.dtype)
 
     def logits(self, token_ids: jax.Array, source: jax.Array | None = None, source_lengths: jax.Array | None = None) -> jax.Array:
         """The reference: [B, T] int -> [B, T, V] float32, every expert computed for every token.

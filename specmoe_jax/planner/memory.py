@@ -1,11 +1,13 @@
 """The memory account of a plan: what lies where, and how many expert slots a budget leaves."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
 from specmoe_jax.config import GIB, ModelConfig, Plan
 from specmoe_jax.errors import PlanError
 from specmoe_jax.layer_config import LayerConfig
+from specmoe_jax.models.experts import block_bytes
 from specmoe_jax.models.families import family_of
 from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
 
@@ -108,7 +110,7 @@ def account(
     cached = paged.pages * KV_PAGE if streams else batch_rows * positions
     whole = MemoryAccount(
         weight_bytes=sum(spec.size for spec in spec_leaves(family_of(config).weight_specs(config))) * item,
-        expert_bytes=config.expert_params * item,
+        expert_bytes=block_bytes(dataclasses.replace(config.experts, packing=plan.expert_dtype), plan.dtype),
         num_slots=wanted + _spare_slots(plan, dispatch),
         wanted_slots=wanted,
         pinned_slots=pinned,

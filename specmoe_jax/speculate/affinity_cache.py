@@ -7,6 +7,7 @@ import numpy as np
 
 from specmoe_jax.checkpoints.manifest import checkpoint_hash
 from specmoe_jax.models.model import Model
+from specmoe_jax.models.packing import unpacked
 from specmoe_jax.progress import bar
 from specmoe_jax.speculate.affinity import expert_distances, load_table, neighbours, save_table
 
@@ -37,17 +38,22 @@ def cache_folder() -> pathlib.Path:
 
 
 def _table_path(model: Model) -> pathlib.Path | None:
-    """Of its own for each dtype, whose rounding may change who is nearer."""
+    """Of its own for each dtype and packing, whose rounding may change who is nearer."""
     if model.path is None:
         return None
-    return cache_folder() / "affinity" / f"{checkpoint_hash(model.path)}-{model.dtype}.npz"
+    kind = "-".join(filter(None, (model.dtype, model.config.experts.packing)))
+    return cache_folder() / "affinity" / f"{checkpoint_hash(model.path)}-{kind}.npz"
 
 
 def _compute(model: Model, progress: str | bool) -> np.ndarray:
     table, count = [], model.config.num_moe_layers  # what an encoder has behind them is not drafted with
     with bar("affinity", count, "layer", mode=progress) as shown:
         for blocks in (model.experts[layer] for layer in range(count)):
-            table.append(neighbours(expert_distances(lambda e, blocks=blocks: np.asarray(blocks[e]), len(blocks))))
+            table.append(
+                neighbours(
+                    expert_distances(lambda e, blocks=blocks: unpacked(model.config.experts, np.asarray(blocks[e])), len(blocks))
+                )
+            )
             shown.update()
     return np.stack(table)
 

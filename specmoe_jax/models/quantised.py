@@ -1,0 +1,59 @@
+"""A model whose experts are quantised, and what that costs in its logits. Never done unless asked for (Plan.expert_dtype)."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specmoe_jax.models.model import Model, to_host
+from specmoe_jax.models.packing import pack
+
+
+def quantise(model: Model, expert_dtype: str) -> Model:
+    """The model with every expert packed as "int8" or "int4" (packing.py), one expert at a time.
+
+    Embeddings, attention, routers and shared experts stay as they are. Memory: the packed experts and one of model.experts,
+    which may be on disk.
+    """
+    layers = model.config.all_layers
+    layers = [
+        layer
+        if layer.experts is None
+        else dataclasses.replace(layer, experts=dataclasses.replace(layer.experts, packing=expert_dtype))
+        for layer in layers
+    ]
+    decoder, encoder = tuple(layers[: model.config.num_layers]), model.config.encoder
+    if encoder is not None:
+        encoder = dataclasses.replace(encoder, layers=tuple(layers[model.config.num_layers :]))
+    config = dataclasses.replace(model.config, layer_configs=decoder, encoder=encoder)
+    experts = tuple(
+        tuple(to_host(pack(config.experts, np.asarray(blocks[expert]))) for expert in range(config.num_experts))
+        for blocks in (model.experts[layer] for layer in range(config.num_expert_layers))
+    )
+    return dataclasses.replace(model, config=config, experts=experts)
+
+
+def logit_error(exact: Model, other: Model, prompts: Sequence[Sequence[int]]) -> dict[str, float]:
+    """How far the distributions of `other` are from those of `exact` at every position of some prompts.
+
+    kl: mean of KL(exact || other) in nats. top1: share of positions with the same most likely token. positions: how many.
+    """
+    divergence, agree, longest = [], [], max(map(len, prompts))  # one shape for all, so one compilation
+    for tokens in prompts:
+        token_ids = np.zeros((1, longest), np.int32)
+        token_ids[0, : len(tokens)] = tokens
+        p, q = (jax.nn.log_softmax(_logits(model, token_ids, len(tokens))[0, : len(tokens)]) for model in (exact, other))
+        divergence.append(np.asarray(jnp.sum(jnp.exp(p) * (p - q), axis=-1)))
+        agree.append(np.asarray(p.argmax(-1) == q.argmax(-1)))
+    return {
+        "kl": float(np.concatenate(divergence).mean()),
+        "top1": float(np.concatenate(agree).mean()),
+        "positions": sum(map(len, agree)),
+    }
+
+
+def _logits(model: Model, token_ids: np.ndarray, length: int) -> jax.Array:
+    """Of an encoder-decoder: the prompt as its source, and as what it translates to."""
+    return model.logits(token_ids, *(() if model.config.encoder is None else (token_ids, np.array([length]))))

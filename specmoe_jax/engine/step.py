@@ -13,7 +13,7 @@ from specmoe_jax.engine.forward import TargetPass, target_pass
 from specmoe_jax.engine.refill import joined
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import State, StepInfo
-from specmoe_jax.engine.streaming import streamed_target_pass
+from specmoe_jax.engine.streaming import fetched, streamed_target_pass
 from specmoe_jax.engine.tree import accepted_path, straighten
 from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.planner.pipeline import ACCELERATOR
@@ -196,7 +196,7 @@ def inform(rt: Runtime, state: State, verified: TargetPass, lengths: np.ndarray,
     memory = state.draft_memory
     for chunk, features in verified.prompts:
         item = chunk.item
-        memory = rt.draft.observe(memory, chunk.rows, chunk.following, features, item.lengths, item.num_new)
+        memory = rt.draft.observe(memory, chunk.rows, chunk.following, fetched(features), item.lengths, item.num_new)
     if verified.features is not None:
         rows, width = len(state.requests), verified.features.shape[1]
         following = np.zeros((rows, width), np.int32)

@@ -18,11 +18,15 @@ from specmoe_jax.engine.refill import Item, empty_chunk, prompt_chunks, rows_of
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import Buffers, ExpertMemory, HostKV, PassInfo, State
 from specmoe_jax.planner.pipeline import KINDS, Task, pass_tasks
+from specmoe_jax.speculate.draft import FeatureDraft
 from specmoe_jax.tracing import Span
 
 
 class StreamedPass(NamedTuple):
-    """h: per item [b, T, M] after the last layer. features: per item, what the draft takes; None where it takes nothing."""
+    """h: per item [b, T, M] after the last layer. features: per item, what the draft takes; None where it takes nothing.
+
+    Both are still in host memory where the item is parked.
+    """
 
     h: list[jax.Array]
     features: list[jax.Array | None]
@@ -46,6 +50,11 @@ def stream_pass(rt: Runtime, buffers: Buffers, kv: HostKV, items: list[Item]) ->
 _tasks = functools.cache(functools.partial(pass_tasks, chunks=1))  # the store cuts a layer into its experts
 
 
+def fetched(h: jax.Array) -> jax.Array:
+    """On the accelerator, whether or not it waited in host memory."""
+    return h if h.sharding.memory_kind == "device" else jax.device_put(h, jax.memory.Space.Device)
+
+
 class _Run:
     """The values that tasks hand on during one pass."""
 
@@ -59,27 +68,35 @@ class _Run:
         self.inputs: list[dict[int, jax.Array]] = [{} for _ in items]
         self.projected: dict = {}
         self.attended: dict = {}
-        self.routed: list = [None] * len(items)
+        self.routed: dict = {}
         self.spare, self.readers, self.coming = buffers
         self.due = self.current = None
         self.handlers = {kind: getattr(self, f"_{kind}") for kind in KINDS}
         self.every_expert = np.arange(rt.config.num_experts, dtype=np.int32)
 
     def result(self) -> StreamedPass:
-        h = [self._h(i) for i in range(len(self.items))]
         return StreamedPass(
-            h=h,
-            features=[features(self.rt, h, inputs) for h, inputs in zip(h, self.inputs, strict=True)],
+            h=self.h,
+            features=[self._features(item) for item in range(len(self.items))],
             kv=self.kv._replace(caches=tuple(self.caches)),
             buffers=Buffers(spare=self.spare, readers=tuple(self.readers), coming=self.coming),
         )
 
+    def _features(self, item: int) -> jax.Array | None:
+        if not isinstance(self.rt.draft, FeatureDraft):
+            return None
+        inputs = {layer: fetched(h) for layer, h in self.inputs[item].items()}
+        return self._parked(item, features(self.rt, self._h(item), inputs))
+
     def _h(self, item: int) -> jax.Array:
         """The hidden states of an item on the accelerator."""
-        return jax.device_put(self.h[item], jax.memory.Space.Device) if self.items[item].parked else self.h[item]
+        return fetched(self.h[item])
 
     def _keep(self, item: int, h: jax.Array) -> None:
-        self.h[item] = jax.device_put(h, self.rt.parking) if self.items[item].parked else h
+        self.h[item] = self._parked(item, h)
+
+    def _parked(self, item: int, h: jax.Array) -> jax.Array:
+        return jax.device_put(h, self.rt.parking) if self.items[item].parked else h
 
     def _note(self, task: Task, start_s: float, outputs) -> None:
         """outputs: waited for only where spans are wanted."""
@@ -96,7 +113,7 @@ class _Run:
         config, weights = self.rt.config.layers[task.layer], self.rt.weights.layers[task.layer]
         h = self._h(task.item)
         if task.layer in self.rt.feature_layers:
-            self.inputs[task.item][task.layer] = h
+            self.inputs[task.item][task.layer] = self.h[task.item]
         projected = stages.pre_attention(config, weights, h, self.lengths[task.item])
         self.projected[task.item] = (*projected, weights.sinks)
         self._note(task, start_s, projected)
@@ -134,12 +151,12 @@ class _Run:
         if self.due is not None:  # the first item of the layer
             self.current, self.due, self.readers = self.due.result(), None, []
         start_s = time.perf_counter()
-        x, routing = self.routed[task.item]
+        x, routing = self.routed.pop(task.item)
         config = self.rt.config.layers[task.layer]
         h = stages.experts(config, self._h(task.item), x, routing, self.current, self.every_expert)
         self._keep(task.item, h)
         self._note(task, start_s, h)
-        self.readers.append(h)
+        self.readers.append(self.h[task.item])
         self.spare = self.current
 
     def _stream(self, task: Task) -> None:

@@ -32,7 +32,7 @@ class MemoryAccount(NamedTuple):
     kv_tier: str
     draft_model_bytes: int = 0
     kv_pages: int = 0  # of the host's paged cache (expert_flow=stream), else 0
-    hidden_bytes: int = 0  # hidden states of prompts that wait in host memory for the next layer (expert_flow=stream)
+    hidden_bytes: int = 0  # what waits in host memory of a prompt between two tasks: hidden states, queries, keys, values (stream)
     cross_bytes: int = 0  # keys and values of what an encoder read
 
     @property
@@ -51,6 +51,7 @@ class MemoryAccount(NamedTuple):
 
 
 PREFILL_TOKENS = 512  # of one item of a streamed prefill: enough to use an accelerator, few enough to keep others waiting briefly
+ITEMS_AHEAD = 3  # prefill items whose activations are alive at a time: dispatch runs ahead (tests/engine/measure_memory.py)
 KV_PAGE = 64  # tokens of a page of the host's paged cache: whole blocks of the packed layout, half of one wasted per request
 
 
@@ -99,7 +100,7 @@ def account(
     item = DTYPE_BYTES[plan.dtype]
     passes = max(plan.tokens_per_pass, plan.prefill_chunk) * batch_rows  # tokens of the largest pass
     streams = plan.expert_flow == "stream"
-    passes = plan.tokens_per_pass * batch_rows + PREFILL_TOKENS if streams else passes
+    passes = plan.tokens_per_pass * batch_rows + ITEMS_AHEAD * PREFILL_TOKENS if streams else passes
     if streams and paged is None:
         paged = PagedLoad(pages=batch_rows * pages_of(positions), prompt_tokens=batch_rows * positions)
     everything = config.num_expert_layers * config.num_experts
@@ -123,7 +124,7 @@ def account(
         kv_tier=plan.kv_tier,
         draft_model_bytes=draft_model_bytes,
         kv_pages=paged.pages if streams else 0,
-        hidden_bytes=paged.prompt_tokens * config.hidden_size * item if streams else 0,
+        hidden_bytes=paged.prompt_tokens * (config.hidden_size + max(map(_heads, config.layers))) * item if streams else 0,
         cross_bytes=sum(2 * batch_rows * source_positions * _cross_row(layer) for layer in config.layers) * item,
     )
     return _fit_device(_fit_host(_fit_pages(whole, plan, positions), plan), plan)

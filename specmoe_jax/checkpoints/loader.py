@@ -130,15 +130,15 @@ def _read_experts(inventory: Inventory, dtype: str, check_finite: bool, shown) -
     host_block, loaded = HostBlocks(dtype, check_finite=check_finite), []
 
     def expert(source):
-        block = host_block(source)
+        try:
+            block = host_block(source)
+        except PinnedMemoryError as e:
+            raise PinnedMemoryError(str(e), pinned_bytes=sum(loaded)) from e
         loaded.append(block.nbytes)
         shown.update(source.bytes)
         return block
 
-    try:
-        blocks = iter(_in_order(expert, [source for layer in inventory.experts for source in layer]))
-    except PinnedMemoryError as e:
-        raise PinnedMemoryError(str(e), pinned_bytes=sum(loaded)) from e
+    blocks = iter(_in_order(expert, [source for layer in inventory.experts for source in layer]))
     return tuple(tuple(next(blocks) for _ in layer) for layer in inventory.experts)
 
 

@@ -13,7 +13,7 @@ from specmoe_jax.errors import RequestError
 
 
 class Journal:
-    """The output of a job, JSON lines in the order of completion, each on disk (fsync) before the next begins.
+    """The output of a job, JSON lines in the order of completion, each `append` on disk (fsync) before the next begins.
 
     done: numbers (`index`) of the requests that are finished. Raises RequestError when the output belongs to another
     job (naming what changed), is in use by another process, or cannot be written.
@@ -38,9 +38,9 @@ class Journal:
         self._end, self.done = self._read()
         self._file.truncate(self._end)
 
-    def append(self, record: dict) -> None:
-        """Adds one finished request; when this returns, it survives. Raises RequestError when the disk does not take it."""
-        line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+    def append(self, *records: dict) -> None:
+        """Adds finished requests; when this returns, they survive. Raises RequestError when the disk does not take them."""
+        line = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
         try:
             written = 0
             while written < len(line):
@@ -53,7 +53,7 @@ class Journal:
                 "the same command again"
             ) from e
         self._end += len(line)
-        self.done.add(record["index"])
+        self.done |= {record["index"] for record in records}
 
     def close(self) -> None:
         """Ends the job's hold on its output."""

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import threading
 import weakref
 
 import pytest
@@ -102,14 +103,15 @@ def test_a_disk_that_fills(job, tmp_path):
 @pytest.fixture
 def little_pinned_memory(monkeypatch):
     """The system refuses pinned memory for the experts when 8 of the 15 have some; -> the bytes of these."""
-    given, freed = [], []
+    given, freed, lock = [], [], threading.Lock()
 
     def stingy(block):
-        if len(given) - len(freed) >= 8:
-            raise PinnedMemoryError("refused")
+        with lock:
+            if len(given) - len(freed) >= 8:
+                raise PinnedMemoryError("refused")
+            given.append(block.nbytes)
         block = to_host(block)
         weakref.finalize(block, freed.append, 1)
-        given.append(block.nbytes)
         return block
 
     monkeypatch.setattr(tensors, "to_host", stingy)
@@ -169,4 +171,5 @@ def test_ten_thousand_lines_that_are_no_prompts(generate, checkpoint, tmp_path):
 def test_the_loader_says_how_much_it_got(checkpoint, little_pinned_memory):
     with pytest.raises(PinnedMemoryError) as refused:
         loader.load_model(str(checkpoint))
-    assert refused.value.pinned_bytes == sum(little_pinned_memory[:8])
+    got = refused.value.pinned_bytes / little_pinned_memory[0]
+    assert 8 - tensors.READERS < got <= 8  # the readers' blocks under way are not counted

@@ -396,8 +396,6 @@ def _check_stream(plan: Plan) -> None:
         raise PlanError(
             "cached_experts, retain and prefetch have no effect with expert_flow=stream, which brings every expert; leave them out"
         )
-    if plan.draft_tree_tokens is not None:
-        raise PlanError("trees are verified by expert_flow=resident and on_demand, not by stream; leave out the draft_tree fields")
     if plan.micro_batches > plan.batch_size:
         raise PlanError(f"micro_batches={plan.micro_batches} of batch_size={plan.batch_size} rows; give at most as many as rows")
 

@@ -16,13 +16,15 @@ from specmoe_jax.offload.pages import admit as admit_pages
 from specmoe_jax.offload.pages import release
 from specmoe_jax.planner.memory import PREFILL_TOKENS
 from specmoe_jax.speculate.sampling import sampling_rows
+from specmoe_jax.types import Tree
 
 
 class Item(NamedTuple):
     """One micro-batch, or one chunk of some rows' prompts.
 
     tokens: [b, T] int32 at positions lengths[b] + t of the rows whose pages are table [b, P]; t >= num_new[b] is padding.
-    parked: its hidden states wait in host memory between the layers (prompts, of which there may be many).
+    tree: of the new tokens, None for a chain. parked: its hidden states wait in host memory between the layers (prompts,
+    of which there may be many).
     """
 
     tokens: np.ndarray
@@ -30,6 +32,7 @@ class Item(NamedTuple):
     lengths: np.ndarray
     num_new: np.ndarray
     parked: bool = False
+    tree: Tree | None = None
 
 
 class PromptChunk(NamedTuple):

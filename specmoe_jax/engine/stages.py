@@ -14,7 +14,7 @@ from specmoe_jax.models import attention as attentions
 from specmoe_jax.models import encoder, layers
 from specmoe_jax.models import experts as ffn
 from specmoe_jax.models.spec import LayerWeights
-from specmoe_jax.ops import PackedCache, attention_ref
+from specmoe_jax.ops import PackedCache, attention_ref, packed
 from specmoe_jax.speculate.substitution import DistinctSlots, MaskedSlots, choose_distinct
 from specmoe_jax.types import CrossCache, Routing, Tree
 
@@ -40,10 +40,10 @@ def attend(config: LayerConfig, q, k, v, sinks, k_cache, v_cache, lengths, num_n
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def attend_paged(config: LayerConfig, q, k, v, sinks, cache: PackedCache, table, lengths, num_new):
+def attend_paged(config: LayerConfig, q, k, v, sinks, cache: PackedCache, table, lengths, num_new, tree: Tree | None = None):
     """As `attend`, over a paged cache in host memory (donated). table [B, P] int32 -> attended [B, T, H, D], cache."""
     with jax.named_scope("attend_paged"):
-        return attentions.attend_paged(config.attention, q, k, v, sinks, cache, table, lengths, num_new)
+        return attentions.attend_paged(config.attention, q, k, v, sinks, cache, table, lengths, num_new, tree)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -136,3 +136,14 @@ def keep_path(cache: jax.Array, lengths: jax.Array, path: jax.Array, num_accepte
     with jax.named_scope("keep_path"):
         rows = jnp.take_along_axis(cache, (lengths[:, None] + path)[:, None, :, None], axis=2)  # [B, K, depth, D]
         return attention_ref.append(cache, rows.swapaxes(1, 2), lengths + 1, num_accepted)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def keep_path_paged(
+    cache: PackedCache, table: jax.Array, lengths: jax.Array, path: jax.Array, num_accepted: jax.Array
+) -> PackedCache:
+    """As `keep_path`, in a paged cache (donated); table [B, P] int32: the pages of each row."""
+    with jax.named_scope("keep_path_paged"):
+        places = lengths[:, None] + 1 + jnp.arange(path.shape[1])
+        moved = jnp.arange(path.shape[1]) < num_accepted[:, None]
+        return packed.move(cache, table, lengths[:, None] + path, places, moved)

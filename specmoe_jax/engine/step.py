@@ -115,7 +115,7 @@ def verify(rt: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass, Acc
     num_new = np.where(state.active, tokens.shape[1], 0).astype(np.int32)
     nothing = np.zeros(state.memory.votes.shape, np.int64)
     if rt.plan.expert_flow == "stream":
-        verified = streamed_target_pass(rt, state._replace(kv=drafted.kv), drafted.memory, tokens, num_new)
+        verified = streamed_target_pass(rt, state._replace(kv=drafted.kv), drafted.memory, tokens, num_new, proposal.tree)
         if verified.h is None:
             none = np.zeros(len(num_new), np.int32)
             return verified, AcceptResult(num_accepted=none, next_token=none), none, proposal

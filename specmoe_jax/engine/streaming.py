@@ -20,6 +20,7 @@ from specmoe_jax.engine.state import Buffers, ExpertMemory, HostKV, PassInfo, St
 from specmoe_jax.planner.pipeline import KINDS, Task, pass_tasks
 from specmoe_jax.speculate.draft import FeatureDraft
 from specmoe_jax.tracing import Span
+from specmoe_jax.types import Tree
 
 
 class StreamedPass(NamedTuple):
@@ -61,7 +62,7 @@ class _Run:
     def __init__(self, rt: Runtime, buffers: Buffers, kv: HostKV, items: list[Item]):
         self.rt, self.items = rt, items
         self.caches, self.kv = list(kv.caches), kv
-        self.host = [jax.device_put((item.table, item.lengths, item.num_new), rt.host) for item in items]
+        self.host = [jax.device_put((item.table, item.lengths, item.num_new, item.tree), rt.host) for item in items]
         self.lengths = [jnp.asarray(item.lengths) for item in items]
         self.num_new = [jnp.asarray(item.num_new) for item in items]
         self.h: list = [None] * len(items)
@@ -114,7 +115,7 @@ class _Run:
         h = self._h(task.item)
         if task.layer in self.rt.feature_layers:
             self.inputs[task.item][task.layer] = self.h[task.item]
-        projected = stages.pre_attention(config, weights, h, self.lengths[task.item])
+        projected = stages.pre_attention(config, weights, h, self.lengths[task.item], self.items[task.item].tree)
         self.projected[task.item] = (*projected, weights.sinks)
         self._note(task, start_s, projected)
 
@@ -173,7 +174,7 @@ class _Run:
         return buffer
 
 
-def streamed_target_pass(rt: Runtime, state: State, memory: ExpertMemory, tokens, num_new) -> TargetPass:
+def streamed_target_pass(rt: Runtime, state: State, memory: ExpertMemory, tokens, num_new, tree: Tree | None = None) -> TargetPass:
     """The verification of all rows in micro-batches, and the prompts of the rows that join, in one pass. Consumes the state.
 
     tokens: [B, T]; num_new: [B]. A micro-batch without an active row is left out; if nothing is active nor joins, all items run
@@ -184,7 +185,13 @@ def streamed_target_pass(rt: Runtime, state: State, memory: ExpertMemory, tokens
     groups = np.split(np.arange(len(num_new), dtype=np.int32), rt.plan.micro_batches)
     running = [idle or bool(num_new[rows].any()) for rows in groups]
     decoding = [
-        Item(tokens[rows], rows_of(state.kv, rows), state.lengths[rows], num_new[rows])
+        Item(
+            tokens[rows],
+            rows_of(state.kv, rows),
+            state.lengths[rows],
+            num_new[rows],
+            tree=tree and Tree(*(part[rows] for part in tree)),
+        )
         for rows, runs in zip(groups, running, strict=True)
         if runs
     ]

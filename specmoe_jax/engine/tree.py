@@ -10,7 +10,7 @@ from specmoe_jax.engine import stages
 from specmoe_jax.engine.drafting import step_coupled_keys, step_keys
 from specmoe_jax.engine.forward import TargetPass
 from specmoe_jax.engine.runtime import Runtime
-from specmoe_jax.engine.state import State
+from specmoe_jax.engine.state import HostKV, State
 from specmoe_jax.speculate.sampling import Stream
 from specmoe_jax.speculate.tree import accept_tree, accept_tree_coupled, accept_tree_greedy
 from specmoe_jax.types import AcceptedPath, AcceptResult, Proposal
@@ -44,7 +44,12 @@ def straighten(
     where = (jnp.asarray(state.lengths), accepted.path, accepted.num_accepted)
     if rt.plan.kv_tier == "host":
         where = jax.device_put(where, rt.host)
-    k, v = (tuple(stages.keep_path(cache, *where) for cache in caches) for caches in (verified.kv.k, verified.kv.v))
+    if isinstance(verified.kv, HostKV):
+        table = jax.device_put(verified.kv.pages.table, rt.host)
+        kv = verified.kv._replace(caches=tuple(stages.keep_path_paged(cache, table, *where) for cache in verified.kv.caches))
+    else:
+        k, v = (tuple(stages.keep_path(cache, *where) for cache in caches) for caches in (verified.kv.k, verified.kv.v))
+        kv = verified.kv._replace(k=k, v=v)
     order = jnp.pad(accepted.path, ((0, 0), (1, 0)))  # the root first
     features = None if verified.features is None else jnp.take_along_axis(verified.features, order[..., None], axis=1)
     (path, num_accepted, next_token), finite, order = jax.device_get((accepted, finite, order))
@@ -54,7 +59,7 @@ def straighten(
     sound = np.cumprod(np.take_along_axis(finite, order, axis=1), axis=1).sum(axis=1)
     tokens = np.take_along_axis(np.asarray(proposal.tokens), np.maximum(path - 1, 0), axis=1)
     return (
-        verified._replace(kv=verified.kv._replace(k=k, v=v), features=features, info=verified.info._replace(routing=routing)),
+        verified._replace(kv=kv, features=features, info=verified.info._replace(routing=routing)),
         AcceptResult(num_accepted=num_accepted, next_token=next_token),
         sound,
         proposal._replace(tokens=tokens),

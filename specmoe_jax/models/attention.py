@@ -26,7 +26,9 @@ def attend(config: AttentionConfig, q, k, v, sinks, k_cache, v_cache, lengths, n
     return out[..., :dim], *caches
 
 
-def attend_paged(config: AttentionConfig, q, k, v, sinks, cache: ops.PackedCache, table, lengths, num_new):
+def attend_paged(
+    config: AttentionConfig, q, k, v, sinks, cache: ops.PackedCache, table, lengths, num_new, tree: Tree | None = None
+):
     """As `attend`, over a paged packed cache: rows of `table` [B, P] int32 name the pages of each row. -> attended, cache.
 
     What the kernel does not know (sinks, chunks) is done on unpacked rows of the whole table: right, and slow.
@@ -36,7 +38,7 @@ def attend_paged(config: AttentionConfig, q, k, v, sinks, cache: ops.PackedCache
     positions = table.shape[1] * cache.shape[2]
     if sinks is not None or (config.chunk is not None and config.chunk < positions):
         rows = packed.gather(cache, table)
-        out, *rows = _attend_jnp(config, q, k, v, *rows, lengths, num_new=num_new, sinks=sinks)
+        out, *rows = _attend_jnp(config, q, k, v, *rows, lengths, num_new=num_new, sinks=sinks, tree=tree)
         return out[..., :dim], packed.scatter(cache, table, *rows)
     outs = []
     for start in range(0, q.shape[1], ops.MAX_NEW):  # each piece finds those before it in the cache
@@ -50,6 +52,7 @@ def attend_paged(config: AttentionConfig, q, k, v, sinks, cache: ops.PackedCache
             lengths + jnp.minimum(num_new, start),
             block_table=table,
             num_new=new,
+            tree_mask=None if tree is None else tree.mask,  # a tree is one piece: it has at most MAX_NEW nodes
             window=config.window,
             scale=config.scale,
         )

@@ -207,3 +207,30 @@ def scatter(cache: PackedCache, table: jax.Array, k: jax.Array, v: jax.Array) ->
     """The cache with the pages that table [B, P] names replaced by row caches k and v [B, K, P * S, D]."""
     rows = _scatter_pages(unpack_rows(cache.k), k, table), _scatter_pages(cache.v, v, table)
     return dataclasses.replace(cache, k=pack_rows(rows[0]), v=rows[1])
+
+
+def move(cache: PackedCache, table: jax.Array, sources: jax.Array, targets: jax.Array, moved: jax.Array) -> PackedCache:
+    """Tokens of each request copied within its pages: positions sources [B, N] to targets [B, N] where moved [B, N] bool.
+
+    All are read before the first is written. A float cache only; bfloat16 goes as bits, because XLA's CPU scatter would convert
+    the whole cache.
+    """
+    _check.that("move", cache.dtype != jnp.int8, "an int8 cache is not supported; use float32 or bfloat16")
+    rows, _, page, _ = cache.shape
+
+    def places(positions, valid):
+        row = jnp.take_along_axis(table, jnp.clip(positions // page, 0, table.shape[1] - 1), axis=1)
+        return jnp.where(valid & (row >= 0), row, rows), positions % page
+
+    read_row, read_at = places(sources, moved)
+    write_row, write_at = places(targets, moved)
+
+    def shifted(x, at):
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+        values = bits.at[at(read_row, read_at)].get(mode="clip")
+        bits = bits.at[at(write_row, write_at)].set(values, mode="drop")
+        return jax.lax.bitcast_convert_type(bits, x.dtype) if x.dtype == jnp.bfloat16 else bits
+
+    every = slice(None)
+    k = shifted(cache.k, lambda row, at: (row, every, at // BLOCK, every, at % BLOCK))
+    return dataclasses.replace(cache, k=k, v=shifted(cache.v, lambda row, at: (row, every, at)))

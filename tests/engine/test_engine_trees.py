@@ -46,6 +46,25 @@ def test_scripted_acceptance_anywhere_in_the_tree(model, resident, preset, kv_ti
     assert seen == set(range(DEPTH + 1))
 
 
+@pytest.mark.parametrize("micro_batches, rows", [(1, 8), (2, 4)])
+def test_scripted_acceptance_in_a_streamed_pass(model, resident, micro_batches, rows):
+    """The same over pages in host memory, with rows that take each other's places."""
+    draft = ScriptedTree(DEPTH, COUNT, dict(zip(PROMPTS, resident, strict=True)), right)
+    a_plan = tree_plan("streaming", batch_size=rows, micro_batches=micro_batches)
+    engine = Engine(model, a_plan, draft=draft)
+    assert [c.token_ids for c in engine.generate(PROMPTS, GREEDY)] == resident
+    assert engine.stats()["tokens_per_step"] > 2.5
+    assert engine.stats()["compilations_after_warmup"] == 0
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED])
+def test_an_eagle_tree_in_a_streamed_pass(model, params):
+    changes = {"batch_size": 3, "draft_length": 3, "draft_tree_top_k": 2, "draft_tree_tokens": 5}
+    a_plan = plan("streaming", draft="eagle", deterministic_sampling=True, **changes)
+    want = run(model, plan("resident", deterministic_sampling=True), params=params)[0]
+    assert run(model, a_plan, params=params, draft_head=eagle_head(model))[0] == want
+
+
 @pytest.mark.parametrize("family", RAW_CONFIGS)
 def test_families(family):
     """Windows, chunks, sinks, latents: positions by depth and the ancestor mask in every attention."""

@@ -374,8 +374,6 @@ def _check_effects(plan: Plan, config: ModelConfig) -> None:
         raise PlanError("prefetch=oracle knows the future, which only an emulated link can; give --link_gbps")
     if plan.expert_tier == "disk" and plan.host_memory_bytes is None:
         raise PlanError("expert_tier=disk needs the host memory to cache experts in; give --host_memory_gib")
-    if plan.draft == "eagle" and config.encoder is not None:
-        raise PlanError("draft=eagle is built for decoders alone; use another draft with an encoder-decoder")
     if plan.expert_flow == "stream" and config.encoder is not None:
         raise PlanError("expert_flow=stream is built for decoders alone; use on_demand with an encoder-decoder")
     if plan.expert_flow == "stream":

@@ -82,20 +82,22 @@ def _streamed(setting: Setting, draft_s: float) -> Timing:
     def seconds(kind: str, layer: int) -> float:
         return setting.seconds(cost(kind, layer))
 
+    alike = _alike(config)
+
     tasks = _tasks(tuple(index is not None for index in config.moe_index), plan.micro_batches, chunks)
     head = costs.head(config, setting.load.tokens, setting.item)
     between_s = draft_s + setting.seconds(head) + hardware.sync_s + hardware.step_s
     simulation = simulate(
         tasks,
-        lambda task: seconds(task.kind, task.layer),
+        lambda task: seconds(task.kind, alike[task.layer]),
         draft_s=between_s,
         shared_cores=hardware.shared_cores,
         overlap=hardware.overlap,
     )
     own = dict.fromkeys((*RESOURCES, DISK), 0.0)
     for task in tasks:
-        own[task.resource] += seconds(task.kind, task.layer)
-    everything = [cost(task.kind, task.layer) for task in tasks]
+        own[task.resource] += seconds(task.kind, alike[task.layer])
+    everything = [cost(task.kind, alike[task.layer]) for task in tasks]
     return Timing(
         iteration_s=simulation.iteration_s,
         draft_s=draft_s,
@@ -104,6 +106,11 @@ def _streamed(setting: Setting, draft_s: float) -> Timing:
         floor_s=costs.floor_seconds([*everything, head], hardware, plan.dtype),
         simulation=simulation,
     )
+
+
+def _alike(config: ModelConfig) -> list[int]:
+    """Of each layer the first that is like it: their tasks cost the same."""
+    return [config.layers.index(layer) for layer in config.layers]
 
 
 _tasks = functools.lru_cache(maxsize=32)(pass_tasks)

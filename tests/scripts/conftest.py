@@ -34,23 +34,21 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="session")
-def generate_script():
-    """scripts/generate.py as a module, with flags of its own: other scripts define some of the same names."""
+def load_script(name: str):
+    """A script as a module, with flags of its own: other scripts define some of the same names."""
     own = absl.flags.FlagValues()
     define = {name: functools.partial(f, flag_values=own) for name, f in vars(absl.flags).items() if name.startswith("DEFINE_")}
     stand_in = types.SimpleNamespace(**{**vars(absl.flags), **define, "FLAGS": own})
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SCRIPTS))
         patch.setattr(absl, "flags", stand_in)
-        return importlib.import_module("generate")
+        return importlib.import_module(name)
 
 
-@pytest.fixture
-def generate(generate_script, capfd, monkeypatch, tmp_path):
-    """Runs the script in this process, in an empty folder: arguments -> code, stdout, stderr."""
-    common, own = generate_script._common, generate_script.flags.FLAGS
-    monkeypatch.setattr(common, "flags", generate_script.flags)
+def in_process(script, capfd, monkeypatch, tmp_path):
+    """Runs a script in this process, in an empty folder: arguments -> code, stdout, stderr."""
+    common, own = script._common, script.flags.FLAGS
+    monkeypatch.setattr(common, "flags", script.flags)
     monkeypatch.setattr(common, "use_compile_cache", lambda: None)
     monkeypatch.chdir(tmp_path)
 
@@ -59,8 +57,8 @@ def generate(generate_script, capfd, monkeypatch, tmp_path):
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         own.unparse_flags()
         try:
-            common._parse(["generate.py", *map(str, args)])
-            common._guarded(generate_script.main)
+            common._parse([f"{script.__name__}.py", *map(str, args)])
+            common._guarded(script.main)
         except SystemExit as e:
             code = e.code or 0
         finally:
@@ -70,6 +68,26 @@ def generate(generate_script, capfd, monkeypatch, tmp_path):
         return Ran(code, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def generate_script():
+    return load_script("generate")
+
+
+@pytest.fixture
+def generate(generate_script, capfd, monkeypatch, tmp_path):
+    return in_process(generate_script, capfd, monkeypatch, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def explain_script():
+    return load_script("explain")
+
+
+@pytest.fixture
+def explain(explain_script, capfd, monkeypatch, tmp_path):
+    return in_process(explain_script, capfd, monkeypatch, tmp_path)
 
 
 @pytest.fixture(scope="session")

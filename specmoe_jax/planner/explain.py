@@ -1,0 +1,145 @@
+"""A prediction for people: what scripts/explain.py says. Pure: dictionaries with units in their names, and tables of them."""
+
+from typing import Any
+
+import numpy as np
+
+from specmoe_jax.config import GIB, ModelConfig, Plan
+from specmoe_jax.errors import PlanError
+from specmoe_jax.planner import fit, replay, routing
+from specmoe_jax.planner.estimate import Prediction, predict
+from specmoe_jax.planner.hardware import Hardware
+from specmoe_jax.planner.memory import account
+from specmoe_jax.planner.workload import Workload
+
+TRACE_PASSES = 64  # of a synthetic routing trace
+
+
+def problem(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload) -> str | None:
+    """Why the plan does not fit, and the nearest one that does; None where it fits."""
+    plan.validate(config)
+    refused = fit.refusal(config, plan, hardware, workload)
+    if refused is None:
+        return None
+    other = fit.nearest(config, plan, hardware, workload)
+    if other is None:
+        least = account(config, Plan(preset="on_demand", dtype=plan.dtype, batch_size=1), batch_rows=1, positions=64)
+        alone_gib = (least.accelerator_bytes - (least.num_slots - 1) * least.expert_bytes) / GIB
+        return f"{refused}; nothing near it fits {hardware.name}: one row and one expert alone take {alone_gib:.1f} GiB there"
+    return f"{refused}; the nearest that fits {hardware.name}: {' '.join(other.flags)}"
+
+
+def explain(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload, *, stored_bytes: int | None) -> dict[str, Any]:
+    """Of a plan that fits. stored_bytes: what a load reads, None where there are no files."""
+    found = predict(config, plan, hardware, workload)
+    own = found.account
+    return {
+        "plan": plan.preset,
+        "machine": hardware.name,
+        "accelerator_gib": {
+            "weights": own.weight_bytes / GIB,
+            "expert slots": (own.num_slots + own.merged_slots) * own.expert_bytes / GIB,
+            "KV cache": (own.kv_bytes if own.kv_tier == "accelerator" else 0) / GIB,
+            "activations": own.activation_bytes / GIB,
+            "draft": own.draft_model_bytes / GIB,
+            "all": own.accelerator_bytes / GIB,
+            "has": hardware.accelerator_memory_bytes / GIB,
+        },
+        "host_gib": {
+            "experts, pinned": own.host_expert_bytes / GIB,
+            "KV cache": (own.kv_bytes if own.kv_tier == "host" else 0) / GIB,
+            "hidden states of prompts": own.hidden_bytes / GIB,
+            "all": own.host_bytes / GIB,
+            "has": hardware.host_memory_bytes / GIB,
+        },
+        "disk_gib": None if stored_bytes is None else stored_bytes / GIB,
+        "load_s": None if stored_bytes is None else stored_bytes / hardware.disk_bytes_per_s,
+        "batch": plan.batch_size,
+        "largest_batch": fit.largest_batch(config, plan, hardware, workload),
+        **_speed(found),
+    }
+
+
+def _speed(found: Prediction) -> dict[str, Any]:
+    return {
+        "tokens_per_s": found.tokens_per_s,
+        "tokens_per_s_interval": list(found.interval) if found.interval else None,
+        "binding_resource": found.binding,
+        "iteration_s": found.iteration_s,
+        "draft_s": found.draft_s,
+        "prefill_s": found.prefill_s,
+        "naive_iteration_s": found.naive_s,
+        "tokens_per_step": found.tokens_per_step,
+        "link_bytes_per_token": found.link_bytes_per_token,
+        "busy_s": {name: value for name, value in found.busy_s.items() if value},
+        "floor_s": found.floor_s,
+        "fraction_of_floor": found.fraction_of_floor,
+    }
+
+
+def presets(config: ModelConfig, plans: dict[str, Plan], hardware: Hardware, workload: Workload) -> dict[str, Any]:
+    """Every plan beside each other; of one that does not fit, why, and what it would do if it did."""
+    table = {}
+    for name, plan in plans.items():
+        try:
+            found = predict(config, plan, hardware, workload, budgets=False, interval=False)
+        except PlanError as e:  # a budget of the plan itself
+            table[name] = {"cannot run": str(e)}
+            continue
+        refused = fit.refusal(config, plan, hardware, workload)
+        speed = _speed(found)
+        kept = ("tokens_per_s", "iteration_s", "draft_s", "tokens_per_step", "link_bytes_per_token", "binding_resource")
+        table[name] = {key: speed[key] for key in kept} | {"fits": refused is None}
+    base = table.get("on_demand", {}).get("link_bytes_per_token")
+    for row in table.values():
+        if base and "link_bytes_per_token" in row:
+            row["bytes x on_demand"] = row["link_bytes_per_token"] / base
+    return {"machine": hardware.name, "presets": table}
+
+
+def caches(
+    config: ModelConfig, workload: Workload, trace: np.ndarray | None, capacity: int | None, *, tokens: int
+) -> dict[str, Any]:
+    """Fetches of each cache policy on a trace, over those of the optimum. tokens: of a pass of the synthetic one."""
+    p = routing.choice_probabilities(config.num_experts, config.experts_per_token, workload.skew)
+    given = trace is not None
+    if not given:
+        layers = config.num_moe_layers
+        trace = replay.synthetic_trace(p, config.experts_per_token, layers=layers, passes=TRACE_PASSES, tokens=tokens)
+    capacity = trace.shape[1] * trace.shape[2] // 4 if capacity is None else capacity
+    fetched = replay.replay(trace, capacity)
+    needed = fetched.pop("needed")
+    return {
+        "cache": {
+            "trace": f"{'given' if given else 'synthetic'}, {' x '.join(map(str, trace.shape))} (passes, layers, experts)",
+            "experts_kept": capacity,
+            "experts_needed": needed,
+        }
+        | {f"fetched, {name}": count for name, count in fetched.items()}
+    }
+
+
+def assumptions(hardware: Hardware, workload: Workload) -> list[str]:
+    """What of it nobody measured."""
+    found = [f"routing: independent tokens of skew {workload.skew}", "acceptance: given, not measured"]
+    return found if hardware.measured else [f"machine: data sheets and assumed efficiencies ({hardware.name})", *found]
+
+
+def as_text(shown: dict[str, Any], indent: str = "") -> str:
+    """An aligned line for each entry, nested ones under their name."""
+    width = max(map(len, shown), default=0)
+    lines = []
+    for name, value in shown.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}:", as_text(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{name:<{width}}  {_shown(value)}")
+    return "\n".join(lines)
+
+
+def _shown(value) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, list):
+        return ("; " if value and isinstance(value[0], str) else " to ").join(map(_shown, value))
+    return "unknown" if value is None else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -52,6 +52,7 @@ CASES = {
     "specmoe": SPECMOE,
     "specmoe host": SPECMOE | {"kv_tier": "host"},
     "specmoe mask": SPECMOE | {"substitution": "mask", "prefetch": "draft"},
+    "streaming": {"micro_batches": 2, "draft": "ngram", "draft_length": 2},
     "specmoe distinct": SPECMOE | {"substitution": "distinct", "retain": True},
 }
 
@@ -62,6 +63,8 @@ def test_greedy_equality(family, case):
     model, preset = tiny_family(family), case.split()[0]
     if case == "specmoe distinct" and model.config.experts_per_token == 1:
         pytest.skip("one expert a token cannot be distinct from another")
+    if preset == "streaming" and family in ENCODER_DECODERS:
+        pytest.skip("streaming has no encoder yet and refuses it: test_encoder_decoder.py")
     plan = PRESETS[preset](model.config).replace(batch_size=2, prefill_chunk=4, **CASES[case])
     engine = Engine(model, plan)
     completions = engine.generate([list(prompt) for prompt in PROMPTS], PARAMS)
@@ -69,7 +72,7 @@ def test_greedy_equality(family, case):
     stats = engine.stats()
     assert stats["compilations_after_warmup"] == 0
     assert (stats["link_bytes"] > 0) == (preset != "resident")
-    assert plan.prefetch == "draft" or stats["draft_link_bytes"] == 0
+    assert plan.prefetch == "draft" or plan.expert_flow == "stream" or stats["draft_link_bytes"] == 0
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "llama4", "nllb_moe"])  # dense layers before, between and after

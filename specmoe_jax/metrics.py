@@ -14,6 +14,7 @@ from specmoe_jax.config import Plan
 class Totals(NamedTuple):
     """Sums over the steps of an engine. Row-steps are counted per active row, so that finished rows do not dilute.
 
+    full_tokens, full_s: of the steps in which every row of the batch was active, so without the tail of a job.
     accepted_at_least: [N + 1], row-steps in which at least j drafted tokens were accepted.
     """
 
@@ -21,6 +22,8 @@ class Totals(NamedTuple):
     row_steps: int = 0
     new_tokens: int = 0
     decode_s: float = 0.0
+    full_tokens: int = 0
+    full_s: float = 0.0
     draft_s: float = 0.0
     verify_s: float = 0.0
     link_bytes: int = 0
@@ -42,11 +45,14 @@ def add_step(totals: Totals, info) -> Totals:
     longest = max(info.drafted + 1, len(totals.accepted_at_least))
     at_least = tuple(int((accepted >= j).sum()) for j in range(longest))
     before = (*totals.accepted_at_least, *[0] * (longest - len(totals.accepted_at_least)))
+    step_s, full = info.draft_s + info.verify_s + info.commit_s, bool(info.active.all())
     return totals._replace(
         steps=totals.steps + 1,
+        full_tokens=totals.full_tokens + full * int(info.committed.sum()),
+        full_s=totals.full_s + full * step_s,
         row_steps=totals.row_steps + int(info.active.sum()),
         new_tokens=totals.new_tokens + int(info.committed.sum()),
-        decode_s=totals.decode_s + info.draft_s + info.verify_s + info.commit_s,
+        decode_s=totals.decode_s + step_s,
         draft_s=totals.draft_s + info.draft_s,
         verify_s=totals.verify_s + info.verify_s,
         link_bytes=totals.link_bytes + info.link_bytes,
@@ -134,6 +140,7 @@ def figures(
         "verify_s": totals.verify_s,
         "tokens_per_step": tokens / totals.row_steps if totals.row_steps else None,
         "decode_tokens_per_s": tokens / wall if wall else None,
+        "full_batch_tokens_per_s": totals.full_tokens / totals.full_s if totals.full_s else None,
         "acceptance_by_position": acceptance_by_position(totals),
         "conditional_acceptance_by_position": conditional_acceptance(totals),
         "link_bytes": totals.link_bytes,
@@ -215,6 +222,7 @@ def table(stats: dict) -> str:
     """The closing table of a run, for people."""
     rows = [
         ("decode", f"{_number(stats['decode_tokens_per_s'])} tokens/s, {stats['new_tokens']} tokens in {stats['steps']} steps"),
+        ("decode, full batches alone", f"{_number(stats['full_batch_tokens_per_s'])} tokens/s"),
         ("tokens per step", _number(stats["tokens_per_step"])),
         ("accepted by position", "  ".join(f"{share:.2f}" for share in stats["acceptance_by_position"]) or "no draft"),
         ("link, expert bytes/token", _link_row(stats)),

@@ -71,6 +71,23 @@ def test_a_draft_model_keeps_up_with_rows_that_come_and_go(expected):
     assert stats["tokens_per_step"] > 2.5  # the model drafts for itself
 
 
+def test_the_guard_changes_the_draft_length_between_steps(expected):
+    changes = {"draft": "ngram", "draft_length": 4, "guard": True, "batch_size": 3}
+    engine = sm.Engine(tiny(), plan("streaming", **changes))
+    drafted = []
+    got = tokens_of(engine.generate(PROMPTS, GREEDY, on_step=lambda info: drafted.append(info.drafted)))
+    assert got == expected
+    assert len(set(drafted)) > 1
+    assert engine.stats()["compilations_after_warmup"] == 0
+
+
+def test_speed_is_told_with_and_without_the_tail():
+    _, stats = run(tiny(), plan("streaming", batch_size=3))
+    assert stats["full_batch_tokens_per_s"] > 0
+    _, stats = run(tiny(), plan("streaming", batch_size=4), PROMPTS[:2])
+    assert stats["full_batch_tokens_per_s"] > 0  # a job smaller than the batch is its own batch
+
+
 def test_sampled_tokens_do_not_depend_on_the_flow():
     """Without a draft a sampled token is a function of the target's distribution and the row's key alone."""
     want, _ = run(tiny(), plan("resident", batch_size=8), params=SAMPLED)

@@ -15,7 +15,7 @@ from absl import flags
 from specmoe_jax import Completion, Engine, Model, Plan, SamplingParams, TokenEvent, load_model, metrics
 from specmoe_jax.atomic_files import check_writable, write_atomically
 from specmoe_jax.checkpoints.chat import sampling_defaults
-from specmoe_jax.checkpoints.eagle import BUNDLED_HEADS, load_head
+from specmoe_jax.checkpoints.eagle import BUNDLED_HEADS, head_path, load_head
 from specmoe_jax.checkpoints.loader import checkpoint_path
 from specmoe_jax.config import (
     DRAFTS,
@@ -104,6 +104,8 @@ def main() -> None:
     folder = checkpoint_path(_MODEL.value)
     prompts = read_all_prompts(folder)
     check_files()
+    if _DRAFT_HEAD.value:
+        head_path(_DRAFT_HEAD.value)  # says what is wrong before a weight is read
     if head := jobs.read_head(folder):
         keep_bad = _OUTPUT.value is not None
         if _CHAT.value:

@@ -15,7 +15,19 @@ from absl import flags
 
 from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
-from specmoe_jax.config import DRAFTS, DTYPES, EXPERT_TIERS, GIB, KV_TIERS, PREFETCHES, PRESETS, ModelConfig, Plan, preset
+from specmoe_jax.config import (
+    DRAFTS,
+    DTYPES,
+    EXPERT_DTYPES,
+    EXPERT_TIERS,
+    GIB,
+    KV_TIERS,
+    PREFETCHES,
+    PRESETS,
+    ModelConfig,
+    Plan,
+    preset,
+)
 from specmoe_jax.errors import PlanError, UserError
 from specmoe_jax.planner import explain, pictures
 from specmoe_jax.planner.costs import Load
@@ -32,12 +44,15 @@ _PLAN = flags.DEFINE_string("plan", None, "A plan as JSON, instead of a preset."
 _DRAFT = flags.DEFINE_enum("draft", None, [d for d in DRAFTS if d != "custom"], "Overrides the plan's draft.")
 _DRAFT_LENGTH = flags.DEFINE_integer("draft_length", None, "Tokens drafted per step.")
 _DRAFT_EXPERTS = flags.DEFINE_integer("draft_experts", None, "Draft experts per layer.")
+_TREE_TOP_K = flags.DEFINE_integer("draft_tree_top_k", None, "Branches of a drafted node (draft=eagle).")
+_TREE_TOKENS = flags.DEFINE_integer("draft_tree_tokens", None, "Nodes of the tree to verify; draft_length is its depth.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Requests that generate together.")
 _MICRO_BATCHES = flags.DEFINE_integer("micro_batches", None, "Parts of a batch in flight at once.")
 _KV_TIER = flags.DEFINE_enum("kv_tier", None, KV_TIERS, "Where the KV cache is.")
 _EXPERT_TIER = flags.DEFINE_enum("expert_tier", None, EXPERT_TIERS, "Where all experts are.")
 _PREFETCH = flags.DEFINE_enum("prefetch", None, PREFETCHES, "What is fetched on a guess.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Compute and weight type.")
+_EXPERT_DTYPE = flags.DEFINE_enum("expert_dtype", None, EXPERT_DTYPES, "Quantised experts.")
 _DEVICE_GIB = flags.DEFINE_float("device_memory_gib", None, "Accelerator memory to use. Default: what the machine has.")
 _HOST_GIB = flags.DEFINE_float("host_memory_gib", None, "Host memory to use. Default: what the machine has.")
 _LINK_GBPS = flags.DEFINE_float("link_gbps", None, "Emulate a link of that many GB/s.")
@@ -141,7 +156,8 @@ def memory() -> dict:
 
 def with_flags(plan: Plan) -> Plan:
     """The plan with the choices that are given as flags."""
-    chosen = (_DRAFT, _DRAFT_LENGTH, _DRAFT_EXPERTS, _BATCH_SIZE, _MICRO_BATCHES, _KV_TIER, _EXPERT_TIER, _PREFETCH)
+    chosen = (_DRAFT, _DRAFT_LENGTH, _DRAFT_EXPERTS, _TREE_TOP_K, _TREE_TOKENS, _BATCH_SIZE, _MICRO_BATCHES, _KV_TIER, _EXPERT_TIER)
+    chosen = (*chosen, _EXPERT_DTYPE, _PREFETCH)
     given = {flag.name: flag.value for flag in chosen if flag.value is not None} | memory()
     if _LINK_GBPS.value is not None:
         given["link_bytes_per_s"] = _LINK_GBPS.value * 1e9

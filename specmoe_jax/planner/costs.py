@@ -4,11 +4,13 @@ Flops count a multiplication and an addition as two (the paper's table counts th
 those of the family's own tensors, whatever the family; norms, biases and softmax are left out.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
-from specmoe_jax.config import ModelConfig
+from specmoe_jax.config import ModelConfig, Plan
 from specmoe_jax.layer_config import AttentionConfig
+from specmoe_jax.models.experts import block_bytes
 from specmoe_jax.models.families import family_of
 from specmoe_jax.models.spec import LayerWeights
 from specmoe_jax.planner.hardware import Hardware
@@ -31,11 +33,15 @@ class Cost(NamedTuple):
 
 
 class Load(NamedTuple):
-    """One work item: sequences, new positions of each, and positions in their caches (means, so they need not be whole)."""
+    """One work item: sequences, new positions of each, and positions in their caches (means, so they need not be whole).
+
+    source: positions that an encoder has read of each.
+    """
 
     rows: float
     new: float
     context: float
+    source: float = 0.0
 
     @property
     def tokens(self) -> float:
@@ -110,21 +116,35 @@ def attention(config: AttentionConfig, load: Load, item: int, *, resource: str, 
     return Cost(resource, operator, flops, load.rows * context * cache_row(config) * item, programs)
 
 
+def cross_attention(config: AttentionConfig, load: Load, item: int) -> Cost:
+    """Over what an encoder has read, on the accelerator. Its projections are counted with those after the attention."""
+    flops = 4 * load.tokens * load.source * config.num_heads * config.head_dim
+    return Cost(ACCELERATOR, "attention", flops, load.rows * load.source * cache_row(config) * item, 0)
+
+
+def expert_bytes(config: ModelConfig, plan: Plan) -> int:
+    """Of one expert in memory and on the link, quantised or not."""
+    return block_bytes(dataclasses.replace(config.experts, packing=plan.expert_dtype), plan.dtype)
+
+
 def cache_row(config: AttentionConfig) -> int:
     """Numbers of keys and values of one position."""
     return 2 * config.num_kv_heads * config.cache_dim
 
 
-def experts(config: ModelConfig, tokens: float, distinct: float, item: int, *, programs: int = 1) -> Cost:
-    """The chosen experts' FFN: every different one is read once."""
+def experts(
+    config: ModelConfig, tokens: float, distinct: float, item: int, *, expert_bytes: float | None = None, programs: int = 1
+) -> Cost:
+    """The chosen experts' FFN: every different one is read once. expert_bytes: where it is not `item` a number."""
+    one = config.expert_params * item if expert_bytes is None else expert_bytes
     flops = 2 * config.experts.params * config.experts_per_token * tokens
     moved = 2 * tokens * config.experts_per_token * config.hidden_size * item
-    return Cost(ACCELERATOR, "experts", flops, distinct * config.expert_params * item + moved, programs)
+    return Cost(ACCELERATOR, "experts", flops, distinct * one + moved, programs)
 
 
-def fetch(config: ModelConfig, count: float, item: int, *, operator: str = "stream", resource: str = UP) -> Cost:
+def fetch(expert_bytes: float, count: float, *, operator: str = "stream", resource: str = UP) -> Cost:
     """`count` experts over the link, or from disk, a copy each."""
-    return Cost(resource, operator, bytes=count * config.expert_params * item, programs=max(round(count), 1) if count else 0)
+    return Cost(resource, operator, bytes=count * expert_bytes, programs=max(round(count), 1) if count else 0)
 
 
 def queries_down(config: AttentionConfig, load: Load, item: int) -> Cost:
@@ -144,7 +164,7 @@ def head(config: ModelConfig, tokens: float, item: int) -> Cost:
     return Cost(ACCELERATOR, "dense", 2 * size * tokens, size * item + 2 * tokens * config.vocab_size * 4)
 
 
-def task_cost(config: ModelConfig, task: Task, load: Load, *, distinct: float, chunks: int, item: int) -> Cost:
+def task_cost(config: ModelConfig, task: Task, load: Load, *, distinct: float, chunks: int, item: int, expert_bytes: float) -> Cost:
     """Of one task of a streamed pass (planner.pipeline). distinct: experts of a layer that the work item uses."""
     layer, sizes = config.layers[task.layer], layer_sizes(config)[task.layer]
     return {
@@ -154,6 +174,6 @@ def task_cost(config: ModelConfig, task: Task, load: Load, *, distinct: float, c
         "attention": lambda: attention(layer.attention, load, item, resource=CPU),
         "to_accelerator": lambda: attended_up(layer.attention, load, item),
         "other2": lambda: projections(sizes.after, load, item),
-        "experts": lambda: experts(config, load.tokens, distinct, item),
-        "stream": lambda: fetch(config, config.num_experts / chunks, item),
+        "experts": lambda: experts(config, load.tokens, distinct, item, expert_bytes=expert_bytes),
+        "stream": lambda: fetch(expert_bytes, config.num_experts / chunks),
     }[task.kind]()

@@ -41,20 +41,23 @@ def draft_costs(
         used = min(
             routing.distinct(routing.choice_probabilities(config.num_experts, config.experts_per_token, skew), load.rows), resident
         )
-        token = resident_pass(config, one, used, item, kv_tier=plan.kv_tier)
+        token = resident_pass(config, one, used, item, kv_tier=plan.kv_tier, expert_bytes=costs.expert_bytes(config, plan))
         return DraftCosts(token * length, syncs=length if plan.prefetch == "draft" else 1)
     if plan.draft == "model":
         return _model_costs(model, plan, load, one, item, positions)
-    return _eagle_costs(config, head or usual_head(config), load, one, item, length, positions)
+    return _eagle_costs(config, plan, head or usual_head(config), load, one, positions)
 
 
-def resident_pass(config: ModelConfig, load: Load, distinct: float, item: int, *, kv_tier: str) -> tuple[Cost, ...]:
+def resident_pass(
+    config: ModelConfig, load: Load, distinct: float, item: int, *, kv_tier: str, expert_bytes: float | None = None
+) -> tuple[Cost, ...]:
     """All layers and the head without a copy of an expert. distinct: experts of a layer that are used."""
     found = [costs.embed(config, load, item)]
     for index in range(config.num_layers):
         found += attention_block(config, index, load, item, kv_tier=kv_tier)
         if config.moe_index[index] is not None:
-            found.append(costs.experts(config, load.tokens, distinct, item, programs=0 if kv_tier == "accelerator" else 1))
+            programs = 0 if kv_tier == "accelerator" else 1
+            found.append(costs.experts(config, load.tokens, distinct, item, expert_bytes=expert_bytes, programs=programs))
     return (*found, costs.head(config, load.tokens, item))
 
 
@@ -70,6 +73,7 @@ def attention_block(config: ModelConfig, index: int, load: Load, item: int, *, k
         *before,
         attend,
         *after,
+        *([costs.cross_attention(layer.cross, load, item)] if layer.cross else []),
         costs.projections(sizes.after, load, item, programs=int(on_cpu)),
     ]
 
@@ -88,18 +92,22 @@ def usual_head(config: ModelConfig) -> EagleConfig:
     return EagleConfig(layer=dense, hidden_size=config.hidden_size, bias=True)
 
 
-def _eagle_costs(config, head: EagleConfig, load: Load, one: Load, item: int, length: int, positions: int) -> DraftCosts:
-    """The head reads the pass's committed tokens (padded to all of the pass's), then feeds back its own; an output matrix each."""
+def _eagle_costs(config, plan: Plan, head: EagleConfig, load: Load, one: Load, positions: int) -> DraftCosts:
+    """The head reads the pass's committed tokens (padded to all of the pass's), then feeds back its own; an output matrix each.
+
+    Of a tree it feeds back a level of draft_tree_top_k nodes at a time.
+    """
+    item, width = DTYPE_BYTES[plan.dtype], plan.draft_tree_top_k or 1
     attention = head.layer.attention
     size = sum(spec.size for spec in spec_leaves(eagle.weight_specs(head)))
 
     def layer(of: Load) -> list[Cost]:
         return [costs.projections(size, of, item), costs.attention(attention, of, item, resource=ACCELERATOR, programs=0)]
 
-    output = costs.head(config, load.rows, item)
+    level = (*layer(one._replace(new=width)), costs.head(config, load.rows * width, item))
     held = positions * costs.cache_row(attention) + head.hidden_size
     return DraftCosts(
-        costs=(*layer(load), output, *((*layer(one), output) * (length - 1))),
+        costs=(*layer(load), costs.head(config, load.rows, item), *(level * (plan.draft_length - 1))),
         bytes=int((size + load.rows * held) * item),
     )
 

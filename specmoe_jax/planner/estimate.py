@@ -66,7 +66,7 @@ def predict(
     own = needed(config, plan, hardware, workload, budgets=budgets)
     rows = running_rows(plan, own, workload)
     timing = _time(config, plan, hardware, workload, own, rows)
-    tokens = workload.tokens_per_step(plan.draft_length or 0)
+    tokens = workload.tokens_of(plan)
     setting = _setting(config, plan, hardware, workload, own, rows)
     return Prediction(
         rows=rows,
@@ -129,7 +129,7 @@ def _pages(plan: Plan, longest: int) -> int:
 
 def _setting(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload, own: MemoryAccount, rows: int) -> Setting:
     context = _prompt(config, workload) + workload.new_tokens / 2
-    load = Load(rows, plan.tokens_per_pass, context)
+    load = Load(rows, plan.tokens_per_pass, context, workload.source_tokens if config.encoder else 0)
     return Setting(config, plan, _with_emulated_link(hardware, plan), own, load, workload.skew)
 
 

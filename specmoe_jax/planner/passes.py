@@ -73,10 +73,12 @@ def _streamed(setting: Setting, draft_s: float) -> Timing:
     chunks = min(config.num_experts, STREAM_PIECES)
     used = routing.distinct(setting.probabilities, item.tokens)
 
+    one = setting.account.expert_bytes
+
     @functools.cache
     def cost(kind: str, layer: int) -> Cost:
         task = Task(kind, layer, 0, ())
-        return costs.task_cost(config, task, item, distinct=used, chunks=chunks, item=setting.item)
+        return costs.task_cost(config, task, item, distinct=used, chunks=chunks, item=setting.item, expert_bytes=one)
 
     @functools.cache
     def seconds(kind: str, layer: int) -> float:
@@ -125,9 +127,10 @@ def _layer_by_layer(setting: Setting, draft_s: float) -> Timing:
         block, copies = attention_block(config, index, load, item, kv_tier=plan.kv_tier), []
         if moe is not None:
             missed = _missed(setting, moe)
-            copies = [costs.fetch(config, missed, item), *_disk_reads(setting, missed)]
+            copies = [costs.fetch(setting.account.expert_bytes, missed), *_disk_reads(setting, missed)]
             fused = plan.expert_flow == "resident" and plan.kv_tier == "accelerator"
-            block.append(costs.experts(config, load.tokens, used, item, programs=0 if fused else _waves(setting, missed)))
+            programs, one = 0 if fused else _waves(setting, missed), setting.account.expert_bytes
+            block.append(costs.experts(config, load.tokens, used, item, expert_bytes=one, programs=programs))
             fetched += missed
         compute_s = sum(map(setting.seconds, block)) + (hardware.sync_s if copies and plan.expert_flow != "resident" else 0.0)
         layer_link_s = max(map(setting.seconds, copies), default=0.0)
@@ -173,13 +176,13 @@ def _disk_reads(setting: Setting, missed: float) -> list[Cost]:
         return []
     held = setting.account.host_experts / setting.config.num_expert_layers
     absent = min(routing.missed(setting.probabilities, setting.load.tokens, min(held, setting.config.num_experts)), missed)
-    return [costs.fetch(setting.config, absent, setting.item, operator="read", resource=DISK)]
+    return [costs.fetch(setting.account.expert_bytes, absent, operator="read", resource=DISK)]
 
 
 def _spare_s(setting: Setting) -> float:
     """What prefetches can fill, in seconds of the link."""
     spare = max(setting.account.num_slots - setting.account.wanted_slots, 0)
-    return setting.seconds(costs.fetch(setting.config, spare, setting.item))
+    return setting.seconds(costs.fetch(setting.account.expert_bytes, spare))
 
 
 def prefill_seconds(setting: Setting, prompt_tokens: int) -> float:
@@ -197,6 +200,8 @@ def prefill_seconds(setting: Setting, prompt_tokens: int) -> float:
     used = routing.distinct(setting.probabilities, load.tokens)
     busy = dict.fromkeys(RESOURCES, 0.0)
     for task in _tasks(tuple(index is not None for index in setting.config.moe_index), 1, 1):
-        cost = costs.task_cost(setting.config, task, load, distinct=used, chunks=1, item=setting.item)
+        cost = costs.task_cost(
+            setting.config, task, load, distinct=used, chunks=1, item=setting.item, expert_bytes=setting.account.expert_bytes
+        )
         busy[task.resource] += setting.seconds(cost) * (1 if task.resource == UP and task.kind == "stream" else items)
     return max(busy.values())

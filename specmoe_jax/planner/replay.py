@@ -86,14 +86,17 @@ def _belady(trace: np.ndarray, capacity: int) -> int:
     return fetched
 
 
-def _per_layer(trace: np.ndarray, capacity: int, counts_of: Callable[[int], np.ndarray]) -> int:
-    """Equal shares of the layers keep their most used experts by counts_of(pass) [L, E], decided after that pass's visit."""
+def per_layer(trace: np.ndarray, capacity: int, counts_of: Callable[[int], np.ndarray], kept: np.ndarray | None = None) -> int:
+    """Equal shares of the layers keep their most used experts by counts_of(pass) [L, E], decided after that pass's visit.
+
+    kept: [L, E] bool, what is there before the first pass; None for nothing.
+    """
     share, fetched = capacity // trace.shape[1], 0
-    kept = np.zeros(trace.shape[1:], bool)
+    kept = np.zeros(trace.shape[1:], bool) if kept is None else kept
     for s, step in enumerate(trace):
         needed = step > 0
         fetched += int((needed & ~kept).sum())
-        counts = 2 * counts_of(s) + (kept | needed)  # ties: what is at hand
+        counts = 2 * counts_of(s) + kept  # ties: what is resident, as in the engine
         best = np.argsort(-counts, axis=1, kind="stable")[:, :share]
         chosen = np.zeros_like(kept)
         np.put_along_axis(chosen, best, True, axis=1)
@@ -104,13 +107,13 @@ def _per_layer(trace: np.ndarray, capacity: int, counts_of: Callable[[int], np.n
 
 def _hot_temporal(trace: np.ndarray, capacity: int) -> int:
     """SpecMoE: the most used of the latest pass."""
-    return _per_layer(trace, capacity, lambda s: trace[s])
+    return per_layer(trace, capacity, lambda s: trace[s])
 
 
 def _hot_global(trace: np.ndarray, capacity: int) -> int:
     """The most used so far."""
     total = np.cumsum(trace, axis=0)
-    return _per_layer(trace, capacity, lambda s: total[s])
+    return per_layer(trace, capacity, lambda s: total[s])
 
 
 def _static(trace: np.ndarray, capacity: int) -> int:

@@ -53,7 +53,8 @@ def points(config: ModelConfig, plan: Plan, hardware: Hardware, load: Load, *, s
     item, index = DTYPE_BYTES[plan.dtype], config.moe_layers[0]
     layer, sizes = config.layers[index], costs.layer_sizes(config)[index]
     p = routing.choice_probabilities(config.num_experts, config.experts_per_token, skew)
-    ffn = costs.experts(config, load.tokens, routing.distinct(p, load.tokens), item)
+    one = costs.expert_bytes(config, plan)
+    ffn = costs.experts(config, load.tokens, routing.distinct(p, load.tokens), item, expert_bytes=one)
     crossing = float(config.num_experts)
     if plan.expert_flow != "stream":
         crossing = routing.missed(p, load.tokens, pinned_experts(config, plan)[0])
@@ -66,12 +67,12 @@ def points(config: ModelConfig, plan: Plan, hardware: Hardware, load: Load, *, s
 
     found = [
         *at("experts", ACCELERATOR, ffn, ffn.bytes),
-        *at("experts, brought", UP, ffn, costs.fetch(config, crossing, item).bytes),
+        *at("experts, brought", UP, ffn, costs.fetch(one, crossing).bytes),
         *at("projections", ACCELERATOR, dense, dense.bytes),
         *at("attention", CPU if plan.kv_tier == "host" else ACCELERATOR, on_cpu, on_cpu.bytes),
     ]
     if plan.kv_tier == "host":
         found += at("attention, cache moved", UP, on_cpu, on_cpu.bytes)
     if plan.expert_tier == "disk":
-        found += at("experts, read", DISK, ffn, costs.fetch(config, crossing, item).bytes)
+        found += at("experts, read", DISK, ffn, costs.fetch(one, crossing).bytes)
     return tuple(found)

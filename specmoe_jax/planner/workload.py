@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 
-from specmoe_jax.config import ModelConfig
+from specmoe_jax.config import ModelConfig, Plan
 from specmoe_jax.errors import PlanError
 from specmoe_jax.models.eagle import EagleConfig
 
@@ -59,6 +59,11 @@ class Workload:
     def tokens_per_step(self, draft_length: int) -> float:
         """One from the target and the accepted ones, at most what is asked for."""
         return min(1 + self.accepted(draft_length), self.new_tokens)
+
+    def tokens_of(self, plan: Plan) -> float:
+        """Of a step of a plan. A map counts the nodes of a tree; a probability its depth, which is less than a tree gives."""
+        nodes = plan.draft_tree_tokens if isinstance(self.acceptance, tuple) else None
+        return self.tokens_per_step(nodes or plan.draft_length or 0)
 
     def accepted(self, draft_length: int) -> float:
         """Mean accepted tokens of so many drafted."""

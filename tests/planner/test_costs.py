@@ -27,7 +27,7 @@ E = MIXTRAL.hidden_size * MIXTRAL.expert_hidden  # e of the paper
 
 def test_one_layers_experts_over_the_link_as_in_the_paper():
     """2.8 GB a layer, 113 ms at 25 GB/s, 3.6 s for 32 layers."""
-    layer = costs.fetch(MIXTRAL, 8, 2)
+    layer = costs.fetch(costs.expert_bytes(MIXTRAL, sm.PRESETS["streaming"](MIXTRAL).replace(dtype="bfloat16")), 8)
     assert layer.bytes == 3 * 8 * E * 2
     assert seconds(layer, IDEAL, "bfloat16") == pytest.approx(0.113, rel=0.01)
 
@@ -80,6 +80,31 @@ def test_drafts_cost_more_the_longer_they_are(draft):
 
     assert spent(0) == 0
     assert (spent(2) < spent(4) < spent(8)) if draft != "ngram" else spent(8) == 0
+
+
+def test_a_tree_feeds_back_more_rows_than_a_chain():
+    chain = sm.PRESETS["specmoeoff"](MIXTRAL).replace(dtype="bfloat16", draft_length=3)
+    tree = chain.replace(draft_tree_top_k=4, draft_tree_tokens=5)
+    load = Load(64, 6, 500)
+    spent = [
+        sum(cost.flops for cost in draft_costs(MIXTRAL, plan, load, positions=1024, skew=0.3, head=None, model=None).costs)
+        for plan in (chain, tree)
+    ]
+    assert spent[1] > spent[0]
+    work = Workload(acceptance=EAGLE_MIXTRAL)
+    assert work.tokens_of(tree) == 2.15 and work.tokens_of(chain) == 1.78
+
+
+def test_quantised_experts_cross_the_link_packed():
+    plan = sm.PRESETS["streaming"](MIXTRAL).replace(dtype="bfloat16")
+    plain, packed = (costs.expert_bytes(MIXTRAL, each) for each in (plan, plan.replace(expert_dtype="int8")))
+    assert plain == MIXTRAL.expert_params * 2 and 0.5 <= packed / plain < 0.55
+
+
+def test_cross_attention_reads_what_the_encoder_read():
+    attention = MIXTRAL.layers[0].attention
+    found = costs.cross_attention(attention, Load(rows=4, new=2, context=10, source=100), 2)
+    assert found.flops == 4 * 8 * 100 * 4096 and found.bytes == 4 * 100 * 2 * 8 * 128 * 2
 
 
 def test_the_usual_head_is_the_papers():

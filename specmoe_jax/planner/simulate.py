@@ -2,6 +2,9 @@
 
 A resource does one task at a time, of those that can start the most urgent, in the order of the list. The drafting lies between
 two passes, on the accelerator; the link goes on meanwhile. The iteration is the distance of two passes once they are alike.
+
+Deviation: the engine issues from one thread, in the order of the list, and waits there for attention and for a layer's experts;
+here a later task that is ready may start. With that thread modelled too, no iteration changed (twelve settings of Mixtral-8x7B).
 """
 
 import heapq

@@ -34,10 +34,10 @@ def save_gantt(simulation: Simulation, title: str, path: pathlib.Path) -> None:
         for color, kind in enumerate(kinds):
             for lane, resource in enumerate(RESOURCES):
                 bars = [(s.start_s, s.end_s - s.start_s) for s in simulation.spans if (s.kind, s.resource) == (kind, resource)]
-                axis.broken_barh(bars, (lane - 0.4, 0.8), color=f"C{color}", edgecolor="white", linewidth=0.2)
+                axis.broken_barh(bars, (lane - 0.4, 0.8), color=f"C{color}", linewidth=0)
             axis.plot([], [], color=f"C{color}", linewidth=6, label=kind)
-        axis.set(yticks=range(len(RESOURCES)), yticklabels=RESOURCES, xlabel="seconds", title=title)
-        axis.legend(fontsize=8, loc="upper right")
+        axis.set(yticks=range(len(RESOURCES)), yticklabels=RESOURCES, xlabel="seconds", title=f"{title} (simulated)")
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 @contextlib.contextmanager

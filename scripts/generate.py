@@ -15,8 +15,9 @@ from absl import flags
 from specmoe_jax import Completion, Engine, Model, Plan, SamplingParams, TokenEvent, load_model, metrics
 from specmoe_jax.atomic_files import check_writable, write_atomically
 from specmoe_jax.checkpoints.chat import sampling_defaults
-from specmoe_jax.checkpoints.eagle import BUNDLED_HEADS, head_path, load_head
+from specmoe_jax.checkpoints.eagle import bundled_head, head_path, load_head
 from specmoe_jax.checkpoints.loader import checkpoint_path
+from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config import (
     DRAFTS,
     DRAM_POLICIES,
@@ -29,10 +30,9 @@ from specmoe_jax.config import (
     KV_TIERS,
     PREFETCHES,
     PRESETS,
-    ModelConfig,
     preset,
 )
-from specmoe_jax.engine import jobs
+from specmoe_jax.engine import jobs, planning
 from specmoe_jax.engine.job_watch import JobWatch
 from specmoe_jax.engine.journal import Journal
 from specmoe_jax.engine.prompts import Prompt, as_chat, read_prompts
@@ -42,13 +42,15 @@ from specmoe_jax.models.eagle import EagleHead
 from specmoe_jax.progress import PROGRESS
 from specmoe_jax.tracing import trace, write_lanes
 
+SAMPLED_PROMPTS = 64  # whose lengths stand for all of a job's
+
 _MODEL = flags.DEFINE_string("model", "demo", '"demo" (bundled) or a directory with a Hugging Face checkpoint.')
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "A file of prompts: .txt, one a line, or .jsonl.")
 _OUTPUT = flags.DEFINE_string(
     "output", None, "Where finished requests go, as JSON lines; the same command goes on after an interruption. Default: stdout."
 )
-_PRESET = flags.DEFINE_string("preset", None, f"One of {', '.join(PRESETS)}; default specmoe.")
+_PRESET = flags.DEFINE_string("preset", None, f"One of auto (default: chosen for this machine and job), {', '.join(PRESETS)}.")
 _PLAN = flags.DEFINE_string("plan", None, "A plan as JSON, instead of a preset.")
 _DRAFT = flags.DEFINE_enum("draft", None, [d for d in DRAFTS if d != "custom"], "Overrides the plan's draft.")
 _DRAFT_MODEL = flags.DEFINE_string("draft_model", None, "A checkpoint of the same vocabulary (draft=model).")
@@ -106,15 +108,19 @@ def main() -> None:
     check_files()
     if _DRAFT_HEAD.value:
         head_path(_DRAFT_HEAD.value)  # says what is wrong before a weight is read
+    _common.use_compile_cache()
     if head := jobs.read_head(folder):
         keep_bad = _OUTPUT.value is not None
         if _CHAT.value:
             prompts = as_chat(prompts, folder, head.tokenizer, keep_bad=keep_bad, must_work=len(_PROMPT.value))
-        jobs.check_before_loading(head, make_plan(head.config), prompts, keep_bad=keep_bad, must_work=len(_PROMPT.value))
-    _common.use_compile_cache()
+        how = {"keep_bad": keep_bad, "must_work": len(_PROMPT.value)}
+        if is_auto():  # a bad prompt is told before the machine is measured
+            jobs.check_before_loading(head, preset("resident", head.config), prompts, **how)
+        plan = make_plan(head, folder, prompts)
+        jobs.check_before_loading(head, plan, prompts, **how)
     model, changes, error = load(prompts)
     draft_model = load_model(_DRAFT_MODEL.value, dtype=model.dtype, progress=_PROGRESS.value) if _DRAFT_MODEL.value else None
-    plan = make_plan(model.config).replace(**changes)
+    plan = plan.replace(**changes)
     spans = [] if _TRACE.value and plan.expert_flow == "stream" else None
     options = {"draft_model": draft_model, "draft_head": read_head(model, plan), "progress": _PROGRESS.value, "spans": spans}
     engine = Engine(model, plan, **options)
@@ -123,7 +129,7 @@ def main() -> None:
         timings = generate(engine, prompts)
     if spans is not None:
         write_lanes(spans, pathlib.Path(_TRACE.value) / "lanes.json")
-    stats = engine.stats() | error | {"load_s": load_s, "wall_s": watch.seconds, "requests": timings}
+    stats = final_stats(engine, prompts) | error | {"load_s": load_s, "wall_s": watch.seconds, "requests": timings}
     if _STATS.value:
         write_atomically(_STATS.value, json.dumps(stats, indent=2) + "\n")
     print(metrics.table(stats), file=sys.stderr)
@@ -131,8 +137,7 @@ def main() -> None:
 
 def read_head(model: Model, plan: Plan) -> EagleHead | None:
     """The head of --draft_head, or the bundled one of the bundled model where the plan drafts with one."""
-    bundled = _MODEL.value if plan.draft == "eagle" and _MODEL.value in BUNDLED_HEADS else None
-    name = _DRAFT_HEAD.value or bundled
+    name = _DRAFT_HEAD.value or (bundled_head(_MODEL.value) if plan.draft == "eagle" else None)
     return load_head(name, model) if name else None
 
 
@@ -225,9 +230,54 @@ def read_plan_file() -> Plan:
         raise PlanError(f"cannot read the plan {_PLAN.value} ({e}); write one with Plan.to_json or scripts/plan.py") from e
 
 
-def make_plan(config: ModelConfig) -> Plan:
-    """The preset or plan file with the choices that are given as flags."""
-    plan = read_plan_file() if _PLAN.value else preset(_PRESET.value or "specmoe", config)
+def final_stats(engine: Engine, prompts: list[Prompt]) -> dict:
+    """The figures of the run, with the floor of this machine and what the planner predicts of the plan."""
+    model, known = engine.model, None
+    with contextlib.suppress(PlanError):  # a plan that runs, though not within what the machine has at this moment
+        known = planning.know(model.config, model.dtype, model.path, job_of(model.tokenizer, prompts))
+        prediction = planning.evaluate(model.config, engine.plan, known)
+        return engine.stats(known.hardware, prediction)
+    return engine.stats(known and known.hardware)
+
+
+def make_plan(head: jobs.ModelHead, folder: pathlib.Path, prompts: list[Prompt]) -> Plan:
+    """The plan file, the preset or the planner's choice, with what is given as flags."""
+    overrides = given_choices()
+    if is_auto():
+        return auto_plan(head, folder, prompts, overrides)
+    plan = read_plan_file() if _PLAN.value else preset(_PRESET.value, head.config)
+    if _DRAFT.value is not None and _DRAFT.value not in GATED_DRAFTS:  # another draft takes the old one's settings along
+        plan = plan.replace(draft_experts=None, draft_set=None, substitution=None)
+    if _DRAFT.value == "none":
+        plan = plan.replace(draft_length=None)
+    return plan.replace(**overrides)
+
+
+def is_auto() -> bool:
+    """Whether the planner chooses, which it does where nothing else was asked for."""
+    return _PLAN.value is None and (_PRESET.value or "auto") == "auto"
+
+
+def auto_plan(head: jobs.ModelHead, folder: pathlib.Path, prompts: list[Prompt], overrides: dict) -> Plan:
+    """What the planner predicts to be the fastest on this machine, told in a line."""
+    if _DRAFT_MODEL.value:
+        raise PlanError("--draft_model leaves the planner nothing to choose; name a preset, for example --preset=on_demand")
+    overrides |= {"draft": "eagle"} if _DRAFT_HEAD.value else {}
+    known = planning.know(head.config, overrides.get("dtype", "float32"), folder, job_of(head.tokenizer, prompts))
+    has_head = bool(_DRAFT_HEAD.value or bundled_head(_MODEL.value))
+    found = planning.choose(head.config, known, requests=len(prompts), fixed=overrides, head=has_head)
+    print(f"auto: {planning.as_line(found)}", file=sys.stderr)
+    return found.best.plan
+
+
+def job_of(tokenizer: Tokenizer | None, prompts: list[Prompt]) -> planning.Job:
+    """Lengths of the prompts that can be read, the first few of them."""
+    texts = [prompt.model_input for prompt in prompts[:SAMPLED_PROMPTS] if prompt.error is None]
+    return planning.job_of(tokenizer, texts, [prompt.params.max_new_tokens for prompt in prompts])
+
+
+def given_choices() -> dict:
+    """The fields of the plan that are given as flags."""
     overrides = {
         "draft": _DRAFT.value,
         "draft_length": _DRAFT_LENGTH.value,
@@ -250,11 +300,7 @@ def make_plan(config: ModelConfig) -> Plan:
         "host_memory_bytes": _to_bytes(_HOST_GIB.value, GIB),
         "link_bytes_per_s": _to_bytes(_LINK_GBPS.value, 1e9),
     }
-    if _DRAFT.value is not None and _DRAFT.value not in GATED_DRAFTS:  # another draft takes the old one's settings along
-        plan = plan.replace(draft_experts=None, draft_set=None, substitution=None)
-    if _DRAFT.value == "none":
-        plan = plan.replace(draft_length=None)
-    return plan.replace(**{name: value for name, value in overrides.items() if value is not None})
+    return {name: value for name, value in overrides.items() if value is not None}
 
 
 def _to_bytes(value: float | None, unit: float) -> float | None:

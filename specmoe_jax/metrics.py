@@ -15,12 +15,15 @@ class Totals(NamedTuple):
     """Sums over the steps of an engine. Row-steps are counted per active row, so that finished rows do not dilute.
 
     full_tokens, full_s: of the steps in which every row of the batch was active, so without the tail of a job.
+    verified_tokens: positions of the verifying passes, and context: cached positions of their rows, both of active rows.
     accepted_at_least: [N + 1], row-steps in which at least j drafted tokens were accepted.
     """
 
     steps: int = 0
     row_steps: int = 0
     new_tokens: int = 0
+    verified_tokens: int = 0
+    context: int = 0
     decode_s: float = 0.0
     full_tokens: int = 0
     full_s: float = 0.0
@@ -52,6 +55,8 @@ def add_step(totals: Totals, info) -> Totals:
         full_s=totals.full_s + full * step_s,
         row_steps=totals.row_steps + int(info.active.sum()),
         new_tokens=totals.new_tokens + int(info.committed.sum()),
+        verified_tokens=totals.verified_tokens + int(info.active.sum()) * (info.drafted + 1),
+        context=totals.context + info.context,
         decode_s=totals.decode_s + step_s,
         draft_s=totals.draft_s + info.draft_s,
         verify_s=totals.verify_s + info.verify_s,
@@ -237,7 +242,13 @@ def table(stats: dict) -> str:
         rows.append(("disk bytes/token", _number(stats["disk_bytes_per_token"])))
         rows.append(("host cache hits / misses", f"{stats['dram_hits']} / {stats['dram_misses']}"))
     if stats["fraction_of_floor"] is not None:
-        rows.append(("share of the link floor", f"{stats['fraction_of_floor']:.2f}"))
+        rows.append(
+            ("share of the floor", f"{stats['fraction_of_floor']:.2f} of what the {stats['binding_resource'] or 'link'} allows")
+        )
+    if "rates" in stats:
+        rows.append(("measured rates", _rates_row(stats["rates"])))
+    if "predicted" in stats:
+        rows.append(("step predicted / measured", f"{_milli(stats['predicted']['step_s'])} / {_milli(stats['step_s'])} ms"))
     if "expert_dtype_kl" in stats:
         kl, top1, positions = (stats[f"expert_dtype_{name}"] for name in ("kl", "top1", "positions"))
         error = f"KL {kl:.1e} nats from {stats['plan']['dtype']}, same top token at {top1:.1%} of {positions} positions"
@@ -253,6 +264,17 @@ def _link_row(stats: dict) -> str:
     if not plain:
         return _number(spent)
     return f"{_number(spent)}, on_demand {_number(plain)}: {spent / plain:.2f} of it"
+
+
+def _rates_row(rates: dict) -> str:
+    """Decimal units, as those of Hardware."""
+    units = {"link_bytes_per_s": "link", "cache_bytes_per_s": "cache reads"}
+    shown = [f"{name} {rates[key] / 1e9:.3g} GB/s" for key, name in units.items() if key in rates]
+    return "  ".join([*shown, f"{rates['flops_per_s'] / 1e9:.3g} GFLOP/s"]) if rates else "-"
+
+
+def _milli(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.2f}"
 
 
 def _number(value: float | None) -> str:

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "testing": {"base", "ops", "models", "checkpoints"},
     "testing_families": {"base", "ops", "models"},
 }
-BASE = {"types", "config", "layer_config", "errors", "atomic_files", "progress", "tracing"}
+BASE = {"types", "config", "layer_config", "errors", "atomic_files", "cache_files", "progress", "tracing"}
 
 
 def room_of(module: str) -> str:

@@ -22,6 +22,11 @@ INTEGERS = {"I64": np.int64, "I32": np.int32, "BOOL": np.bool_}
 BUNDLED_HEADS = {name: path / "eagle" for name, path in BUNDLED.items()}
 
 
+def bundled_head(model: str) -> str | None:
+    """The name of the head that is bundled with a bundled model; None where there is none."""
+    return model if model in BUNDLED_HEADS and BUNDLED_HEADS[model].is_dir() else None
+
+
 def load_head(path_or_name: str, model: Model) -> EagleHead:
     """The head in "demo" (bundled, of the bundled model) or in a directory with config.json and *.safetensors.
 

@@ -15,6 +15,7 @@ from specmoe_jax.config import Plan, SamplingParams
 from specmoe_jax.engine.draft_model import draft_model_bytes, make_model_draft
 from specmoe_jax.engine.encode import encode
 from specmoe_jax.engine.finish import final_text
+from specmoe_jax.engine.floor import floor_figures, predicted_figures
 from specmoe_jax.engine.prefill import prefill
 from specmoe_jax.engine.refill import fill
 from specmoe_jax.engine.requests import Shapes, make_requests, shapes_of
@@ -25,6 +26,8 @@ from specmoe_jax.errors import PlanError
 from specmoe_jax.models.eagle import EagleHead, check_head, head_bytes
 from specmoe_jax.models.model import Model
 from specmoe_jax.offload.pages import no_pages
+from specmoe_jax.planner.estimate import Prediction
+from specmoe_jax.planner.hardware import Hardware
 from specmoe_jax.planner.memory import MemoryAccount, PagedLoad, account, cache_positions
 from specmoe_jax.progress import bar
 from specmoe_jax.speculate.draft import Draft, FeatureDraft
@@ -183,8 +186,12 @@ class Engine:
         """Every active row gets 1 to N + 1 tokens. The state is consumed: its buffers are donated."""
         return step(self._rt, state, self.model.tokenizer)
 
-    def stats(self) -> dict:
-        """The figures of interface.md over everything generated so far."""
+    def stats(self, hardware: Hardware | None = None, prediction: Prediction | None = None) -> dict:
+        """The figures of interface.md over everything generated so far.
+
+        hardware: this machine as probed, for the floor; without it that of an emulated link alone is told. prediction: of
+        this plan, to stand beside what was measured.
+        """
         figures = metrics.figures(
             self._totals,
             self.plan,
@@ -192,6 +199,10 @@ class Engine:
             link_bytes_per_s=self.plan.link_bytes_per_s,
             model_stamps=self.model.synthetic,
         )
+        if hardware is not None and self.model.config.encoder is None:
+            figures |= floor_figures(self.model.config, self.plan, self._totals, hardware)
+        if prediction is not None:
+            figures |= predicted_figures(prediction, self._totals)
         return figures | {
             "prefill_s": self._prefill_s,
             "warm_up_s": self._warm_up_s,

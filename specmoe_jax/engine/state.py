@@ -143,7 +143,8 @@ class StepInfo(NamedTuple):
     """Diagnostics of one step; nothing here is needed by the next.
 
     accepted: [B], drafted tokens accepted (0 for finished rows). committed: [B], tokens the row got.
-    active: [B] bool at the start of the step. start: [B], tokens that the row had generated before it.
+    active: [B] bool at the start of the step. start: [B], tokens that the row had generated before it. context: positions in
+    the caches of all active rows.
     link_bytes: expert bytes over the link in this step; draft_link_bytes: those sent while drafting (prefetches).
     prefetch_bytes, prefetch_wasted_bytes: those sent on a guess, and the wrong ones among them.
     below: what the tier below the link did in this step.
@@ -154,6 +155,7 @@ class StepInfo(NamedTuple):
     committed: np.ndarray
     active: np.ndarray
     start: np.ndarray
+    context: int
     drafted: int
     verify: PassInfo
     link_bytes: int

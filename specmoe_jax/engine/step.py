@@ -70,6 +70,7 @@ def step(rt: Runtime, state: State, tokenizer, *, length: int | None = None) -> 
         committed=committed,
         active=state.active,
         start=np.array([len(tokens) for tokens in state.generated]),
+        context=int(state.lengths[state.active].sum()),
         drafted=length,
         verify=verified.info,
         link_bytes=sent[2] - sent[0],

@@ -1,10 +1,10 @@
 """The affinity table of a checkpoint, computed once and kept on disk under the checkpoint's hash."""
 
-import os
 import pathlib
 
 import numpy as np
 
+from specmoe_jax.cache_files import cache_folder
 from specmoe_jax.checkpoints.manifest import checkpoint_hash
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.packing import unpacked
@@ -30,11 +30,6 @@ def affinity_table(model: Model, *, progress: str | bool = False) -> np.ndarray:
     if path is not None:
         _save(path, table)
     return table
-
-
-def cache_folder() -> pathlib.Path:
-    """Where this package keeps what it can compute again: $XDG_CACHE_HOME or ~/.cache, specmoe_jax in it."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "specmoe_jax"
 
 
 def _table_path(model: Model) -> pathlib.Path | None:

@@ -25,6 +25,7 @@ def run(folder: pathlib.Path, prompts: pathlib.Path) -> subprocess.CompletedProc
         f"--output={folder / 'out.jsonl'}",
         f"--stats={folder / 'stats.json'}",
         f"--metrics_file={folder / 'metrics.prom'}",
+        "--preset=specmoe",
         "--max_new_tokens=200",
         "--ignore_eos",
     ]

@@ -14,6 +14,7 @@ import absl.flags
 import pytest
 from absl.testing import flagsaver
 
+from specmoe_jax.planner.machines import machine
 from specmoe_jax.testing import byte_tokenizer, write_tiny
 
 SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
@@ -50,6 +51,7 @@ def in_process(script, capfd, monkeypatch, tmp_path):
     common, own = script._common, script.flags.FLAGS
     monkeypatch.setattr(common, "flags", script.flags)
     monkeypatch.setattr(common, "use_compile_cache", lambda: None)
+    monkeypatch.setattr("specmoe_jax.engine.planning.probe", lambda: machine("a30").replace(shared_cores=True))  # takes seconds
     monkeypatch.chdir(tmp_path)
 
     def run(*args) -> Ran:

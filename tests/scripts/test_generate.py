@@ -15,7 +15,7 @@ PROMPTS = ("Call me Ishmael.", "a", "It was the best of times", "x = 1\ny = x")
 FIGURES = """wall_s load_s compile_s prefill_s decode_s new_tokens steps tokens_per_step decode_tokens_per_s
 acceptance_by_position link_bytes link_bytes_per_token expert_hits expert_misses draft_link_bytes peak_accelerator_bytes
 peak_host_bytes floor_s fraction_of_floor binding_resource compilations_after_warmup synthetic plan""".split()
-SMALL = ("--max_new_tokens=12", "--draft_length=3", "--draft_experts=3", "--ignore_eos")
+SMALL = ("--max_new_tokens=12", "--draft_length=3", "--draft_experts=3", "--ignore_eos", "--preset=specmoe")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,9 @@ def test_codes_of_a_process(run_script, checkpoint):
 # In this process.
 
 
-@pytest.mark.parametrize("changes", [[], ["--preset=on_demand"], ["--preset=resident"], ["--kv_tier=host"]], ids=str)
+@pytest.mark.parametrize(
+    "changes", [[], ["--preset=on_demand"], ["--preset=resident"], ["--preset=auto"], ["--kv_tier=host"]], ids=str
+)
 def test_every_plan_writes_the_same_texts(generate, checkpoint, tmp_path, expected, changes):
     settings = SMALL if not changes or "kv_tier" in changes[0] else ("--max_new_tokens=12", "--ignore_eos")
     ran = generate(f"--model={checkpoint}", *prompt_flags(), *settings, "--output=o.jsonl", *changes)
@@ -147,10 +149,12 @@ def test_a_plan_file_and_flags_over_it(generate, checkpoint, tmp_path, expected)
 
 
 def test_an_emulated_link_is_stamped(generate, checkpoint, tmp_path):
-    ran = generate(f"--model={checkpoint}", "--prompt=a", "--max_new_tokens=3", "--link_gbps=1", "--stats=s.json")
+    ran = generate(
+        f"--model={checkpoint}", "--prompt=a", "--preset=specmoe", "--max_new_tokens=3", "--link_gbps=1", "--stats=s.json"
+    )
     figures = json.loads((tmp_path / "s.json").read_text())
     assert figures["synthetic"] == ["link_bytes_per_s"] and "SYNTHETIC" in ran.err
-    assert figures["floor_s"] == pytest.approx(figures["link_bytes"] / 1e9)
+    assert figures["floor_parts_s"]["link"] == pytest.approx(figures["link_bytes"] / 1e9)
     assert figures["decode_s"] >= figures["floor_s"]
 
 
@@ -216,7 +220,8 @@ def test_what_a_person_can_mend_is_one_line(generate, checkpoint, folder, monkey
     monkeypatch.setattr(generate_script, "load_model", lambda *args, **kwargs: read_no_weights(*args, **kwargs))
     before = sorted(folder.iterdir())
     outputs = [] if any("--output" in flag for flag in flags) else ["--output=o.jsonl"]
-    ran = generate(f"--model={checkpoint}", "--prompt=a", *outputs, *flags)
+    named = [] if any(flag.startswith(("--preset", "--plan")) for flag in flags) else ["--preset=specmoe"]
+    ran = generate(f"--model={checkpoint}", "--prompt=a", *outputs, *named, *flags)
     assert (ran.code, ran.out) == (1, "")
     assert ran.err.startswith("error: ") and ran.err.count("\n") == 1
     assert said in ran.err

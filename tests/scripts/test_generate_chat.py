@@ -12,7 +12,7 @@ TEMPLATE = (
     "{% for m in messages %}{% if '!' in m.content %}{{ raise_exception('no shouting') }}{% endif %}"
     "<{{ m.role }}>{{ m.content }}</s>{% endfor %}>"
 )
-SMALL = ("--max_new_tokens=8", "--draft_length=3", "--draft_experts=3", "--ignore_eos")
+SMALL = ("--max_new_tokens=8", "--draft_length=3", "--draft_experts=3", "--ignore_eos", "--preset=specmoe")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-JOB = ("--prompt=Call me", "--prompt=a", "--max_new_tokens=8", "--ignore_eos", "--batch_size=1")
+JOB = ("--prompt=Call me", "--prompt=a", "--max_new_tokens=8", "--ignore_eos", "--batch_size=1", "--preset=specmoe")
 
 
 def test_metrics_file_and_request_times(generate, checkpoint, tmp_path, monkeypatch):

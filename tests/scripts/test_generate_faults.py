@@ -17,7 +17,15 @@ from specmoe_jax.models.model import to_host
 from specmoe_jax.speculate import affinity_cache
 
 TEXTS = [f"{'Call me Ishmael. '[: 3 + i % 12]}{i}" for i in range(10)]
-JOB = ("--prompts=p.jsonl", "--output=o.jsonl", "--max_new_tokens=6", "--ignore_eos", "--batch_size=3", "--draft_experts=2")
+JOB = (
+    "--prompts=p.jsonl",
+    "--output=o.jsonl",
+    "--max_new_tokens=6",
+    "--ignore_eos",
+    "--batch_size=3",
+    "--draft_experts=2",
+    "--preset=specmoe",
+)
 HALVES = (signal.SIGTERM, signal.SIGINT)
 
 # phase -> what is called in it: module, name, and how many calls go well.

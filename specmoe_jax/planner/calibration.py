@@ -1,0 +1,88 @@
+"""What a plan depends on beside sizes: how much of each draft is accepted, and how skewed the routing is. Pure."""
+
+import dataclasses
+from typing import NamedTuple
+
+from specmoe_jax.config import ModelConfig, Plan
+from specmoe_jax.planner.routing import choice_probabilities, distinct
+from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload
+
+# Where nothing was measured. self: less than what the papers report (0.913 on NLLB) and what the bundled model shows (0.8).
+ASSUMED_RATES = {"self": 0.6, "merged": 0.3, "model": 0.6, "ngram": 0.2}
+
+
+class Acceptance(NamedTuple):
+    """rate: the probability that a drafted token is accepted if those before it were. experts: N that it was measured with."""
+
+    rate: float
+    experts: float | None = None
+
+
+class Calibration(NamedTuple):
+    """acceptance: of the drafts that were measured. skew: Gini coefficient that gives the different experts that passes needed.
+
+    measured: on prompts of the user; else assumed.
+    """
+
+    acceptance: dict[str, Acceptance]
+    skew: float
+    measured: bool
+
+    def workload(self, base: Workload, plan: Plan, config: ModelConfig) -> Workload:
+        """The workload as this plan's draft meets it."""
+        if plan.draft == "none":
+            return dataclasses.replace(base, skew=self.skew)
+        found = self.acceptance.get(plan.draft)
+        if found is None and plan.draft == "eagle":
+            return dataclasses.replace(base, skew=self.skew, acceptance=EAGLE_MIXTRAL)
+        found = found or Acceptance(ASSUMED_RATES.get(plan.draft, 0.5))
+        rate = found.rate
+        if plan.draft == "self" and found.experts:
+            rate = _with_experts(found, plan, config, self.skew)
+        return dataclasses.replace(base, skew=self.skew, acceptance=rate)
+
+    def to_dict(self) -> dict:
+        return self._asdict() | {"acceptance": {name: found._asdict() for name, found in self.acceptance.items()}}
+
+    @staticmethod
+    def from_dict(raw: dict) -> "Calibration | None":
+        """What `to_dict` gave; None for anything else."""
+        try:
+            acceptance = {name: Acceptance(**found) for name, found in raw["acceptance"].items()}
+            return Calibration(acceptance=acceptance, skew=float(raw["skew"]), measured=bool(raw["measured"]))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return None
+
+
+ASSUMED = Calibration(acceptance={}, skew=0.4, measured=False)
+
+
+def _with_experts(found: Acceptance, plan: Plan, config: ModelConfig, skew: float) -> float:
+    """The rate with another N: each choice that has to be substituted costs the same factor.
+
+    An assumption, exact at N = E (all accepted) and at the N that was measured.
+    """
+    probabilities = choice_probabilities(config.num_experts, config.experts_per_token, skew)
+    absent, measured = _absent(probabilities, _mean(plan.draft_experts)), _absent(probabilities, found.experts)
+    return max(found.rate, 1e-6) ** (absent / measured) if measured > 0 else found.rate
+
+
+def _absent(probabilities: tuple[float, ...], experts: float) -> float:
+    """Choices of a token that are not among the `experts` most popular ones."""
+    return sum(probabilities[round(experts) :])
+
+
+def _mean(value) -> float:
+    return sum(value) / len(value) if isinstance(value, tuple) else value
+
+
+def fitted_skew(config: ModelConfig, seen: list[tuple[float, float]]) -> float:
+    """The skew with which passes of so many tokens need so many different experts of a layer: pairs (tokens, experts)."""
+    low, high = 0.0, 1 - config.experts_per_token / config.num_experts
+    wanted = sum(experts for _, experts in seen)
+    for _ in range(30):
+        middle = (low + high) / 2
+        probabilities = choice_probabilities(config.num_experts, config.experts_per_token, middle)
+        expected = sum(distinct(probabilities, tokens) for tokens, _ in seen)
+        low, high = (middle, high) if expected > wanted else (low, middle)
+    return low

@@ -1,0 +1,176 @@
+"""The plan for a model, a machine and a workload: pruned enumeration over predictions (SpecMoEOff 5.3). Pure.
+
+Decided before, as in the paper: the largest batch that fits (halved only while that helps). The rest is scanned for each way in
+which experts can flow: kinds and lengths of drafts, resident experts N, leftovers, prefetch, micro-batches. A scan of an ordered
+choice ends when it no longer helps, because what it costs grows faster than what it gives.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from specmoe_jax.config import GATED_DRAFTS, ModelConfig, Plan, preset
+from specmoe_jax.errors import PlanError
+from specmoe_jax.planner.estimate import Prediction
+
+LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10)
+MICRO_BATCHES = (1, 2, 4)
+LARGEST_BATCH = 1024
+WORTH = 1.03  # what one more moving part must give: predictions are not closer to the truth than that
+
+
+class Choice(NamedTuple):
+    plan: Plan
+    prediction: Prediction
+    tokens_per_s: float  # of the job: a last batch that is not full counts
+
+
+class Found(NamedTuple):
+    """best and the next one of another kind (preset, draft), None where there is none. tried: plans that were predicted.
+
+    refusal: why the largest plan that did not fit was refused, None if all did.
+    """
+
+    best: Choice
+    runner_up: Choice | None
+    tried: int
+    refusal: str | None
+
+
+def search(
+    config: ModelConfig,
+    evaluate: Callable[[Plan], Prediction],
+    *,
+    requests: int,
+    drafts: Sequence[str] = ("none",),
+    fixed: dict | None = None,
+) -> Found:
+    """The fastest plan. evaluate: plan -> its prediction, raising PlanError for what does not fit or hold.
+
+    drafts: kinds to consider, those whose acceptance is known or that are asked for. fixed: fields of the plan that are given; a
+    plan that contradicts them is not considered. Raises PlanError if no plan is left, with the reason of the last one.
+    """
+    fixed = fixed or {}
+    scan = _Scan(config, evaluate, requests, fixed)
+    starts = [
+        start for start in _starts(config, drafts) if start.plan.expert_flow == fixed.get("expert_flow", start.plan.expert_flow)
+    ]
+    choices = [choice for start in starts if (choice := scan.largest_batch(start))]
+    if not choices:
+        raise PlanError(f"no plan fits: {scan.refusal}" if scan.refusal else "no plan was considered; give at least one draft")
+    ranked = sorted(choices, key=lambda choice: -_preference(choice))
+    best = ranked[0]
+    others = [choice for choice in ranked[1:] if _kind(choice.plan) != _kind(best.plan)]
+    return Found(best=best, runner_up=others[0] if others else None, tried=scan.tried, refusal=scan.refusal)
+
+
+def _kind(plan: Plan) -> tuple:
+    return plan.expert_flow, plan.draft, bool(plan.cached_experts)
+
+
+def _preference(choice: Choice) -> float:
+    """Tokens/s, a little less for a plan with a draft, whose acceptance is an estimate too, and for one that moves experts."""
+    parts = (choice.plan.draft != "none") + (choice.plan.expert_flow != "resident")
+    return choice.tokens_per_s / WORTH**parts
+
+
+class _Start(NamedTuple):
+    """A family of plans: its first one, and the choices that are scanned in turn; each is (field, values in order)."""
+
+    plan: Plan
+    axes: tuple[tuple[str, tuple], ...]
+
+
+def _starts(config: ModelConfig, drafts: Sequence[str]) -> Iterator[_Start]:
+    """Every combination of a flow and a draft that can run."""
+    experts = tuple(n for n in _halves(config.num_experts) if n < config.num_experts)
+    lengths = ("draft_length", LENGTHS)
+    flows = {
+        "resident": _Start(preset("resident", config), ()),
+        "on_demand": _Start(preset("on_demand", config), (("retain", (False, True)),)),
+        "caching": _Start(preset("caching", config), (("cached_experts", experts), ("retain", (False, True)))),
+        "stream": _Start(preset("streaming", config), (("micro_batches", MICRO_BATCHES),)),
+    }
+    for (name, start), draft in itertools.product(flows.items(), drafts):
+        if draft == "none":
+            yield start
+        elif draft in GATED_DRAFTS and name == "on_demand":
+            first = preset("specmoe", config).replace(draft=draft)
+            yield _Start(first, (("draft_experts", experts), lengths, ("retain", (False, True)), ("prefetch", ("none", "draft"))))
+        elif draft not in GATED_DRAFTS:
+            renamed = {"preset": "specmoeoff"} if (name, draft) == ("stream", "eagle") else {}
+            yield _Start(start.plan.replace(draft=draft, draft_length=LENGTHS[0], **renamed), (lengths, *start.axes))
+
+
+def _halves(count: int) -> tuple[int, ...]:
+    """1, 2, 3, 4, 6, 8, 12, ... up to count."""
+    return tuple(sorted({n for i in range(count.bit_length()) for n in (1 << i, 3 << i >> 1) if 1 <= n <= count}))
+
+
+class _Scan:
+    """Predictions that were made, and the search of one family."""
+
+    def __init__(self, config: ModelConfig, evaluate, requests: int, fixed: dict):
+        self._config, self._evaluate, self._requests, self._fixed = config, evaluate, requests, fixed
+        self.tried, self.refusal = 0, None
+        self._score = functools.cache(self._score)
+
+    def largest_batch(self, start: _Start) -> Choice | None:
+        """The best choice of a family: at the largest batch that fits, then at smaller ones while those are better."""
+        if "batch_size" in self._fixed:
+            return self._scan_axes(start, start.plan)
+        best, rows = None, min(self._requests, LARGEST_BATCH)
+        while rows >= 1:
+            found = self._scan_axes(start, start.plan.replace(batch_size=rows))
+            if best and (not found or found.tokens_per_s <= best.tokens_per_s):
+                break
+            best, rows = found or best, rows // 2
+        return best
+
+    def _scan_axes(self, start: _Start, plan: Plan) -> Choice | None:
+        """One choice after the other, twice over where there are several, because they depend on each other."""
+        best = self._first(start, plan)
+        if best is None:
+            return None
+        for _ in range(2 if len(start.axes) > 1 else 1):
+            before = best
+            for field, values in start.axes:
+                if field not in self._fixed:
+                    best = self._scan_values(best, field, values)
+            if best is before:
+                break
+        return best
+
+    def _first(self, start: _Start, plan: Plan) -> Choice | None:
+        """The start as it is, or with the smallest values where that does not fit."""
+        smallest = {field: values[0] for field, values in start.axes if field not in self._fixed}
+        return self._score(plan) or self._score(plan.replace(**smallest))
+
+    def _scan_values(self, best: Choice, field: str, values: tuple) -> Choice:
+        """All values, but no further once two in a row were worse than what was found."""
+        worse = 0
+        for value in values:
+            choice = self._score(best.plan.replace(**{field: value}))
+            if choice and choice.tokens_per_s > best.tokens_per_s * (1.0 if field not in ("retain", "prefetch") else WORTH):
+                best, worse = choice, 0
+            elif choice is None or (worse := worse + 1) == 2:
+                if choice is None or getattr(best.plan, field) in values[: values.index(value)]:
+                    break
+        return best
+
+    def _score(self, plan: Plan) -> Choice | None:
+        """None for a plan that contradicts what is given, does not hold or does not fit."""
+        try:
+            plan = plan.replace(**self._fixed).validate(self._config)
+            self.tried += 1
+            prediction = self._evaluate(plan)
+        except PlanError as e:
+            self.refusal = str(e)
+            return None
+        if plan.expert_flow == "stream":  # rows are filled from the queue
+            full = min(self._requests / prediction.rows, 1.0)
+        else:
+            batches = -(-self._requests // prediction.rows)
+            full = self._requests / (batches * prediction.rows)
+        return Choice(plan, prediction, prediction.tokens_per_s * full)

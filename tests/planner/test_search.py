@@ -1,0 +1,130 @@
+"""The search against all plans of a small space, what is given and what does not fit; the effects of the measured operators."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specmoe_jax.config import PRESETS, Plan
+from specmoe_jax.engine.planning import Knowledge, as_line, choose, evaluate, make_plan
+from specmoe_jax.errors import PlanError
+from specmoe_jax.planner.calibration import ASSUMED, Acceptance, Calibration, fitted_skew
+from specmoe_jax.planner.estimate import predict
+from specmoe_jax.planner.machines import machine
+from specmoe_jax.planner.operators import WORK, LinearCost, Operators
+from specmoe_jax.planner.routing import choice_probabilities, distinct
+from specmoe_jax.planner.search import LENGTHS, WORTH, search
+from specmoe_jax.planner.workload import Workload
+from specmoe_jax.testing import TINY, tiny
+
+HARDWARE = machine("a30")
+CPU = HARDWARE.replace(shared_cores=True)
+WORK_LOAD = Workload(prompt_tokens=20, new_tokens=20, acceptance=0.7, skew=0.3)
+KNOWN = Knowledge(hardware=HARDWARE, workload=WORK_LOAD)
+
+
+def all_plans(rows):
+    """What the search may choose from, at one batch size."""
+    for flow, length, retain in itertools.product(("resident", "on_demand"), (None, *LENGTHS), (False, True)):
+        if not (flow == "resident" and retain):
+            draft = {"draft": "ngram", "draft_length": length} if length else {}
+            yield Plan(preset="all", expert_flow=flow, retain=retain, batch_size=rows, **draft)
+
+
+@settings(max_examples=20, deadline=None)
+@given(link=st.floats(1e6, 1e11), rate=st.floats(0.0, 0.98), memory=st.floats(1e8, 1e13))
+def test_none_of_all_plans_is_much_faster(link, rate, memory):
+    hardware = HARDWARE.replace(up_bytes_per_s=link, accelerator_bytes_per_s=memory)
+    workload = Workload(prompt_tokens=20, new_tokens=20, acceptance=rate, skew=0.3)
+
+    def speed(plan):
+        return predict(TINY, plan, hardware, workload, interval=False)
+
+    found = search(TINY, speed, requests=8, drafts=("none", "ngram"), fixed={"batch_size": 8})
+    best = max(speed(plan).tokens_per_s for plan in all_plans(8))
+    assert found.best.tokens_per_s >= best / WORTH**3
+    assert found.runner_up is not None and found.runner_up.plan != found.best.plan
+
+
+def test_what_fits_and_drafts_nothing_is_resident():
+    plan = choose(TINY, KNOWN._replace(hardware=CPU), requests=12).best.plan
+    assert plan.expert_flow == "resident" and plan.batch_size == 12 and plan.device_memory_bytes is None
+
+
+TOO_SMALL = evaluate(TINY, PRESETS["resident"](TINY).replace(batch_size=1), KNOWN).account.accelerator_bytes - 1
+
+
+def test_a_budget_holds():
+    found = choose(TINY, KNOWN, requests=4, fixed={"device_memory_bytes": TOO_SMALL})
+    assert found.best.plan.expert_flow != "resident" and "device memory" in found.refusal
+    assert found.best.prediction.account.accelerator_bytes <= TOO_SMALL
+    with pytest.raises(PlanError, match=r"no plan fits: device memory .* is too small"):
+        choose(TINY, KNOWN, requests=4, fixed={"device_memory_bytes": 1000})
+
+
+@pytest.mark.parametrize(
+    "fixed",
+    [
+        {"draft": "self"},
+        {"draft_experts": 2},
+        {"expert_flow": "stream"},
+        {"kv_tier": "host"},
+        {"link_bytes_per_s": 1e8, "retain": True},
+    ],
+    ids=str,
+)
+def test_what_is_given_is_kept(fixed):
+    plan = choose(TINY, KNOWN, requests=4, fixed=fixed).best.plan
+    assert all(getattr(plan, name) == value for name, value in fixed.items())
+
+
+def test_drafts_where_their_acceptance_is_known():
+    slow = KNOWN._replace(hardware=HARDWARE.replace(up_bytes_per_s=1e6))
+    limit = {"device_memory_bytes": TOO_SMALL}
+    good = slow._replace(calibration=Calibration({"ngram": Acceptance(0.95)}, 0.3, True))
+    bad = slow._replace(calibration=Calibration({"ngram": Acceptance(0.0)}, 0.3, True))
+    assert choose(TINY, good, requests=4, fixed=limit).best.plan.draft == "ngram"
+    assert choose(TINY, bad, requests=4, fixed=limit).best.plan.draft == "none"
+    guarded = choose(TINY, slow, requests=4, fixed=limit).best.plan
+    assert guarded.draft == "none" or guarded.guard  # what is only assumed may be ended by the guard
+
+
+def test_make_plan_and_its_line():
+    plan = make_plan(tiny(), HARDWARE, WORK_LOAD, requests=4)
+    assert plan.validate(TINY).batch_size == 4
+    assert "predicted, bound by the" in as_line(choose(TINY, KNOWN, requests=4))
+
+
+def test_acceptance_depends_on_the_experts():
+    measured = Calibration({"self": Acceptance(0.6, experts=2)}, 0.3, True)
+    plan = PRESETS["specmoe"](TINY)
+    rates = [measured.workload(WORK_LOAD, plan.replace(draft_experts=n), TINY).acceptance for n in (1, 2, 3, 5)]
+    assert rates == sorted(rates) and rates[1] == pytest.approx(0.6) and rates[3] == pytest.approx(1.0)
+    assert Calibration.from_dict(measured.to_dict()) == measured and Calibration.from_dict({}) is None
+    assert ASSUMED.workload(WORK_LOAD, plan, TINY).acceptance == 0.6
+
+
+@settings(deadline=None)
+@given(skew=st.floats(0.05, 0.55))
+def test_the_skew_is_found_again(skew):
+    probabilities = choice_probabilities(5, 2, skew)
+    seen = [(tokens, distinct(probabilities, tokens)) for tokens in (1, 3, 8)]
+    assert fitted_skew(TINY, seen) == pytest.approx(skew, abs=0.02)
+
+
+OPERATORS = Operators({name: LinearCost(work, 1e-4, (1e-7,) * len(work), 0.0) for name, work in WORK.items()}, 4000, 0.05)
+
+
+@pytest.mark.parametrize("name", ["resident", "on_demand", "caching", "specmoe", "streaming", "specmoeoff"])
+def test_measured_operators_replace_the_rates(name):
+    plan = PRESETS[name](TINY).replace(batch_size=4)
+    rough, known = evaluate(TINY, plan, KNOWN), KNOWN._replace(operators=OPERATORS)
+    fine = evaluate(TINY, plan, known)
+    assert fine.account == rough.account and fine.tokens_per_step == rough.tokens_per_step
+    assert fine.tokens_per_s == pytest.approx(fine.rows * fine.tokens_per_step / fine.iteration_s)
+    assert (fine.draft_s > 0) == (plan.draft != "none") and fine.draft_s < fine.iteration_s
+    assert fine.naive_s <= fine.iteration_s * (1 + 1e-9)
+    if plan.expert_flow != "resident":
+        slow = evaluate(TINY, plan.replace(link_bytes_per_s=1e5), known)
+        assert slow.iteration_s > 10 * fine.iteration_s and slow.binding == "link to accelerator"

@@ -1,0 +1,28 @@
+"""scripts/plan.py writes a plan that generate.py runs; what a person can mend is one line."""
+
+import json
+
+import pytest
+
+
+@pytest.mark.slow
+def test_a_plan_for_generate(run_script, checkpoint, tmp_path):
+    prompts, plan = tmp_path / "p.txt", tmp_path / "plan.json"
+    prompts.write_text("Call me\nIshmael\n")
+    job = (f"--model={checkpoint}", f"--prompts={prompts}", "--max_new_tokens=6")
+    ran = run_script("plan.py", *job, f"--output={plan}", "--link_gbps=0.001")
+    assert ran.code == 0, ran.err
+    assert "acceptance per token: self" in ran.err and "predicted, bound by the" in ran.err and "attend_paged" in ran.err
+    fields = json.loads(plan.read_text())
+    assert fields["link_bytes_per_s"] == 1e6 and fields["expert_flow"] != "resident"
+    ran = run_script("generate.py", *job, f"--plan={plan}", f"--stats={tmp_path / 's.json'}")
+    assert ran.code == 0, ran.err
+    stats = json.loads((tmp_path / "s.json").read_text())
+    assert stats["plan"] == fields and stats["predicted"]["step_s"] > 0 and stats["fraction_of_floor"] > 0
+    assert "step predicted / measured" in ran.err
+
+
+def test_refusals(run_script, checkpoint):
+    ran = run_script("plan.py", f"--model={checkpoint}/none")
+    assert ran.code == 1 and ran.err.count("\n") == 1
+    assert run_script("plan.py", "--model=demo", "--nonsense").code == 2

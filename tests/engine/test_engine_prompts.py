@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import specmoe_jax as sm
-from specmoe_jax.engine.prompts import read_prompts
+from specmoe_jax.engine.prompts import Prompt, read_prompts
 from specmoe_jax.engine.requests import make_requests
 from specmoe_jax.testing import EOS_ID, TINY
 
@@ -45,7 +45,7 @@ def test_json_lines(write):
         '\ufeff{"prompt": "c\u2028d", "ignore_eos": true}'[1:],
     ]
     first, second, third = read_prompts(write("\n".join(lines)), DEFAULTS)
-    assert first == (0, "a", DEFAULTS, None)
+    assert first == Prompt(0, "a", DEFAULTS)
     assert second.id == "x" and second.params == sm.SamplingParams(max_new_tokens=3, temperature=0.5, top_k=4, stop=("\n",), seed=9)
     assert third.text == "c\u2028d" and third.params.ignore_eos
 

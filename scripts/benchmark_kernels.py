@@ -35,8 +35,6 @@ _ROUNDS = flags.DEFINE_integer("rounds", 9, "timed rounds of a row")
 _SECONDS = flags.DEFINE_float("seconds", 40, "rows that would take longer have fewer rounds, at least three")
 _THREADS = flags.DEFINE_integer("threads", os.cpu_count(), "threads of the limits and of the peers")
 
-VLLM = "no column: vLLM's CPU attention works on a paged cache of its own layout behind its engine; no call of it is made here"
-
 
 def attempt(name, make, missing):
     """The variant after one call, or None where a peer does not load; the reason is said once."""

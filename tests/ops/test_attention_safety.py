@@ -1,5 +1,6 @@
 """What must not be read is not read, what must not be written is not written, what is wrong is refused."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -78,17 +79,29 @@ def test_nonsense_lengths_stay_in_bounds(isa):
         np.testing.assert_array_equal(k[1], case.args[3][1])
 
 
+def shifted(x, offset):
+    """The same values 4 * offset bytes into an allocation."""
+    x = np.asarray(x)
+    raw = np.zeros(x.nbytes + 64, np.uint8)[4 * offset : 4 * offset + x.nbytes]
+    raw[:] = np.frombuffer(x.tobytes(), np.uint8)
+    return raw.view(x.dtype).reshape(x.shape)
+
+
 @pytest.mark.parametrize("offset", [1, 3, 9])
 def test_misaligned_numpy_arguments(isa, offset):
     case = make_case(7, 2, 2, 4, 2, 24, 50)
+    args = (shifted(x, offset) for x in case.args)
+    np.testing.assert_array_equal(ops.chunked_attention(*args)[0], run(case)[0])
 
-    def shifted(x):
-        x = np.asarray(x)
-        raw = np.zeros(x.nbytes + 64, np.uint8)[4 * offset : 4 * offset + x.nbytes]
-        raw[:] = np.frombuffer(x.tobytes(), np.uint8)
-        return raw.view(x.dtype).reshape(x.shape)
 
-    np.testing.assert_array_equal(ops.chunked_attention(*map(shifted, case.args))[0], run(case)[0])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8], ids=["f32", "bf16", "i8"])
+def test_misaligned_packed_caches(isa, dtype):
+    q, k_new, v_new, k, v, lengths = make_case(7, 2, 2, 4, 2, 24, 50).args
+    cache = ops.pack_cache(k, v, dtype)
+    want, _ = ops.chunked_attention_packed(q, k_new, v_new, cache, lengths)
+    moved = jax.tree.map(lambda x: shifted(x, 3), cache)
+    got, _ = ops.chunked_attention_packed(q, k_new, v_new, moved, lengths)
+    np.testing.assert_array_equal(got, want)
 
 
 WRONG = {
@@ -118,3 +131,26 @@ def test_wrong_arguments_are_named(name):
 def test_head_dim_must_be_a_multiple_of_8():
     with pytest.raises(ValueError, match="D is 12, must be a multiple of 8"):
         ops.chunked_attention(*make_case(9, 1, 1, 1, 1, 12, 16).args)
+
+
+WRONG_PACKED = {
+    "heads": (ops.empty_cache(2, 3, 32, 16), {}, ValueError, "cache.v has shape"),
+    "head_dim": (ops.empty_cache(2, 2, 32, 24), {}, ValueError, "cache.v has shape"),
+    "requests": (ops.empty_cache(3, 2, 32, 16), {}, ValueError, "cache.v has shape"),
+    "table": (ops.empty_cache(5, 2, 32, 16), dict(block_table=jnp.zeros((3, 2), jnp.int32)), ValueError, "block_table has shape"),
+    "table_dtype": (ops.empty_cache(5, 2, 32, 16), dict(block_table=jnp.zeros((2, 2))), TypeError, "block_table has dtype"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PACKED)
+def test_wrong_packed_arguments_are_named(name):
+    cache, options, error, message = WRONG_PACKED[name]
+    q, k_new, v_new, _, _, lengths = make_case(8, 2, 3, 4, 2, 16, 32).args
+    with pytest.raises(error, match=f"chunked_attention_packed: .*{message}"):
+        ops.chunked_attention_packed(q, k_new, v_new, cache, lengths, **options)
+
+
+def test_a_packed_call_has_at_most_64_tokens():
+    q, k_new, v_new, k, v, lengths = make_case(8, 1, 65, 1, 1, 8, 80).args
+    with pytest.raises(ValueError, match="at most 64 new tokens a call, got T 65"):
+        ops.chunked_attention_packed(q, k_new, v_new, ops.pack_cache(k, v), lengths)

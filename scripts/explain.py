@@ -34,11 +34,16 @@ from specmoe_jax.planner.costs import Load
 from specmoe_jax.planner.estimate import predict
 from specmoe_jax.planner.hardware import Hardware
 from specmoe_jax.planner.machines import KNOWN, machine
+from specmoe_jax.planner.probe import probe
 from specmoe_jax.planner.roofline import points
 from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload
 
 _MODEL = flags.DEFINE_string("model", "demo", '"demo" or a directory with config.json; headers are read where there are files.')
-_HARDWARE = flags.DEFINE_string("hardware", None, f"One of {', '.join(KNOWN)} (data sheets), or a JSON file of Hardware.to_json.")
+_HARDWARE = flags.DEFINE_string(
+    "hardware",
+    "this",
+    f"this (probed once, then kept), one of {', '.join(KNOWN)} (data sheets), or a JSON file of Hardware.to_json.",
+)
 _PRESET = flags.DEFINE_enum("preset", "specmoe", list(PRESETS), "The plan to explain.")
 _PLAN = flags.DEFINE_string("plan", None, "A plan as JSON, instead of a preset.")
 _DRAFT = flags.DEFINE_enum("draft", None, [d for d in DRAFTS if d != "custom"], "Overrides the plan's draft.")
@@ -71,11 +76,10 @@ _JSON = flags.DEFINE_boolean("json", False, "Print one JSON document instead of 
 
 
 def main() -> None:
+    hardware = read_hardware(_HARDWARE.value)
     started_s = time.process_time()
-    if _HARDWARE.value is None:
-        _common.usage_error(f"no machine; give --hardware={'|'.join(KNOWN)} or a JSON file")
     folder = checkpoint_path(_MODEL.value)
-    config, hardware, workload = load_config(folder), read_hardware(_HARDWARE.value), make_workload()
+    config, workload = load_config(folder), make_workload()
     stored_bytes = read_stored_bytes(folder)
     if _SIMULATE.value:
         shown = explain.presets(config, make_plans(config), hardware, workload)
@@ -91,7 +95,9 @@ def main() -> None:
 
 
 def read_hardware(name: str) -> Hardware:
-    """A known machine, or a JSON file."""
+    """This machine, a known one, or a JSON file."""
+    if name == "this":
+        return probe()
     if name in KNOWN or not pathlib.Path(name).suffix:
         return machine(name)
     try:

@@ -106,10 +106,16 @@ def test_a_config_alone_is_enough(explain, headers, tmp_path):
     assert "binding_resource" in ran.out and "mine" in ran.out and "disk_gib" in ran.out
 
 
+def test_without_a_machine_it_is_this_one(explain, explain_script, monkeypatch):
+    mine = machine("l4").replace(name="mine", measured=True)
+    monkeypatch.setattr(explain_script, "probe", lambda: mine)
+    found = shown(explain("--model=demo", "--json"))
+    assert found["machine"] == "mine" and not any("data sheets" in said for said in found["assumptions"])
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        ([], "no machine"),
         (["--hardware=abacus"], "known are a30"),
         (["--hardware=no/such.json"], "cannot read the hardware"),
         (["--hardware=a30", "--acceptance=often"], "probability"),

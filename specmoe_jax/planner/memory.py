@@ -194,8 +194,8 @@ def _fit_pages(whole: MemoryAccount, plan: Plan, positions: int) -> MemoryAccoun
         room = f"the longest context that fits is {pages * KV_PAGE} tokens; " if pages > 0 else ""
         raise PlanError(
             f"host memory of {_size(plan.host_memory_bytes)} is too small: experts take {_size(beside)} and one request of "
-            f"{positions} positions {_size(one * page)}; {room}the smallest that works is "
-            f"--host_memory_gib={_ceil_gib(beside + one * page)}"
+            f"{positions} positions {_size(one * page)}, {_short(beside + one * page, plan.host_memory_bytes)}; {room}the "
+            f"smallest that works is --host_memory_gib={_ceil_gib(beside + one * page)}"
         )
     share = pages / whole.kv_pages
     return whole._replace(
@@ -210,15 +210,16 @@ def _fit_host(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
     if plan.expert_tier == "host":
         raise PlanError(
             f"host memory of {_size(plan.host_memory_bytes)} is too small: experts and KV cache need "
-            f"{_size(whole.host_bytes)}; give --host_memory_gib={_ceil_gib(whole.host_bytes)} or a smaller batch, "
-            "or leave experts on disk: --expert_tier=disk"
+            f"{_size(whole.host_bytes)}, {_short(whole.host_bytes, plan.host_memory_bytes)}; give "
+            f"--host_memory_gib={_ceil_gib(whole.host_bytes)} or a smaller batch, or leave experts on disk: --expert_tier=disk"
         )
     cached = int(plan.host_memory_bytes - beside) // whole.expert_bytes
     if cached < 1:
         need = beside + whole.expert_bytes
         raise PlanError(
             f"host memory of {_size(plan.host_memory_bytes)} is too small to cache one expert of the disk tier"
-            f"{' beside the KV cache' if beside else ''}; the smallest that works is --host_memory_gib={_ceil_gib(need)}"
+            f"{' beside the KV cache' if beside else ''}, {_short(need, plan.host_memory_bytes)}; the smallest that works is "
+            f"--host_memory_gib={_ceil_gib(need)}"
         )
     return whole._replace(host_experts=cached)
 
@@ -234,11 +235,16 @@ def _fit_device(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
         need = beside + smallest * whole.expert_bytes
         raise PlanError(
             f"device memory of {_size(plan.device_memory_bytes)} is too small for {_what_for(plan)}: weights, KV "
-            f"cache and activations take {_size(beside)}, {smallest} expert slots {_size(smallest * whole.expert_bytes)}; "
-            f"the smallest that works is --device_memory_gib={_ceil_gib(need)}"
+            f"cache and activations take {_size(beside)}, {smallest} expert slots {_size(smallest * whole.expert_bytes)}, "
+            f"{_short(need, plan.device_memory_bytes)}; the smallest that works is --device_memory_gib={_ceil_gib(need)}"
             + (", or fewer draft experts" if plan.draft_experts else "")
         )
     return whole._replace(num_slots=min(slots, whole.num_slots))
+
+
+def _short(need: float, budget: float) -> str:
+    """The shortage."""
+    return f"{_size(need - budget)} short"
 
 
 def _what_for(plan: Plan) -> str:

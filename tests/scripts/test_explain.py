@@ -71,7 +71,7 @@ def test_a_refusal_names_resource_shortage_and_a_plan_that_works(explain, header
     given = [f"--model={headers[name]}", *arguments.split()]
     ran = explain(*given)
     assert ran.code == 1 and says in ran.err and ran.err.count("\n") == 1
-    assert re.search(r"GiB|MiB", ran.err)
+    assert re.search(r"[GM]iB (short|more)", ran.err)
     flags = shlex.split(ran.err.split("the nearest that fits ")[1].split(": ", 1)[1])
     assert explain(*given, *flags).code == 0
 

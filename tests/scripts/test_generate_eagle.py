@@ -24,11 +24,12 @@ def test_same_text_as_without_a_draft(generate, checkpoint, head, model, tmp_pat
     params = sm.SamplingParams(max_new_tokens=12, ignore_eos=True)
     want = sm.Engine(model, sm.PRESETS["resident"](TINY)).generate(PROMPTS, params)
     eagles = (
+        "--preset=specmoe",  # whose draft it replaces
         "--draft=eagle",
         f"--draft_head={head}",
         "--draft_length=3",
         *options,
-    )  # on the default preset, whose draft it replaces
+    )
     files = (f"--output={tmp_path / 'o.jsonl'}", f"--stats={tmp_path / 's.json'}")
     ran = generate(
         f"--model={checkpoint}",
@@ -59,5 +60,5 @@ def test_same_text_as_without_a_draft(generate, checkpoint, head, model, tmp_pat
 )
 def test_refused_in_one_line(generate, checkpoint, head, options, said):
     options = [option.replace("HEAD", str(head)) for option in options]
-    ran = generate(f"--model={checkpoint}", "--prompt=a", "--max_new_tokens=2", *options)
+    ran = generate(f"--model={checkpoint}", "--preset=specmoe", "--prompt=a", "--max_new_tokens=2", *options)
     assert ran.code == 1 and said in ran.err and ran.err.count("\n") == 1

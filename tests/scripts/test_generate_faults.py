@@ -134,8 +134,7 @@ def test_refused_pinned_memory_falls_back_to_the_disk_tier(job, tmp_path, little
     assert plan["expert_tier"] == "disk"
     assert 0 < plan["host_memory_bytes"] <= 0.75 * sum(little_pinned_memory[:8])
     fallen = lines(tmp_path / "o.jsonl")
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tensors, "to_host", to_host)
     assert job("--restart").code == 0
     assert lines(tmp_path / "o.jsonl") == fallen
 

@@ -76,7 +76,10 @@ void expert_ffn(const FfnArgs& given, const KernelTable& kernels, Parallel& para
   };
   parallel.for_each(G * f_tasks, hidden);
 
-  const int64_t mw = std::max<int64_t>(64, std::min<int64_t>(512, task_width(a.F * item, 64))), m_tasks = (a.M + mw - 1) / mw;
+  // One or two rows read the weights once and wait for memory: runs as long as they can be while every thread has four strips.
+  const int64_t strips = std::max<int64_t>(1, 4 * parallel.threads() / std::max<int64_t>(1, G));
+  const int64_t wanted = P <= 2 * G ? a.M / strips / 64 * 64 : task_width(a.F * item, 64);
+  const int64_t mw = std::max<int64_t>(64, std::min<int64_t>(512, wanted)), m_tasks = (a.M + mw - 1) / mw;
   auto output = [&](int64_t i) {
     const int64_t m = i % m_tasks * mw;
     kernels.ffn_output(a, groups[i / m_tasks], m, std::min(a.M, m + mw));

@@ -189,7 +189,8 @@ def new_host_kv(rt: Runtime, pages: Pages, chunk: int) -> HostKV:
     """A paged cache of zeros in host memory, in the plan's dtype."""
 
     def cache(attention: AttentionConfig) -> PackedCache:
-        empty_pages = empty_cache(len(pages.free), attention.num_kv_heads, KV_PAGE, attention.cache_dim, rt.plan.dtype)
+        with jax.default_device(rt.host):  # else it is made on the accelerator, where it may not fit
+            empty_pages = empty_cache(len(pages.free), attention.num_kv_heads, KV_PAGE, attention.cache_dim, rt.plan.dtype)
         return jax.device_put(empty_pages, rt.host)
 
     return HostKV(caches=tuple(cache(layer.attention) for layer in rt.config.layers), pages=pages, chunk=chunk)
@@ -200,7 +201,8 @@ def new_cache(config: ModelConfig, rows: int, positions: int, dtype: str, device
 
     def buffer(layer: LayerConfig) -> jax.Array:
         shape = (rows, layer.attention.num_kv_heads, positions, layer.attention.cache_dim)
-        return jax.device_put(jnp.zeros(shape, dtype), device)
+        with jax.default_device(device):  # zeros(device=...) makes them on the default device and copies
+            return jax.device_put(jnp.zeros(shape, dtype), device)
 
     return KVCache(k=tuple(map(buffer, config.layers)), v=tuple(map(buffer, config.layers)))
 

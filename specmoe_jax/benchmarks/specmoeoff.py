@@ -89,7 +89,12 @@ def acceptance_of(length: int) -> float:
 def mixtral_shaped(dtype: str = "float32") -> tuple[Model, EagleHead]:
     """A random model and a random head of the published network's proportions; their text means nothing."""
     model = random_model(MIXTRAL_SHAPED, seed=0, dtype=dtype)
-    config = MIXTRAL_SHAPED
+    return model, random_head_of(model)
+
+
+def random_head_of(model: Model) -> EagleHead:
+    """A random head as wide as its model, whose experts' width its own layer has too."""
+    config = model.config
     raw = {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.expert_hidden,
@@ -99,7 +104,7 @@ def mixtral_shaped(dtype: str = "float32") -> tuple[Model, EagleHead]:
         "max_position_embeddings": config.max_positions,
         "vocab_size": config.vocab_size,
     }
-    return model, eagle.random_head(eagle.parse_config(raw, config, fused=False), model)
+    return eagle.random_head(eagle.parse_config(raw, config, fused=False), model)
 
 
 def batches(s: Setting) -> dict:

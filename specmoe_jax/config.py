@@ -180,6 +180,9 @@ class Plan:
     kv_tier: str = "accelerator"
     batch_size: int = 16
     micro_batches: int = 1
+    layer_buffers: int = (
+        2  # whole layers of experts on the accelerator (expert_flow=stream); more keep the link busy while drafting
+    )
     prefill_chunk: int = 64  # prompt positions per prefill pass
     deterministic_sampling: bool = False  # sampled tokens too are the same with speculation on or off
     dtype: str = "float32"
@@ -280,10 +283,11 @@ def _check_types(plan: Plan) -> None:
         "spare_slots",
         "batch_size",
         "micro_batches",
+        "layer_buffers",
         "prefill_chunk",
     ):
         value = getattr(plan, name)
-        optional = name not in ("batch_size", "micro_batches", "prefill_chunk")
+        optional = name not in ("batch_size", "micro_batches", "layer_buffers", "prefill_chunk")
         if not (optional and value is None) and (not _is_whole(value) or value < 1):
             raise PlanError(f"{name} is {value!r}; it must be a whole number of at least 1")
     for name in ("device_memory_bytes", "host_memory_bytes", "link_bytes_per_s"):
@@ -377,12 +381,14 @@ def _check_effects(plan: Plan, config: ModelConfig) -> None:
     if plan.expert_flow == "stream" and config.encoder is not None:
         raise PlanError("expert_flow=stream is built for decoders alone; use on_demand with an encoder-decoder")
     if plan.expert_flow == "stream":
-        _check_stream(plan)
+        _check_stream(plan, config)
     elif plan.micro_batches != 1:
         raise PlanError(f"micro_batches={plan.micro_batches} has no effect with expert_flow={plan.expert_flow}; leave it 1")
+    elif plan.layer_buffers != 2:
+        raise PlanError(f"layer_buffers={plan.layer_buffers} has no effect with expert_flow={plan.expert_flow}; leave it 2")
 
 
-def _check_stream(plan: Plan) -> None:
+def _check_stream(plan: Plan, config: ModelConfig) -> None:
     """Streaming keeps no expert between passes and asks no router what to bring."""
     if plan.kv_tier != "host":
         raise PlanError(f"expert_flow=stream keeps the KV cache in host memory; got kv_tier={plan.kv_tier}, give kv_tier=host")
@@ -393,6 +399,10 @@ def _check_stream(plan: Plan) -> None:
     if plan.cached_experts is not None or plan.retain or plan.prefetch != "none":
         raise PlanError(
             "cached_experts, retain and prefetch have no effect with expert_flow=stream, which brings every expert; leave them out"
+        )
+    if not 2 <= plan.layer_buffers <= max(config.num_moe_layers, 2):
+        raise PlanError(
+            f"layer_buffers={plan.layer_buffers}; streaming takes 2 to {max(config.num_moe_layers, 2)}, the layers with experts"
         )
     if plan.micro_batches > plan.batch_size:
         raise PlanError(f"micro_batches={plan.micro_batches} of batch_size={plan.batch_size} rows; give at most as many as rows")

@@ -68,12 +68,17 @@ def compare(model: Model, cases: list[Case], job: Job) -> dict[str, dict]:
 
 def _limit(model: Model, job: Job) -> int:
     """Tokens per row for all rounds; rows of a speculating batch spread, and none may finish while measuring."""
-    wanted = (job.settle + job.rounds) * job.tokens * 3 // 2 + 48
+    wanted = (job.settle + job.rounds) * (job.tokens + 12) * 3 // 2 + 48  # a step more per round, of up to 11 tokens
     return min(wanted, model.config.max_positions - max(map(len, job.prompts)) if not isinstance(job.prompts[0], str) else wanted)
 
 
 def _slice(engine: Engine, state, job: Job):
-    """Steps until the rows have `job.tokens` more tokens each, on average."""
+    """Steps until the rows have `job.tokens` more tokens each, on average.
+
+    Of a streamed plan the first step does not count: what was on its way while the others ran arrived for nothing.
+    """
+    if engine.plan.expert_flow == "stream" and not state.done:
+        state, _ = engine.step(state)
     totals, goal = metrics.Totals(), job.tokens * len(job.prompts)
     while not state.done and (totals.new_tokens < goal or totals.steps < job.steps):
         state, info = engine.step(state)

@@ -138,6 +138,14 @@ def micro_batches(s: Setting) -> dict:
     return _rows(s, cases, f"batch {s.largest}", s.job(s.largest, s.prompt))
 
 
+def layer_buffers(s: Setting) -> dict:
+    """Beyond the paper: more layer buffers keep the link busy while drafting; two are the paper's."""
+    cases = [Case("2", s.specmoeoff(s.largest, s.length), None, s.head)]
+    for count in range(3, s.model.config.num_moe_layers + 1):
+        cases.append(Case(str(count), s.specmoeoff(s.largest, s.length, layer_buffers=count), "2", s.head))
+    return _rows(s, cases, f"batch {s.largest}", s.job(s.largest, s.prompt))
+
+
 def host_memory(s: Setting) -> dict:
     """Figure 10: host memory for the KV cache, as a share of what the largest batch fills: fewer rows run at a time."""
     rows = {}
@@ -193,6 +201,7 @@ TABLES = {
     "draft_lengths": draft_lengths,
     "prompts": prompts,
     "micro_batches": micro_batches,
+    "layer_buffers": layer_buffers,
     "host_memory": host_memory,
     "breakdown": breakdown,
 }

@@ -180,9 +180,10 @@ def first_memory(rt: Runtime) -> ExpertMemory:
 
 
 def _first_buffers(rt: Runtime) -> Buffers:
-    """Two layer buffers; the first layer is on its way into one of them."""
-    spare, first = rt.store.new_buffer(), rt.store.new_buffer()
-    return Buffers(spare=spare, readers=(), coming=rt.lanes.link.submit(rt.store.stream, first, 0))
+    """The layer buffers; the first layers are on their way into all but one of them."""
+    spare, *others = (rt.store.new_buffer() for _ in range(rt.plan.layer_buffers))
+    coming = tuple(rt.lanes.link.submit(rt.store.stream, buffer, layer) for layer, buffer in enumerate(others))
+    return Buffers(spare=spare, readers=(), coming=coming)
 
 
 def new_host_kv(rt: Runtime, pages: Pages, chunk: int) -> HostKV:

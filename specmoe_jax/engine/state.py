@@ -76,14 +76,14 @@ class HostKV(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """The two layer buffers [E, 3, F, M] of a streamed plan, between two passes.
+    """The layer buffers [E, 3, F, M] of a streamed plan, between two passes.
 
-    spare: free once `readers` are computed. coming: gives the other one, when the first layer has arrived in it.
+    spare: free once `readers` are computed. coming: give the others, when the first layers have arrived in them.
     """
 
     spare: jax.Array
     readers: tuple[jax.Array, ...]
-    coming: concurrent.futures.Future
+    coming: tuple[concurrent.futures.Future, ...]
 
 
 class State(NamedTuple):

@@ -4,6 +4,7 @@ Three lanes: this thread issues the accelerator's work, one worker runs the CPU 
 waits for what its entry in the list says; on a CPU without an accelerator all of them share the cores, and only the link is hidden.
 """
 
+import collections
 import functools
 import time
 from typing import NamedTuple
@@ -43,7 +44,7 @@ def stream_pass(rt: Runtime, buffers: Buffers, kv: HostKV, items: list[Item]) ->
     """
     run = _Run(rt, buffers, kv, items)
     moe = tuple(index is not None for index in rt.config.moe_index)
-    for task in _tasks(moe, len(items)):
+    for task in _tasks(moe, len(items), buffers=rt.plan.layer_buffers):
         run.handlers[task.kind](task)
     return run.result()
 
@@ -70,7 +71,8 @@ class _Run:
         self.projected: dict = {}
         self.attended: dict = {}
         self.routed: dict = {}
-        self.spare, self.readers, self.coming = buffers
+        self.spare, self.readers, coming = buffers
+        self.coming = collections.deque(coming)
         self.due = self.current = None
         self.handlers = {kind: getattr(self, f"_{kind}") for kind in KINDS}
         self.every_expert = np.arange(rt.config.num_experts, dtype=np.int32)
@@ -80,7 +82,7 @@ class _Run:
             h=self.h,
             features=[self._features(item) for item in range(len(self.items))],
             kv=self.kv._replace(caches=tuple(self.caches)),
-            buffers=Buffers(spare=self.spare, readers=tuple(self.readers), coming=self.coming),
+            buffers=Buffers(spare=self.spare, readers=tuple(self.readers), coming=tuple(self.coming)),
         )
 
     def _features(self, item: int) -> jax.Array | None:
@@ -161,8 +163,8 @@ class _Run:
         self.spare = self.current
 
     def _stream(self, task: Task) -> None:
-        self.due = self.coming
-        self.coming = self.rt.lanes.link.submit(self._bring, task, self.spare, tuple(self.readers))
+        self.due = self.coming.popleft()
+        self.coming.append(self.rt.lanes.link.submit(self._bring, task, self.spare, tuple(self.readers)))
         self.spare = None
 
     def _bring(self, task: Task, buffer: jax.Array, readers) -> jax.Array:

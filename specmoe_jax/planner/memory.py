@@ -107,7 +107,7 @@ def account(
     pinned = everything if plan.expert_flow == "resident" else sum(pinned_experts(config, plan))
     dispatch = min(config.num_experts, passes * config.experts_per_token)
     wanted = pinned + (0 if pinned == everything else dispatch)
-    wanted = 2 * config.num_experts if streams else wanted  # two layer buffers
+    wanted = plan.layer_buffers * config.num_experts if streams else wanted
     cached = paged.pages * KV_PAGE if streams else batch_rows * positions
     whole = MemoryAccount(
         weight_bytes=sum(spec.size for spec in spec_leaves(family_of(config).weight_specs(config))) * item,
@@ -248,7 +248,7 @@ def _short(need: float, budget: float) -> str:
 
 
 def _what_for(plan: Plan) -> str:
-    return "two layers' experts" if plan.expert_flow == "stream" else "one layer's dispatch"
+    return f"{plan.layer_buffers} layers' experts" if plan.expert_flow == "stream" else "one layer's dispatch"
 
 
 def _size(num_bytes: float) -> str:

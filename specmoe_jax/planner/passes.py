@@ -86,7 +86,7 @@ def _streamed(setting: Setting, draft_s: float) -> Timing:
 
     alike = _alike(config)
 
-    tasks = _tasks(tuple(index is not None for index in config.moe_index), plan.micro_batches, chunks)
+    tasks = _tasks(tuple(index is not None for index in config.moe_index), plan.micro_batches, chunks, plan.layer_buffers)
     head = costs.head(config, setting.load.tokens, setting.item)
     between_s = draft_s + setting.seconds(head) + hardware.sync_s + hardware.step_s
     simulation = simulate(

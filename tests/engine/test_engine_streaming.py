@@ -28,6 +28,15 @@ def test_greedy_tokens_are_those_of_the_resident_preset(expected, micro_batches,
     assert stats["compilations_after_warmup"] == 0
 
 
+def test_more_layer_buffers_bring_the_same_bytes_earlier(expected):
+    got, stats = run(tiny(), plan("streaming", batch_size=3, micro_batches=3, layer_buffers=3, draft="ngram", draft_length=2))
+    assert got == expected
+    _, two = run(tiny(), plan("streaming", batch_size=3, micro_batches=3, draft="ngram", draft_length=2))
+    layer = TINY.num_experts * TINY.expert_params * 4
+    assert abs(stats["link_bytes"] - two["link_bytes"]) <= 2 * layer
+    assert stats["peak_accelerator_bytes"] - two["peak_accelerator_bytes"] == layer
+
+
 @pytest.mark.parametrize("rows, micro_batches", [(1, 1), (2, 2), (3, 1), (5, 2)])
 def test_a_queue_longer_than_the_batch_gives_the_same_tokens(expected, rows, micro_batches):
     prompts = PROMPTS * 2
@@ -130,6 +139,9 @@ def test_little_host_memory_means_fewer_rows_at_a_time(expected):
         ({"cached_experts": 2}, "no effect"),
         ({"retain": True}, "no effect"),
         ({"micro_batches": 9, "batch_size": 8}, "at most as many"),
+        ({"layer_buffers": 4}, "streaming takes 2 to 3"),
+        ({"layer_buffers": 1}, "streaming takes 2 to 3"),
+        ({"layer_buffers": 3, "expert_flow": "on_demand"}, "no effect"),
         ({"micro_batches": 2, "expert_flow": "on_demand"}, "no effect"),
     ],
 )
@@ -143,7 +155,7 @@ def test_streaming_needs_both_of_its_buffers(device_slots):
     engine = sm.Engine(tiny(), plan("streaming", batch_size=1))
     need = engine.stats()["peak_accelerator_bytes"]
     assert need is None or need > 0
-    with pytest.raises(sm.PlanError, match="two layers' experts"):
+    with pytest.raises(sm.PlanError, match="2 layers' experts"):
         sm.Engine(tiny(), plan("streaming", batch_size=1, device_memory_bytes=device_slots * TINY.expert_params * 4))
 
 

@@ -33,6 +33,7 @@ LAYERS = 2  # enough to run one after the other
 MOST_BYTES = 1 << 28  # of the experts of a layer; of larger ones fewer are made
 SHAPES = ((1, 1), (1, 5), (4, 3), (16, 1), (16, 5), (64, 1), (64, 5))  # rows B and positions T of a pass
 ROWS = tuple(sorted({rows for rows, _ in SHAPES}))
+STEP_ROWS, STEPS = (1, 4, 16, 64), 16  # of real steps: batches, and how many of each
 CHAIN = 8  # programs issued one after the other before the host waits
 BUDGET_S, LEAST = 0.03, 5  # of the repetitions of one shape, after one that compiles
 
@@ -42,7 +43,7 @@ def profile(config: ModelConfig, dtype: str = "float32", *, fresh: bool = False)
 
     Deviation: layers are taken to be alike, as the first one with experts; an encoder is not measured.
     """
-    key = machine_key("operators", 2, _shape_key(config), dtype, jax.__version__, jax.devices()[0].device_kind)
+    key = machine_key("operators", 3, _shape_key(config), dtype, jax.__version__, jax.devices()[0].device_kind)
     found = None if fresh else Operators.from_dict(read_cached("operators", key) or {})
     if found is None:
         found = _measure(config, dtype)
@@ -52,7 +53,7 @@ def profile(config: ModelConfig, dtype: str = "float32", *, fresh: bool = False)
 
 def cached_profile(config: ModelConfig, dtype: str) -> Operators | None:
     """What an earlier run measured, None if none did."""
-    key = machine_key("operators", 2, _shape_key(config), dtype, jax.__version__, jax.devices()[0].device_kind)
+    key = machine_key("operators", 3, _shape_key(config), dtype, jax.__version__, jax.devices()[0].device_kind)
     return Operators.from_dict(read_cached("operators", key) or {})
 
 
@@ -79,7 +80,9 @@ def _measure(config: ModelConfig, dtype: str) -> Operators:
     costs = {name: fit(name, found) for name, found in samples.items()}
     migrating = [bench.migrate(*shape, share) for shape in SHAPES for share in (0.4, 1.0)]
     costs["migrate"] = fit("migrate", [_beside(costs["experts"], sample) for sample in migrating])
-    costs["step"] = fit("step", [bench.step(rows, costs) for rows in (1, 16, 64)])
+    costs["step"] = fit("step", [bench.step(rows, costs) for rows in STEP_ROWS])
+    for name, found in bench.layers_in_steps(costs).items():
+        costs[name] = fit(name, found)
     return Operators(costs=costs, expert_bytes=bench.model.expert_bytes, spread=statistics.median(bench.spreads))
 
 
@@ -219,17 +222,60 @@ class _Bench:
 
     def step(self, rows: int, costs: dict) -> Sample:
         """Whole steps of a resident plan, less the operators in them."""
-        engine = Engine(self.model, Plan(preset="probe", expert_flow="resident", dtype=self.model.dtype, batch_size=rows))
-        length = self.lengths[0]
-        state = engine.init([[1] * length] * rows, SamplingParams(max_new_tokens=24, ignore_eos=True))
-        seconds = []
-        while not state.done and len(seconds) < 16:
-            state, info = engine.step(state)
-            seconds.append(info.draft_s + info.verify_s + info.commit_s)
+        work, _, seconds = self._steps(rows, expert_flow="resident")
         used = min(self.config.num_experts, rows * self.config.experts_per_token)
-        work = {"tokens": rows, "read": rows * length, "scores": rows * length, "blocks": used, "rows": rows}
-        known = costs["layer"](**work) * LAYERS + costs["head"](**work)
-        return Sample(work, max(statistics.median(seconds[2:] or seconds) - known, 1e-6))
+        known = costs["layer"](**work | {"blocks": used}) * LAYERS + costs["head"](**work)
+        return Sample(work, max(seconds - known, 1e-6))
+
+    def layers_in_steps(self, costs: dict) -> dict[str, list[Sample]]:
+        """Of real steps, less the head and what every step takes, a layer's share; of drafts, less the head, a token's."""
+        found = {"on_demand_layer": [], "streamed_layer": [], "drafted_layer": []}
+        looked_up = {"draft": "ngram", "draft_length": 3}
+        for rows in STEP_ROWS:
+            for plan in ({}, {"cached_experts": -(-self.config.num_experts // 2)}, looked_up):
+                found["on_demand_layer"].append(self._layer_of(costs, *self._steps(rows, **plan)))
+            for plan in ({}, looked_up):
+                found["streamed_layer"].append(
+                    self._layer_of(costs, *self._steps(rows, expert_flow="stream", kv_tier="host", **plan))
+                )
+            drafts = {"draft": "self", "draft_length": 3, "draft_experts": -(-self.config.num_experts // 3)}
+            work, draft_s, seconds = self._steps(rows, **drafts)
+            found["on_demand_layer"].append(self._layer_of(costs, work, draft_s, seconds))
+            token_s = draft_s / 3 - costs["draft_head"](**work)
+            found["drafted_layer"].append(Sample(work, max(token_s / LAYERS, 1e-6)))
+        return found
+
+    def _layer_of(self, costs: dict, work: dict, draft_s: float, seconds: float) -> Sample:
+        layers_s = seconds - draft_s - costs["head"](**work) - costs["step"](**work)
+        return Sample(work, max(layers_s / LAYERS, 1e-6))
+
+    def _steps(self, rows: int, **plan) -> tuple[dict[str, float], float, float]:
+        """Medians over some steps of an engine: work of a layer, seconds of the draft and of everything."""
+        engine = Engine(self.model, Plan(preset="probe", dtype=self.model.dtype, batch_size=rows, **plan))
+        rng, length = np.random.default_rng(rows), self.lengths[0]
+        prompts = rng.integers(self.config.vocab_size, size=(rows, length)).tolist()
+        room = self.config.max_positions - length
+        state, infos = engine.init(prompts, SamplingParams(max_new_tokens=min(64, room), ignore_eos=True)), []
+        while not state.done and len(infos) < STEPS:
+            state, info = engine.step(state)
+            infos.append(info)
+        infos = infos[2:] or infos
+
+        def middle(value: Callable) -> float:
+            return float(statistics.median(map(value, infos)))
+
+        new = infos[0].drafted + 1
+        context = middle(lambda info: info.context)
+        work = {
+            "rows": rows,
+            "tokens": rows * new,
+            "read": context,
+            "scores": new * context,
+            "blocks": middle(lambda info: info.verify.hits + info.verify.misses) / LAYERS,
+            "misses": middle(lambda info: info.verify.fetched) / LAYERS,
+        }
+        whole = middle(lambda info: info.draft_s + info.verify_s + info.commit_s)
+        return work, middle(lambda info: info.draft_s), whole
 
     @property
     def _weights(self):

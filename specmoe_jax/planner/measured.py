@@ -92,8 +92,8 @@ def draft_seconds(config: ModelConfig, plan: Plan, operators: Operators, case: C
     if plan.draft == "eagle":  # a dense layer, and one more look at what was committed
         layer_s = operators.seconds("attention", **_work(rows, 1, case.context))
         return length * (layer_s + choice_s) + operators.seconds("attention", **_work(rows, plan.tokens_per_pass, case.context))
-    blocks = min(_mean_pinned(plan), distinct(case.probabilities, rows))
-    return length * (_layers_seconds(config, operators, rows, 1, case.context, blocks) + choice_s)
+    layer_s = operators.seconds("drafted_layer", **_work(rows, 1, case.context))
+    return length * (config.num_layers * layer_s + choice_s)
 
 
 def _work(rows: float, new: float, context: float) -> dict[str, float]:
@@ -125,14 +125,13 @@ def _on_demand(config: ModelConfig, plan: Plan, operators: Operators, case: Case
     ahead = min(GATES_RIGHT * misses, drafted_s / expert_s / layers) if plan.prefetch == "draft" and expert_s else 0.0
     copied = misses - ahead
     waves = max(1, math.ceil(used / max(case.slots - _pinned(config, plan), 1))) if case.slots < case.wanted_slots else 1
-    fixed_s, copies_s = operators.seconds("migrate", misses=0), operators.seconds("migrate", misses=copied)
-    link_s = misses * expert_s if expert_s else copies_s - fixed_s
-    computed_s = operators.seconds("experts", choices=tokens * config.experts_per_token, blocks=used)
-    computed_s += (waves - 1) * (operators.costs["experts"].constant + fixed_s)
-    attention_s = operators.seconds("attention", **work)
-    layer_s = attention_s + max(copies_s, fixed_s + copied * expert_s) + computed_s
-    naive_s = max(attention_s + fixed_s + computed_s, link_s)
-    dense_s = (config.num_layers - layers) * attention_s
+    without_s = operators.seconds("on_demand_layer", blocks=used, misses=0, **work)
+    with_s = operators.seconds("on_demand_layer", blocks=used, misses=copied, **work)
+    link_s = misses * expert_s if expert_s else with_s - without_s
+    waves_s = (waves - 1) * (operators.costs["experts"].constant + operators.costs["migrate"].constant)
+    layer_s = max(with_s, without_s + copied * expert_s) + waves_s
+    naive_s = max(without_s + waves_s, link_s)
+    dense_s = (config.num_layers - layers) * operators.seconds("attention", **work)
     return _Pass(layers * layer_s + dense_s, drafted_s + layers * naive_s + dense_s, layers * link_s, layers * misses)
 
 
@@ -175,6 +174,8 @@ def _stream(config: ModelConfig, plan: Plan, operators: Operators, case: Case, d
         "experts": operators.seconds("experts", choices=tokens * config.experts_per_token, blocks=used),
         "stream": stream_s,
     }
+    computed_s = sum(second for kind, second in seconds.items() if kind != "stream")
+    seconds["other2"] += max(operators.seconds("streamed_layer", **work) - computed_s, 0.0)  # waiting for the workers
     tasks = _tasks(tuple(index is not None for index in config.moe_index), items)
 
     def of(task: Task) -> float:

@@ -26,6 +26,10 @@ WORK = {
     "lookup": ("rows",),  # prompt lookup of every row
     "stream": ("blocks",),  # a layer's experts into its buffer
     "step": ("rows",),  # what a step takes beside its operators
+    # Whole layers inside real steps of the engine, with what the host and the workers do between the operators.
+    "on_demand_layer": ("tokens", "read", "blocks", "misses"),
+    "streamed_layer": ("tokens", "read"),  # of one work item
+    "drafted_layer": ("rows", "read"),  # of one drafted token
 }
 
 

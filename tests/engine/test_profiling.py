@@ -21,6 +21,9 @@ KNOWN = Knowledge(hardware=machine("a30").replace(shared_cores=True), workload=W
 def test_every_operator_is_measured_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(profiling, "SHAPES", ((1, 1), (2, 1), (2, 3), (4, 2)))
+    monkeypatch.setattr(profiling, "ROWS", (1, 4))
+    monkeypatch.setattr(profiling, "STEP_ROWS", (1, 2))
+    monkeypatch.setattr(profiling, "STEPS", 3)
     monkeypatch.setattr(profiling, "BUDGET_S", 0.0)
     assert profiling.cached_profile(TINY, "float32") is None
     found = profiling.profile(TINY)

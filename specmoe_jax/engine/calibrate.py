@@ -1,6 +1,9 @@
 """A short run on the user's prompts: how much of each draft is accepted, and how skewed the routing is (SpecMoEOff 5.3, step 3)."""
 
+import itertools
 from collections.abc import Sequence
+
+import numpy as np
 
 from specmoe_jax.cache_files import read_cached, write_cached
 from specmoe_jax.checkpoints.manifest import checkpoint_hash
@@ -8,7 +11,8 @@ from specmoe_jax.config import SamplingParams, preset
 from specmoe_jax.engine.generate import Engine
 from specmoe_jax.models.eagle import EagleHead
 from specmoe_jax.models.model import Model
-from specmoe_jax.planner.calibration import Acceptance, Calibration, fitted_skew
+from specmoe_jax.planner.calibration import Acceptance, Calibration, counted_skew, fitted_shares
+from specmoe_jax.speculate.hotness import count_choices
 from specmoe_jax.speculate.ngram import NgramDraft, lookup
 
 ROWS, NEW_TOKENS, LENGTH = 8, 32, 4
@@ -22,10 +26,14 @@ def calibrate(model: Model, prompts: Sequence, params: SamplingParams, *, head: 
     prompts = list(prompts[:ROWS])
     plan = preset("specmoe", model.config).replace(batch_size=len(prompts), draft_length=LENGTH, dtype=model.dtype)
     engine, seen = Engine(model, plan), []
+    counts = np.zeros((model.config.num_moe_layers, model.config.num_experts), np.int64)
 
     def on_step(info) -> None:
-        needed = (info.verify.hits + info.verify.misses) / model.config.num_moe_layers
-        seen.append((int(info.active.sum()) * (info.drafted + 1), needed))
+        ids = info.verify.routing[:, info.active]  # [L, B, T, A]
+        for rows, new in itertools.product(range(1, ids.shape[1] + 1), (1, 2, ids.shape[2])):
+            seen.append((rows, new, np.mean([len(np.unique(layer[:rows, :new])) for layer in ids])))
+        kept = np.arange(info.verify.routing.shape[2]) < info.committed[:, None]  # [B, T]
+        counts[:] += [count_choices(ids[kept], counts.shape[1]) for ids in info.verify.routing]
 
     limited = SamplingParams(max_new_tokens=NEW_TOKENS, temperature=params.temperature, seed=params.seed, ignore_eos=True)
     done = engine.generate(prompts, limited, on_step=on_step)
@@ -35,7 +43,9 @@ def calibrate(model: Model, prompts: Sequence, params: SamplingParams, *, head: 
         eagle = Engine(model, preset("resident", model.config).replace(**_eagle(plan)), draft_head=head)
         eagle.generate(prompts, limited)
         acceptance["eagle"] = Acceptance(_rate(eagle.stats()))
-    found = Calibration(acceptance=acceptance, skew=fitted_skew(model.config, seen), measured=True)
+    skew = counted_skew(model.config, counts)
+    row_share, run_share = fitted_shares(model.config, skew, seen)
+    found = Calibration(acceptance=acceptance, skew=skew, measured=True, row_share=row_share, run_share=run_share)
     if model.path is not None:
         write_cached("calibration", checkpoint_hash(model.path), found.to_dict())
     return found

@@ -104,7 +104,8 @@ def evaluate(config: ModelConfig, plan: Plan, known: Knowledge) -> Prediction:
         )
     if known.operators is None or not _is_measured(config, plan):
         return prediction
-    return refine(prediction, config, plan, known.operators, workload, known.hardware)
+    shares = {"row_share": known.calibration.row_share, "run_share": known.calibration.run_share}
+    return refine(prediction, config, plan, known.operators, workload, shared_cores=known.hardware.shared_cores, **shares)
 
 
 def _is_measured(config: ModelConfig, plan: Plan) -> bool:

@@ -43,7 +43,7 @@ def profile(config: ModelConfig, dtype: str = "float32", *, fresh: bool = False)
 
     Deviation: layers are taken to be alike, as the first one with experts; an encoder is not measured.
     """
-    key = machine_key("operators", 3, _shape_key(config), dtype, jax.__version__, jax.devices()[0].device_kind)
+    key = machine_key("operators", 4, _shape_key(config), dtype, jax.__version__, jax.devices()[0].device_kind)
     found = None if fresh else Operators.from_dict(read_cached("operators", key) or {})
     if found is None:
         found = _measure(config, dtype)
@@ -53,7 +53,7 @@ def profile(config: ModelConfig, dtype: str = "float32", *, fresh: bool = False)
 
 def cached_profile(config: ModelConfig, dtype: str) -> Operators | None:
     """What an earlier run measured, None if none did."""
-    key = machine_key("operators", 3, _shape_key(config), dtype, jax.__version__, jax.devices()[0].device_kind)
+    key = machine_key("operators", 4, _shape_key(config), dtype, jax.__version__, jax.devices()[0].device_kind)
     return Operators.from_dict(read_cached("operators", key) or {})
 
 
@@ -203,7 +203,7 @@ class _Bench:
 
     def lookup(self, rows: int) -> Sample:
         """Histories that repeat nothing are searched to their start."""
-        history = tuple(range(self.lengths[-1]))
+        history = tuple(range(self.lengths[0]))
 
         def call():
             return np.array([lookup(history, 4, NgramDraft().longest) for _ in range(rows)])
@@ -228,8 +228,8 @@ class _Bench:
         return Sample(work, max(seconds - known, 1e-6))
 
     def layers_in_steps(self, costs: dict) -> dict[str, list[Sample]]:
-        """Of real steps, less the head and what every step takes, a layer's share; of drafts, less the head, a token's."""
-        found = {"on_demand_layer": [], "streamed_layer": [], "drafted_layer": []}
+        """Of real steps, less the head and what every step takes, a layer's share; of drafts, less layers and head, a token's."""
+        found = {"on_demand_layer": [], "streamed_layer": [], "drafted_token": []}
         looked_up = {"draft": "ngram", "draft_length": 3}
         for rows in STEP_ROWS:
             for plan in ({}, {"cached_experts": -(-self.config.num_experts // 2)}, looked_up):
@@ -241,8 +241,9 @@ class _Bench:
             drafts = {"draft": "self", "draft_length": 3, "draft_experts": -(-self.config.num_experts // 3)}
             work, draft_s, seconds = self._steps(rows, **drafts)
             found["on_demand_layer"].append(self._layer_of(costs, work, draft_s, seconds))
-            token_s = draft_s / 3 - costs["draft_head"](**work)
-            found["drafted_layer"].append(Sample(work, max(token_s / LAYERS, 1e-6)))
+            one = {"rows": rows, "tokens": rows, "read": work["read"], "scores": work["read"], "blocks": drafts["draft_experts"]}
+            token_s = draft_s / 3 - costs["draft_head"](**one) - LAYERS * costs["layer"](**one)
+            found["drafted_token"].append(Sample(work, max(token_s, 1e-6)))
         return found
 
     def _layer_of(self, costs: dict, work: dict, draft_s: float, seconds: float) -> Sample:

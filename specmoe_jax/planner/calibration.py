@@ -1,9 +1,13 @@
 """What a plan depends on beside sizes: how much of each draft is accepted, and how skewed the routing is. Pure."""
 
 import dataclasses
+import itertools
 from typing import NamedTuple
 
+import numpy as np
+
 from specmoe_jax.config import ModelConfig, Plan
+from specmoe_jax.planner.measured import choosing
 from specmoe_jax.planner.routing import choice_probabilities, distinct
 from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload
 
@@ -19,14 +23,17 @@ class Acceptance(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """acceptance: of the drafts that were measured. skew: Gini coefficient that gives the different experts that passes needed.
+    """acceptance: of the drafts that were measured. skew: Gini coefficient of the experts' counts.
 
+    row_share, run_share: how much of an independent token's choice one more row makes, and one more position of a row.
     measured: on prompts of the user; else assumed.
     """
 
     acceptance: dict[str, Acceptance]
     skew: float
     measured: bool
+    row_share: float = 1.0
+    run_share: float = 1.0
 
     def workload(self, base: Workload, plan: Plan, config: ModelConfig) -> Workload:
         """The workload as this plan's draft meets it."""
@@ -49,7 +56,8 @@ class Calibration(NamedTuple):
         """What `to_dict` gave; None for anything else."""
         try:
             acceptance = {name: Acceptance(**found) for name, found in raw["acceptance"].items()}
-            return Calibration(acceptance=acceptance, skew=float(raw["skew"]), measured=bool(raw["measured"]))
+            skew, shares = float(raw["skew"]), {name: float(raw[name]) for name in ("row_share", "run_share")}
+            return Calibration(acceptance=acceptance, skew=skew, measured=bool(raw["measured"]), **shares)
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
 
@@ -76,13 +84,23 @@ def _mean(value) -> float:
     return sum(value) / len(value) if isinstance(value, tuple) else value
 
 
-def fitted_skew(config: ModelConfig, seen: list[tuple[float, float]]) -> float:
-    """The skew with which passes of so many tokens need so many different experts of a layer: pairs (tokens, experts)."""
-    low, high = 0.0, 1 - config.experts_per_token / config.num_experts
-    wanted = sum(experts for _, experts in seen)
-    for _ in range(30):
-        middle = (low + high) / 2
-        probabilities = choice_probabilities(config.num_experts, config.experts_per_token, middle)
-        expected = sum(distinct(probabilities, tokens) for tokens, _ in seen)
-        low, high = (middle, high) if expected > wanted else (low, middle)
-    return low
+def fitted_shares(config: ModelConfig, skew: float, seen: list[tuple[int, int, float]]) -> tuple[float, float]:
+    """row_share and run_share by which passes need the experts that they did: (rows, positions, experts of a layer) of each."""
+    probabilities = choice_probabilities(config.num_experts, config.experts_per_token, skew)
+    rows, new, needed = (np.array(column, float) for column in zip(*seen, strict=True))
+    most = int(rows.max() * new.max())
+    table = np.array([distinct(probabilities, tokens) for tokens in range(most + 1)])
+
+    def error(shares: tuple[float, float]) -> float:
+        return float(((np.interp(choosing(rows, new, *shares), range(most + 1), table) / needed - 1) ** 2).sum())
+
+    steps = np.linspace(0.0, 1.0, 51).tolist()
+    return min(itertools.product(steps, steps), key=error)
+
+
+def counted_skew(config: ModelConfig, counts: np.ndarray) -> float:
+    """Gini coefficient of counts [L, E], the mean over layers, at most what the model's top-k allows."""
+    ordered = np.sort(counts, axis=1)
+    size = counts.shape[1]
+    gini = 2 * (ordered * np.arange(1, size + 1)).sum(1) / (size * np.maximum(ordered.sum(1), 1)) - (size + 1) / size
+    return float(np.clip(gini.mean(), 0.0, (1 - config.experts_per_token / size) * 0.999))

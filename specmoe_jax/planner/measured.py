@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from specmoe_jax.config import ModelConfig, Plan
 from specmoe_jax.planner.estimate import Prediction
-from specmoe_jax.planner.hardware import Hardware
 from specmoe_jax.planner.operators import Operators
 from specmoe_jax.planner.pipeline import UP, Task, pass_tasks
 from specmoe_jax.planner.routing import choice_probabilities, distinct, missed
@@ -24,7 +23,8 @@ class Case(NamedTuple):
     """What a step meets. rows: that run. context: mean positions in their caches.
 
     probabilities: [E] descending, that a token chooses an expert, the mean over layers. slots: R of the memory account, and
-    wanted_slots with which every dispatch fits at once.
+    wanted_slots with which every dispatch fits at once. row_share, run_share: how much of an independent token's choice
+    one more row makes, and one more position of the same row.
     """
 
     rows: float
@@ -32,6 +32,17 @@ class Case(NamedTuple):
     probabilities: tuple[float, ...]
     slots: int
     wanted_slots: int
+    row_share: float = 1.0
+    run_share: float = 1.0
+
+    def choosing(self, new: int) -> float:
+        """Tokens of a pass of `new` positions, as many as if they chose independently."""
+        return choosing(self.rows, new, self.row_share, self.run_share)
+
+
+def choosing(rows: float, new: float, row_share: float, run_share: float) -> float:
+    """Tokens that choose independently and need as many different experts as `rows` rows of `new` positions."""
+    return (1 + row_share * (rows - 1)) * (1 + run_share * (new - 1))
 
 
 class StepTimes(NamedTuple):
@@ -92,8 +103,9 @@ def draft_seconds(config: ModelConfig, plan: Plan, operators: Operators, case: C
     if plan.draft == "eagle":  # a dense layer, and one more look at what was committed
         layer_s = operators.seconds("attention", **_work(rows, 1, case.context))
         return length * (layer_s + choice_s) + operators.seconds("attention", **_work(rows, plan.tokens_per_pass, case.context))
-    layer_s = operators.seconds("drafted_layer", **_work(rows, 1, case.context))
-    return length * (config.num_layers * layer_s + choice_s)
+    blocks = min(_mean_pinned(plan), distinct(case.probabilities, rows))
+    layers_s = _layers_seconds(config, operators, rows, 1, case.context, blocks)
+    return length * (layers_s + choice_s + operators.seconds("drafted_token", rows=rows, read=rows * case.context))
 
 
 def _work(rows: float, new: float, context: float) -> dict[str, float]:
@@ -111,7 +123,7 @@ def _layers_seconds(config: ModelConfig, operators: Operators, rows: float, new:
 
 def _resident(config: ModelConfig, plan: Plan, operators: Operators, case: Case, drafted_s: float) -> _Pass:
     new = plan.tokens_per_pass
-    blocks = distinct(case.probabilities, case.rows * new)
+    blocks = distinct(case.probabilities, case.choosing(new))
     seconds = _layers_seconds(config, operators, case.rows, new, case.context, blocks)
     return _Pass(verify_s=seconds, naive_s=drafted_s + seconds, link_s=0.0, misses=0.0)
 
@@ -119,7 +131,8 @@ def _resident(config: ModelConfig, plan: Plan, operators: Operators, case: Case,
 def _on_demand(config: ModelConfig, plan: Plan, operators: Operators, case: Case, drafted_s: float) -> _Pass:
     """Layer by layer: attention, then the misses over the link, then the experts."""
     new, layers = plan.tokens_per_pass, config.num_moe_layers
-    tokens, work = case.rows * new, _work(case.rows, new, case.context)
+    work = _work(case.rows, new, case.context)
+    tokens = case.choosing(new)
     used, misses = distinct(case.probabilities, tokens), missed(case.probabilities, tokens, kept_experts(config, plan, case))
     expert_s = operators.expert_bytes / plan.link_bytes_per_s if plan.link_bytes_per_s else 0.0
     ahead = min(GATES_RIGHT * misses, drafted_s / expert_s / layers) if plan.prefetch == "draft" and expert_s else 0.0
@@ -140,7 +153,7 @@ def kept_experts(config: ModelConfig, plan: Plan, case: Case) -> float:
     pinned = _mean_pinned(plan) if plan.draft != "merged" else 0.0
     if not plan.retain:
         return min(pinned, config.num_experts)
-    free = case.slots - _pinned(config, plan) - distinct(case.probabilities, case.rows * plan.tokens_per_pass)
+    free = case.slots - _pinned(config, plan) - distinct(case.probabilities, case.choosing(plan.tokens_per_pass))
     return min(pinned + max(free, 0) / config.num_moe_layers, config.num_experts)
 
 
@@ -163,7 +176,7 @@ def _stream(config: ModelConfig, plan: Plan, operators: Operators, case: Case, d
     stream_s = operators.seconds("stream", blocks=experts)
     if plan.link_bytes_per_s:
         stream_s = max(stream_s, experts * operators.expert_bytes / plan.link_bytes_per_s)
-    used = distinct(case.probabilities, tokens)
+    used = distinct(case.probabilities, case.choosing(new) / items)
     seconds = {
         "embed": 0.0,
         "other1": operators.seconds("pre_attention", **work),
@@ -191,17 +204,30 @@ _tasks = functools.cache(functools.partial(pass_tasks, chunks=1))
 
 
 def refine(
-    prediction: Prediction, config: ModelConfig, plan: Plan, operators: Operators, workload: Workload, hardware: Hardware
+    prediction: Prediction,
+    config: ModelConfig,
+    plan: Plan,
+    operators: Operators,
+    workload: Workload,
+    *,
+    shared_cores: bool,
+    row_share: float = 1.0,
+    run_share: float = 1.0,
 ) -> Prediction:
-    """A prediction with the times of the measured operators in the place of rates and efficiencies."""
+    """A prediction with the times of the measured operators in the place of rates and efficiencies.
+
+    row_share, run_share: of Case.
+    """
     case = Case(
         rows=prediction.rows,
         context=workload.context,
         probabilities=choice_probabilities(config.num_experts, config.experts_per_token, workload.skew),
         slots=prediction.account.num_slots,
         wanted_slots=prediction.account.wanted_slots,
+        row_share=row_share,
+        run_share=run_share,
     )
-    times = step_times(config, plan, operators, case, shared_cores=hardware.shared_cores)
+    times = step_times(config, plan, operators, case, shared_cores=shared_cores)
     tokens_per_s = prediction.rows * prediction.tokens_per_step / times.total_s
     return prediction._replace(
         iteration_s=times.total_s,

@@ -29,7 +29,7 @@ WORK = {
     # Whole layers inside real steps of the engine, with what the host and the workers do between the operators.
     "on_demand_layer": ("tokens", "read", "blocks", "misses"),
     "streamed_layer": ("tokens", "read"),  # of one work item
-    "drafted_layer": ("rows", "read"),  # of one drafted token
+    "drafted_token": ("rows", "read"),  # of the self-draft, beside its layers and its head
 }
 
 

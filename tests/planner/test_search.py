@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,9 +10,10 @@ from hypothesis import strategies as st
 from specmoe_jax.config import PRESETS, Plan
 from specmoe_jax.engine.planning import Knowledge, as_line, choose, evaluate, make_plan
 from specmoe_jax.errors import PlanError
-from specmoe_jax.planner.calibration import ASSUMED, Acceptance, Calibration, fitted_skew
+from specmoe_jax.planner.calibration import ASSUMED, Acceptance, Calibration, counted_skew, fitted_shares
 from specmoe_jax.planner.estimate import predict
 from specmoe_jax.planner.machines import machine
+from specmoe_jax.planner.measured import choosing
 from specmoe_jax.planner.operators import WORK, LinearCost, Operators
 from specmoe_jax.planner.routing import choice_probabilities, distinct
 from specmoe_jax.planner.search import LENGTHS, WORTH, search
@@ -105,12 +107,21 @@ def test_acceptance_depends_on_the_experts():
     assert ASSUMED.workload(WORK_LOAD, plan, TINY).acceptance == 0.6
 
 
-@settings(deadline=None)
-@given(skew=st.floats(0.05, 0.55))
-def test_the_skew_is_found_again(skew):
+@settings(deadline=None, max_examples=20)
+@given(skew=st.floats(0.05, 0.5), row_share=st.floats(0.1, 1.0), run_share=st.floats(0.1, 1.0))
+def test_the_shares_are_found_again(skew, row_share, run_share):
+    """Experts between whole numbers of tokens are interpolated, so not to the last digit."""
     probabilities = choice_probabilities(5, 2, skew)
-    seen = [(tokens, distinct(probabilities, tokens)) for tokens in (1, 3, 8)]
-    assert fitted_skew(TINY, seen) == pytest.approx(skew, abs=0.02)
+    passes = [(1, 2), (1, 3), (2, 1), (3, 1), (2, 2)]
+    seen = [(rows, new, distinct(probabilities, choosing(rows, new, row_share, run_share))) for rows, new in passes]
+    found = fitted_shares(TINY, skew, seen)
+    for rows, new, needed in seen:
+        assert distinct(probabilities, choosing(rows, new, *found)) == pytest.approx(needed, rel=0.05)
+
+
+def test_the_skew_is_that_of_the_counts():
+    assert counted_skew(TINY, np.full((3, 5), 7)) == pytest.approx(0.0, abs=1e-9)
+    assert counted_skew(TINY, np.array([[0, 0, 0, 9, 9]])) == pytest.approx(0.6, abs=1e-3)
 
 
 OPERATORS = Operators({name: LinearCost(work, 1e-4, (1e-7,) * len(work), 0.0) for name, work in WORK.items()}, 4000, 0.05)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
-from specmoe_jax.config import GATED_DRAFTS, ModelConfig, Plan
+from specmoe_jax.config import ModelConfig, Plan
 from specmoe_jax.engine.calibrate import cached_calibration
 from specmoe_jax.engine.profiling import cached_profile
 from specmoe_jax.errors import PlanError
@@ -86,7 +86,8 @@ def describe(plan: Plan) -> str:
         "batch_size",
         "micro_batches",
     )
-    parts = [f"{name}={getattr(plan, name)}" for name in shown if getattr(plan, name) not in (None, False, "none", 1)]
+    values = {name: getattr(plan, name) for name in shown}
+    parts = [f"{k}={v}" for k, v in values.items() if v not in (None, False, "none") and (k, v) != ("micro_batches", 1)]
     return " ".join([plan.expert_flow, *parts])
 
 
@@ -120,7 +121,7 @@ def choose(
     """The best plan and the runner-up. fixed: fields of the plan that are given. head: whether an EAGLE head is at hand.
 
     Drafts are considered where their acceptance was measured or where they are asked for; the self-draft also where not all
-    experts fit on the accelerator, with the guard, which ends drafting that does not pay. Raises PlanError if nothing fits.
+    experts fit on the accelerator; with the guard, which ends drafting that does not pay. Raises PlanError if nothing fits.
     """
     fixed = dict(fixed or {})
     if not known.hardware.shared_cores:  # a plan without a limit takes all that it can use
@@ -135,15 +136,18 @@ def choose(
     if any(fixed.get(field) for field in DRAFT_FIELDS) or fixed.get("prefetch") == "draft":
         return run(tuple(dict.fromkeys((*measured, "self", *(("eagle",) if head else ())))))
     if known.calibration.measured:
-        return run(("none", *measured))
+        return _guarded(run(("none", *measured)))
     found = run(("none",))
     if found.best.plan.expert_flow == "resident":
         return found
-    guarded = run(("none", "self"))
-    if guarded.best.plan.draft not in GATED_DRAFTS:
-        return guarded
-    best = guarded.best._replace(plan=guarded.best.plan.replace(guard=True))
-    return guarded._replace(best=best)
+    return _guarded(run(("none", "self")))
+
+
+def _guarded(found: Found) -> Found:
+    """With the guard where the plan drafts: it adapts the length, down to none, to what the job really accepts."""
+    if found.best.plan.draft == "none":
+        return found
+    return found._replace(best=found.best._replace(plan=found.best.plan.replace(guard=True)))
 
 
 def make_plan(

@@ -26,7 +26,6 @@ from specmoe_jax.ops import empty_cache
 from specmoe_jax.planner.memory import KV_PAGE, account, pages_of
 from specmoe_jax.planner.operators import Operators, Sample, fit
 from specmoe_jax.speculate.acceptance import accept_greedy, finite_positions
-from specmoe_jax.speculate.ngram import NgramDraft, lookup
 from specmoe_jax.types import Routing
 
 LAYERS = 2  # enough to run one after the other
@@ -43,7 +42,7 @@ def profile(config: ModelConfig, dtype: str = "float32", *, fresh: bool = False)
 
     Deviation: layers are taken to be alike, as the first one with experts; an encoder is not measured.
     """
-    key = machine_key("operators", 4, _shape_key(config), dtype, jax.__version__, jax.devices()[0].device_kind)
+    key = machine_key("operators", 5, _shape_key(config), dtype, jax.__version__, jax.devices()[0].device_kind)
     found = None if fresh else Operators.from_dict(read_cached("operators", key) or {})
     if found is None:
         found = _measure(config, dtype)
@@ -53,7 +52,7 @@ def profile(config: ModelConfig, dtype: str = "float32", *, fresh: bool = False)
 
 def cached_profile(config: ModelConfig, dtype: str) -> Operators | None:
     """What an earlier run measured, None if none did."""
-    key = machine_key("operators", 4, _shape_key(config), dtype, jax.__version__, jax.devices()[0].device_kind)
+    key = machine_key("operators", 5, _shape_key(config), dtype, jax.__version__, jax.devices()[0].device_kind)
     return Operators.from_dict(read_cached("operators", key) or {})
 
 
@@ -74,7 +73,6 @@ def _measure(config: ModelConfig, dtype: str) -> Operators:
         "experts": [bench.experts(*shape, share) for shape in SHAPES for share in (0.4, 1.0)],
         "head": [bench.head(*shape) for shape in SHAPES],
         "draft_head": [bench.draft_head(rows) for rows in ROWS],
-        "lookup": [bench.lookup(rows) for rows in ROWS],
         "stream": [bench.stream()],
     }
     costs = {name: fit(name, found) for name, found in samples.items()}
@@ -201,15 +199,6 @@ class _Bench:
 
         return self._sample(call, rows, 1, chain=CHAIN)
 
-    def lookup(self, rows: int) -> Sample:
-        """Histories that repeat nothing are searched to their start."""
-        history = tuple(range(self.lengths[0]))
-
-        def call():
-            return np.array([lookup(history, 4, NgramDraft().longest) for _ in range(rows)])
-
-        return self._sample(call, rows, 1)
-
     def stream(self) -> Sample:
         buffer = self.streams.store.new_buffer()
 
@@ -229,11 +218,13 @@ class _Bench:
 
     def layers_in_steps(self, costs: dict) -> dict[str, list[Sample]]:
         """Of real steps, less the head and what every step takes, a layer's share; of drafts, less layers and head, a token's."""
-        found = {"on_demand_layer": [], "streamed_layer": [], "drafted_token": []}
+        found = {"lookup": [], "on_demand_layer": [], "streamed_layer": [], "drafted_token": []}
         looked_up = {"draft": "ngram", "draft_length": 3}
         for rows in STEP_ROWS:
             for plan in ({}, {"cached_experts": -(-self.config.num_experts // 2)}, looked_up):
-                found["on_demand_layer"].append(self._layer_of(costs, *self._steps(rows, **plan)))
+                work, draft_s, seconds = self._steps(rows, **plan)
+                found["on_demand_layer"].append(self._layer_of(costs, work, draft_s, seconds))
+                found["lookup"] += [Sample(work, draft_s)] if plan is looked_up else []
             for plan in ({}, looked_up):
                 found["streamed_layer"].append(
                     self._layer_of(costs, *self._steps(rows, expert_flow="stream", kv_tier="host", **plan))

@@ -52,7 +52,7 @@ def fill(state: State, waiting: Sequence[Request], overshoot: int) -> tuple[Stat
     requests, generated, reasons = list(state.requests), list(state.generated), list(state.finish_reasons)
     lengths, last_token, pages = state.lengths.copy(), state.last_token.copy(), state.kv.pages
     waiting, running = list(waiting), state.active | state.joining
-    for row in np.flatnonzero(~running):
+    for row in np.flatnonzero(~running & (pages.table[:, 0] >= 0)):
         pages = release(pages, row)
     for row in np.flatnonzero(~running):
         given = admit_pages(pages, row, _positions(waiting[0], overshoot)) if waiting else None

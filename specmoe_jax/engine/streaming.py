@@ -49,7 +49,8 @@ def stream_pass(rt: Runtime, buffers: Buffers, kv: HostKV, items: list[Item]) ->
     return run.result()
 
 
-_tasks = functools.cache(functools.partial(pass_tasks, chunks=1))  # the store cuts a layer into its experts
+# The store cuts a layer into its experts. Few lists are kept: each new number of joining prompts makes another one.
+_tasks = functools.lru_cache(maxsize=8)(functools.partial(pass_tasks, chunks=1))
 
 
 def fetched(h: jax.Array) -> jax.Array:

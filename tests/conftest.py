@@ -1,7 +1,6 @@
 """The tiny model of the package, for every test that needs one."""
 
 import gc
-import pathlib
 
 import jax
 import pytest
@@ -9,8 +8,8 @@ import pytest
 from specmoe_jax.testing import tiny
 
 # A compiled program takes about seven memory maps, Linux gives a process 65,530, and XLA's answer to one too many is a crash.
-MOST_MAPS = 20_000
-_MAPS = pathlib.Path("/proc/self/maps")
+# Programs are let go between files, where nothing shares them, and in the middle of one that makes very many.
+BETWEEN_FILES, ANYWHERE = 1_000, 4_000
 _COMPILATION = "/jax/core/compile/backend_compile_duration"
 
 
@@ -35,10 +34,23 @@ def compilations():
     return Compilations()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def forget_programs():
-    """After each file: what it compiled is let go once much has gathered."""
-    yield
-    if _MAPS.exists() and len(_MAPS.read_bytes().splitlines()) > MOST_MAPS:
+_since_let_go = Compilations()
+
+
+def _let_go(most: int) -> None:
+    if _since_let_go.count > most:
         jax.clear_caches()
         gc.collect()
+        _since_let_go.count = 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_file():
+    yield
+    _let_go(BETWEEN_FILES)
+
+
+@pytest.fixture(autouse=True)
+def programs_of_a_test():
+    yield
+    _let_go(ANYWHERE)

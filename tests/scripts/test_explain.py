@@ -61,7 +61,7 @@ REFUSED = {
     "device memory of 15": ("mixtral_8x7b", "--hardware=t4 --preset=resident --host_memory_gib=200"),
     "host memory of 48": ("mixtral_8x7b", "--hardware=tpu_v5e --preset=on_demand"),
     "host memory holds": ("mixtral_8x7b", "--hardware=a30 --preset=streaming --batch_size=4000"),
-    "two layers' experts": ("gpt_oss_120b", "--hardware=l4 --preset=streaming --host_memory_gib=300 --device_memory_gib=10"),
+    "2 layers' experts": ("gpt_oss_120b", "--hardware=l4 --preset=streaming --host_memory_gib=300 --device_memory_gib=10"),
 }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_another_checkpoint_and_another_dtype_have_their_own(demo, cache, comput
     affinity_table(sm.load_model("demo", dtype="bfloat16"))
     other = tmp_path / "other"
     other.mkdir()
-    for file in demo.path.iterdir():
+    for file in filter(pathlib.Path.is_file, demo.path.iterdir()):
         (other / file.name).write_bytes(file.read_bytes())
     (other / "generation_config.json").write_text('{"eos_token_id": 3}')
     affinity_table(sm.load_model(str(other)))

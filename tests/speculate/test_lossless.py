@@ -123,13 +123,13 @@ def step_law(context, draft_length, target, draft, law, told, params) -> dict[tu
     return emitted
 
 
-def speculative_law(draft_length, *case) -> np.ndarray:
-    """Exact law [V, V, V] of the first three tokens that speculation commits, step after step."""
-    steps = functools.cache(lambda context: step_law(context, draft_length, *case))
+def joint_law(step) -> np.ndarray:
+    """Exact law [V, V, V] of the first three tokens, step after step. step: context -> {tokens of the step: probability}."""
+    step = functools.cache(step)
     law = np.zeros((V,) * EMITTED)
 
     def extend(prefix: tuple[int, ...], mass: float) -> None:
-        for tokens, chance in steps((BOS, BOS, *prefix)[-2:]).items():
+        for tokens, chance in step((BOS, BOS, *prefix)[-2:]).items():
             line = prefix + tokens
             if len(line) >= EMITTED:
                 law[line[:EMITTED]] += mass * chance
@@ -138,6 +138,11 @@ def speculative_law(draft_length, *case) -> np.ndarray:
 
     extend((), 1.0)
     return law
+
+
+def speculative_law(draft_length, *case) -> np.ndarray:
+    """Exact law [V, V, V] of the first three tokens that speculation commits."""
+    return joint_law(lambda context: step_law(context, draft_length, *case))
 
 
 @pytest.mark.parametrize("draft_length", [1, 2, 3])

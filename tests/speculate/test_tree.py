@@ -9,13 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lossless import PARAMS, p_value, reference_probs, table, target_law
+from test_lossless import BOS, PARAMS, V, joint_law, p_value, reference_probs, table, target_law
 
 from specmoe_jax.speculate.sampling import row_keys, sampling_rows
 from specmoe_jax.speculate.tree import _walk, accept_tree, accept_tree_coupled, accept_tree_greedy, chain_tree, make_tree, rerank
-
-V = BOS = 4
-EMITTED = 3
 
 # parents of the nodes after the root
 SHAPES = {
@@ -167,23 +164,6 @@ def as_if_drawn(p, q, token):
     """The classic mistake: min(1, p / q) for a token that was picked, not drawn from q."""
     rest = np.maximum(p - q, 0.0)
     return min(1.0, p[token] / q[token]), rest / rest.sum() if rest.sum() > 0 else p
-
-
-def joint_law(step) -> np.ndarray:
-    """Exact law [V, V, V] of the first three tokens, step after step."""
-    step = functools.cache(step)
-    law = np.zeros((V,) * EMITTED)
-
-    def extend(prefix: tuple[int, ...], mass: float) -> None:
-        for tokens, chance in step((BOS, BOS, *prefix)[-2:]).items():
-            line = prefix + tokens
-            if len(line) >= EMITTED:
-                law[line[:EMITTED]] += mass * chance
-            elif mass * chance > 0:
-                extend(line, mass * chance)
-
-    extend((), 1.0)
-    return law
 
 
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())

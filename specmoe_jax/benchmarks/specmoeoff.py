@@ -32,8 +32,8 @@ MIXTRAL_SHAPED = ModelConfig(
     eos_token_ids=(),
 )
 
-# Drafted tokens accepted by EAGLE on Mixtral, by nodes drafted (the paper's map).
-ACCEPTED = {2: 0.58, 3: 0.78, 4: 0.91, 5: 1.15, 6: 1.24, 8: 1.45, 10: 1.50}
+# Drafted tokens accepted by EAGLE on Mixtral, by nodes drafted: the paper's map, which begins at 2. That of 1 is assumed here.
+ACCEPTED = {1: 0.35, 2: 0.58, 3: 0.78, 4: 0.91, 5: 1.15, 6: 1.24, 8: 1.45, 10: 1.50}
 
 
 class Setting(NamedTuple):
@@ -78,7 +78,7 @@ class Setting(NamedTuple):
 
 def acceptance_of(length: int) -> float:
     """Probability per token with which a chain of `length` drafted tokens gets as many accepted as the paper's map says."""
-    wanted = float(np.interp(length, list(ACCEPTED), list(ACCEPTED.values()))) if length > 1 else 0.351 * np.log(1) + 0.35
+    wanted = float(np.interp(length, list(ACCEPTED), list(ACCEPTED.values())))
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2

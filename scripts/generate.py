@@ -62,6 +62,9 @@ _DRAFT_EXPERTS = flags.DEFINE_integer("draft_experts", None, "Draft experts per 
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Requests that generate together.")
 _MICRO_BATCHES = flags.DEFINE_integer("micro_batches", None, "Parts of a batch in flight at once.")
 _LAYER_BUFFERS = flags.DEFINE_integer("layer_buffers", None, "Layers of experts on the accelerator when streaming; default 2.")
+_PINNED_LAYERS = flags.DEFINE_integer(
+    "pinned_layers", None, "Layers whose experts never cross again when streaming; default: what --device_memory_gib has room for."
+)
 _KV_TIER = flags.DEFINE_enum("kv_tier", None, KV_TIERS, "Where the KV cache is and attention runs.")
 _EXPERT_TIER = flags.DEFINE_enum("expert_tier", None, EXPERT_TIERS, "Where all experts are; disk needs --host_memory_gib.")
 _DRAM_POLICY = flags.DEFINE_enum("dram_policy", None, DRAM_POLICIES, "Which experts host memory caches (expert_tier=disk).")
@@ -291,6 +294,7 @@ def given_choices() -> dict:
         "deterministic_sampling": _DETERMINISTIC.value or None,
         "micro_batches": _MICRO_BATCHES.value,
         "layer_buffers": _LAYER_BUFFERS.value,
+        "pinned_layers": _PINNED_LAYERS.value,
         "kv_tier": _KV_TIER.value,
         "expert_tier": _EXPERT_TIER.value,
         "dram_policy": _DRAM_POLICY.value,

@@ -183,6 +183,9 @@ class Plan:
     layer_buffers: int = (
         2  # whole layers of experts on the accelerator (expert_flow=stream); more keep the link busy while drafting
     )
+    pinned_layers: int | None = (
+        None  # layers whose experts never cross again (expert_flow=stream); None: what device_memory_bytes leaves room for
+    )
     prefill_chunk: int = 64  # prompt positions per prefill pass
     deterministic_sampling: bool = False  # sampled tokens too are the same with speculation on or off
     dtype: str = "float32"
@@ -290,6 +293,9 @@ def _check_types(plan: Plan) -> None:
         optional = name not in ("batch_size", "micro_batches", "layer_buffers", "prefill_chunk")
         if not (optional and value is None) and (not _is_whole(value) or value < 1):
             raise PlanError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    pinned = plan.pinned_layers
+    if pinned is not None and (not _is_whole(pinned) or pinned < 0):
+        raise PlanError(f"pinned_layers is {pinned!r}; it must be a whole number, 0 or more")
     for name in ("device_memory_bytes", "host_memory_bytes", "link_bytes_per_s"):
         value = getattr(plan, name)
         if value is not None and (not _is_number(value) or value <= 0):
@@ -355,6 +361,7 @@ def _check_effects(plan: Plan, config: ModelConfig) -> None:
         (("draft_set", "substitution"), plan.draft == "self", f"with draft={plan.draft}"),
         (("cached_experts",), plan.draft != "self", "with draft=self, which keeps its draft experts"),
         (("spare_slots",), plan.prefetch == "draft", f"with prefetch={plan.prefetch}"),
+        (("pinned_layers",), plan.expert_flow == "stream", f"with expert_flow={plan.expert_flow}"),
         (("dram_policy", "bypass_page_cache"), plan.expert_tier == "disk", "where every expert is in host memory"),
         (("cached_experts", "link_bytes_per_s", "retain"), plan.expert_flow != "resident", "where every expert is resident"),
     )
@@ -398,14 +405,28 @@ def _check_stream(plan: Plan, config: ModelConfig) -> None:
         )
     if plan.cached_experts is not None or plan.retain or plan.prefetch != "none":
         raise PlanError(
-            "cached_experts, retain and prefetch have no effect with expert_flow=stream, which brings every expert; leave them out"
+            "cached_experts, retain and prefetch have no effect with expert_flow=stream, which brings every expert; leave them "
+            "out, or use pinned_layers"
         )
     if not 2 <= plan.layer_buffers <= max(config.num_moe_layers, 2):
         raise PlanError(
             f"layer_buffers={plan.layer_buffers}; streaming takes 2 to {max(config.num_moe_layers, 2)}, the layers with experts"
         )
+    _check_pinned_layers(plan, config)
     if plan.micro_batches > plan.batch_size:
         raise PlanError(f"micro_batches={plan.micro_batches} of batch_size={plan.batch_size} rows; give at most as many as rows")
+
+
+def _check_pinned_layers(plan: Plan, config: ModelConfig) -> None:
+    layers, pinned = config.num_moe_layers, plan.pinned_layers or 0
+    if pinned and pinned != layers and pinned + plan.layer_buffers > layers:
+        raise PlanError(
+            f"pinned_layers={pinned} and {plan.layer_buffers} layer buffers for {layers} layers with experts; give {layers}, which "
+            f"takes less, or at most {max(layers - plan.layer_buffers, 0)}"
+        )
+    for name, plain in (("link_bytes_per_s", None), ("layer_buffers", 2)):
+        if pinned == layers and getattr(plan, name) != plain:
+            raise PlanError(f"{name}={getattr(plan, name)} has no effect with all {layers} layers pinned; leave it out")
 
 
 def _resident(config: ModelConfig) -> Plan:

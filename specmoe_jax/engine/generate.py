@@ -356,8 +356,8 @@ class Engine:
             how = {"earlier": self._rt, "progress": self._progress, "spans": self._spans}
             self._rt = build(self.model, self.plan, needed, self._given_draft, **how)
             self._account = needed
-        in_use = needed._replace(num_slots=self._account.num_slots).accelerator_bytes
-        self._accounted_peak_bytes = max(self._accounted_peak_bytes or 0, in_use)
+        self._account = needed._replace(num_slots=self._account.num_slots)  # pages and activations are of this job
+        self._accounted_peak_bytes = max(self._accounted_peak_bytes or 0, self._account.accelerator_bytes)
         memory, self._memory = self._memory, None
         return first_memory(self._rt) if memory is None else memory
 

@@ -22,6 +22,7 @@ from specmoe_jax.offload.store import ExpertStore, Link
 from specmoe_jax.offload.tiers import DiskTier, HostTier, Tier
 from specmoe_jax.ops import PackedCache, empty_cache
 from specmoe_jax.planner.memory import KV_PAGE, MemoryAccount, pinned_experts
+from specmoe_jax.planner.pipeline import spread
 from specmoe_jax.speculate.affinity_cache import affinity_table
 from specmoe_jax.speculate.draft import Draft, FeatureDraft
 from specmoe_jax.speculate.draft_set import DraftSetPolicy, make_policy
@@ -50,7 +51,7 @@ class Runtime:
 
     neighbours: [L, E, E] int32 where residents stand in for others, else None. resident_slots: [L, E] int32 under the
     resident flow, else None; an encoder's layers last. slots: of the pools that are made for this account. merged_slots:
-    [L, K] int32, further slots, under draft=merged, else None. host: the CPU.
+    [L, K] int32, further slots, under draft=merged, else None. host: the CPU. pinned_layers: whose experts stay beside a stream.
     """
 
     config: ModelConfig
@@ -69,6 +70,7 @@ class Runtime:
     activations: Link  # counts what crosses between accelerator and host beside experts
     parking: jax.sharding.Sharding  # pinned host memory, where hidden states wait between two layers
     lanes: Lanes
+    pinned_layers: tuple[int, ...]
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
@@ -132,6 +134,7 @@ def build(
         activations=Link(),
         parking=jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host"),
         lanes=Lanes(*(concurrent.futures.ThreadPoolExecutor(1, f"specmoe-{lane}") for lane in ("cpu", "link")), spans),
+        pinned_layers=spread(config.moe_layers, account.pinned_layers),
     )
 
 
@@ -180,10 +183,14 @@ def first_memory(rt: Runtime) -> ExpertMemory:
 
 
 def _first_buffers(rt: Runtime) -> Buffers:
-    """The layer buffers; the first layers are on their way into all but one of them."""
-    spare, *others = (rt.store.new_buffer() for _ in range(rt.plan.layer_buffers))
-    coming = tuple(rt.lanes.link.submit(rt.store.stream, buffer, layer) for layer, buffer in enumerate(others))
-    return Buffers(spare=spare, readers=(), coming=coming)
+    """The pinned layers, and the layer buffers: the first streamed layers are on their way into all but one of them."""
+    pinned = tuple(rt.store.stream(rt.store.new_buffer(), rt.config.moe_index[layer]) for layer in rt.pinned_layers)
+    streamed = [moe for moe, layer in enumerate(rt.config.moe_layers) if layer not in rt.pinned_layers]
+    if not streamed:
+        return Buffers(spare=None, readers=(), coming=(), pinned=pinned)
+    first = (streamed * rt.plan.layer_buffers)[: rt.plan.layer_buffers - 1]  # a model of one layer has two buffers too
+    coming = tuple(rt.lanes.link.submit(rt.store.stream, rt.store.new_buffer(), moe) for moe in first)
+    return Buffers(spare=rt.store.new_buffer(), readers=(), coming=coming, pinned=pinned)
 
 
 def new_host_kv(rt: Runtime, pages: Pages, chunk: int) -> HostKV:

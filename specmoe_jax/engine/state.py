@@ -76,14 +76,16 @@ class HostKV(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """The layer buffers [E, 3, F, M] of a streamed plan, between two passes.
+    """The layers of experts [E, 3, F, M] of a streamed plan on the accelerator, between two passes.
 
-    spare: free once `readers` are computed. coming: give the others, when the first layers have arrived in them.
+    spare: free once `readers` are computed; None where every layer is pinned. coming: give the other buffers, when the first
+    streamed layers have arrived in them. pinned: the spare-expert cache, one for each of `Runtime.pinned_layers`; never written.
     """
 
-    spare: jax.Array
+    spare: jax.Array | None
     readers: tuple[jax.Array, ...]
     coming: tuple[concurrent.futures.Future, ...]
+    pinned: tuple[jax.Array, ...] = ()
 
 
 class State(NamedTuple):

@@ -37,14 +37,14 @@ class StreamedPass(NamedTuple):
 
 
 def stream_pass(rt: Runtime, buffers: Buffers, kv: HostKV, items: list[Item]) -> StreamedPass:
-    """The exact model over all items, each layer's experts crossing the link once. Consumes buffers and kv.
+    """The exact model over all items, the experts of each layer that is not pinned crossing the link once. Consumes buffers and kv.
 
     With rt.lanes.spans it is noted when each task ran; this waits for each of the accelerator's tasks, which costs a
     little of the overlap.
     """
     run = _Run(rt, buffers, kv, items)
     moe = tuple(index is not None for index in rt.config.moe_index)
-    for task in _tasks(moe, len(items), buffers=rt.plan.layer_buffers):
+    for task in _tasks(moe, len(items), buffers=rt.plan.layer_buffers, pinned=rt.pinned_layers):
         run.handlers[task.kind](task)
     return run.result()
 
@@ -72,8 +72,9 @@ class _Run:
         self.projected: dict = {}
         self.attended: dict = {}
         self.routed: dict = {}
-        self.spare, self.readers, coming = buffers
+        self.spare, self.readers, coming, self.cache = buffers
         self.coming = collections.deque(coming)
+        self.pinned = dict(zip(rt.pinned_layers, self.cache, strict=True))
         self.due = self.current = None
         self.handlers = {kind: getattr(self, f"_{kind}") for kind in KINDS}
         self.every_expert = np.arange(rt.config.num_experts, dtype=np.int32)
@@ -83,7 +84,7 @@ class _Run:
             h=self.h,
             features=[self._features(item) for item in range(len(self.items))],
             kv=self.kv._replace(caches=tuple(self.caches)),
-            buffers=Buffers(spare=self.spare, readers=tuple(self.readers), coming=tuple(self.coming)),
+            buffers=Buffers(spare=self.spare, readers=tuple(self.readers), coming=tuple(self.coming), pinned=self.cache),
         )
 
     def _features(self, item: int) -> jax.Array | None:
@@ -152,16 +153,19 @@ class _Run:
         self._note(task, start_s, h)
 
     def _experts(self, task: Task) -> None:
-        if self.due is not None:  # the first item of the layer
+        pinned = self.pinned.get(task.layer)
+        if pinned is None and self.due is not None:  # the first item of the layer
             self.current, self.due, self.readers = self.due.result(), None, []
+        layer = self.current if pinned is None else pinned
         start_s = time.perf_counter()
         x, routing = self.routed.pop(task.item)
         config = self.rt.config.layers[task.layer]
-        h = stages.experts(config, self._h(task.item), x, routing, self.current, self.every_expert)
+        h = stages.experts(config, self._h(task.item), x, routing, layer, self.every_expert)
         self._keep(task.item, h)
         self._note(task, start_s, h)
-        self.readers.append(self.h[task.item])
-        self.spare = self.current
+        if pinned is None:
+            self.readers.append(self.h[task.item])
+            self.spare = self.current
 
     def _stream(self, task: Task) -> None:
         self.due = self.coming.popleft()
@@ -205,13 +209,15 @@ def streamed_target_pass(rt: Runtime, state: State, memory: ExpertMemory, tokens
         done = StreamedPass(h=[], features=[], kv=state.kv, buffers=memory.buffers)
     decoded = len(decoding)
     watched = any(f is not None for f in done.features)
-    experts = rt.config.num_moe_layers * rt.config.num_experts if items else 0
+    experts = rt.config.num_experts if items else 0  # of a layer
+    hits = len(rt.pinned_layers) * experts
+    missed = rt.config.num_moe_layers * experts - hits
     return TargetPass(
         h=_all_rows(rt, done.h[:decoded], running),
         kv=done.kv,
         memory=memory._replace(buffers=done.buffers),
         counts=np.zeros_like(memory.votes, dtype=np.int64),
-        info=PassInfo(hits=0, misses=experts, fetched=experts, waves=0, prefetched=0, prefetch_hits=0, routing=None),
+        info=PassInfo(hits=hits, misses=missed, fetched=missed, waves=0, prefetched=0, prefetch_hits=0, routing=None),
         features=_all_rows(rt, done.features[:decoded], running) if watched else None,
         prompts=tuple(zip(prompts, done.features[decoded:], strict=True)) if watched else (),
     )

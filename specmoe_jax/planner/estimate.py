@@ -90,6 +90,8 @@ def needed(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Worklo
     """The engine's own account for this workload. Raises PlanError with the shortage."""
     if budgets:
         device, host = plan.device_memory_bytes, plan.host_memory_bytes
+        if plan.expert_flow == "stream" and device is None:  # the engine fills a budget that it is given, not the machine
+            plan = plan.replace(pinned_layers=plan.pinned_layers or 0)
         plan = plan.replace(
             device_memory_bytes=int(hardware.accelerator_memory_bytes) if device is None else device,
             host_memory_bytes=int(hardware.host_memory_bytes) if host is None else host,

@@ -38,7 +38,8 @@ def explain(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workl
         "machine": hardware.name,
         "accelerator_gib": {
             "weights": own.weight_bytes / GIB,
-            "expert slots": (own.num_slots + own.merged_slots) * own.expert_bytes / GIB,
+            "expert slots": ((own.num_slots + own.merged_slots) * own.expert_bytes - own.spare_expert_bytes) / GIB,
+            "spare-expert cache": own.spare_expert_bytes / GIB,
             "KV cache": (own.kv_bytes if own.kv_tier == "accelerator" else 0) / GIB,
             "activations": own.activation_bytes / GIB,
             "draft": own.draft_model_bytes / GIB,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from specmoe_jax.config import ModelConfig, Plan
 from specmoe_jax.planner.estimate import Prediction
 from specmoe_jax.planner.operators import Operators
-from specmoe_jax.planner.pipeline import UP, Task, pass_tasks
+from specmoe_jax.planner.pipeline import UP, Task, pass_tasks, spread
 from specmoe_jax.planner.routing import choice_probabilities, distinct, missed
 from specmoe_jax.planner.simulate import naive_seconds, simulate
 from specmoe_jax.planner.workload import Workload
@@ -23,8 +23,8 @@ class Case(NamedTuple):
     """What a step meets. rows: that run. context: mean positions in their caches.
 
     probabilities: [E] descending, that a token chooses an expert, the mean over layers. slots: R of the memory account, and
-    wanted_slots with which every dispatch fits at once. row_share, run_share: how much of an independent token's choice
-    one more row makes, and one more position of the same row.
+    wanted_slots with which every dispatch fits at once; pinned_layers: of it too. row_share, run_share: how much of an
+    independent token's choice one more row makes, and one more position of the same row.
     """
 
     rows: float
@@ -32,6 +32,7 @@ class Case(NamedTuple):
     probabilities: tuple[float, ...]
     slots: int
     wanted_slots: int
+    pinned_layers: int = 0
     row_share: float = 1.0
     run_share: float = 1.0
 
@@ -189,14 +190,15 @@ def _stream(config: ModelConfig, plan: Plan, operators: Operators, case: Case, d
     }
     computed_s = sum(second for kind, second in seconds.items() if kind != "stream")
     seconds["other2"] += max(operators.seconds("streamed_layer", **work) - computed_s, 0.0)  # waiting for the workers
-    tasks = _tasks(tuple(index is not None for index in config.moe_index), items)
+    pinned = spread(config.moe_layers, case.pinned_layers)
+    tasks = _tasks(tuple(index is not None for index in config.moe_index), items, buffers=plan.layer_buffers, pinned=pinned)
 
     def of(task: Task) -> float:
         return seconds[task.kind]
 
     done = simulate(tasks, of, draft_s=drafted_s, shared_cores=shared_cores)
     naive_s = naive_seconds(tasks, of, draft_s=drafted_s, shared_cores=shared_cores)
-    layers = config.num_moe_layers
+    layers = config.num_moe_layers - len(pinned)
     return _Pass(done.iteration_s - drafted_s, naive_s, layers * stream_s, layers * experts)
 
 
@@ -224,6 +226,7 @@ def refine(
         probabilities=choice_probabilities(config.num_experts, config.experts_per_token, workload.skew),
         slots=prediction.account.num_slots,
         wanted_slots=prediction.account.wanted_slots,
+        pinned_layers=prediction.account.pinned_layers,
         row_share=row_share,
         run_share=run_share,
     )

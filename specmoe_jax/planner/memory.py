@@ -34,10 +34,16 @@ class MemoryAccount(NamedTuple):
     kv_pages: int = 0  # of the host's paged cache (expert_flow=stream), else 0
     hidden_bytes: int = 0  # what waits in host memory of a prompt between two tasks: hidden states, queries, keys, values (stream)
     cross_bytes: int = 0  # keys and values of what an encoder read
+    pinned_layers: int = 0  # of the spare-expert cache (expert_flow=stream): its experts are the pinned_slots
 
     @property
     def host_expert_bytes(self) -> int:
         return self.host_experts * self.expert_bytes
+
+    @property
+    def spare_expert_bytes(self) -> int:
+        """The spare-expert cache: experts beside the stream, which cross the link once."""
+        return self.pinned_slots * self.expert_bytes if self.pinned_layers else 0
 
     @property
     def accelerator_bytes(self) -> int:
@@ -104,10 +110,11 @@ def account(
     if streams and paged is None:
         paged = PagedLoad(pages=batch_rows * pages_of(positions), prompt_tokens=batch_rows * positions)
     everything = config.num_expert_layers * config.num_experts
-    pinned = everything if plan.expert_flow == "resident" else sum(pinned_experts(config, plan))
+    pinned_layers = plan.pinned_layers or 0
+    pinned = pinned_layers * config.num_experts if streams else sum(pinned_experts(config, plan))
     dispatch = min(config.num_experts, passes * config.experts_per_token)
     wanted = pinned + (0 if pinned == everything else dispatch)
-    wanted = plan.layer_buffers * config.num_experts if streams else wanted
+    wanted = _streamed_layers(config, plan, pinned_layers) * config.num_experts if streams else wanted
     cached = paged.pages * KV_PAGE if streams else batch_rows * positions
     whole = MemoryAccount(
         weight_bytes=sum(spec.size for spec in spec_leaves(family_of(config).weight_specs(config))) * item,
@@ -126,8 +133,10 @@ def account(
         kv_pages=paged.pages if streams else 0,
         hidden_bytes=paged.prompt_tokens * (config.hidden_size + max(map(_heads, config.layers))) * item if streams else 0,
         cross_bytes=sum(2 * batch_rows * source_positions * _cross_row(layer) for layer in config.layers) * item,
+        pinned_layers=pinned_layers,
     )
-    return _fit_device(_fit_host(_fit_pages(whole, plan, positions), plan), plan)
+    fitted = _fit_device(_fit_host(_fit_pages(whole, plan, positions), plan), plan)
+    return _with_spare_experts(fitted, config, plan) if streams else fitted
 
 
 def pinned_experts(config: ModelConfig, plan: Plan) -> tuple[int, ...]:
@@ -136,6 +145,26 @@ def pinned_experts(config: ModelConfig, plan: Plan) -> tuple[int, ...]:
         return (config.num_experts,) * config.num_moe_layers
     pinned = (plan.draft_experts if plan.draft == "self" else plan.cached_experts) or 0
     return pinned if isinstance(pinned, tuple) else (pinned,) * config.num_moe_layers
+
+
+def _streamed_layers(config: ModelConfig, plan: Plan, pinned_layers: int) -> int:
+    """Layers of experts on the accelerator: the pinned ones and the buffers, which nobody needs when all are pinned."""
+    return pinned_layers + (plan.layer_buffers if pinned_layers < config.num_moe_layers else 0)
+
+
+def _with_spare_experts(whole: MemoryAccount, config: ModelConfig, plan: Plan) -> MemoryAccount:
+    """What the budget leaves, filled with whole layers (SpecMoEOff, memory manager: spare memory to a static expert cache).
+
+    Whole layers, because a part of each would need a kernel of two pools, and an expert of every layer is more than a layer
+    where there are more layers than experts. Without a budget there is nothing to fill.
+    """
+    if plan.pinned_layers is not None or plan.device_memory_bytes is None:
+        return whole
+    beside = whole.accelerator_bytes - whole.num_slots * whole.expert_bytes
+    room = int(plan.device_memory_bytes - beside) // (config.num_experts * whole.expert_bytes)
+    pinned = config.num_moe_layers if room >= config.num_moe_layers else room - plan.layer_buffers
+    slots = _streamed_layers(config, plan, pinned) * config.num_experts
+    return whole._replace(num_slots=slots, wanted_slots=slots, pinned_slots=pinned * config.num_experts, pinned_layers=pinned)
 
 
 def _spare_slots(plan: Plan, dispatch: int) -> int:
@@ -238,6 +267,7 @@ def _fit_device(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
             f"cache and activations take {_size(beside)}, {smallest} expert slots {_size(smallest * whole.expert_bytes)}, "
             f"{_short(need, plan.device_memory_bytes)}; the smallest that works is --device_memory_gib={_ceil_gib(need)}"
             + (", or fewer draft experts" if plan.draft_experts else "")
+            + (", or fewer pinned layers" if plan.pinned_layers else "")
         )
     return whole._replace(num_slots=min(slots, whole.num_slots))
 
@@ -248,7 +278,9 @@ def _short(need: float, budget: float) -> str:
 
 
 def _what_for(plan: Plan) -> str:
-    return f"{plan.layer_buffers} layers' experts" if plan.expert_flow == "stream" else "one layer's dispatch"
+    if plan.expert_flow != "stream":
+        return "one layer's dispatch"
+    return f"{f'{plan.pinned_layers} pinned layers and ' if plan.pinned_layers else ''}{plan.layer_buffers} layers' experts"
 
 
 def _size(num_bytes: float) -> str:

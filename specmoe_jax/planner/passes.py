@@ -14,7 +14,7 @@ from specmoe_jax.planner.costs import DISK, Cost, Load
 from specmoe_jax.planner.drafts import DraftCosts, attention_block
 from specmoe_jax.planner.hardware import Hardware
 from specmoe_jax.planner.memory import PREFILL_TOKENS, MemoryAccount, pinned_experts
-from specmoe_jax.planner.pipeline import RESOURCES, UP, Task, pass_tasks
+from specmoe_jax.planner.pipeline import RESOURCES, UP, Task, pass_tasks, spread
 from specmoe_jax.planner.simulate import Simulation, simulate
 
 STREAM_PIECES = 16  # at most, in which the simulator cuts a layer's experts: what waits on the link waits for one of them
@@ -86,7 +86,9 @@ def _streamed(setting: Setting, draft_s: float) -> Timing:
 
     alike = _alike(config)
 
-    tasks = _tasks(tuple(index is not None for index in config.moe_index), plan.micro_batches, chunks, plan.layer_buffers)
+    pinned = spread(config.moe_layers, setting.account.pinned_layers)
+    has_experts = tuple(index is not None for index in config.moe_index)
+    tasks = _tasks(has_experts, plan.micro_batches, chunks, plan.layer_buffers, pinned)
     head = costs.head(config, setting.load.tokens, setting.item)
     between_s = draft_s + setting.seconds(head) + hardware.sync_s + hardware.step_s
     simulation = simulate(
@@ -104,7 +106,7 @@ def _streamed(setting: Setting, draft_s: float) -> Timing:
         iteration_s=simulation.iteration_s,
         draft_s=draft_s,
         busy_s=_with(own, setting, [head]),
-        link_bytes=float(config.num_moe_layers * config.num_experts * setting.account.expert_bytes),
+        link_bytes=float((config.num_moe_layers - len(pinned)) * config.num_experts * setting.account.expert_bytes),
         floor_s=costs.floor_seconds([*everything, head], hardware, plan.dtype),
         simulation=simulation,
     )
@@ -199,7 +201,8 @@ def prefill_seconds(setting: Setting, prompt_tokens: int) -> float:
     load = Load(min(PREFILL_TOKENS / prompt_tokens, rows), prompt_tokens, prompt_tokens / 2)
     used = routing.distinct(setting.probabilities, load.tokens)
     busy = dict.fromkeys(RESOURCES, 0.0)
-    for task in _tasks(tuple(index is not None for index in setting.config.moe_index), 1, 1):
+    pinned = spread(setting.config.moe_layers, setting.account.pinned_layers)
+    for task in _tasks(tuple(index is not None for index in setting.config.moe_index), 1, 1, plan.layer_buffers, pinned):
         cost = costs.task_cost(
             setting.config, task, load, distinct=used, chunks=1, item=setting.item, expert_bytes=setting.account.expert_bytes
         )

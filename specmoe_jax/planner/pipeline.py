@@ -2,8 +2,9 @@
 
 The engine executes this list (engine/streaming.py) and the simulator times it (simulate.py): there is no second description.
 Per layer and item `other1` -> queries, keys, values to the host -> attention on the CPU -> back -> `other2` -> experts, while the
-experts of a later layer stream into a free one of two or more buffers; the first layers' of the next pass stream through
-the drafting (one layer with two buffers, as in the paper; with more the link is busy for longer).
+experts of a later layer stream into a free one of two or more buffers, unless they are pinned on the accelerator; the first
+layers' of the next pass stream through the drafting (one layer with two buffers, as in the paper; with more the link is busy
+for longer).
 """
 
 from typing import NamedTuple
@@ -47,25 +48,33 @@ class Task(NamedTuple):
         return self.kind != "stream"
 
 
-def pass_tasks(has_experts: tuple[bool, ...], items: int, chunks: int, buffers: int = 2) -> tuple[Task, ...]:
+def spread(layers: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """`count` of the layers with experts, evenly: the link works on the next streamed one while a pinned one computes."""
+    return tuple(layer for i, layer in enumerate(layers) if (i + 1) * count // len(layers) > i * count // len(layers))
+
+
+def pass_tasks(
+    has_experts: tuple[bool, ...], items: int, chunks: int, buffers: int = 2, pinned: tuple[int, ...] = ()
+) -> tuple[Task, ...]:
     """The tasks of one pass of `items` work items, in an order in which they can be issued one after the other.
 
-    has_experts: per layer. chunks: pieces in which a layer's experts cross the link. buffers: 2 to the layers with experts. The
-    streams of the first buffers - 1 layers with experts are those of the next pass and come late in the list.
+    has_experts: per layer. chunks: pieces in which a layer's experts cross the link. buffers: 2 to the streamed layers. pinned:
+    layers whose experts stay on the accelerator, so nothing streams for them. The streams of the first buffers - 1 streamed
+    layers are those of the next pass and come late in the list.
     """
-    moe = [layer for layer, has in enumerate(has_experts) if has]
-    order = _order(has_experts, moe, items, chunks, buffers)
+    streamed = [layer for layer, has in enumerate(has_experts) if has and layer not in pinned]
+    order = _order(has_experts, streamed, items, chunks, buffers)
     place = {key: i for i, key in enumerate(order)}
-    return tuple(Task(*key, after=_after(key, place, moe, items, chunks, buffers)) for key in order)
+    return tuple(Task(*key, after=_after(key, place, has_experts, streamed, items, chunks, buffers)) for key in order)
 
 
-def _order(has_experts, moe: list[int], items: int, chunks: int, buffers: int) -> list[tuple[str, int, int]]:
+def _order(has_experts, streamed: list[int], items: int, chunks: int, buffers: int) -> list[tuple[str, int, int]]:
     """(kind, layer, item). A layer's stream is issued when the layer before has been handed to the CPU."""
     head = ("other1", "to_host", "attention")
     order = [(kind, 0, item) for item in range(items) for kind in ("embed", *head)]
     for layer, has in enumerate(has_experts):
-        if has:
-            following = moe[(moe.index(layer) + buffers - 1) % len(moe)]
+        if layer in streamed:
+            following = streamed[(streamed.index(layer) + buffers - 1) % len(streamed)]
             order += [("stream", following, chunk) for chunk in range(chunks)]
         for item in range(items):
             order += [("to_accelerator", layer, item), ("other2", layer, item)]
@@ -74,18 +83,19 @@ def _order(has_experts, moe: list[int], items: int, chunks: int, buffers: int) -
     return order
 
 
-def _after(key, place: dict, moe: list[int], items: int, chunks: int, buffers: int) -> tuple[int, ...]:
+def _after(key, place: dict, has_experts, streamed: list[int], items: int, chunks: int, buffers: int) -> tuple[int, ...]:
     kind, layer, item = key
     last = {True: "experts", False: "other2"}
+    pieces = range(chunks) if layer in streamed else ()
     before = {
         "embed": lambda: (),
-        "other1": lambda: (("embed", 0, item) if layer == 0 else (last[layer - 1 in moe], layer - 1, item),),
+        "other1": lambda: (("embed", 0, item) if layer == 0 else (last[has_experts[layer - 1]], layer - 1, item),),
         "to_host": lambda: (("other1", layer, item),),
         "attention": lambda: (("to_host", layer, item),),
         "to_accelerator": lambda: (("attention", layer, item),),
         "other2": lambda: (("to_accelerator", layer, item),),
-        "experts": lambda: (("other2", layer, item), *(("stream", layer, chunk) for chunk in range(chunks))),
-        "stream": lambda: _users_of_the_buffer(moe, layer, items, buffers),
+        "experts": lambda: (("other2", layer, item), *(("stream", layer, chunk) for chunk in pieces)),
+        "stream": lambda: _users_of_the_buffer(streamed, layer, items, buffers),
     }
     places = [place[name] for name in before[kind]()]
     here = place[key]
@@ -93,7 +103,7 @@ def _after(key, place: dict, moe: list[int], items: int, chunks: int, buffers: i
     return tuple(i if i < here else i - len(place) for i in places)
 
 
-def _users_of_the_buffer(moe: list[int], layer: int, items: int, buffers: int) -> tuple[tuple[str, int, int], ...]:
-    """The experts of as many layers before as there are buffers must have been computed."""
-    user = moe[(moe.index(layer) - buffers) % len(moe)]
+def _users_of_the_buffer(streamed: list[int], layer: int, items: int, buffers: int) -> tuple[tuple[str, int, int], ...]:
+    """The experts of as many streamed layers before as there are buffers must have been computed."""
+    user = streamed[(streamed.index(layer) - buffers) % len(streamed)]
     return tuple(("experts", user, item) for item in range(items))

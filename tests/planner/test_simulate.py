@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specmoe_jax.planner import simulate as module
-from specmoe_jax.planner.pipeline import KINDS, pass_tasks
+from specmoe_jax.planner.pipeline import KINDS, pass_tasks, spread
 from specmoe_jax.planner.simulate import naive_seconds, simulate
 
 DURATIONS = st.fixed_dictionaries({kind: st.integers(0, 20).map(float) for kind in KINDS})
@@ -22,11 +22,16 @@ def run(seconds, layers=(True,) * 3, items=2, chunks=2, **options):
     st.lists(st.booleans(), min_size=1, max_size=4).filter(any),
     st.integers(1, 3),
     st.integers(1, 3),
+    st.integers(0, 4),
     st.booleans(),
 )
 @settings(max_examples=150, deadline=None)
-def test_order_edges_and_exclusive_resources_hold(seconds, layers, items, chunks, shared_cores):
-    tasks = pass_tasks(tuple(layers), items, chunks)
+def test_order_edges_and_exclusive_resources_hold(seconds, layers, items, chunks, pinned, shared_cores):
+    moe = tuple(layer for layer, has in enumerate(layers) if has)
+    stay = spread(moe, min(pinned, len(moe)))
+    tasks = pass_tasks(tuple(layers), items, chunks, pinned=stay)
+    assert len(stay) == min(pinned, len(moe))
+    assert sorted(task.layer for task in tasks if task.kind == "stream") == sorted(chunks * [n for n in moe if n not in stay])
     nodes = module._unroll(tasks, [seconds[task.kind] for task in tasks], draft_s=3.0)
     starts, ends, causes = module._schedule(nodes, shared_cores)
     for i, node in enumerate(nodes):
@@ -51,6 +56,15 @@ def test_a_link_that_binds_is_all_that_counts():
     found = run({"stream": 10.0, "attention": 1.0, "experts": 1.0}, items=1)
     assert found.iteration_s == 60.0
     assert {span.kind for span in found.critical} >= {"stream"}
+
+
+@pytest.mark.parametrize("pinned, link_s", [((1, 3), 40.0), ((2, 3), 40.0), ((0, 1, 2, 3), 0.0)])
+def test_pinned_layers_leave_the_link_to_the_others(pinned, link_s):
+    """4 layers of 2 chunks of 10 s, of which the pinned ones do not cross; what else there is takes 4 x 2 s."""
+    tasks = pass_tasks((True,) * 4, 1, 2, 2, pinned)
+    found = simulate(tasks, lambda task: {"stream": 10.0, "attention": 1.0, "experts": 1.0}.get(task.kind, 0.0))
+    assert found.busy_s["link to accelerator"] == link_s
+    assert found.iteration_s == max(link_s, 8.0)
 
 
 def test_drafting_hides_the_stream_of_the_next_layer():

@@ -13,7 +13,7 @@ from engine_cases import SAMPLED, plan, run
 from specmoe_jax.testing import eagle_head, tiny
 
 PLANS = {
-    "streaming": plan("streaming", batch_size=4, micro_batches=2),
+    "streaming": plan("streaming", batch_size=4, micro_batches=2, pinned_layers=1),
     "specmoeoff": plan("specmoeoff", batch_size=4, draft_length=3, prefill_chunk=8),
     "tree": plan("specmoeoff", batch_size=4, draft_length=3, draft_tree_top_k=2, draft_tree_tokens=4),
     "specmoe": plan("specmoe", batch_size=8, kv_tier="host", prefetch="draft"),

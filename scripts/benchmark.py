@@ -170,6 +170,7 @@ def machine() -> dict:
 
 COLUMNS = (
     ("tok/s", "decode_tokens_per_s", 1),
+    ("job tok/s", "job_tokens_per_s", 1),
     ("step s", "step_latency_s", 3),
     ("tok/step", "tokens_per_step", 2),
     ("kB/tok", "link_bytes_per_token", 1),
@@ -182,6 +183,7 @@ COLUMNS = (
     ("compute s", "compute_s", 3),
     ("x floor", "iteration_over_floor", 2),
     ("x sum", "iteration_over_sum", 2),
+    ("MiB acc.", "peak_accelerator_bytes", 0),
 )
 
 
@@ -190,13 +192,14 @@ def as_text(rows: dict) -> str:
     width = max(map(len, rows))
     lines = ["  ".join([" " * width, *(f"{title:>9}" for title, *_ in COLUMNS), "speed x base         bytes x base"])]
     for name, row in rows.items():
-        cells = [_cell(row.get(key), digits, 1e-3 if title == "kB/tok" else 1) for title, key, digits in COLUMNS]
+        cells = [_cell(row.get(key), digits, _SCALES.get(title, 1)) for title, key, digits in COLUMNS]
         ratios = row["ratios"] or {}
         lines.append("  ".join([f"{name:<{width}}", *cells, *(_range(ratios.get(key)) for key in _RATIOS), row["base"] or ""]))
     stamps = sorted({stamp for row in rows.values() for stamp in row["synthetic"]})
     return "\n".join([*lines, f"SYNTHETIC: {', '.join(stamps) or 'nothing'}"])
 
 
+_SCALES = {"kB/tok": 1e-3, "MiB acc.": 2**-20}
 _RATIOS = ("decode_tokens_per_s", "link_bytes_per_token")
 
 

@@ -28,5 +28,5 @@ def save(document: dict, folder: pathlib.Path) -> None:
         figure.suptitle(f"{document['model']}, {table}" + (f"; synthetic: {', '.join(stamps)}" if stamps else ""))
         figure.tight_layout()
         model = pathlib.Path(document["model"]).name
-        figure.savefig(folder / f"{document['suite']}_{model}_{table}.png", dpi=80)
+        figure.savefig(folder / f"{document['suite']}_{model}_{table}.png", dpi=56)  # 50 kB at most
         plt.close(figure)

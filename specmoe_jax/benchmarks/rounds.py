@@ -1,5 +1,6 @@
 """Plans side by side: every engine keeps one generation alive, and rounds give each of them a slice in turn."""
 
+import functools
 import random
 import statistics
 from collections.abc import Sequence
@@ -61,6 +62,38 @@ def compare(model: Model, cases: list[Case], job: Job) -> dict[str, dict]:
             "base": case.base,
             "peak_accelerator_bytes": engines[case.name].stats()["peak_accelerator_bytes"],
             "compilations_after_warmup": compiles.count,  # of all cases together
+        }
+        for case in cases
+    }
+
+
+def whole_jobs(model: Model, cases: list[Case], job: Job) -> dict[str, dict]:
+    """As `compare`, but a round is the whole job: prefill, `job.tokens` new tokens of each request, and the tail.
+
+    job_tokens_per_s: all of it, the median round's.
+    """
+    engines = {case.name: Engine(model, case.plan, draft_head=case.head) for case in cases}
+    params = SamplingParams(max_new_tokens=job.tokens, ignore_eos=True, temperature=job.temperature)
+    rounds: dict[str, list[metrics.Totals]] = {case.name: [] for case in cases}
+    walls: dict[str, list[float]] = {case.name: [] for case in cases}
+    order, shuffle = [case.name for case in cases], random.Random(0)
+    for number in range(job.settle + job.rounds):
+        shuffle.shuffle(order)
+        for name in order:
+            infos, watch = [], metrics.Stopwatch()
+            engines[name].generate(job.prompts, params, on_step=infos.append)
+            if number >= job.settle:
+                walls[name].append(watch.seconds)
+                rounds[name].append(functools.reduce(metrics.add_step, infos, metrics.Totals()))
+    bases = {case.name: rounds.get(case.base) for case in cases}
+    return {
+        case.name: _figures(model, case.plan, rounds[case.name], bases[case.name])
+        | {
+            "base": case.base,
+            "peak_accelerator_bytes": engines[case.name].stats()["peak_accelerator_bytes"],
+            "job_tokens_per_s": statistics.median(
+                total.new_tokens / wall_s for total, wall_s in zip(rounds[case.name], walls[case.name], strict=True)
+            ),
         }
         for case in cases
     }

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from specmoe_jax import metrics, tracing
-from specmoe_jax.benchmarks.rounds import Case, Job, compare
+from specmoe_jax.benchmarks.rounds import Case, Job, compare, whole_jobs
 from specmoe_jax.config import ModelConfig, Plan, SamplingParams, preset
 from specmoe_jax.engine import Engine
 from specmoe_jax.models import eagle
@@ -131,6 +131,15 @@ def prompts(s: Setting) -> dict:
     return rows
 
 
+def output_lengths(s: Setting) -> dict:
+    """Output lengths at the largest batch, as whole jobs: prefill, growing contexts and the tail of the last requests."""
+    rows = {}
+    for tokens in s.ends((16, 32, 64, 128)):
+        job = s.job(s.largest, s.prompt)._replace(tokens=tokens)
+        rows |= _rows(s, s.both(s.largest, s.length), f"output {tokens}", job, measure=whole_jobs)
+    return rows
+
+
 def micro_batches(s: Setting) -> dict:
     """Micro-batches in flight: where the CPU is the accelerator too, they only cost."""
     cases = [Case("1", s.streaming(s.largest))]
@@ -152,6 +161,15 @@ def host_memory(s: Setting) -> dict:
     for share in s.ends((0.25, 0.5, 1.0)):
         batch = max(int(s.largest * share), 1)
         rows |= _rows(s, s.both(batch, s.length), f"{share:.2f} of the cache", s.job(batch, s.prompt))
+    return rows
+
+
+def device_memory(s: Setting) -> dict:
+    """Accelerator memory: what the layer buffers leave holds whole layers, up to two thirds, which do not cross again."""
+    rows, layers = {}, s.model.config.num_moe_layers
+    for pinned in s.ends(tuple(sorted({min(layers * share // 12, layers - 2) for share in (0, 3, 6, 8)}))):
+        job = s.job(s.largest, s.prompt)
+        rows |= _rows(s, s.both(s.largest, s.length, pinned_layers=pinned), f"{pinned} of {layers} layers pinned", job)
     return rows
 
 
@@ -200,13 +218,15 @@ TABLES = {
     "batches": batches,
     "draft_lengths": draft_lengths,
     "prompts": prompts,
+    "output_lengths": output_lengths,
     "micro_batches": micro_batches,
     "layer_buffers": layer_buffers,
     "host_memory": host_memory,
+    "device_memory": device_memory,
     "breakdown": breakdown,
 }
 
 
-def _rows(s: Setting, cases: list[Case], where: str, job: Job) -> dict:
-    results = compare(s.model, cases, job)
+def _rows(s: Setting, cases: list[Case], where: str, job: Job, measure=compare) -> dict:
+    results = measure(s.model, cases, job)
     return {f"{name} @ {where}": figures | {"case": name, "batch": len(job.prompts)} for name, figures in results.items()}

@@ -1,0 +1,65 @@
+"""The SpecMoEOff suite on tiny sizes: every table runs, its figures agree with each other, and all are stamped."""
+
+import json
+import pathlib
+import sys
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "scripts"))
+
+import benchmark
+
+from specmoe_jax.benchmarks import plots, specmoeoff
+from specmoe_jax.benchmarks.rounds import Job
+from specmoe_jax.testing import TINY, eagle_head
+
+LAYER = TINY.num_experts * TINY.expert_params * 4
+
+
+@pytest.fixture(scope="module")
+def setting(model):
+    def job(batch, tokens):
+        prompts = [tuple((7 * i + t) % 250 for t in range(min(tokens, 20))) for i in range(batch)]
+        return Job(prompts=prompts, rounds=1, tokens=2)
+
+    return specmoeoff.Setting(
+        model=model,
+        head=eagle_head(model),
+        link_bytes_per_s=1e9,
+        synthetic=True,
+        length=2,
+        batches=(4,),
+        prompt=8,
+        job=job,
+        quick=True,
+    )
+
+
+@pytest.mark.parametrize("table", specmoeoff.TABLES)
+def test_every_table_runs_and_is_stamped(setting, table, tmp_path):
+    rows = specmoeoff.TABLES[table](setting)
+    assert any(row["base"] for row in rows.values())
+    for row in rows.values():
+        assert "link_bytes_per_s" in row["synthetic"]
+        assert row["decode_tokens_per_s"] > 0 and row["tokens_per_step"] >= 1
+        assert (row["ratios"] is None) == (row["base"] is None)
+    assert benchmark.as_text(rows).count("\n") == len(rows) + 1
+    json.dumps(rows)
+    pytest.importorskip("matplotlib")
+    plots.save({"suite": "specmoeoff", "model": "tiny", "tables": {table: rows}}, tmp_path)
+    assert 1000 < (tmp_path / f"specmoeoff_tiny_{table}.png").stat().st_size < 60_000
+
+
+def test_pinned_layers_take_memory_and_send_less(setting):
+    rows = specmoeoff.device_memory(setting)
+    none, one = rows["streaming @ 0 of 3 layers pinned"], rows["streaming @ 1 of 3 layers pinned"]
+    assert one["peak_accelerator_bytes"] - none["peak_accelerator_bytes"] == LAYER
+    assert one["link_bytes_per_step"] == pytest.approx(2 / 3 * none["link_bytes_per_step"], rel=0.3)
+
+
+def test_whole_jobs_count_prefill_and_every_token(setting):
+    rows = specmoeoff.output_lengths(setting)
+    for row in rows.values():
+        assert 0 < row["job_tokens_per_s"] < row["decode_tokens_per_s"]
+    assert {row["new_tokens"] for row in rows.values() if row["case"] == "streaming"} == {4 * 16, 4 * (TINY.max_positions - 8)}

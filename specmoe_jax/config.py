@@ -166,6 +166,9 @@ class Plan:
     draft_experts: int | tuple[int, ...] | None = None  # resident per MoE layer: N hot (draft=self; may differ by layer), K merged
     draft_tree_top_k: int | None = None  # branches of a drafted node; draft_length is then the tree's depth
     draft_tree_tokens: int | None = None  # nodes that are verified, the best of the tree; None, as the line above: a chain
+    draft_kv_bytes: float | None = (
+        None  # accelerator memory of an EAGLE draft's cache (expert_flow=stream); the rest: host; None: all
+    )
     draft_set: str | None = None  # which experts those are (draft=self); None: hot_temporal
     substitution: str | None = None  # who stands in for the others (draft=self); None: affinity
     guard: bool = False  # adapt the draft length while running, down to no draft where it does not pay
@@ -226,6 +229,11 @@ class Plan:
     def tree_rows(self) -> int:
         """Rows that growing a tree takes of the draft's cache beyond the committed ones."""
         return ((self.draft_length or 1) - 1) * (self.draft_tree_top_k or 0)
+
+    @property
+    def overshoot(self) -> int:
+        """Positions that a pass or its draft may write beyond a request's last token."""
+        return max(self.tokens_per_pass, self.tree_rows)
 
     def validate(self, config: ModelConfig) -> "Plan":
         """Returns itself, or raises PlanError naming the field, its value and what would work."""
@@ -296,7 +304,7 @@ def _check_types(plan: Plan) -> None:
     pinned = plan.pinned_layers
     if pinned is not None and (not _is_whole(pinned) or pinned < 0):
         raise PlanError(f"pinned_layers is {pinned!r}; it must be a whole number, 0 or more")
-    for name in ("device_memory_bytes", "host_memory_bytes", "link_bytes_per_s"):
+    for name in ("device_memory_bytes", "host_memory_bytes", "draft_kv_bytes", "link_bytes_per_s"):
         value = getattr(plan, name)
         if value is not None and (not _is_number(value) or value <= 0):
             raise PlanError(f"{name} is {value!r}; it must be a finite number above 0")
@@ -358,6 +366,11 @@ def _check_effects(plan: Plan, config: ModelConfig) -> None:
         (("draft_length", "guard", "synthetic_acceptance"), plan.draft != "none", "without a draft"),
         (("draft_experts",), plan.draft in GATED_DRAFTS, f"with draft={plan.draft}"),
         (("draft_tree_top_k", "draft_tree_tokens"), plan.draft in TREE_DRAFTS, f"with draft={plan.draft}"),
+        (
+            ("draft_kv_bytes",),
+            plan.draft == "eagle" and plan.expert_flow == "stream",
+            f"with draft={plan.draft} and expert_flow={plan.expert_flow}",
+        ),
         (("draft_set", "substitution"), plan.draft == "self", f"with draft={plan.draft}"),
         (("cached_experts",), plan.draft != "self", "with draft=self, which keeps its draft experts"),
         (("spare_slots",), plan.prefetch == "draft", f"with prefetch={plan.prefetch}"),

@@ -16,6 +16,7 @@ class Totals(NamedTuple):
 
     full_tokens, full_s: of the steps in which every row of the batch was active, so without the tail of a job.
     verified_tokens: positions of the verifying passes, and context: cached positions of their rows, both of active rows.
+    draft_moves, draft_on_cpu: rows whose draft cache changed sides, and row-steps whose draft attended on the CPU.
     accepted_at_least: [N + 1], row-steps in which at least j drafted tokens were accepted.
     """
 
@@ -39,6 +40,8 @@ class Totals(NamedTuple):
     dram_misses: int = 0
     hits: int = 0
     misses: int = 0
+    draft_moves: int = 0
+    draft_on_cpu: int = 0
     accepted_at_least: tuple[int, ...] = ()
 
 
@@ -70,6 +73,8 @@ def add_step(totals: Totals, info) -> Totals:
         dram_misses=totals.dram_misses + info.below.misses,
         hits=totals.hits + info.verify.hits,
         misses=totals.misses + info.verify.misses,
+        draft_moves=totals.draft_moves + info.draft_moves,
+        draft_on_cpu=totals.draft_on_cpu + info.draft_on_cpu,
         accepted_at_least=tuple(a + b for a, b in zip(before, at_least, strict=True)),
     )
 
@@ -159,6 +164,8 @@ def figures(
         "disk_bytes_per_token": totals.disk_bytes / tokens if tokens else None,
         "dram_hits": totals.dram_hits,
         "dram_misses": totals.dram_misses,
+        "draft_moves": totals.draft_moves,
+        "draft_cpu_row_share": totals.draft_on_cpu / totals.row_steps if totals.row_steps else None,
         "expert_hits": totals.hits,
         "expert_misses": totals.misses,
         "floor_s": floor_s,
@@ -238,6 +245,9 @@ def table(stats: dict) -> str:
         ("load, compile, prefill", "  ".join(f"{stats[name]:.2f} s" for name in ("load_s", "compile_s", "prefill_s"))),
         ("compilations after warm-up", str(stats["compilations_after_warmup"])),
     ]
+    if stats["draft_cpu_row_share"]:
+        share, moves = stats["draft_cpu_row_share"], stats["draft_moves"]
+        rows.append(("draft caches on the CPU", f"{share:.1%} of the rows' steps, {moves} moves"))
     if stats["plan"]["expert_tier"] == "disk":
         rows.append(("disk bytes/token", _number(stats["disk_bytes_per_token"])))
         rows.append(("host cache hits / misses", f"{stats['dram_hits']} / {stats['dram_misses']}"))

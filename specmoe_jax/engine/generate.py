@@ -20,15 +20,16 @@ from specmoe_jax.engine.prefill import prefill
 from specmoe_jax.engine.refill import fill
 from specmoe_jax.engine.requests import Shapes, make_requests, shapes_of
 from specmoe_jax.engine.runtime import build, first_memory, new_cache, new_host_kv
+from specmoe_jax.engine.split_draft import SplitDraft
 from specmoe_jax.engine.state import Request, State, StepInfo
 from specmoe_jax.engine.step import step, warm_up
 from specmoe_jax.errors import PlanError
-from specmoe_jax.models.eagle import EagleHead, check_head, head_bytes
+from specmoe_jax.models.eagle import EagleHead, check_head, head_bytes, position_bytes
 from specmoe_jax.models.model import Model
 from specmoe_jax.offload.pages import no_pages
 from specmoe_jax.planner.estimate import Prediction
 from specmoe_jax.planner.hardware import Hardware
-from specmoe_jax.planner.memory import MemoryAccount, PagedLoad, account, cache_positions
+from specmoe_jax.planner.memory import DraftMemory, MemoryAccount, PagedLoad, account, cache_positions
 from specmoe_jax.progress import bar
 from specmoe_jax.speculate.draft import Draft, FeatureDraft
 from specmoe_jax.speculate.eagle import EagleDraft, tree_shape
@@ -123,7 +124,7 @@ class Engine:
         self._given_draft, self._draft_model, self._progress = draft, draft_model, progress
         self._draft_head = draft_head
         if draft_head is not None:
-            self._given_draft = EagleDraft(check_head(model, draft_head), tree_shape(plan))
+            check_head(model, draft_head)
         self._rt = self._memory = self._account = self._accounted_peak_bytes = None
         self._compiles = metrics.CompileCounter()
         self._warm_shapes, self._recompiled, self._warm_up_s = set(), 0, 0.0
@@ -177,7 +178,7 @@ class Engine:
         shapes = shapes_of(self.plan, requests)
         if self.plan.expert_flow != "stream":
             return self._init(requests, shapes)
-        state, waiting = fill(self._init_queue(requests, shapes), requests, self.plan.tokens_per_pass)
+        state, waiting = fill(self._init_queue(requests, shapes), requests, self.plan.overshoot)
         if waiting:
             raise PlanError(f"{len(waiting)} of {len(requests)} prompts find no room in the KV cache; give more host memory")
         return self.step(state)[0]
@@ -237,7 +238,7 @@ class Engine:
         """A streamed job: rows are filled from the queue as they become free. Steps in which all rows join count as prefill."""
         state, waiting, watches = self._init_queue(requests, shapes), tuple(requests), {}
         while waiting or not state.done:
-            state, waiting = fill(state, waiting, self.plan.tokens_per_pass)
+            state, waiting = fill(state, waiting, self.plan.overshoot)
             watches |= {state.requests[row].id: metrics.Stopwatch() for row in np.flatnonzero(state.joining)}
             compiled, watch, sent = self._compiles.count, metrics.Stopwatch(), self._moved_bytes()
             state, info = self.step(state)
@@ -356,24 +357,34 @@ class Engine:
             how = {"earlier": self._rt, "progress": self._progress, "spans": self._spans}
             self._rt = build(self.model, self.plan, needed, self._given_draft, **how)
             self._account = needed
+        if self._draft_head is not None:
+            self._rt = dataclasses.replace(self._rt, draft=self._eagle(needed))
         self._account = needed._replace(num_slots=self._account.num_slots)  # pages and activations are of this job
         self._accounted_peak_bytes = max(self._accounted_peak_bytes or 0, self._account.accelerator_bytes)
         memory, self._memory = self._memory, None
         return first_memory(self._rt) if memory is None else memory
 
     def _needed(self, *, rows: int, positions: int, source: int = 0, paged: PagedLoad | None = None) -> MemoryAccount:
-        beside = draft_model_bytes(self._draft_model, self.plan, batch_rows=rows, positions=positions)
+        beside = DraftMemory(draft_model_bytes(self._draft_model, self.plan, batch_rows=rows, positions=positions))
         if self._draft_head is not None:
-            beside += head_bytes(self._draft_head, batch_rows=rows, positions=positions)
+            own = head_bytes(self._draft_head, batch_rows=rows, positions=0)
+            beside = DraftMemory(fixed=own, position=position_bytes(self._draft_head))
         return account(
             self.model.config,
             self.plan,
             batch_rows=rows,
             positions=positions,
             source_positions=source,
-            draft_model_bytes=beside,
+            draft=beside,
             paged=paged,
         )
+
+    def _eagle(self, needed: MemoryAccount) -> FeatureDraft:
+        """With its cache where the account has room for it."""
+        head, tree = self._draft_head, tree_shape(self.plan)
+        if not needed.draft_pages:
+            return EagleDraft(head, tree)
+        return SplitDraft(head=head, tree=tree, rt=self._rt, pages=needed.draft_pages, host_pages=needed.kv_pages)
 
     def _too_big(self, needed: MemoryAccount) -> bool:
         """Whether the pool of an earlier, smaller batch would break the budget beside this batch's cache."""

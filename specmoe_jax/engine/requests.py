@@ -42,7 +42,7 @@ def shapes_of(plan: Plan, requests: list[Request]) -> Shapes:
 
 def _paged(plan: Plan, requests: list[Request], rows: int) -> PagedLoad:
     """What any `rows` of the requests fill at most: they take each other's places in an order that is not known yet."""
-    pages = [pages_of(len(request.token_ids) + request.limit + plan.tokens_per_pass) for request in requests]
+    pages = [pages_of(len(request.token_ids) + request.limit + plan.overshoot) for request in requests]
     prompts = [len(request.token_ids) for request in requests]
     return PagedLoad(pages=sum(sorted(pages)[-rows:]), prompt_tokens=sum(sorted(prompts)[-rows:]))
 

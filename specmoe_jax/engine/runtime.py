@@ -195,13 +195,15 @@ def _first_buffers(rt: Runtime) -> Buffers:
 
 def new_host_kv(rt: Runtime, pages: Pages, chunk: int) -> HostKV:
     """A paged cache of zeros in host memory, in the plan's dtype."""
+    caches = (empty_pages(layer.attention, len(pages.free), rt.plan.dtype, rt.host) for layer in rt.config.layers)
+    return HostKV(caches=tuple(caches), pages=pages, chunk=chunk)
 
-    def cache(attention: AttentionConfig) -> PackedCache:
-        with jax.default_device(rt.host):  # else it is made on the accelerator, where it may not fit
-            empty_pages = empty_cache(len(pages.free), attention.num_kv_heads, KV_PAGE, attention.cache_dim, rt.plan.dtype)
-        return jax.device_put(empty_pages, rt.host)
 
-    return HostKV(caches=tuple(cache(layer.attention) for layer in rt.config.layers), pages=pages, chunk=chunk)
+def empty_pages(attention: AttentionConfig, count: int, dtype, device: jax.Device) -> PackedCache:
+    """Pages of zeros of one layer."""
+    with jax.default_device(device):  # else they are made on the accelerator, where they may not fit
+        pages = empty_cache(count, attention.num_kv_heads, KV_PAGE, attention.cache_dim, dtype)
+    return jax.device_put(pages, device)
 
 
 def new_cache(config: ModelConfig, rows: int, positions: int, dtype: str, device: jax.Device) -> KVCache:

@@ -146,7 +146,8 @@ class StepInfo(NamedTuple):
 
     accepted: [B], drafted tokens accepted (0 for finished rows). committed: [B], tokens the row got.
     active: [B] bool at the start of the step. start: [B], tokens that the row had generated before it. context: positions in
-    the caches of all active rows.
+    the caches of all active rows. draft_moves: rows whose draft cache changed sides before the step; draft_on_cpu: active rows
+    whose draft attended on the CPU (a draft cache that is split, speculate/draft_split.py).
     link_bytes: expert bytes over the link in this step; draft_link_bytes: those sent while drafting (prefetches).
     prefetch_bytes, prefetch_wasted_bytes: those sent on a guess, and the wrong ones among them.
     below: what the tier below the link did in this step.
@@ -159,6 +160,8 @@ class StepInfo(NamedTuple):
     start: np.ndarray
     context: int
     drafted: int
+    draft_moves: int
+    draft_on_cpu: int
     verify: PassInfo
     link_bytes: int
     draft_link_bytes: int

@@ -12,6 +12,7 @@ from specmoe_jax.engine.finish import commit_tokens
 from specmoe_jax.engine.forward import TargetPass, target_pass
 from specmoe_jax.engine.refill import joined
 from specmoe_jax.engine.runtime import Runtime
+from specmoe_jax.engine.split_draft import placed, rows_on_cpu
 from specmoe_jax.engine.state import State, StepInfo
 from specmoe_jax.engine.streaming import fetched, streamed_target_pass
 from specmoe_jax.engine.tree import accepted_path, straighten
@@ -41,6 +42,7 @@ def step(rt: Runtime, state: State, tokenizer, *, length: int | None = None) -> 
     """
     clock, sent, activations = [time.perf_counter()], [rt.store.link.sent_bytes], rt.activations.sent_bytes
     below = rt.store.tier.counts
+    state, moves = placed(rt, state)
     if length is None:
         length = _length(rt, state)
     if state.guard:
@@ -72,6 +74,8 @@ def step(rt: Runtime, state: State, tokenizer, *, length: int | None = None) -> 
         start=np.array([len(tokens) for tokens in state.generated]),
         context=int(state.lengths[state.active].sum()),
         drafted=length,
+        draft_moves=moves,
+        draft_on_cpu=rows_on_cpu(state),
         verify=verified.info,
         link_bytes=sent[2] - sent[0],
         draft_link_bytes=sent[1] - sent[0],

@@ -182,6 +182,42 @@ def layer_input(head: EagleHead, tokens: jax.Array, feature: jax.Array) -> tuple
     return feature, jnp.concatenate(normed, axis=-1)
 
 
+class Projected(NamedTuple):
+    """A pass of the layer as far as its attention. h: [B, T, M]. q: [B, T', H, D]; k, v: [B, T', K, D], T' = T but in a tree."""
+
+    h: jax.Array
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+
+
+def project(head: EagleHead, tokens: jax.Array, feature: jax.Array, lengths: jax.Array) -> Projected:
+    """Tokens [B, T] at positions lengths[b] + t, each following feature [B, T, M] (fused, see `fuse`)."""
+    h, x = layer_input(head, tokens, feature)
+    positions = lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    return Projected(h, *layers.queries_keys_values(head.config.layer, head.weights.layer, x, positions))
+
+
+def project_tree(head: EagleHead, tokens: jax.Array, feature: jax.Array, grown: Grown, lengths: jax.Array) -> Projected:
+    """One generation of a tree in every row: tokens [B, k], each with the feature [B, k, M] of its parent's row.
+
+    grown: the generations before it, whose keys stand again at lengths[b] on; tree: of all nodes, this generation last. What
+    comes back holds all of them, with queries of zeros for the earlier ones, which need no output again.
+    """
+    width = tokens.shape[1]
+    h, x = layer_input(head, tokens, feature)
+    positions = lengths[:, None] + grown.tree.depths[:, -width:]
+    q, *new = layers.queries_keys_values(head.config.layer, head.weights.layer, x, positions)
+    k, v = (jnp.concatenate([old, a], axis=1) for old, a in zip((grown.k, grown.v), new, strict=True))
+    return Projected(h, jnp.pad(q, ((0, 0), (k.shape[1] - width, 0), (0, 0), (0, 0))), k, v)
+
+
+def finish(head: EagleHead, h: jax.Array, attended: jax.Array) -> jax.Array:
+    """The layer after its attention: h [B, T, M], of attended [B, T', H, D] the last T -> predicted features [B, T, M]."""
+    new = h.shape[1]
+    return layers.post_attention(head.config.layer, head.weights.layer, h, attended[:, -new:], jnp.ones(h.shape[:2], bool))[0]
+
+
 def forward(
     head: EagleHead, tokens: jax.Array, feature: jax.Array, kv: KVCache, rows: jax.Array, lengths: jax.Array, num_new: jax.Array
 ) -> tuple[jax.Array, KVCache]:
@@ -191,10 +227,7 @@ def forward(
     where these sequences' cache is, 0..B-1 and different, any other number is padding; lengths, num_new [b]: positions
     that their caches hold, and new ones. -> predicted features [b, T, M] and the cache with their keys and values.
     """
-    h, x = layer_input(head, tokens, feature)
-    layer, weights = head.config.layer, head.weights.layer
-    positions = lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    q, k, v = layers.queries_keys_values(layer, weights, x, positions)
+    h, q, k, v = project(head, tokens, feature, lengths)
     held = kv.k[0].shape[0]
     rows = jnp.where((rows >= 0) & (rows < held), rows, held)
 
@@ -202,31 +235,20 @@ def forward(
         return jnp.zeros((held, *a.shape[1:]), a.dtype).at[rows].set(a, mode="drop")
 
     attended, k_cache, v_cache = attend(
-        layer.attention, *map(spread, (q, k, v)), None, kv.k[0], kv.v[0], spread(lengths), spread(num_new)
+        head.config.layer.attention, *map(spread, (q, k, v)), None, kv.k[0], kv.v[0], spread(lengths), spread(num_new)
     )
     attended = attended.at[rows].get(mode="fill", fill_value=0)
-    valid = jnp.arange(tokens.shape[1], dtype=jnp.int32) < num_new[:, None]
-    h, _, _ = layers.post_attention(layer, weights, h, attended, valid)
-    return h, KVCache(k=(k_cache,), v=(v_cache,))
+    return finish(head, h, attended), KVCache(k=(k_cache,), v=(v_cache,))
 
 
 def forward_tree(
     head: EagleHead, tokens: jax.Array, feature: jax.Array, grown: Grown, kv: KVCache, lengths: jax.Array, num_new: jax.Array
 ) -> tuple[jax.Array, Grown, KVCache]:
-    """One generation of a tree in every row: tokens [B, k], each with the feature [B, k, M] of its parent's row.
-
-    grown: the generations before it, whose keys stand again at lengths[b] on; tree: of all nodes, this generation last.
-    -> predicted features [B, k, M], grown with this generation, and the cache.
-    """
-    layer, weights, width = head.config.layer, head.weights.layer, tokens.shape[1]
-    h, x = layer_input(head, tokens, feature)
-    q, *new = layers.queries_keys_values(layer, weights, x, lengths[:, None] + grown.tree.depths[:, -width:])
-    k, v = (jnp.concatenate([old, a], axis=1) for old, a in zip((grown.k, grown.v), new, strict=True))
-    q = jnp.pad(q, ((0, 0), (k.shape[1] - width, 0), (0, 0), (0, 0)))  # earlier nodes need no output again
+    """`project_tree`, attention and `finish`. -> predicted features [B, k, M], grown with this generation, and the cache."""
+    h, q, k, v = project_tree(head, tokens, feature, grown, lengths)
     count = num_new * k.shape[1]
-    attended, k_cache, v_cache = attend(layer.attention, q, k, v, None, kv.k[0], kv.v[0], lengths, count, grown.tree)
-    h, _, _ = layers.post_attention(layer, weights, h, attended[:, -width:], jnp.ones(tokens.shape, bool))
-    return h, Grown(k=k, v=v, tree=grown.tree), KVCache(k=(k_cache,), v=(v_cache,))
+    attended, k_cache, v_cache = attend(head.config.layer.attention, q, k, v, None, kv.k[0], kv.v[0], lengths, count, grown.tree)
+    return finish(head, h, attended), Grown(k=k, v=v, tree=grown.tree), KVCache(k=(k_cache,), v=(v_cache,))
 
 
 def logits(head: EagleHead, feature: jax.Array) -> jax.Array:
@@ -247,9 +269,14 @@ def check_head(model: Model, head: EagleHead) -> EagleHead:
 
 def head_bytes(head: EagleHead, *, batch_rows: int, positions: int) -> int:
     """Accelerator bytes of the head's own weights, its cache and its feature row; what it borrows is the target's."""
-    layer, item = head.config.layer.attention, head.weights.fc.dtype.itemsize
-    rows = 2 * positions * layer.num_kv_heads * layer.cache_dim + head.config.hidden_size
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(head.weights)) + batch_rows * rows * item
+    rows = positions * position_bytes(head) + head.config.hidden_size * head.weights.fc.dtype.itemsize
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(head.weights)) + batch_rows * rows
+
+
+def position_bytes(head: EagleHead) -> int:
+    """Of its cache, of one position of one row."""
+    attention = head.config.layer.attention
+    return 2 * attention.num_kv_heads * attention.cache_dim * head.weights.fc.dtype.itemsize
 
 
 def random_head(config: EagleConfig, model: Model, *, seed: int = 0) -> EagleHead:

@@ -25,16 +25,24 @@ def no_pages(rows: int, longest: int, num_pages: int) -> Pages:
 
 def admit(pages: Pages, row: int, tokens: int) -> Pages | None:
     """With pages for `tokens` tokens reserved for a row that has none; None when there are not enough free ones."""
-    wanted, free = pages_of(tokens), np.flatnonzero(pages.free)
-    if (pages.table[row] >= 0).any() or wanted > pages.table.shape[1]:
-        raise PlanError(
-            f"row {row} has pages or is given more than {pages.table.shape[1]}: release it first, or plan for longer rows"
-        )
-    if wanted > len(free):
+    if (pages.table[row] >= 0).any():
+        raise PlanError(f"row {row} has pages: release it first")
+    return grow(pages, row, tokens)
+
+
+def grow(pages: Pages, row: int, tokens: int) -> Pages | None:
+    """With as many further pages for a row as it needs to hold `tokens` tokens; None when there are not enough free ones."""
+    wanted, has = pages_of(tokens), int((pages.table[row] >= 0).sum())
+    if wanted > pages.table.shape[1]:
+        raise PlanError(f"row {row} is given more than {pages.table.shape[1]} pages: plan for longer rows")
+    if wanted <= has:
+        return pages
+    free = np.flatnonzero(pages.free)[: wanted - has]
+    if wanted - has > len(free):
         return None
     table, left = pages.table.copy(), pages.free.copy()
-    table[row, :wanted] = free[:wanted]
-    left[free[:wanted]] = False
+    table[row, has:wanted] = free
+    left[free] = False
     return Pages(table=table, free=left)
 
 

@@ -209,6 +209,28 @@ def scatter(cache: PackedCache, table: jax.Array, k: jax.Array, v: jax.Array) ->
     return dataclasses.replace(cache, k=pack_rows(rows[0]), v=rows[1])
 
 
+def take_pages(cache: PackedCache, pages: jax.Array) -> PackedCache:
+    """A cache of the cache rows that pages [P] int32 names, in that order; of an entry outside [0, rows) any row."""
+    return jax.tree.map(lambda x: x.at[pages].get(mode="clip") if x.shape[0] else x, cache)
+
+
+def put_pages(cache: PackedCache, pages: jax.Array, values: PackedCache) -> PackedCache:
+    """The cache with values' rows [P] in the places pages [P] int32; those of entries outside [0, rows) are left out.
+
+    bfloat16 goes as bits, because XLA's CPU scatter would convert the whole cache.
+    """
+    pages = jnp.where(pages < 0, cache.shape[0], pages)
+
+    def put(x, new):
+        if not x.shape[0]:
+            return x
+        bits, new = (jax.lax.bitcast_convert_type(a, jnp.uint16) if a.dtype == jnp.bfloat16 else a for a in (x, new))
+        bits = bits.at[pages].set(new, mode="drop")
+        return jax.lax.bitcast_convert_type(bits, x.dtype) if x.dtype == jnp.bfloat16 else bits
+
+    return jax.tree.map(put, cache, values)
+
+
 def move(cache: PackedCache, table: jax.Array, sources: jax.Array, targets: jax.Array, moved: jax.Array) -> PackedCache:
     """Tokens of each request copied within its pages: positions sources [B, N] to targets [B, N] where moved [B, N] bool.
 

@@ -9,16 +9,16 @@ from specmoe_jax.models.eagle import EagleConfig
 from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import Cost, Load
-from specmoe_jax.planner.memory import account
+from specmoe_jax.planner.memory import DraftMemory, account
 from specmoe_jax.planner.pipeline import ACCELERATOR, CPU
 
 
 class DraftCosts(NamedTuple):
-    """costs: one after the other. syncs: how often the host waits meanwhile. bytes: on the accelerator, of its own."""
+    """costs: one after the other. syncs: how often the host waits meanwhile. memory: on the accelerator, of its own."""
 
     costs: tuple[Cost, ...]
     syncs: int = 1
-    bytes: int = 0
+    memory: DraftMemory = DraftMemory()
 
 
 NOTHING = DraftCosts(costs=(), syncs=0)
@@ -105,11 +105,16 @@ def _eagle_costs(config, plan: Plan, head: EagleConfig, load: Load, one: Load, p
         return [costs.projections(size, of, item), costs.attention(attention, of, item, resource=ACCELERATOR, programs=0)]
 
     level = (*layer(one._replace(new=width)), costs.head(config, load.rows * width, item))
-    held = positions * costs.cache_row(attention) + head.hidden_size
     return DraftCosts(
         costs=(*layer(load), costs.head(config, load.rows, item), *(level * (plan.draft_length - 1))),
-        bytes=int((size + load.rows * held) * item),
+        memory=eagle_memory(head, load.rows, item),
     )
+
+
+def eagle_memory(head: EagleConfig, rows: float, item: int) -> DraftMemory:
+    """Of a head for so many rows; item: bytes of a number."""
+    size = sum(spec.size for spec in spec_leaves(eagle.weight_specs(head)))
+    return DraftMemory(fixed=round((size + rows * head.hidden_size) * item), position=costs.cache_row(head.layer.attention) * item)
 
 
 def _model_costs(model: ModelConfig, plan: Plan, load: Load, one: Load, item: int, positions: int) -> DraftCosts:
@@ -119,4 +124,4 @@ def _model_costs(model: ModelConfig, plan: Plan, load: Load, one: Load, item: in
     catch_up = resident_pass(model, load, used, item, kv_tier="accelerator")
     token = resident_pass(model, one, min(used, load.rows * model.experts_per_token), item, kv_tier="accelerator")
     own = account(model, resident, batch_rows=round(load.rows), positions=positions).accelerator_bytes
-    return DraftCosts(costs=(*catch_up, *(token * ((plan.draft_length or 1) - 1))), bytes=own)
+    return DraftCosts(costs=(*catch_up, *(token * ((plan.draft_length or 1) - 1))), memory=DraftMemory(fixed=own))

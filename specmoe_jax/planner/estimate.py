@@ -108,7 +108,7 @@ def needed(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Worklo
         batch_rows=rows,
         positions=positions,
         source_positions=workload.source_tokens if config.encoder else 0,
-        draft_model_bytes=of_draft.bytes,
+        draft=of_draft.memory,
         paged=PagedLoad(pages=rows * _pages(plan, longest), prompt_tokens=rows * prompt),
     )
 
@@ -126,7 +126,7 @@ def _prompt(config: ModelConfig, workload: Workload) -> int:
 
 
 def _pages(plan: Plan, longest: int) -> int:
-    return pages_of(longest + plan.tokens_per_pass)
+    return pages_of(longest + plan.overshoot)
 
 
 def _setting(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload, own: MemoryAccount, rows: int) -> Setting:

@@ -30,7 +30,10 @@ class MemoryAccount(NamedTuple):
     activation_bytes: int
     host_experts: int  # experts in host memory: all, or as many as the budget lets a disk tier cache
     kv_tier: str
-    draft_model_bytes: int = 0
+    draft_model_bytes: int = 0  # of a draft of its own: all but what the next two lines count
+    draft_kv_bytes: int = 0  # its cache on the accelerator
+    draft_pages: int = 0  # of that cache, where it is split; 0: whole rows
+    host_draft_bytes: int = 0  # the split cache's other part: as many pages as the target's
     kv_pages: int = 0  # of the host's paged cache (expert_flow=stream), else 0
     hidden_bytes: int = 0  # what waits in host memory of a prompt between two tasks: hidden states, queries, keys, values (stream)
     cross_bytes: int = 0  # keys and values of what an encoder read
@@ -49,11 +52,13 @@ class MemoryAccount(NamedTuple):
     def accelerator_bytes(self) -> int:
         kv = self.kv_bytes if self.kv_tier == "accelerator" else 0
         experts = (self.num_slots + self.merged_slots) * self.expert_bytes
-        return self.weight_bytes + experts + kv + self.activation_bytes + self.draft_model_bytes + self.cross_bytes
+        draft = self.draft_model_bytes + self.draft_kv_bytes
+        return self.weight_bytes + experts + kv + self.activation_bytes + draft + self.cross_bytes
 
     @property
     def host_bytes(self) -> int:
-        return self.host_expert_bytes + (self.kv_bytes if self.kv_tier == "host" else 0) + self.hidden_bytes
+        kv = self.kv_bytes if self.kv_tier == "host" else 0
+        return self.host_expert_bytes + kv + self.hidden_bytes + self.host_draft_bytes
 
 
 PREFILL_TOKENS = 512  # of one item of a streamed prefill: enough to use an accelerator, few enough to keep others waiting briefly
@@ -73,12 +78,19 @@ class PagedLoad(NamedTuple):
     prompt_tokens: int
 
 
+class DraftMemory(NamedTuple):
+    """Bytes of a draft of its own. fixed: whatever its cache holds. position: of one position of one row of its cache."""
+
+    fixed: int = 0
+    position: int = 0
+
+
 def cache_positions(longest: int, plan: Plan) -> int:
     """S: KV positions per row for sequences of `longest` tokens plus the rows a draft may overshoot.
 
     In steps (powers of two to 1024, then multiples of 1024), so that similar jobs share compiled programs.
     """
-    needed = longest + max(plan.tokens_per_pass, plan.tree_rows)
+    needed = longest + plan.overshoot
     if needed > 1024:
         return -(-needed // 1024) * 1024
     return max(64, 1 << (needed - 1).bit_length())
@@ -91,7 +103,7 @@ def account(
     batch_rows: int,
     positions: int,
     source_positions: int = 0,
-    draft_model_bytes: int = 0,
+    draft: DraftMemory = DraftMemory(),  # noqa: B008 (immutable)
     paged: PagedLoad | None = None,
 ) -> MemoryAccount:
     """The account of a plan for `batch_rows` rows of `positions` KV positions, within its budgets.
@@ -99,8 +111,9 @@ def account(
     source_positions: what the encoder reads of each row, where there is one.
 
     The pool gets what the plan can use (pinned experts, and one layer's whole dispatch), or what the budget
-    leaves. draft_model_bytes: what a separate draft model or head takes. paged: under expert_flow=stream, None for rows that
-    are all of the longest; where host memory is short the cache gets fewer pages, and so fewer rows run at a time.
+    leaves. draft: what a separate draft model or head takes; a streamed plan's draft cache gets what is left beside all else, at
+    most plan.draft_kv_bytes, and where that is not all of it, pages in host memory too. paged: under expert_flow=stream, None
+    for rows that are all of the longest; where host memory is short the cache gets fewer pages, and so fewer rows run at a time.
     Raises PlanError with the shortage and the smallest budget that works.
     """
     item = DTYPE_BYTES[plan.dtype]
@@ -129,12 +142,14 @@ def account(
         ),
         host_experts=everything,
         kv_tier=plan.kv_tier,
-        draft_model_bytes=draft_model_bytes,
+        draft_model_bytes=draft.fixed,
+        draft_kv_bytes=batch_rows * positions * draft.position,
         kv_pages=paged.pages if streams else 0,
         hidden_bytes=paged.prompt_tokens * (config.hidden_size + max(map(_heads, config.layers))) * item if streams else 0,
         cross_bytes=sum(2 * batch_rows * source_positions * _cross_row(layer) for layer in config.layers) * item,
         pinned_layers=pinned_layers,
     )
+    whole = _split_draft(whole, plan, KV_PAGE * draft.position)
     fitted = _fit_device(_fit_host(_fit_pages(whole, plan, positions), plan), plan)
     return _with_spare_experts(fitted, config, plan) if streams else fitted
 
@@ -212,12 +227,32 @@ def _heads(layer: LayerConfig) -> int:
     return (layer.attention.num_heads + 2 * layer.attention.num_kv_heads) * layer.attention.cache_dim
 
 
+def _split_draft(whole: MemoryAccount, plan: Plan, page_bytes: int) -> MemoryAccount:
+    """With as much of a streamed plan's draft cache on the accelerator as may be there (SpecMoEOff 4), and room for the rest."""
+    if not whole.kv_pages or not page_bytes:
+        return whole
+    room = whole.draft_kv_bytes
+    if plan.draft_kv_bytes is not None:
+        if plan.draft_kv_bytes < page_bytes:
+            raise PlanError(
+                f"draft_kv_bytes is {plan.draft_kv_bytes}, less than one page of the draft's cache, {_size(page_bytes)}; the "
+                f"smallest that works is --draft_kv_gib={_ceil_gib(page_bytes)}"
+            )
+        room = min(room, plan.draft_kv_bytes)
+    if plan.device_memory_bytes is not None:
+        room = min(room, plan.device_memory_bytes - (whole.accelerator_bytes - whole.draft_kv_bytes))
+    if room >= whole.draft_kv_bytes:
+        return whole
+    pages = max(int(room // page_bytes), 1)  # where there is no room for one page the device's own refusal says so
+    return whole._replace(draft_pages=pages, draft_kv_bytes=pages * page_bytes, host_draft_bytes=whole.kv_pages * page_bytes)
+
+
 def _fit_pages(whole: MemoryAccount, plan: Plan, positions: int) -> MemoryAccount:
     """With as many pages as host memory leaves, at least those of the longest request; the prompts' hidden states shrink alike."""
     if not whole.kv_pages or plan.host_memory_bytes is None or whole.host_bytes <= plan.host_memory_bytes:
         return whole
     beside = 0 if plan.expert_tier == "disk" else whole.host_expert_bytes
-    page = (whole.kv_bytes + whole.hidden_bytes) / whole.kv_pages
+    page = (whole.kv_bytes + whole.hidden_bytes + whole.host_draft_bytes) / whole.kv_pages
     pages, one = int((plan.host_memory_bytes - beside) // page), pages_of(positions)
     if pages < one:
         room = f"the longest context that fits is {pages * KV_PAGE} tokens; " if pages > 0 else ""
@@ -228,7 +263,10 @@ def _fit_pages(whole: MemoryAccount, plan: Plan, positions: int) -> MemoryAccoun
         )
     share = pages / whole.kv_pages
     return whole._replace(
-        kv_pages=pages, kv_bytes=whole.kv_bytes // whole.kv_pages * pages, hidden_bytes=int(whole.hidden_bytes * share)
+        kv_pages=pages,
+        kv_bytes=whole.kv_bytes // whole.kv_pages * pages,
+        hidden_bytes=int(whole.hidden_bytes * share),
+        host_draft_bytes=whole.host_draft_bytes // whole.kv_pages * pages,
     )
 
 

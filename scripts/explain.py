@@ -51,6 +51,7 @@ _DRAFT_LENGTH = flags.DEFINE_integer("draft_length", None, "Tokens drafted per s
 _DRAFT_EXPERTS = flags.DEFINE_integer("draft_experts", None, "Draft experts per layer.")
 _TREE_TOP_K = flags.DEFINE_integer("draft_tree_top_k", None, "Branches of a drafted node (draft=eagle).")
 _TREE_TOKENS = flags.DEFINE_integer("draft_tree_tokens", None, "Nodes of the tree to verify; draft_length is its depth.")
+_DRAFT_KV_GIB = flags.DEFINE_float("draft_kv_gib", None, "Accelerator memory of an EAGLE draft's cache (streamed plans).")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Requests that generate together.")
 _MICRO_BATCHES = flags.DEFINE_integer("micro_batches", None, "Parts of a batch in flight at once.")
 _KV_TIER = flags.DEFINE_enum("kv_tier", None, KV_TIERS, "Where the KV cache is.")
@@ -165,6 +166,8 @@ def with_flags(plan: Plan) -> Plan:
     chosen = (_DRAFT, _DRAFT_LENGTH, _DRAFT_EXPERTS, _TREE_TOP_K, _TREE_TOKENS, _BATCH_SIZE, _MICRO_BATCHES, _KV_TIER, _EXPERT_TIER)
     chosen = (*chosen, _EXPERT_DTYPE, _PREFETCH)
     given = {flag.name: flag.value for flag in chosen if flag.value is not None} | memory()
+    if _DRAFT_KV_GIB.value is not None:
+        given["draft_kv_bytes"] = _DRAFT_KV_GIB.value * GIB
     if _LINK_GBPS.value is not None:
         given["link_bytes_per_s"] = _LINK_GBPS.value * 1e9
     if _DRAFT.value not in (None, "self", "merged"):

@@ -58,6 +58,11 @@ _DRAFT_HEAD = flags.DEFINE_string("draft_head", None, "An EAGLE head (draft=eagl
 _DRAFT_LENGTH = flags.DEFINE_integer("draft_length", None, "Tokens drafted per step.")
 _TREE_TOP_K = flags.DEFINE_integer("draft_tree_top_k", None, "Branches of a drafted node (draft=eagle); default a chain.")
 _TREE_TOKENS = flags.DEFINE_integer("draft_tree_tokens", None, "Nodes of the tree to verify; draft_length is its depth.")
+_DRAFT_KV_GIB = flags.DEFINE_float(
+    "draft_kv_gib",
+    None,
+    "Accelerator memory of an EAGLE draft's cache when streaming; the rest of it is in host memory. Default: all.",
+)
 _DRAFT_EXPERTS = flags.DEFINE_integer("draft_experts", None, "Draft experts per layer: hot (draft=self) or merged (draft=merged).")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Requests that generate together.")
 _MICRO_BATCHES = flags.DEFINE_integer("micro_batches", None, "Parts of a batch in flight at once.")
@@ -288,6 +293,7 @@ def given_choices() -> dict:
         "draft_experts": _DRAFT_EXPERTS.value,
         "draft_tree_top_k": _TREE_TOP_K.value,
         "draft_tree_tokens": _TREE_TOKENS.value,
+        "draft_kv_bytes": _to_bytes(_DRAFT_KV_GIB.value, GIB),
         "batch_size": _BATCH_SIZE.value,
         "guard": _GUARD.value or None,
         "prefetch": _PREFETCH.value,

@@ -10,12 +10,19 @@ from unittest import mock
 import jax
 from engine_cases import SAMPLED, plan, run
 
+from specmoe_jax.models.eagle import position_bytes
+from specmoe_jax.planner.memory import KV_PAGE
 from specmoe_jax.testing import eagle_head, tiny
 
+PAGE = KV_PAGE * position_bytes(eagle_head(tiny()))
 PLANS = {
     "streaming": plan("streaming", batch_size=4, micro_batches=2, pinned_layers=1),
     "specmoeoff": plan("specmoeoff", batch_size=4, draft_length=3, prefill_chunk=8),
     "tree": plan("specmoeoff", batch_size=4, draft_length=3, draft_tree_top_k=2, draft_tree_tokens=4),
+    "split": plan("specmoeoff", batch_size=4, draft_length=3, draft_kv_bytes=2 * PAGE),  # half of the rows draft on the host
+    "split tree": plan(
+        "specmoeoff", batch_size=4, draft_length=3, draft_tree_top_k=2, draft_tree_tokens=4, draft_kv_bytes=3 * PAGE
+    ),
     "specmoe": plan("specmoe", batch_size=8, kv_tier="host", prefetch="draft"),
     "caching": plan("caching", batch_size=8, retain=True),
     "merged": plan("specmoe", batch_size=8, draft="merged", draft_experts=2),
@@ -32,6 +39,7 @@ def main() -> None:
             head = {"draft_head": eagle_head(tiny())} if a_plan.draft == "eagle" else {}
             tokens[name], stats = run(tiny(), a_plan, **head)
             assert a_plan.kv_tier == "accelerator" or stats["activation_link_bytes"] > 0
+            assert (stats["draft_cpu_row_share"] > 0) == name.startswith("split")
             assert stats["compilations_after_warmup"] == 0, name
         tokens["sampled"] = run(tiny(), PLANS["streaming"], params=SAMPLED)[0]
     print(json.dumps(tokens))

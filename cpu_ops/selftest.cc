@@ -127,7 +127,8 @@ double ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, bool bf1
 int main() {
   using namespace specmoe;
   const Shape shapes[] = {{1, 1, 1, 1, 8, 9, 1},      {2, 5, 6, 2, 24, 71, 2},  {3, 7, 4, 1, 40, 130, 2}, {1, 3, 4, 2, 80, 2100, 3},
-                          {16, 2, 16, 2, 128, 65, 2}, {1, 64, 4, 4, 16, 64, 2}, {2, 13, 8, 1, 72, 64, 1}};
+                          {16, 2, 16, 2, 128, 65, 2}, {1, 64, 4, 4, 16, 64, 2}, {2, 13, 8, 1, 72, 64, 1},
+                          {1, 13, 2, 2, 40, 170, 1}};
   int failures = 0;
   for (const auto& isa : isa_names()) {
     const KernelTable& kernels = *isa_table(isa);

@@ -48,6 +48,13 @@ def test_packed_gives_the_bits_of_rows(isa, name):
             np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
+@pytest.mark.parametrize("T", range(1, 27))
+def test_every_number_of_query_rows(isa, T):
+    """Register tiles of every size and every pair of sizes; 13 rows are 7 and 6, which take unlike numbers of columns."""
+    case = make_case(10, B=1, T=T, H=1, K=1, D=40, S=170, lengths=[140])
+    assert_accurate(case, *run(case))
+
+
 @pytest.mark.parametrize("name", ["gqa", "mqa_tree", "window", "softcap", "ragged", "long"])
 def test_int8_agrees_with_float64_on_what_is_stored(isa, name):
     case = make_case(3, **CASES[name])

@@ -135,7 +135,8 @@ def drafts(s: Setting) -> dict:
 def guard(s: Setting) -> dict:
     """Never slower: nothing accepted, and the real (or given) acceptance; each against the same plan without a draft.
 
-    The base keeps N experts of every layer too, by hot_global; the guarded plans by their own rule and by that.
+    The base keeps N experts of every layer too, by hot_global; the guarded plans by their own rule and by that. That of the
+    n-gram draft, which needs no experts, and of merged ones, which are nobody's own, is on_demand.
     """
     rows = {}
     for batch in s.ends(s.batches):
@@ -152,7 +153,12 @@ def guard(s: Setting) -> dict:
                 ),
                 Case(f"guard, {policy}", s.specmoe(batch, guard=True, draft_set=policy), "no draft"),
             ]
-        cases.append(Case("no guard, 0 accepted", s.specmoe(batch, synthetic_acceptance=0.0), "no draft"))
+        cases += [
+            Case("guard, merged", s.specmoe(batch, draft="merged", guard=True), "on_demand"),
+            Case("guard, ngram", s.ngram(batch, s.length, guard=True), "on_demand"),
+            Case("no guard, ngram", s.ngram(batch, s.length), "on_demand"),
+            Case("no guard, 0 accepted", s.specmoe(batch, synthetic_acceptance=0.0), "no draft"),
+        ]
         rows |= _rows(s, cases, batch)
     return rows
 

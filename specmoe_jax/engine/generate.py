@@ -33,7 +33,7 @@ from specmoe_jax.planner.memory import DraftMemory, MemoryAccount, PagedLoad, ac
 from specmoe_jax.progress import bar
 from specmoe_jax.speculate.draft import Draft, FeatureDraft
 from specmoe_jax.speculate.eagle import EagleDraft, tree_shape
-from specmoe_jax.speculate.guard import make_guard
+from specmoe_jax.speculate.guard import Guard, make_guard
 from specmoe_jax.speculate.sampling import sampling_rows
 from specmoe_jax.tracing import Span, span
 from specmoe_jax.types import KVCache
@@ -126,6 +126,7 @@ class Engine:
         if draft_head is not None:
             check_head(model, draft_head)
         self._rt = self._memory = self._account = self._accounted_peak_bytes = None
+        self._guards: dict[tuple[int, int], Guard | None] = {}  # by rows and positions
         self._compiles = metrics.CompileCounter()
         self._warm_shapes, self._recompiled, self._warm_up_s = set(), 0, 0.0
         self._totals, self._prefill_s, self._on_demand_bytes = metrics.Totals(), 0.0, 0
@@ -231,7 +232,7 @@ class Engine:
             if on_step is not None:
                 on_step(info)
             yield from self._events(state, info, dict.fromkeys((request.id for request in requests), watch))
-        self._memory = state.memory
+        self._memory, self._guards[shapes[:2]] = state.memory, state.guard
         self._on_demand_bytes += on_demand.experts * self.model.expert_bytes
 
     def _run_queue(self, requests: list[Request], shapes: Shapes, on_step) -> Iterator[TokenEvent]:
@@ -251,7 +252,7 @@ class Engine:
             if on_step is not None:
                 on_step(info)
             yield from self._events(state, info, watches)
-        self._memory = state.memory
+        self._memory, self._guards[shapes[:2]] = state.memory, state.guard
 
     def _init_queue(self, requests: list[Request], shapes: Shapes) -> State:
         """A compiled state with no request in its rows."""
@@ -267,7 +268,7 @@ class Engine:
             generated=((),) * shapes.rows,
             finish_reasons=("padding",) * shapes.rows,
             rows=sampling_rows([SamplingParams()] * shapes.rows),
-            guard=make_guard(self.plan.draft_length) if self.plan.guard else None,
+            guard=self._new_guard(shapes),
             draft_memory=self._new_draft_memory(shapes),
         )
         for kind in {p.temperature == 0: p for p in params}.values():  # greedy and sampled batches run different programs
@@ -325,7 +326,7 @@ class Engine:
             generated=((),) * len(rows),
             finish_reasons=tuple(None if request else "padding" for request in rows),
             rows=sampling_rows([request.params if request else SamplingParams() for request in rows]),
-            guard=make_guard(self.plan.draft_length) if self.plan.guard else None,
+            guard=self._new_guard(shapes),
             draft_memory=draft_memory,
         )
         return self._warm(state, shapes)
@@ -390,6 +391,12 @@ class Engine:
         """Whether the pool of an earlier, smaller batch would break the budget beside this batch's cache."""
         budget = self.plan.device_memory_bytes
         return budget is not None and needed.num_slots < self._account.num_slots
+
+    def _new_guard(self, shapes: Shapes) -> Guard | None:
+        """With what an earlier batch of these rows and positions taught it: the first steps are paid once."""
+        if not self.plan.guard:
+            return None
+        return self._guards.get(shapes[:2]) or make_guard(self.plan.draft_length)
 
     def _new_draft_memory(self, shapes: Shapes) -> Any:
         """What a FeatureDraft observes into; None for others, which make their own."""

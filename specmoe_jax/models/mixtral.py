@@ -28,6 +28,32 @@ def parse_config(raw: dict) -> ModelConfig:
     )
 
 
+def config_json(config: ModelConfig, dtype: str) -> dict:
+    """The keys of a config.json of this model as transformers reads it, weights in `dtype`: the inverse of parse_config."""
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "mixtral",
+        "dtype": dtype,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.expert_hidden,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "num_local_experts": config.num_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "max_position_embeddings": config.max_positions,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": "silu",
+        "sliding_window": config.sliding_window,
+        "attention_dropout": 0.0,
+        "router_jitter_noise": 0.0,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
 def weight_specs(config: ModelConfig) -> Weights:
     """Specs of everything but the experts, in checkpoint names."""
     return naming.model_specs(config, _layer_specs)

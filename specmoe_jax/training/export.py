@@ -10,6 +10,7 @@ import numpy as np
 import safetensors.numpy
 
 from specmoe_jax.config import ModelConfig
+from specmoe_jax.models import mixtral
 from specmoe_jax.training import model
 
 # </s> ends every training document and so also stands before the next one: it serves as both.
@@ -73,33 +74,6 @@ def from_tensors(tensors: dict[str, np.ndarray], config: ModelConfig) -> model.P
     return jax.tree.map(jax.numpy.asarray, params)
 
 
-def config_json(config: ModelConfig, dtype: str) -> dict:
-    return {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "dtype": dtype,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.expert_hidden,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "num_local_experts": config.num_experts,
-        "num_experts_per_tok": config.experts_per_token,
-        "max_position_embeddings": config.max_positions,
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.norm_eps,
-        "hidden_act": "silu",
-        "sliding_window": config.sliding_window,
-        "attention_dropout": 0.0,
-        "router_jitter_noise": 0.0,
-        "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": EOS_ID,
-        "eos_token_id": EOS_ID,
-    }
-
-
 def write_checkpoint(
     folder: pathlib.Path, params: model.Params, config: ModelConfig, *, tokenizer: pathlib.Path, dtype: str
 ) -> None:
@@ -108,7 +82,7 @@ def write_checkpoint(
     safetensors.numpy.save_file(to_tensors(params, dtype), folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
     documents = {
-        "config.json": config_json(config, dtype),
+        "config.json": mixtral.config_json(config, dtype) | {"bos_token_id": EOS_ID, "eos_token_id": EOS_ID},
         "generation_config.json": {"bos_token_id": EOS_ID, "eos_token_id": EOS_ID, "do_sample": False},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",

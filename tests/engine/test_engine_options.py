@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from engine_cases import PROMPTS, SAMPLED, plan, run
+from engine_cases import GREEDY, PROMPTS, SAMPLED, plan, run
 
 import specmoe_jax as sm
 from specmoe_jax.checkpoints.loader import BUNDLED
@@ -40,6 +40,14 @@ def test_options_change_no_token(model, resident, name):
     assert tokens == resident
     assert stats["compilations_after_warmup"] == 0
     assert (stats["draft_link_bytes"] > 0) <= (OPTIONS[name].prefetch == "draft")
+
+
+def test_a_guard_goes_on_with_what_earlier_batches_taught_it(model):
+    engine, seen = sm.Engine(model, plan(**DRAFTING, batch_size=4, guard=True)), []
+    prompts = [tuple(range(1, 9))] * 8
+    engine.generate(prompts, GREEDY, on_step=seen.append)  # two batches of the same shapes
+    assert engine.init(prompts[:4], GREEDY).guard.step == len(seen)
+    assert engine.init(prompts[:2], GREEDY).guard.step == 0  # other rows: steps of another duration
 
 
 @pytest.mark.parametrize("kv_tier", ["accelerator", "host"])

@@ -89,16 +89,18 @@ def test_never_three_percent_slower_than_none(rate, cost, longest):
 
 
 @pytest.mark.parametrize("rate, cost", [(0.0, 0.5), (0.9, 0.05), (0.5, 0.4), (0.2, 1.0)])
-def test_one_slow_step_changes_nothing_for_long(rate, cost):
-    hiccups = {100, 200, 260}
-    count = iter(range(10**6))
+@pytest.mark.parametrize("first", [100, 108, 124])
+def test_one_slow_step_changes_nothing_for_long(rate, cost, first):
+    """A neighbour's hiccup of 30 steps, three times: of the time beside it, hardly anything is lost."""
+    took, step_s = [], lambda length: 1 + cost * length
 
-    def seconds(length):
-        return (1 + cost * length) * (30 if next(count) in hiccups else 1)
+    def shaken(length):
+        took.append(step_s(length))
+        return took[-1] * (30 if len(took) in (first, first + 100, first + 160) else 1)
 
-    _, _, _, steady = drive(make_guard(8), rate, lambda length: 1 + cost * length, 400)
-    _, _, _, shaken = drive(make_guard(8), rate, seconds, 400)
-    assert abs(np.mean(np.array(steady[100:]) > 0) - np.mean(np.array(shaken[100:]) > 0)) < 0.05
+    _, steady_tokens, steady_s, _ = drive(make_guard(8), rate, step_s, 400)
+    _, shaken_tokens, _, _ = drive(make_guard(8), rate, shaken, 400)
+    assert shaken_tokens / sum(took) >= 0.93 * steady_tokens / steady_s
 
 
 def test_rests_while_nothing_is_drafted_and_in_trials_out_of_it():

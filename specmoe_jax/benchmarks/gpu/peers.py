@@ -16,7 +16,8 @@ import numpy as np
 from specmoe_jax.benchmarks.gpu import presets, shapes
 from specmoe_jax.benchmarks.specmoeoff import MIXTRAL_SHAPED
 from specmoe_jax.checkpoints.write import Output, write_index, write_safetensors
-from specmoe_jax.config import GIB, ModelConfig
+from specmoe_jax.config import GIB
+from specmoe_jax.models import mixtral
 from specmoe_jax.models.families import family_of
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import spec_leaves
@@ -98,7 +99,7 @@ def write_checkpoint(folder: pathlib.Path, model: Model) -> None:
         write_safetensors(folder / f"{name}.safetensors", outputs, {"format": "pt"})
     owners = {output.name: f"{name}.safetensors" for name, outputs in files.items() for output in outputs}
     write_index(folder, owners, sum(output.bytes for outputs in files.values() for output in outputs))
-    (folder / "config.json").write_text(json.dumps(_config_json(config), indent=2), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(mixtral.config_json(config, "bfloat16"), indent=2), encoding="utf-8")
 
 
 def _output(spec, array: jax.Array, part: int | None = None) -> Output:
@@ -112,25 +113,3 @@ def _output(spec, array: jax.Array, part: int | None = None) -> Output:
         return values.T if part == 2 else values
 
     return Output(spec.name, np.dtype(ml_dtypes.bfloat16), spec.shape, read)
-
-
-def _config_json(config: ModelConfig) -> dict:
-    return {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "dtype": "bfloat16",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.expert_hidden,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "num_local_experts": config.num_experts,
-        "num_experts_per_tok": config.experts_per_token,
-        "max_position_embeddings": config.max_positions,
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.norm_eps,
-        "sliding_window": None,
-        "tie_word_embeddings": config.tie_embeddings,
-    }

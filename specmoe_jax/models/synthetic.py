@@ -19,6 +19,7 @@ from specmoe_jax.models.model import Model, random_model, reference_attention
 
 TOPIC = 256  # tokens of a topic, a cycle; longer than what a row generates in a measurement
 CONSTANT_SHARE = 0.3  # of an embedding's squared length: the direction that the routers' bias leans on
+NLLB_SKEW = 0.84  # of NLLB-MoE, published
 SAMPLE_ROWS, SAMPLE_TOKENS = 64, 32  # the batch on which the skew is calibrated: 4,096 choices of a layer
 
 NLLB_SHAPED = ModelConfig(
@@ -49,7 +50,7 @@ def gini(counts: np.ndarray) -> float:
 
 
 def synthetic_model(
-    config: ModelConfig = NLLB_SHAPED, *, skew: float = 0.84, topic_share: float = 0.5, seed: int = 0, dtype: str = "float32"
+    config: ModelConfig = NLLB_SHAPED, *, skew: float = NLLB_SKEW, topic_share: float = 0.5, seed: int = 0, dtype: str = "float32"
 ) -> Model:
     """Random weights; in every layer the Gini coefficient of the expert counts over a large batch is `skew`.
 

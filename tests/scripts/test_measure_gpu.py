@@ -5,14 +5,18 @@ import json
 
 def test_a_dry_run_of_some_parts_and_only_the_missing_ones_again(run_script, tmp_path):
     flags = [f"--output={tmp_path}", "--dry_run"]
-    done = run_script("measure_gpu.py", *flags, "--parts=ffn,overlap,mixtral_streaming")
-    assert (done.code, done.out.splitlines()) == (0, ["ffn: done", "overlap: done", "mixtral_streaming: done"]), done.err
-    rows = {part: json.loads((tmp_path / f"{part}.json").read_text())["rows"] for part in ("ffn", "overlap", "mixtral_streaming")}
+    parts = ("ffn", "overlap", "mixtral_streaming", "mixtral_planner")
+    done = run_script("measure_gpu.py", *flags, f"--parts={','.join(parts)}")
+    assert (done.code, done.out.splitlines()) == (0, [f"{part}: done" for part in parts]), done.err
+    rows = {part: json.loads((tmp_path / f"{part}.json").read_text())["rows"] for part in parts}
     forms = {row["form"]: row["difference"] for row in rows["ffn"] if row.get("question") == "ffn"}
     assert len(forms) >= 4 and max(forms.values()) < 0.03  # bfloat16 products against ours
     streaming = rows["mixtral_streaming"][-1]
     assert streaming["complete"] and 0 < streaming["fraction_of_floor"] and "random_weights" in streaming["synthetic"]
     assert {"cpu attention", "link to accelerator", "accelerator"} <= set(streaming["lanes_s"])
+    assert streaming["predicted"]["tokens_per_s"] > 0 and streaming["inside_interval"] in (True, False)
+    planned = rows["mixtral_planner"][-1]
+    assert planned["complete"] and planned["plan"]["batch_size"] >= 1 and "predicted" in planned and "tokens/s" in planned["chosen"]
     assert json.loads((tmp_path / "streaming_4_lanes.json").read_text())["traceEvents"]
     again = run_script("measure_gpu.py", *flags, "--parts=ffn")
     assert again.out == "ffn: has its file; --again measures it again\n"

@@ -16,6 +16,7 @@ from specmoe_jax.benchmarks.gpu import ffn, overlap, peers, presets, settle, sha
 from specmoe_jax.checkpoints import load_head, load_model
 from specmoe_jax.config import PRESETS, SamplingParams
 from specmoe_jax.engine.prompts import read_prompts
+from specmoe_jax.models.model import Model
 from specmoe_jax.models.synthetic import NLLB_SHAPED, synthetic_model, synthetic_prompts
 
 SYSTEMS = ("on_demand", "caching", "specmoe", "streaming", "specmoeoff")
@@ -79,16 +80,24 @@ def overlap_rows(folder: pathlib.Path, quick: bool) -> Iterator[dict]:
 
 
 def preset_rows(name: str, folder: pathlib.Path, quick: bool) -> Iterator[dict]:
-    """One system on the Mixtral-8x7B shape, within 24 GiB of accelerator memory."""
+    """One system on the Mixtral-8x7B shape, within 24 GiB of accelerator memory; "planner": what the planner chooses there."""
     link = presets.link_rate(quick)
     yield timing.machine() | link
-    if quick:
-        load, model = presets.Load((4,), prompt=8, new=4, seconds=5), shapes.random_on_device(specmoeoff.MIXTRAL_SHAPED)
+    model, load = _mixtral(quick)
+    budget = None if quick else presets.BUDGET_BYTES  # the small model fits whole, and then nothing would cross the link
+    if name == "planner":
+        yield from presets.chosen(model, load, link, folder, budget)
     else:
-        load = presets.Load((64, 256, 16, 1), prompt=512, new=128, seconds=75)
-        layers = shapes.layers_that_fit(timing.available_bytes(), max(load.batches), load.prompt + load.new)
-        model = shapes.random_on_device(shapes.mixtral_8x7b(layers))
-    yield from presets.rows(name, model, load, link, folder)
+        yield from presets.rows(name, model, load, link, folder, budget_bytes=budget)
+
+
+def _mixtral(quick: bool) -> tuple[Model, presets.Load]:
+    """Random weights of that shape, with as many layers as host memory holds."""
+    if quick:
+        return shapes.random_on_device(specmoeoff.MIXTRAL_SHAPED), presets.Load((4,), prompt=8, new=4, seconds=5)
+    load = presets.Load((64, 256, 16, 1), prompt=512, new=128, seconds=75)
+    layers = shapes.layers_that_fit(timing.available_bytes(), max(load.batches), load.prompt + load.new)
+    return shapes.random_on_device(shapes.mixtral_8x7b(layers)), load
 
 
 def nllb_rows(folder: pathlib.Path, quick: bool) -> Iterator[dict]:
@@ -134,7 +143,7 @@ PARTS = {
     "flags": flag_rows,
     "ffn": ffn_rows,
     "overlap": overlap_rows,
-    **{f"mixtral_{name}": functools.partial(preset_rows, name) for name in SYSTEMS},
+    **{f"mixtral_{name}": functools.partial(preset_rows, name) for name in (*SYSTEMS, "planner")},
     "nllb": nllb_rows,
     "demo": demo_rows,
     "peers": peer_rows,

@@ -1,5 +1,6 @@
-"""The systems of both papers on this machine: speed, bytes, share of the link's floor; every figure of one process."""
+"""The systems of both papers on this machine: speed, bytes, share of the floor, beside what the planner says; one process."""
 
+import dataclasses
 import pathlib
 import time
 from collections.abc import Iterator
@@ -13,9 +14,16 @@ from specmoe_jax.benchmarks.gpu import settle
 from specmoe_jax.benchmarks.specmoeoff import acceptance_of, random_head_of
 from specmoe_jax.config import GIB, Plan, SamplingParams, preset
 from specmoe_jax.engine import Engine
+from specmoe_jax.engine.floor import predicted_figures
+from specmoe_jax.engine.planning import Knowledge, as_line, choose
 from specmoe_jax.errors import UserError
 from specmoe_jax.models.eagle import EagleHead
 from specmoe_jax.models.model import Model
+from specmoe_jax.models.synthetic import NLLB_SKEW
+from specmoe_jax.planner.calibration import ASSUMED, Acceptance
+from specmoe_jax.planner.estimate import Prediction, predict
+from specmoe_jax.planner.probe import probe
+from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload
 
 BUDGET_BYTES = 24 * GIB
 SELF_DRAFT_ACCEPTANCE = 0.913  # SpecMoE's, of NLLB-MoE
@@ -70,10 +78,48 @@ def rows(name: str, model: Model, load: Load, link: dict, folder: pathlib.Path, 
                 break
 
 
+def chosen(model: Model, load: Load, link: dict, folder: pathlib.Path, budget_bytes: int | None) -> Iterator[dict]:
+    """What the planner chooses for as many requests as the largest batch, by the papers' acceptance, and how it does."""
+    calibration = ASSUMED._replace(acceptance={"self": Acceptance(SELF_DRAFT_ACCEPTANCE), "eagle": Acceptance(acceptance_of(4))})
+    known = Knowledge(probe(), _workload(model, load, load.prompt), calibration)
+    fixed = {"dtype": model.dtype} | ({"device_memory_bytes": budget_bytes} if budget_bytes else {})
+    found = choose(model.config, known, requests=max(load.batches), fixed=fixed, head=True)
+    plan, row = found.best.plan, {"question": "planner", "chosen": as_line(found), "layers": model.config.num_layers}
+    if plan.draft == "self":
+        plan = plan.replace(synthetic_acceptance=SELF_DRAFT_ACCEPTANCE, substitution="random", guard=False)
+    elif plan.draft == "eagle":
+        plan = plan.replace(synthetic_acceptance=acceptance_of(plan.draft_length), guard=False)
+    head = random_head_of(model) if plan.draft == "eagle" else None
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (plan.batch_size, load.prompt))
+    prompts, path = [tuple(map(int, ids_of)) for ids_of in ids], folder / "planner_lanes.json"
+    yield row | {"plan": dataclasses.asdict(plan)} | measure(model, plan, head, prompts, load, link["bytes_per_s"], path)
+
+
+def _workload(model: Model, load: Load, prompt: int) -> Workload:
+    skew = NLLB_SKEW if "synthetic_routing" in model.synthetic else ASSUMED.skew
+    return Workload(prompt_tokens=max(prompt, 1), new_tokens=load.new, skew=skew)
+
+
+def _predicted(model: Model, plan: Plan, load: Load, prompt: int) -> Prediction | str:
+    """By this machine's rates, as explain.py would say it, with the acceptance that is assumed in the run; or why not."""
+    workload = _workload(model, load, prompt)
+    if plan.synthetic_acceptance is not None:
+        workload = dataclasses.replace(workload, acceptance=plan.synthetic_acceptance)
+    elif plan.draft == "eagle":
+        workload = dataclasses.replace(workload, acceptance=EAGLE_MIXTRAL)
+    try:
+        return predict(model.config, plan, probe(), workload)
+    except UserError as e:
+        return str(e)
+
+
 def measure(
     model: Model, plan: Plan, head: EagleHead | None, prompts, load: Load, link_bytes_per_s: float, lanes: pathlib.Path
 ) -> dict:
-    """Steps until every row is done or the time is over, then a streamed plan's lanes over three more steps of a run of its own."""
+    """Steps until every row is done or the time is over, then a streamed plan's lanes over three more steps of a run of its own.
+
+    With the planner's prediction of it, and whether the measured tokens/s lie in its interval.
+    """
     engine, watch = Engine(model, plan, draft_head=head), metrics.Stopwatch()
     params = SamplingParams(max_new_tokens=load.new, ignore_eos=True)
     state = engine.init(prompts, params)
@@ -90,6 +136,13 @@ def measure(
         "compilations_after_warmup": compiles.count,
         "peak_accelerator_bytes": engine.stats()["peak_accelerator_bytes"],
     }
+    predicted = _predicted(model, plan, load, max(map(len, prompts)))
+    if isinstance(predicted, str):
+        done["not_predicted"] = predicted
+    else:
+        low, high = predicted.interval
+        inside = low <= figures["decode_tokens_per_s"] <= high
+        done |= predicted_figures(predicted, totals) | {"interval": (low, high), "inside_interval": inside}
     del state, engine
     if plan.expert_flow == "stream":
         done["lanes_s"] = _lanes(model, plan, head, prompts, params, lanes)

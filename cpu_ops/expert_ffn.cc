@@ -8,8 +8,8 @@ namespace specmoe {
 namespace {
 
 // One unit of work should read about this much of the weights: far above the cost of claiming it (0.1 us), yet small enough that a
-// single expert feeds all cores.
-constexpr int64_t kTaskBytes = 128 * 1024;
+// single expert feeds all cores. Few rows take up to eight times as much, since each unit waits for its first weights.
+constexpr int64_t kTaskBytes = 128 * 1024, kFewTaskBytes = 1024 * 1024;
 
 void float_rows(const FfnArgs& a, float* rows) {
   const int64_t ld = padded(a.M);
@@ -42,7 +42,7 @@ std::vector<FfnGroup> group_by_slot(const FfnArgs& a, std::vector<int32_t>& pair
   for (int64_t s = 0; s < a.R; ++s) {
     const int64_t first = start[s], count = start[s + 1];
     start[s + 1] += start[s];
-    if (count > 0) groups.push_back({s, count, pairs.data() + first, a.hidden + first * padded(a.F)});
+    if (count > 0) groups.push_back({s, count, pairs.data() + first, nullptr, nullptr});
   }
   for (int64_t p = 0; p < P; ++p) {
     const int32_t s = a.slots[p];
@@ -51,40 +51,102 @@ std::vector<FfnGroup> group_by_slot(const FfnArgs& a, std::vector<int32_t>& pair
   return groups;
 }
 
-int64_t task_width(int64_t bytes_per_unit, int64_t multiple) {
-  return std::max<int64_t>(1, kTaskBytes / bytes_per_unit / multiple) * multiple;
+int64_t task_width(int64_t bytes_per_unit, int64_t multiple, int64_t bytes = kTaskBytes) {
+  return std::max<int64_t>(1, bytes / bytes_per_unit / multiple) * multiple;
+}
+
+int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+
+bool is_few(const FfnGroup& g) { return g.count <= kFewRows; }
+
+// Gives the groups their buffers behind the float rows, all in one scratch buffer.
+void place(FfnArgs& a, std::vector<FfnGroup>& groups) {
+  const int64_t blocks = parts(a.F, kHiddenBlock);
+  int64_t floats = a.n * padded(a.M);
+  std::vector<int64_t> at;
+  for (const FfnGroup& g : groups) {
+    at.push_back(floats);
+    floats += g.count * padded(a.F) + (is_few(g) ? blocks * g.count * padded(a.M) : 0);
+  }
+  float* scratch = thread_scratch(2, floats);
+  a.rows = scratch;
+  for (size_t i = 0; i < groups.size(); ++i) {
+    groups[i].hidden = scratch + at[i];
+    groups[i].partial = groups[i].hidden + groups[i].count * padded(a.F);
+  }
+  float_rows(a, scratch);
+}
+
+// Output columns [begin, end) of a group: all hidden units, or one block of them where rows are few.
+struct OutputTask {
+  const FfnGroup* g;
+  int64_t block, begin, end;
+};
+
+std::vector<OutputTask> output_tasks(const FfnArgs& a, const std::vector<FfnGroup>& groups, int threads) {
+  const int64_t item = a.w_type == DType::kF32 ? 4 : 2, blocks = parts(a.F, kHiddenBlock), G = groups.size();
+  const int64_t strip = std::min<int64_t>(512, task_width(a.F * item, 64));
+  // Blocks are read as they lie; only where there are fewer than four a thread are they cut, into runs of at least 256 columns.
+  const int64_t cuts = parts(4 * threads, std::max<int64_t>(1, G * blocks));
+  const int64_t run = std::max<int64_t>(256, parts(parts(a.M, cuts), 64) * 64);
+  std::vector<OutputTask> tasks;
+  for (const FfnGroup& g : groups) {
+    const int64_t width = is_few(g) ? run : strip;
+    for (int64_t b = 0; b < (is_few(g) ? blocks : 1); ++b) {
+      for (int64_t m = 0; m < a.M; m += width) tasks.push_back({&g, b, m, std::min(a.M, m + width)});
+    }
+  }
+  return tasks;
+}
+
+void add_partials(const FfnArgs& a, const FfnGroup& g) {
+  const int64_t ld = padded(a.M), blocks = parts(a.F, kHiddenBlock);
+  for (int64_t r = 0; r < g.count; ++r) {
+    float* y = a.y + g.pairs[r] * a.M;
+    std::fill(y, y + a.M, 0.0f);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const float* p = g.partial + (b * g.count + r) * ld;
+      for (int64_t m = 0; m < a.M; ++m) y[m] += p[m];
+    }
+  }
 }
 
 }  // namespace
 
 void expert_ffn(const FfnArgs& given, const KernelTable& kernels, Parallel& parallel) {
   FfnArgs a = given;
-  const int64_t P = a.n * a.A, item = a.w_type == DType::kF32 ? 4 : 2;
-  float* scratch = thread_scratch(2, a.n * padded(a.M) + P * padded(a.F));
-  float_rows(a, scratch);
-  a.rows = scratch;
-  a.hidden = scratch + a.n * padded(a.M);
-  std::vector<int32_t> pairs(P);
-  const std::vector<FfnGroup> groups = group_by_slot(a, pairs);
-  const int64_t G = groups.size();
+  std::vector<int32_t> pairs(a.n * a.A);
+  std::vector<FfnGroup> groups = group_by_slot(a, pairs);
+  place(a, groups);
+  const int64_t G = groups.size(), item = a.w_type == DType::kF32 ? 4 : 2;
 
   // Widths decide who computes an element, never how, so they may depend on the shapes.
-  const int64_t fw = task_width(2 * a.M * item, kBlock), f_tasks = (a.F + fw - 1) / fw;
+  const int64_t share = 2 * a.F * a.M * item * G / (16 * parallel.threads());
+  const bool few_rows = a.n * a.A <= kFewRows * G;
+  const int64_t bytes = few_rows ? std::clamp<int64_t>(share, kTaskBytes, kFewTaskBytes) : kTaskBytes;
+  const int64_t fw = task_width(2 * a.M * item, kBlock, bytes), f_tasks = parts(a.F, fw);
   auto hidden = [&](int64_t i) {
     const int64_t f = i % f_tasks * fw;
     kernels.ffn_hidden(a, groups[i / f_tasks], f, std::min(a.F, f + fw));
   };
   parallel.for_each(G * f_tasks, hidden);
 
-  // One or two rows read the weights once and wait for memory: runs as long as they can be while every thread has four strips.
-  const int64_t strips = std::max<int64_t>(1, 4 * parallel.threads() / std::max<int64_t>(1, G));
-  const int64_t wanted = P <= 2 * G ? a.M / strips / 64 * 64 : task_width(a.F * item, 64);
-  const int64_t mw = std::max<int64_t>(64, std::min<int64_t>(512, wanted)), m_tasks = (a.M + mw - 1) / mw;
+  const std::vector<OutputTask> tasks = output_tasks(a, groups, parallel.threads());
   auto output = [&](int64_t i) {
-    const int64_t m = i % m_tasks * mw;
-    kernels.ffn_output(a, groups[i / m_tasks], m, std::min(a.M, m + mw));
+    const OutputTask& t = tasks[i];
+    if (is_few(*t.g))
+      kernels.ffn_partial(a, *t.g, t.block, t.begin, t.end);
+    else
+      kernels.ffn_output(a, *t.g, t.begin, t.end);
   };
-  parallel.for_each(G * m_tasks, output);
+  parallel.for_each(tasks.size(), output);
+
+  std::vector<const FfnGroup*> few;
+  for (const FfnGroup& g : groups) {
+    if (is_few(g)) few.push_back(&g);
+  }
+  auto add = [&](int64_t i) { add_partials(a, *few[i]); };
+  if (!few.empty()) parallel.for_each(few.size(), add);
 }
 
 }  // namespace specmoe

@@ -21,6 +21,7 @@ struct KernelTable {
   void (*attention_finish)(const AttentionArgs&, const AttentionRequest& r, int64_t k, const AttentionState& total);
   void (*ffn_hidden)(const FfnArgs&, const FfnGroup&, int64_t f_begin, int64_t f_end);
   void (*ffn_output)(const FfnArgs&, const FfnGroup&, int64_t m_begin, int64_t m_end);
+  void (*ffn_partial)(const FfnArgs&, const FfnGroup&, int64_t block, int64_t m_begin, int64_t m_end);
   double (*fma_peak)(int64_t iterations);               // flops done; for the benchmark's own limits
   double (*read_sum)(const void* data, int64_t bytes);  // a pure read; for the benchmark's own limits
 };

@@ -51,7 +51,8 @@ double read_sum(const void* data, int64_t bytes) {
 
 const KernelTable& table() {
   static const KernelTable t = {
-      SPECMOE_TEXT(SPECMOE_ISA), attention_chunk, attention_merge, attention_finish, ffn_hidden, ffn_output, fma_peak, read_sum};
+      SPECMOE_TEXT(SPECMOE_ISA), attention_chunk, attention_merge, attention_finish, ffn_hidden, ffn_output, ffn_partial, fma_peak,
+      read_sum};
   return t;
 }
 

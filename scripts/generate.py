@@ -29,6 +29,7 @@ from specmoe_jax.config import (
     GIB,
     KV_TIERS,
     PREFETCHES,
+    PREFILL_ATTENTIONS,
     PRESETS,
     preset,
 )
@@ -69,6 +70,9 @@ _MICRO_BATCHES = flags.DEFINE_integer("micro_batches", None, "Parts of a batch i
 _LAYER_BUFFERS = flags.DEFINE_integer("layer_buffers", None, "Layers of experts on the accelerator when streaming; default 2.")
 _PINNED_LAYERS = flags.DEFINE_integer(
     "pinned_layers", None, "Layers whose experts never cross again when streaming; default: what --device_memory_gib has room for."
+)
+_PREFILL_ATTENTION = flags.DEFINE_enum(
+    "prefill_attention", None, PREFILL_ATTENTIONS, "Where prompts attend when streaming; default: the accelerator if there is one."
 )
 _KV_TIER = flags.DEFINE_enum("kv_tier", None, KV_TIERS, "Where the KV cache is and attention runs.")
 _EXPERT_TIER = flags.DEFINE_enum("expert_tier", None, EXPERT_TIERS, "Where all experts are; disk needs --host_memory_gib.")
@@ -301,6 +305,7 @@ def given_choices() -> dict:
         "micro_batches": _MICRO_BATCHES.value,
         "layer_buffers": _LAYER_BUFFERS.value,
         "pinned_layers": _PINNED_LAYERS.value,
+        "prefill_attention": _PREFILL_ATTENTION.value,
         "kv_tier": _KV_TIER.value,
         "expert_tier": _EXPERT_TIER.value,
         "dram_policy": _DRAM_POLICY.value,

@@ -21,6 +21,7 @@ EXPERT_FLOWS = ("resident", "on_demand", "stream")
 EXPERT_TIERS = ("host", "disk")
 DRAM_POLICIES = ("lru", "frequency")
 KV_TIERS = ("accelerator", "host")
+PREFILL_ATTENTIONS = ("cpu", "accelerator")
 DTYPES = ("float32", "bfloat16")
 EXPERT_DTYPES = ("int8", "int4")
 PER_LAYER = ("draft_experts", "cached_experts")  # fields of a plan that are one number, or one for each layer with experts
@@ -190,6 +191,7 @@ class Plan:
         None  # layers whose experts never cross again (expert_flow=stream); None: what device_memory_bytes leaves room for
     )
     prefill_chunk: int = 64  # prompt positions per prefill pass
+    prefill_attention: str | None = None  # where prompts attend (expert_flow=stream); None: accelerator, unless that is the CPU too
     deterministic_sampling: bool = False  # sampled tokens too are the same with speculation on or off
     dtype: str = "float32"
     expert_dtype: str | None = None  # "int8", "int4": quantised experts, another model than the checkpoint's; None: as they are
@@ -235,6 +237,12 @@ class Plan:
         """Positions that a pass or its draft may write beyond a request's last token."""
         return max(self.tokens_per_pass, self.tree_rows)
 
+    def settled(self, *, shared_cores: bool) -> "Plan":
+        """With what it leaves to the machine. shared_cores: the accelerator is the CPU, where its own kernel attends faster."""
+        if self.expert_flow != "stream" or self.prefill_attention is not None:
+            return self
+        return self.replace(prefill_attention="cpu" if shared_cores else "accelerator")
+
     def validate(self, config: ModelConfig) -> "Plan":
         """Returns itself, or raises PlanError naming the field, its value and what would work."""
         _check_choices(self)
@@ -273,6 +281,7 @@ def _check_choices(plan: Plan) -> None:
         ("dtype", DTYPES),
         ("expert_dtype", (None, *EXPERT_DTYPES)),
         ("prefetch", PREFETCHES),
+        ("prefill_attention", (None, *PREFILL_ATTENTIONS)),
         ("draft_set", (None, *DRAFT_SETS)),
         ("substitution", (None, *SUBSTITUTIONS)),
     ):
@@ -374,7 +383,7 @@ def _check_effects(plan: Plan, config: ModelConfig) -> None:
         (("draft_set", "substitution"), plan.draft == "self", f"with draft={plan.draft}"),
         (("cached_experts",), plan.draft != "self", "with draft=self, which keeps its draft experts"),
         (("spare_slots",), plan.prefetch == "draft", f"with prefetch={plan.prefetch}"),
-        (("pinned_layers",), plan.expert_flow == "stream", f"with expert_flow={plan.expert_flow}"),
+        (("pinned_layers", "prefill_attention"), plan.expert_flow == "stream", f"with expert_flow={plan.expert_flow}"),
         (("dram_policy", "bypass_page_cache"), plan.expert_tier == "disk", "where every expert is in host memory"),
         (("cached_experts", "link_bytes_per_s", "retain"), plan.expert_flow != "resident", "where every expert is resident"),
     )

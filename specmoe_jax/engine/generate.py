@@ -18,7 +18,7 @@ from specmoe_jax.engine.finish import final_text
 from specmoe_jax.engine.floor import floor_figures, predicted_figures
 from specmoe_jax.engine.prefill import prefill
 from specmoe_jax.engine.refill import fill
-from specmoe_jax.engine.requests import Shapes, make_requests, shapes_of
+from specmoe_jax.engine.requests import Shapes, make_requests, settled, shapes_of
 from specmoe_jax.engine.runtime import build, first_memory, new_cache, new_host_kv
 from specmoe_jax.engine.split_draft import SplitDraft
 from specmoe_jax.engine.state import Request, State, StepInfo
@@ -95,7 +95,7 @@ class Engine:
         progress: str | bool = False,
         spans: list[Span] | None = None,
     ):
-        self.model, self.plan = model, plan.validate(model.config)
+        self.model, self.plan = model, settled(plan.validate(model.config))
         if (plan.draft == "custom") != (draft is not None):
             raise PlanError(f"draft={plan.draft} and a draft object {'' if draft else 'not '}given; custom needs one")
         if spans is not None and plan.expert_flow != "stream":

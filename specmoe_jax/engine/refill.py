@@ -14,7 +14,7 @@ from specmoe_jax.engine.state import HostKV, Request, State
 from specmoe_jax.errors import PlanError
 from specmoe_jax.offload.pages import admit as admit_pages
 from specmoe_jax.offload.pages import release
-from specmoe_jax.planner.memory import PREFILL_TOKENS
+from specmoe_jax.planner.memory import prefill_rows
 from specmoe_jax.speculate.sampling import sampling_rows
 from specmoe_jax.types import Tree
 
@@ -101,7 +101,7 @@ def empty_chunk(state: State) -> PromptChunk:
 
 
 def _width(state: State) -> int:
-    return max(1, min(len(state.requests), PREFILL_TOKENS // state.kv.chunk))
+    return prefill_rows(len(state.requests), state.kv.chunk)
 
 
 def _chunk(state: State, group: list[int], start: int) -> PromptChunk:

@@ -4,6 +4,8 @@ import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
+
 from specmoe_jax.config import Plan, SamplingParams
 from specmoe_jax.engine.state import Request
 from specmoe_jax.errors import RequestError
@@ -22,6 +24,11 @@ class Shapes(NamedTuple):
     chunk: int
     paged: PagedLoad | None = None
     source: int = 0
+
+
+def settled(plan: Plan) -> Plan:
+    """The plan with what it leaves to this machine."""
+    return plan.settled(shared_cores=jax.devices()[0].platform == "cpu")
 
 
 def shapes_of(plan: Plan, requests: list[Request]) -> Shapes:
@@ -52,7 +59,7 @@ def check_job(model, plan: Plan, prompts, params) -> MemoryAccount:
 
     model: a Model, or anything with its config and tokenizer. Raises PlanError or RequestError.
     """
-    plan.validate(model.config)
+    plan = settled(plan.validate(model.config))
     shapes = shapes_of(plan, make_requests(model, prompts, params))
     return account(
         model.config,

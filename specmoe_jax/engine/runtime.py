@@ -21,7 +21,7 @@ from specmoe_jax.offload.residency import empty, plan_layer
 from specmoe_jax.offload.store import ExpertStore, Link
 from specmoe_jax.offload.tiers import DiskTier, HostTier, Tier
 from specmoe_jax.ops import PackedCache, empty_cache
-from specmoe_jax.planner.memory import KV_PAGE, MemoryAccount, pinned_experts
+from specmoe_jax.planner.memory import KV_PAGE, MemoryAccount, pinned_experts, staged_positions
 from specmoe_jax.planner.pipeline import spread
 from specmoe_jax.speculate.affinity_cache import affinity_table
 from specmoe_jax.speculate.draft import Draft, FeatureDraft
@@ -195,8 +195,10 @@ def _first_buffers(rt: Runtime) -> Buffers:
 
 def new_host_kv(rt: Runtime, pages: Pages, chunk: int) -> HostKV:
     """A paged cache of zeros in host memory, in the plan's dtype."""
+    # A chunk below the plan's is as long as the longest prompt.
+    staged = chunk if chunk < rt.plan.prefill_chunk else staged_positions(pages.table.shape[1] * KV_PAGE, chunk)
     caches = (empty_pages(layer.attention, len(pages.free), rt.plan.dtype, rt.host) for layer in rt.config.layers)
-    return HostKV(caches=tuple(caches), pages=pages, chunk=chunk)
+    return HostKV(caches=tuple(caches), pages=pages, chunk=chunk, staged=staged)
 
 
 def empty_pages(attention: AttentionConfig, count: int, dtype, device: jax.Device) -> PackedCache:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from specmoe_jax.layer_config import LayerConfig
 from specmoe_jax.models import attention as attentions
-from specmoe_jax.models import encoder, layers
+from specmoe_jax.models import encoder, layers, prefill_attention
 from specmoe_jax.models import experts as ffn
 from specmoe_jax.models.spec import LayerWeights
 from specmoe_jax.ops import PackedCache, attention_ref, packed
@@ -44,6 +44,20 @@ def attend_paged(config: LayerConfig, q, k, v, sinks, cache: PackedCache, table,
     """As `attend`, over a paged cache in host memory (donated). table [B, P] int32 -> attended [B, T, H, D], cache."""
     with jax.named_scope("attend_paged"):
         return attentions.attend_paged(config.attention, q, k, v, sinks, cache, table, lengths, num_new, tree)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def append_paged(config: LayerConfig, k, v, cache: PackedCache, table, lengths, num_new):
+    """The first half of `attend_paged`, for keys and values that were attended elsewhere. -> cache."""
+    with jax.named_scope("append_paged"):
+        return attentions.append_paged(config.attention, k, v, cache, table, lengths, num_new)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(5, 6))
+def attend_chunk(config: LayerConfig, q, k, v, sinks, k_rows, v_rows, lengths, num_new):
+    """A chunk of prompts over staged rows [B, K, S, D] on the accelerator (donated). -> attended [B, T, H, D], rows."""
+    with jax.named_scope("attend_chunk"):
+        return prefill_attention.attend_chunk(config.attention, q, k, v, sinks, k_rows, v_rows, lengths, num_new)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -67,12 +67,13 @@ class ExpertMemory(NamedTuple):
 class HostKV(NamedTuple):
     """The KV cache of a streamed plan, paged in host memory: one cache of pages per layer, and which pages are whose.
 
-    chunk: positions of a prompt that one item of a pass takes in.
+    chunk: positions of a prompt that one item of a pass takes in. staged: S of the rows in which prompts attend on the accelerator.
     """
 
     caches: tuple[PackedCache, ...]
     pages: Pages
     chunk: int
+    staged: int
 
 
 class Buffers(NamedTuple):

@@ -17,6 +17,7 @@ from specmoe_jax.engine import stages
 from specmoe_jax.engine.forward import TargetPass, features
 from specmoe_jax.engine.refill import Item, empty_chunk, prompt_chunks, rows_of
 from specmoe_jax.engine.runtime import Runtime
+from specmoe_jax.engine.staging import Staging
 from specmoe_jax.engine.state import Buffers, ExpertMemory, HostKV, PassInfo, State
 from specmoe_jax.planner.pipeline import KINDS, Task, pass_tasks
 from specmoe_jax.speculate.draft import FeatureDraft
@@ -44,7 +45,8 @@ def stream_pass(rt: Runtime, buffers: Buffers, kv: HostKV, items: list[Item]) ->
     """
     run = _Run(rt, buffers, kv, items)
     moe = tuple(index is not None for index in rt.config.moe_index)
-    for task in _tasks(moe, len(items), buffers=rt.plan.layer_buffers, pinned=rt.pinned_layers):
+    shape = {"buffers": rt.plan.layer_buffers, "pinned": rt.pinned_layers, "prompts": sum(map(run.attends_chunk, items))}
+    for task in _tasks(moe, len(items), **shape):
         run.handlers[task.kind](task)
     return run.result()
 
@@ -71,6 +73,7 @@ class _Run:
         self.inputs: list[dict[int, jax.Array]] = [{} for _ in items]
         self.projected: dict = {}
         self.attended: dict = {}
+        self.staging, self.appended = Staging(kv.staged), []
         self.routed: dict = {}
         self.spare, self.readers, coming, self.cache = buffers
         self.coming = collections.deque(coming)
@@ -79,7 +82,13 @@ class _Run:
         self.handlers = {kind: getattr(self, f"_{kind}") for kind in KINDS}
         self.every_expert = np.arange(rt.config.num_experts, dtype=np.int32)
 
+    def attends_chunk(self, item: Item) -> bool:
+        """Whether it is a chunk of prompts that attends on the accelerator."""
+        return item.parked and self.rt.plan.prefill_attention == "accelerator"
+
     def result(self) -> StreamedPass:
+        for done in self.appended:
+            done.result()
         return StreamedPass(
             h=self.h,
             features=[self._features(item) for item in range(len(self.items))],
@@ -97,8 +106,11 @@ class _Run:
         """The hidden states of an item on the accelerator."""
         return fetched(self.h[item])
 
-    def _keep(self, item: int, h: jax.Array) -> None:
-        self.h[item] = self._parked(item, h)
+    def _keep(self, task: Task, h: jax.Array) -> None:
+        """What attends on the accelerator stays there until its layer is done."""
+        last = "other2" if self.rt.config.moe_index[task.layer] is None else "experts"
+        stays = task.kind != last and self.attends_chunk(self.items[task.item])
+        self.h[task.item] = h if stays else self._parked(task.item, h)
 
     def _parked(self, item: int, h: jax.Array) -> jax.Array:
         return jax.device_put(h, self.rt.parking) if self.items[item].parked else h
@@ -111,17 +123,41 @@ class _Run:
             spans.append(Span(task.kind, task.resource, task.layer, task.item, start_s, time.perf_counter()))
 
     def _embed(self, task: Task) -> None:
-        self._keep(task.item, stages.embed(self.rt.weights, jnp.asarray(self.items[task.item].tokens)))
+        self._keep(task, stages.embed(self.rt.weights, jnp.asarray(self.items[task.item].tokens)))
 
     def _other1(self, task: Task) -> None:
         start_s = time.perf_counter()
         config, weights = self.rt.config.layers[task.layer], self.rt.weights.layers[task.layer]
-        h = self._h(task.item)
         if task.layer in self.rt.feature_layers:
             self.inputs[task.item][task.layer] = self.h[task.item]
+        h = self._h(task.item)
+        if self.attends_chunk(self.items[task.item]):
+            self._keep(task, h)
         projected = stages.pre_attention(config, weights, h, self.lengths[task.item], self.items[task.item].tree)
         self.projected[task.item] = (*projected, weights.sinks)
         self._note(task, start_s, projected)
+
+    def _attend_chunk(self, task: Task) -> None:
+        start_s = time.perf_counter()
+        config, where = self.rt.config.layers[task.layer], (self.lengths[task.item], self.num_new[task.item])
+        self.attended[task.item] = self.staging.attend(config, self.projected[task.item], *where)
+        self._note(task, start_s, self.attended[task.item])
+
+    def _store(self, task: Task) -> None:
+        _, k, v, _ = self.projected[task.item]
+        self.projected[task.item] = self.rt.to_host((k, v))
+
+    def _append(self, task: Task) -> None:
+        self.appended.append(self.rt.lanes.cpu.submit(self._write, task, self.projected.pop(task.item)))
+
+    def _write(self, task: Task, projected) -> None:
+        """In the CPU worker: keys and values of prompts that attended on the accelerator."""
+        jax.block_until_ready(projected)
+        start_s = time.perf_counter()
+        config, where = self.rt.config.layers[task.layer], self.host[task.item][:3]
+        cache = stages.append_paged(config, *projected, self.caches[task.layer], *where)
+        self.caches[task.layer] = jax.block_until_ready(cache)
+        self._note(task, start_s, cache)
 
     def _to_host(self, task: Task) -> None:
         self.projected[task.item] = self.rt.to_host(self.projected[task.item])
@@ -149,7 +185,7 @@ class _Run:
         attended, num_new = self.attended.pop(task.item), self.num_new[task.item]
         h, *routed = stages.post_attention(config, weights, self._h(task.item), attended, num_new)
         self.routed[task.item] = routed
-        self._keep(task.item, h)
+        self._keep(task, h)
         self._note(task, start_s, h)
 
     def _experts(self, task: Task) -> None:
@@ -161,7 +197,7 @@ class _Run:
         x, routing = self.routed.pop(task.item)
         config = self.rt.config.layers[task.layer]
         h = stages.experts(config, self._h(task.item), x, routing, layer, self.every_expert)
-        self._keep(task.item, h)
+        self._keep(task, h)
         self._note(task, start_s, h)
         if pinned is None:
             self.readers.append(self.h[task.item])

@@ -60,6 +60,27 @@ def attend_paged(
     return jnp.concatenate(outs, axis=1)[..., :dim], cache
 
 
+def append_paged(config: AttentionConfig, k, v, cache: ops.PackedCache, table, lengths, num_new) -> ops.PackedCache:
+    """The appending of `attend_paged` alone; k, v [B, T, K, D]. -> cache.
+
+    By the same kernel, of one query head per KV head that attends the new position itself and no other.
+    """
+    k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, config.cache_dim - config.head_dim))) for a in (k, v))
+    for start in range(0, k.shape[1], ops.MAX_NEW):
+        piece = slice(start, start + ops.MAX_NEW)
+        _, cache = ops.chunked_attention_packed(
+            k[:, piece],
+            k[:, piece],
+            v[:, piece],
+            cache,
+            lengths + jnp.minimum(num_new, start),
+            block_table=table,
+            num_new=jnp.clip(num_new - start, 0, k[:, piece].shape[1]),
+            window=1,
+        )
+    return cache
+
+
 def allowed(config: AttentionConfig, positions: jax.Array, columns: jax.Array) -> jax.Array:
     """Whether the query at each of `positions` [...] sees the key at each of `columns` [S] -> [..., S] bool."""
     row = positions[..., None]

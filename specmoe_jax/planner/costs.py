@@ -153,6 +153,16 @@ def queries_down(config: AttentionConfig, load: Load, item: int) -> Cost:
     return Cost(DOWN, "copy", bytes=load.tokens * numbers * item)
 
 
+def keys_down(config: AttentionConfig, load: Load, item: int) -> Cost:
+    """Keys and values of prompts that attend on the accelerator, to the host."""
+    return Cost(DOWN, "copy", bytes=load.tokens * cache_row(config) * item)
+
+
+def append(config: AttentionConfig, load: Load, item: int) -> Cost:
+    """Those into the host's cache: read and written."""
+    return Cost(CPU, "cpu_attention", bytes=2 * load.tokens * cache_row(config) * item)
+
+
 def attended_up(config: AttentionConfig, load: Load, item: int) -> Cost:
     """What the CPU's attention gives, back."""
     return Cost(UP, "copy", bytes=load.tokens * config.num_heads * config.head_dim * item)
@@ -176,4 +186,7 @@ def task_cost(config: ModelConfig, task: Task, load: Load, *, distinct: float, c
         "other2": lambda: projections(sizes.after, load, item),
         "experts": lambda: experts(config, load.tokens, distinct, item, expert_bytes=expert_bytes),
         "stream": lambda: fetch(expert_bytes, config.num_experts / chunks),
+        "attend_chunk": lambda: attention(layer.attention, load, item, resource=ACCELERATOR),
+        "store": lambda: keys_down(layer.attention, load, item),
+        "append": lambda: append(layer.attention, load, item),
     }[task.kind]()

@@ -62,7 +62,7 @@ def predict(
 
     Raises PlanError for a plan that does not hold for the model or does not fit.
     """
-    plan = plan.validate(config)
+    plan = plan.validate(config).settled(shared_cores=hardware.shared_cores)
     own = needed(config, plan, hardware, workload, budgets=budgets)
     rows = running_rows(plan, own, workload)
     timing = _time(config, plan, hardware, workload, own, rows)
@@ -88,6 +88,7 @@ def predict(
 
 def needed(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload, *, budgets: bool = True) -> MemoryAccount:
     """The engine's own account for this workload. Raises PlanError with the shortage."""
+    plan = plan.settled(shared_cores=hardware.shared_cores)
     if budgets:
         device, host = plan.device_memory_bytes, plan.host_memory_bytes
         if plan.expert_flow == "stream" and device is None:  # the engine fills a budget that it is given, not the machine

@@ -42,6 +42,7 @@ def explain(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workl
             "spare-expert cache": own.spare_expert_bytes / GIB,
             "KV cache": (own.kv_bytes if own.kv_tier == "accelerator" else 0) / GIB,
             "activations": own.activation_bytes / GIB,
+            "staging of prompts": own.staging_bytes / GIB,
             "draft": own.draft_model_bytes / GIB,
             "draft's KV cache": own.draft_kv_bytes / GIB,
             "all": own.accelerator_bytes / GIB,

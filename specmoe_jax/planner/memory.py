@@ -37,6 +37,7 @@ class MemoryAccount(NamedTuple):
     kv_pages: int = 0  # of the host's paged cache (expert_flow=stream), else 0
     hidden_bytes: int = 0  # what waits in host memory of a prompt between two tasks: hidden states, queries, keys, values (stream)
     cross_bytes: int = 0  # keys and values of what an encoder read
+    staging_bytes: int = 0  # keys and values of the prompts' chunks that attend on the accelerator, of one layer at a time
     pinned_layers: int = 0  # of the spare-expert cache (expert_flow=stream): its experts are the pinned_slots
 
     @property
@@ -52,8 +53,8 @@ class MemoryAccount(NamedTuple):
     def accelerator_bytes(self) -> int:
         kv = self.kv_bytes if self.kv_tier == "accelerator" else 0
         experts = (self.num_slots + self.merged_slots) * self.expert_bytes
-        draft = self.draft_model_bytes + self.draft_kv_bytes
-        return self.weight_bytes + experts + kv + self.activation_bytes + draft + self.cross_bytes
+        beside = self.draft_model_bytes + self.draft_kv_bytes + self.cross_bytes + self.staging_bytes
+        return self.weight_bytes + experts + kv + self.activation_bytes + beside
 
     @property
     def host_bytes(self) -> int:
@@ -94,6 +95,16 @@ def cache_positions(longest: int, plan: Plan) -> int:
     if needed > 1024:
         return -(-needed // 1024) * 1024
     return max(64, 1 << (needed - 1).bit_length())
+
+
+def prefill_rows(rows: int, chunk: int) -> int:
+    """Rows of one item of a streamed prefill in chunks of so many positions."""
+    return max(1, min(rows, PREFILL_TOKENS // chunk))
+
+
+def staged_positions(positions: int, chunk: int) -> int:
+    """Whole chunks that hold `positions`."""
+    return -(-positions // chunk) * chunk
 
 
 def account(
@@ -147,6 +158,7 @@ def account(
         kv_pages=paged.pages if streams else 0,
         hidden_bytes=paged.prompt_tokens * (config.hidden_size + max(map(_heads, config.layers))) * item if streams else 0,
         cross_bytes=sum(2 * batch_rows * source_positions * _cross_row(layer) for layer in config.layers) * item,
+        staging_bytes=_staging_bytes(config, plan, batch_rows, positions, item),
         pinned_layers=pinned_layers,
     )
     whole = _split_draft(whole, plan, KV_PAGE * draft.position)
@@ -205,6 +217,14 @@ def _activation_bytes(config: ModelConfig, plan: Plan, batch_rows: int, passes: 
     outputs = config.experts_per_token * config.hidden_size * 4
     logits = batch_rows * plan.tokens_per_pass * config.vocab_size * 4
     return passes * (per_token + outputs) + logits
+
+
+def _staging_bytes(config: ModelConfig, plan: Plan, batch_rows: int, positions: int, item: int) -> int:
+    """Of the longest prompts at the plan's chunk; shorter chunks are of prompts that are one chunk."""
+    if plan.prefill_attention != "accelerator":
+        return 0
+    tokens = prefill_rows(batch_rows, plan.prefill_chunk) * staged_positions(positions, plan.prefill_chunk)
+    return 2 * max(tokens, PREFILL_TOKENS) * max(map(_cache_row, config.layers)) * item
 
 
 def _cross_row(layer: LayerConfig) -> int:

@@ -202,7 +202,9 @@ def prefill_seconds(setting: Setting, prompt_tokens: int) -> float:
     used = routing.distinct(setting.probabilities, load.tokens)
     busy = dict.fromkeys(RESOURCES, 0.0)
     pinned = spread(setting.config.moe_layers, setting.account.pinned_layers)
-    for task in _tasks(tuple(index is not None for index in setting.config.moe_index), 1, 1, plan.layer_buffers, pinned):
+    has_experts = tuple(index is not None for index in setting.config.moe_index)
+    prompts = 1 if plan.prefill_attention == "accelerator" else 0
+    for task in _tasks(has_experts, 1, 1, plan.layer_buffers, pinned, prompts):
         cost = costs.task_cost(
             setting.config, task, load, distinct=used, chunks=1, item=setting.item, expert_bytes=setting.account.expert_bytes
         )

@@ -21,6 +21,9 @@ _RESOURCE_OF = {
     "other2": ACCELERATOR,
     "experts": ACCELERATOR,
     "stream": UP,
+    "attend_chunk": ACCELERATOR,
+    "store": DOWN,
+    "append": CPU,
 }
 KINDS = tuple(_RESOURCE_OF)
 
@@ -53,49 +56,79 @@ def spread(layers: tuple[int, ...], count: int) -> tuple[int, ...]:
     return tuple(layer for i, layer in enumerate(layers) if (i + 1) * count // len(layers) > i * count // len(layers))
 
 
+class _Shape(NamedTuple):
+    """What a pass is made of, as `pass_tasks` takes it. streamed: layers whose experts cross the link."""
+
+    has_experts: tuple[bool, ...]
+    streamed: list[int]
+    decoding: range
+    prompts: range
+    chunks: int
+    buffers: int
+
+
 def pass_tasks(
-    has_experts: tuple[bool, ...], items: int, chunks: int, buffers: int = 2, pinned: tuple[int, ...] = ()
+    has_experts: tuple[bool, ...],
+    items: int,
+    chunks: int,
+    buffers: int = 2,
+    pinned: tuple[int, ...] = (),
+    prompts: int = 0,
 ) -> tuple[Task, ...]:
     """The tasks of one pass of `items` work items, in an order in which they can be issued one after the other.
 
     has_experts: per layer. chunks: pieces in which a layer's experts cross the link. buffers: 2 to the streamed layers. pinned:
-    layers whose experts stay on the accelerator, so nothing streams for them. The streams of the first buffers - 1 streamed
-    layers are those of the next pass and come late in the list.
+    layers whose experts stay on the accelerator, so nothing streams for them. prompts: so many of the last items are chunks of
+    prompts that attend on the accelerator (`attend_chunk`), while their keys and values go to the host (`store`, `append`). The
+    streams of the first buffers - 1 streamed layers are those of the next pass and come late in the list.
     """
     streamed = [layer for layer, has in enumerate(has_experts) if has and layer not in pinned]
-    order = _order(has_experts, streamed, items, chunks, buffers)
+    decoding = items - prompts
+    shape = _Shape(has_experts, streamed, range(decoding), range(decoding, items), chunks, buffers)
+    order = _order(shape)
     place = {key: i for i, key in enumerate(order)}
-    return tuple(Task(*key, after=_after(key, place, has_experts, streamed, items, chunks, buffers)) for key in order)
+    return tuple(Task(*key, after=_after(key, place, shape)) for key in order)
 
 
-def _order(has_experts, streamed: list[int], items: int, chunks: int, buffers: int) -> list[tuple[str, int, int]]:
-    """(kind, layer, item). A layer's stream is issued when the layer before has been handed to the CPU."""
-    head = ("other1", "to_host", "attention")
-    order = [(kind, 0, item) for item in range(items) for kind in ("embed", *head)]
-    for layer, has in enumerate(has_experts):
+def _order(shape: _Shape) -> list[tuple[str, int, int]]:
+    """(kind, layer, item). A layer's stream is issued when the layer before has been handed to the CPU.
+
+    A prompt's tasks of a layer are issued together, so that nothing of it is kept between; before those of the items that wait for
+    the CPU's attention.
+    """
+    head, streamed = ("other1", "to_host", "attention"), shape.streamed
+    order = [(kind, 0, item) for item in shape.decoding for kind in ("embed", *head)]
+    for layer, has in enumerate(shape.has_experts):
+        experts = ("experts",) if has else ()
         if layer in streamed:
-            following = streamed[(streamed.index(layer) + buffers - 1) % len(streamed)]
-            order += [("stream", following, chunk) for chunk in range(chunks)]
-        for item in range(items):
-            order += [("to_accelerator", layer, item), ("other2", layer, item)]
-            order += [("experts", layer, item)] if has else []
-            order += [(kind, layer + 1, item) for kind in head] if layer + 1 < len(has_experts) else []
+            following = streamed[(streamed.index(layer) + shape.buffers - 1) % len(streamed)]
+            order += [("stream", following, chunk) for chunk in range(shape.chunks)]
+        for item in shape.prompts:
+            kinds = (*(() if layer else ("embed",)), "other1", "attend_chunk", "store", "append", "other2", *experts)
+            order += [(kind, layer, item) for kind in kinds]
+        for item in shape.decoding:
+            order += [(kind, layer, item) for kind in ("to_accelerator", "other2", *experts)]
+            order += [(kind, layer + 1, item) for kind in head] if layer + 1 < len(shape.has_experts) else []
     return order
 
 
-def _after(key, place: dict, has_experts, streamed: list[int], items: int, chunks: int, buffers: int) -> tuple[int, ...]:
+def _after(key, place: dict, shape: _Shape) -> tuple[int, ...]:
     kind, layer, item = key
     last = {True: "experts", False: "other2"}
-    pieces = range(chunks) if layer in streamed else ()
+    pieces = range(shape.chunks) if layer in shape.streamed else ()
+    attended = "attend_chunk" if item in shape.prompts else "to_accelerator"
     before = {
         "embed": lambda: (),
-        "other1": lambda: (("embed", 0, item) if layer == 0 else (last[has_experts[layer - 1]], layer - 1, item),),
+        "other1": lambda: (("embed", 0, item) if layer == 0 else (last[shape.has_experts[layer - 1]], layer - 1, item),),
         "to_host": lambda: (("other1", layer, item),),
         "attention": lambda: (("to_host", layer, item),),
         "to_accelerator": lambda: (("attention", layer, item),),
-        "other2": lambda: (("to_accelerator", layer, item),),
+        "other2": lambda: ((attended, layer, item),),
+        "attend_chunk": lambda: (("other1", layer, item),),
+        "store": lambda: (("other1", layer, item),),
+        "append": lambda: (("store", layer, item),),
         "experts": lambda: (("other2", layer, item), *(("stream", layer, chunk) for chunk in pieces)),
-        "stream": lambda: _users_of_the_buffer(streamed, layer, items, buffers),
+        "stream": lambda: _users_of_the_buffer(shape, layer),
     }
     places = [place[name] for name in before[kind]()]
     here = place[key]
@@ -103,7 +136,7 @@ def _after(key, place: dict, has_experts, streamed: list[int], items: int, chunk
     return tuple(i if i < here else i - len(place) for i in places)
 
 
-def _users_of_the_buffer(streamed: list[int], layer: int, items: int, buffers: int) -> tuple[tuple[str, int, int], ...]:
+def _users_of_the_buffer(shape: _Shape, layer: int) -> tuple[tuple[str, int, int], ...]:
     """The experts of as many streamed layers before as there are buffers must have been computed."""
-    user = streamed[(streamed.index(layer) - buffers) % len(streamed)]
-    return tuple(("experts", user, item) for item in range(items))
+    user = shape.streamed[(shape.streamed.index(layer) - shape.buffers) % len(shape.streamed)]
+    return tuple(("experts", user, item) for item in (*shape.decoding, *shape.prompts))

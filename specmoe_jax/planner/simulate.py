@@ -106,7 +106,7 @@ def _unroll(tasks: tuple[Task, ...], seconds: list[float], draft_s: float) -> li
     """PASSES passes one after the other, each followed by its drafting, for which its last computations are needed."""
     length, nodes = len(tasks) + 1, []
     last_layer = max(task.layer for task in tasks)
-    final = [i for i, task in enumerate(tasks) if task.layer == last_layer and task.kind in ("other2", "experts")]
+    final = [i for i, task in enumerate(tasks) if task.layer == last_layer and task.kind in ("other2", "experts", "append")]
     for start in range(0, PASSES * length, length):
         for task, duration in zip(tasks, seconds, strict=True):
             # A negative place counts from the end of the list of the pass before, which the drafting follows here.

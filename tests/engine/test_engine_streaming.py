@@ -160,7 +160,7 @@ def test_streaming_needs_both_of_its_buffers(device_slots):
 
 
 def _state(rows: int, num_pages: int, longest: int) -> State:
-    kv = HostKV(caches=(), pages=no_pages(rows, longest, num_pages), chunk=4)
+    kv = HostKV(caches=(), pages=no_pages(rows, longest, num_pages), chunk=4, staged=4)
     return State(
         requests=(None,) * rows,
         kv=kv,

@@ -17,7 +17,7 @@ from specmoe_jax.testing import eagle_head, tiny
 PAGE = KV_PAGE * position_bytes(eagle_head(tiny()))
 PLANS = {
     "streaming": plan("streaming", batch_size=4, micro_batches=2, pinned_layers=1),
-    "specmoeoff": plan("specmoeoff", batch_size=4, draft_length=3, prefill_chunk=8),
+    "specmoeoff": plan("specmoeoff", batch_size=4, draft_length=3, prefill_chunk=8, prefill_attention="accelerator"),
     "tree": plan("specmoeoff", batch_size=4, draft_length=3, draft_tree_top_k=2, draft_tree_tokens=4),
     "split": plan("specmoeoff", batch_size=4, draft_length=3, draft_kv_bytes=2 * PAGE),  # half of the rows draft on the host
     "split tree": plan(

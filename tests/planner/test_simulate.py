@@ -23,13 +23,14 @@ def run(seconds, layers=(True,) * 3, items=2, chunks=2, **options):
     st.integers(1, 3),
     st.integers(1, 3),
     st.integers(0, 4),
+    st.integers(0, 3),
     st.booleans(),
 )
 @settings(max_examples=150, deadline=None)
-def test_order_edges_and_exclusive_resources_hold(seconds, layers, items, chunks, pinned, shared_cores):
+def test_order_edges_and_exclusive_resources_hold(seconds, layers, items, chunks, pinned, prompts, shared_cores):
     moe = tuple(layer for layer, has in enumerate(layers) if has)
     stay = spread(moe, min(pinned, len(moe)))
-    tasks = pass_tasks(tuple(layers), items, chunks, pinned=stay)
+    tasks = pass_tasks(tuple(layers), items, chunks, pinned=stay, prompts=min(prompts, items))
     assert len(stay) == min(pinned, len(moe))
     assert sorted(task.layer for task in tasks if task.kind == "stream") == sorted(chunks * [n for n in moe if n not in stay])
     nodes = module._unroll(tasks, [seconds[task.kind] for task in tasks], draft_s=3.0)
@@ -45,6 +46,13 @@ def test_order_edges_and_exclusive_resources_hold(seconds, layers, items, chunks
 
 @given(DURATIONS, st.integers(1, 3))
 @settings(max_examples=50, deadline=None)
+def test_a_prompt_fills_the_wait_for_the_cpu():
+    """A layer's decoding item waits 4 s for the CPU's attention; the prompt's 1 + 3 s run meanwhile."""
+    seconds = {"attention": 4.0, "attend_chunk": 1.0, "experts": 3.0, "append": 0.5}
+    tasks = pass_tasks((True,) * 3, 2, 1, prompts=1)
+    assert simulate(tasks, lambda task: seconds.get(task.kind, 0.0)).iteration_s == 3 * (4.0 + 3.0) + 0.5
+
+
 def test_shared_cores_are_never_faster_and_drafting_adds_at_most_itself(seconds, items):
     apart = run(seconds, items=items)
     assert run(seconds, items=items, shared_cores=True).iteration_s >= max(apart.busy_s.values())

@@ -8,6 +8,7 @@ PANELS = (
     ("tokens_per_step", "tokens per step"),
     ("step_latency_s", "seconds per step"),
 )
+SOME = (("job_tokens_per_s", "tokens/s, whole job"), ("link_s", "link, s"), ("compute_s", "compute, s"))  # where a table has them
 
 
 def save(document: dict, folder: pathlib.Path) -> None:
@@ -19,8 +20,9 @@ def save(document: dict, folder: pathlib.Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     for table, rows in document["tables"].items():
-        figure, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 1 + 0.25 * len(rows)), sharey=True)
-        for axis, (key, title) in zip(axes, PANELS, strict=True):
+        panels = [*PANELS, *(panel for panel in SOME if all(panel[0] in row for row in rows.values()))]
+        figure, axes = plt.subplots(1, len(panels), figsize=(16, 1.2 + 0.3 * len(rows)), sharey=True)
+        for axis, (key, title) in zip(axes, panels, strict=True):
             axis.barh(list(rows), [row[key] or 0 for row in rows.values()])
             axis.set_title(title)
         axes[0].invert_yaxis()

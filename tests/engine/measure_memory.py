@@ -27,6 +27,8 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=1.5, help="size of the experts")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=1024)
+    parser.add_argument("--pinned_layers", type=int, default=0, help="of 12")
+    parser.add_argument("--prefill_attention", default="cpu", choices=("cpu", "accelerator"))
     options = parser.parse_args()
     hidden = 1792
     config = dataclasses.replace(MIXTRAL_SHAPED, hidden_size=512, expert_hidden=hidden, num_layers=12)
@@ -34,11 +36,11 @@ def main() -> None:
     config = dataclasses.replace(config, num_experts=experts)
     prompts = [tuple(np.random.default_rng(i).integers(0, config.vocab_size, options.prompt).tolist()) for i in range(options.rows)]
     # Programs are compiled on a model of two experts first, so that their memory is not taken for the model's.
-    run(random_model(dataclasses.replace(config, num_experts=2, num_layers=2)), prompts[:2], options.rows)
+    run(random_model(dataclasses.replace(config, num_experts=2, num_layers=2)), prompts[:2], options)
     before = resident("VmRSS")
     model = random_model(config)
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
-    account, device_peak = run(model, prompts, options.rows)
+    account, device_peak = run(model, prompts, options)
     peak = resident("VmHWM") - before
     told = account.host_bytes + account.accelerator_bytes
     print(f"{'':<36}{'account':>12}{'measured':>12}  ratio")
@@ -49,9 +51,11 @@ def main() -> None:
     )
 
 
-def run(model: sm.Model, prompts, rows: int):
+def run(model: sm.Model, prompts, options):
     """Generates. -> the account, and the most bytes of device arrays alive at a time, KV pages aside."""
-    engine = sm.Engine(model, sm.PRESETS["streaming"](model.config).replace(batch_size=rows))
+    plan = sm.PRESETS["streaming"](model.config).replace(batch_size=options.rows, prefill_attention=options.prefill_attention)
+    pinned = options.pinned_layers if model.config.num_layers > 2 else 0
+    engine = sm.Engine(model, plan.replace(pinned_layers=pinned))
     layer = model.config.layers[0].attention
     staged = [(layer.num_heads, layer.head_dim), (layer.num_kv_heads, layer.head_dim)]
     with Sampler(staged) as sampler:

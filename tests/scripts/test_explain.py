@@ -38,7 +38,7 @@ def test_memory_is_the_engines_own_account(explain, headers, name, preset):
     found = shown(
         explain(f"--model={headers[name]}", "--hardware=h200", f"--preset={preset}", "--batch_size=8", "--skew=0.3", "--json")
     )
-    plan = PRESETS[preset](config).replace(dtype="bfloat16", batch_size=8)
+    plan = PRESETS[preset](config).replace(dtype="bfloat16", batch_size=8).settled(shared_cores=False)
     model = types.SimpleNamespace(config=config, tokenizer=None)
     own = check_job(model, plan, [(5,) * PROMPT] * 8, SamplingParams(max_new_tokens=NEW))
     assert found["accelerator_gib"]["all"] == pytest.approx(own.accelerator_bytes / GIB, rel=0.02)

@@ -54,6 +54,11 @@ _TREE_TOKENS = flags.DEFINE_integer("draft_tree_tokens", None, "Nodes of the tre
 _DRAFT_KV_GIB = flags.DEFINE_float("draft_kv_gib", None, "Accelerator memory of an EAGLE draft's cache (streamed plans).")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Requests that generate together.")
 _MICRO_BATCHES = flags.DEFINE_integer("micro_batches", None, "Parts of a batch in flight at once.")
+_PINNED_LAYERS = flags.DEFINE_integer(
+    "pinned_layers",
+    None,
+    "Layers whose experts never cross again (streamed plans); default: what --device_memory_gib has room for.",
+)
 _KV_TIER = flags.DEFINE_enum("kv_tier", None, KV_TIERS, "Where the KV cache is.")
 _EXPERT_TIER = flags.DEFINE_enum("expert_tier", None, EXPERT_TIERS, "Where all experts are.")
 _PREFETCH = flags.DEFINE_enum("prefetch", None, PREFETCHES, "What is fetched on a guess.")
@@ -164,7 +169,7 @@ def memory() -> dict:
 def with_flags(plan: Plan) -> Plan:
     """The plan with the choices that are given as flags."""
     chosen = (_DRAFT, _DRAFT_LENGTH, _DRAFT_EXPERTS, _TREE_TOP_K, _TREE_TOKENS, _BATCH_SIZE, _MICRO_BATCHES, _KV_TIER, _EXPERT_TIER)
-    chosen = (*chosen, _EXPERT_DTYPE, _PREFETCH)
+    chosen = (*chosen, _EXPERT_DTYPE, _PREFETCH, _PINNED_LAYERS)
     given = {flag.name: flag.value for flag in chosen if flag.value is not None} | memory()
     if _DRAFT_KV_GIB.value is not None:
         given["draft_kv_bytes"] = _DRAFT_KV_GIB.value * GIB

@@ -67,6 +67,7 @@ def _moves(config: ModelConfig, plan: Plan, hardware: Hardware) -> list[dict]:
     """From what costs least to what costs most."""
     on_demand = _on_demand(config)
     return [
+        {"pinned_layers": 0} if plan.pinned_layers else {},
         {"dtype": "bfloat16"} if plan.dtype == "float32" else {},
         {"draft_experts": config.experts_per_token} if plan.draft == "self" else {},
         on_demand if any(getattr(plan, name) != value for name, value in on_demand.items() if name != "preset") else {},

@@ -62,6 +62,11 @@ def test_where_no_batch_fits_the_dtype_changes_first():
     assert found.flags == ("--dtype=bfloat16",)
 
 
+def test_pinned_layers_are_given_up_first():
+    found = nearest(MIXTRAL, plan("streaming", pinned_layers=16, batch_size=64), with_memory(24, 200), WORK)
+    assert found.flags == ("--pinned_layers=0",)
+
+
 def test_experts_stay_on_disk_where_host_memory_is_short():
     found = nearest(MIXTRAL, plan("on_demand"), with_memory(24, 50), WORK)
     assert found.flags == ("--expert_tier=disk", "--host_memory_gib=50")

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "metrics": {"base"},
     "prometheus": {"base"},
     "engine": {"base", "ops", "models", "checkpoints", "planner", "offload", "speculate", "metrics", "prometheus"},
-    "benchmarks": {"base", "ops", "models", "checkpoints", "offload", "engine", "metrics"},
+    "benchmarks": {"base", "ops", "models", "checkpoints", "planner", "offload", "engine", "metrics"},
     "training": {"base", "ops", "models", "checkpoints", "planner", "speculate"},
     "testing": {"base", "ops", "models", "checkpoints"},
     "testing_families": {"base", "ops", "models"},

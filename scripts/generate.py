@@ -15,8 +15,8 @@ from absl import flags
 from specmoe_jax import Completion, Engine, Model, Plan, SamplingParams, TokenEvent, load_model, metrics
 from specmoe_jax.atomic_files import check_writable, write_atomically
 from specmoe_jax.checkpoints.chat import sampling_defaults
-from specmoe_jax.checkpoints.eagle import bundled_head, head_path, load_head
-from specmoe_jax.checkpoints.loader import checkpoint_path
+from specmoe_jax.checkpoints.eagle import bundled_head, head_config, head_path, load_head
+from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config import (
     DRAFTS,
@@ -130,7 +130,7 @@ def main() -> None:
         if is_auto():  # a bad prompt is told before the machine is measured
             jobs.check_before_loading(head, preset("resident", head.config), prompts, **how)
         plan = make_plan(head, folder, prompts)
-        jobs.check_before_loading(head, plan, prompts, **how)
+        jobs.check_before_loading(head, plan, prompts, **how, **draft_configs(head, plan))
     model, changes, error = load(prompts)
     draft_model = load_model(_DRAFT_MODEL.value, dtype=model.dtype, progress=_PROGRESS.value) if _DRAFT_MODEL.value else None
     plan = plan.replace(**changes)
@@ -149,9 +149,22 @@ def main() -> None:
 
 
 def read_head(model: Model, plan: Plan) -> EagleHead | None:
-    """The head of --draft_head, or the bundled one of the bundled model where the plan drafts with one."""
-    name = _DRAFT_HEAD.value or (bundled_head(_MODEL.value) if plan.draft == "eagle" else None)
+    name = head_name(plan)
     return load_head(name, model) if name else None
+
+
+def head_name(plan: Plan) -> str | None:
+    """The head of --draft_head, or the bundled one of the bundled model where the plan drafts with one."""
+    return _DRAFT_HEAD.value or (bundled_head(_MODEL.value) if plan.draft == "eagle" else None)
+
+
+def draft_configs(head: jobs.ModelHead, plan: Plan) -> dict:
+    """What is known of the plan's draft before it is loaded."""
+    name, folder = head_name(plan), _DRAFT_MODEL.value
+    return {
+        "draft_head": head_config(name, head.config) if name and plan.draft == "eagle" else None,
+        "draft_model": load_config(checkpoint_path(folder)) if folder and plan.draft == "model" else None,
+    }
 
 
 def check_files() -> None:

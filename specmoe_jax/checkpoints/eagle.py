@@ -11,6 +11,7 @@ from specmoe_jax.checkpoints.header import quote
 from specmoe_jax.checkpoints.inventory import Names
 from specmoe_jax.checkpoints.loader import BUNDLED
 from specmoe_jax.checkpoints.tensors import read_tensor
+from specmoe_jax.config import ModelConfig
 from specmoe_jax.errors import CheckpointError
 from specmoe_jax.models import eagle
 from specmoe_jax.models.eagle import EagleConfig, EagleHead, EagleWeights
@@ -34,16 +35,11 @@ def load_head(path_or_name: str, model: Model) -> EagleHead:
     that holds the embedding as well must hold the model's own. The head computes in the model's dtype and borrows its
     embedding and output matrix. Raises CheckpointError, one line that names file and tensor.
     """
-    path = head_path(path_or_name)
-    raw, checkpoint = read_json(path / "config.json"), open_checkpoint(path)
-    fused = any(name.startswith("midlayer.") for name in checkpoint.tensors)
-    try:
-        config = eagle.parse_config(raw, model.config, fused=fused)
-    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as e:
-        raise CheckpointError(f"config.json: a value of the wrong kind ({str(e)[:100]})") from e
+    checkpoint = open_checkpoint(head_path(path_or_name))
+    config = head_config(path_or_name, model.config)
     names = Names(checkpoint)
     stored = map_specs(names.take, eagle.weight_specs(config))
-    tables = _tables(names, config, model.config.vocab_size) if fused else None
+    tables = _tables(names, config, model.config.vocab_size) if config.fused else None
     embedding = names.take(_embedding_spec(model)) if names.has(EMBEDDING) else None
     names.raise_if_missing()
     names.raise_if_unused()
@@ -53,6 +49,16 @@ def load_head(path_or_name: str, model: Model) -> EagleHead:
     if tables is not None:
         weights = weights.replace(to_target=jnp.asarray(_to_target(*tables, model.config.vocab_size)))
     return eagle.attach(config, weights, model)
+
+
+def head_config(path_or_name: str, target: ModelConfig) -> EagleConfig:
+    """Sizes and format of a head for a target, from config.json and the names of the tensors alone. Raises CheckpointError."""
+    path = head_path(path_or_name)
+    raw, checkpoint = read_json(path / "config.json"), open_checkpoint(path)
+    try:
+        return eagle.parse_config(raw, target, fused=any(name.startswith("midlayer.") for name in checkpoint.tensors))
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as e:
+        raise CheckpointError(f"config.json: a value of the wrong kind ({str(e)[:100]})") from e
 
 
 def head_path(path_or_name: str) -> pathlib.Path:

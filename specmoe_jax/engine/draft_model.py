@@ -37,13 +37,6 @@ def make_model_draft(target: Model, model: Model, plan: Plan) -> ModelDraft:
     )
 
 
-def draft_model_bytes(model: Model | None, plan: Plan, *, batch_rows: int, positions: int) -> int:
-    """What the draft model takes of the accelerator, its cache included; 0 without one."""
-    if model is None:
-        return 0
-    return account(model.config, resident_plan(model, plan), batch_rows=batch_rows, positions=positions).accelerator_bytes
-
-
 def resident_plan(model: Model, plan: Plan) -> Plan:
     """How the draft model runs: as the resident preset, in the dtype it was loaded in."""
     return preset("resident", model.config).replace(dtype=model.dtype, prefill_chunk=plan.prefill_chunk)

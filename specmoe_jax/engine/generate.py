@@ -12,7 +12,7 @@ import numpy as np
 from specmoe_jax import metrics
 from specmoe_jax.checkpoints.disk import DiskExperts
 from specmoe_jax.config import Plan, SamplingParams
-from specmoe_jax.engine.draft_model import draft_model_bytes, make_model_draft
+from specmoe_jax.engine.draft_model import make_model_draft, resident_plan
 from specmoe_jax.engine.encode import encode
 from specmoe_jax.engine.finish import final_text
 from specmoe_jax.engine.floor import floor_figures, predicted_figures
@@ -27,9 +27,11 @@ from specmoe_jax.errors import PlanError
 from specmoe_jax.models.eagle import EagleHead, check_head, head_bytes, position_bytes
 from specmoe_jax.models.model import Model
 from specmoe_jax.offload.pages import no_pages
+from specmoe_jax.planner.drafts import model_memory
 from specmoe_jax.planner.estimate import Prediction
+from specmoe_jax.planner.fit import accounted
 from specmoe_jax.planner.hardware import Hardware
-from specmoe_jax.planner.memory import DraftMemory, MemoryAccount, PagedLoad, account, cache_positions
+from specmoe_jax.planner.memory import DraftMemory, MemoryAccount, PagedLoad, cache_positions
 from specmoe_jax.progress import bar
 from specmoe_jax.speculate.draft import Draft, FeatureDraft
 from specmoe_jax.speculate.eagle import EagleDraft, tree_shape
@@ -131,6 +133,7 @@ class Engine:
         self._warm_shapes, self._recompiled, self._warm_up_s = set(), 0, 0.0
         self._totals, self._prefill_s, self._on_demand_bytes = metrics.Totals(), 0.0, 0
         self._prefill_link_bytes = self._prefill_disk_bytes = 0
+        self._draft_needs = _draft_needs(plan, draft_model, draft_head)
         # The smallest job must fit, so that a plan that never can is refused before anything is loaded.
         self._needed(rows=1, positions=cache_positions(2, plan))
         if draft_model is not None:
@@ -366,17 +369,13 @@ class Engine:
         return first_memory(self._rt) if memory is None else memory
 
     def _needed(self, *, rows: int, positions: int, source: int = 0, paged: PagedLoad | None = None) -> MemoryAccount:
-        beside = DraftMemory(draft_model_bytes(self._draft_model, self.plan, batch_rows=rows, positions=positions))
-        if self._draft_head is not None:
-            own = head_bytes(self._draft_head, batch_rows=rows, positions=0)
-            beside = DraftMemory(fixed=own, position=position_bytes(self._draft_head))
-        return account(
+        return accounted(
             self.model.config,
             self.plan,
             batch_rows=rows,
             positions=positions,
             source_positions=source,
-            draft=beside,
+            draft=self._draft_needs,
             paged=paged,
         )
 
@@ -411,3 +410,10 @@ class Engine:
         """The device's own figure, or (on CPU, which has none) the account of what the engine allocated."""
         measured = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         return measured or self._accounted_peak_bytes
+
+
+def _draft_needs(plan: Plan, model: Model | None, head: EagleHead | None) -> DraftMemory:
+    if head is not None:
+        fixed, one = (head_bytes(head, batch_rows=rows, positions=0) for rows in (0, 1))
+        return DraftMemory(fixed=fixed, row=one - fixed, position=position_bytes(head))
+    return DraftMemory() if model is None else model_memory(model.config, resident_plan(model, plan))

@@ -82,16 +82,17 @@ def load_that_fits(load: Callable[..., Model], name: str, *, dtype: str, expert_
     return model, {"expert_tier": "disk", "host_memory_bytes": cache_bytes}
 
 
-def check_before_loading(head: ModelHead, plan: Plan, prompts: list[Prompt], *, keep_bad: bool, must_work: int) -> None:
+def check_before_loading(head: ModelHead, plan: Plan, prompts: list[Prompt], *, keep_bad: bool, must_work: int, **drafts) -> None:
     """Refuses a plan, a prompt or a memory budget that cannot work. Raises PlanError or RequestError.
 
-    keep_bad, must_work: as in `refusals`; without keep_bad the first bad prompt is the error.
+    drafts: draft_head and draft_model of `check_job`. keep_bad, must_work: as in `refusals`; without keep_bad the first bad prompt
+    is the error.
     """
     plan.validate(head.config)
     reasons = refusals(head, prompts, must_work=must_work) if keep_bad else [None] * len(prompts)
     good = [prompt for prompt, reason in zip(prompts, reasons, strict=True) if reason is None]
     if good:
-        check_job(head, plan, [prompt.model_input for prompt in good], [prompt.params for prompt in good])
+        check_job(head, plan, [prompt.model_input for prompt in good], [prompt.params for prompt in good], **drafts)
 
 
 def refusals(model: Model | ModelHead, prompts: list[Prompt], *, must_work: int = 0) -> list[str | None]:

@@ -6,11 +6,17 @@ from typing import NamedTuple
 
 import jax
 
-from specmoe_jax.config import Plan, SamplingParams
+from specmoe_jax.config import ModelConfig, Plan, SamplingParams
 from specmoe_jax.engine.state import Request
-from specmoe_jax.errors import RequestError
+from specmoe_jax.errors import BudgetError, RequestError
+from specmoe_jax.models.eagle import EagleConfig
 from specmoe_jax.models.model import Model
-from specmoe_jax.planner.memory import MemoryAccount, PagedLoad, account, cache_positions, pages_of
+from specmoe_jax.planner.drafts import draft_memory
+from specmoe_jax.planner.fit import Memories, accounted, nearest, with_nearest
+from specmoe_jax.planner.memory import MemoryAccount, PagedLoad, cache_positions, pages_of
+from specmoe_jax.planner.workload import Workload
+
+UNLIMITED = Memories(accelerator_memory_bytes=float(1 << 60), host_memory_bytes=float(1 << 60))  # the plan's budgets alone count
 
 
 class Shapes(NamedTuple):
@@ -54,21 +60,40 @@ def _paged(plan: Plan, requests: list[Request], rows: int) -> PagedLoad:
     return PagedLoad(pages=sum(sorted(pages)[-rows:]), prompt_tokens=sum(sorted(prompts)[-rows:]))
 
 
-def check_job(model, plan: Plan, prompts, params) -> MemoryAccount:
+def check_job(
+    model, plan: Plan, prompts, params, *, draft_head: EagleConfig | None = None, draft_model: ModelConfig | None = None
+) -> MemoryAccount:
     """Refuses what `Engine.generate` would refuse, before a weight is read. -> the memory that the job takes.
 
-    model: a Model, or anything with its config and tokenizer. Raises PlanError or RequestError.
+    model: a Model, or anything with its config and tokenizer. draft_head, draft_model: configurations of what drafts; without one
+    an EAGLE head is taken to be of the published size, a draft model to take nothing.
+    Raises PlanError, which names the nearest plan that fits, or RequestError.
     """
     plan = settled(plan.validate(model.config))
-    shapes = shapes_of(plan, make_requests(model, prompts, params))
-    return account(
-        model.config,
-        plan,
-        batch_rows=shapes.rows,
-        positions=shapes.positions,
-        source_positions=shapes.source,
-        paged=shapes.paged,
-    )
+    requests = make_requests(model, prompts, params)
+    shapes = shapes_of(plan, requests)
+    try:
+        return accounted(
+            model.config,
+            plan,
+            batch_rows=shapes.rows,
+            positions=shapes.positions,
+            source_positions=shapes.source,
+            draft=draft_memory(model.config, plan, head=draft_head, model=draft_model),
+            paged=shapes.paged,
+        )
+    except BudgetError as e:
+        prompt = max(len(request.token_ids) for request in requests)
+        longest = max(len(request.token_ids) + request.limit for request in requests)
+        workload = Workload(
+            prompt_tokens=prompt,
+            new_tokens=max(longest - prompt, 1),
+            source_tokens=shapes.source,
+            head=draft_head,
+            draft_model=draft_model,
+        )
+        smaller = plan.replace(batch_size=min(plan.batch_size, shapes.rows))
+        raise BudgetError(with_nearest(str(e), nearest(model.config, smaller, UNLIMITED, workload))) from None
 
 
 def make_requests(

@@ -14,9 +14,13 @@ from specmoe_jax.planner.pipeline import ACCELERATOR, CPU
 
 
 class DraftCosts(NamedTuple):
-    """costs: one after the other. syncs: how often the host waits meanwhile. memory: on the accelerator, of its own."""
+    """costs: one after the other. syncs: how often the host waits meanwhile. memory: on the accelerator, of its own.
+
+    split: attentions of a cache that is in two places, each on the accelerator and, at the same time, the chain of the CPU's part.
+    """
 
     costs: tuple[Cost, ...]
+    split: tuple[tuple[Cost, tuple[Cost, ...]], ...] = ()
     syncs: int = 1
     memory: DraftMemory = DraftMemory()
 
@@ -25,12 +29,19 @@ NOTHING = DraftCosts(costs=(), syncs=0)
 
 
 def draft_costs(
-    config: ModelConfig, plan: Plan, load: Load, *, positions: int, skew: float, head: EagleConfig | None, model: ModelConfig | None
+    config: ModelConfig,
+    plan: Plan,
+    load: Load,
+    *,
+    skew: float,
+    head: EagleConfig | None,
+    model: ModelConfig | None,
+    cpu_share: float = 0.0,
 ) -> DraftCosts:
     """Of `plan.draft_length` tokens for each of `load.rows` sequences.
 
-    head: of draft=eagle, None for `usual_head`. model: the configuration of draft=model. positions: of its cache. A custom
-    draft and prompt lookup take nothing: what they do on the host is in Hardware.step_s.
+    head: of draft=eagle, None for `usual_head`. model: the configuration of draft=model. cpu_share: of the rows, whose draft
+    attends on the CPU (draft=eagle). A custom draft and prompt lookup take nothing: what they do on the host is in Hardware.step_s.
     """
     item, length = DTYPE_BYTES[plan.dtype], plan.draft_length or 0
     one = Load(load.rows, 1, load.context + length / 2)
@@ -44,8 +55,8 @@ def draft_costs(
         token = resident_pass(config, one, used, item, kv_tier=plan.kv_tier, expert_bytes=costs.expert_bytes(config, plan))
         return DraftCosts(token * length, syncs=length if plan.prefetch == "draft" else 1)
     if plan.draft == "model":
-        return _model_costs(model, plan, load, one, item, positions)
-    return _eagle_costs(config, plan, head or usual_head(config), load, one, positions)
+        return _model_costs(model, plan, load, one, item)
+    return _eagle_costs(config, plan, head or usual_head(config), load, one, cpu_share)
 
 
 def resident_pass(
@@ -92,36 +103,66 @@ def usual_head(config: ModelConfig) -> EagleConfig:
     return EagleConfig(layer=dense, hidden_size=config.hidden_size, bias=True)
 
 
-def _eagle_costs(config, plan: Plan, head: EagleConfig, load: Load, one: Load, positions: int) -> DraftCosts:
+def _eagle_costs(config, plan: Plan, head: EagleConfig, load: Load, one: Load, cpu_share: float) -> DraftCosts:
     """The head reads the pass's committed tokens (padded to all of the pass's), then feeds back its own; an output matrix each.
 
-    Of a tree it feeds back a level of draft_tree_top_k nodes at a time.
+    Of a tree it feeds back a level of draft_tree_top_k nodes at a time. Of a split cache each part attends over its own rows.
     """
     item, width = DTYPE_BYTES[plan.dtype], plan.draft_tree_top_k or 1
-    attention = head.layer.attention
+    attention, levels = head.layer.attention, plan.draft_length - 1
     size = sum(spec.size for spec in spec_leaves(eagle.weight_specs(head)))
+    level = one._replace(new=width)
 
-    def layer(of: Load) -> list[Cost]:
-        return [costs.projections(size, of, item), costs.attention(attention, of, item, resource=ACCELERATOR, programs=0)]
+    def attend(of: Load, share: float, resource: str = ACCELERATOR) -> Cost:
+        return costs.attention(attention, of._replace(rows=of.rows * share), item, resource=resource, programs=0)
 
-    level = (*layer(one._replace(new=width)), costs.head(config, load.rows * width, item))
+    def both(of: Load) -> tuple[Cost, tuple[Cost, ...]]:
+        copies = costs.queries_down(attention, of, item), costs.attended_up(attention, of, item)  # of all rows: one shape
+        return attend(of, 1 - cpu_share), (copies[0], attend(of, cpu_share, CPU), copies[1])
+
+    here = (lambda of: ()) if cpu_share else (lambda of: (attend(of, 1.0),))
+    first = (costs.projections(size, load, item), *here(load), costs.head(config, load.rows, item))
+    further = (costs.projections(size, level, item), *here(level), costs.head(config, load.rows * width, item))
     return DraftCosts(
-        costs=(*layer(load), costs.head(config, load.rows, item), *(level * (plan.draft_length - 1))),
-        memory=eagle_memory(head, load.rows, item),
+        costs=(*first, *(further * levels)),
+        split=(both(load), *((both(level),) * levels)) if cpu_share else (),
+        memory=eagle_memory(head, item),
     )
 
 
-def eagle_memory(head: EagleConfig, rows: float, item: int) -> DraftMemory:
-    """Of a head for so many rows; item: bytes of a number."""
+def draft_memory(config: ModelConfig, plan: Plan, *, head: EagleConfig | None, model: ModelConfig | None) -> DraftMemory:
+    """Of the draft that a plan names. head, model: see `draft_costs`."""
+    if plan.draft == "eagle":
+        return eagle_memory(head or usual_head(config), DTYPE_BYTES[plan.dtype])
+    if plan.draft == "model" and model is not None:
+        return model_memory(model, _resident(plan))
+    return DraftMemory()
+
+
+def eagle_memory(head: EagleConfig, item: int) -> DraftMemory:
+    """Of a head. item: bytes of a number."""
     size = sum(spec.size for spec in spec_leaves(eagle.weight_specs(head)))
-    return DraftMemory(fixed=round((size + rows * head.hidden_size) * item), position=costs.cache_row(head.layer.attention) * item)
+    return DraftMemory(fixed=size * item, row=head.hidden_size * item, position=costs.cache_row(head.layer.attention) * item)
 
 
-def _model_costs(model: ModelConfig, plan: Plan, load: Load, one: Load, item: int, positions: int) -> DraftCosts:
+def model_memory(model: ModelConfig, plan: Plan) -> DraftMemory:
+    """Of a draft model that runs as the resident preset does: linear in rows, and in rows times positions."""
+
+    def held(rows: int, positions: int) -> int:
+        return account(model, plan, batch_rows=rows, positions=positions).accelerator_bytes
+
+    fixed = held(0, 0)
+    return DraftMemory(fixed=fixed, row=held(1, 0) - fixed, position=held(1, 1) - held(1, 0))
+
+
+def _model_costs(model: ModelConfig, plan: Plan, load: Load, one: Load, item: int) -> DraftCosts:
     """It first reads what was committed (padded to all of the pass's), then writes."""
-    resident = Plan(preset="resident", expert_flow="resident", dtype=plan.dtype, prefill_chunk=plan.prefill_chunk)
     used = float(model.num_experts) if model.num_moe_layers else 0.0
     catch_up = resident_pass(model, load, used, item, kv_tier="accelerator")
     token = resident_pass(model, one, min(used, load.rows * model.experts_per_token), item, kv_tier="accelerator")
-    own = account(model, resident, batch_rows=round(load.rows), positions=positions).accelerator_bytes
-    return DraftCosts(costs=(*catch_up, *(token * ((plan.draft_length or 1) - 1))), memory=DraftMemory(fixed=own))
+    return DraftCosts(costs=(*catch_up, *(token * ((plan.draft_length or 1) - 1))), memory=model_memory(model, _resident(plan)))
+
+
+def _resident(plan: Plan) -> Plan:
+    """How a draft model runs."""
+    return Plan(preset="resident", expert_flow="resident", dtype=plan.dtype, prefill_chunk=plan.prefill_chunk)

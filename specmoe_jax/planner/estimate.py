@@ -100,9 +100,7 @@ def needed(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Worklo
     prompt, longest = _prompt(config, workload), _prompt(config, workload) + workload.new_tokens
     rows, positions = plan.batch_size, cache_positions(longest, plan)
     load = Load(rows, plan.tokens_per_pass, longest)
-    of_draft = draft_costs(
-        config, plan, load, positions=positions, skew=workload.skew, head=workload.head, model=workload.draft_model
-    )
+    of_draft = draft_costs(config, plan, load, skew=workload.skew, head=workload.head, model=workload.draft_model)
     return account(
         config,
         plan,
@@ -147,11 +145,18 @@ def _with_emulated_link(hardware: Hardware, plan: Plan) -> Hardware:
 
 def _time(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload, own: MemoryAccount, rows: int) -> Timing:
     setting = _setting(config, plan, hardware, workload, own, rows)
-    positions = cache_positions(_prompt(config, workload) + workload.new_tokens, plan)
+    share = _cpu_share(plan, own, setting.load)
     of_draft = draft_costs(
-        config, plan, setting.load, positions=positions, skew=workload.skew, head=workload.head, model=workload.draft_model
+        config, plan, setting.load, skew=workload.skew, head=workload.head, model=workload.draft_model, cpu_share=share
     )
     return time_pass(setting, of_draft)
+
+
+def _cpu_share(plan: Plan, own: MemoryAccount, load: Load) -> float:
+    """Of the rows, those whose draft's cache has no room on the accelerator at the mean context."""
+    if not own.draft_pages:
+        return 0.0
+    return max(1 - own.draft_pages / (load.rows * pages_of(math.ceil(load.context) + plan.overshoot)), 0.0)
 
 
 def _binding(busy_s: dict[str, float], hardware: Hardware) -> str:

@@ -22,11 +22,12 @@ def problem(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workl
     if refused is None:
         return None
     other = fit.nearest(config, plan, hardware, workload)
-    if other is None:
-        least = account(config, Plan(preset="on_demand", dtype=plan.dtype, batch_size=1), batch_rows=1, positions=64)
-        alone_gib = (least.accelerator_bytes - (least.num_slots - 1) * least.expert_bytes) / GIB
-        return f"{refused}; nothing near it fits {hardware.name}: one row and one expert alone take {alone_gib:.1f} GiB there"
-    return f"{refused}; the nearest that fits {hardware.name}: {' '.join(other.flags)}"
+    said = fit.with_nearest(refused, other, where=f" {hardware.name}")
+    if other is not None:
+        return said
+    least = account(config, Plan(preset="on_demand", dtype=plan.dtype, batch_size=1), batch_rows=1, positions=64)
+    alone_gib = (least.accelerator_bytes - (least.num_slots - 1) * least.expert_bytes) / GIB
+    return f"{said}: one row and one expert alone take {alone_gib:.1f} GiB there"
 
 
 def explain(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload, *, stored_bytes: int | None) -> dict[str, Any]:

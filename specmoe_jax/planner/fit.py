@@ -1,16 +1,25 @@
-"""What fits: the largest batch of a plan, and the nearest plan that fits where this one does not. Pure."""
+"""What fits: the largest batch and context of a plan, and the nearest plan that fits where this one does not. Pure."""
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 from specmoe_jax.config import GIB, PRESETS, ModelConfig, Plan
-from specmoe_jax.errors import PlanError
+from specmoe_jax.errors import BudgetError, PlanError
 from specmoe_jax.planner.estimate import needed, running_rows
 from specmoe_jax.planner.hardware import Hardware
+from specmoe_jax.planner.memory import MemoryAccount, PagedLoad, account, cache_positions, pages_of
 from specmoe_jax.planner.workload import Workload
 
 MOST_ROWS = 1 << 16
+
+
+class Memories(NamedTuple):
+    """What of a machine decides whether a plan fits; a Hardware has the same."""
+
+    accelerator_memory_bytes: float
+    host_memory_bytes: float
 
 
 class Nearest(NamedTuple):
@@ -20,7 +29,7 @@ class Nearest(NamedTuple):
     flags: tuple[str, ...]
 
 
-def refusal(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload) -> str | None:
+def refusal(config: ModelConfig, plan: Plan, hardware: Hardware | Memories, workload: Workload) -> str | None:
     """Why a plan cannot run, with the resource and the shortage; None where it fits with all of its batch at a time."""
     try:
         own = needed(config, plan.validate(config), hardware, workload)
@@ -35,22 +44,78 @@ def refusal(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workl
     return None
 
 
-def largest_batch(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload) -> int:
+class Fitting(NamedTuple):
+    """rows: the largest batch at the context that was asked for; where none fits, the smallest, of at most `tokens` a sequence."""
+
+    rows: int
+    tokens: int | None = None
+
+
+def accounted(config: ModelConfig, plan: Plan, **job) -> MemoryAccount:
+    """`memory.account`, whose arguments it takes; a refusal says too what batch and context would fit. Raises PlanError."""
+    try:
+        return account(config, plan, **job)
+    except BudgetError as e:
+        raise BudgetError(f"{e}; {_advice(what_fits(config, plan, **job))}") from None
+
+
+def what_fits(
+    config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int, paged: PagedLoad | None = None, **job
+) -> Fitting | None:
+    """What of a job that is refused would fit; None: not even the smallest batch of one token a sequence."""
+    unit = plan.micro_batches
+
+    def fits(rows: int, positions: int, load: PagedLoad | None) -> bool:
+        try:
+            own = account(config, plan, batch_rows=rows, positions=positions, paged=load, **job)
+        except BudgetError:
+            return False
+        return load is None or own.kv_pages >= load.pages
+
+    def share(rows: int) -> PagedLoad | None:
+        return paged and PagedLoad(*(-(-whole * rows // batch_rows) for whole in paged))
+
+    def short(tokens: int) -> bool:
+        places = cache_positions(tokens, plan)
+        return fits(unit, places, paged and PagedLoad(pages=unit * pages_of(places), prompt_tokens=unit * tokens))
+
+    units = _most(lambda count: fits(count * unit, positions, share(count * unit)), -(-batch_rows // unit))
+    if units:
+        return Fitting(rows=units * unit)
+    tokens = _most(short, positions)
+    return Fitting(rows=unit, tokens=tokens) if tokens else None
+
+
+def _most(works: Callable[[int], bool], limit: int) -> int:
+    """The largest number up to a limit that works, where each below one that works does too; 0 where none does."""
+    low, high = 0, limit + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if works(middle) else (low, middle)
+    return low
+
+
+def _advice(found: Fitting | None) -> str:
+    if found is None:
+        return "not even the shortest request fits"
+    if found.tokens is None:
+        return f"the largest batch that fits at this context is --batch_size={found.rows}"
+    return f"no batch fits at this context: the longest context that fits is {found.tokens} tokens, of --batch_size={found.rows}"
+
+
+def largest_batch(config: ModelConfig, plan: Plan, hardware: Hardware | Memories, workload: Workload) -> int:
     """Requests that generate together at most, a multiple of the plan's micro-batches; 0 where even the smallest batch fails."""
 
     def fits(units: int) -> bool:
         return refusal(config, plan.replace(batch_size=units * plan.micro_batches), hardware, workload) is None
 
-    low, high = 0, 1
+    high = 1
     while high * plan.micro_batches <= MOST_ROWS and fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * plan.micro_batches
+        high *= 2
+    return _most(fits, high - 1) * plan.micro_batches
 
 
-def nearest(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload) -> Nearest | None:
+def nearest(config: ModelConfig, plan: Plan, hardware: Hardware | Memories, workload: Workload) -> Nearest | None:
     """The plan of fewest changes that fits: first another batch, then one, two, three of the moves below. None where none does."""
     moves = [move for move in _moves(config, plan, hardware) if move]
     for count in range(len(moves) + 1):
@@ -63,7 +128,14 @@ def nearest(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workl
     return None
 
 
-def _moves(config: ModelConfig, plan: Plan, hardware: Hardware) -> list[dict]:
+def with_nearest(refused: str, found: Nearest | None, *, where: str = "") -> str:
+    """A refusal and the plan to take instead. where: the machine that it fits."""
+    if found is None:
+        return f"{refused}; nothing near it fits{where}"
+    return f"{refused}; the nearest that fits{where}: {' '.join(found.flags)}"
+
+
+def _moves(config: ModelConfig, plan: Plan, hardware: Hardware | Memories) -> list[dict]:
     """From what costs least to what costs most."""
     on_demand = _on_demand(config)
     return [

@@ -5,7 +5,7 @@ import math
 from typing import NamedTuple
 
 from specmoe_jax.config import GIB, ModelConfig, Plan
-from specmoe_jax.errors import PlanError
+from specmoe_jax.errors import BudgetError, PlanError
 from specmoe_jax.layer_config import LayerConfig
 from specmoe_jax.models.experts import block_bytes
 from specmoe_jax.models.families import family_of
@@ -80,9 +80,10 @@ class PagedLoad(NamedTuple):
 
 
 class DraftMemory(NamedTuple):
-    """Bytes of a draft of its own. fixed: whatever its cache holds. position: of one position of one row of its cache."""
+    """Bytes of a draft of its own: whatever the batch, of each row of it, and of each position of a row in its cache."""
 
     fixed: int = 0
+    row: int = 0
     position: int = 0
 
 
@@ -125,7 +126,7 @@ def account(
     leaves. draft: what a separate draft model or head takes; a streamed plan's draft cache gets what is left beside all else, at
     most plan.draft_kv_bytes, and where that is not all of it, pages in host memory too. paged: under expert_flow=stream, None
     for rows that are all of the longest; where host memory is short the cache gets fewer pages, and so fewer rows run at a time.
-    Raises PlanError with the shortage and the smallest budget that works.
+    Raises BudgetError with the shortage and the smallest budget that works (fit.accounted says what would fit, too).
     """
     item = DTYPE_BYTES[plan.dtype]
     passes = max(plan.tokens_per_pass, plan.prefill_chunk) * batch_rows  # tokens of the largest pass
@@ -153,7 +154,7 @@ def account(
         ),
         host_experts=everything,
         kv_tier=plan.kv_tier,
-        draft_model_bytes=draft.fixed,
+        draft_model_bytes=draft.fixed + batch_rows * draft.row,
         draft_kv_bytes=batch_rows * positions * draft.position,
         kv_pages=paged.pages if streams else 0,
         hidden_bytes=paged.prompt_tokens * (config.hidden_size + max(map(_heads, config.layers))) * item if streams else 0,
@@ -249,7 +250,7 @@ def _heads(layer: LayerConfig) -> int:
 
 def _split_draft(whole: MemoryAccount, plan: Plan, page_bytes: int) -> MemoryAccount:
     """With as much of a streamed plan's draft cache on the accelerator as may be there (SpecMoEOff 4), and room for the rest."""
-    if not whole.kv_pages or not page_bytes:
+    if plan.draft != "eagle" or not whole.kv_pages or not page_bytes:
         return whole
     room = whole.draft_kv_bytes
     if plan.draft_kv_bytes is not None:
@@ -275,10 +276,9 @@ def _fit_pages(whole: MemoryAccount, plan: Plan, positions: int) -> MemoryAccoun
     page = (whole.kv_bytes + whole.hidden_bytes + whole.host_draft_bytes) / whole.kv_pages
     pages, one = int((plan.host_memory_bytes - beside) // page), pages_of(positions)
     if pages < one:
-        room = f"the longest context that fits is {pages * KV_PAGE} tokens; " if pages > 0 else ""
-        raise PlanError(
+        raise BudgetError(
             f"host memory of {_size(plan.host_memory_bytes)} is too small: experts take {_size(beside)} and one request of "
-            f"{positions} positions {_size(one * page)}, {_short(beside + one * page, plan.host_memory_bytes)}; {room}the "
+            f"{positions} positions {_size(one * page)}, {_short(beside + one * page, plan.host_memory_bytes)}; the "
             f"smallest that works is --host_memory_gib={_ceil_gib(beside + one * page)}"
         )
     share = pages / whole.kv_pages
@@ -295,7 +295,7 @@ def _fit_host(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
         return whole
     beside = whole.host_bytes - whole.host_expert_bytes
     if plan.expert_tier == "host":
-        raise PlanError(
+        raise BudgetError(
             f"host memory of {_size(plan.host_memory_bytes)} is too small: experts and KV cache need "
             f"{_size(whole.host_bytes)}, {_short(whole.host_bytes, plan.host_memory_bytes)}; give "
             f"--host_memory_gib={_ceil_gib(whole.host_bytes)} or a smaller batch, or leave experts on disk: --expert_tier=disk"
@@ -303,7 +303,7 @@ def _fit_host(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
     cached = int(plan.host_memory_bytes - beside) // whole.expert_bytes
     if cached < 1:
         need = beside + whole.expert_bytes
-        raise PlanError(
+        raise BudgetError(
             f"host memory of {_size(plan.host_memory_bytes)} is too small to cache one expert of the disk tier"
             f"{' beside the KV cache' if beside else ''}, {_short(need, plan.host_memory_bytes)}; the smallest that works is "
             f"--host_memory_gib={_ceil_gib(need)}"
@@ -320,7 +320,7 @@ def _fit_device(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
     smallest = whole.num_slots if plan.expert_flow == "stream" else min(whole.pinned_slots + 1, whole.num_slots)
     if slots < smallest:
         need = beside + smallest * whole.expert_bytes
-        raise PlanError(
+        raise BudgetError(
             f"device memory of {_size(plan.device_memory_bytes)} is too small for {_what_for(plan)}: weights, KV "
             f"cache and activations take {_size(beside)}, {smallest} expert slots {_size(smallest * whole.expert_bytes)}, "
             f"{_short(need, plan.device_memory_bytes)}; the smallest that works is --device_memory_gib={_ceil_gib(need)}"

@@ -5,6 +5,7 @@ drafting takes off what the link can send in that time, the oracle of MoE-Overla
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 from specmoe_jax.config import ModelConfig, Plan
@@ -59,12 +60,19 @@ class Setting(NamedTuple):
 def time_pass(setting: Setting, draft: DraftCosts) -> Timing:
     """An iteration in the steady state: draft, pass, head, commit."""
     draft_s = sum(map(setting.seconds, draft.costs)) + draft.syncs * setting.hardware.sync_s
+    draft_s += sum(_at_once(setting, *pair) for pair in draft.split)
     time = _streamed if setting.plan.expert_flow == "stream" else _layer_by_layer
     timing = time(setting, draft_s)
     busy_s = dict(timing.busy_s)
-    for cost in draft.costs:
+    for cost in (*draft.costs, *itertools.chain.from_iterable((here, *there) for here, there in draft.split)):
         busy_s[cost.resource] += setting.seconds(cost)
     return timing._replace(busy_s=busy_s)
+
+
+def _at_once(setting: Setting, here: Cost, there: tuple[Cost, ...]) -> float:
+    """An attention on the accelerator and a chain beside it, which on shared cores is after it."""
+    seconds = setting.seconds(here), sum(map(setting.seconds, there))
+    return sum(seconds) if setting.hardware.shared_cores else max(seconds)
 
 
 def _streamed(setting: Setting, draft_s: float) -> Timing:

@@ -13,9 +13,10 @@ from specmoe_jax.models.families import family_of, parse_config
 from specmoe_jax.models.spec import spec_leaves
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import Cost, Load, seconds
-from specmoe_jax.planner.drafts import draft_costs, usual_head
+from specmoe_jax.planner.drafts import draft_costs, model_memory, usual_head
 from specmoe_jax.planner.hardware import Efficiency
 from specmoe_jax.planner.machines import machine
+from specmoe_jax.planner.memory import account
 from specmoe_jax.planner.pipeline import ACCELERATOR, CPU, UP
 from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload
 from specmoe_jax.testing_families import ENCODER_DECODERS, RAW_CONFIGS
@@ -71,7 +72,6 @@ def test_drafts_cost_more_the_longer_they_are(draft):
             MIXTRAL,
             plan.replace(draft_length=length),
             Load(8, length + 1, 500),
-            positions=1024,
             skew=0.3,
             head=None,
             model=dataclasses.replace(MIXTRAL, num_layers=2),
@@ -87,12 +87,35 @@ def test_a_tree_feeds_back_more_rows_than_a_chain():
     tree = chain.replace(draft_tree_top_k=4, draft_tree_tokens=5)
     load = Load(64, 6, 500)
     spent = [
-        sum(cost.flops for cost in draft_costs(MIXTRAL, plan, load, positions=1024, skew=0.3, head=None, model=None).costs)
+        sum(cost.flops for cost in draft_costs(MIXTRAL, plan, load, skew=0.3, head=None, model=None).costs)
         for plan in (chain, tree)
     ]
     assert spent[1] > spent[0]
     work = Workload(acceptance=EAGLE_MIXTRAL)
     assert work.tokens_of(tree) == 2.15 and work.tokens_of(chain) == 1.78
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_a_split_draft_attends_on_both_sides_at_once(share):
+    plan = sm.PRESETS["specmoeoff"](MIXTRAL).replace(dtype="bfloat16")
+    whole, split = (
+        draft_costs(MIXTRAL, plan, Load(64, 6, 1000), skew=0.3, head=None, model=None, cpu_share=part) for part in (0.0, share)
+    )
+    here, there = ([pair[side] for pair in split.split] for side in (0, 1))
+    cpu = [cost for chain in there for cost in chain if cost.resource == CPU]
+    attended = sum(cost.bytes for cost in (*here, *cpu))
+    assert len(split.split) == plan.draft_length and not whole.split
+    assert attended == pytest.approx(sum(cost.bytes for cost in whole.costs) - sum(cost.bytes for cost in split.costs))
+    assert sum(cost.bytes for cost in cpu) == pytest.approx(share * attended)
+
+
+def test_a_draft_model_takes_what_its_own_account_says():
+    small = dataclasses.replace(MIXTRAL, num_layers=2)
+    resident = sm.PRESETS["resident"](small).replace(dtype="bfloat16")
+    of = model_memory(small, resident)
+    for rows, positions in ((1, 64), (7, 1024), (64, 4096)):
+        own = account(small, resident, batch_rows=rows, positions=positions).accelerator_bytes
+        assert of.fixed + rows * of.row + rows * positions * of.position == own
 
 
 def test_quantised_experts_cross_the_link_packed():

@@ -5,9 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specmoe_jax.config import GIB, PRESETS
+from specmoe_jax.errors import BudgetError, PlanError
 from specmoe_jax.planner.explain import problem
-from specmoe_jax.planner.fit import largest_batch, nearest, refusal
+from specmoe_jax.planner.fit import accounted, largest_batch, nearest, refusal, what_fits
 from specmoe_jax.planner.machines import machine
+from specmoe_jax.planner.memory import DraftMemory, PagedLoad, account, cache_positions, pages_of
 from specmoe_jax.planner.workload import Workload
 from tests.planner.planner_cases import MIXTRAL
 
@@ -70,3 +72,67 @@ def test_pinned_layers_are_given_up_first():
 def test_experts_stay_on_disk_where_host_memory_is_short():
     found = nearest(MIXTRAL, plan("on_demand"), with_memory(24, 50), WORK)
     assert found.flags == ("--expert_tier=disk", "--host_memory_gib=50")
+
+
+def job(a_plan, rows, tokens):
+    """A job of so many rows of so many tokens each, with a draft that takes something of everything."""
+    positions = cache_positions(tokens, a_plan)
+    paged = PagedLoad(pages=rows * pages_of(positions), prompt_tokens=rows * tokens) if a_plan.expert_flow == "stream" else None
+    draft = DraftMemory(fixed=GIB // 2, row=8192, position=16384) if a_plan.draft == "eagle" else DraftMemory()
+    return {"batch_rows": rows, "positions": positions, "paged": paged, "draft": draft}
+
+
+def is_refused(a_plan, rows, tokens):
+    try:
+        own = account(MIXTRAL, a_plan, **job(a_plan, rows, tokens))
+    except BudgetError:
+        return True
+    return a_plan.expert_flow == "stream" and own.kv_pages < rows * pages_of(cache_positions(tokens, a_plan))
+
+
+@given(
+    st.sampled_from(["resident", "on_demand", "specmoe", "streaming", "specmoeoff"]),
+    st.integers(1, 4),
+    st.integers(1, 200),
+    st.integers(1, 20_000),
+    st.floats(1, 120) | st.none(),
+    st.floats(1, 120) | st.none(),
+)
+@settings(max_examples=150, deadline=None)
+def test_what_fits_is_the_largest_batch_or_the_longest_context(preset, micro, units, tokens, accelerator_gib, host_gib):
+    micro = micro if preset in ("streaming", "specmoeoff") else 1
+    budgets = {
+        "device_memory_bytes": accelerator_gib and int(accelerator_gib * GIB),
+        "host_memory_bytes": host_gib and int(host_gib * GIB),
+    }
+    a_plan, rows = plan(preset, micro_batches=micro, **budgets), units * micro
+    asked = job(a_plan, rows, tokens)
+    found = what_fits(MIXTRAL, a_plan, **asked)
+    if not is_refused(a_plan, rows, tokens):
+        assert found.rows == rows and found.tokens is None
+        assert accounted(MIXTRAL, a_plan, **asked) == account(MIXTRAL, a_plan, **asked)
+    elif found is None:
+        assert is_refused(a_plan, micro, 1)
+    elif found.tokens is None:
+        assert found.rows % micro == 0 and not is_refused(a_plan, found.rows, tokens)
+        assert is_refused(a_plan, found.rows + micro, tokens)
+    else:
+        assert found.rows == micro and is_refused(a_plan, micro, tokens)
+        assert not is_refused(a_plan, micro, found.tokens) and is_refused(a_plan, micro, found.tokens + 1)
+
+
+def test_a_streamed_refusal_names_batch_and_context():
+    a_plan = plan("specmoeoff", device_memory_bytes=int(11.5 * GIB), host_memory_bytes=300 * GIB)
+    with pytest.raises(
+        PlanError, match=r"device memory of 11\.5 GiB .* short; .*the largest batch that fits at this context is"
+    ) as e:
+        accounted(MIXTRAL, a_plan, **job(a_plan, 20_000, 1000))
+    rows = int(str(e.value).split("--batch_size=")[1])
+    accounted(MIXTRAL, a_plan, **job(a_plan, rows, 1000))
+    a_plan = plan("streaming", host_memory_bytes=85 * GIB)
+    with pytest.raises(PlanError, match=r"host memory of 85\.0 GiB .* short; .*the longest context that fits is") as e:
+        accounted(MIXTRAL, a_plan, **job(a_plan, 4, 20_000))
+    tokens = int(str(e.value).split("that fits is ")[1].split()[0])
+    accounted(MIXTRAL, a_plan, **job(a_plan, 1, tokens))
+    with pytest.raises(PlanError, match="not even the shortest request fits"):
+        accounted(MIXTRAL, plan("streaming", host_memory_bytes=80 * GIB), **job(a_plan, 1, 100))

@@ -183,6 +183,8 @@ COLUMNS = (
     ("compute s", "compute_s", 3),
     ("x floor", "iteration_over_floor", 2),
     ("x sum", "iteration_over_sum", 2),
+    ("CPU rows", "draft_cpu_row_share", 2),
+    ("moves", "draft_moves", 0),
     ("MiB acc.", "peak_accelerator_bytes", 0),
 )
 

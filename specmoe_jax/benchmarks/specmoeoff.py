@@ -12,6 +12,7 @@ from specmoe_jax.engine import Engine
 from specmoe_jax.models import eagle
 from specmoe_jax.models.eagle import EagleHead
 from specmoe_jax.models.model import Model, random_model
+from specmoe_jax.planner.memory import KV_PAGE, pages_of
 
 # Mixtral's proportions (group of 4, F = 3.5 M, 8 experts, top-2), small enough for a CPU that is the accelerator too.
 MIXTRAL_SHAPED = ModelConfig(
@@ -173,6 +174,18 @@ def device_memory(s: Setting) -> dict:
     return rows
 
 
+def draft_memory(s: Setting) -> dict:
+    """Accelerator memory of the draft's cache, as a share of what whole jobs fill at most; the rest is attended by the CPU."""
+    job = s.job(s.largest, s.prompt)
+    plan = s.specmoeoff(s.largest, s.length)
+    longest = max(map(len, job.prompts)) + job.tokens + plan.overshoot
+    page, pages = KV_PAGE * eagle.position_bytes(s.head), len(job.prompts) * pages_of(longest)
+    cases = [Case("all", plan, None, s.head)]
+    for share in s.ends((0.75, 0.5, 0.25, 0.1)):
+        cases.append(Case(f"{share:.2f}", plan.replace(draft_kv_bytes=max(int(share * pages), 1) * page), "all", s.head))
+    return _rows(s, cases, f"batch {s.largest}", job, measure=whole_jobs)
+
+
 def breakdown(s: Setting) -> dict:
     """Table 3: one iteration in parts, against its floor and the plain sum of the parts.
 
@@ -223,6 +236,7 @@ TABLES = {
     "layer_buffers": layer_buffers,
     "host_memory": host_memory,
     "device_memory": device_memory,
+    "draft_memory": draft_memory,
     "breakdown": breakdown,
 }
 

@@ -16,7 +16,7 @@ from specmoe_jax.planner.fit import Memories, accounted, nearest, with_nearest
 from specmoe_jax.planner.memory import MemoryAccount, PagedLoad, cache_positions, pages_of
 from specmoe_jax.planner.workload import Workload
 
-UNLIMITED = Memories(accelerator_memory_bytes=float(1 << 60), host_memory_bytes=float(1 << 60))  # the plan's budgets alone count
+UNLIMITED_BYTES = float(1 << 60)  # of a machine of which the plan's own budgets alone count
 
 
 class Shapes(NamedTuple):
@@ -34,7 +34,11 @@ class Shapes(NamedTuple):
 
 def settled(plan: Plan) -> Plan:
     """The plan with what it leaves to this machine."""
-    return plan.settled(shared_cores=jax.devices()[0].platform == "cpu")
+    return plan.settled(shared_cores=_shared_cores())
+
+
+def _shared_cores() -> bool:
+    return jax.devices()[0].platform == "cpu"
 
 
 def shapes_of(plan: Plan, requests: list[Request]) -> Shapes:
@@ -93,7 +97,8 @@ def check_job(
             draft_model=draft_model,
         )
         smaller = plan.replace(batch_size=min(plan.batch_size, shapes.rows))
-        raise BudgetError(with_nearest(str(e), nearest(model.config, smaller, UNLIMITED, workload))) from None
+        machine = Memories(UNLIMITED_BYTES, UNLIMITED_BYTES, shared_cores=_shared_cores())
+        raise BudgetError(with_nearest(str(e), nearest(model.config, smaller, machine, workload))) from None
 
 
 def make_requests(

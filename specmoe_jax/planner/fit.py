@@ -20,6 +20,7 @@ class Memories(NamedTuple):
 
     accelerator_memory_bytes: float
     host_memory_bytes: float
+    shared_cores: bool
 
 
 class Nearest(NamedTuple):

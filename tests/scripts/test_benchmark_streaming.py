@@ -63,3 +63,11 @@ def test_whole_jobs_count_prefill_and_every_token(setting):
     for row in rows.values():
         assert 0 < row["job_tokens_per_s"] < row["decode_tokens_per_s"]
     assert {row["new_tokens"] for row in rows.values() if row["case"] == "streaming"} == {4 * 16, 4 * (TINY.max_positions - 8)}
+
+
+def test_less_memory_for_the_drafts_cache_sends_more_rows_to_the_cpu(setting):
+    rows = list(specmoeoff.draft_memory(setting).values())
+    shares = [row["draft_cpu_row_share"] for row in rows]
+    assert shares == sorted(shares) and shares[0] == 0 < shares[-1]
+    assert len({(row["new_tokens"], tuple(row["acceptance_by_position"])) for row in rows}) == 1
+    assert rows[-1]["peak_accelerator_bytes"] < rows[0]["peak_accelerator_bytes"]

@@ -246,6 +246,20 @@ def test_the_named_memory_budget_works(generate, checkpoint, tmp_path, preset, k
     assert peak <= float(gib.split("=")[1]) * 2**30
 
 
+@pytest.mark.parametrize("preset", ["resident", "streaming"])
+def test_a_memory_refusal_names_shortage_batch_and_the_nearest_plan(generate, checkpoint, preset):
+    """What the plainest plan needs is too little for others; the flags that are named then run."""
+    job = (f"--model={checkpoint}", *prompt_flags(), "--max_new_tokens=60")
+    plain = generate(*job, "--preset=on_demand", "--device_memory_gib=0.00001")
+    (gib,) = re.findall(r"the smallest that works is (--device_memory_gib=[0-9.]+)", plain.err)
+    ran = generate(*job, f"--preset={preset}", gib)
+    assert ran.code == 1 and ran.err.count("\n") == 1
+    assert re.search(r"device memory of .* short; .*(largest batch|longest context|not even the shortest)", ran.err)
+    flags = ran.err.split("the nearest that fits: ")[1].split()
+    ran = generate(*job, f"--preset={preset}", gib, *flags)
+    assert ran.code == 0, ran.err
+
+
 def broken(checkpoint, tmp_path, name, content):
     path = tmp_path / "broken"
     shutil.copytree(checkpoint, path)

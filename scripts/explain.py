@@ -10,24 +10,13 @@ import pathlib
 import time
 
 import _common
+import _plan_flags
 import numpy as np
 from absl import flags
 
 from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
-from specmoe_jax.config import (
-    DRAFTS,
-    DTYPES,
-    EXPERT_DTYPES,
-    EXPERT_TIERS,
-    GIB,
-    KV_TIERS,
-    PREFETCHES,
-    PRESETS,
-    ModelConfig,
-    Plan,
-    preset,
-)
+from specmoe_jax.config import DTYPES, PRESETS, ModelConfig, Plan, preset
 from specmoe_jax.errors import PlanError, UserError
 from specmoe_jax.planner import explain, pictures
 from specmoe_jax.planner.costs import Load
@@ -46,27 +35,7 @@ _HARDWARE = flags.DEFINE_string(
 )
 _PRESET = flags.DEFINE_enum("preset", "specmoe", list(PRESETS), "The plan to explain.")
 _PLAN = flags.DEFINE_string("plan", None, "A plan as JSON, instead of a preset.")
-_DRAFT = flags.DEFINE_enum("draft", None, [d for d in DRAFTS if d != "custom"], "Overrides the plan's draft.")
-_DRAFT_LENGTH = flags.DEFINE_integer("draft_length", None, "Tokens drafted per step.")
-_DRAFT_EXPERTS = flags.DEFINE_integer("draft_experts", None, "Draft experts per layer.")
-_TREE_TOP_K = flags.DEFINE_integer("draft_tree_top_k", None, "Branches of a drafted node (draft=eagle).")
-_TREE_TOKENS = flags.DEFINE_integer("draft_tree_tokens", None, "Nodes of the tree to verify; draft_length is its depth.")
-_DRAFT_KV_GIB = flags.DEFINE_float("draft_kv_gib", None, "Accelerator memory of an EAGLE draft's cache (streamed plans).")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Requests that generate together.")
-_MICRO_BATCHES = flags.DEFINE_integer("micro_batches", None, "Parts of a batch in flight at once.")
-_PINNED_LAYERS = flags.DEFINE_integer(
-    "pinned_layers",
-    None,
-    "Layers whose experts never cross again (streamed plans); default: what --device_memory_gib has room for.",
-)
-_KV_TIER = flags.DEFINE_enum("kv_tier", None, KV_TIERS, "Where the KV cache is.")
-_EXPERT_TIER = flags.DEFINE_enum("expert_tier", None, EXPERT_TIERS, "Where all experts are.")
-_PREFETCH = flags.DEFINE_enum("prefetch", None, PREFETCHES, "What is fetched on a guess.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Compute and weight type.")
-_EXPERT_DTYPE = flags.DEFINE_enum("expert_dtype", None, EXPERT_DTYPES, "Quantised experts.")
-_DEVICE_GIB = flags.DEFINE_float("device_memory_gib", None, "Accelerator memory to use. Default: what the machine has.")
-_HOST_GIB = flags.DEFINE_float("host_memory_gib", None, "Host memory to use. Default: what the machine has.")
-_LINK_GBPS = flags.DEFINE_float("link_gbps", None, "Emulate a link of that many GB/s.")
 _PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 512, "Tokens of a prompt, on average.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens of a request.")
 _ACCEPTANCE = flags.DEFINE_string("acceptance", "0.7", "Probability of a drafted token, or eagle_mixtral: the paper's map.")
@@ -79,6 +48,7 @@ _SIMULATE = flags.DEFINE_boolean("simulate", False, "Every preset beside each ot
 _TRACE = flags.DEFINE_string("trace", None, "A routing trace, .npy of [passes, layers, experts] counts. Default: a synthetic one.")
 _CAPACITY = flags.DEFINE_integer("cache_experts", None, "Experts that --simulate's cache policies keep. Default: a quarter of all.")
 _JSON = flags.DEFINE_boolean("json", False, "Print one JSON document instead of tables.")
+flags.adopt_module_key_flags(_plan_flags)
 
 
 def main() -> None:
@@ -89,7 +59,7 @@ def main() -> None:
     stored_bytes = read_stored_bytes(folder)
     if _SIMULATE.value:
         shown = explain.presets(config, make_plans(config), hardware, workload)
-        shown |= explain.caches(config, workload, read_trace(), _CAPACITY.value, tokens=_BATCH_SIZE.value or 16)
+        shown |= explain.caches(config, workload, read_trace(), _CAPACITY.value, tokens=_plan_flags.BATCH_SIZE.value or 16)
     else:
         plan = make_plan(config)
         if problem := explain.problem(config, plan, hardware, workload):
@@ -103,7 +73,7 @@ def main() -> None:
 def read_hardware(name: str) -> Hardware:
     """This machine, a known one, or a JSON file."""
     if name == "this":
-        return probe()
+        return probe(progress=True)
     if name in KNOWN or not pathlib.Path(name).suffix:
         return machine(name)
     try:
@@ -137,47 +107,28 @@ def read_stored_bytes(folder: pathlib.Path) -> int | None:
 def make_plan(config: ModelConfig) -> Plan:
     """The plan of --plan or --preset with the flags over it."""
     if _PLAN.value is None:
-        return with_flags(preset(_PRESET.value, config).replace(dtype=_DTYPE.value))
+        return _plan_flags.over(preset(_PRESET.value, config).replace(dtype=_DTYPE.value))
     try:
-        return with_flags(Plan.from_json(pathlib.Path(_PLAN.value).read_text(encoding="utf-8")))
+        return _plan_flags.over(Plan.from_json(pathlib.Path(_PLAN.value).read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as e:
         raise PlanError(f"cannot read the plan {_PLAN.value} ({e}); write one with Plan.to_json") from e
 
 
 def make_plans(config: ModelConfig) -> dict[str, Plan]:
     """Every preset that can be planned without an emulated link, with batch, type and budgets of the flags."""
-    shared = {"dtype": _DTYPE.value, **memory(), **({"batch_size": _BATCH_SIZE.value} if _BATCH_SIZE.value else {})}
-    emulated = {"overlap"} if _LINK_GBPS.value is None else set()
-    link = {} if _LINK_GBPS.value is None else {"link_bytes_per_s": _LINK_GBPS.value * 1e9}
+    link = {name: value for name, value in _plan_flags.given().items() if name == "link_bytes_per_s"}
+    rows = {"batch_size": _plan_flags.BATCH_SIZE.value} if _plan_flags.BATCH_SIZE.value else {}
+    shared = {"dtype": _DTYPE.value, **_plan_flags.budgets(), **rows}
+    emulated = set() if link else {"overlap"}
     plans = {}
     for name in PRESETS:
         plan = preset(name, config).replace(**shared)
         plan = plan if plan.expert_flow == "resident" else plan.replace(**link)
-        if plan.draft != "none" and _DRAFT_LENGTH.value is not None:
-            plan = plan.replace(draft_length=_DRAFT_LENGTH.value)
+        if plan.draft != "none" and _plan_flags.DRAFT_LENGTH.value is not None:
+            plan = plan.replace(draft_length=_plan_flags.DRAFT_LENGTH.value)
         if name not in emulated:
             plans[name] = plan
     return plans
-
-
-def memory() -> dict:
-    """Budgets of the flags, in bytes."""
-    given = {"device_memory_bytes": _DEVICE_GIB.value, "host_memory_bytes": _HOST_GIB.value}
-    return {name: int(value * GIB) for name, value in given.items() if value is not None}
-
-
-def with_flags(plan: Plan) -> Plan:
-    """The plan with the choices that are given as flags."""
-    chosen = (_DRAFT, _DRAFT_LENGTH, _DRAFT_EXPERTS, _TREE_TOP_K, _TREE_TOKENS, _BATCH_SIZE, _MICRO_BATCHES, _KV_TIER, _EXPERT_TIER)
-    chosen = (*chosen, _EXPERT_DTYPE, _PREFETCH, _PINNED_LAYERS)
-    given = {flag.name: flag.value for flag in chosen if flag.value is not None} | memory()
-    if _DRAFT_KV_GIB.value is not None:
-        given["draft_kv_bytes"] = _DRAFT_KV_GIB.value * GIB
-    if _LINK_GBPS.value is not None:
-        given["link_bytes_per_s"] = _LINK_GBPS.value * 1e9
-    if _DRAFT.value not in (None, "self", "merged"):
-        plan = plan.replace(draft_experts=None, draft_set=None, substitution=None)
-    return (plan.replace(draft_length=None) if _DRAFT.value == "none" else plan).replace(**given)
 
 
 def read_trace() -> np.ndarray | None:

@@ -10,6 +10,7 @@ import pathlib
 import sys
 
 import _common
+import _plan_flags
 from absl import flags
 
 from specmoe_jax import Completion, Engine, Model, Plan, SamplingParams, TokenEvent, load_model, metrics
@@ -18,21 +19,7 @@ from specmoe_jax.checkpoints.chat import sampling_defaults
 from specmoe_jax.checkpoints.eagle import bundled_head, head_config, head_path, load_head
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
-from specmoe_jax.config import (
-    DRAFTS,
-    DRAM_POLICIES,
-    DTYPES,
-    EXPERT_DTYPES,
-    EXPERT_FLOWS,
-    EXPERT_TIERS,
-    GATED_DRAFTS,
-    GIB,
-    KV_TIERS,
-    PREFETCHES,
-    PREFILL_ATTENTIONS,
-    PRESETS,
-    preset,
-)
+from specmoe_jax.config import DTYPES, PRESETS, preset
 from specmoe_jax.engine import jobs, planning
 from specmoe_jax.engine.job_watch import JobWatch
 from specmoe_jax.engine.journal import Journal
@@ -53,53 +40,15 @@ _OUTPUT = flags.DEFINE_string(
 )
 _PRESET = flags.DEFINE_string("preset", None, f"One of auto (default: chosen for this machine and job), {', '.join(PRESETS)}.")
 _PLAN = flags.DEFINE_string("plan", None, "A plan as JSON, instead of a preset.")
-_DRAFT = flags.DEFINE_enum("draft", None, [d for d in DRAFTS if d != "custom"], "Overrides the plan's draft.")
 _DRAFT_MODEL = flags.DEFINE_string("draft_model", None, "A checkpoint of the same vocabulary (draft=model).")
 _DRAFT_HEAD = flags.DEFINE_string("draft_head", None, "An EAGLE head (draft=eagle); default: the bundled model's own.")
-_DRAFT_LENGTH = flags.DEFINE_integer("draft_length", None, "Tokens drafted per step.")
-_TREE_TOP_K = flags.DEFINE_integer("draft_tree_top_k", None, "Branches of a drafted node (draft=eagle); default a chain.")
-_TREE_TOKENS = flags.DEFINE_integer("draft_tree_tokens", None, "Nodes of the tree to verify; draft_length is its depth.")
-_DRAFT_KV_GIB = flags.DEFINE_float(
-    "draft_kv_gib",
-    None,
-    "Accelerator memory of an EAGLE draft's cache when streaming; the rest of it is in host memory. Default: all.",
-)
-_DRAFT_EXPERTS = flags.DEFINE_integer("draft_experts", None, "Draft experts per layer: hot (draft=self) or merged (draft=merged).")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Requests that generate together.")
-_MICRO_BATCHES = flags.DEFINE_integer("micro_batches", None, "Parts of a batch in flight at once.")
-_LAYER_BUFFERS = flags.DEFINE_integer("layer_buffers", None, "Layers of experts on the accelerator when streaming; default 2.")
-_PINNED_LAYERS = flags.DEFINE_integer(
-    "pinned_layers", None, "Layers whose experts never cross again when streaming; default: what --device_memory_gib has room for."
-)
-_PREFILL_ATTENTION = flags.DEFINE_enum(
-    "prefill_attention", None, PREFILL_ATTENTIONS, "Where prompts attend when streaming; default: the accelerator if there is one."
-)
-_KV_TIER = flags.DEFINE_enum("kv_tier", None, KV_TIERS, "Where the KV cache is and attention runs.")
-_EXPERT_TIER = flags.DEFINE_enum("expert_tier", None, EXPERT_TIERS, "Where all experts are; disk needs --host_memory_gib.")
-_DRAM_POLICY = flags.DEFINE_enum("dram_policy", None, DRAM_POLICIES, "Which experts host memory caches (expert_tier=disk).")
-_BYPASS_PAGE_CACHE = flags.DEFINE_boolean("bypass_page_cache", False, "Read from the disk itself (expert_tier=disk).")
-_EXPERT_FLOW = flags.DEFINE_enum("expert_flow", None, EXPERT_FLOWS, "How experts come to the accelerator.")
-_DEVICE_GIB = flags.DEFINE_float("device_memory_gib", None, "Accelerator memory to use. Default: what the plan can use.")
-_HOST_GIB = flags.DEFINE_float("host_memory_gib", None, "Host memory to use. Default: what the machine has.")
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Compute and weight type. Default float32, where exactness holds.")
-_EXPERT_DTYPE = flags.DEFINE_enum(
-    "expert_dtype",
-    None,
-    EXPERT_DTYPES,
-    "Quantise the experts: fewer bytes on the link, other tokens (the error is printed).",
-)
-_LINK_GBPS = flags.DEFINE_float("link_gbps", None, "Emulate a link of that many GB/s (stamped on the figures).")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens per request at most.")
 _CHAT = flags.DEFINE_boolean("chat", False, "Prompts are messages of a user, put through the model's chat template (needs jinja2).")
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy. Default: what the model's generation_config asks for, else 0.")
 _TOP_K = flags.DEFINE_integer("top_k", None, "Sample among the k most likely tokens; 0 is all. Default: the model's, else 0.")
 _TOP_P = flags.DEFINE_float("top_p", None, "Sample within the smallest set of this probability mass. Default: the model's, else 1.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
-_DETERMINISTIC = flags.DEFINE_boolean(
-    "deterministic_sampling", False, "Draws depend on seed, request and position alone: same text with any plan."
-)
-_GUARD = flags.DEFINE_boolean("guard", False, "Adapt the draft length while running, down to 0 where it does not pay.")
-_PREFETCH = flags.DEFINE_enum("prefetch", None, PREFETCHES, "What is fetched on a guess while the link is idle.")
 _STOP = flags.DEFINE_multi_string("stop", [], "End a request at this text; may be repeated.")
 _IGNORE_EOS = flags.DEFINE_boolean("ignore_eos", False, "Go on after an end-of-sequence token.")
 _STREAM = flags.DEFINE_boolean("stream", False, "Print text as it is committed.")
@@ -110,6 +59,7 @@ _PROGRESS = flags.DEFINE_enum("progress", "auto", PROGRESS, "Bars on a terminal,
 _TRACE = flags.DEFINE_string(
     "trace", None, "A folder for a profile of the generation (perfetto_trace.json.gz in it; lanes.json of a streamed plan)."
 )
+flags.adopt_module_key_flags(_plan_flags)
 
 
 def main() -> None:
@@ -212,7 +162,7 @@ def read_all_prompts(folder: pathlib.Path) -> list[Prompt]:
     sampling = choose_sampling(sampling_defaults(folder))
     if sampling["temperature"] == 0 and flags.FLAGS["seed"].present:
         raise RequestError("seed has no effect at temperature 0; set a temperature or leave it out")
-    if sampling["temperature"] == 0 and _DETERMINISTIC.value:
+    if sampling["temperature"] == 0 and _plan_flags.DETERMINISTIC.value:
         raise RequestError("deterministic_sampling has no effect at temperature 0; set a temperature or leave it out")
     defaults = SamplingParams(
         max_new_tokens=_MAX_NEW_TOKENS.value, seed=_SEED.value, stop=tuple(_STOP.value), ignore_eos=_IGNORE_EOS.value, **sampling
@@ -238,12 +188,12 @@ def load(prompts: list[Prompt]) -> tuple[Model, dict, dict]:
     The weights' types and the experts' place have to be known before the model is loaded; the plan is made after it.
     """
     plan = read_plan_file() if _PLAN.value else Plan(preset="")
-    dtype, expert_dtype = _DTYPE.value or plan.dtype, _EXPERT_DTYPE.value or plan.expert_dtype
+    dtype, expert_dtype = _DTYPE.value or plan.dtype, _plan_flags.EXPERT_DTYPE.value or plan.expert_dtype
     if expert_dtype:
         options = {"dtype": dtype, "expert_dtype": expert_dtype, "prompts": prompts, "progress": _PROGRESS.value}
         model, error = jobs.load_quantised(load_model, _MODEL.value, **options)
         return model, {}, error
-    tier = _EXPERT_TIER.value or plan.expert_tier
+    tier = _plan_flags.EXPERT_TIER.value or plan.expert_tier
     return *jobs.load_that_fits(load_model, _MODEL.value, dtype=dtype, expert_tier=tier, progress=_PROGRESS.value), {}
 
 
@@ -268,15 +218,11 @@ def final_stats(engine: Engine, prompts: list[Prompt]) -> dict:
 
 def make_plan(head: jobs.ModelHead, folder: pathlib.Path, prompts: list[Prompt]) -> Plan:
     """The plan file, the preset or the planner's choice, with what is given as flags."""
-    overrides = given_choices()
+    overrides = {} if _DTYPE.value is None else {"dtype": _DTYPE.value}
     if is_auto():
-        return auto_plan(head, folder, prompts, overrides)
+        return auto_plan(head, folder, prompts, _plan_flags.given() | overrides)
     plan = read_plan_file() if _PLAN.value else preset(_PRESET.value, head.config)
-    if _DRAFT.value is not None and _DRAFT.value not in GATED_DRAFTS:  # another draft takes the old one's settings along
-        plan = plan.replace(draft_experts=None, draft_set=None, substitution=None)
-    if _DRAFT.value == "none":
-        plan = plan.replace(draft_length=None)
-    return plan.replace(**overrides)
+    return _plan_flags.over(plan, **overrides)
 
 
 def is_auto() -> bool:
@@ -289,7 +235,9 @@ def auto_plan(head: jobs.ModelHead, folder: pathlib.Path, prompts: list[Prompt],
     if _DRAFT_MODEL.value:
         raise PlanError("--draft_model leaves the planner nothing to choose; name a preset, for example --preset=on_demand")
     overrides |= {"draft": "eagle"} if _DRAFT_HEAD.value else {}
-    known = planning.know(head.config, overrides.get("dtype", "float32"), folder, job_of(head.tokenizer, prompts))
+    known = planning.know(
+        head.config, overrides.get("dtype", "float32"), folder, job_of(head.tokenizer, prompts), progress=_PROGRESS.value
+    )
     has_head = bool(_DRAFT_HEAD.value or bundled_head(_MODEL.value))
     found = planning.choose(head.config, known, requests=len(prompts), fixed=overrides, head=has_head)
     print(f"auto: {planning.as_line(found)}", file=sys.stderr)
@@ -300,41 +248,6 @@ def job_of(tokenizer: Tokenizer | None, prompts: list[Prompt]) -> planning.Job:
     """Lengths of the prompts that can be read, the first few of them."""
     texts = [prompt.model_input for prompt in prompts[:SAMPLED_PROMPTS] if prompt.error is None]
     return planning.job_of(tokenizer, texts, [prompt.params.max_new_tokens for prompt in prompts])
-
-
-def given_choices() -> dict:
-    """The fields of the plan that are given as flags."""
-    overrides = {
-        "draft": _DRAFT.value,
-        "draft_length": _DRAFT_LENGTH.value,
-        "draft_experts": _DRAFT_EXPERTS.value,
-        "draft_tree_top_k": _TREE_TOP_K.value,
-        "draft_tree_tokens": _TREE_TOKENS.value,
-        "draft_kv_bytes": _to_bytes(_DRAFT_KV_GIB.value, GIB),
-        "batch_size": _BATCH_SIZE.value,
-        "guard": _GUARD.value or None,
-        "prefetch": _PREFETCH.value,
-        "deterministic_sampling": _DETERMINISTIC.value or None,
-        "micro_batches": _MICRO_BATCHES.value,
-        "layer_buffers": _LAYER_BUFFERS.value,
-        "pinned_layers": _PINNED_LAYERS.value,
-        "prefill_attention": _PREFILL_ATTENTION.value,
-        "kv_tier": _KV_TIER.value,
-        "expert_tier": _EXPERT_TIER.value,
-        "dram_policy": _DRAM_POLICY.value,
-        "bypass_page_cache": _BYPASS_PAGE_CACHE.value or None,
-        "expert_flow": _EXPERT_FLOW.value,
-        "dtype": _DTYPE.value,
-        "expert_dtype": _EXPERT_DTYPE.value,
-        "device_memory_bytes": _to_bytes(_DEVICE_GIB.value, GIB),
-        "host_memory_bytes": _to_bytes(_HOST_GIB.value, GIB),
-        "link_bytes_per_s": _to_bytes(_LINK_GBPS.value, 1e9),
-    }
-    return {name: value for name, value in overrides.items() if value is not None}
-
-
-def _to_bytes(value: float | None, unit: float) -> float | None:
-    return None if value is None else value * unit
 
 
 def print_piece(event: TokenEvent, shown: ShownText, several: bool) -> None:

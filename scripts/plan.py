@@ -9,13 +9,14 @@ import json
 import sys
 
 import _common
+import _plan_flags
 from absl import flags
 
 from specmoe_jax import SamplingParams, load_model
 from specmoe_jax.atomic_files import check_writable, write_atomically
 from specmoe_jax.checkpoints.eagle import bundled_head, load_head
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
-from specmoe_jax.config import DTYPES, GIB
+from specmoe_jax.config import DTYPES
 from specmoe_jax.engine import planning
 from specmoe_jax.engine.calibrate import calibrate
 from specmoe_jax.engine.profiling import profile
@@ -31,13 +32,10 @@ _ACCEPTANCE = flags.DEFINE_float("acceptance", None, "Of the self-draft per toke
 _REQUESTS = flags.DEFINE_integer("requests", None, "Requests of the job; default: the prompts of --prompts, else 64.")
 _PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", None, "Tokens of a prompt; default: the mean of --prompts, else 128.")
 _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens of a request.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Requests that generate together; default: searched.")
-_DEVICE_GIB = flags.DEFINE_float("device_memory_gib", None, "Accelerator memory to use. Default: what the machine has.")
-_HOST_GIB = flags.DEFINE_float("host_memory_gib", None, "Host memory to use. Default: what the machine has.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Compute and weight type.")
-_LINK_GBPS = flags.DEFINE_float("link_gbps", None, "Plan for an emulated link of that many GB/s.")
 _FRESH = flags.DEFINE_boolean("fresh", False, "Measure machine and operators again.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where the plan goes, as JSON for generate.py --plan. Default: stdout.")
+flags.adopt_module_key_flags(_plan_flags)
 
 
 def main() -> None:
@@ -46,8 +44,8 @@ def main() -> None:
     _common.use_compile_cache()
     folder = checkpoint_path(_MODEL.value)
     config = load_config(folder)
-    hardware = probe(fresh=_FRESH.value)
-    operators = profile(config, _DTYPE.value, fresh=_FRESH.value) if config.encoder is None else None
+    hardware = probe(fresh=_FRESH.value, progress=True)
+    operators = profile(config, _DTYPE.value, fresh=_FRESH.value, progress=True) if config.encoder is None else None
     tell(f"{hardware.to_json()}\n" + (as_table(operators) if operators else "no operators were measured: the model has an encoder"))
     limits = SamplingParams(max_new_tokens=_NEW_TOKENS.value)
     prompts = [prompt.model_input for prompt in read_prompts(_PROMPTS.value, limits)] if _PROMPTS.value else []
@@ -65,7 +63,8 @@ def main() -> None:
     if _ACCEPTANCE.value is not None:
         known = known._replace(calibration=given(known.calibration, _ACCEPTANCE.value))
     requests = _REQUESTS.value or len(prompts) or planning.REQUESTS
-    chosen = planning.choose(config, known, requests=requests, fixed=given_choices(), head=head_name is not None)
+    fixed = _plan_flags.given() | {"dtype": _DTYPE.value}
+    chosen = planning.choose(config, known, requests=requests, fixed=fixed, head=head_name is not None)
     tell(f"{planning.as_line(chosen)} ({chosen.tried} plans)")
     text = chosen.best.plan.to_json() + "\n"
     if _OUTPUT.value:
@@ -77,18 +76,6 @@ def main() -> None:
 def given(calibration, rate: float):
     """With the self-draft's acceptance as it was given, whatever its experts."""
     return calibration._replace(acceptance=calibration.acceptance | {"self": Acceptance(rate)}, measured=True)
-
-
-def given_choices() -> dict:
-    """The fields of the plan that flags fix."""
-    fixed = {
-        "dtype": _DTYPE.value,
-        "batch_size": _BATCH_SIZE.value,
-        "device_memory_bytes": _DEVICE_GIB.value and _DEVICE_GIB.value * GIB,
-        "host_memory_bytes": _HOST_GIB.value and _HOST_GIB.value * GIB,
-        "link_bytes_per_s": _LINK_GBPS.value and _LINK_GBPS.value * 1e9,
-    }
-    return {name: value for name, value in fixed.items() if value is not None}
 
 
 def tell(text: str) -> None:

@@ -47,13 +47,13 @@ def job_of(tokenizer: Tokenizer | None, prompts: Sequence, limits: Sequence[int]
     return Job(prompt_tokens=round(sum(lengths) / len(lengths)), new_tokens=round(sum(limits) / len(limits)))
 
 
-def know(config: ModelConfig, dtype: str, path: pathlib.Path | None, job: Job) -> Knowledge:
-    """What was measured of this machine (the hardware now, if never before) and of this checkpoint (if ever)."""
+def know(config: ModelConfig, dtype: str, path: pathlib.Path | None, job: Job, *, progress: str | bool = False) -> Knowledge:
+    """What was measured of this machine (the hardware now, if never before, with a bar) and of this checkpoint (if ever)."""
     window = config.max_positions
     prompt = max(min(job.prompt_tokens, window - 1), 1)
     encoder = config.encoder is not None
     return Knowledge(
-        hardware=probe(),
+        hardware=probe(progress=progress),
         workload=Workload(
             prompt_tokens=1 if encoder else prompt,
             new_tokens=max(min(job.new_tokens, window - (1 if encoder else prompt)), 1),
@@ -78,6 +78,7 @@ def describe(plan: Plan) -> str:
     shown = (
         "draft",
         "draft_length",
+        "draft_tree_tokens",
         "draft_experts",
         "cached_experts",
         "prefetch",
@@ -103,7 +104,7 @@ def evaluate(config: ModelConfig, plan: Plan, known: Knowledge) -> Prediction:
             f"{own.accelerator_bytes} bytes for computation and {own.host_bytes} of experts lie in the same {memory:.0f} bytes of "
             "memory; give a smaller batch, or leave experts on disk: --expert_tier=disk"
         )
-    if known.operators is None or not _is_measured(config, plan):
+    if known.operators is None or own.draft_pages or not _is_measured(config, plan):
         return prediction
     shares = {"row_share": known.calibration.row_share, "run_share": known.calibration.run_share}
     return refine(prediction, config, plan, known.operators, workload, shared_cores=known.hardware.shared_cores, **shares)
@@ -130,9 +131,9 @@ def choose(
     def run(drafts) -> Found:
         return search(config, lambda plan: evaluate(config, plan, known), requests=requests, drafts=drafts, fixed=fixed)
 
+    measured = tuple(name for name in known.calibration.acceptance if head or not name.startswith("eagle"))
     if "draft" in fixed:
-        return run((fixed["draft"],))
-    measured = tuple(name for name in known.calibration.acceptance if name != "eagle" or head)
+        return run((fixed["draft"], *(name for name in measured if name == f"{fixed['draft']}_tree")))
     if any(fixed.get(field) for field in DRAFT_FIELDS) or fixed.get("prefetch") == "draft":
         return run(tuple(dict.fromkeys((*measured, "self", *(("eagle",) if head else ())))))
     if known.calibration.measured:
@@ -144,8 +145,8 @@ def choose(
 
 
 def _guarded(found: Found) -> Found:
-    """With the guard where the plan drafts: it adapts the length, down to none, to what the job really accepts."""
-    if found.best.plan.draft == "none":
+    """With the guard where the plan drafts a chain: it adapts the length, down to none, to what the job really accepts."""
+    if found.best.plan.draft == "none" or found.best.plan.draft_tree_top_k:
         return found
     return found._replace(best=found.best._replace(plan=found.best.plan.replace(guard=True)))
 

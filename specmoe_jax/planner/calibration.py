@@ -2,28 +2,32 @@
 
 import dataclasses
 import itertools
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 from specmoe_jax.config import ModelConfig, Plan
-from specmoe_jax.planner.measured import choosing
+from specmoe_jax.planner.case import choosing
 from specmoe_jax.planner.routing import choice_probabilities, distinct
-from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload
+from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload, chance_deviation
 
 # Where nothing was measured. self: less than what the papers report (0.913 on NLLB) and what the bundled model shows (0.8).
 ASSUMED_RATES = {"self": 0.6, "merged": 0.3, "model": 0.6, "ngram": 0.2}
 
 
 class Acceptance(NamedTuple):
-    """rate: the probability that a drafted token is accepted if those before it were. experts: N that it was measured with."""
+    """rate: the probability that a drafted token is accepted if those before it were; of a tree, one of a level's. experts: N
+    that it was measured with. unlike: of Workload."""
 
     rate: float
     experts: float | None = None
+    unlike: float = 0.0
 
 
 class Calibration(NamedTuple):
-    """acceptance: of the drafts that were measured. skew: Gini coefficient of the experts' counts.
+    """acceptance: of the drafts that were measured; eagle_tree: a head's trees (search.tree).
+    skew: Gini coefficient of the experts' counts.
 
     row_share, run_share: how much of an independent token's choice one more row makes, and one more position of a row.
     measured: on prompts of the user; else assumed.
@@ -39,14 +43,14 @@ class Calibration(NamedTuple):
         """The workload as this plan's draft meets it."""
         if plan.draft == "none":
             return dataclasses.replace(base, skew=self.skew)
-        found = self.acceptance.get(plan.draft)
+        found = (plan.draft_tree_top_k and self.acceptance.get("eagle_tree")) or self.acceptance.get(plan.draft)
         if found is None and plan.draft == "eagle":
             return dataclasses.replace(base, skew=self.skew, acceptance=EAGLE_MIXTRAL)
         found = found or Acceptance(ASSUMED_RATES.get(plan.draft, 0.5))
         rate = found.rate
         if plan.draft == "self" and found.experts:
             rate = _with_experts(found, plan, config, self.skew)
-        return dataclasses.replace(base, skew=self.skew, acceptance=rate)
+        return dataclasses.replace(base, skew=self.skew, acceptance=rate, unlike=found.unlike)
 
     def to_dict(self) -> dict:
         return self._asdict() | {"acceptance": {name: found._asdict() for name, found in self.acceptance.items()}}
@@ -96,6 +100,12 @@ def fitted_shares(config: ModelConfig, skew: float, seen: list[tuple[int, int, f
 
     steps = np.linspace(0.0, 1.0, 51).tolist()
     return min(itertools.product(steps, steps), key=error)
+
+
+def unlike_rows(steps: np.ndarray, rate: float, length: int, tokens: int) -> float:
+    """Workload.unlike: what of the relative deviation of the steps [rows] that `tokens` tokens took is not chance."""
+    seen = float(np.std(steps) / np.mean(steps))
+    return math.sqrt(max(seen**2 - chance_deviation(rate, length, tokens) ** 2, 0.0))
 
 
 def counted_skew(config: ModelConfig, counts: np.ndarray) -> float:

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from specmoe_jax.config import ModelConfig, Plan
-from specmoe_jax.layer_config import LayerConfig
+from specmoe_jax.layer_config import AttentionConfig, LayerConfig, Rope
 from specmoe_jax.models import eagle
 from specmoe_jax.models.eagle import EagleConfig
 from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
@@ -94,8 +94,9 @@ def usual_head(config: ModelConfig) -> EagleConfig:
     (16 KiB of float16 cache a token there), a dense MLP of 3.5 times its width."""
     heads = max(config.hidden_size // 128, 1)
     layer = config.layers[0]
-    attention = type(layer.attention)(
-        num_heads=heads, num_kv_heads=heads, head_dim=config.hidden_size // heads, scale=1.0, rope=layer.attention.rope
+    head_dim = config.hidden_size // heads
+    attention = AttentionConfig(
+        num_heads=heads, num_kv_heads=heads, head_dim=head_dim, scale=head_dim**-0.5, rope=Rope.plain(1e4, head_dim)
     )
     dense = LayerConfig(
         attention=attention, router=None, experts=None, norm_eps=layer.norm_eps, mlp_hidden=config.hidden_size * 7 // 2

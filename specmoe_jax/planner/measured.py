@@ -9,41 +9,16 @@ import math
 from typing import NamedTuple
 
 from specmoe_jax.config import ModelConfig, Plan
+from specmoe_jax.planner.case import Case, kept_experts, mean_pinned, pinned_slots
 from specmoe_jax.planner.estimate import Prediction
-from specmoe_jax.planner.operators import Operators
+from specmoe_jax.planner.operators import Operators, draft_work
 from specmoe_jax.planner.pipeline import UP, Task, pass_tasks, spread
 from specmoe_jax.planner.routing import choice_probabilities, distinct, missed
 from specmoe_jax.planner.simulate import naive_seconds, simulate
 from specmoe_jax.planner.workload import Workload
 
+ASLEEP_S = 2e-3  # of a layer's wait for the link, after which cores are slow to wake
 GATES_RIGHT = 0.8  # of a pass's misses, the share that the draft's gates foresee (prefetch=draft)
-
-
-class Case(NamedTuple):
-    """What a step meets. rows: that run. context: mean positions in their caches.
-
-    probabilities: [E] descending, that a token chooses an expert, the mean over layers. slots: R of the memory account, and
-    wanted_slots with which every dispatch fits at once; pinned_layers: of it too. row_share, run_share: how much of an
-    independent token's choice one more row makes, and one more position of the same row.
-    """
-
-    rows: float
-    context: float
-    probabilities: tuple[float, ...]
-    slots: int
-    wanted_slots: int
-    pinned_layers: int = 0
-    row_share: float = 1.0
-    run_share: float = 1.0
-
-    def choosing(self, new: int) -> float:
-        """Tokens of a pass of `new` positions, as many as if they chose independently."""
-        return choosing(self.rows, new, self.row_share, self.run_share)
-
-
-def choosing(rows: float, new: float, row_share: float, run_share: float) -> float:
-    """Tokens that choose independently and need as many different experts as `rows` rows of `new` positions."""
-    return (1 + row_share * (rows - 1)) * (1 + run_share * (new - 1))
 
 
 class StepTimes(NamedTuple):
@@ -81,6 +56,8 @@ def step_times(config: ModelConfig, plan: Plan, operators: Operators, case: Case
     flow = {"resident": _resident, "on_demand": _on_demand, "stream": functools.partial(_stream, shared_cores=shared_cores)}
     passed = flow[plan.expert_flow](config, plan, operators, case, drafted_s)
     after_s = operators.seconds("head", tokens=case.rows * plan.tokens_per_pass)
+    if plan.draft_tree_top_k:
+        after_s += operators.seconds("tree_path", tokens=case.rows * plan.tokens_per_pass)
     other_s = operators.seconds("step", rows=case.rows)
     return StepTimes(
         draft_s=drafted_s,
@@ -94,38 +71,50 @@ def step_times(config: ModelConfig, plan: Plan, operators: Operators, case: Case
 
 
 def draft_seconds(config: ModelConfig, plan: Plan, operators: Operators, case: Case) -> float:
-    """`draft_length` tokens of every row, one after the other."""
+    """`draft_length` tokens of every row, one after the other; of a tree its levels."""
     length, rows = plan.draft_length or 0, case.rows
     if plan.draft in ("none", "custom") or not length:
         return 0.0
     if plan.draft == "ngram":
-        return operators.seconds("lookup", rows=rows)
+        return operators.seconds("lookup", rows=rows, read=rows * case.context)
+    width = rows * (plan.draft_tree_top_k or 1)
+    if plan.draft_tree_top_k:
+        return operators.seconds("eagle_tree_draft", **draft_work(layers=1, length=length, rows=width, context=case.context))
     choice_s = operators.seconds("draft_head", rows=rows)
-    if plan.draft == "eagle":  # a dense layer, and one more look at what was committed
-        layer_s = operators.seconds("attention", **_work(rows, 1, case.context))
-        return length * (layer_s + choice_s) + operators.seconds("attention", **_work(rows, plan.tokens_per_pass, case.context))
-    blocks = min(_mean_pinned(plan), distinct(case.probabilities, rows))
-    layers_s = _layers_seconds(config, operators, rows, 1, case.context, blocks)
-    return length * (layers_s + choice_s + operators.seconds("drafted_token", rows=rows, read=rows * case.context))
+    if plan.draft == "eagle":
+        work = draft_work(layers=1, length=length, rows=rows, context=case.context)
+        return length * choice_s + operators.seconds("eagle_draft", **work)
+    work = draft_work(
+        layers=config.num_moe_layers,
+        length=length,
+        rows=rows,
+        context=case.context,
+        blocks=min(mean_pinned(plan), distinct(case.probabilities, rows)),
+        ahead=plan.prefetch == "draft",
+        waited=_waited(config, plan, operators, case),
+    )
+    dense_s = (config.num_layers - config.num_moe_layers) * operators.seconds("attention", **_work(rows, 1, case.context))
+    return length * (choice_s + dense_s) + operators.seconds("self_draft", **work)
+
+
+def _waited(config: ModelConfig, plan: Plan, operators: Operators, case: Case) -> float:
+    """Whether the pass before waited for the link so long that the cores went to sleep; between 0 and 1 where it is not clear."""
+    if not plan.link_bytes_per_s or plan.expert_flow != "on_demand":
+        return 0.0
+    misses = missed(case.probabilities, case.choosing(plan.tokens_per_pass), kept_experts(config, plan, case))
+    return min(misses * operators.expert_bytes / plan.link_bytes_per_s / ASLEEP_S, 1.0)
 
 
 def _work(rows: float, new: float, context: float) -> dict[str, float]:
     return {"rows": rows, "tokens": rows * new, "read": rows * context, "scores": rows * new * context}
 
 
-def _layers_seconds(config: ModelConfig, operators: Operators, rows: float, new: float, context: float, blocks: float) -> float:
-    """All layers, with their experts at hand."""
-    work = _work(rows, new, context)
-    dense = config.num_layers - config.num_moe_layers
-    return config.num_moe_layers * operators.seconds("layer", blocks=blocks, **work) + dense * operators.seconds(
-        "attention", **work
-    )
-
-
 def _resident(config: ModelConfig, plan: Plan, operators: Operators, case: Case, drafted_s: float) -> _Pass:
     new = plan.tokens_per_pass
     blocks = distinct(case.probabilities, case.choosing(new))
-    seconds = _layers_seconds(config, operators, case.rows, new, case.context, blocks)
+    work = _work(case.rows, new, case.context)
+    seconds = config.num_moe_layers * operators.seconds("resident_layer", blocks=blocks, **work)
+    seconds += (config.num_layers - config.num_moe_layers) * operators.seconds("attention", **work)
     return _Pass(verify_s=seconds, naive_s=drafted_s + seconds, link_s=0.0, misses=0.0)
 
 
@@ -136,36 +125,19 @@ def _on_demand(config: ModelConfig, plan: Plan, operators: Operators, case: Case
     tokens = case.choosing(new)
     used, misses = distinct(case.probabilities, tokens), missed(case.probabilities, tokens, kept_experts(config, plan, case))
     expert_s = operators.expert_bytes / plan.link_bytes_per_s if plan.link_bytes_per_s else 0.0
-    ahead = min(GATES_RIGHT * misses, drafted_s / expert_s / layers) if plan.prefetch == "draft" and expert_s else 0.0
+    ahead = 0.0  # of a layer's misses, those that arrive while drafting, in slots that no dispatch needs
+    if plan.prefetch == "draft" and expert_s:
+        spare = max(case.slots - case.wanted_slots, 0)
+        ahead = min(GATES_RIGHT * misses, drafted_s / expert_s / layers, spare / layers)
     copied = misses - ahead
-    waves = max(1, math.ceil(used / max(case.slots - _pinned(config, plan), 1))) if case.slots < case.wanted_slots else 1
-    without_s = operators.seconds("on_demand_layer", blocks=used, misses=0, **work)
-    with_s = operators.seconds("on_demand_layer", blocks=used, misses=copied, **work)
+    waves = max(1, math.ceil(used / max(case.slots - pinned_slots(config, plan), 1))) if case.slots < case.wanted_slots else 0
+    without_s = operators.seconds("on_demand_layer", blocks=used, misses=0, waves=waves, **work)
+    with_s = operators.seconds("on_demand_layer", blocks=used, misses=copied, waves=waves, **work)
     link_s = misses * expert_s if expert_s else with_s - without_s
-    waves_s = (waves - 1) * (operators.costs["experts"].constant + operators.costs["migrate"].constant)
-    layer_s = max(with_s, without_s + copied * expert_s) + waves_s
-    naive_s = max(without_s + waves_s, link_s)
+    layer_s = max(with_s, without_s + copied * expert_s)
+    naive_s = max(without_s, link_s)
     dense_s = (config.num_layers - layers) * operators.seconds("attention", **work)
     return _Pass(layers * layer_s + dense_s, drafted_s + layers * naive_s + dense_s, layers * link_s, layers * misses)
-
-
-def kept_experts(config: ModelConfig, plan: Plan, case: Case) -> float:
-    """Experts of a layer that a pass finds on the accelerator: pinned, and with `retain` what free slots still hold."""
-    pinned = _mean_pinned(plan) if plan.draft != "merged" else 0.0
-    if not plan.retain:
-        return min(pinned, config.num_experts)
-    free = case.slots - _pinned(config, plan) - distinct(case.probabilities, case.choosing(plan.tokens_per_pass))
-    return min(pinned + max(free, 0) / config.num_moe_layers, config.num_experts)
-
-
-def _mean_pinned(plan: Plan) -> float:
-    """Experts of a layer that the plan keeps (draft=self, cached_experts) or drafts with (draft=merged)."""
-    value = plan.draft_experts or plan.cached_experts or 0
-    return sum(value) / len(value) if isinstance(value, tuple) else value
-
-
-def _pinned(config: ModelConfig, plan: Plan) -> float:
-    return 0 if plan.draft == "merged" else _mean_pinned(plan) * config.num_moe_layers
 
 
 def _stream(config: ModelConfig, plan: Plan, operators: Operators, case: Case, drafted_s: float, *, shared_cores: bool) -> _Pass:
@@ -189,12 +161,19 @@ def _stream(config: ModelConfig, plan: Plan, operators: Operators, case: Case, d
         "stream": stream_s,
     }
     computed_s = sum(second for kind, second in seconds.items() if kind != "stream")
-    seconds["other2"] += max(operators.seconds("streamed_layer", **work) - computed_s, 0.0)  # waiting for the workers
+    without = 1.0  # of a pinned layer's time
+    if shared_cores:  # nothing overlaps: the micro-batches together take what they were seen to take, with the layer's copies
+        layer_s = operators.seconds("streamed_layer", items=items, **{name: items * amount for name, amount in work.items()})
+        seconds |= {kind: second * layer_s / items / computed_s for kind, second in seconds.items() if kind != "stream"}
+        without = max(1 - operators.seconds("stream", blocks=experts) / layer_s, 0.5)
+    else:
+        layer_s = operators.seconds("streamed_layer", items=1, **work)
+        seconds["other2"] += max(layer_s - computed_s, 0.0)  # waiting for the workers
     pinned = spread(config.moe_layers, case.pinned_layers)
     tasks = _tasks(tuple(index is not None for index in config.moe_index), items, buffers=plan.layer_buffers, pinned=pinned)
 
     def of(task: Task) -> float:
-        return seconds[task.kind]
+        return seconds[task.kind] * (without if task.layer in pinned else 1.0)
 
     done = simulate(tasks, of, draft_s=drafted_s, shared_cores=shared_cores)
     naive_s = naive_seconds(tasks, of, draft_s=drafted_s, shared_cores=shared_cores)

@@ -1,7 +1,8 @@
 """What the engine's operators cost on this machine: linear models of measured times, and their errors. Pure.
 
 SpecMoEOff 5.3, step 2: "micro-benchmarks -> linear models". Each operator's seconds are a constant and non-negative
-coefficients times its work, fitted so that relative errors count alike for the small and the large.
+coefficients times its work, fitted so that relative errors count alike for the small and the large. Programs of a few tokens are no
+line (libraries change their kernels with the shape), so what the line misses is interpolated between the measured sizes (ours).
 """
 
 from collections.abc import Sequence
@@ -12,37 +13,62 @@ from scipy.optimize import nnls
 
 # operator -> what its time is linear in, beside a constant.
 #   tokens: positions of the pass, B * T. read: positions of the cache that it reads, B * l. scores: B * T * l.
-#   blocks: different experts computed. choices: tokens * A. misses: experts copied. rows: B.
+#   blocks: different experts computed. choices: tokens * A. misses: experts copied. rows: B. waves: of a layer whose dispatch may
+#   not fit at once, 0 where it always does (another program).
 WORK = {
+    # Alone, warm.
     "attention": ("tokens", "read", "scores"),  # norm, projections, attention, router; with the routing on the host
     "pre_attention": ("tokens",),
     "attend_paged": ("tokens", "read", "scores"),
     "post_attention": ("tokens",),
     "experts": ("choices", "blocks"),
-    "migrate": ("misses",),  # a layer's plan on the host and its copies, beyond its experts
-    "layer": ("tokens", "read", "scores", "blocks"),  # in one program, one after the other without waiting
     "head": ("tokens",),  # logits, acceptance, and their way to the host
     "draft_head": ("rows",),  # embedding, logits and choice of one drafted token
-    "lookup": ("rows",),  # prompt lookup of every row
     "stream": ("blocks",),  # a layer's experts into its buffer
-    "step": ("rows",),  # what a step takes beside its operators
-    # Whole layers inside real steps of the engine, with what the host and the workers do between the operators.
-    "on_demand_layer": ("tokens", "read", "blocks", "misses"),
-    "streamed_layer": ("tokens", "read"),  # of one work item
-    "drafted_token": ("rows", "read"),  # of the self-draft, beside its layers and its head
+    # Inside real steps of the engine, with what the host and the workers do between the operators.
+    "step": ("rows",),  # what a step takes beside draft, layers and head
+    "resident_layer": ("tokens", "read", "scores", "blocks"),
+    "on_demand_layer": ("tokens", "read", "blocks", "misses", "waves"),
+    "streamed_layer": ("items", "tokens", "read"),  # of all `items` micro-batches
+    "tree_path": ("tokens",),  # what a pass over trees takes beside that: the accepted path, its rows brought together
+    # Drafts beside their draft_heads (a tree: with them). calls: drafted tokens of a row (a tree: levels) times layers; call_rows,
+    # call_read: times rows (a tree: and its branches), times the cached positions. waited: 1 after a pass that slept at the link.
+    "lookup": ("rows", "read"),  # prompt lookup of every row
+    "self_draft": ("waited", "rows", "calls", "call_rows", "call_read", "call_blocks", "prefetches", "prefetched_rows"),
+    "eagle_draft": ("rows", "calls", "call_rows", "call_read"),
+    "eagle_tree_draft": ("rows", "calls", "call_rows"),
+}
+# The work between whose measured values the ratio of measured to linear is interpolated, by its logarithm.
+SIZE = dict.fromkeys(WORK, "tokens") | {
+    "experts": "choices",
+    "stream": "blocks",
+    **dict.fromkeys(("draft_head", "step", "lookup", "self_draft", "eagle_draft", "eagle_tree_draft"), "rows"),
 }
 
 
 class LinearCost(NamedTuple):
-    """seconds = constant + sum(coefficients * work). error: median relative error, each shape predicted without itself."""
+    """seconds = (constant + sum(coefficients * work)) * ratio at its size. error: median relative error, each shape predicted
+    without itself. size: the work that the ratios belong to, none without ratios. ratios: (value, measured / linear), ascending.
+    """
 
     work: tuple[str, ...]
     constant: float
     coefficients: tuple[float, ...]
     error: float
+    size: str | None = None
+    ratios: tuple[tuple[float, float], ...] = ()
 
     def __call__(self, **work: float) -> float:
+        return self.linear(work) * self._ratio(work)
+
+    def linear(self, work: dict[str, float]) -> float:
         return self.constant + sum(c * work[name] for c, name in zip(self.coefficients, self.work, strict=True))
+
+    def _ratio(self, work: dict[str, float]) -> float:
+        if not self.ratios:
+            return 1.0
+        values, ratios = zip(*self.ratios, strict=True)
+        return float(np.interp(np.log(max(work[self.size], values[0])), np.log(values), ratios))
 
 
 class Sample(NamedTuple):
@@ -74,22 +100,56 @@ class Operators(NamedTuple):
     def from_dict(raw: dict) -> "Operators | None":
         """What `to_dict` gave; None for anything else."""
         try:
-            costs = {
-                name: LinearCost(tuple(c["work"]), float(c["constant"]), tuple(map(float, c["coefficients"])), float(c["error"]))
-                for name, c in raw["costs"].items()
-            }
+            costs = {name: _cost_of(c) for name, c in raw["costs"].items()}
             found = Operators(costs=costs, expert_bytes=int(raw["expert_bytes"]), spread=float(raw["spread"]))
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
         return found if set(costs) == set(WORK) and all(costs[name].work == WORK[name] for name in WORK) else None
 
 
+def draft_work(
+    *, layers: float, length: float, rows: float, context: float, blocks: float = 0.0, ahead: bool = False, waited: float = 0.0
+) -> dict[str, float]:
+    """The work of a draft of `length` tokens through `layers` layers. blocks: experts of a layer that it computes. ahead: with
+    prefetch=draft. waited: see WORK."""
+    calls = layers * length
+    return {
+        "waited": waited,
+        "rows": rows,
+        "calls": calls,
+        "call_rows": calls * rows,
+        "call_read": calls * rows * context,
+        "call_blocks": calls * blocks,
+        "prefetches": calls * ahead,
+        "prefetched_rows": calls * rows * ahead,
+    }
+
+
+def _cost_of(raw: dict) -> LinearCost:
+    return LinearCost(
+        work=tuple(raw["work"]),
+        constant=float(raw["constant"]),
+        coefficients=tuple(map(float, raw["coefficients"])),
+        error=float(raw["error"]),
+        size=raw["size"],
+        ratios=tuple((float(value), float(ratio)) for value, ratio in raw["ratios"]),
+    )
+
+
 def fit(operator: str, samples: Sequence[Sample]) -> LinearCost:
-    """Least squares of the relative errors, no coefficient below 0."""
-    work = WORK[operator]
+    """Least squares of the relative errors, no coefficient below 0, then the ratios at the sizes that were measured."""
+    found = _fitted(operator, samples)
+    return found._replace(error=_left_out_error(operator, samples, found))
+
+
+def _fitted(operator: str, samples: Sequence[Sample]) -> LinearCost:
+    work, size = WORK[operator], SIZE[operator]
     constant, *coefficients = _solve(work, samples)
-    fitted = LinearCost(work=work, constant=constant, coefficients=tuple(coefficients), error=0.0)
-    return fitted._replace(error=_left_out_error(work, samples, fitted))
+    line = LinearCost(work=work, constant=constant, coefficients=tuple(coefficients), error=0.0)
+    logs: dict[float, list[float]] = {}
+    for sample in samples:
+        logs.setdefault(sample.work[size], []).append(np.log(sample.seconds / line.linear(sample.work)))
+    return line._replace(size=size, ratios=tuple((value, float(np.exp(np.mean(logs[value])))) for value in sorted(logs)))
 
 
 def _solve(work: tuple[str, ...], samples: Sequence[Sample]) -> list[float]:
@@ -100,17 +160,13 @@ def _solve(work: tuple[str, ...], samples: Sequence[Sample]) -> list[float]:
     return (solution / scale).tolist()
 
 
-def _left_out_error(work: tuple[str, ...], samples: Sequence[Sample], fitted: LinearCost) -> float:
+def _left_out_error(operator: str, samples: Sequence[Sample], fitted: LinearCost) -> float:
     """Where there are too few samples to leave one out, the error of the fit itself."""
     errors = []
     for i, sample in enumerate(samples):
         rest = [*samples[:i], *samples[i + 1 :]]
-        if len(rest) > len(work) + 1:
-            constant, *coefficients = _solve(work, rest)
-            guess = LinearCost(work, constant, tuple(coefficients), 0.0)(**sample.work)
-        else:
-            guess = fitted(**sample.work)
-        errors.append(abs(guess / sample.seconds - 1))
+        guess = _fitted(operator, rest) if len(rest) > len(WORK[operator]) + 1 else fitted
+        errors.append(abs(guess(**sample.work) / sample.seconds - 1))
     return float(np.median(errors))
 
 

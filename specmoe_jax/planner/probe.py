@@ -20,6 +20,7 @@ import numpy as np
 from specmoe_jax.cache_files import cache_folder, machine_key, read_cached, write_cached
 from specmoe_jax.errors import PlanError
 from specmoe_jax.planner.hardware import Hardware
+from specmoe_jax.progress import bar
 
 COPIED_BYTES = 1 << 26  # long against a copy's start, short against a second on any link
 READ_BYTES = 1 << 27  # beyond the caches of any CPU but the largest servers'
@@ -36,13 +37,13 @@ class Measured(NamedTuple):
     spread: float
 
 
-def probe(*, fresh: bool = False) -> Hardware:
-    """This machine, measured now or by an earlier run. fresh: measure again."""
+def probe(*, fresh: bool = False, progress: str | bool = False) -> Hardware:
+    """This machine, measured now or by an earlier run. fresh: measure again. progress: a bar while measuring (progress.bar)."""
     device = jax.devices()[0]
     key = machine_key("hardware", 1, jax.__version__, device.device_kind)
     found = None if fresh else _read(key)
     if found is None:
-        found = _measure(device)
+        found = _measure(device, progress)
         write_cached("hardware", key, {"hardware": found.to_json()})
     return found.replace(host_memory_bytes=_host_memory(), accelerator_memory_bytes=_accelerator_memory(device))
 
@@ -53,16 +54,24 @@ def _read(key: str) -> Hardware | None:
     return None
 
 
-def _measure(device: jax.Device) -> Hardware:
+def _measure(device: jax.Device, progress: str | bool) -> Hardware:
     cpu, on_cpu = jax.local_devices(backend="cpu")[0], device.platform == "cpu"
-    up, down = _copy(device)
-    own, host = (_peaks(device), None) if on_cpu else (_peaks(device), _peaks(cpu))
-    host = host or own
-    dram, memory = _read_rate(cpu), _read_rate(cpu if on_cpu else device)
-    task, sync = _dispatch(device)
-    tiny = np.zeros(8, np.float32)
-    copy = median(lambda: [jax.device_put(tiny, device) for _ in range(CHAIN)], device=True)
-    disk = _disk()
+    with bar("probe", 7 if on_cpu else 9, "rate", mode=progress, leave=False) as shown:
+
+        def done(measure: Callable, *args):
+            found = measure(*args)
+            shown.update()
+            return found
+
+        up, down = done(_copy, device)
+        own = done(_peaks, device)
+        host = own if on_cpu else done(_peaks, cpu)
+        dram = done(_read_rate, cpu)
+        memory = dram if on_cpu else done(_read_rate, device)
+        task, sync = done(_dispatch, device)
+        copy = done(_small_copies, device)
+        disk = done(_disk)
+        overlap = done(_overlap, device, up.seconds)
     return Hardware(
         name=f"{device.device_kind}, measured",
         up_bytes_per_s=COPIED_BYTES / up.seconds,
@@ -81,7 +90,7 @@ def _measure(device: jax.Device) -> Hardware:
         copy_s=copy.seconds / CHAIN,
         step_s=5 * sync.seconds,  # acceptance, requests, bookkeeping: what a step of the engine takes is in its operators
         shared_cores=on_cpu,
-        overlap=_overlap(device, up.seconds),
+        overlap=overlap,
         measured=True,
         spreads=(
             ("up_bytes_per_s", up.spread),
@@ -181,6 +190,12 @@ def _dispatch(device: jax.Device) -> tuple[Measured, Measured]:
 
     many, one = median(chain, device=True), median(lambda: np.asarray(_increment(small)))
     return Measured(many.seconds / CHAIN, many.spread), one
+
+
+def _small_copies(device: jax.Device) -> Measured:
+    """Of CHAIN tiny ones."""
+    tiny = np.zeros(8, np.float32)
+    return median(lambda: [jax.device_put(tiny, device) for _ in range(CHAIN)], device=True)
 
 
 def _disk() -> Measured:

@@ -15,16 +15,19 @@ from specmoe_jax.errors import PlanError
 from specmoe_jax.planner.estimate import Prediction
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10)
+TREE_DEPTHS, TREE_TOP_K, TREE_NODES = (2, 3, 4, 6), 4, 2  # of drafted trees: depths, branches of a node, nodes kept a level
 MICRO_BATCHES = (1, 2, 4)
 LARGEST_BATCH = 1024
 WORTH_OF_A_DRAFT = 1.15  # acceptance differs from prompt to prompt
+EQUAL = 1.01  # closer predictions are one: then the smaller value is taken, shorter drafts and fewer pinned experts (with
+# `retain`, what was used last is found again more often than what is used most: 1.06 and 1.16 at equal predictions)
 WORTH = 1.03  # what one more moving part must give: predictions are not closer to the truth than that
 
 
 class Choice(NamedTuple):
     plan: Plan
     prediction: Prediction
-    tokens_per_s: float  # of the job: a last batch that is not full counts
+    tokens_per_s: float  # of the job: a last batch that is not full counts, and rows that end before others
 
 
 class Found(NamedTuple):
@@ -49,8 +52,9 @@ def search(
 ) -> Found:
     """The fastest plan. evaluate: plan -> its prediction, raising PlanError for what does not fit or hold.
 
-    drafts: kinds to consider, those whose acceptance is known or that are asked for. fixed: fields of the plan that are given; a
-    plan that contradicts them is not considered. Raises PlanError if no plan is left, with the reason of the last one.
+    drafts: kinds to consider (the plan's, and eagle_tree), those whose acceptance is known or that are asked for. fixed: fields
+    of the plan that are given; a plan that contradicts them is not considered. Raises PlanError if no plan is left, with the
+    reason of the last one.
     """
     fixed = fixed or {}
     scan = _Scan(config, evaluate, requests, fixed)
@@ -76,8 +80,16 @@ def _preference(choice: Choice) -> float:
     return choice.tokens_per_s / drafts / (WORTH if choice.plan.expert_flow != "resident" else 1.0)
 
 
+def tree(depth: int) -> dict:
+    """The fields of a plan that drafts a tree of this depth."""
+    return {"draft_length": depth, "draft_tree_top_k": TREE_TOP_K, "draft_tree_tokens": TREE_NODES * depth}
+
+
 class _Start(NamedTuple):
-    """A family of plans: its first one, and the choices that are scanned in turn; each is (field, values in order)."""
+    """A family of plans: its first one, and the choices that are scanned in turn; each is (field, values in order).
+
+    A value that changes several fields at once is a dict.
+    """
 
     plan: Plan
     axes: tuple[tuple[str, tuple], ...]
@@ -100,8 +112,16 @@ def _starts(config: ModelConfig, drafts: Sequence[str]) -> Iterator[_Start]:
             first = preset("specmoe", config).replace(draft=draft)
             yield _Start(first, (("draft_experts", experts), lengths, ("retain", (False, True)), ("prefetch", ("none", "draft"))))
         elif draft not in GATED_DRAFTS:
-            renamed = {"preset": "specmoeoff"} if (name, draft) == ("stream", "eagle") else {}
-            yield _Start(start.plan.replace(draft=draft, draft_length=LENGTHS[0], **renamed), (lengths, *start.axes))
+            trees = draft == "eagle_tree"
+            kind = "eagle" if trees else draft
+            renamed = {"preset": "specmoeoff"} if (name, kind) == ("stream", "eagle") else {}
+            axis = ("draft_length", tuple(map(tree, TREE_DEPTHS))) if trees else lengths
+            first = start.plan.replace(draft=kind, **_changes("draft_length", axis[1][0]), **renamed)
+            yield _Start(first, (axis, *start.axes))
+
+
+def _changes(field: str, value) -> dict:
+    return value if isinstance(value, dict) else {field: value}
 
 
 def _halves(count: int) -> tuple[int, ...]:
@@ -145,18 +165,21 @@ class _Scan:
 
     def _first(self, start: _Start, plan: Plan) -> Choice | None:
         """The start as it is, or with the smallest values where that does not fit."""
-        smallest = {field: values[0] for field, values in start.axes if field not in self._fixed}
+        smallest = {k: v for field, values in start.axes if field not in self._fixed for k, v in _changes(field, values[0]).items()}
         return self._score(plan) or self._score(plan.replace(**smallest))
 
     def _scan_values(self, best: Choice, field: str, values: tuple) -> Choice:
         """All values, but no further once two in a row were worse than what was found."""
         worse = 0
-        for value in values:
-            choice = self._score(best.plan.replace(**{field: value}))
-            if choice and choice.tokens_per_s > best.tokens_per_s * (1.0 if field not in ("retain", "prefetch") else WORTH):
+        for place, value in enumerate(values):
+            choice = self._score(best.plan.replace(**_changes(field, value)))
+            tried = [_changes(field, earlier)[field] for earlier in values[:place]]
+            smaller = getattr(best.plan, field) in [_changes(field, later)[field] for later in values[place + 1 :]]
+            gain = WORTH if field in ("retain", "prefetch") else 1 / EQUAL if smaller else EQUAL
+            if choice and choice.tokens_per_s > best.tokens_per_s * gain:
                 best, worse = choice, 0
             elif choice is None or (worse := worse + 1) == 2:
-                if choice is None or getattr(best.plan, field) in values[: values.index(value)]:
+                if choice is None or getattr(best.plan, field) in tried:
                     break
         return best
 
@@ -169,9 +192,10 @@ class _Scan:
         except PlanError as e:
             self.refusal = str(e)
             return None
-        if plan.expert_flow == "stream":  # rows are filled from the queue
-            full = min(self._requests / prediction.rows, 1.0)
+        if plan.expert_flow == "stream":  # rows are filled from the queue, so only the last ones end alone
+            rounds = self._requests / prediction.rows
+            full = rounds / (max(rounds, 1.0) - 1 + prediction.stragglers)
         else:
             batches = -(-self._requests // prediction.rows)
-            full = self._requests / (batches * prediction.rows)
+            full = self._requests / (batches * prediction.rows) / prediction.stragglers
         return Choice(plan, prediction, prediction.tokens_per_s * full)

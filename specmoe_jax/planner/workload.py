@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import statistics
 
 from specmoe_jax.config import ModelConfig, Plan
 from specmoe_jax.errors import PlanError
@@ -29,7 +30,8 @@ class Workload:
 
     acceptance: the probability that a drafted token is accepted if those before it were, or pairs (draft length, mean accepted
     tokens), interpolated. skew: Gini coefficient of the expert counts, see planner.routing. head: of draft=eagle, None for the
-    usual one. draft_model: of draft=model. source_tokens: what an encoder reads.
+    usual one. draft_model: of draft=model. source_tokens: what an encoder reads. unlike:
+    relative deviation between rows of the steps that they need, because the draft guesses some texts better than others.
     Raises PlanError for what is no workload.
     """
 
@@ -40,6 +42,7 @@ class Workload:
     head: EagleConfig | None = None
     draft_model: ModelConfig | None = None
     source_tokens: int = 0
+    unlike: float = 0.0
 
     def __post_init__(self):
         if self.prompt_tokens < 1 or self.new_tokens < 1:
@@ -65,6 +68,18 @@ class Workload:
         nodes = plan.draft_tree_tokens if isinstance(self.acceptance, tuple) else None
         return self.tokens_per_step(nodes or plan.draft_length or 0)
 
+    def stragglers(self, plan: Plan, rows: float) -> float:
+        """Steps until the last of `rows` rows that begin together has its tokens, over those of a mean row.
+
+        What a row gets of a step is taken to be independent of the step before, its sum as normal, and rows to differ by `unlike`.
+        """
+        length, mean = plan.draft_length or 0, self.tokens_of(plan)
+        if not length or mean <= 1:
+            return 1.0
+        rate = acceptance_rate(mean - 1, length) if isinstance(self.acceptance, tuple) else self.acceptance
+        deviation = math.hypot(chance_deviation(rate, length, self.new_tokens), self.unlike)
+        return max(1 + deviation * statistics.NormalDist().inv_cdf(0.5 ** (1 / max(rows, 1))), 1.0)
+
     def accepted(self, draft_length: int) -> float:
         """Mean accepted tokens of so many drafted."""
         if not isinstance(self.acceptance, tuple):
@@ -74,3 +89,20 @@ class Workload:
             if low <= draft_length <= high:
                 return below + (above - below) * (draft_length - low) / (high - low)
         return points[-1][1]
+
+
+def chance_deviation(rate: float, length: int, tokens: float) -> float:
+    """Relative deviation of the steps that so many tokens take, by chance alone."""
+    chances = [rate**j * (1 - rate) for j in range(length)] + [rate**length]
+    mean = sum(chance * (1 + j) for j, chance in enumerate(chances))
+    variance = sum(chance * (1 + j - mean) ** 2 for j, chance in enumerate(chances))
+    return math.sqrt(variance / (tokens * mean))
+
+
+def acceptance_rate(accepted: float, length: int) -> float:
+    """The conditional acceptance that gives so many accepted tokens of `length` (Leviathan et al. 2023, Eq. 1, solved)."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(middle**j for j in range(1, length + 1)) < accepted else (low, middle)
+    return low

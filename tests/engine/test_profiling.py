@@ -5,10 +5,12 @@ import math
 import pytest
 
 import specmoe_jax as sm
-from specmoe_jax.engine import calibrate, profiling
+from specmoe_jax.engine import calibrate, operator_bench, profiling, step_bench
 from specmoe_jax.engine.floor import floor_figures, predicted_figures
 from specmoe_jax.engine.planning import Knowledge, evaluate, job_of
 from specmoe_jax.metrics import Totals
+from specmoe_jax.models.eagle import random_head
+from specmoe_jax.planner.drafts import usual_head
 from specmoe_jax.planner.machines import machine
 from specmoe_jax.planner.operators import WORK
 from specmoe_jax.planner.workload import Workload
@@ -21,10 +23,11 @@ KNOWN = Knowledge(hardware=machine("a30").replace(shared_cores=True), workload=W
 def test_every_operator_is_measured_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(profiling, "SHAPES", ((1, 1), (2, 1), (2, 3), (4, 2)))
-    monkeypatch.setattr(profiling, "ROWS", (1, 4))
-    monkeypatch.setattr(profiling, "STEP_ROWS", (1, 2))
-    monkeypatch.setattr(profiling, "STEPS", 3)
-    monkeypatch.setattr(profiling, "BUDGET_S", 0.0)
+    monkeypatch.setattr(step_bench, "ROWS", (1, 2))
+    monkeypatch.setattr(step_bench, "ROUNDS", 1)
+    monkeypatch.setattr(step_bench, "STEPS", 3)
+    monkeypatch.setattr(step_bench, "LAYER_ON_LINK_S", 1e-4)
+    monkeypatch.setattr(operator_bench, "BUDGET_S", 0.0)
     assert profiling.cached_profile(TINY, "float32") is None
     found = profiling.profile(TINY)
     assert set(found.costs) == set(WORK) and found.expert_bytes == tiny().expert_bytes
@@ -32,6 +35,14 @@ def test_every_operator_is_measured_once(monkeypatch, tmp_path):
         assert cost.constant >= 0 and min(cost.coefficients) >= 0 and math.isfinite(cost.error)
     assert profiling.cached_profile(TINY, "float32") == found == profiling.profile(TINY)
     assert profiling.cached_profile(TINY, "bfloat16") is None
+
+
+def test_a_heads_chains_and_trees_are_calibrated(monkeypatch):
+    monkeypatch.setattr(calibrate, "NEW_TOKENS", 5)
+    head = random_head(usual_head(TINY), tiny())
+    found = calibrate.calibrate(tiny(), ["Call me", "a"], PARAMS, head=head)
+    assert set(found.acceptance) == {"self", "ngram", "eagle", "eagle_tree"}
+    assert all(0 <= known.rate <= 1 for known in found.acceptance.values())
 
 
 def test_calibration_is_kept_for_a_checkpoint(monkeypatch, tmp_path):

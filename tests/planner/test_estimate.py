@@ -2,10 +2,11 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 import specmoe_jax as sm
-from specmoe_jax.config import PRESETS
+from specmoe_jax.config import PRESETS, Plan
 from specmoe_jax.errors import PlanError
 from specmoe_jax.models.families import parse_config
 from specmoe_jax.planner.estimate import needed, predict
@@ -122,3 +123,22 @@ def _roomy(hardware):
 def test_the_package_of_the_plan_is_validated():
     with pytest.raises(PlanError, match="draft_length"):
         predict(MIXTRAL, sm.PRESETS["on_demand"](MIXTRAL).replace(draft="ngram"), LARGE, Workload())
+
+
+@pytest.mark.parametrize("rate, length, rows", [(0.7, 4, 1), (0.7, 4, 16), (0.3, 2, 64), (0.9, 6, 8), (1.0, 4, 8), (0.0, 4, 8)])
+def test_the_last_row_ends_later_than_the_mean_one(rate, length, rows):
+    """Against drawn runs of 64 tokens a row."""
+    rng, wanted, jobs = np.random.default_rng(0), 64, 400
+    runs = (rng.random((jobs, rows, wanted, length)) < rate).cumprod(axis=3).sum(axis=3) + 1  # tokens of each step
+    ends = (runs.cumsum(axis=2) < wanted).sum(axis=2) + 1  # steps of each row
+    drawn = ends.max(axis=1).mean() / ends.mean()
+    work = Workload(new_tokens=wanted, acceptance=rate)
+    assert work.stragglers(Plan(preset="p", draft="ngram", draft_length=length), rows) == pytest.approx(drawn, rel=0.06)
+    assert work.stragglers(Plan(preset="p"), rows) == 1.0
+
+
+def test_stragglers_of_a_map_are_those_of_the_rate_that_gives_it():
+    drafted = Plan(preset="p", draft="ngram", draft_length=4)
+    rate = Workload(new_tokens=64, acceptance=0.6)
+    table = Workload(new_tokens=64, acceptance=((4, rate.accepted(4)),))
+    assert table.stragglers(drafted, 8) == pytest.approx(rate.stragglers(drafted, 8), rel=1e-6)

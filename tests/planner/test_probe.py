@@ -2,6 +2,7 @@
 
 import pytest
 
+from specmoe_jax import progress
 from specmoe_jax.cache_files import machine_key, read_cached, write_cached
 from specmoe_jax.planner import probe
 from specmoe_jax.planner.hardware import Hardware
@@ -32,6 +33,14 @@ def test_measured_once_a_machine(quick, tmp_path):
     (file,) = tmp_path.rglob("hardware/*.json")
     file.write_text("{")
     assert probe.probe().measured
+
+
+def test_it_says_how_far_it_is(quick, monkeypatch, capfd):
+    monkeypatch.setattr(progress, "LOG_EVERY_S", 0.0)
+    probe.probe(progress="log")
+    assert "probe: 100%" in capfd.readouterr().err
+    probe.probe(progress="log")  # it is known now
+    assert not capfd.readouterr().err
 
 
 def test_the_cache_survives_what_it_cannot_do(monkeypatch, tmp_path):

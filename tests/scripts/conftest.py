@@ -43,6 +43,7 @@ def load_script(name: str):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SCRIPTS))
         patch.setattr(absl, "flags", stand_in)
+        patch.delitem(sys.modules, "_plan_flags", raising=False)  # defines flags for whoever imports it first
         return importlib.import_module(name)
 
 
@@ -51,7 +52,7 @@ def in_process(script, capfd, monkeypatch, tmp_path):
     common, own = script._common, script.flags.FLAGS
     monkeypatch.setattr(common, "flags", script.flags)
     monkeypatch.setattr(common, "use_compile_cache", lambda: None)
-    monkeypatch.setattr("specmoe_jax.engine.planning.probe", lambda: machine("a30").replace(shared_cores=True))  # takes seconds
+    monkeypatch.setattr("specmoe_jax.engine.planning.probe", lambda **_: machine("a30").replace(shared_cores=True))  # takes seconds
     monkeypatch.chdir(tmp_path)
 
     def run(*args) -> Ran:

@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from specmoe_jax.checkpoints.loader import load_config
+from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.config import GIB, PRESETS, SamplingParams
 from specmoe_jax.engine.requests import check_job
 from specmoe_jax.planner.machines import machine
@@ -107,9 +107,18 @@ def test_a_config_alone_is_enough(explain, headers, tmp_path):
 
 def test_without_a_machine_it_is_this_one(explain, explain_script, monkeypatch):
     mine = machine("l4").replace(name="mine", measured=True)
-    monkeypatch.setattr(explain_script, "probe", lambda: mine)
+    monkeypatch.setattr(explain_script, "probe", lambda **_: mine)
     found = shown(explain("--model=demo", "--json"))
     assert found["machine"] == "mine" and not any("data sheets" in said for said in found["assumptions"])
+
+
+def test_every_field_of_a_plan_that_generate_takes_can_be_asked_about(explain, explain_script, generate_script):
+    named = {flag.name for flag in explain_script._plan_flags._NAMED + explain_script._plan_flags._SWITCHES}
+    assert named <= set(generate_script.flags.FLAGS) & set(explain_script.flags.FLAGS)
+    asked = ("--model=demo", "--hardware=a30", "--preset=streaming", "--batch_size=4", "--json")
+    two, three = (shown(explain(*asked, f"--layer_buffers={count}"))["accelerator_gib"]["all"] for count in (2, 3))
+    config = load_config(checkpoint_path("demo"))
+    assert (three - two) * GIB == pytest.approx(config.num_experts * config.expert_params * 2)  # bfloat16
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 Utility is tokens gained per second spent (after Cascade, Saxena et al. 2025): with a per-token acceptance a, a step
 of k drafted tokens commits (1 - a^(k+1)) / (1 - a) tokens per row (Leviathan et al. 2023, Eq. 1) and takes the
 seconds that steps of that length were seen to take. The length with the largest utility is used; the others are
-tried again at growing intervals, because acceptance and contexts change, and because a length is slow when it is first
-used: its experts are not there yet.
+tried again at growing intervals, because acceptance and contexts change. A length is slow when it is first used, because
+its experts are not there yet: such steps count only until there are others.
 
 Scalars, not arrays: this runs in every step, and of a step of 3 ms ten small numpy calls are a percent.
 """
@@ -14,9 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-MEMORY = 0.7  # weight of the past in the running means: a change shows after about three steps
+MEMORY = 0.7  # weight of the past in the running means at least: a change shows after about three steps
+ROW_MEMORY = 0.97  # ... per row that a step observed: few rows tell little, so their past counts for more
+SECONDS_MEMORY = 0.9  # of the seconds at most
 HICCUP = 2.0  # a step counts at most so many times the mean: one that something else delayed must not stop the drafting
-STALE = 4  # steps after which the time of a length is forgotten when it is seen again
+STALE = 4  # steps after which a length is cold again: its experts are not there
+PLAIN_TRIAL = 4  # steps of a trial without a draft: they cost nothing where that is better, and one alone tells little
+COLD = (2, 1)  # steps that a cold length takes to warm up: without a draft (whose experts other steps chose), with one
 FIRST_INTERVAL, LAST_INTERVAL = 8, 512  # steps between trials; each trial that changes nothing doubles it
 BUDGET = 0.01  # of the time so far: what trials may have lost before the next one; the last of them may go beyond
 CHEAP = 0.05  # what drafting a token costs at least, of a step without a draft: so a trial hopes
@@ -26,14 +30,15 @@ PROMISING = 1.2  # tokens per row and step without a draft, if drafts were that 
 class Guard(NamedTuple):
     """lengths: compiled draft lengths, ascending from 0. seconds: per length, running mean of a step, nan = unseen.
 
-    seen: per length, steps in a row that made its mean. last: per length, the step that saw it last. accepted, refused:
-    running sums of drafted tokens that stood, and of runs that ended before their end. trials: so far. trying: the length
-    that a trial goes on with, else None. elapsed_s, lost_s: of all steps, and what trials took beyond the time in which the
-    best length would have made the same tokens (the first two steps aside).
+    warm: per length, whether its mean is of warm steps. seen: per length, steps in a row. last: per length, the step that saw
+    it last. accepted, refused: running sums of drafted tokens that stood, and of runs that ended before their end. trials: so
+    far. trying: the length that a trial goes on with, else None. elapsed_s, lost_s: of all steps, and what trials took beyond
+    the time in which the best length would have made the same tokens (the first steps aside).
     """
 
     lengths: tuple[int, ...]
     seconds: tuple[float, ...]
+    warm: tuple[bool, ...]
     seen: tuple[int, ...]
     last: tuple[int, ...]
     accepted: float = 0.0
@@ -51,14 +56,16 @@ def make_guard(longest: int) -> Guard:
     """Lengths 0, the powers of two below `longest`, and `longest`."""
     lengths = [0, *(1 << i for i in range(longest.bit_length()) if 1 << i < longest), longest]
     zeros = (0,) * len(lengths)
-    return Guard(lengths=tuple(lengths), seconds=(float("nan"),) * len(lengths), seen=zeros, last=zeros)
+    return Guard(
+        lengths=tuple(lengths), seconds=(float("nan"),) * len(lengths), warm=(False,) * len(lengths), seen=zeros, last=zeros
+    )
 
 
 def choose(guard: Guard) -> int:
-    """The draft length of the next step: first the longest and 0 once each, then the best, trials in between."""
+    """The draft length of the next step: first the longest once and 0 until it is warm, then the best, trials in between."""
     if math.isnan(guard.seconds[-1]):
         return guard.lengths[-1]
-    if math.isnan(guard.seconds[0]):
+    if not guard.warm[0]:
         return 0
     if guard.trying is not None:
         return guard.trying
@@ -87,11 +94,10 @@ def observe(guard: Guard, length: int, accepted: np.ndarray, seconds: float) -> 
         expected_s = (1 + float(np.mean(accepted)) if len(accepted) else 1) / max(utilities(guard))
         guard = guard._replace(lost_s=guard.lost_s + max(min(seconds, HICCUP * _seconds(guard, index)) - expected_s, 0.0))
     seen = 0 if step - guard.last[index] > STALE else guard.seen[index]
-    old = guard.seconds[index]
-    # The first step of a length after others is slow, so the second one takes its place.
-    mean = seconds if seen < 2 else MEMORY * old + (1 - MEMORY) * min(seconds, HICCUP * old)
+    cold, keep = seen < COLD[length > 0], max(MEMORY, ROW_MEMORY ** max(len(accepted), 1))
     guard = guard._replace(
-        seconds=_changed(guard.seconds, index, mean),
+        seconds=_changed(guard.seconds, index, _mean(guard, index, seconds, cold, min(keep, SECONDS_MEMORY))),
+        warm=_changed(guard.warm, index, guard.warm[index] or not cold),
         seen=_changed(guard.seen, index, seen + 1),
         last=_changed(guard.last, index, step),
         step=step,
@@ -99,14 +105,14 @@ def observe(guard: Guard, length: int, accepted: np.ndarray, seconds: float) -> 
     )
     if length:
         guard = guard._replace(
-            accepted=MEMORY * guard.accepted + float(accepted.sum()),
-            refused=MEMORY * guard.refused + float((accepted < length).sum()),
+            accepted=keep * guard.accepted + float(accepted.sum()),
+            refused=keep * guard.refused + float((accepted < length).sum()),
         )
     if before is None:
         return guard
-    if trial and length and seen == 0 and _hope(guard, length) > PROMISING:
-        return guard._replace(trying=length)
     ended = trial or guard.trying is not None
+    if ended and (seen < PLAIN_TRIAL - 1 if length == 0 else cold and _hope(guard, length) > PROMISING):
+        return guard._replace(trying=length)
     guard = guard._replace(trying=None, trials=guard.trials + ended)
     if best_length(guard) != before:
         return guard._replace(interval=FIRST_INTERVAL, next_trial=step + FIRST_INTERVAL)
@@ -114,6 +120,14 @@ def observe(guard: Guard, length: int, accepted: np.ndarray, seconds: float) -> 
         return guard
     interval = min(2 * guard.interval, LAST_INTERVAL)
     return guard._replace(interval=interval, next_trial=step + interval)
+
+
+def _mean(guard: Guard, index: int, seconds: float, cold: bool, keep: float) -> float:
+    """Of the steps of a length: of warm ones as soon as there is one."""
+    old = guard.seconds[index]
+    if not guard.warm[index]:
+        return seconds
+    return old if cold else keep * old + (1 - keep) * min(seconds, HICCUP * old)
 
 
 def acceptance(guard: Guard) -> float:

@@ -50,7 +50,7 @@ def test_speculation_returns_when_acceptance_does():
     guard, *_ = drive(make_guard(4), 0.0, lambda length: 1 + 0.3 * length, 100)
     assert choose(guard) == 0
     _, _, _, lengths = drive(guard, 0.95, lambda length: 1 + 0.3 * length, 300)
-    assert lengths[-1] == 4
+    assert np.mean(np.array(lengths[-100:]) == 4) > 0.8
 
 
 def test_acceptance_is_per_tried_token():
@@ -86,6 +86,26 @@ def test_never_three_percent_slower_than_none(rate, cost, longest):
     _, tokens, seconds, _ = drive(make_guard(longest), rate, lambda length: 1 + cost * length, 3000)
     first = 1 + cost * longest
     assert tokens / (seconds - first) >= 0.97
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("rate, cost", [(0.2, 0.1), (0.4, 1.0), (0.6, 0.6), (0.8, 1.0)])
+def test_noise_and_a_plain_step_that_drafting_spoiled_hardly_mislead(rows, rate, cost):
+    """Steps of a few rows vary, and for two steps after a draft plain decoding lacks its experts: 600 steps from the first on."""
+    speeds = []
+    for seed in range(4):
+        rng, guard, plain = np.random.default_rng(seed), make_guard(4), 0
+        tokens = seconds = 0.0
+        for _ in range(600):
+            length = choose(guard)
+            plain = plain + 1 if length == 0 else 0
+            runs = np.array([np.argmin(np.append(rng.random(length) < rate, False)) for _ in range(rows)])
+            noise = rng.lognormal(-(0.35**2) / rows / 2, 0.35 / np.sqrt(rows))
+            took = (1 + cost * length) * noise * (1.3 if plain in (1, 2) else 1)
+            guard = observe(guard, length, runs, took)
+            tokens, seconds = tokens + runs.mean() + 1, seconds + took
+        speeds.append(tokens / seconds)
+    assert np.mean(speeds) >= 0.955
 
 
 @pytest.mark.parametrize("rate, cost", [(0.0, 0.5), (0.9, 0.05), (0.5, 0.4), (0.2, 1.0)])

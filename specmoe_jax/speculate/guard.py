@@ -19,6 +19,7 @@ ROW_MEMORY = 0.97  # ... per row that a step observed: few rows tell little, so 
 SECONDS_MEMORY = 0.9  # of the seconds at most
 HICCUP = 2.0  # a step counts at most so many times the mean: one that something else delayed must not stop the drafting
 STALE = 4  # steps after which a length is cold again: its experts are not there
+MARGIN = 1.05  # of plain decoding's utility: what drafting must promise
 PLAIN_TRIAL = 4  # steps of a trial without a draft: they cost nothing where that is better, and one alone tells little
 COLD = (2, 1)  # steps that a cold length takes to warm up: without a draft (whose experts other steps chose), with one
 FIRST_INTERVAL, LAST_INTERVAL = 8, 512  # steps between trials; each trial that changes nothing doubles it
@@ -137,9 +138,10 @@ def acceptance(guard: Guard) -> float:
 
 
 def best_length(guard: Guard) -> int:
-    """The length with the largest utility."""
-    found = utilities(guard)
-    return guard.lengths[found.index(max(found))]
+    """The length with the largest utility; 0 where drafting does not clearly pay, for estimates err and changes cost bytes."""
+    plain, *drafted = utilities(guard)
+    best = max(drafted)
+    return guard.lengths[1 + drafted.index(best)] if best > MARGIN * plain else 0
 
 
 def utilities(guard: Guard) -> tuple[float, ...]:

@@ -55,16 +55,8 @@ def compare(model: Model, cases: list[Case], job: Job) -> dict[str, dict]:
             states[name], totals = _slice(engines[name], states[name], job)
             if number >= job.settle:
                 rounds[name].append(totals)
-    bases = {case.name: rounds.get(case.base) for case in cases}
-    return {
-        case.name: _figures(model, case.plan, rounds[case.name], bases[case.name])
-        | {
-            "base": case.base,
-            "peak_accelerator_bytes": engines[case.name].stats()["peak_accelerator_bytes"],
-            "compilations_after_warmup": compiles.count,  # of all cases together
-        }
-        for case in cases
-    }
+    compiled = {"compilations_after_warmup": compiles.count}  # of all cases together
+    return {name: row | compiled for name, row in _table(model, cases, engines, rounds).items()}
 
 
 def whole_jobs(model: Model, cases: list[Case], job: Job) -> dict[str, dict]:
@@ -85,16 +77,18 @@ def whole_jobs(model: Model, cases: list[Case], job: Job) -> dict[str, dict]:
             if number >= job.settle:
                 walls[name].append(watch.seconds)
                 rounds[name].append(functools.reduce(metrics.add_step, infos, metrics.Totals()))
-    bases = {case.name: rounds.get(case.base) for case in cases}
+    table = _table(model, cases, engines, rounds)
+    for name, row in table.items():
+        row["job_tokens_per_s"] = statistics.median(
+            total.new_tokens / wall_s for total, wall_s in zip(rounds[name], walls[name], strict=True)
+        )
+    return table
+
+
+def _table(model: Model, cases: list[Case], engines: dict[str, Engine], rounds: dict[str, list[metrics.Totals]]) -> dict[str, dict]:
     return {
-        case.name: _figures(model, case.plan, rounds[case.name], bases[case.name])
-        | {
-            "base": case.base,
-            "peak_accelerator_bytes": engines[case.name].stats()["peak_accelerator_bytes"],
-            "job_tokens_per_s": statistics.median(
-                total.new_tokens / wall_s for total, wall_s in zip(rounds[case.name], walls[case.name], strict=True)
-            ),
-        }
+        case.name: _figures(model, case.plan, rounds[case.name], rounds.get(case.base))
+        | {"base": case.base, "peak_accelerator_bytes": engines[case.name].stats()["peak_accelerator_bytes"]}
         for case in cases
     }
 

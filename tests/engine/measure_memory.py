@@ -9,6 +9,7 @@ values that wait for the CPU's attention (by their shapes), which are in host me
 
 import argparse
 import dataclasses
+import gc
 import pathlib
 import re
 import threading
@@ -37,6 +38,7 @@ def main() -> None:
     prompts = [tuple(np.random.default_rng(i).integers(0, config.vocab_size, options.prompt).tolist()) for i in range(options.rows)]
     # Programs are compiled on a model of two experts first, so that their memory is not taken for the model's.
     run(random_model(dataclasses.replace(config, num_experts=2, num_layers=2)), prompts[:2], options)
+    gc.collect()  # an engine is part of a cycle, and its buffers would be counted
     before = resident("VmRSS")
     model = random_model(config)
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak from here on

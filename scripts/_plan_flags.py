@@ -55,9 +55,16 @@ DETERMINISTIC = flags.DEFINE_boolean(
     "deterministic_sampling", False, "Draws depend on seed, request and position alone: same text with any plan."
 )
 
-_NAMED = (DRAFT, DRAFT_LENGTH, DRAFT_EXPERTS, TREE_TOP_K, TREE_TOKENS, PREFETCH, BATCH_SIZE, MICRO_BATCHES, LAYER_BUFFERS)
 _NAMED = (
-    *_NAMED,
+    DRAFT,
+    DRAFT_LENGTH,
+    DRAFT_EXPERTS,
+    TREE_TOP_K,
+    TREE_TOKENS,
+    PREFETCH,
+    BATCH_SIZE,
+    MICRO_BATCHES,
+    LAYER_BUFFERS,
     PINNED_LAYERS,
     PREFILL_ATTENTION,
     EXPERT_FLOW,

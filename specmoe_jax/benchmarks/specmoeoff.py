@@ -13,6 +13,7 @@ from specmoe_jax.models import eagle
 from specmoe_jax.models.eagle import EagleHead
 from specmoe_jax.models.model import Model, random_model
 from specmoe_jax.planner.memory import KV_PAGE, pages_of
+from specmoe_jax.planner.workload import EAGLE_MIXTRAL
 
 # Mixtral's proportions (group of 4, F = 3.5 M, 8 experts, top-2), small enough for a CPU that is the accelerator too.
 MIXTRAL_SHAPED = ModelConfig(
@@ -34,7 +35,7 @@ MIXTRAL_SHAPED = ModelConfig(
 )
 
 # Drafted tokens accepted by EAGLE on Mixtral, by nodes drafted: the paper's map, which begins at 2. That of 1 is assumed here.
-ACCEPTED = {1: 0.35, 2: 0.58, 3: 0.78, 4: 0.91, 5: 1.15, 6: 1.24, 8: 1.45, 10: 1.50}
+ACCEPTED = {1: 0.35} | {nodes: mean for nodes, mean in EAGLE_MIXTRAL if nodes <= 10}
 
 
 class Setting(NamedTuple):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specmoe_jax.checkpoints.files import StoredTensor, open_checkpoint, read_json
+from specmoe_jax.checkpoints.files import Checkpoint, StoredTensor, open_checkpoint, read_json
 from specmoe_jax.checkpoints.header import quote
 from specmoe_jax.checkpoints.inventory import Names
 from specmoe_jax.checkpoints.loader import BUNDLED
@@ -35,8 +35,9 @@ def load_head(path_or_name: str, model: Model) -> EagleHead:
     that holds the embedding as well must hold the model's own. The head computes in the model's dtype and borrows its
     embedding and output matrix. Raises CheckpointError, one line that names file and tensor.
     """
-    checkpoint = open_checkpoint(head_path(path_or_name))
-    config = head_config(path_or_name, model.config)
+    path = head_path(path_or_name)
+    checkpoint = open_checkpoint(path)
+    config = _config(read_json(path / "config.json"), checkpoint, model.config)
     names = Names(checkpoint)
     stored = map_specs(names.take, eagle.weight_specs(config))
     tables = _tables(names, config, model.config.vocab_size) if config.fused else None
@@ -55,6 +56,10 @@ def head_config(path_or_name: str, target: ModelConfig) -> EagleConfig:
     """Sizes and format of a head for a target, from config.json and the names of the tensors alone. Raises CheckpointError."""
     path = head_path(path_or_name)
     raw, checkpoint = read_json(path / "config.json"), open_checkpoint(path)
+    return _config(raw, checkpoint, target)
+
+
+def _config(raw: dict, checkpoint: Checkpoint, target: ModelConfig) -> EagleConfig:
     try:
         return eagle.parse_config(raw, target, fused=any(name.startswith("midlayer.") for name in checkpoint.tensors))
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as e:

@@ -5,7 +5,6 @@ waits for what its entry in the list says; on a CPU without an accelerator all o
 """
 
 import collections
-import functools
 import time
 from typing import NamedTuple
 
@@ -46,15 +45,12 @@ def stream_pass(rt: Runtime, buffers: Buffers, kv: HostKV, items: list[Item]) ->
     run = _Run(rt, buffers, kv, items)
     moe = tuple(index is not None for index in rt.config.moe_index)
     shape = {"buffers": rt.plan.layer_buffers, "pinned": rt.pinned_layers, "prompts": sum(map(run.attends_chunk, items))}
-    for task in _tasks(moe, len(items), **shape):
+    for task in pass_tasks(moe, len(items), 1, **shape):
         run.handlers[task.kind](task)
     return run.result()
 
 
 # The store cuts a layer into its experts. Few lists are kept: each new number of joining prompts makes another one.
-_tasks = functools.lru_cache(maxsize=8)(functools.partial(pass_tasks, chunks=1))
-
-
 def fetched(h: jax.Array) -> jax.Array:
     """On the accelerator, whether or not it waited in host memory."""
     return h if h.sharding.memory_kind == "device" else jax.device_put(h, jax.memory.Space.Device)

@@ -170,7 +170,8 @@ def _stream(config: ModelConfig, plan: Plan, operators: Operators, case: Case, d
         layer_s = operators.seconds("streamed_layer", items=1, **work)
         seconds["other2"] += max(layer_s - computed_s, 0.0)  # waiting for the workers
     pinned = spread(config.moe_layers, case.pinned_layers)
-    tasks = _tasks(tuple(index is not None for index in config.moe_index), items, buffers=plan.layer_buffers, pinned=pinned)
+    has_experts = tuple(index is not None for index in config.moe_index)
+    tasks = pass_tasks(has_experts, items, 1, buffers=plan.layer_buffers, pinned=pinned)
 
     def of(task: Task) -> float:
         return seconds[task.kind] * (without if task.layer in pinned else 1.0)
@@ -179,9 +180,6 @@ def _stream(config: ModelConfig, plan: Plan, operators: Operators, case: Case, d
     naive_s = naive_seconds(tasks, of, draft_s=drafted_s, shared_cores=shared_cores)
     layers = config.num_moe_layers - len(pinned)
     return _Pass(done.iteration_s - drafted_s, naive_s, layers * stream_s, layers * experts)
-
-
-_tasks = functools.cache(functools.partial(pass_tasks, chunks=1))
 
 
 def refine(

@@ -96,7 +96,7 @@ def _streamed(setting: Setting, draft_s: float) -> Timing:
 
     pinned = spread(config.moe_layers, setting.account.pinned_layers)
     has_experts = tuple(index is not None for index in config.moe_index)
-    tasks = _tasks(has_experts, plan.micro_batches, chunks, plan.layer_buffers, pinned)
+    tasks = pass_tasks(has_experts, plan.micro_batches, chunks, plan.layer_buffers, pinned)
     head = costs.head(config, setting.load.tokens, setting.item)
     between_s = draft_s + setting.seconds(head) + hardware.sync_s + hardware.step_s
     simulation = simulate(
@@ -123,9 +123,6 @@ def _streamed(setting: Setting, draft_s: float) -> Timing:
 def _alike(config: ModelConfig) -> list[int]:
     """Of each layer the first that is like it: their tasks cost the same."""
     return [config.layers.index(layer) for layer in config.layers]
-
-
-_tasks = functools.lru_cache(maxsize=32)(pass_tasks)
 
 
 def _layer_by_layer(setting: Setting, draft_s: float) -> Timing:
@@ -212,7 +209,7 @@ def prefill_seconds(setting: Setting, prompt_tokens: int) -> float:
     pinned = spread(setting.config.moe_layers, setting.account.pinned_layers)
     has_experts = tuple(index is not None for index in setting.config.moe_index)
     prompts = 1 if plan.prefill_attention == "accelerator" else 0
-    for task in _tasks(has_experts, 1, 1, plan.layer_buffers, pinned, prompts):
+    for task in pass_tasks(has_experts, 1, 1, plan.layer_buffers, pinned, prompts):
         cost = costs.task_cost(
             setting.config, task, load, distinct=used, chunks=1, item=setting.item, expert_bytes=setting.account.expert_bytes
         )

@@ -7,6 +7,7 @@ layers' of the next pass stream through the drafting (one layer with two buffers
 for longer).
 """
 
+import functools
 from typing import NamedTuple
 
 ACCELERATOR, CPU, UP, DOWN = "accelerator", "cpu attention", "link to accelerator", "link to host"
@@ -67,6 +68,7 @@ class _Shape(NamedTuple):
     buffers: int
 
 
+@functools.lru_cache(maxsize=64)
 def pass_tasks(
     has_experts: tuple[bool, ...],
     items: int,

@@ -62,9 +62,9 @@ def rows(name: str, model: Model, load: Load, link: dict, folder: pathlib.Path, 
     """One preset over the batch sizes, largest first. prompts: token ids of many requests; None: random ones."""
     synthetic = changes.get("synthetic", True)
     head = changes.pop("head", None) or (random_head_of(model) if name == "specmoeoff" else None)
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (max(load.batches), load.prompt))
+    prompts = _random_prompts(model, max(load.batches), load.prompt) if prompts is None else prompts
     for batch in sorted(load.batches, reverse=True):
-        given = [tuple(map(int, row)) for row in ids[:batch]] if prompts is None else prompts[:batch]
+        given = prompts[:batch]
         for plan in plans(name, model, batch, **changes):
             row = {"question": "preset", "preset": name, "batch": batch, "layers": model.config.num_layers}
             row |= {"draft_experts": plan.draft_experts, "prompt_tokens": max(map(len, given)), "real_text": not synthetic}
@@ -90,9 +90,13 @@ def chosen(model: Model, load: Load, link: dict, folder: pathlib.Path, budget_by
     elif plan.draft == "eagle":
         plan = plan.replace(synthetic_acceptance=acceptance_of(plan.draft_length), guard=False)
     head = random_head_of(model) if plan.draft == "eagle" else None
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (plan.batch_size, load.prompt))
-    prompts, path = [tuple(map(int, ids_of)) for ids_of in ids], folder / "planner_lanes.json"
+    prompts, path = _random_prompts(model, plan.batch_size, load.prompt), folder / "planner_lanes.json"
     yield row | {"plan": dataclasses.asdict(plan)} | measure(model, plan, head, prompts, load, link["bytes_per_s"], path)
+
+
+def _random_prompts(model: Model, rows: int, tokens: int) -> list[tuple[int, ...]]:
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, tokens))
+    return [tuple(map(int, row)) for row in ids]
 
 
 def _workload(model: Model, load: Load, prompt: int) -> Workload:

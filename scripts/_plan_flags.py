@@ -3,18 +3,18 @@
 from absl import flags
 
 from specmoe_jax import Plan
-from specmoe_jax.config import (
+from specmoe_jax.plan_fields import (
     DRAFTS,
     DRAM_POLICIES,
     EXPERT_DTYPES,
     EXPERT_FLOWS,
     EXPERT_TIERS,
     GATED_DRAFTS,
-    GIB,
     KV_TIERS,
     PREFETCHES,
     PREFILL_ATTENTIONS,
 )
+from specmoe_jax.units import GIB
 
 DRAFT = flags.DEFINE_enum("draft", None, [d for d in DRAFTS if d != "custom"], "Overrides the plan's draft.")
 DRAFT_LENGTH = flags.DEFINE_integer("draft_length", None, "Tokens drafted per step.")

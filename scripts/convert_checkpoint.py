@@ -14,7 +14,7 @@ from absl import flags
 
 from specmoe_jax.checkpoints import checkpoint_path, write_manifest
 from specmoe_jax.checkpoints.convert import FORMATS, convert
-from specmoe_jax.config import DTYPES
+from specmoe_jax.plan_fields import DTYPES
 
 _MODEL = flags.DEFINE_string("model", None, '"demo" (bundled) or a directory: Hugging Face, converted, or Orbax export.')
 _OUTPUT = flags.DEFINE_string("output", None, "A new directory for the result.")

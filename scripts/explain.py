@@ -16,8 +16,10 @@ from absl import flags
 
 from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
-from specmoe_jax.config import DTYPES, PRESETS, ModelConfig, Plan, preset
+from specmoe_jax.config import Plan
 from specmoe_jax.errors import PlanError, UserError
+from specmoe_jax.model_config import ModelConfig
+from specmoe_jax.plan_fields import DTYPES
 from specmoe_jax.planner import explain, pictures
 from specmoe_jax.planner.costs import Load
 from specmoe_jax.planner.estimate import predict
@@ -26,6 +28,7 @@ from specmoe_jax.planner.machines import KNOWN, machine
 from specmoe_jax.planner.probe import probe
 from specmoe_jax.planner.roofline import points
 from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload
+from specmoe_jax.presets import PRESETS, preset
 
 _MODEL = flags.DEFINE_string("model", "demo", '"demo" or a directory with config.json; headers are read where there are files.')
 _HARDWARE = flags.DEFINE_string(

@@ -19,7 +19,6 @@ from specmoe_jax.checkpoints.chat import sampling_defaults
 from specmoe_jax.checkpoints.eagle import bundled_head, head_config, head_path, load_head
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
-from specmoe_jax.config import DTYPES, PRESETS, preset
 from specmoe_jax.engine import jobs, planning
 from specmoe_jax.engine.job_watch import JobWatch
 from specmoe_jax.engine.journal import Journal
@@ -27,6 +26,8 @@ from specmoe_jax.engine.prompts import Prompt, as_chat, read_prompts
 from specmoe_jax.engine.shown import ShownText
 from specmoe_jax.errors import PlanError, RequestError
 from specmoe_jax.models.eagle import EagleHead
+from specmoe_jax.plan_fields import DTYPES
+from specmoe_jax.presets import PRESETS, preset
 from specmoe_jax.progress import PROGRESS
 from specmoe_jax.tracing import trace, write_lanes
 

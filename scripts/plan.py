@@ -16,11 +16,11 @@ from specmoe_jax import SamplingParams, load_model
 from specmoe_jax.atomic_files import check_writable, write_atomically
 from specmoe_jax.checkpoints.eagle import bundled_head, load_head
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
-from specmoe_jax.config import DTYPES
 from specmoe_jax.engine import planning
 from specmoe_jax.engine.calibrate import calibrate
 from specmoe_jax.engine.profiling import profile
 from specmoe_jax.engine.prompts import read_prompts
+from specmoe_jax.plan_fields import DTYPES
 from specmoe_jax.planner.calibration import Acceptance
 from specmoe_jax.planner.operators import as_table
 from specmoe_jax.planner.probe import probe

@@ -2,11 +2,14 @@
 
 from specmoe_jax import ops, speculate
 from specmoe_jax.checkpoints import load_head, load_model
-from specmoe_jax.config import PRESETS, ModelConfig, Plan, SamplingParams
+from specmoe_jax.config import Plan
 from specmoe_jax.engine import Completion, Engine, TokenEvent
 from specmoe_jax.engine.planning import make_plan
 from specmoe_jax.errors import CheckpointError, PlanError, RequestError, UserError
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models.model import Model, random_model
+from specmoe_jax.presets import PRESETS
+from specmoe_jax.sampling_params import SamplingParams
 
 __all__ = [
     "PRESETS",

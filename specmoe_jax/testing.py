@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
-from specmoe_jax.config import ModelConfig
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models import eagle
 from specmoe_jax.models.families import family_of
 from specmoe_jax.models.model import Model, random_model

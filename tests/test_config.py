@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import specmoe_jax as sm
-from specmoe_jax.config import preset
+from specmoe_jax.presets import preset
 from specmoe_jax.testing import TINY
 
 NAMES = [field.name for field in dataclasses.fields(sm.Plan)]

@@ -27,7 +27,23 @@ MAY_IMPORT = {
     "testing": {"base", "ops", "models", "checkpoints"},
     "testing_families": {"base", "ops", "models"},
 }
-BASE = {"types", "config", "layer_config", "errors", "atomic_files", "cache_files", "progress", "tracing"}
+BASE = {
+    "types",
+    "units",
+    "validation",
+    "layer_config",
+    "model_config",
+    "sampling_params",
+    "plan_fields",
+    "plan_checks",
+    "config",
+    "presets",
+    "errors",
+    "atomic_files",
+    "cache_files",
+    "progress",
+    "tracing",
+}
 
 
 def room_of(module: str) -> str:

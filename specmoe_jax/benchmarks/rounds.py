@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from specmoe_jax import metrics
-from specmoe_jax.config import Plan, SamplingParams
+from specmoe_jax.config import Plan
 from specmoe_jax.engine import Engine
 from specmoe_jax.models.eagle import EagleHead
 from specmoe_jax.models.model import Model
+from specmoe_jax.sampling_params import SamplingParams
 
 
 class Case(NamedTuple):

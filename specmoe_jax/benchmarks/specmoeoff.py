@@ -7,13 +7,16 @@ import numpy as np
 
 from specmoe_jax import metrics, tracing
 from specmoe_jax.benchmarks.rounds import Case, Job, compare, whole_jobs
-from specmoe_jax.config import ModelConfig, Plan, SamplingParams, preset
+from specmoe_jax.config import Plan
 from specmoe_jax.engine import Engine
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models import eagle
 from specmoe_jax.models.eagle import EagleHead
 from specmoe_jax.models.model import Model, random_model
 from specmoe_jax.planner.memory import KV_PAGE, pages_of
 from specmoe_jax.planner.workload import EAGLE_MIXTRAL
+from specmoe_jax.presets import preset
+from specmoe_jax.sampling_params import SamplingParams
 
 # Mixtral's proportions (group of 4, F = 3.5 M, 8 experts, top-2), small enough for a CPU that is the accelerator too.
 MIXTRAL_SHAPED = ModelConfig(

@@ -25,9 +25,9 @@ from specmoe_jax.checkpoints.loader import load_model
 from specmoe_jax.checkpoints.model_card import card
 from specmoe_jax.checkpoints.tensors import TARGET_DTYPES
 from specmoe_jax.checkpoints.write import Output, write_index, write_safetensors, write_text
-from specmoe_jax.config import ModelConfig
 from specmoe_jax.errors import CheckpointError, RequestError
 from specmoe_jax.layer_config import LayerConfig
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models import layers
 from specmoe_jax.models.config_json import size
 from specmoe_jax.models.families import family_of, parse_config

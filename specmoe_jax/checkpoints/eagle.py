@@ -11,8 +11,8 @@ from specmoe_jax.checkpoints.header import quote
 from specmoe_jax.checkpoints.inventory import Names
 from specmoe_jax.checkpoints.loader import BUNDLED
 from specmoe_jax.checkpoints.tensors import read_tensor
-from specmoe_jax.config import ModelConfig
 from specmoe_jax.errors import CheckpointError
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models import eagle
 from specmoe_jax.models.eagle import EagleConfig, EagleHead, EagleWeights
 from specmoe_jax.models.model import Model

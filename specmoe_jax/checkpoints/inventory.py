@@ -7,8 +7,8 @@ from typing import NamedTuple
 from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE, Checkpoint, StoredTensor
 from specmoe_jax.checkpoints.header import quote_list
 from specmoe_jax.checkpoints.tensors import ExpertSource, Piece, whole
-from specmoe_jax.config import ModelConfig
 from specmoe_jax.errors import CheckpointError
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models.families import family_of
 from specmoe_jax.models.spec import Layout, Part, TensorSpec, spec_leaves
 

@@ -14,11 +14,12 @@ from specmoe_jax.checkpoints.inventory import Inventory, take_inventory
 from specmoe_jax.checkpoints.memory import check_memory
 from specmoe_jax.checkpoints.tensors import READERS, TARGET_DTYPES, HostBlocks, read_tensor
 from specmoe_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
-from specmoe_jax.config import EXPERT_TIERS, ModelConfig
 from specmoe_jax.errors import CheckpointError, PinnedMemoryError, RequestError
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models.families import family_of, parse_config
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import Weights, map_specs
+from specmoe_jax.plan_fields import EXPERT_TIERS
 from specmoe_jax.progress import bar
 
 BUNDLED = {"demo": pathlib.Path(__file__).parent / "demo"}

@@ -14,8 +14,8 @@ from specmoe_jax.checkpoints.inventory import PADDING_PREFIX, block_name, take_i
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.manifest import checkpoint_hash
 from specmoe_jax.checkpoints.tensors import TARGET_DTYPES, read_expert, read_tensor
-from specmoe_jax.config import ModelConfig
 from specmoe_jax.errors import CheckpointError, RequestError
+from specmoe_jax.model_config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

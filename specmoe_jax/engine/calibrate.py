@@ -7,13 +7,14 @@ import numpy as np
 
 from specmoe_jax.cache_files import read_cached, write_cached
 from specmoe_jax.checkpoints.manifest import checkpoint_hash
-from specmoe_jax.config import SamplingParams, preset
 from specmoe_jax.engine.generate import Engine
 from specmoe_jax.models.eagle import EagleHead
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.calibration import Acceptance, Calibration, counted_skew, fitted_shares, unlike_rows
 from specmoe_jax.planner.search import tree
 from specmoe_jax.planner.workload import acceptance_rate
+from specmoe_jax.presets import preset
+from specmoe_jax.sampling_params import SamplingParams
 from specmoe_jax.speculate.hotness import count_choices
 from specmoe_jax.speculate.ngram import NgramDraft, lookup
 

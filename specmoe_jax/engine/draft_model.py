@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specmoe_jax.config import Plan, preset
+from specmoe_jax.config import Plan
 from specmoe_jax.engine import stages
 from specmoe_jax.engine.forward import target_pass
 from specmoe_jax.engine.runtime import build, first_memory, new_cache
 from specmoe_jax.errors import PlanError
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.memory import account
+from specmoe_jax.presets import preset
 from specmoe_jax.speculate.model_draft import ModelDraft, vocabulary_difference
 from specmoe_jax.types import KVCache
 

@@ -4,8 +4,9 @@ Floor of a pass = max(expert bytes / link rate, KV bytes / memory rate, FFN flop
 It counts what the run really verified, fetched and read; what was drafted is not in it, as a perfect draft would be free.
 """
 
-from specmoe_jax.config import ModelConfig, Plan
+from specmoe_jax.config import Plan
 from specmoe_jax.metrics import Totals
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models.spec import DTYPE_BYTES
 from specmoe_jax.planner import costs
 from specmoe_jax.planner.costs import Load

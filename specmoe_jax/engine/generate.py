@@ -11,7 +11,7 @@ import numpy as np
 
 from specmoe_jax import metrics
 from specmoe_jax.checkpoints.disk import DiskExperts
-from specmoe_jax.config import Plan, SamplingParams
+from specmoe_jax.config import Plan
 from specmoe_jax.engine.draft_model import make_model_draft, resident_plan
 from specmoe_jax.engine.encode import encode
 from specmoe_jax.engine.finish import final_text
@@ -33,6 +33,7 @@ from specmoe_jax.planner.fit import accounted
 from specmoe_jax.planner.hardware import Hardware
 from specmoe_jax.planner.memory import DraftMemory, MemoryAccount, PagedLoad, cache_positions
 from specmoe_jax.progress import bar
+from specmoe_jax.sampling_params import SamplingParams
 from specmoe_jax.speculate.draft import Draft, FeatureDraft
 from specmoe_jax.speculate.eagle import EagleDraft, tree_shape
 from specmoe_jax.speculate.guard import Guard, make_guard

@@ -12,13 +12,14 @@ from typing import NamedTuple
 from specmoe_jax.checkpoints.loader import load_config, load_model_tokenizer
 from specmoe_jax.checkpoints.manifest import checkpoint_hash
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
-from specmoe_jax.config import ModelConfig, Plan
+from specmoe_jax.config import Plan
 from specmoe_jax.engine.generate import Completion, Engine, TokenEvent
 from specmoe_jax.engine.job_watch import JobWatch
 from specmoe_jax.engine.journal import Journal
 from specmoe_jax.engine.prompts import Prompt
 from specmoe_jax.engine.requests import check_job, make_requests, refusal
 from specmoe_jax.errors import PinnedMemoryError, RequestError
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.quantised import logit_error, quantise
 

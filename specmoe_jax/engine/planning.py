@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
-from specmoe_jax.config import ModelConfig, Plan
+from specmoe_jax.config import Plan
 from specmoe_jax.engine.calibrate import cached_calibration
 from specmoe_jax.engine.profiling import cached_profile
 from specmoe_jax.errors import PlanError
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.calibration import ASSUMED, Calibration
 from specmoe_jax.planner.estimate import Prediction, predict

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import jax
 
 from specmoe_jax.cache_files import machine_key, read_cached, write_cached
-from specmoe_jax.config import ModelConfig
 from specmoe_jax.engine import step_bench
 from specmoe_jax.engine.operator_bench import SHAPES, OperatorBench
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models.model import random_model
 from specmoe_jax.planner.operators import Operators, Sample, fit
 from specmoe_jax.progress import bar

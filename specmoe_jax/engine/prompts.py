@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from specmoe_jax.checkpoints.chat import encode_chat
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
-from specmoe_jax.config import SamplingParams
 from specmoe_jax.errors import RequestError
+from specmoe_jax.sampling_params import SamplingParams
 
 
 class Prompt(NamedTuple):

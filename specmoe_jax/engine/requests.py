@@ -6,15 +6,17 @@ from typing import NamedTuple
 
 import jax
 
-from specmoe_jax.config import ModelConfig, Plan, SamplingParams
+from specmoe_jax.config import Plan
 from specmoe_jax.engine.state import Request
 from specmoe_jax.errors import BudgetError, RequestError
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models.eagle import EagleConfig
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.drafts import draft_memory
 from specmoe_jax.planner.fit import Memories, accounted, nearest, with_nearest
 from specmoe_jax.planner.memory import MemoryAccount, PagedLoad, cache_positions, pages_of
 from specmoe_jax.planner.workload import Workload
+from specmoe_jax.sampling_params import SamplingParams
 
 UNLIMITED_BYTES = float(1 << 60)  # of a machine of which the plan's own budgets alone count
 

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specmoe_jax.config import GATED_DRAFTS, ModelConfig, Plan
+from specmoe_jax.config import Plan
 from specmoe_jax.engine.state import Buffers, ExpertMemory, HostKV, PoolSlots
 from specmoe_jax.layer_config import AttentionConfig, LayerConfig
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models.experts import block_bytes
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import Weights
@@ -21,6 +22,7 @@ from specmoe_jax.offload.residency import empty, plan_layer
 from specmoe_jax.offload.store import ExpertStore, Link
 from specmoe_jax.offload.tiers import DiskTier, HostTier, Tier
 from specmoe_jax.ops import PackedCache, empty_cache
+from specmoe_jax.plan_fields import GATED_DRAFTS
 from specmoe_jax.planner.memory import KV_PAGE, MemoryAccount, pinned_experts, staged_positions
 from specmoe_jax.planner.pipeline import spread
 from specmoe_jax.speculate.affinity_cache import affinity_table

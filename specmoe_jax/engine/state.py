@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from specmoe_jax.config import SamplingParams
 from specmoe_jax.offload.leftovers import Leftovers
 from specmoe_jax.offload.pages import Pages
 from specmoe_jax.offload.residency import Residency
 from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.ops import PackedCache
+from specmoe_jax.sampling_params import SamplingParams
 from specmoe_jax.speculate.guard import Guard
 from specmoe_jax.types import KVCache, SamplingRows
 

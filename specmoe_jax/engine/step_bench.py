@@ -11,15 +11,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from specmoe_jax.config import ModelConfig, Plan, SamplingParams
+from specmoe_jax.config import Plan
 from specmoe_jax.engine.generate import Engine
 from specmoe_jax.engine.state import StepInfo
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models.eagle import random_head
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.drafts import usual_head
 from specmoe_jax.planner.memory import account, cache_positions
 from specmoe_jax.planner.operators import LinearCost, Sample, draft_work, fit
 from specmoe_jax.planner.search import tree
+from specmoe_jax.sampling_params import SamplingParams
 
 ROWS = (1, 4, 16, 32, 64)  # batches
 LENGTHS = (48, 320)  # of the prompts; the long ones of LONG_ROWS alone, whose prefill is quick

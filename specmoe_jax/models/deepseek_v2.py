@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from specmoe_jax.config import ModelConfig
 from specmoe_jax.errors import CheckpointError
 from specmoe_jax.layer_config import AttentionConfig, Latent, RouterConfig
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models import naming
 from specmoe_jax.models.config_json import num_layers, number, require, show, size
 from specmoe_jax.models.parse import model_config

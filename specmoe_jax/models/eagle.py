@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from specmoe_jax.config import ModelConfig
 from specmoe_jax.errors import CheckpointError, PlanError
 from specmoe_jax.layer_config import LayerConfig
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models import config_json as read
 from specmoe_jax.models import layers
 from specmoe_jax.models.attention import attend

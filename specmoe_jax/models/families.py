@@ -2,8 +2,8 @@
 
 from types import ModuleType
 
-from specmoe_jax.config import ModelConfig
 from specmoe_jax.errors import CheckpointError
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models import deepseek_v2, gpt_oss, llama4, mixtral, nllb_moe, olmoe, qwen2_moe, qwen3_moe
 
 FAMILIES: dict[str, ModuleType] = {

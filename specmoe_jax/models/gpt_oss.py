@@ -4,9 +4,9 @@ import dataclasses
 
 import numpy as np
 
-from specmoe_jax.config import ModelConfig
 from specmoe_jax.errors import CheckpointError
 from specmoe_jax.layer_config import AttentionConfig, RouterConfig
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models import naming
 from specmoe_jax.models.config_json import layer_types, num_layers, number, require, size
 from specmoe_jax.models.parse import grouped_attention, model_config

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from specmoe_jax.config import ModelConfig
 from specmoe_jax.errors import CheckpointError
 from specmoe_jax.layer_config import AttentionConfig, RouterConfig
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models import naming
 from specmoe_jax.models.config_json import flag, layer_numbers, layer_types, num_layers, number, require, show, size, window
 from specmoe_jax.models.parse import grouped_attention, model_config

@@ -1,7 +1,7 @@
 """Mixtral (Jiang et al. 2024): config.json keys, tensor names and shapes. The mathematics is in layers.py."""
 
-from specmoe_jax.config import ModelConfig
 from specmoe_jax.layer_config import RouterConfig
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models import naming
 from specmoe_jax.models.config_json import require, size, window
 from specmoe_jax.models.parse import grouped_attention, model_config

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from specmoe_jax.config import ModelConfig
 from specmoe_jax.errors import PinnedMemoryError
 from specmoe_jax.layer_config import AttentionConfig, LayerConfig
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models import encoder, layers
 from specmoe_jax.models.attention import allowed, scores_and_values
 from specmoe_jax.models.experts import block_bytes, block_function

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from specmoe_jax.config import ModelConfig
 from specmoe_jax.layer_config import ExpertConfig
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models.spec import (
     LayerWeights,
     Layout,

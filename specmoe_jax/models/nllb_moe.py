@@ -2,9 +2,9 @@
 
 import math
 
-from specmoe_jax.config import ModelConfig
 from specmoe_jax.errors import CheckpointError
 from specmoe_jax.layer_config import AttentionConfig, Embedding, EncoderConfig, ExpertConfig, LayerConfig, RouterConfig
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models import config_json as read
 from specmoe_jax.models.spec import (
     CrossWeights,

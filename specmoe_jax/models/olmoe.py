@@ -1,7 +1,7 @@
 """OLMoE (Muennighoff et al. 2024): query and key norms over the whole projection, weights not renormalised."""
 
-from specmoe_jax.config import ModelConfig
 from specmoe_jax.layer_config import RouterConfig
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models import naming
 from specmoe_jax.models.config_json import flag, require, size
 from specmoe_jax.models.parse import grouped_attention, model_config

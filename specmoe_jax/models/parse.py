@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Callable
 
-from specmoe_jax.config import ModelConfig
 from specmoe_jax.errors import CheckpointError
 from specmoe_jax.layer_config import AttentionConfig, ExpertConfig, LayerConfig, RouterConfig
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models import config_json as read
 from specmoe_jax.models.rope import read_rope
 

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from specmoe_jax.config import ModelConfig
 from specmoe_jax.layer_config import AttentionConfig, RouterConfig
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models import naming
 from specmoe_jax.models.config_json import flag, layer_types, num_layers, require, size, window
 from specmoe_jax.models.parse import dense_layers, grouped_attention, model_config

@@ -1,7 +1,7 @@
 """Qwen3-MoE (Qwen Team 2025): query and key norms per head, optional dense layers."""
 
-from specmoe_jax.config import ModelConfig
 from specmoe_jax.layer_config import RouterConfig
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models import naming
 from specmoe_jax.models.config_json import flag, require, size, window
 from specmoe_jax.models.parse import dense_layers, grouped_attention, model_config

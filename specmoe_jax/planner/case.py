@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from specmoe_jax.config import ModelConfig, Plan
+from specmoe_jax.config import Plan
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.planner.routing import distinct
 
 

@@ -8,8 +8,9 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
-from specmoe_jax.config import ModelConfig, Plan
+from specmoe_jax.config import Plan
 from specmoe_jax.layer_config import AttentionConfig
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models.experts import block_bytes
 from specmoe_jax.models.families import family_of
 from specmoe_jax.models.spec import LayerWeights

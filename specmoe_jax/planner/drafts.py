@@ -2,8 +2,9 @@
 
 from typing import NamedTuple
 
-from specmoe_jax.config import ModelConfig, Plan
+from specmoe_jax.config import Plan
 from specmoe_jax.layer_config import AttentionConfig, LayerConfig, Rope
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models import eagle
 from specmoe_jax.models.eagle import EagleConfig
 from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves

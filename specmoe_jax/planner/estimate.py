@@ -4,7 +4,8 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from specmoe_jax.config import ModelConfig, Plan
+from specmoe_jax.config import Plan
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.planner.costs import Load
 from specmoe_jax.planner.drafts import draft_costs
 from specmoe_jax.planner.hardware import Efficiency, Hardware

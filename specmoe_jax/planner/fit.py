@@ -5,12 +5,15 @@ import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
-from specmoe_jax.config import GIB, PRESETS, ModelConfig, Plan
+from specmoe_jax.config import Plan
 from specmoe_jax.errors import BudgetError, PlanError
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.planner.estimate import needed, running_rows
 from specmoe_jax.planner.hardware import Hardware
 from specmoe_jax.planner.memory import MemoryAccount, PagedLoad, account, cache_positions, pages_of
 from specmoe_jax.planner.workload import Workload
+from specmoe_jax.presets import PRESETS
+from specmoe_jax.units import GIB
 
 MOST_ROWS = 1 << 16
 

@@ -8,7 +8,8 @@ import functools
 import math
 from typing import NamedTuple
 
-from specmoe_jax.config import ModelConfig, Plan
+from specmoe_jax.config import Plan
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.planner.case import Case, kept_experts, mean_pinned, pinned_slots
 from specmoe_jax.planner.estimate import Prediction
 from specmoe_jax.planner.operators import Operators, draft_work

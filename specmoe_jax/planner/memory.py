@@ -4,12 +4,14 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from specmoe_jax.config import GIB, ModelConfig, Plan
+from specmoe_jax.config import Plan
 from specmoe_jax.errors import BudgetError, PlanError
 from specmoe_jax.layer_config import LayerConfig
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models.experts import block_bytes
 from specmoe_jax.models.families import family_of
 from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
+from specmoe_jax.units import GIB
 
 
 class MemoryAccount(NamedTuple):

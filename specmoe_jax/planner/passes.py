@@ -8,7 +8,8 @@ import functools
 import itertools
 from typing import NamedTuple
 
-from specmoe_jax.config import ModelConfig, Plan
+from specmoe_jax.config import Plan
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models.spec import DTYPE_BYTES
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import DISK, Cost, Load

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from specmoe_jax.config import ModelConfig
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models import mixtral
 from specmoe_jax.training import model
 

@@ -4,9 +4,9 @@ import pytest
 from engine_cases import tokens_of
 
 from specmoe_jax import PRESETS, Engine, SamplingParams
-from specmoe_jax.config import EXPERT_DTYPES
 from specmoe_jax.errors import PlanError
 from specmoe_jax.models.quantised import logit_error, quantise
+from specmoe_jax.plan_fields import EXPERT_DTYPES
 from specmoe_jax.planner.memory import account
 from specmoe_jax.testing import tiny
 from specmoe_jax.testing_families import tiny_family

@@ -5,7 +5,7 @@ import pytest
 from engine_cases import PROMPTS, SAMPLED, plan, run
 
 import specmoe_jax as sm
-from specmoe_jax.config import SUBSTITUTIONS
+from specmoe_jax.plan_fields import SUBSTITUTIONS
 from specmoe_jax.testing import TINY
 
 

@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from specmoe_jax.config import ModelConfig
+from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models.families import parse_config
 
 FOLDER = pathlib.Path(__file__).parent

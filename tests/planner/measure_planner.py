@@ -23,7 +23,7 @@ import specmoe_jax
 import specmoe_jax as sm
 from specmoe_jax.cache_files import cache_folder
 from specmoe_jax.checkpoints.eagle import bundled_head, load_head
-from specmoe_jax.config import PRESETS, Plan, preset
+from specmoe_jax.config import Plan
 from specmoe_jax.engine.calibrate import calibrate
 from specmoe_jax.engine.planning import Job, Knowledge, choose, describe, evaluate, job_of, know
 from specmoe_jax.engine.profiling import profile
@@ -31,6 +31,7 @@ from specmoe_jax.engine.state import StepInfo
 from specmoe_jax.planner.operators import as_table
 from specmoe_jax.planner.probe import probe
 from specmoe_jax.planner.search import tree
+from specmoe_jax.presets import PRESETS, preset
 
 ROUNDS = 3  # of every plan, in turn with those of the profile, because the machine's speed changes; the least disturbed counts
 STEPS, SETTLE, BUDGET_S = 24, 3, 1.5  # of a plan in a round; the first ones fill draft sets and are not counted

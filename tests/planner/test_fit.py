@@ -4,13 +4,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specmoe_jax.config import GIB, PRESETS
 from specmoe_jax.errors import BudgetError, PlanError
 from specmoe_jax.planner.explain import problem
 from specmoe_jax.planner.fit import accounted, largest_batch, nearest, refusal, what_fits
 from specmoe_jax.planner.machines import machine
 from specmoe_jax.planner.memory import DraftMemory, PagedLoad, account, cache_positions, pages_of
 from specmoe_jax.planner.workload import Workload
+from specmoe_jax.presets import PRESETS
+from specmoe_jax.units import GIB
 from tests.planner.planner_cases import MIXTRAL
 
 WORK = Workload(prompt_tokens=300, new_tokens=100)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
-from specmoe_jax.config import GIB, PRESETS, SamplingParams
 from specmoe_jax.engine.requests import check_job
 from specmoe_jax.planner.machines import machine
+from specmoe_jax.presets import PRESETS
+from specmoe_jax.sampling_params import SamplingParams
+from specmoe_jax.units import GIB
 from tests.planner.synthetic_headers import CONFIGS, write_headers
 
 PROMPT, NEW = 512, 128

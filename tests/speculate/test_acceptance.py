@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from specmoe_jax.config import SamplingParams
+from specmoe_jax.sampling_params import SamplingParams
 from specmoe_jax.speculate.acceptance import (
     accept,
     accept_greedy,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from specmoe_jax.config import SamplingParams
+from specmoe_jax.sampling_params import SamplingParams
 from specmoe_jax.speculate.acceptance import accept, accept_chances, accepted_tokens, next_distribution
 from specmoe_jax.speculate.sampling import Stream, row_keys, sample, sampling_rows, transform_logits
 from specmoe_jax.types import SamplingRows

@@ -12,7 +12,7 @@ import numpy as np
 from specmoe_jax import metrics, tracing
 from specmoe_jax.benchmarks.gpu import settle
 from specmoe_jax.benchmarks.specmoeoff import acceptance_of, random_head_of
-from specmoe_jax.config import GIB, Plan, SamplingParams, preset
+from specmoe_jax.config import Plan
 from specmoe_jax.engine import Engine
 from specmoe_jax.engine.floor import predicted_figures
 from specmoe_jax.engine.planning import Knowledge, as_line, choose
@@ -24,6 +24,9 @@ from specmoe_jax.planner.calibration import ASSUMED, Acceptance
 from specmoe_jax.planner.estimate import Prediction, predict
 from specmoe_jax.planner.probe import probe
 from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload
+from specmoe_jax.presets import preset
+from specmoe_jax.sampling_params import SamplingParams
+from specmoe_jax.units import GIB
 
 BUDGET_BYTES = 24 * GIB
 SELF_DRAFT_ACCEPTANCE = 0.913  # SpecMoE's, of NLLB-MoE

@@ -64,7 +64,7 @@ def target_pass(
     expected of this pass (0 = none), worth a prefetch. kv and the memory's pool are consumed.
     """
     lengths, num_new = jnp.asarray(lengths), jnp.asarray(num_new)
-    h = embed(rt, tokens, lengths)
+    h = embed(rt, tokens, lengths, tree)
     keys, values, infos, inputs = [], [], [], {}
     for layer, moe in enumerate(rt.config.moe_index):
         if layer in rt.feature_layers:
@@ -97,11 +97,12 @@ def features(rt: Runtime, h: jax.Array, inputs: dict[int, jax.Array]) -> jax.Arr
     return jnp.concatenate([inputs[layer] for layer in rt.feature_layers], axis=-1)
 
 
-def embed(rt: Runtime, tokens, lengths: jax.Array) -> jax.Array:
-    """tokens [B, T] at positions lengths[b] + t -> [B, T, M]."""
+def embed(rt: Runtime, tokens, lengths: jax.Array, tree: Tree | None = None) -> jax.Array:
+    """tokens [B, T] at positions lengths[b] + t, or + depth in a tree -> [B, T, M]."""
     if rt.config.embedding is None:
         return stages.embed(rt.weights, tokens)
-    return stages.embed(rt.weights, tokens, lengths[:, None] + jnp.arange(tokens.shape[1]), config=rt.config.embedding)
+    depths = jnp.arange(tokens.shape[1]) if tree is None else tree.depths
+    return stages.embed(rt.weights, tokens, lengths[:, None] + depths, config=rt.config.embedding)
 
 
 def migrate_and_compute(

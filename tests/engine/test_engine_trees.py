@@ -80,6 +80,20 @@ def test_families(family):
     assert engine.stats()["tokens_per_step"] > 1.5
 
 
+def test_an_encoder_decoder_embeds_positions_by_depth():
+    """NLLB adds sinusoids to its embeddings, so a node's position counts before the first layer."""
+    model = tiny_family("nllb_moe")
+    base = sm.PRESETS["on_demand"](model.config).replace(batch_size=1)
+    prompts = [tuple(t % 100 + 2 for t in prompt) for prompt in PROMPTS[2:5]]
+    want = [c.token_ids for c in Engine(model, base).generate(prompts, GREEDY)]
+    a_plan = base.replace(draft="custom", draft_length=DEPTH, draft_tree_top_k=3, draft_tree_tokens=COUNT)
+    for prompt, text in zip(prompts, want, strict=True):
+        draft = ScriptedTree(DEPTH, COUNT, {model.config.encoder.start: text}, lambda *_: DEPTH)
+        engine = Engine(model, a_plan, draft=draft)
+        assert engine.generate([prompt], GREEDY)[0].token_ids == text
+        assert engine.stats()["tokens_per_step"] > 2.5
+
+
 CASES = {
     "on demand": {},
     "resident": {"preset": "resident"},

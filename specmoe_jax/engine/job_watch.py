@@ -5,7 +5,8 @@ from collections.abc import Iterable
 
 from specmoe_jax import metrics, prometheus
 from specmoe_jax.atomic_files import write_atomically
-from specmoe_jax.engine.generate import Engine, TokenEvent
+from specmoe_jax.engine.completion import TokenEvent
+from specmoe_jax.engine.generate import Engine
 from specmoe_jax.engine.state import StepInfo
 from specmoe_jax.errors import RequestError
 from specmoe_jax.progress import bar

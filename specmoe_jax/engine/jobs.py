@@ -13,7 +13,8 @@ from specmoe_jax.checkpoints.loader import load_config, load_model_tokenizer
 from specmoe_jax.checkpoints.manifest import checkpoint_hash
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config import Plan
-from specmoe_jax.engine.generate import Completion, Engine, TokenEvent
+from specmoe_jax.engine.completion import Completion, TokenEvent
+from specmoe_jax.engine.generate import Engine
 from specmoe_jax.engine.job_watch import JobWatch
 from specmoe_jax.engine.journal import Journal
 from specmoe_jax.engine.prompts import Prompt

@@ -1,7 +1,7 @@
 """The text of a request while it grows: what of it can be shown already."""
 
+from specmoe_jax.engine.completion import TokenEvent
 from specmoe_jax.engine.finish import safe_length
-from specmoe_jax.engine.generate import TokenEvent
 from specmoe_jax.models.model import Model
 
 

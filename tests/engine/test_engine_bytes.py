@@ -43,7 +43,7 @@ def test_a_step_sends_what_is_needed_and_not_resident(model, copied, name):
         assert info.verify.hits == sum(map(len, needed)) - missing
         routed = np.broadcast_to(info.active[None, :, None, None], info.verify.routing.shape)
         assert ((info.verify.routing >= 0) == routed).all()  # finished rows choose nothing
-    assert sum(size for size, _ in copied) == engine._rt.store.link.sent_bytes
+    assert sum(size for size, _ in copied) == engine._kept.rt.store.link.sent_bytes
     assert {size for size, _ in copied} == {model.expert_bytes}
     assert state.done
 

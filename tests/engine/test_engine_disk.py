@@ -72,7 +72,7 @@ def test_what_is_read_is_what_was_missing(on_disk, experts):
     for _, _, info in steps(engine):
         assert info.below.hits + info.below.misses == info.verify.fetched
         assert info.below.disk_bytes == info.below.misses * on_disk.expert_bytes
-        assert len(engine._rt.store.tier._blocks) <= experts
+        assert len(engine._kept.rt.store.tier._blocks) <= experts
 
 
 def test_a_cache_for_all_reads_each_once(on_disk):

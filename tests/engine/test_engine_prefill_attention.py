@@ -67,7 +67,7 @@ def test_only_keys_and_values_cross_and_the_lanes_say_so():
         spans = []
         engine = sm.Engine(tiny(), plan("streaming", batch_size=8, prefill_attention=where), spans=spans)
         engine.init(PROMPTS, GREEDY)
-        sent[where] = engine._rt.activations.sent_bytes
+        sent[where] = engine._kept.rt.activations.sent_bytes
         lanes[where] = {(span.kind, span.lane) for span in spans if span.kind in ("attend_chunk", "append")}
     assert lanes == {"cpu": set(), "accelerator": {("attend_chunk", "accelerator"), ("append", "cpu attention")}}
     keys = 2 * TINY.num_kv_heads
@@ -105,7 +105,7 @@ def test_what_is_staged_is_within_the_account(chunk):
     rows = min(8, PREFILL_TOKENS // state.kv.chunk)
     assert state.kv.staged % state.kv.chunk == 0 and state.kv.staged >= max(map(len, PROMPTS)) - 1
     staged = 2 * rows * state.kv.staged * TINY.num_kv_heads * TINY.head_dim * 4
-    assert staged <= engine._account.staging_bytes
+    assert staged <= engine._kept.account.staging_bytes
 
 
 def test_where_prompts_attend_is_left_to_the_machine():

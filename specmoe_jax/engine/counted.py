@@ -1,0 +1,52 @@
+"""What an engine has done since it was made, counted, and the figures of it."""
+
+import dataclasses
+import resource
+
+from specmoe_jax import metrics
+from specmoe_jax.config import Plan
+from specmoe_jax.engine.floor import floor_figures, predicted_figures
+from specmoe_jax.models.model import Model
+from specmoe_jax.planner.estimate import Prediction
+from specmoe_jax.planner.hardware import Hardware
+
+
+class Counted:
+    """recompiled: compilations inside steps that count, where none should be. on_demand_bytes: see metrics.OnDemand."""
+
+    def __init__(self, model: Model, plan: Plan):
+        self._model, self._plan = model, plan
+        self.compiles = metrics.CompileCounter()
+        self.recompiled, self.warm_up_s = 0, 0.0
+        self.totals, self.prefill_s, self.on_demand_bytes = metrics.Totals(), 0.0, 0
+        self.prefill_link_bytes = self.prefill_disk_bytes = 0
+
+    def add_prefill_bytes(self, before: tuple[int, int], after: tuple[int, int]) -> None:
+        """Each over the link and from disk, since the store was made."""
+        self.prefill_link_bytes += after[0] - before[0]
+        self.prefill_disk_bytes += after[1] - before[1]
+
+    def figures(self, hardware: Hardware | None, prediction: Prediction | None, peak_accelerator_bytes: int | None) -> dict:
+        """What Engine.stats gives, with its arguments."""
+        figures = metrics.figures(
+            self.totals,
+            self._plan,
+            on_demand_bytes=self.on_demand_bytes if self._plan.expert_flow == "on_demand" else None,
+            link_bytes_per_s=self._plan.link_bytes_per_s,
+            model_stamps=self._model.synthetic,
+        )
+        if hardware is not None and self._model.config.encoder is None:
+            figures |= floor_figures(self._model.config, self._plan, self.totals, hardware)
+        if prediction is not None:
+            figures |= predicted_figures(prediction, self.totals)
+        return figures | {
+            "prefill_s": self.prefill_s,
+            "warm_up_s": self.warm_up_s,
+            "prefill_link_bytes": self.prefill_link_bytes,
+            "prefill_disk_bytes": self.prefill_disk_bytes,
+            "compile_s": self.compiles.seconds,
+            "compilations_after_warmup": self.recompiled,
+            "peak_accelerator_bytes": peak_accelerator_bytes,
+            "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "plan": dataclasses.asdict(self._plan),
+        }

@@ -13,7 +13,7 @@ from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models import eagle
 from specmoe_jax.models.eagle import EagleHead
 from specmoe_jax.models.model import Model, random_model
-from specmoe_jax.planner.memory import KV_PAGE, pages_of
+from specmoe_jax.planner.positions import KV_PAGE, pages_of
 from specmoe_jax.planner.workload import EAGLE_MIXTRAL
 from specmoe_jax.presets import preset
 from specmoe_jax.sampling_params import SamplingParams

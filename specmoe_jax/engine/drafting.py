@@ -10,7 +10,7 @@ from specmoe_jax.engine.forward import draft_forward, prefetch
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, HostKV, State
 from specmoe_jax.plan_fields import GATED_DRAFTS
-from specmoe_jax.planner.memory import KV_PAGE
+from specmoe_jax.planner.positions import KV_PAGE
 from specmoe_jax.speculate.draft import DraftView
 from specmoe_jax.speculate.hotness import count_choices
 from specmoe_jax.speculate.sampling import Stream, coupled_keys, row_keys

@@ -7,7 +7,7 @@ from specmoe_jax.errors import PlanError
 from specmoe_jax.models.eagle import EagleHead, check_head, head_bytes, position_bytes
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.drafts import model_memory
-from specmoe_jax.planner.memory import DraftMemory
+from specmoe_jax.planner.memory_account import DraftMemory
 from specmoe_jax.speculate.draft import Draft
 from specmoe_jax.tracing import Span
 

@@ -15,7 +15,8 @@ from specmoe_jax.engine.state import ExpertMemory, State
 from specmoe_jax.models.eagle import EagleHead
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.fit import accounted
-from specmoe_jax.planner.memory import MemoryAccount, PagedLoad, cache_positions
+from specmoe_jax.planner.memory import cache_positions
+from specmoe_jax.planner.memory_account import MemoryAccount, PagedLoad
 from specmoe_jax.speculate.draft import Draft, FeatureDraft
 from specmoe_jax.speculate.eagle import EagleDraft, tree_shape
 from specmoe_jax.speculate.guard import Guard, make_guard

@@ -15,8 +15,9 @@ from specmoe_jax.engine.forward import attention
 from specmoe_jax.engine.runtime import build, first_memory, new_cache
 from specmoe_jax.models.model import Model
 from specmoe_jax.ops import empty_cache
-from specmoe_jax.planner.memory import KV_PAGE, account, pages_of
+from specmoe_jax.planner.memory import account
 from specmoe_jax.planner.operators import Sample
+from specmoe_jax.planner.positions import KV_PAGE, pages_of
 from specmoe_jax.speculate.acceptance import accept_greedy, finite_positions
 from specmoe_jax.types import Routing
 

@@ -13,7 +13,7 @@ from specmoe_jax.engine.state import HostKV, Request, State
 from specmoe_jax.errors import PlanError
 from specmoe_jax.offload.pages import admit as admit_pages
 from specmoe_jax.offload.pages import release
-from specmoe_jax.planner.memory import prefill_rows
+from specmoe_jax.planner.positions import prefill_rows
 from specmoe_jax.sampling_params import SamplingParams
 from specmoe_jax.speculate.sampling import sampling_rows
 from specmoe_jax.types import Tree

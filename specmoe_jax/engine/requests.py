@@ -14,7 +14,9 @@ from specmoe_jax.models.eagle import EagleConfig
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.drafts import draft_memory
 from specmoe_jax.planner.fit import Memories, accounted, nearest, with_nearest
-from specmoe_jax.planner.memory import MemoryAccount, PagedLoad, cache_positions, pages_of
+from specmoe_jax.planner.memory import cache_positions
+from specmoe_jax.planner.memory_account import MemoryAccount, PagedLoad
+from specmoe_jax.planner.positions import pages_of
 from specmoe_jax.planner.workload import Workload
 from specmoe_jax.sampling_params import SamplingParams
 

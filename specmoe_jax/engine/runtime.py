@@ -23,8 +23,10 @@ from specmoe_jax.offload.store import ExpertStore, Link
 from specmoe_jax.offload.tiers import DiskTier, HostTier, Tier
 from specmoe_jax.ops import PackedCache, empty_cache
 from specmoe_jax.plan_fields import GATED_DRAFTS
-from specmoe_jax.planner.memory import KV_PAGE, MemoryAccount, pinned_experts, staged_positions
+from specmoe_jax.planner.memory import pinned_experts
+from specmoe_jax.planner.memory_account import MemoryAccount
 from specmoe_jax.planner.pipeline import spread
+from specmoe_jax.planner.positions import KV_PAGE, staged_positions
 from specmoe_jax.speculate.affinity_cache import affinity_table
 from specmoe_jax.speculate.draft import Draft, FeatureDraft
 from specmoe_jax.speculate.draft_set import DraftSetPolicy, make_policy

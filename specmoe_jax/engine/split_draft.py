@@ -20,8 +20,8 @@ from specmoe_jax.models import eagle
 from specmoe_jax.models.eagle import EagleHead, Projected
 from specmoe_jax.offload.pages import Pages, grow, no_pages, release
 from specmoe_jax.ops import PackedCache, packed
-from specmoe_jax.planner.memory import pages_of
 from specmoe_jax.planner.pipeline import CPU
+from specmoe_jax.planner.positions import pages_of
 from specmoe_jax.speculate.draft import DraftView
 from specmoe_jax.speculate.draft_split import DraftSplit, no_split, plan_draft_split
 from specmoe_jax.speculate.eagle import draft_chain, known, remember

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from specmoe_jax.engine import stages
 from specmoe_jax.layer_config import LayerConfig
-from specmoe_jax.planner.memory import ITEMS_AHEAD
+from specmoe_jax.planner.positions import ITEMS_AHEAD
 
 
 class Staging:

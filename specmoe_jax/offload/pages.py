@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from specmoe_jax.errors import PlanError
-from specmoe_jax.planner.memory import pages_of
+from specmoe_jax.planner.positions import pages_of
 
 
 class Pages(NamedTuple):

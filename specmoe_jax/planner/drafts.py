@@ -10,7 +10,8 @@ from specmoe_jax.models.eagle import EagleConfig
 from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import Cost, Load
-from specmoe_jax.planner.memory import DraftMemory, account
+from specmoe_jax.planner.memory import account
+from specmoe_jax.planner.memory_account import DraftMemory
 from specmoe_jax.planner.pipeline import ACCELERATOR, CPU
 
 

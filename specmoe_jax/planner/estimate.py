@@ -9,9 +9,11 @@ from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.planner.costs import Load
 from specmoe_jax.planner.drafts import draft_costs
 from specmoe_jax.planner.hardware import Efficiency, Hardware
-from specmoe_jax.planner.memory import MemoryAccount, PagedLoad, account, cache_positions, pages_of
+from specmoe_jax.planner.memory import account, cache_positions
+from specmoe_jax.planner.memory_account import MemoryAccount, PagedLoad
 from specmoe_jax.planner.passes import Setting, Timing, prefill_seconds, time_pass
 from specmoe_jax.planner.pipeline import ACCELERATOR, CPU
+from specmoe_jax.planner.positions import pages_of
 from specmoe_jax.planner.simulate import Simulation
 from specmoe_jax.planner.workload import Workload
 

@@ -10,7 +10,9 @@ from specmoe_jax.errors import BudgetError, PlanError
 from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.planner.estimate import needed, running_rows
 from specmoe_jax.planner.hardware import Hardware
-from specmoe_jax.planner.memory import MemoryAccount, PagedLoad, account, cache_positions, pages_of
+from specmoe_jax.planner.memory import account, cache_positions
+from specmoe_jax.planner.memory_account import MemoryAccount, PagedLoad
+from specmoe_jax.planner.positions import pages_of
 from specmoe_jax.planner.workload import Workload
 from specmoe_jax.presets import PRESETS
 from specmoe_jax.units import GIB

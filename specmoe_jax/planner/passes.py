@@ -15,8 +15,10 @@ from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import DISK, Cost, Load
 from specmoe_jax.planner.drafts import DraftCosts, attention_block
 from specmoe_jax.planner.hardware import Hardware
-from specmoe_jax.planner.memory import PREFILL_TOKENS, MemoryAccount, pinned_experts
+from specmoe_jax.planner.memory import pinned_experts
+from specmoe_jax.planner.memory_account import MemoryAccount
 from specmoe_jax.planner.pipeline import RESOURCES, UP, Task, pass_tasks, spread
+from specmoe_jax.planner.positions import PREFILL_TOKENS
 from specmoe_jax.planner.simulate import Simulation, simulate
 
 STREAM_PIECES = 16  # at most, in which the simulator cuts a layer's experts: what waits on the link waits for one of them

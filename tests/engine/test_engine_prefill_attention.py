@@ -10,7 +10,8 @@ import specmoe_jax as sm
 from specmoe_jax.engine.requests import make_requests, shapes_of
 from specmoe_jax.planner.estimate import predict
 from specmoe_jax.planner.machines import machine
-from specmoe_jax.planner.memory import PREFILL_TOKENS, account, prefill_rows
+from specmoe_jax.planner.memory import account
+from specmoe_jax.planner.positions import PREFILL_TOKENS, prefill_rows
 from specmoe_jax.planner.workload import Workload
 from specmoe_jax.testing import TINY, eagle_head, tiny
 from tests.planner.planner_cases import MIXTRAL

@@ -6,7 +6,7 @@ from engine_cases import plan, tokens_of
 
 import specmoe_jax as sm
 from specmoe_jax.models.eagle import head_bytes, position_bytes
-from specmoe_jax.planner.memory import KV_PAGE
+from specmoe_jax.planner.positions import KV_PAGE
 from specmoe_jax.testing import eagle_head
 
 PROMPTS = [tuple(int(t) for t in np.random.default_rng([8, i]).integers(0, 256, 10 + 7 * i % 52)) for i in range(12)]

@@ -10,7 +10,7 @@ import specmoe_jax as sm
 from specmoe_jax.engine.refill import fill, joined, prompt_chunks
 from specmoe_jax.engine.state import HostKV, Request, State
 from specmoe_jax.offload.pages import no_pages
-from specmoe_jax.planner.memory import KV_PAGE, pages_of
+from specmoe_jax.planner.positions import KV_PAGE, pages_of
 from specmoe_jax.speculate.sampling import sampling_rows
 from specmoe_jax.testing import TINY, eagle_head, tiny
 

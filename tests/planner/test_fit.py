@@ -8,7 +8,9 @@ from specmoe_jax.errors import BudgetError, PlanError
 from specmoe_jax.planner.explain import problem
 from specmoe_jax.planner.fit import accounted, largest_batch, nearest, refusal, what_fits
 from specmoe_jax.planner.machines import machine
-from specmoe_jax.planner.memory import DraftMemory, PagedLoad, account, cache_positions, pages_of
+from specmoe_jax.planner.memory import account, cache_positions
+from specmoe_jax.planner.memory_account import DraftMemory, PagedLoad
+from specmoe_jax.planner.positions import pages_of
 from specmoe_jax.planner.workload import Workload
 from specmoe_jax.presets import PRESETS
 from specmoe_jax.units import GIB

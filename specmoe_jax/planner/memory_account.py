@@ -1,0 +1,68 @@
+"""The memory account as a tuple, and what the loads are that it counts."""
+
+from typing import NamedTuple
+
+
+class MemoryAccount(NamedTuple):
+    """Bytes by tier and purpose, and the slots R of the expert pool.
+
+    merged_slots are further ones, which hold merged experts for good.
+    pinned_slots of them hold experts that stay between passes; with wanted_slots every dispatch fits at once, and
+    what is beyond holds prefetched experts.
+    """
+
+    weight_bytes: int
+    expert_bytes: int  # one expert
+    num_slots: int
+    wanted_slots: int
+    pinned_slots: int
+    merged_slots: int
+    kv_bytes: int
+    activation_bytes: int
+    host_experts: int  # experts in host memory: all, or as many as the budget lets a disk tier cache
+    kv_tier: str
+    draft_model_bytes: int = 0  # of a draft of its own: all but what the next two lines count
+    draft_kv_bytes: int = 0  # its cache on the accelerator
+    draft_pages: int = 0  # of that cache, where it is split; 0: whole rows
+    host_draft_bytes: int = 0  # the split cache's other part: as many pages as the target's
+    kv_pages: int = 0  # of the host's paged cache (expert_flow=stream), else 0
+    hidden_bytes: int = 0  # what waits in host memory of a prompt between two tasks: hidden states, queries, keys, values (stream)
+    cross_bytes: int = 0  # keys and values of what an encoder read
+    staging_bytes: int = 0  # keys and values of the prompts' chunks that attend on the accelerator, of one layer at a time
+    pinned_layers: int = 0  # of the spare-expert cache (expert_flow=stream): its experts are the pinned_slots
+
+    @property
+    def host_expert_bytes(self) -> int:
+        return self.host_experts * self.expert_bytes
+
+    @property
+    def spare_expert_bytes(self) -> int:
+        """The spare-expert cache: experts beside the stream, which cross the link once."""
+        return self.pinned_slots * self.expert_bytes if self.pinned_layers else 0
+
+    @property
+    def accelerator_bytes(self) -> int:
+        kv = self.kv_bytes if self.kv_tier == "accelerator" else 0
+        experts = (self.num_slots + self.merged_slots) * self.expert_bytes
+        beside = self.draft_model_bytes + self.draft_kv_bytes + self.cross_bytes + self.staging_bytes
+        return self.weight_bytes + experts + kv + self.activation_bytes + beside
+
+    @property
+    def host_bytes(self) -> int:
+        kv = self.kv_bytes if self.kv_tier == "host" else 0
+        return self.host_expert_bytes + kv + self.hidden_bytes + self.host_draft_bytes
+
+
+class PagedLoad(NamedTuple):
+    """What a batch of a streamed plan can fill at once. pages: of the KV cache; prompt_tokens: hidden states of a prefill."""
+
+    pages: int
+    prompt_tokens: int
+
+
+class DraftMemory(NamedTuple):
+    """Bytes of a draft of its own: whatever the batch, of each row of it, and of each position of a row in its cache."""
+
+    fixed: int = 0
+    row: int = 0
+    position: int = 0

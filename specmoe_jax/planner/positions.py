@@ -1,0 +1,20 @@
+"""In which pieces positions are held and computed: pages of the host's cache, items of a prefill."""
+
+PREFILL_TOKENS = 512  # of one item of a streamed prefill: enough to use an accelerator, few enough to keep others waiting briefly
+ITEMS_AHEAD = 3  # prefill items whose activations are alive at a time: dispatch runs ahead (tests/engine/measure_memory.py)
+KV_PAGE = 64  # tokens of a page of the host's paged cache: whole blocks of the packed layout, half of one wasted per request
+
+
+def pages_of(tokens: int) -> int:
+    """Pages that so many tokens take."""
+    return -(-tokens // KV_PAGE)
+
+
+def prefill_rows(rows: int, chunk: int) -> int:
+    """Rows of one item of a streamed prefill in chunks of so many positions."""
+    return max(1, min(rows, PREFILL_TOKENS // chunk))
+
+
+def staged_positions(positions: int, chunk: int) -> int:
+    """Whole chunks that hold `positions`."""
+    return -(-positions // chunk) * chunk

@@ -27,6 +27,7 @@ from specmoe_jax.planner.hardware import Hardware
 from specmoe_jax.planner.machines import KNOWN, machine
 from specmoe_jax.planner.probe import probe
 from specmoe_jax.planner.roofline import points
+from specmoe_jax.planner.routing import choice_probabilities
 from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload
 from specmoe_jax.presets import PRESETS, preset
 
@@ -43,22 +44,29 @@ _PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 512, "Tokens of a prompt,
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens of a request.")
 _ACCEPTANCE = flags.DEFINE_string("acceptance", "0.7", "Probability of a drafted token, or eagle_mixtral: the paper's map.")
 _SKEW = flags.DEFINE_float(
-    "skew", 0.3, "Gini coefficient of the expert counts: 0 all alike; NLLB-MoE 0.84, Mixtral 0.32, Scout 0.59."
+    "skew",
+    None,
+    "Gini coefficient of the expert counts: 0 all alike; NLLB-MoE 0.84, Mixtral 0.32, Scout 0.59. Default: 0.4, or less where a "
+    "token takes most of the experts.",
 )
 _ROOFLINE = flags.DEFINE_string("roofline", None, "Where the roofline picture goes, .png (needs matplotlib).")
 _GANTT = flags.DEFINE_string("gantt", None, "Where the picture of a simulated pass goes, .png (streamed plans).")
 _SIMULATE = flags.DEFINE_boolean("simulate", False, "Every preset beside each other, and cache policies on a routing trace.")
-_TRACE = flags.DEFINE_string("trace", None, "A routing trace, .npy of [passes, layers, experts] counts. Default: a synthetic one.")
-_CAPACITY = flags.DEFINE_integer("cache_experts", None, "Experts that --simulate's cache policies keep. Default: a quarter of all.")
+_TRACE = flags.DEFINE_string(
+    "trace", None, "With --simulate: a routing trace, .npy of counts [passes, layers, experts]. Default: synthetic."
+)
+_CAPACITY = flags.DEFINE_integer("cache_experts", None, "With --simulate: experts that a policy keeps. Default: a quarter of all.")
 _JSON = flags.DEFINE_boolean("json", False, "Print one JSON document instead of tables.")
 flags.adopt_module_key_flags(_plan_flags)
 
 
 def main() -> None:
+    check_flags()
     hardware = read_hardware(_HARDWARE.value)
     started_s = time.process_time()
     folder = checkpoint_path(_MODEL.value)
-    config, workload = load_config(folder), make_workload()
+    config = load_config(folder)
+    workload = make_workload(config)
     stored_bytes = read_stored_bytes(folder)
     if _SIMULATE.value:
         shown = explain.presets(config, make_plans(config), hardware, workload)
@@ -69,8 +77,19 @@ def main() -> None:
             raise PlanError(problem)
         shown = explain.explain(config, plan, hardware, workload, stored_bytes=stored_bytes)
         save_pictures(config, plan, hardware, workload)
-    shown |= {"assumptions": explain.assumptions(hardware, workload), "cpu_s": round(time.process_time() - started_s, 3)}
+    shown |= {"assumptions": explain.assumptions(config, hardware, workload), "cpu_s": round(time.process_time() - started_s, 3)}
     print(json.dumps(shown, indent=2) if _JSON.value else explain.as_text(shown))
+
+
+def check_flags() -> None:
+    """Refuses pictures of no plan, and settings of a simulation that is not made."""
+    if _SIMULATE.value:
+        idle, advice = (_ROOFLINE, _GANTT), "with --simulate; leave it out"
+    else:
+        idle, advice = (_TRACE, _CAPACITY), "without --simulate; give both"
+    for flag in idle:
+        if flag.value is not None:
+            _common.usage_error(f"--{flag.name} has no effect {advice}")
 
 
 def read_hardware(name: str) -> Hardware:
@@ -85,19 +104,21 @@ def read_hardware(name: str) -> Hardware:
         raise PlanError(f"cannot read the hardware {name} ({e}); known are {', '.join(KNOWN)}") from e
 
 
-def make_workload() -> Workload:
-    """The flags as a workload; an encoder reads the prompt where there is one."""
+def make_workload(config: ModelConfig) -> Workload:
+    """The flags as a workload; an encoder reads the prompt where there is one. Raises PlanError for a skew that cannot be."""
     try:
         acceptance = EAGLE_MIXTRAL if _ACCEPTANCE.value == "eagle_mixtral" else float(_ACCEPTANCE.value)
     except ValueError:
         _common.usage_error(f"acceptance is {_ACCEPTANCE.value!r}; it is a probability or eagle_mixtral")
-    return Workload(
+    workload = Workload(
         prompt_tokens=_PROMPT_TOKENS.value,
         source_tokens=_PROMPT_TOKENS.value,
         new_tokens=_MAX_NEW_TOKENS.value,
         acceptance=acceptance,
         skew=_SKEW.value,
     )
+    choice_probabilities(config.num_experts, config.experts_per_token, workload.skew_of(config))
+    return workload
 
 
 def read_stored_bytes(folder: pathlib.Path) -> int | None:
@@ -149,7 +170,9 @@ def save_pictures(config: ModelConfig, plan: Plan, hardware: Hardware, workload:
     try:
         if _ROOFLINE.value:
             load = Load(plan.batch_size, plan.tokens_per_pass, workload.context)
-            pictures.save_roofline(points(config, plan, hardware, load, skew=workload.skew), title, pathlib.Path(_ROOFLINE.value))
+            pictures.save_roofline(
+                points(config, plan, hardware, load, skew=workload.skew_of(config)), title, pathlib.Path(_ROOFLINE.value)
+            )
         if _GANTT.value:
             simulation = predict(config, plan, hardware, workload, interval=False).simulation
             if simulation is None:

@@ -28,30 +28,31 @@ class Acceptance(NamedTuple):
 
 class Calibration(NamedTuple):
     """acceptance: of the drafts that were measured; eagle_tree: a head's trees (search.tree).
-    skew: Gini coefficient of the experts' counts.
+    skew: Gini coefficient of the experts' counts; None: that of the workload.
 
     row_share, run_share: how much of an independent token's choice one more row makes, and one more position of a row.
     measured: on prompts of the user; else assumed.
     """
 
     acceptance: dict[str, Acceptance]
-    skew: float
+    skew: float | None
     measured: bool
     row_share: float = 1.0
     run_share: float = 1.0
 
     def workload(self, base: Workload, plan: Plan, config: ModelConfig) -> Workload:
         """The workload as this plan's draft meets it."""
+        skew = base.skew_of(config) if self.skew is None else self.skew
         if plan.draft == "none":
-            return dataclasses.replace(base, skew=self.skew)
+            return dataclasses.replace(base, skew=skew)
         found = (plan.draft_tree_top_k and self.acceptance.get("eagle_tree")) or self.acceptance.get(plan.draft)
         if found is None and plan.draft == "eagle":
-            return dataclasses.replace(base, skew=self.skew, acceptance=EAGLE_MIXTRAL)
+            return dataclasses.replace(base, skew=skew, acceptance=EAGLE_MIXTRAL)
         found = found or Acceptance(ASSUMED_RATES.get(plan.draft, 0.5))
         rate = found.rate
         if plan.draft == "self" and found.experts:
-            rate = _with_experts(found, plan, config, self.skew)
-        return dataclasses.replace(base, skew=self.skew, acceptance=rate, unlike=found.unlike)
+            rate = _with_experts(found, plan, config, skew)
+        return dataclasses.replace(base, skew=skew, acceptance=rate, unlike=found.unlike)
 
     def to_dict(self) -> dict:
         return self._asdict() | {"acceptance": {name: found._asdict() for name, found in self.acceptance.items()}}
@@ -67,7 +68,7 @@ class Calibration(NamedTuple):
             return None
 
 
-ASSUMED = Calibration(acceptance={}, skew=0.4, measured=False)
+ASSUMED = Calibration(acceptance={}, skew=None, measured=False)
 
 
 def _with_experts(found: Acceptance, plan: Plan, config: ModelConfig, skew: float) -> float:

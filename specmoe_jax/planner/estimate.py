@@ -106,7 +106,7 @@ def needed(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Worklo
     prompt, longest = _prompt(config, workload), _prompt(config, workload) + workload.new_tokens
     rows, positions = plan.batch_size, cache_positions(longest, plan)
     load = Load(rows, plan.tokens_per_pass, longest)
-    of_draft = draft_costs(config, plan, load, skew=workload.skew, head=workload.head, model=workload.draft_model)
+    of_draft = draft_costs(config, plan, load, skew=workload.skew_of(config), head=workload.head, model=workload.draft_model)
     return account(
         config,
         plan,
@@ -137,7 +137,7 @@ def _pages(plan: Plan, longest: int) -> int:
 def _setting(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload, own: MemoryAccount, rows: int) -> Setting:
     context = _prompt(config, workload) + workload.new_tokens / 2
     load = Load(rows, plan.tokens_per_pass, context, workload.source_tokens if config.encoder else 0)
-    return Setting(config, plan, _with_emulated_link(hardware, plan), own, load, workload.skew)
+    return Setting(config, plan, _with_emulated_link(hardware, plan), own, load, workload.skew_of(config))
 
 
 def _with_emulated_link(hardware: Hardware, plan: Plan) -> Hardware:
@@ -153,7 +153,7 @@ def _time(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workloa
     setting = _setting(config, plan, hardware, workload, own, rows)
     share = _cpu_share(plan, own, setting.load)
     of_draft = draft_costs(
-        config, plan, setting.load, skew=workload.skew, head=workload.head, model=workload.draft_model, cpu_share=share
+        config, plan, setting.load, skew=workload.skew_of(config), head=workload.head, model=workload.draft_model, cpu_share=share
     )
     return time_pass(setting, of_draft)
 

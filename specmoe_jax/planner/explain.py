@@ -108,7 +108,7 @@ def caches(
     config: ModelConfig, workload: Workload, trace: np.ndarray | None, capacity: int | None, *, tokens: int
 ) -> dict[str, Any]:
     """Fetches of each cache policy on a trace, over those of the optimum. tokens: of a pass of the synthetic one."""
-    p = routing.choice_probabilities(config.num_experts, config.experts_per_token, workload.skew)
+    p = routing.choice_probabilities(config.num_experts, config.experts_per_token, workload.skew_of(config))
     given = trace is not None
     if not given:
         layers = config.num_moe_layers
@@ -122,26 +122,37 @@ def caches(
             "experts_kept": capacity,
             "experts_needed": needed,
         }
-        | {f"fetched, {name}": count for name, count in fetched.items()}
+        | {f"fetched, {name}{', its loading not counted' * (name == 'static')}": count for name, count in fetched.items()}
     }
 
 
-def assumptions(hardware: Hardware, workload: Workload) -> list[str]:
+def assumptions(config: ModelConfig, hardware: Hardware, workload: Workload) -> list[str]:
     """What of it nobody measured."""
-    found = [f"routing: independent tokens of skew {workload.skew}", "acceptance: given, not measured"]
+    found = [f"routing: independent tokens of skew {workload.skew_of(config):.3g}", "acceptance: given, not measured"]
     return found if hardware.measured else [f"machine: data sheets and assumed efficiencies ({hardware.name})", *found]
 
 
 def as_text(shown: dict[str, Any], indent: str = "") -> str:
-    """An aligned line for each entry, nested ones under their name."""
+    """An aligned line for each entry, nested ones under their name; entries of the same kind as a table."""
     width = max(map(len, shown), default=0)
     lines = []
     for name, value in shown.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values()):
+            lines += [f"{indent}{name}:", _as_table(value, indent + "  ")]
+        elif isinstance(value, dict):
             lines += [f"{indent}{name}:", as_text(value, indent + "  ")]
         else:
             lines.append(f"{indent}{name:<{width}}  {_shown(value)}")
     return "\n".join(lines)
+
+
+def _as_table(rows: dict[str, dict[str, Any]], indent: str) -> str:
+    """A line for each entry and a column for each of their names."""
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    cells = [["", *names], *([title, *(_shown(row[name]) if name in row else "" for name in names)] for title, row in rows.items())]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) for line in cells)
+    return "\n".join(f"{indent}{line}".rstrip() for line in lines)
 
 
 def _shown(value) -> str:

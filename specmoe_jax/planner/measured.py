@@ -201,7 +201,7 @@ def refine(
     case = Case(
         rows=prediction.rows,
         context=workload.context,
-        probabilities=choice_probabilities(config.num_experts, config.experts_per_token, workload.skew),
+        probabilities=choice_probabilities(config.num_experts, config.experts_per_token, workload.skew_of(config)),
         slots=prediction.account.num_slots,
         wanted_slots=prediction.account.wanted_slots,
         pinned_layers=prediction.account.pinned_layers,

@@ -13,6 +13,19 @@ import numpy as np
 
 from specmoe_jax.errors import PlanError
 
+ASSUMED_SKEW = 0.4  # where nothing was measured; the papers' models: NLLB-MoE 0.84, Mixtral 0.32, Scout 0.59
+ASSUMED_SHARE = 0.6  # of the highest possible skew at most: where a token takes most of the experts, counts can hardly differ
+
+
+def assumed_skew(num_experts: int, per_token: int) -> float:
+    """The skew of a router of which nothing is known; one that its top-k allows."""
+    return min(ASSUMED_SKEW, ASSUMED_SHARE * highest_skew(num_experts, per_token))
+
+
+def highest_skew(num_experts: int, per_token: int) -> float:
+    """Where every token takes the same experts."""
+    return 1 - per_token / num_experts
+
 
 @functools.cache
 def choice_probabilities(num_experts: int, per_token: int, skew: float) -> tuple[float, ...]:
@@ -20,7 +33,7 @@ def choice_probabilities(num_experts: int, per_token: int, skew: float) -> tuple
 
     Raises PlanError for a skew that no choice of `per_token` different experts can have.
     """
-    highest = 1 - per_token / num_experts
+    highest = highest_skew(num_experts, per_token)
     if not 0 <= skew <= highest:
         raise PlanError(f"skew is {skew}; {per_token} of {num_experts} experts a token allow 0 to {highest:.3f}")
     normal = statistics.NormalDist()

@@ -9,6 +9,7 @@ from specmoe_jax.config import Plan
 from specmoe_jax.errors import PlanError
 from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models.eagle import EagleConfig
+from specmoe_jax.planner.routing import assumed_skew
 
 # Accepted drafted tokens by draft length k, EAGLE on Mixtral-8x7B (SpecMoEOff; k counts the nodes of a small tree there).
 EAGLE_MIXTRAL = (
@@ -30,8 +31,8 @@ class Workload:
     """prompt_tokens, new_tokens: of a request, means.
 
     acceptance: the probability that a drafted token is accepted if those before it were, or pairs (draft length, mean accepted
-    tokens), interpolated. skew: Gini coefficient of the expert counts, see planner.routing. head: of draft=eagle, None for the
-    usual one. draft_model: of draft=model. source_tokens: what an encoder reads. unlike:
+    tokens), interpolated. skew: Gini coefficient of the expert counts, None for the one that planner.routing assumes.
+    head: of draft=eagle, None for the usual one. draft_model: of draft=model. source_tokens: what an encoder reads. unlike:
     relative deviation between rows of the steps that they need, because the draft guesses some texts better than others.
     Raises PlanError for what is no workload.
     """
@@ -39,7 +40,7 @@ class Workload:
     prompt_tokens: int = 512
     new_tokens: int = 128
     acceptance: float | tuple[tuple[int, float], ...] = 0.7
-    skew: float = 0.4
+    skew: float | None = None
     head: EagleConfig | None = None
     draft_model: ModelConfig | None = None
     source_tokens: int = 0
@@ -59,6 +60,10 @@ class Workload:
     def context(self) -> float:
         """Mean cached positions of a sequence over its generation."""
         return self.prompt_tokens + self.new_tokens / 2
+
+    def skew_of(self, config: ModelConfig) -> float:
+        """The skew given, or the one assumed of the model's router."""
+        return assumed_skew(config.num_experts, config.experts_per_token) if self.skew is None else self.skew
 
     def tokens_per_step(self, draft_length: int) -> float:
         """One from the target and the accepted ones, at most what is asked for."""

@@ -167,6 +167,14 @@ def test_the_routing_model_is_a_distribution_of_the_skew_asked_for(num_experts, 
     assert left[0] == pytest.approx(used) and left[-1] == pytest.approx(0, abs=1e-9) and (np.diff(left) <= 1e-12).all()
 
 
+@given(st.integers(1, 200), st.integers(1, 200))
+def test_the_assumed_skew_is_one_that_any_router_can_have(num_experts, per_token):
+    per_token = min(per_token, num_experts)
+    skew = routing.assumed_skew(num_experts, per_token)
+    assert len(routing.choice_probabilities(num_experts, per_token, skew)) == num_experts
+    assert skew == (0.4 if per_token <= num_experts / 3 else pytest.approx(0.6 * (1 - per_token / num_experts)))
+
+
 def test_acceptance_as_a_probability_and_as_a_map():
     assert Workload(acceptance=0.5).tokens_per_step(2) == 1.75
     assert Workload(acceptance=EAGLE_MIXTRAL).tokens_per_step(5) == 2.15

@@ -1,5 +1,6 @@
 """The search against all plans of a small space, what is given and what does not fit; the effects of the measured operators."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -121,6 +122,8 @@ def test_acceptance_depends_on_the_experts():
     assert rates == sorted(rates) and rates[1] == pytest.approx(0.6) and rates[3] == pytest.approx(1.0)
     assert Calibration.from_dict(measured.to_dict()) == measured and Calibration.from_dict({}) is None
     assert ASSUMED.workload(WORK_LOAD, plan, TINY).acceptance == 0.6
+    assert ASSUMED.workload(WORK_LOAD, plan, TINY).skew == WORK_LOAD.skew
+    assert measured.workload(dataclasses.replace(WORK_LOAD, skew=0.1), plan, TINY).skew == measured.skew
 
 
 @settings(deadline=None, max_examples=20)

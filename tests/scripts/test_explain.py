@@ -95,6 +95,8 @@ def test_the_twin_shows_presets_and_policies(explain, headers, tmp_path):
     assert found["presets"]["specmoe"]["bytes x on_demand"] < 1
     cache = found["cache"]
     assert cache["experts_needed"] == (trace > 0).sum()
+    table = explain("--model=demo", "--hardware=h100", "--simulate").out.splitlines()
+    assert any("tokens_per_s" in line and "binding_resource" in line for line in table)
     assert all(cache["fetched, belady"] <= cache[f"fetched, {name}"] for name in ("lru", "frequency", "hot_temporal"))
 
 
@@ -132,6 +134,9 @@ def test_every_field_of_a_plan_that_generate_takes_can_be_asked_about(explain, e
         (["--hardware=a30", "--preset=on_demand", "--gantt=x.png"], "streaming or specmoeoff"),
         (["--hardware=a30", "--simulate", "--trace=nothing.npy"], "cannot read the trace"),
         (["--hardware=a30", "--draft=ngram", "--prefetch=draft"], "prefetch=draft has no effect"),
+        (["--hardware=a30", "--skew=0.9"], "experts a token allow"),
+        (["--hardware=a30", "--trace=x.npy"], "--trace has no effect without --simulate"),
+        (["--hardware=a30", "--simulate", "--gantt=x.png"], "--gantt has no effect with --simulate"),
     ],
 )
 def test_wrong_usage_is_one_line(explain, arguments, says):

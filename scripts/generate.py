@@ -13,7 +13,7 @@ import _common
 import _plan_flags
 from absl import flags
 
-from specmoe_jax import Completion, Engine, Model, Plan, SamplingParams, TokenEvent, load_model, metrics
+from specmoe_jax import Completion, Engine, Model, Plan, SamplingParams, TokenEvent, load_model
 from specmoe_jax.atomic_files import check_writable, write_atomically
 from specmoe_jax.checkpoints.chat import sampling_defaults
 from specmoe_jax.checkpoints.eagle import bundled_head, head_config, head_path, load_head
@@ -25,10 +25,12 @@ from specmoe_jax.engine.journal import Journal
 from specmoe_jax.engine.prompts import Prompt, as_chat, read_prompts
 from specmoe_jax.engine.shown import ShownText
 from specmoe_jax.errors import PlanError, RequestError
+from specmoe_jax.meters import Stopwatch
 from specmoe_jax.models.eagle import EagleHead
 from specmoe_jax.plan_fields import DTYPES
 from specmoe_jax.presets import PRESETS, preset
 from specmoe_jax.progress import PROGRESS
+from specmoe_jax.stats_table import table
 from specmoe_jax.tracing import trace, write_lanes
 
 SAMPLED_PROMPTS = 64  # whose lengths stand for all of a job's
@@ -64,7 +66,7 @@ flags.adopt_module_key_flags(_plan_flags)
 
 
 def main() -> None:
-    watch = metrics.Stopwatch()
+    watch = Stopwatch()
     if not (_PROMPT.value or _PROMPTS.value):
         _common.usage_error("no prompt; give --prompt=TEXT or --prompts=FILE")
     folder = checkpoint_path(_MODEL.value)
@@ -96,7 +98,7 @@ def main() -> None:
     stats = final_stats(engine, prompts) | error | {"load_s": load_s, "wall_s": watch.seconds, "requests": timings}
     if _STATS.value:
         write_atomically(_STATS.value, json.dumps(stats, indent=2) + "\n")
-    print(metrics.table(stats), file=sys.stderr)
+    print(table(stats), file=sys.stderr)
 
 
 def read_head(model: Model, plan: Plan) -> EagleHead | None:

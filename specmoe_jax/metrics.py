@@ -1,11 +1,8 @@
-"""StepInfo -> figures with units. Pure but for the compile counter, which listens to JAX."""
+"""StepInfo -> figures with units. Pure."""
 
-import functools
 import itertools
-import time
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from specmoe_jax.config import Plan
@@ -183,113 +180,3 @@ def _synthetic(plan: Plan) -> list[str]:
         "oracle_prefetch": plan.prefetch == "oracle",
     }
     return [name for name, touched in stamps.items() if touched]
-
-
-class _Compilations:
-    """Of the process. JAX keeps a listener for ever, so there is one."""
-
-    _EVENT = "/jax/core/compile/backend_compile_duration"
-
-    def __init__(self):
-        self.count, self.seconds = 0, 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._on_event)
-
-    def _on_event(self, event: str, duration_s: float, **_) -> None:
-        if event == self._EVENT:
-            self.count += 1
-            self.seconds += duration_s
-
-
-_compilations = functools.cache(_Compilations)
-
-
-class CompileCounter:
-    """Counts XLA compilations and their time in this process since it was made."""
-
-    def __init__(self):
-        self._all = _compilations()
-        self._count, self._seconds = self._all.count, self._all.seconds
-
-    @property
-    def count(self) -> int:
-        return self._all.count - self._count
-
-    @property
-    def seconds(self) -> float:
-        return self._all.seconds - self._seconds
-
-
-class Stopwatch:
-    """Wall seconds since it was made."""
-
-    def __init__(self):
-        self._start = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start
-
-
-def table(stats: dict) -> str:
-    """The closing table of a run, for people."""
-    rows = [
-        ("decode", f"{_number(stats['decode_tokens_per_s'])} tokens/s, {stats['new_tokens']} tokens in {stats['steps']} steps"),
-        ("decode, full batches alone", f"{_number(stats['full_batch_tokens_per_s'])} tokens/s"),
-        ("tokens per step", _number(stats["tokens_per_step"])),
-        ("accepted by position", "  ".join(f"{share:.2f}" for share in stats["acceptance_by_position"]) or "no draft"),
-        ("link, expert bytes/token", _link_row(stats)),
-        ("experts resident / fetched", f"{stats['expert_hits']} / {stats['expert_misses']}"),
-        ("expert bytes while drafting", str(stats["draft_link_bytes"])),
-        ("link, activation bytes", str(stats["activation_link_bytes"])),
-        ("accelerator / host peak", f"{_mebi(stats['peak_accelerator_bytes'])} / {_mebi(stats['peak_host_bytes'])} MiB"),
-        ("load, compile, prefill", "  ".join(f"{stats[name]:.2f} s" for name in ("load_s", "compile_s", "prefill_s"))),
-        ("compilations after warm-up", str(stats["compilations_after_warmup"])),
-    ]
-    if stats["draft_cpu_row_share"]:
-        share, moves = stats["draft_cpu_row_share"], stats["draft_moves"]
-        rows.append(("draft caches on the CPU", f"{share:.1%} of the rows' steps, {moves} moves"))
-    if stats["plan"]["expert_tier"] == "disk":
-        rows.append(("disk bytes/token", _number(stats["disk_bytes_per_token"])))
-        rows.append(("host cache hits / misses", f"{stats['dram_hits']} / {stats['dram_misses']}"))
-    if stats["fraction_of_floor"] is not None:
-        rows.append(
-            ("share of the floor", f"{stats['fraction_of_floor']:.2f} of what the {stats['binding_resource'] or 'link'} allows")
-        )
-    if "rates" in stats:
-        rows.append(("measured rates", _rates_row(stats["rates"])))
-    if "predicted" in stats:
-        rows.append(("step predicted / measured", f"{_milli(stats['predicted']['step_s'])} / {_milli(stats['step_s'])} ms"))
-    if "expert_dtype_kl" in stats:
-        kl, top1, positions = (stats[f"expert_dtype_{name}"] for name in ("kl", "top1", "positions"))
-        error = f"KL {kl:.1e} nats from {stats['plan']['dtype']}, same top token at {top1:.1%} of {positions} positions"
-        rows.append((f"experts in {stats['plan']['expert_dtype']}", error))
-    if stats["synthetic"]:
-        rows.append(("SYNTHETIC", f"{', '.join(stats['synthetic'])}: emulated, not this machine's"))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
-def _link_row(stats: dict) -> str:
-    spent, plain = stats["link_bytes_per_token"], stats["on_demand_link_bytes_per_token"]
-    if not plain:
-        return _number(spent)
-    return f"{_number(spent)}, on_demand {_number(plain)}: {spent / plain:.2f} of it"
-
-
-def _rates_row(rates: dict) -> str:
-    """Decimal units, as those of Hardware."""
-    units = {"link_bytes_per_s": "link", "cache_bytes_per_s": "cache reads"}
-    shown = [f"{name} {rates[key] / 1e9:.3g} GB/s" for key, name in units.items() if key in rates]
-    return "  ".join([*shown, f"{rates['flops_per_s'] / 1e9:.3g} GFLOP/s"]) if rates else "-"
-
-
-def _milli(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1e3:.2f}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.2f}"
-
-
-def _mebi(num_bytes: int | None) -> str:
-    return "-" if num_bytes is None else f"{num_bytes / (1 << 20):,.0f}"

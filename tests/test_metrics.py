@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specmoe_jax import metrics
+from specmoe_jax.meters import CompileCounter
 
 LAYERS, EXPERTS, CHOICES, WIDTH = 2, 5, 2, 4
 
@@ -44,10 +45,10 @@ def test_on_demand_is_counted_exactly_in_a_window(seed, limits):
 
 
 def test_one_listener_counts_for_all():
-    first = metrics.CompileCounter()
+    first = CompileCounter()
     before = len(jax._src.monitoring.get_event_duration_listeners())
-    second = metrics.CompileCounter()
+    second = CompileCounter()
     assert len(jax._src.monitoring.get_event_duration_listeners()) == before
     jax.jit(lambda x: x * 3.25 + 1)(np.float32(before))
     assert first.count >= 1 and second.count == first.count and second.seconds == first.seconds > 0
-    assert metrics.CompileCounter().count == 0
+    assert CompileCounter().count == 0

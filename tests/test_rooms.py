@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "speculate": {"base", "ops", "models", "checkpoints", "planner"},
     "metrics": {"base"},
     "prometheus": {"base"},
+    "stats_table": {"base"},
     "engine": {"base", "ops", "models", "checkpoints", "planner", "offload", "speculate", "metrics", "prometheus"},
     "benchmarks": {"base", "ops", "models", "checkpoints", "planner", "offload", "engine", "metrics"},
     "training": {"base", "ops", "models", "checkpoints", "planner", "speculate"},
@@ -42,6 +43,7 @@ BASE = {
     "atomic_files",
     "cache_files",
     "progress",
+    "meters",
     "tracing",
 }
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from specmoe_jax import metrics
 from specmoe_jax.config import Plan
 from specmoe_jax.engine import Engine
+from specmoe_jax.meters import CompileCounter, Stopwatch
 from specmoe_jax.models.eagle import EagleHead
 from specmoe_jax.models.model import Model
 from specmoe_jax.sampling_params import SamplingParams
@@ -47,11 +48,11 @@ def compare(model: Model, cases: list[Case], job: Job) -> dict[str, dict]:
     states = {name: engine.init(job.prompts, params) for name, engine in engines.items()}
     rounds: dict[str, list[metrics.Totals]] = {case.name: [] for case in cases}
     order, shuffle = [case.name for case in cases], random.Random(0)
-    compiles = metrics.CompileCounter()
+    compiles = CompileCounter()
     for number in range(job.settle + job.rounds):
         shuffle.shuffle(order)
         if number == job.settle:
-            compiles = metrics.CompileCounter()
+            compiles = CompileCounter()
         for name in order:
             states[name], totals = _slice(engines[name], states[name], job)
             if number >= job.settle:
@@ -73,7 +74,7 @@ def whole_jobs(model: Model, cases: list[Case], job: Job) -> dict[str, dict]:
     for number in range(job.settle + job.rounds):
         shuffle.shuffle(order)
         for name in order:
-            infos, watch = [], metrics.Stopwatch()
+            infos, watch = [], Stopwatch()
             engines[name].generate(job.prompts, params, on_step=infos.append)
             if number >= job.settle:
                 walls[name].append(watch.seconds)

@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from specmoe_jax import metrics, tracing
+from specmoe_jax import tracing
 from specmoe_jax.benchmarks.rounds import Case, Job, compare, whole_jobs
 from specmoe_jax.config import Plan
 from specmoe_jax.engine import Engine
+from specmoe_jax.meters import Stopwatch
 from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models import eagle
 from specmoe_jax.models.eagle import EagleHead
@@ -225,7 +226,7 @@ def lanes(s: Setting, case: Case) -> dict[str, float]:
     state = engine.init(s.job(s.largest, s.prompt).prompts, SamplingParams(max_new_tokens=64, ignore_eos=True))
     state, _ = engine.step(state)
     spans.clear()
-    watch, steps = metrics.Stopwatch(), 3
+    watch, steps = Stopwatch(), 3
     for _ in range(steps):
         state, _ = engine.step(state)
     return {lane: seconds / steps for lane, seconds in tracing.busy_s(spans).items()} | {"wall": watch.seconds / steps}

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from specmoe_jax import metrics
 from specmoe_jax.engine.finish import final_text
 from specmoe_jax.engine.state import Request, State, StepInfo
+from specmoe_jax.meters import Stopwatch
 from specmoe_jax.models.model import Model
 
 
@@ -47,7 +47,7 @@ class TokenEvent(NamedTuple):
     elapsed_s: float
 
 
-def step_events(model: Model, state: State, info: StepInfo, watches: dict[int, metrics.Stopwatch]) -> Iterator[TokenEvent]:
+def step_events(model: Model, state: State, info: StepInfo, watches: dict[int, Stopwatch]) -> Iterator[TokenEvent]:
     """What one step gave the rows that were active in it. watches: by request id, since the prefill of each began."""
     for row in np.flatnonzero(info.active):
         request, tokens, reason = state.requests[row], state.generated[row], state.finish_reasons[row]

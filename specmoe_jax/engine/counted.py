@@ -6,6 +6,7 @@ import resource
 from specmoe_jax import metrics
 from specmoe_jax.config import Plan
 from specmoe_jax.engine.floor import floor_figures, predicted_figures
+from specmoe_jax.meters import CompileCounter
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.estimate import Prediction
 from specmoe_jax.planner.hardware import Hardware
@@ -16,7 +17,7 @@ class Counted:
 
     def __init__(self, model: Model, plan: Plan):
         self._model, self._plan = model, plan
-        self.compiles = metrics.CompileCounter()
+        self.compiles = CompileCounter()
         self.recompiled, self.warm_up_s = 0, 0.0
         self.totals, self.prefill_s, self.on_demand_bytes = metrics.Totals(), 0.0, 0
         self.prefill_link_bytes = self.prefill_disk_bytes = 0

@@ -20,6 +20,7 @@ from specmoe_jax.engine.runtime import new_host_kv
 from specmoe_jax.engine.state import Request, State, StepInfo
 from specmoe_jax.engine.step import step, warm_up
 from specmoe_jax.errors import PlanError
+from specmoe_jax.meters import Stopwatch
 from specmoe_jax.models.eagle import EagleHead
 from specmoe_jax.models.model import Model
 from specmoe_jax.offload.pages import no_pages
@@ -122,7 +123,7 @@ class Engine:
         return self._counted.figures(hardware, prediction, self._kept.peak_accelerator_bytes())
 
     def _run_batch(self, requests: list[Request], shapes: Shapes, on_step) -> Iterator[TokenEvent]:
-        watch = metrics.Stopwatch()
+        watch = Stopwatch()
         state = self._init(requests, shapes)
         counts_on_demand = self.plan.expert_flow == "on_demand"
         on_demand = metrics.no_on_demand(self.model.config.num_moe_layers, self.model.config.num_experts)
@@ -144,8 +145,8 @@ class Engine:
         state, waiting, watches = self._init_queue(requests, shapes), tuple(requests), {}
         while waiting or not state.done:
             state, waiting = fill(state, waiting, self.plan.overshoot)
-            watches |= {state.requests[row].id: metrics.Stopwatch() for row in np.flatnonzero(state.joining)}
-            compiled, watch, sent = self._counted.compiles.count, metrics.Stopwatch(), self._kept.moved_bytes()
+            watches |= {state.requests[row].id: Stopwatch() for row in np.flatnonzero(state.joining)}
+            compiled, watch, sent = self._counted.compiles.count, Stopwatch(), self._kept.moved_bytes()
             state, info = self.step(state)
             self._counted.recompiled += self._counted.compiles.count - compiled
             if not info.active.any():
@@ -180,7 +181,7 @@ class Engine:
         return state
 
     def _init(self, requests: list[Request], shapes: Shapes) -> State:
-        watch = metrics.Stopwatch()
+        watch = Stopwatch()
         runtime, before = self._kept.rt, self._kept.moved_bytes()
         memory = self._kept.take(shapes)
         before = before if runtime is self._kept.rt else (0, 0)  # a new store counts from 0
@@ -219,7 +220,7 @@ class Engine:
         if key in self._warm_shapes:
             return state
         self._warm_shapes.add(key)
-        watch = metrics.Stopwatch()
+        watch = Stopwatch()
         with bar("compile", None, "step", mode=self._progress, leave=False) as shown:
             state = warm_up(self._kept.rt, state, on_step=shown.update)
         self._counted.warm_up_s += watch.seconds

@@ -3,12 +3,13 @@
 import time
 from collections.abc import Iterable
 
-from specmoe_jax import metrics, prometheus
+from specmoe_jax import prometheus
 from specmoe_jax.atomic_files import write_atomically
 from specmoe_jax.engine.completion import TokenEvent
 from specmoe_jax.engine.generate import Engine
 from specmoe_jax.engine.state import StepInfo
 from specmoe_jax.errors import RequestError
+from specmoe_jax.meters import Stopwatch
 from specmoe_jax.progress import bar
 
 METRICS_EVERY_S = 1.0
@@ -26,7 +27,7 @@ class JobWatch:
     def __init__(
         self, engine: Engine, limits: Iterable[int], *, progress: str = "none", metrics_file: str | None = None, failed: int = 0
     ):
-        self._engine, self._path, self._watch = engine, metrics_file, metrics.Stopwatch()
+        self._engine, self._path, self._watch = engine, metrics_file, Stopwatch()
         limits = list(limits)
         self._requests, self._failed, self._written_s = len(limits), failed, float("-inf")
         self._bar = bar("decode", sum(limits), "tok", mode=progress)

@@ -17,6 +17,7 @@ from specmoe_jax.engine import Engine
 from specmoe_jax.engine.floor import predicted_figures
 from specmoe_jax.engine.planning import Knowledge, as_line, choose
 from specmoe_jax.errors import UserError
+from specmoe_jax.meters import CompileCounter, Stopwatch
 from specmoe_jax.models.eagle import EagleHead
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.synthetic import NLLB_SKEW
@@ -127,10 +128,10 @@ def measure(
 
     With the planner's prediction of it, and whether the measured tokens/s lie in its interval.
     """
-    engine, watch = Engine(model, plan, draft_head=head), metrics.Stopwatch()
+    engine, watch = Engine(model, plan, draft_head=head), Stopwatch()
     params = SamplingParams(max_new_tokens=load.new, ignore_eos=True)
     state = engine.init(prompts, params)
-    start_s, compiles = watch.seconds, metrics.CompileCounter()
+    start_s, compiles = watch.seconds, CompileCounter()
     totals, deadline_s = metrics.Totals(), time.perf_counter() + load.seconds
     while not state.done and time.perf_counter() < deadline_s:
         state, info = engine.step(state)
@@ -162,7 +163,7 @@ def _lanes(model: Model, plan: Plan, head, prompts, params, path: pathlib.Path) 
     engine = Engine(model, plan, draft_head=head, spans=spans)
     state = engine.init(prompts, params)
     spans.clear()
-    watch, steps = metrics.Stopwatch(), 0
+    watch, steps = Stopwatch(), 0
     while steps < 3 and not state.done:
         state, _ = engine.step(state)
         steps += 1

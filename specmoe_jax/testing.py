@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.model_config import ModelConfig
-from specmoe_jax.models import eagle
+from specmoe_jax.models import eagle, eagle_config
 from specmoe_jax.models.families import family_of
 from specmoe_jax.models.model import Model, random_model
 from specmoe_jax.models.spec import random_tensor, spec_leaves
@@ -94,10 +94,10 @@ EAGLE_JSON = {
     "hidden_act": "silu",
     "max_position_embeddings": 128,
 }
-EAGLE3_JSON = EAGLE_JSON | {"draft_vocab_size": 131, "eagle_config": {eagle.AUX_LAYERS_KEY: [0, 1, 2]}}
+EAGLE3_JSON = EAGLE_JSON | {"draft_vocab_size": 131, "eagle_config": {eagle_config.AUX_LAYERS_KEY: [0, 1, 2]}}
 
 
 def eagle_head(model: Model, *, fused: bool = False) -> eagle.EagleHead:
     """A random EAGLE-1 head for `tiny()`, or an EAGLE-3 one."""
     raw = EAGLE3_JSON if fused else EAGLE_JSON
-    return eagle.random_head(eagle.parse_config(raw, model.config, fused=fused), model)
+    return eagle.random_head(eagle_config.parse_config(raw, model.config, fused=fused), model)

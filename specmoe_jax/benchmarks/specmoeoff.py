@@ -11,7 +11,7 @@ from specmoe_jax.config import Plan
 from specmoe_jax.engine import Engine
 from specmoe_jax.meters import Stopwatch
 from specmoe_jax.model_config import ModelConfig
-from specmoe_jax.models import eagle
+from specmoe_jax.models import eagle, eagle_config
 from specmoe_jax.models.eagle import EagleHead
 from specmoe_jax.models.model import Model, random_model
 from specmoe_jax.planner.positions import KV_PAGE, pages_of
@@ -110,7 +110,7 @@ def random_head_of(model: Model) -> EagleHead:
         "max_position_embeddings": config.max_positions,
         "vocab_size": config.vocab_size,
     }
-    return eagle.random_head(eagle.parse_config(raw, config, fused=False), model)
+    return eagle.random_head(eagle_config.parse_config(raw, config, fused=False), model)
 
 
 def batches(s: Setting) -> dict:

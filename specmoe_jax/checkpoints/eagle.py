@@ -13,8 +13,9 @@ from specmoe_jax.checkpoints.loader import BUNDLED
 from specmoe_jax.checkpoints.tensors import read_tensor
 from specmoe_jax.errors import CheckpointError
 from specmoe_jax.model_config import ModelConfig
-from specmoe_jax.models import eagle
-from specmoe_jax.models.eagle import EagleConfig, EagleHead, EagleWeights
+from specmoe_jax.models import eagle, eagle_config
+from specmoe_jax.models.eagle import EagleHead
+from specmoe_jax.models.eagle_config import EagleConfig, EagleWeights
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import TensorSpec, map_specs
 
@@ -39,7 +40,7 @@ def load_head(path_or_name: str, model: Model) -> EagleHead:
     checkpoint = open_checkpoint(path)
     config = _config(read_json(path / "config.json"), checkpoint, model.config)
     names = Names(checkpoint)
-    stored = map_specs(names.take, eagle.weight_specs(config))
+    stored = map_specs(names.take, eagle_config.weight_specs(config))
     tables = _tables(names, config, model.config.vocab_size) if config.fused else None
     embedding = names.take(_embedding_spec(model)) if names.has(EMBEDDING) else None
     names.raise_if_missing()
@@ -61,7 +62,7 @@ def head_config(path_or_name: str, target: ModelConfig) -> EagleConfig:
 
 def _config(raw: dict, checkpoint: Checkpoint, target: ModelConfig) -> EagleConfig:
     try:
-        return eagle.parse_config(raw, target, fused=any(name.startswith("midlayer.") for name in checkpoint.tensors))
+        return eagle_config.parse_config(raw, target, fused=any(name.startswith("midlayer.") for name in checkpoint.tensors))
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as e:
         raise CheckpointError(f"config.json: a value of the wrong kind ({str(e)[:100]})") from e
 

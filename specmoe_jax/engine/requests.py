@@ -10,7 +10,7 @@ from specmoe_jax.config import Plan
 from specmoe_jax.engine.state import Request
 from specmoe_jax.errors import BudgetError, RequestError
 from specmoe_jax.model_config import ModelConfig
-from specmoe_jax.models.eagle import EagleConfig
+from specmoe_jax.models.eagle_config import EagleConfig
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.drafts import draft_memory
 from specmoe_jax.planner.fit import Memories, accounted, nearest, with_nearest

@@ -5,8 +5,8 @@ from typing import NamedTuple
 from specmoe_jax.config import Plan
 from specmoe_jax.layer_config import AttentionConfig, LayerConfig, Rope
 from specmoe_jax.model_config import ModelConfig
-from specmoe_jax.models import eagle
-from specmoe_jax.models.eagle import EagleConfig
+from specmoe_jax.models import eagle_config
+from specmoe_jax.models.eagle_config import EagleConfig
 from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import Cost, Load
@@ -113,7 +113,7 @@ def _eagle_costs(config, plan: Plan, head: EagleConfig, load: Load, one: Load, c
     """
     item, width = DTYPE_BYTES[plan.dtype], plan.draft_tree_top_k or 1
     attention, levels = head.layer.attention, plan.draft_length - 1
-    size = sum(spec.size for spec in spec_leaves(eagle.weight_specs(head)))
+    size = sum(spec.size for spec in spec_leaves(eagle_config.weight_specs(head)))
     level = one._replace(new=width)
 
     def attend(of: Load, share: float, resource: str = ACCELERATOR) -> Cost:
@@ -144,7 +144,7 @@ def draft_memory(config: ModelConfig, plan: Plan, *, head: EagleConfig | None, m
 
 def eagle_memory(head: EagleConfig, item: int) -> DraftMemory:
     """Of a head. item: bytes of a number."""
-    size = sum(spec.size for spec in spec_leaves(eagle.weight_specs(head)))
+    size = sum(spec.size for spec in spec_leaves(eagle_config.weight_specs(head)))
     return DraftMemory(fixed=size * item, row=head.hidden_size * item, position=costs.cache_row(head.layer.attention) * item)
 
 

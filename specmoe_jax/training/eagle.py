@@ -11,8 +11,9 @@ import numpy as np
 import optax
 import safetensors.numpy
 
-from specmoe_jax.models import eagle, layers
-from specmoe_jax.models.eagle import EagleHead, EagleWeights
+from specmoe_jax.models import eagle, eagle_config, layers
+from specmoe_jax.models.eagle import EagleHead
+from specmoe_jax.models.eagle_config import EagleWeights
 from specmoe_jax.models.model import Model, reference_attention
 from specmoe_jax.models.spec import map_specs, random_tensor, spec_leaves
 
@@ -74,8 +75,8 @@ def default_config(model: Model, *, intermediate_size: int | None = None, num_he
 
 def init(raw: dict, training: HeadTraining, model: Model) -> tuple[EagleHead, HeadState]:
     """A new head in float32 and the state that trains it."""
-    config = eagle.parse_config(raw, model.config, fused=False)
-    weights = map_specs(lambda spec: jnp.asarray(random_tensor(spec, training.seed)), eagle.weight_specs(config))
+    config = eagle_config.parse_config(raw, model.config, fused=False)
+    weights = map_specs(lambda spec: jnp.asarray(random_tensor(spec, training.seed)), eagle_config.weight_specs(config))
     if weights.fc_bias is not None:
         weights = weights.replace(fc_bias=jnp.zeros_like(weights.fc_bias))
     state = HeadState(step=jnp.int32(0), weights=weights, opt_state=make_optimizer(training).init(weights))
@@ -144,7 +145,7 @@ def make_step(head: EagleHead, training: HeadTraining):
 def write_head(folder: pathlib.Path, raw: dict, head: EagleHead, weights: EagleWeights) -> None:
     """config.json and model.safetensors in float16, as published heads are stored, under their names."""
     folder.mkdir(parents=True, exist_ok=True)
-    specs = spec_leaves(eagle.weight_specs(head.config))
+    specs = spec_leaves(eagle_config.weight_specs(head.config))
     tensors = {s.name: np.asarray(w).astype(np.float16) for s, w in zip(specs, jax.tree.leaves(weights), strict=True)}
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(raw | {"torch_dtype": "float16"}, indent=2) + "\n")

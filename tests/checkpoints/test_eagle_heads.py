@@ -10,13 +10,13 @@ import safetensors.numpy
 
 import specmoe_jax as sm
 from specmoe_jax.checkpoints.eagle import BUNDLED_HEADS
-from specmoe_jax.models import eagle
+from specmoe_jax.models import eagle_config
 from specmoe_jax.models.spec import spec_leaves
 from specmoe_jax.testing import EAGLE3_JSON, EAGLE_JSON, TINY, eagle_head, tiny
 
 
 def tensors_of(head) -> dict[str, np.ndarray]:
-    specs, own = spec_leaves(eagle.weight_specs(head.config)), head.weights.replace(to_target=None)
+    specs, own = spec_leaves(eagle_config.weight_specs(head.config)), head.weights.replace(to_target=None)
     tensors = {spec.name: np.asarray(leaf) for spec, leaf in zip(specs, jax.tree.leaves(own), strict=True)}
     if head.config.fused:
         ids = np.asarray(head.weights.to_target)
@@ -137,8 +137,8 @@ EAGLE3 = [
     (lambda t: None, {"draft_vocab_size": 99}, "lm_head"),
     (lambda t: None, {"draft_vocab_size": ...}, "draft_vocab_size"),
     (lambda t: None, {"eagle_config": ...}, "takes three ascending ones"),
-    (lambda t: None, {"eagle_config": {eagle.AUX_LAYERS_KEY: [0, 1, 3]}}, "features before layers (0, 1, 3) of 3"),
-    (lambda t: None, {"eagle_config": {eagle.AUX_LAYERS_KEY: "no"}}, "must be a list"),
+    (lambda t: None, {"eagle_config": {eagle_config.AUX_LAYERS_KEY: [0, 1, 3]}}, "features before layers (0, 1, 3) of 3"),
+    (lambda t: None, {"eagle_config": {eagle_config.AUX_LAYERS_KEY: "no"}}, "must be a list"),
 ]
 
 

@@ -10,7 +10,7 @@ from eagle_oracle import chain, eagle1, eagle3, rms
 from engine_cases import GREEDY, PROMPTS, SAMPLED, ScriptedDraft, plan, run, tokens_of
 
 import specmoe_jax as sm
-from specmoe_jax.models import eagle, layers
+from specmoe_jax.models import eagle, eagle_config, layers
 from specmoe_jax.models.model import _reference_layer
 from specmoe_jax.models.spec import spec_leaves
 from specmoe_jax.speculate.eagle import EagleDraft
@@ -102,7 +102,7 @@ def target_features(model, head, ids):
 
 def oracle_draft(model, head, text, length, *, after=(), want="tokens"):
     """Greedy tokens after a text; or the log-probabilities [V] after the drafted tokens `after`, along that branch."""
-    names = [spec.name for spec in spec_leaves(eagle.weight_specs(head.config))]
+    names = [spec.name for spec in spec_leaves(eagle_config.weight_specs(head.config))]
     own = head.weights.replace(to_target=None)
     w = {name: np.asarray(leaf, np.float64) for name, leaf in zip(names, jax.tree.leaves(own), strict=True)}
     attention = head.config.layer.attention

@@ -1,0 +1,8 @@
+"""The draft head that a plan of the bundled model needs."""
+
+from specmoe_jax.checkpoints.eagle import bundled_head, load_head
+from specmoe_jax.config import Plan
+
+
+def head_of(model, plan: Plan):
+    return load_head(bundled_head("demo"), model) if plan.draft == "eagle" else None

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from specmoe_jax import ops
 from specmoe_jax.layer_config import AttentionConfig
 from specmoe_jax.ops import attention_ref, packed
+from specmoe_jax.ops.products import einsum
 from specmoe_jax.types import Tree
 
 
@@ -113,11 +114,11 @@ def softmax(scores: jax.Array, sinks: jax.Array | None) -> jax.Array:
 def scores_and_values(config: AttentionConfig, q, k, v, seen, sinks) -> jax.Array:
     """Attention in full. q [B, T, H, D]; k, v [B, K, S, D]; seen [B, T, S] bool -> [B, T, H, D]."""
     batch, length, heads, dim = q.shape
-    grouped = q.astype(jnp.float32).reshape(batch, length, k.shape[1], -1, dim)
-    scores = config.scale * jnp.einsum("btkgd,bksd->bkgts", grouped, k.astype(jnp.float32), precision="highest")
+    grouped = q.reshape(batch, length, k.shape[1], -1, dim)
+    scores = config.scale * einsum("btkgd,bksd->bkgts", grouped, k)
     scores = jnp.where(seen[:, None], scores.reshape(batch, heads, length, -1), -jnp.inf)
     p = softmax(scores, sinks).reshape(batch, k.shape[1], -1, length, k.shape[2])
-    out = jnp.einsum("bkgts,bksd->btkgd", p, v.astype(jnp.float32), precision="highest")
+    out = einsum("bkgts,bksd->btkgd", p, v)
     return out.reshape(q.shape).astype(q.dtype)
 
 

@@ -9,7 +9,8 @@ from specmoe_jax import ops
 from specmoe_jax.layer_config import ExpertConfig
 from specmoe_jax.models.packing import packed_bytes, unpack, without_packing
 from specmoe_jax.models.spec import DTYPE_BYTES
-from specmoe_jax.ops.experts_ref import as_float32, block_ffn, expert_ffn_ref
+from specmoe_jax.ops.experts_ref import block_ffn, expert_ffn_ref
+from specmoe_jax.ops.products import as_float32, einsum
 
 
 def expert_ffn(config: ExpertConfig, x: jax.Array, pool: jax.Array, slots: jax.Array) -> jax.Array:
@@ -39,10 +40,10 @@ def block_function(config: ExpertConfig):
 
 def _relu(x: jax.Array, block: jax.Array) -> jax.Array:
     """NLLB: no gate. The block [2, F + 1, M + 1] is bordered as below."""
-    up, down = as_float32(block[0, :-1]), as_float32(block[1, :, :-1])
+    up, down = block[0, :-1], block[1, :, :-1]
     x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, 1)), constant_values=1)
-    hidden = jax.nn.relu(jnp.dot(x, up.T, precision="highest"))
-    return jnp.dot(hidden, down[:-1], precision="highest") + down[-1]
+    hidden = jax.nn.relu(einsum("nm,fm->nf", x, up))
+    return einsum("nf,fm->nm", hidden, down[:-1]) + as_float32(down[-1])
 
 
 def _clamped_swiglu(config: ExpertConfig, x: jax.Array, block: jax.Array) -> jax.Array:
@@ -51,9 +52,9 @@ def _clamped_swiglu(config: ExpertConfig, x: jax.Array, block: jax.Array) -> jax
     In the last column of gate and up stand theirs, in the last row of down stands its own (homogeneous
     coordinates: x gets a 1 appended), so that an expert stays one array and one copy.
     """
-    gate_up, down = as_float32(block[:2, :-1]), as_float32(block[2, :, :-1])
+    gate_up, down = block[:2, :-1], block[2, :, :-1]
     x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, 1)), constant_values=1)
-    gate, up = (jnp.dot(x, matrix.T, precision="highest") for matrix in gate_up)
+    gate, up = (einsum("nm,fm->nf", x, matrix) for matrix in gate_up)
     gate, up = jnp.minimum(gate, config.limit), jnp.clip(up, -config.limit, config.limit)
     hidden = (up + 1) * gate * jax.nn.sigmoid(config.alpha * gate)
-    return jnp.dot(hidden, down[:-1], precision="highest") + down[-1]
+    return einsum("nf,fm->nm", hidden, down[:-1]) + as_float32(down[-1])

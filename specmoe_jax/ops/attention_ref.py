@@ -5,6 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from specmoe_jax.ops.products import einsum
+
 
 def append(cache: jax.Array, new: jax.Array, lengths: jax.Array, num_new: jax.Array) -> jax.Array:
     """Write new [B, T, K, D] into cache [B, K, S, D] at lengths[b] + t, t < num_new[b]; what falls beyond S is dropped."""
@@ -50,9 +52,7 @@ def attend(q, k_cache, v_cache, mask, *, scale, softcap) -> jax.Array:
     """q [B, T, H, D] over caches [B, K, S, D] under mask [B, T, S]; rows without any position give zeros."""
     B, T, H, D = q.shape
     K = k_cache.shape[1]
-    f32 = jnp.float32
-    grouped = q.astype(f32).reshape(B, T, K, H // K, D)
-    logits = scale * jnp.einsum("btkgd,bksd->bkgts", grouped, k_cache.astype(f32), precision="highest")
+    logits = scale * einsum("btkgd,bksd->bkgts", q.reshape(B, T, K, H // K, D), k_cache)
     if softcap:
         logits = softcap * jnp.tanh(logits / softcap)
     mask = mask[:, None, None]
@@ -62,7 +62,7 @@ def attend(q, k_cache, v_cache, mask, *, scale, softcap) -> jax.Array:
     total = p.sum(-1, keepdims=True)
     p = p / jnp.where(total == 0, 1, total)
     used = mask.any((1, 2, 3))[:, None, :, None]  # [B, 1, S, 1]: 0 * NaN of a row that nobody attends is still NaN
-    out = jnp.einsum("bkgts,bksd->btkgd", p, jnp.where(used, v_cache.astype(f32), 0), precision="highest")
+    out = einsum("bkgts,bksd->btkgd", p, jnp.where(used, v_cache, 0))
     return out.reshape(B, T, H, D).astype(q.dtype)
 
 

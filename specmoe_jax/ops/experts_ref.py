@@ -1,24 +1,28 @@
 """expert_ffn in jnp: what the kernel is checked against, and what runs where there is no kernel."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+
+from specmoe_jax.ops.products import einsum
 
 SMALL_PAIRS = 256  # up to here tiles of 8 rows, beyond of 32: half the weight reads at prefill, no wasted rows when decoding
 
 
-def as_float32(w: jax.Array) -> jax.Array:
-    """A slice of the blocks as float32; uint16 holds bfloat16 bits (a cast of the whole store would be hoisted out of the loop)."""
-    if w.dtype == jnp.uint16:
-        return jax.lax.bitcast_convert_type(w.astype(jnp.uint32) << 16, jnp.float32)
-    return w.astype(jnp.float32)
+def accelerator_rows(pairs: int) -> int:
+    """Rows of a tile where products are cheap and reads are not: a power of two near pairs / 16, from 16 to 512.
+
+    Each tile reads its expert (XLA copies the slice first); from some 200 rows on the products take longer than that.
+    """
+    return min(max(16, 1 << (pairs // 16).bit_length()), 512)
 
 
 def block_ffn(x: jax.Array, block: jax.Array) -> jax.Array:
     """x [n, M] through one expert [3, F, M] (gate, up, down transposed) -> [n, M] float32."""
-    gate, up, down = as_float32(block)
-    dot = lambda a, b: jnp.matmul(a, b, precision="highest")  # noqa: E731
-    hidden = jax.nn.silu(dot(x, gate.T)) * dot(x, up.T)
-    return dot(hidden, down)
+    gate, up, down = block
+    hidden = jax.nn.silu(einsum("nm,fm->nf", x, gate)) * einsum("nm,fm->nf", x, up)
+    return einsum("nf,fm->nm", hidden, down)
 
 
 def tile_plan(slots: jax.Array, R: int, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -50,11 +54,15 @@ def expert_ffn_ref(x, blocks, slots, *, activation="swiglu", ffn=block_ffn):
     """
     if activation != "swiglu":
         raise ValueError(f"expert_ffn: activation is {activation!r}, only 'swiglu' exists")
+    tiles, pairs = functools.partial(_in_tiles, ffn), slots.size
+    on_cpu = functools.partial(tiles, 8 if pairs <= SMALL_PAIRS else 32)
+    return jax.lax.platform_dependent(x, blocks, slots, cpu=on_cpu, default=functools.partial(tiles, accelerator_rows(pairs)))
+
+
+def _in_tiles(ffn, rows: int, x, blocks, slots):
     n, A = slots.shape
     M, R, P = x.shape[1], blocks.shape[0], n * A
-    rows = 8 if P <= SMALL_PAIRS else 32
     tile_slot, pair_of, num_tiles = tile_plan(slots.reshape(-1), R, rows)
-    x = x.astype(jnp.float32)
 
     def tile(state):
         i, y = state

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from specmoe_jax.engine.forward import draft_forward, prefetch
+from specmoe_jax.engine.forward import draft_forward, landed, prefetch
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, HostKV, State
 from specmoe_jax.plan_fields import GATED_DRAFTS
@@ -36,7 +36,7 @@ class _Forward:
     """
 
     def __init__(self, rt: Runtime, state: State, length: int):
-        self.memory, self.prefetched = state.memory, 0
+        self.memory, self.prefetched = landed(rt, state.memory), 0
         self.predicted = np.zeros((rt.config.num_moe_layers, rt.config.num_experts), np.int64)
         self._rt, self._active, self._length = rt, state.active, length
         if rt.plan.draft == "merged":

@@ -142,7 +142,7 @@ def execute(
         (wave,) = plan.waves
         memory = _fetch(rt, memory, wave.fetch)
         memory, ahead = prefetch(rt, memory, predicted, first_layer=moe + 1, in_use=wave.slots)
-        rt.store.wait(wave.slots)
+        memory = landed(rt, memory, wave.slots)
         return stages.experts(config, h, x, routing, memory.pool, wave.slots), memory, ahead
     return *execute_waves(rt, config, plan, memory, h, x, routing), 0
 
@@ -152,7 +152,7 @@ def execute_waves(rt: Runtime, config: LayerConfig, plan: LayerPlan, memory: Exp
     outputs = jnp.zeros((*routing.ids.shape, x.shape[-1]), jnp.float32, device=rt.device)
     for wave in plan.waves:
         memory = _fetch(rt, memory, wave.fetch)
-        rt.store.wait(wave.slots)
+        memory = landed(rt, memory, wave.slots)
         outputs = stages.experts_wave(config, outputs, x, routing.ids, memory.pool, wave.slots)
     return stages.combine(h, outputs, routing), memory
 
@@ -160,7 +160,14 @@ def execute_waves(rt: Runtime, config: LayerConfig, plan: LayerPlan, memory: Exp
 def _fetch(rt: Runtime, memory: ExpertMemory, copies) -> ExpertMemory:
     """Starts the copies (layer, expert, slot)."""
     left = memory.leftovers and leftovers.after_copies(memory.leftovers, copies)
-    return memory._replace(pool=rt.store.fetch(memory.pool, copies), leftovers=left)
+    pool, arriving = rt.store.fetch(memory.pool, copies, memory.arriving)
+    return memory._replace(pool=pool, arriving=arriving, leftovers=left)
+
+
+def landed(rt: Runtime, memory: ExpertMemory, slots: np.ndarray | None = None) -> ExpertMemory:
+    """With what was sent for in the pool: that of these slots (None: all). Waits for it."""
+    pool, arriving = rt.store.land(memory.pool, memory.arriving, slots)
+    return memory._replace(pool=pool, arriving=arriving)
 
 
 def _revive(memory: ExpertMemory, moe: int, wanted: np.ndarray, counts: np.ndarray) -> tuple[ExpertMemory, np.ndarray | None]:
@@ -192,7 +199,9 @@ def prefetch(
         return memory, 0
     ahead = np.zeros(memory.prefetched.shape, predicted.dtype)
     ahead[first_layer : len(predicted)] = predicted[first_layer:]
-    limit, residency, left = rt.store.copies_within(budget_s), memory.residency, memory.leftovers
+    pool, arriving = rt.store.land_arrived(memory.pool, memory.arriving)
+    memory = memory._replace(pool=pool, arriving=arriving)
+    limit, residency, left = rt.store.copies_within(budget_s, len(arriving)), memory.residency, memory.leftovers
     if left is not None:
         room = int((residency.owner < 0).sum()) - memory.slots.dispatch
         residency = leftovers.revive(residency, left, ahead > 0, room)
@@ -247,7 +256,7 @@ def attention(rt: Runtime, layer: int, h, kv: KVCache, lengths, num_new, tree: T
     config, weights, k_cache, v_cache = rt.config.layers[layer], rt.weights.layers[layer], kv.k[layer], kv.v[layer]
     if rt.plan.kv_tier == "accelerator":
         return stages.attention(config, weights, h, k_cache, v_cache, lengths, num_new, kv.cross_of(layer), tree)
-    inputs = rt.to_host((*stages.pre_attention(config, weights, h, lengths, tree), weights.sinks))
+    inputs = rt.on_host(rt.to_host((*stages.pre_attention(config, weights, h, lengths, tree), weights.sinks)))
     where = jax.device_put((lengths, num_new, tree), rt.host)
     attended, k_cache, v_cache = stages.attend(config, *inputs, k_cache, v_cache, *where)
     h, x, routing = stages.post_attention(config, weights, h, rt.to_accelerator(attended), num_new, kv.cross_of(layer))

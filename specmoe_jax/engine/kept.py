@@ -8,7 +8,7 @@ import jax
 from specmoe_jax.config import Plan
 from specmoe_jax.engine.draft_model import make_model_draft
 from specmoe_jax.engine.given import draft_needs
-from specmoe_jax.engine.requests import Shapes
+from specmoe_jax.engine.requests import Shapes, shared_cores
 from specmoe_jax.engine.runtime import Runtime, build, first_memory, new_cache
 from specmoe_jax.engine.split_draft import SplitDraft
 from specmoe_jax.engine.state import ExpertMemory, State
@@ -81,6 +81,7 @@ class Kept:
             source_positions=source,
             draft=self._draft_needs,
             paged=paged,
+            shared_cores=shared_cores(),
         )
 
     def _eagle(self, needed: MemoryAccount) -> FeatureDraft:

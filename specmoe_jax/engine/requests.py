@@ -38,11 +38,12 @@ class Shapes(NamedTuple):
 
 def settled(plan: Plan) -> Plan:
     """The plan with what it leaves to this machine."""
-    return plan.settled(shared_cores=_shared_cores())
+    return plan.settled(shared_cores=shared_cores())
 
 
-def _shared_cores() -> bool:
-    return jax.devices()[0].platform == "cpu"
+def shared_cores() -> bool:
+    """Whether the accelerator is the CPU itself."""
+    return jax.devices()[0] == jax.local_devices(backend="cpu")[0]
 
 
 def shapes_of(plan: Plan, requests: list[Request]) -> Shapes:
@@ -89,6 +90,7 @@ def check_job(
             source_positions=shapes.source,
             draft=draft_memory(model.config, plan, head=draft_head, model=draft_model),
             paged=shapes.paged,
+            shared_cores=shared_cores(),
         )
     except BudgetError as e:
         prompt = max(len(request.token_ids) for request in requests)
@@ -101,7 +103,7 @@ def check_job(
             draft_model=draft_model,
         )
         smaller = plan.replace(batch_size=min(plan.batch_size, shapes.rows))
-        machine = Memories(UNLIMITED_BYTES, UNLIMITED_BYTES, shared_cores=_shared_cores())
+        machine = Memories(UNLIMITED_BYTES, UNLIMITED_BYTES, shared_cores=shared_cores())
         raise BudgetError(with_nearest(str(e), nearest(model.config, smaller, machine, workload))) from None
 
 

@@ -24,7 +24,7 @@ from specmoe_jax.offload.tiers import DiskTier, HostTier, Tier
 from specmoe_jax.ops import PackedCache, empty_cache
 from specmoe_jax.plan_fields import GATED_DRAFTS
 from specmoe_jax.planner.memory import pinned_experts
-from specmoe_jax.planner.memory_account import MemoryAccount
+from specmoe_jax.planner.memory_account import MemoryAccount, arriving_experts
 from specmoe_jax.planner.pipeline import spread
 from specmoe_jax.planner.positions import KV_PAGE, staged_positions
 from specmoe_jax.speculate.affinity_cache import affinity_table
@@ -87,9 +87,19 @@ class Runtime:
         return block_bytes(self.config.experts, self.plan.dtype)
 
     def to_host(self, arrays):
-        """Copies activations to the CPU that holds the KV cache."""
+        """Starts the copy of activations into host memory; what is to compute with them there takes them through `on_host`.
+
+        From an accelerator of its own they go to pinned memory, since a copy to the CPU device blocks this thread until the
+        accelerator has come so far.
+        """
         self.activations.send(sum(array.nbytes for array in jax.tree.leaves(arrays)))
-        return jax.device_put(arrays, self.host)
+        return jax.device_put(arrays, self.host if self.device == self.host else self.parking)
+
+    def on_host(self, arrays):
+        """Arrays of `to_host` as arrays of the CPU that holds the KV cache; waits for them."""
+        if self.device != self.host:  # the device alone would leave them in memory of the kind that they are in
+            arrays = jax.device_put(arrays, jax.sharding.SingleDeviceSharding(self.host, memory_kind="device"))
+        return jax.block_until_ready(arrays)
 
     def to_accelerator(self, array: jax.Array) -> jax.Array:
         """Copies attention outputs back."""
@@ -112,7 +122,7 @@ def build(
     earlier: one of the same model and plan, whose neighbours need not be found again. progress: a bar while finding them.
     spans: see Lanes.
     """
-    config, device = model.config, jax.devices()[0]
+    config, device, host = model.config, jax.devices()[0], jax.local_devices(backend="cpu")[0]
     found = earlier.neighbours if earlier else _neighbours(model, plan, progress)  # maps experts, so before a tier drops pages
     resident = plan.expert_flow == "resident"
     policy = make_policy(_policy_name(plan), config.num_moe_layers, config.num_experts, guard=plan.guard)
@@ -121,7 +131,11 @@ def build(
         config=config,
         plan=plan,
         weights=jax.device_put(model.weights, device),
-        store=ExpertStore(_tier(model, plan, account), Link(plan.link_bytes_per_s, oracle=plan.prefetch == "oracle")),
+        store=ExpertStore(
+            _tier(model, plan, account),
+            Link(plan.link_bytes_per_s, oracle=plan.prefetch == "oracle"),
+            room=0 if device == host else arriving_experts(account.expert_bytes, config.num_experts),
+        ),
         draft=draft or _DRAFTS[plan.draft](),
         draft_set=policy,
         keep=_keep(config, plan, policy),
@@ -134,7 +148,7 @@ def build(
         ),
         merged_slots=_merged_slots(config, account) if plan.draft == "merged" else None,
         device=device,
-        host=jax.local_devices(backend="cpu")[0],
+        host=host,
         activations=Link(),
         parking=jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host"),
         lanes=Lanes(*(concurrent.futures.ThreadPoolExecutor(1, f"specmoe-{lane}") for lane in ("cpu", "link")), spans),
@@ -166,7 +180,7 @@ def first_memory(rt: Runtime) -> ExpertMemory:
             buffers=_first_buffers(rt),
         )
     pool = rt.store.new_pool(rt.slots.total + (0 if rt.merged_slots is None else rt.merged_slots.size))
-    residency, none = empty(*shape, rt.slots.total), np.zeros(shape[1], bool)
+    residency, none, arriving = empty(*shape, rt.slots.total), np.zeros(shape[1], bool), ()
     votes = np.zeros((rt.config.num_moe_layers, shape[1]))
     left = leftovers.nothing(*shape, rt.slots.total) if rt.plan.retain else None
     for layer in range(rt.config.num_expert_layers):
@@ -174,8 +188,9 @@ def first_memory(rt: Runtime) -> ExpertMemory:
         keep = rt.keep(layer, votes[layer], votes[layer], none) if decodes else np.full(shape[1], rt.resident_slots is not None)
         plan, residency = plan_layer(residency, layer, none, keep)
         for wave in plan.waves:
-            pool = rt.store.fetch(pool, wave.fetch)
+            pool, arriving = rt.store.fetch(pool, wave.fetch, arriving)
             left = left and leftovers.after_copies(left, wave.fetch)
+    pool, _ = rt.store.land(pool, arriving)
     return ExpertMemory(
         slots=rt.slots,
         pool=pool,

@@ -158,7 +158,7 @@ class SplitDraft:
 
     def _attend_there(self, inputs, cache: PackedCache, where) -> tuple[jax.Array, PackedCache]:
         """In the CPU's lane."""
-        jax.block_until_ready((inputs, where))
+        inputs, where = self.rt.on_host(inputs), jax.block_until_ready(where)
         start_s = time.perf_counter()
         done = jax.block_until_ready(stages.attend_paged(self.head.config.layer, *inputs, None, cache, *where))
         if self.rt.lanes.spans is not None:

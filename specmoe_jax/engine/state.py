@@ -9,6 +9,7 @@ import numpy as np
 from specmoe_jax.offload.leftovers import Leftovers
 from specmoe_jax.offload.pages import Pages
 from specmoe_jax.offload.residency import Residency
+from specmoe_jax.offload.store import Arriving
 from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.ops import PackedCache
 from specmoe_jax.sampling_params import SamplingParams
@@ -50,7 +51,8 @@ class ExpertMemory(NamedTuple):
     and in the residency, not among the votes. leftovers: what
     free slots still hold, None where the plan does not retain it. groups: [L, E] int32, the slot of the merged block that
     stands for each expert under draft=merged, else None. buffers: under expert_flow=stream, which has no pool, else None.
-    resting: whether the guard rests from drafting in this step.
+    resting: whether the guard rests from drafting in this step. arriving: what of the residency is on its way beside the pool
+    still; whoever reads slots lands them first.
     """
 
     slots: PoolSlots
@@ -62,6 +64,7 @@ class ExpertMemory(NamedTuple):
     groups: np.ndarray | None = None
     buffers: "Buffers | None" = None
     resting: bool = False
+    arriving: tuple[Arriving, ...] = ()
 
 
 class HostKV(NamedTuple):

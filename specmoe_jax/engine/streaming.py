@@ -148,7 +148,7 @@ class _Run:
 
     def _write(self, task: Task, projected) -> None:
         """In the CPU worker: keys and values of prompts that attended on the accelerator."""
-        jax.block_until_ready(projected)
+        projected = self.rt.on_host(projected)
         start_s = time.perf_counter()
         config, where = self.rt.config.layers[task.layer], self.host[task.item][:3]
         cache = stages.append_paged(config, *projected, self.caches[task.layer], *where)
@@ -164,7 +164,7 @@ class _Run:
 
     def _attend(self, task: Task, projected) -> jax.Array:
         """In the CPU worker, one at a time and in order, so that a chunk finds the rows of the chunks before it."""
-        jax.block_until_ready(projected)
+        projected = self.rt.on_host(projected)
         start_s = time.perf_counter()
         config = self.rt.config.layers[task.layer]
         cache = self.caches[task.layer]

@@ -5,6 +5,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,12 +57,25 @@ class Link:
         self._last_wait_s = time.perf_counter()
 
 
-class ExpertStore:
-    """The copies of experts out of the tier below the accelerator. Holds no residency: plans say what goes where."""
+class Arriving(NamedTuple):
+    """A block [3, F, M] on its way into a slot, in memory of the accelerator beside the pool."""
 
-    def __init__(self, tier: Tier, link: Link):
+    slot: int
+    block: jax.Array
+
+
+class ExpertStore:
+    """The copies of experts out of the tier below the accelerator. Holds no residency: plans say what goes where.
+
+    room: blocks that may be on their way beside a pool; 0 where the accelerator is the CPU itself, whose copies go straight into
+    their slots. On an accelerator of its own a program that held the copy would keep all later programs waiting for it (one stream
+    of programs runs in order), so copies are transfers beside the programs, and only what has arrived is written by one.
+    """
+
+    def __init__(self, tier: Tier, link: Link, *, room: int = 0):
         self._arrival_s: dict[int, float] = {}
-        self.tier, self.link = tier, link
+        self.tier, self.link, self._room = tier, link, room
+        self._device = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device")
 
     def new_pool(self, num_slots: int) -> jax.Array:
         """A slot pool [R, 3, F, M] of zeros on the accelerator, in the dtype of the blocks.
@@ -73,20 +87,60 @@ class ExpertStore:
         pool = jax.device_put(zeros, jax.devices()[0])
         block = to_host(np.zeros(self.tier.shape, self.tier.dtype))
         self.link.send(block.nbytes)
-        return _write_slot(pool, block, np.int32(0))
+        return _write_slot(pool, self._copy(block), np.int32(0))
 
-    def fetch(self, pool: jax.Array, copies: Sequence[tuple[int, int, int]]) -> jax.Array:
-        """Starts the copies (layer, expert, slot), in that order. The pool is consumed (donated)."""
+    def fetch(
+        self, pool: jax.Array, copies: Sequence[tuple[int, int, int]], arriving: tuple[Arriving, ...] = ()
+    ) -> tuple[jax.Array, tuple[Arriving, ...]]:
+        """Starts the copies (layer, expert, slot), in that order. The pool is consumed (donated).
+
+        -> pool and what is now on its way, which `land` writes; waits for the oldest where there is no room for more.
+        """
         self.tier.request([(layer, expert) for layer, expert, _ in copies])
         for layer, expert, slot in copies:
-            pool = self.put(pool, self.tier.block((layer, expert)), slot)
-        return pool
+            block = self.tier.block((layer, expert))
+            if self._room:
+                if len(arriving) >= self._room:
+                    pool, arriving = self._land_oldest(pool, arriving)
+                arriving = (*arriving, Arriving(slot, self._copy(block)))
+                self._arrival_s[slot] = self.link.send(block.nbytes)
+            else:
+                pool = self.put(pool, block, slot)
+        return pool, arriving
 
     def put(self, pool: jax.Array, block: jax.Array | np.ndarray, slot: int) -> jax.Array:
-        """Starts the copy of one block [3, F, M] from host memory. The pool is consumed (donated)."""
-        pool = _write_slot(pool, block if isinstance(block, jax.Array) else to_host(block), np.int32(slot))
+        """Starts the copy of one block [3, F, M] from host memory into its slot. The pool is consumed (donated)."""
+        block = self._copy(block if isinstance(block, jax.Array) else to_host(block))
+        pool = _write_slot(pool, jax.block_until_ready(block), np.int32(slot))
         self._arrival_s[slot] = self.link.send(block.nbytes)
         return pool
+
+    def land(
+        self, pool: jax.Array, arriving: tuple[Arriving, ...], slots: np.ndarray | None = None
+    ) -> tuple[jax.Array, tuple[Arriving, ...]]:
+        """Returns when what is on its way into these slots (None: all) has arrived and is being written; consumes the pool.
+
+        What was started before it is written too: a slot may have been given away and filled again meanwhile.
+        """
+        while arriving and (slots is None or any(one.slot in slots for one in arriving)):
+            pool, arriving = self._land_oldest(pool, arriving)
+        if slots is not None:
+            self.wait(slots)
+        return pool, arriving
+
+    def land_arrived(self, pool: jax.Array, arriving: tuple[Arriving, ...]) -> tuple[jax.Array, tuple[Arriving, ...]]:
+        """Writes what is there already; waits for nothing. Consumes the pool."""
+        while arriving and arriving[0].block.is_ready():
+            pool, arriving = self._land_oldest(pool, arriving)
+        return pool, arriving
+
+    def _land_oldest(self, pool: jax.Array, arriving: tuple[Arriving, ...]) -> tuple[jax.Array, tuple[Arriving, ...]]:
+        oldest, *others = arriving
+        return _write_slot(pool, jax.block_until_ready(oldest.block), np.int32(oldest.slot)), tuple(others)
+
+    def _copy(self, block: jax.Array) -> jax.Array:
+        """Of a block in host memory, as a transfer of its own; the same block where its slot's program copies it."""
+        return jax.device_put(block, self._device) if self._room else block
 
     def new_buffer(self) -> jax.Array:
         """Room for all experts of one layer, [E, 3, F, M] of zeros on the accelerator (expert_flow=stream)."""
@@ -104,16 +158,22 @@ class ExpertStore:
         for expert in range(len(buffer)):
             block = self.tier.block((layer, expert))
             arrival_s = self.link.send(block.nbytes, since_s=start_s)
-            buffer = jax.block_until_ready(_write_slot(buffer, block, np.int32(expert)))
+            block = jax.block_until_ready(self._copy(block))  # not in the program: it would wait for the link
+            buffer = _write_slot(buffer, block, np.int32(expert))
+            if not self._room:
+                jax.block_until_ready(buffer)
             self.link.wait(arrival_s)
         return buffer
 
-    def copies_within(self, budget_s: float) -> int:
-        """Experts that can arrive within `budget_s` from now; without an emulated rate there is no telling: all."""
+    def copies_within(self, budget_s: float, under_way: int = 0) -> int:
+        """Experts that can be sent for now, `under_way` being so already: those that arrive within `budget_s`, for which there is
+        room. Without an emulated rate there is no telling when they arrive.
+        """
+        most = self._room - under_way if self._room else self.tier.num_experts
         if self.link.bytes_per_s is None or budget_s == float("inf"):
-            return self.tier.num_experts
+            return most
         expert_s = math.prod(self.tier.shape) * self.tier.dtype.itemsize / self.link.bytes_per_s
-        return max(int((budget_s - self.link.backlog_s) / expert_s), 0)
+        return min(most, max(int((budget_s - self.link.backlog_s) / expert_s), 0))
 
     def wait(self, slots: np.ndarray) -> None:
         """Returns when what was copied into these slots has arrived; negative slots are none."""

@@ -115,6 +115,7 @@ def needed(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Worklo
         source_positions=workload.source_tokens if config.encoder else 0,
         draft=of_draft.memory,
         paged=PagedLoad(pages=rows * _pages(plan, longest), prompt_tokens=rows * prompt),
+        shared_cores=hardware.shared_cores,
     )
 
 

@@ -27,7 +27,8 @@ def problem(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workl
     said = fit.with_nearest(refused, other, where=f" {hardware.name}")
     if other is not None:
         return said
-    least = account(config, Plan(preset="on_demand", dtype=plan.dtype, batch_size=1), batch_rows=1, positions=64)
+    one = Plan(preset="on_demand", dtype=plan.dtype, batch_size=1)
+    least = account(config, one, batch_rows=1, positions=64, shared_cores=hardware.shared_cores)
     alone_gib = (least.accelerator_bytes - (least.num_slots - 1) * least.expert_bytes) / GIB
     return f"{said}: one row and one expert alone take {alone_gib:.1f} GiB there"
 
@@ -43,6 +44,7 @@ def explain(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workl
             "weights": own.weight_bytes / GIB,
             "expert slots": ((own.num_slots + own.merged_slots) * own.expert_bytes - own.spare_expert_bytes) / GIB,
             "spare-expert cache": own.spare_expert_bytes / GIB,
+            "experts on their way": own.moving_experts * own.expert_bytes / GIB,
             "KV cache": (own.kv_bytes if own.kv_tier == "accelerator" else 0) / GIB,
             "activations": own.activation_bytes / GIB,
             "staging of prompts": own.staging_bytes / GIB,

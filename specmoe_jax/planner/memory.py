@@ -9,7 +9,7 @@ from specmoe_jax.models.families import family_of
 from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
 from specmoe_jax.planner.budgets import fit_device, fit_host, fit_pages, split_draft, streamed_layers, with_spare_experts
 from specmoe_jax.planner.footprint import activation_bytes, cross_row, encoder_bytes, position_bytes, staging_bytes, token_numbers
-from specmoe_jax.planner.memory_account import DraftMemory, MemoryAccount, PagedLoad
+from specmoe_jax.planner.memory_account import DraftMemory, MemoryAccount, PagedLoad, arriving_experts
 from specmoe_jax.planner.positions import ITEMS_AHEAD, KV_PAGE, PREFILL_TOKENS, pages_of
 
 
@@ -22,10 +22,12 @@ def account(
     source_positions: int = 0,
     draft: DraftMemory = DraftMemory(),  # noqa: B008 (immutable)
     paged: PagedLoad | None = None,
+    shared_cores: bool = True,
 ) -> MemoryAccount:
     """The account of a plan for `batch_rows` rows of `positions` KV positions, within its budgets.
 
-    source_positions: what the encoder reads of each row, where there is one.
+    source_positions: what the encoder reads of each row, where there is one. shared_cores: the accelerator is the CPU itself, which
+    copies an expert into its slot and multiplies it there; any other holds some beside the slots meanwhile.
 
     The pool gets what the plan can use (pinned experts, and one layer's whole dispatch), or what the budget
     leaves. draft: what a separate draft model or head takes; a streamed plan's draft cache gets what is left beside all else, at
@@ -67,6 +69,7 @@ def account(
         staging_bytes=staging_bytes(config, plan, batch_rows, positions, item),
         pinned_layers=pinned_layers,
     )
+    whole = whole if shared_cores else whole._replace(moving_experts=_moving_experts(config, plan, whole.expert_bytes))
     whole = split_draft(whole, plan, KV_PAGE * draft.position)
     fitted = fit_device(fit_host(fit_pages(whole, plan, positions), plan), plan)
     return with_spare_experts(fitted, config, plan) if streams else fitted
@@ -89,6 +92,11 @@ def pinned_experts(config: ModelConfig, plan: Plan) -> tuple[int, ...]:
         return (config.num_experts,) * config.num_moe_layers
     pinned = (plan.draft_experts if plan.draft == "self" else plan.cached_experts) or 0
     return pinned if isinstance(pinned, tuple) else (pinned,) * config.num_moe_layers
+
+
+def _moving_experts(config: ModelConfig, plan: Plan, expert_bytes: int) -> int:
+    on_their_way = {"resident": 0, "stream": 1}.get(plan.expert_flow, arriving_experts(expert_bytes, config.num_experts))
+    return on_their_way + 1
 
 
 def _spare_slots(plan: Plan, dispatch: int) -> int:

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+ARRIVING_BYTES = 256 << 20  # 5 ms of a fast link: enough to keep it busy between two looks at what has arrived
+
 
 class MemoryAccount(NamedTuple):
     """Bytes by tier and purpose, and the slots R of the expert pool.
@@ -30,6 +32,7 @@ class MemoryAccount(NamedTuple):
     cross_bytes: int = 0  # keys and values of what an encoder read
     staging_bytes: int = 0  # keys and values of the prompts' chunks that attend on the accelerator, of one layer at a time
     pinned_layers: int = 0  # of the spare-expert cache (expert_flow=stream): its experts are the pinned_slots
+    moving_experts: int = 0  # beside the slots, on an accelerator of its own: on their way, and the copy of the one it multiplies
 
     @property
     def host_expert_bytes(self) -> int:
@@ -43,7 +46,7 @@ class MemoryAccount(NamedTuple):
     @property
     def accelerator_bytes(self) -> int:
         kv = self.kv_bytes if self.kv_tier == "accelerator" else 0
-        experts = (self.num_slots + self.merged_slots) * self.expert_bytes
+        experts = (self.num_slots + self.merged_slots + self.moving_experts) * self.expert_bytes
         beside = self.draft_model_bytes + self.draft_kv_bytes + self.cross_bytes + self.staging_bytes
         return self.weight_bytes + experts + kv + self.activation_bytes + beside
 
@@ -66,3 +69,8 @@ class DraftMemory(NamedTuple):
     fixed: int = 0
     row: int = 0
     position: int = 0
+
+
+def arriving_experts(expert_bytes: int, num_experts: int) -> int:
+    """Experts that may be on their way to an accelerator of its own at a time, beside its slots: at most those of a layer."""
+    return min(max(2, ARRIVING_BYTES // expert_bytes), num_experts)

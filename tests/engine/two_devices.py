@@ -10,6 +10,7 @@ from unittest import mock
 import jax
 from engine_cases import SAMPLED, plan, run
 
+from specmoe_jax.engine import runtime
 from specmoe_jax.models.eagle import position_bytes
 from specmoe_jax.planner.positions import KV_PAGE
 from specmoe_jax.testing import eagle_head, tiny
@@ -34,13 +35,15 @@ def main() -> None:
     assert accelerator == jax.numpy.zeros(1).device
     tokens = {}
     jax.config.update("jax_transfer_guard_device_to_device", "disallow")  # of all threads, which the context manager is not
-    with mock.patch.object(jax, "local_devices", lambda backend=None: [host]):
+    two_at_a_time = mock.patch.object(runtime, "arriving_experts", lambda expert_bytes, num_experts: 2)
+    with mock.patch.object(jax, "local_devices", lambda backend=None: [host]), two_at_a_time:
         for name, a_plan in PLANS.items():
             head = {"draft_head": eagle_head(tiny())} if a_plan.draft == "eagle" else {}
             tokens[name], stats = run(tiny(), a_plan, **head)
             assert a_plan.kv_tier == "accelerator" or stats["activation_link_bytes"] > 0
             assert (stats["draft_cpu_row_share"] > 0) == name.startswith("split")
             assert stats["compilations_after_warmup"] == 0, name
+            assert stats["prefetch_bytes"] > 0 or name != "specmoe"
         tokens["sampled"] = run(tiny(), PLANS["streaming"], params=SAMPLED)[0]
     print(json.dumps(tokens))
 

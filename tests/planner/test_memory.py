@@ -37,6 +37,20 @@ def test_weights_and_experts_are_what_the_model_holds(model):
     assert whole.host_expert_bytes == sum(block.nbytes for layer in model.experts for block in layer)
 
 
+def test_an_accelerator_of_its_own_holds_experts_beside_its_slots():
+    """What is on its way, and XLA's copy of the one that it multiplies; within a budget the slots give way."""
+    job = {"batch_rows": 4, "positions": 64}
+    for name, moving in (("resident", 1), ("on_demand", TINY.num_experts + 1), ("streaming", 2)):  # its experts are small
+        shared, own = (account(TINY, plan(name), shared_cores=shared, **job) for shared in (True, False))
+        assert (shared.moving_experts, own.moving_experts) == (0, moving)
+        assert own.accelerator_bytes - shared.accelerator_bytes == moving * own.expert_bytes
+    mixtral = plan("on_demand", MIXTRAL, dtype="bfloat16", device_memory_bytes=6 * GIB)
+    shared, own = (account(MIXTRAL, mixtral, shared_cores=shared, **job) for shared in (True, False))
+    assert own.moving_experts == 3
+    assert own.num_slots < shared.num_slots
+    assert own.accelerator_bytes <= 6 * GIB
+
+
 def test_cache_is_what_the_engine_makes(model):
     engine = sm.Engine(model, plan("on_demand"))
     state = engine.init([[1, 2]] * 3, sm.SamplingParams(max_new_tokens=80))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
+from specmoe_jax.engine import requests
 from specmoe_jax.engine.requests import check_job
 from specmoe_jax.planner.machines import machine
 from specmoe_jax.presets import PRESETS
@@ -32,7 +33,7 @@ def shown(ran):
 
 @pytest.mark.parametrize("preset", ["specmoe", "streaming"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_memory_is_the_engines_own_account(explain, headers, name, preset):
+def test_memory_is_the_engines_own_account(explain, headers, name, preset, monkeypatch):
     """The engine's account of such a job, from requests of these lengths; no weight is read: there is none behind the headers."""
     config = load_config(headers[name])
     if preset == "streaming" and config.encoder is not None:
@@ -42,6 +43,7 @@ def test_memory_is_the_engines_own_account(explain, headers, name, preset):
     )
     plan = PRESETS[preset](config).replace(dtype="bfloat16", batch_size=8).settled(shared_cores=False)
     model = types.SimpleNamespace(config=config, tokenizer=None)
+    monkeypatch.setattr(requests, "shared_cores", lambda: False)  # as on a machine with an H200
     own = check_job(model, plan, [(5,) * PROMPT] * 8, SamplingParams(max_new_tokens=NEW))
     assert found["accelerator_gib"]["all"] == pytest.approx(own.accelerator_bytes / GIB, rel=0.02)
     assert found["host_gib"]["all"] == pytest.approx(own.host_bytes / GIB, rel=0.02)

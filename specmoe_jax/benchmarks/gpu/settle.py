@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.benchmarks.gpu.timing import busy_for, overlapped_share, seconds
@@ -38,15 +37,15 @@ def rows(sizes: Sizes) -> Iterator[dict]:
             for in_flight in sizes.in_flight:
                 for worker in (False, True):
                     yield transfer(direction, piece, in_flight, worker, sizes, device)
-        for way in ("in_jit", "put_then_write"):
-            yield slot_write(way, piece, sizes, device)
+        for room in (0, 2):
+            yield slot_write(room, piece, sizes, device)
 
 
 def probe(sizes: Sizes) -> Iterator[dict]:
     """The few rows that are repeated under other flags."""
     piece = sizes.pieces[-1]
     yield transfer("to_device", piece, 2, True, sizes, jax.devices()[0])
-    yield slot_write("in_jit", piece, sizes, jax.devices()[0])
+    yield slot_write(2, piece, sizes, jax.devices()[0])
 
 
 def pinned(piece: int, device: jax.Device, seed: int = 0) -> jax.Array:
@@ -97,28 +96,23 @@ def transfer(direction: str, piece: int, in_flight: int, worker: bool, sizes: Si
     }
 
 
-def slot_write(way: str, piece: int, sizes: Sizes, device: jax.Device) -> dict:
-    """An expert's block into its slot beside a computation: the store's own program, or device_put and then a donated write."""
+def slot_write(room: int, piece: int, sizes: Sizes, device: jax.Device) -> dict:
+    """Experts streamed into their slots beside a computation: by one program each (room 0), or as transfers that it then writes."""
     shape = (3, piece // 2 // 3 // 128, 128)
     count = max(sizes.total // piece, 1)
     cut = lambda a: a[: int(np.prod(shape))].reshape(shape)  # noqa: E731
     sharding = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
     blocks = [jax.device_put(cut(np.asarray(pinned(piece, device, seed))), sharding) for seed in range(min(count, 4))]
-    on_device = jax.sharding.SingleDeviceSharding(device, memory_kind="device")  # the device alone would keep the memory kind
-    store = ExpertStore(HostTier((tuple(blocks),)), Link())
-    pool = [store.new_pool(4)]
-    write = jax.jit(lambda pool, block, slot: jax.lax.dynamic_update_index_in_dim(pool, block, slot, 0), donate_argnums=0)
+    store = ExpertStore(HostTier((tuple(blocks),)), Link(), room=room)
+    buffer, layers = [store.new_buffer()], max(count // len(blocks), 1)
 
     def copy() -> None:
-        for i in range(count):
-            block, slot = blocks[i % len(blocks)], i % 4
-            if way == "in_jit":
-                pool[0] = store.put(pool[0], block, slot)
-            else:
-                pool[0] = write(pool[0], jax.device_put(block, on_device), jnp.int32(slot))
-        jax.block_until_ready(pool[0])
+        for _ in range(layers):
+            buffer[0] = store.stream(buffer[0], 0)
+        jax.block_until_ready(buffer[0])
 
-    return _beside(copy, True, count * blocks[0].nbytes, sizes) | {"question": "slot_write", "way": way, "piece_bytes": piece}
+    num_bytes = layers * len(blocks) * blocks[0].nbytes
+    return _beside(copy, True, num_bytes, sizes) | {"question": "slot_write", "room": room, "piece_bytes": piece}
 
 
 def _beside(copy, worker: bool, num_bytes: int, sizes: Sizes) -> dict:

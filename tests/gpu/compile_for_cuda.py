@@ -1,0 +1,176 @@
+"""Compiles what the engine runs on an accelerator for an NVIDIA H200, on a machine that has none.
+
+XLA's compiler for GPUs asks for a description of the GPU alone. The engine runs plans on two CPU devices, one of which stands for
+the accelerator (as in tests/engine/two_devices.py); each call of a jitted function is recorded with its shapes, dtypes and memory
+kinds, and what took arrays of the accelerator is compiled. Needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt of this jax's
+version on PYTHONPATH.
+
+The last line is JSON: `expert_bytes` of the half-precision runs, and `programs`, each with `plan`, `name`, `temp_bytes`,
+`waits_for_link` (it copies out of host memory) and `failed`, None where it compiled. The plan "control" is one that does wait.
+"""
+
+import functools
+import json
+import os
+import sys
+from typing import Any, NamedTuple
+from unittest import mock
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+
+import jax  # after the flags
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+H200 = """
+platform_name: "CUDA" device_description_str: "NVIDIA H200"
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  device_memory_size: 150754820096 memory_bandwidth: 4800000000000 l2_cache_size: 62914560
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+}
+dnn_version_info { major: 9 minor: 10 } runtime_version { major: 13 }
+"""
+
+
+class Placed(NamedTuple):
+    """An array argument. device: of the two CPU devices, 0 is the accelerator."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    device: int
+    memory_kind: str
+    weak_type: bool
+
+
+class Placement(SingleDeviceSharding):
+    """With a memory kind although a described device says nothing of its memories."""
+
+    def __init__(self, device, memory_kind: str):
+        super().__init__(device)
+        self.kind = memory_kind
+
+    @property
+    def memory_kind(self) -> str:
+        return self.kind
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Placement) and (self._device, self.kind) == (other._device, other.kind)
+
+    def __hash__(self) -> int:
+        return hash((self._device, self.kind))
+
+
+class Call(NamedTuple):
+    """leaves: of the arguments that are traced, Placed where they are arrays. static: the others by place, and by name."""
+
+    function: "Recorded"
+    leaves: tuple
+    tree: Any
+    static: tuple[tuple[int, Any], ...]
+    named: tuple[tuple[str, Any], ...]
+
+
+class Recorded:
+    """A jitted function that notes how it is called from outside of other programs."""
+
+    calls: dict[Call, None] = {}  # noqa: RUF012 (of all)
+
+    def __init__(self, function, *, static_argnums=(), static_argnames=(), **options):
+        self.places = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
+        self.names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
+        self.jitted = _jit(function, static_argnums=static_argnums, static_argnames=static_argnames, **options)
+        functools.update_wrapper(self, function, updated=())
+
+    def __call__(self, *args, **kwargs):
+        traced = [None if i in self.places else arg for i, arg in enumerate(args)]
+        leaves, tree = jax.tree.flatten((traced, {name: arg for name, arg in kwargs.items() if name not in self.names}))
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            static = tuple((i, args[i]) for i in self.places)
+            named = tuple((name, kwargs[name]) for name in sorted(self.names) if name in kwargs)
+            self.calls[Call(self, tuple(map(_placed, leaves)), tree, static, named)] = None
+        return self.jitted(*args, **kwargs)
+
+    def __getattr__(self, name: str):
+        return getattr(self.jitted, name)
+
+
+def _placed(leaf):
+    if isinstance(leaf, jax.Array):
+        (device,) = leaf.devices()
+        return Placed(leaf.shape, leaf.dtype, device.id, leaf.sharding.memory_kind, getattr(leaf, "weak_type", False))
+    if isinstance(leaf, np.ndarray | np.generic):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return leaf
+
+
+def compiled(call: Call, device) -> dict:
+    """What the compiler makes of a call whose arrays are on the accelerator."""
+
+    def argument(leaf):
+        if not isinstance(leaf, Placed):
+            return leaf
+        where = Placement(device, leaf.memory_kind)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where, weak_type=leaf.weak_type)
+
+    args, kwargs = jax.tree.unflatten(call.tree, map(argument, call.leaves))
+    for i, value in call.static:
+        args[i] = value
+    program = call.function.jitted.lower(*args, **kwargs, **dict(call.named)).compile()
+    return {
+        "temp_bytes": program.memory_analysis().temp_size_in_bytes,
+        "waits_for_link": "S(5)" in program.as_text(),  # XLA's name of host memory
+    }
+
+
+def in_one_program() -> None:
+    """An expert copied and written by one program, as where the accelerator is the CPU."""
+    from specmoe_jax.offload.store import ExpertStore, Link
+    from specmoe_jax.offload.tiers import HostTier
+
+    memory = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    block = jax.device_put(np.zeros((3, 8, 16), np.uint16), memory)
+    ExpertStore(HostTier(((block,),)), Link()).new_pool(2)
+
+
+def on_accelerator(call: Call) -> bool:
+    return {leaf.device for leaf in call.leaves if isinstance(leaf, Placed)} == {0}
+
+
+_jit = jax.jit
+
+
+def recording_jit(function=None, **options):
+    return functools.partial(recording_jit, **options) if function is None else Recorded(function, **options)
+
+
+def main() -> None:
+    jax.jit = recording_jit  # before the package is imported: it jits as it is
+    from gpu_runs import EXPERT_BYTES, RUNS
+
+    runs = RUNS | {"control": in_one_program}
+    device = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices[0]
+    found = []
+    for plan, run in runs.items():
+        Recorded.calls.clear()
+        with mock.patch.object(jax, "local_devices", lambda backend=None: jax.devices()[1:]):
+            run()
+        calls = [call for call in Recorded.calls if on_accelerator(call)]
+        for call in calls:
+            row = {"plan": plan, "name": call.function.__name__, "temp_bytes": None, "waits_for_link": None, "failed": None}
+            try:
+                row |= compiled(call, device)
+            except (jax.errors.JaxRuntimeError, NotImplementedError, TypeError, ValueError) as e:
+                row["failed"] = f"{type(e).__name__}: {str(e)[:300]}"
+            found.append(row)
+        print(f"{plan}: {len(calls)} programs", file=sys.stderr, flush=True)
+    print(json.dumps({"expert_bytes": EXPERT_BYTES, "programs": found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The runs whose programs are compiled for a GPU: name -> a function that makes one. Imported once jax.jit records."""
+
+import functools
+
+from engine_cases import plan, run
+from two_devices import PLANS
+
+from specmoe_jax import Engine, SamplingParams
+from specmoe_jax.benchmarks.gpu import shapes
+from specmoe_jax.benchmarks.specmoeoff import acceptance_of, random_head_of
+from specmoe_jax.model_config import ModelConfig
+from specmoe_jax.testing import eagle_head, tiny
+
+HALF = ModelConfig(
+    family="mixtral",
+    vocab_size=512,
+    hidden_size=256,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    expert_hidden=1792,
+    num_experts=4,
+    experts_per_token=2,
+    max_positions=256,
+    rope_theta=1e6,
+    norm_eps=1e-5,
+    tie_embeddings=False,
+    eos_token_ids=(),
+)
+"""In bfloat16 an expert is so much larger than all activations that a copy of one shows in a program's temporary memory."""
+
+
+def small(a_plan) -> None:
+    """Float32, of two layers, and to its end."""
+    run(tiny(), a_plan, **({"draft_head": eagle_head(tiny())} if a_plan.draft == "eagle" else {}))
+
+
+def half(name: str, **changes) -> None:
+    """Two steps in bfloat16."""
+    model = shapes.random_on_device(HALF)
+    head = random_head_of(model) if name == "specmoeoff" else None
+    a_plan = plan(name, dtype="bfloat16", batch_size=4, **changes)
+    engine = Engine(model, a_plan, draft_head=head)
+    state = engine.init([tuple(range(1, 9))] * 4, SamplingParams(max_new_tokens=4, ignore_eos=True))
+    for _ in range(2):
+        state, _ = engine.step(state)
+
+
+RUNS = {name: functools.partial(small, a_plan) for name, a_plan in PLANS.items()} | {
+    "half resident": functools.partial(half, "resident"),
+    "half specmoe": functools.partial(half, "specmoe", synthetic_acceptance=0.9, substitution="random", prefetch="draft"),
+    "half streaming": functools.partial(half, "streaming"),
+    "half specmoeoff": functools.partial(half, "specmoeoff", draft_length=4, synthetic_acceptance=acceptance_of(4)),
+}
+EXPERT_BYTES = HALF.expert_params * 2

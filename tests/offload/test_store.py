@@ -1,0 +1,61 @@
+"""The store on an accelerator of its own: what is on its way, and what is in the pool."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specmoe_jax.models.model import to_host
+from specmoe_jax.offload.store import ExpertStore, Link
+from specmoe_jax.offload.tiers import HostTier
+
+SHAPE, EXPERTS, SLOTS = (3, 2, 4), 6, 4
+copies = st.tuples(st.integers(0, EXPERTS - 1), st.integers(0, SLOTS - 1))
+
+
+@pytest.fixture(scope="module")
+def tier():
+    return HostTier((tuple(to_host(np.full(SHAPE, 1 + expert, np.float32)) for expert in range(EXPERTS)),))
+
+
+@given(room=st.integers(1, 3), steps=st.lists(st.tuples(st.lists(copies, max_size=5), st.lists(st.integers(0, SLOTS - 1)))))
+def test_what_has_landed_is_what_was_last_sent(tier, room, steps):
+    store, wanted = ExpertStore(tier, Link(), room=room), np.zeros(SLOTS)
+    pool, arriving = store.new_pool(SLOTS), ()
+    for sent, read in steps:
+        pool, arriving = store.fetch(pool, [(0, expert, slot) for expert, slot in sent], arriving)
+        assert len(arriving) <= room
+        for expert, slot in sent:
+            wanted[slot] = 1 + expert
+        pool, arriving = store.land(pool, arriving, np.array(read, np.int64))
+        assert not set(read) & {one.slot for one in arriving}
+        assert (np.asarray(pool)[read] == wanted[read][:, None, None, None]).all()
+    pool, arriving = store.land(pool, arriving)
+    assert arriving == ()
+    assert (np.asarray(pool) == wanted[:, None, None, None]).all()
+
+
+def test_what_has_arrived_lands_without_being_asked_for(tier):
+    store = ExpertStore(tier, Link(), room=3)
+    pool, arriving = store.fetch(store.new_pool(SLOTS), [(0, 2, 1), (0, 3, 0)])
+    assert [one.slot for one in arriving] == [1, 0]
+    jax.block_until_ready([one.block for one in arriving])
+    pool, arriving = store.land_arrived(pool, arriving)
+    assert arriving == ()
+    assert np.asarray(pool)[:3, 0, 0, 0].tolist() == [4, 3, 0]
+
+
+def test_there_is_room_for_so_many_copies(tier):
+    store = ExpertStore(tier, Link(), room=3)
+    assert store.copies_within(1.0, under_way=1) == 2
+    assert ExpertStore(tier, Link()).copies_within(1.0) == EXPERTS
+    slow = ExpertStore(tier, Link(bytes_per_s=96.0), room=3)  # a block a second
+    assert slow.copies_within(1.5) == 1
+    assert slow.copies_within(9.0) == 3
+
+
+def test_a_streamed_layer_is_whole(tier):
+    store = ExpertStore(tier, Link(), room=2)
+    buffer = store.stream(store.new_buffer(), 0)
+    assert np.asarray(buffer)[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5, 6]

@@ -58,8 +58,10 @@ class Kept:
         """The pool left by the batch before, or a new one; a larger batch may need a larger pool."""
         needed = self._needed(rows=shapes.rows, positions=shapes.positions, source=shapes.source, paged=shapes.paged)
         fits = self.account is not None and needed.num_slots <= self.account.num_slots
-        # A pool of the same size may hold a small batch's dispatch at once and a larger one's only in waves.
+        # A pool of the same size may hold a small batch's dispatch at once and a larger one's only in waves, or keep fewer slots
+        # free of what is prefetched.
         fits = fits and self.rt.slots.single_wave == (needed.num_slots >= needed.wanted_slots)
+        fits = fits and needed.dispatch_slots <= self.rt.slots.dispatch
         if not fits or self._too_big(needed):
             self._memory = None
             how = {"earlier": self.rt, "progress": self._progress, "spans": self._spans}
@@ -67,7 +69,8 @@ class Kept:
             self.account = needed
         if self._draft_head is not None:
             self.rt = dataclasses.replace(self.rt, draft=self._eagle(needed))
-        self.account = needed._replace(num_slots=self.account.num_slots)  # pages and activations are of this job
+        # Pages and activations are of this job; the pool and the disk tier's cache are those of the runtime.
+        self.account = needed._replace(num_slots=self.account.num_slots, host_experts=self.account.host_experts)
         self._peak_bytes = max(self._peak_bytes or 0, self.account.accelerator_bytes)
         memory, self._memory = self._memory, None
         return first_memory(self.rt) if memory is None else memory
@@ -92,9 +95,9 @@ class Kept:
         return SplitDraft(head=head, tree=tree, rt=self.rt, pages=needed.draft_pages, host_pages=needed.kv_pages)
 
     def _too_big(self, needed: MemoryAccount) -> bool:
-        """Whether the pool of an earlier, smaller batch would break the budget beside this batch's cache."""
-        budget = self._plan.device_memory_bytes
-        return budget is not None and needed.num_slots < self.account.num_slots
+        """Whether the pool or the disk cache of an earlier, smaller batch would break a budget beside this one's KV cache."""
+        budget, held = self._plan.device_memory_bytes, self.account
+        return (budget is not None and needed.num_slots < held.num_slots) or needed.host_experts < held.host_experts
 
     def new_guard(self, shapes: Shapes) -> Guard | None:
         """With what an earlier batch of these rows and positions taught it: the first steps are paid once."""

@@ -143,7 +143,7 @@ def build(
         resident_slots=order.reshape(config.num_expert_layers, config.num_experts) if resident else None,
         slots=PoolSlots(
             total=account.num_slots,
-            dispatch=min(account.num_slots, account.wanted_slots) - account.pinned_slots,
+            dispatch=account.dispatch_slots,
             single_wave=account.num_slots >= account.wanted_slots,
         ),
         merged_slots=_merged_slots(config, account) if plan.draft == "merged" else None,

@@ -30,10 +30,12 @@ def split_draft(whole: MemoryAccount, plan: Plan, page_bytes: int) -> MemoryAcco
 
 def fit_pages(whole: MemoryAccount, plan: Plan, positions: int) -> MemoryAccount:
     """With as many pages as host memory leaves, at least those of the longest request; the prompts' hidden states shrink alike."""
-    if not whole.kv_pages or plan.host_memory_bytes is None or whole.host_bytes <= plan.host_memory_bytes:
+    paged = whole.host_bytes - whole.host_expert_bytes
+    # A disk tier caches in what the pages leave, one expert at least.
+    beside = whole.expert_bytes if plan.expert_tier == "disk" else whole.host_expert_bytes
+    if not whole.kv_pages or plan.host_memory_bytes is None or beside + paged <= plan.host_memory_bytes:
         return whole
-    beside = 0 if plan.expert_tier == "disk" else whole.host_expert_bytes
-    page = (whole.kv_bytes + whole.hidden_bytes + whole.host_draft_bytes) / whole.kv_pages
+    page = paged / whole.kv_pages
     pages, one = int((plan.host_memory_bytes - beside) // page), pages_of(positions)
     if pages < one:
         raise BudgetError(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from specmoe_jax.config import Plan
 from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.planner.costs import Load
-from specmoe_jax.planner.drafts import draft_costs
+from specmoe_jax.planner.drafts import draft_costs, draft_memory
 from specmoe_jax.planner.hardware import Efficiency, Hardware
 from specmoe_jax.planner.memory import account, cache_positions
 from specmoe_jax.planner.memory_account import MemoryAccount, PagedLoad
@@ -105,15 +105,13 @@ def needed(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Worklo
         )
     prompt, longest = _prompt(config, workload), _prompt(config, workload) + workload.new_tokens
     rows, positions = plan.batch_size, cache_positions(longest, plan)
-    load = Load(rows, plan.tokens_per_pass, longest)
-    of_draft = draft_costs(config, plan, load, skew=workload.skew_of(config), head=workload.head, model=workload.draft_model)
     return account(
         config,
         plan,
         batch_rows=rows,
         positions=positions,
         source_positions=workload.source_tokens if config.encoder else 0,
-        draft=of_draft.memory,
+        draft=draft_memory(config, plan, head=workload.head, model=workload.draft_model),
         paged=PagedLoad(pages=rows * _pages(plan, longest), prompt_tokens=rows * prompt),
         shared_cores=hardware.shared_cores,
     )

@@ -35,6 +35,11 @@ class MemoryAccount(NamedTuple):
     moving_experts: int = 0  # beside the slots, on an accelerator of its own: on their way, and the copy of the one it multiplies
 
     @property
+    def dispatch_slots(self) -> int:
+        """Those that a layer's dispatch can count on."""
+        return min(self.num_slots, self.wanted_slots) - self.pinned_slots
+
+    @property
     def host_expert_bytes(self) -> int:
         return self.host_experts * self.expert_bytes
 

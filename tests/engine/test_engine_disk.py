@@ -4,10 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-from engine_cases import PROMPTS, SAMPLED, plan, run, steps
+from engine_cases import GREEDY, PROMPTS, SAMPLED, plan, run, steps, tokens_of
 
 import specmoe_jax as sm
 from specmoe_jax.checkpoints.convert import convert
+from specmoe_jax.engine.requests import check_job
+from specmoe_jax.planner.memory import account
 from specmoe_jax.testing import TINY, write_tiny
 
 EXPERTS = TINY.num_layers * TINY.num_experts
@@ -79,6 +81,26 @@ def test_a_cache_for_all_reads_each_once(on_disk):
     _, stats = run(on_disk, disk_plan(experts=EXPERTS))
     assert stats["disk_bytes"] + stats["prefill_disk_bytes"] <= EXPERTS * on_disk.expert_bytes
     assert stats["disk_bytes_per_token"] == stats["disk_bytes"] / stats["new_tokens"]
+
+
+def test_the_cache_shrinks_beside_a_larger_batch(on_disk, resident):
+    """A second job with more KV cache in host memory leaves the experts less of the budget."""
+    one, three = (account(TINY, disk_plan("on_demand", kv_tier="host", experts=99), batch_rows=n, positions=64) for n in (1, 3))
+    budget = one.host_bytes - one.host_expert_bytes + 14 * on_disk.expert_bytes
+    left = int(budget - (three.host_bytes - three.host_expert_bytes)) // on_disk.expert_bytes
+    assert 1 <= left < 14
+    engine = sm.Engine(on_disk, disk_plan("on_demand", kv_tier="host").replace(host_memory_bytes=budget))
+    for count, capacity in ((1, 14), (3, left), (1, left)):
+        assert tokens_of(engine.generate(PROMPTS[:count], GREEDY)) == resident[:count]
+        assert engine._kept.rt.store.tier._capacity == capacity
+
+
+def test_a_streamed_plan_runs_within_every_budget(on_disk, resident):
+    """Also one that is nearly enough for all experts: the pages of the cache take what they need and no more."""
+    a_plan = disk_plan("streaming", batch_size=8)
+    whole = check_job(on_disk, a_plan.replace(host_memory_bytes=1e12), PROMPTS, GREEDY)
+    for budget in (whole.host_bytes - 1, whole.host_bytes - 7 * whole.expert_bytes):
+        assert run(on_disk, a_plan.replace(host_memory_bytes=budget))[0] == resident
 
 
 def test_predicted_experts_are_read_ahead(on_disk):

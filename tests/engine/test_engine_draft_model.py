@@ -8,6 +8,7 @@ import pytest
 from engine_cases import GREEDY, PROMPTS, SAMPLED, plan, run, tokens_of
 
 import specmoe_jax as sm
+from specmoe_jax.engine.requests import check_job
 from specmoe_jax.testing import TINY
 
 
@@ -111,3 +112,9 @@ def test_refused(model):
     other = dataclasses.replace(model, tokenizer=demo.tokenizer)
     with pytest.raises(sm.PlanError, match="other tokens"):
         sm.Engine(model, drafting(), draft_model=other)
+
+
+def test_a_job_without_a_draft_model_is_refused_by_its_memory_like_any_other(model):
+    """Before anything is loaded, when nothing is known of the draft model (generate.py without --draft_model)."""
+    with pytest.raises(sm.PlanError, match="device memory of 1 bytes is too small"):
+        check_job(model, drafting(device_memory_bytes=1), PROMPTS, GREEDY)

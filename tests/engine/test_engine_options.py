@@ -1,11 +1,15 @@
 """Every other option of a plan changes no token either; bfloat16 up to rounding; the bundled model."""
 
+import dataclasses
+
 import numpy as np
 import pytest
-from engine_cases import GREEDY, PROMPTS, SAMPLED, plan, run
+from engine_cases import GREEDY, PROMPTS, SAMPLED, plan, run, tokens_of
 
 import specmoe_jax as sm
 from specmoe_jax.checkpoints.loader import BUNDLED
+from specmoe_jax.models.model import random_model
+from specmoe_jax.planner.memory import account
 from specmoe_jax.testing import TINY, tiny
 
 DRAFTING = dict(draft_length=3, draft_experts=2)
@@ -40,6 +44,20 @@ def test_options_change_no_token(model, resident, name):
     assert tokens == resident
     assert stats["compilations_after_warmup"] == 0
     assert (stats["draft_link_bytes"] > 0) <= (OPTIONS[name].prefetch == "draft")
+
+
+def test_a_larger_batch_in_a_pool_of_the_same_size():
+    """What a small batch let be prefetched would leave a larger one's dispatch too few free slots."""
+    config = dataclasses.replace(TINY, num_experts=64, experts_per_token=1, expert_hidden=400)
+    many = random_model(config, seed=0, dtype="float32", tokenizer=None)
+    prompts = [tuple(int(t) for t in np.random.default_rng([5, i]).integers(0, 256, 9)) for i in range(16)]
+    a_plan = plan(draft_experts=1, draft_length=1, prefetch="draft", spare_slots=40, prefill_chunk=1, kv_tier="host")
+    whole = account(config, a_plan, batch_rows=16, positions=64)
+    a_plan = a_plan.replace(device_memory_bytes=whole.accelerator_bytes - 40 * whole.expert_bytes)
+    engine = sm.Engine(many, a_plan)
+    for count in (1, 16):
+        expected = run(many, sm.PRESETS["resident"](config), prompts[:count])[0]
+        assert tokens_of(engine.generate(prompts[:count], GREEDY)) == expected
 
 
 def test_a_guard_goes_on_with_what_earlier_batches_taught_it(model):

@@ -156,6 +156,24 @@ def test_host_budget():
     accounted(a_plan.replace(host_memory_bytes=gib * GIB))
 
 
+def test_a_disk_tier_caches_what_the_pages_of_a_streamed_plan_leave():
+    """The pages that the batch can fill come first, no more of them, and one expert always finds room."""
+    a_plan = plan("streaming", expert_tier="disk", host_memory_bytes=1)
+    whole = accounted(a_plan.replace(host_memory_bytes=1e12))
+    pages_bytes = whole.host_bytes - whole.host_expert_bytes
+    with pytest.raises(sm.PlanError, match="one request of") as e:
+        accounted(a_plan)
+    smallest = float(re.search(r"--host_memory_gib=([0-9.]+)", str(e.value)).group(1)) * GIB
+    assert smallest < pages_bytes
+    for budget in np.linspace(smallest, 2 * whole.host_bytes, 50):
+        own = accounted(a_plan.replace(host_memory_bytes=float(budget)))
+        assert own.host_bytes <= budget
+        if own.kv_pages == whole.kv_pages:
+            assert own.host_experts == min((budget - pages_bytes) // whole.expert_bytes, whole.host_experts)
+        else:
+            assert own.kv_pages < whole.kv_pages and own.host_experts >= 1 and budget < pages_bytes + whole.expert_bytes
+
+
 @pytest.mark.parametrize("length", [None, 1, 8, 63])
 def test_cache_positions_hold_the_longest_row_and_its_drafts(length):
     a_plan = plan("on_demand") if length is None else plan(draft_length=length)

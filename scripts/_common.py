@@ -1,5 +1,6 @@
 """What every script does the same way: flags with exit code 2, user errors as one line, the compile cache."""
 
+import os
 import signal
 import sys
 import warnings
@@ -28,6 +29,21 @@ def use_compile_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def check_platforms(named: str | None) -> None:
+    """Says what is wrong with JAX_PLATFORMS, where it is set, before JAX does so in many lines."""
+    if not named:
+        return
+    if "cpu" not in named.split(","):
+        raise UserError(f"JAX_PLATFORMS={named} hides the host, where experts and cache are; give JAX_PLATFORMS={named},cpu")
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as e:
+        reason = " ".join(str(e).split()) or "it does not start"
+        raise UserError(
+            f"JAX_PLATFORMS={named} cannot be had ({reason}); install its JAX (for example jax[cuda12]) or unset it"
+        ) from e
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -60,6 +76,7 @@ def _guarded(main: Callable[[], None]) -> None:
     logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which accelerators this machine lacks
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
+        check_platforms(os.environ.get("JAX_PLATFORMS"))
         main()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

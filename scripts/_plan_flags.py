@@ -4,6 +4,7 @@ from absl import flags
 
 from specmoe_jax import Plan
 from specmoe_jax.plan_fields import (
+    DRAFT_SETS,
     DRAFTS,
     DRAM_POLICIES,
     EXPERT_DTYPES,
@@ -13,23 +14,40 @@ from specmoe_jax.plan_fields import (
     KV_TIERS,
     PREFETCHES,
     PREFILL_ATTENTIONS,
+    SUBSTITUTIONS,
 )
 from specmoe_jax.units import GIB
 
-DRAFT = flags.DEFINE_enum("draft", None, [d for d in DRAFTS if d != "custom"], "Overrides the plan's draft.")
+DRAFT = flags.DEFINE_enum(
+    "draft",
+    None,
+    [d for d in DRAFTS if d != "custom"],
+    "Who drafts: hot experts of the model itself, merged ones, an EAGLE head, prompt lookup, another model. Default: the plan's.",
+)
 DRAFT_LENGTH = flags.DEFINE_integer("draft_length", None, "Tokens drafted per step.")
 TREE_TOP_K = flags.DEFINE_integer("draft_tree_top_k", None, "Branches of a drafted node (draft=eagle); default a chain.")
 TREE_TOKENS = flags.DEFINE_integer("draft_tree_tokens", None, "Nodes of the tree to verify; draft_length is its depth.")
 DRAFT_EXPERTS = flags.DEFINE_integer("draft_experts", None, "Draft experts per layer: hot (draft=self) or merged (draft=merged).")
+DRAFT_SET = flags.DEFINE_enum("draft_set", None, DRAFT_SETS, "Which experts stay and draft (draft=self). Default: hot_temporal.")
+SUBSTITUTION = flags.DEFINE_enum(
+    "substitution", None, SUBSTITUTIONS, "Who stands in for an absent expert while drafting (draft=self). Default: affinity."
+)
+CACHED_EXPERTS = flags.DEFINE_integer("cached_experts", None, "Most used experts kept per layer, without a self-draft.")
+RETAIN = flags.DEFINE_boolean("retain", False, "Freed experts stay usable until their slot is overwritten.")
 DRAFT_KV_GIB = flags.DEFINE_float(
     "draft_kv_gib",
     None,
     "Accelerator memory of an EAGLE draft's cache when streaming; the rest of it is in host memory. Default: all.",
 )
 GUARD = flags.DEFINE_boolean("guard", False, "Adapt the draft length while running, down to 0 where it does not pay.")
-PREFETCH = flags.DEFINE_enum("prefetch", None, PREFETCHES, "What is fetched on a guess while the link is idle.")
+PREFETCH = flags.DEFINE_enum(
+    "prefetch",
+    None,
+    PREFETCHES,
+    "What is fetched while the link is idle: what the draft's gates chose, or what will be needed (oracle, with --link_gbps).",
+)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Requests that generate together.")
-MICRO_BATCHES = flags.DEFINE_integer("micro_batches", None, "Parts of a batch in flight at once.")
+MICRO_BATCHES = flags.DEFINE_integer("micro_batches", None, "Parts of a batch in flight at once when streaming.")
 LAYER_BUFFERS = flags.DEFINE_integer("layer_buffers", None, "Layers of experts on the accelerator when streaming; default 2.")
 PINNED_LAYERS = flags.DEFINE_integer(
     "pinned_layers", None, "Layers whose experts never cross again when streaming; default: what --device_memory_gib has room for."
@@ -38,9 +56,13 @@ PREFILL_ATTENTION = flags.DEFINE_enum(
     "prefill_attention", None, PREFILL_ATTENTIONS, "Where prompts attend when streaming; default: the accelerator if there is one."
 )
 EXPERT_FLOW = flags.DEFINE_enum("expert_flow", None, EXPERT_FLOWS, "How experts come to the accelerator.")
-KV_TIER = flags.DEFINE_enum("kv_tier", None, KV_TIERS, "Where the KV cache is and attention runs.")
-EXPERT_TIER = flags.DEFINE_enum("expert_tier", None, EXPERT_TIERS, "Where all experts are; disk needs --host_memory_gib.")
-DRAM_POLICY = flags.DEFINE_enum("dram_policy", None, DRAM_POLICIES, "Which experts host memory caches (expert_tier=disk).")
+KV_TIER = flags.DEFINE_enum("kv_tier", None, KV_TIERS, "Where the KV cache is and attention runs. Default: the plan's.")
+EXPERT_TIER = flags.DEFINE_enum(
+    "expert_tier", None, EXPERT_TIERS, "Where all experts are; disk needs --host_memory_gib. Default: host."
+)
+DRAM_POLICY = flags.DEFINE_enum(
+    "dram_policy", None, DRAM_POLICIES, "Which experts host memory caches (expert_tier=disk). Default: frequency."
+)
 BYPASS_PAGE_CACHE = flags.DEFINE_boolean("bypass_page_cache", False, "Read from the disk itself (expert_tier=disk).")
 DEVICE_GIB = flags.DEFINE_float("device_memory_gib", None, "Accelerator memory to use. Default: what the plan can use.")
 HOST_GIB = flags.DEFINE_float("host_memory_gib", None, "Host memory to use. Default: what the machine has.")
@@ -59,6 +81,9 @@ _NAMED = (
     DRAFT,
     DRAFT_LENGTH,
     DRAFT_EXPERTS,
+    DRAFT_SET,
+    SUBSTITUTION,
+    CACHED_EXPERTS,
     TREE_TOP_K,
     TREE_TOKENS,
     PREFETCH,
@@ -73,7 +98,7 @@ _NAMED = (
     DRAM_POLICY,
     EXPERT_DTYPE,
 )  # as the plan's fields
-_SWITCHES = (GUARD, BYPASS_PAGE_CACHE, DETERMINISTIC)
+_SWITCHES = (GUARD, RETAIN, BYPASS_PAGE_CACHE, DETERMINISTIC)
 
 
 def given() -> dict:

@@ -41,7 +41,9 @@ _PROMPTS = flags.DEFINE_string("prompts", None, "A file of prompts: .txt, one a 
 _OUTPUT = flags.DEFINE_string(
     "output", None, "Where finished requests go, as JSON lines; the same command goes on after an interruption. Default: stdout."
 )
-_PRESET = flags.DEFINE_string("preset", None, f"One of auto (default: chosen for this machine and job), {', '.join(PRESETS)}.")
+_PRESET = flags.DEFINE_enum(
+    "preset", None, ["auto", *PRESETS], "The plan; README.md says what each does. Default: auto, chosen for this machine and job."
+)
 _PLAN = flags.DEFINE_string("plan", None, "A plan as JSON, instead of a preset.")
 _DRAFT_MODEL = flags.DEFINE_string("draft_model", None, "A checkpoint of the same vocabulary (draft=model).")
 _DRAFT_HEAD = flags.DEFINE_string("draft_head", None, "An EAGLE head (draft=eagle); default: the bundled model's own.")
@@ -69,6 +71,8 @@ def main() -> None:
     watch = Stopwatch()
     if not (_PROMPT.value or _PROMPTS.value):
         _common.usage_error("no prompt; give --prompt=TEXT or --prompts=FILE")
+    if _RESTART.value and not _OUTPUT.value:
+        _common.usage_error("--restart has no effect without --output; leave it out")
     folder = checkpoint_path(_MODEL.value)
     prompts = read_all_prompts(folder)
     check_files()
@@ -84,21 +88,24 @@ def main() -> None:
             jobs.check_before_loading(head, preset("resident", head.config), prompts, **how)
         plan = make_plan(head, folder, prompts)
         jobs.check_before_loading(head, plan, prompts, **how, **draft_configs(head, plan))
+    loading = Stopwatch()
     model, changes, error = load(prompts)
     draft_model = load_model(_DRAFT_MODEL.value, dtype=model.dtype, progress=_PROGRESS.value) if _DRAFT_MODEL.value else None
     plan = plan.replace(**changes)
     spans = [] if _TRACE.value and plan.expert_flow == "stream" else None
     options = {"draft_model": draft_model, "draft_head": read_head(model, plan), "progress": _PROGRESS.value, "spans": spans}
     engine = Engine(model, plan, **options)
-    load_s = watch.seconds
+    load_s = loading.seconds
     with trace(_TRACE.value):
-        timings = generate(engine, prompts)
+        job = generate(engine, prompts)
     if spans is not None:
         write_lanes(spans, pathlib.Path(_TRACE.value) / "lanes.json")
-    stats = final_stats(engine, prompts) | error | {"load_s": load_s, "wall_s": watch.seconds, "requests": timings}
+    stats = final_stats(engine, prompts) | error | {"load_s": load_s, "wall_s": watch.seconds, "requests": job.timings}
     if _STATS.value:
         write_atomically(_STATS.value, json.dumps(stats, indent=2) + "\n")
     print(table(stats), file=sys.stderr)
+    if job.failed:
+        print(f'warning: {job.failed} of {len(prompts)} prompts have no answer; "error" in their records says why', file=sys.stderr)
 
 
 def read_head(model: Model, plan: Plan) -> EagleHead | None:
@@ -131,10 +138,12 @@ def check_files() -> None:
         if path in names:
             raise RequestError(f"{names[path]} and {flag} are both {path}; give two files")
         names[path] = flag
+    if _TRACE.value and pathlib.Path(_TRACE.value).exists() and not pathlib.Path(_TRACE.value).is_dir():
+        raise RequestError(f"cannot write {_TRACE.value} (it is no folder); --trace takes a new folder or one that exists")
 
 
-def generate(engine: Engine, prompts: list[Prompt]) -> list[dict]:
-    """The job of --output, or the texts on stdout. -> JobWatch.timings."""
+def generate(engine: Engine, prompts: list[Prompt]) -> JobWatch:
+    """The job of --output, or the texts on stdout. -> what was told of it."""
     shown = [ShownText(engine.model, prompt.params.stop) for prompt in prompts] if _STREAM.value else []
 
     def watched(todo: dict[int, Prompt], failed: int) -> JobWatch:
@@ -150,14 +159,14 @@ def generate(engine: Engine, prompts: list[Prompt]) -> list[dict]:
         todo = dict(enumerate(prompts))
         with watched(todo, failed=0) as watch:
             print_completions(list(jobs.completions(engine, todo, watch, on_event=on_event)))
-        return watch.timings
+        return watch
     reasons = jobs.refusals(engine.model, prompts, must_work=len(_PROMPT.value))
     job = jobs.fingerprint(prompts, engine.plan, engine.model.path)
     with contextlib.closing(Journal(_OUTPUT.value, job, restart=_RESTART.value)) as journal:
         todo = jobs.record_errors(prompts, reasons, journal)
         with watched(todo, failed=sum(map(bool, reasons))) as watch:
             jobs.run_job(engine, todo, journal, watch, on_event=on_event)
-    return watch.timings
+    return watch
 
 
 def read_all_prompts(folder: pathlib.Path) -> list[Prompt]:
@@ -243,7 +252,8 @@ def auto_plan(head: jobs.ModelHead, folder: pathlib.Path, prompts: list[Prompt],
     )
     has_head = bool(_DRAFT_HEAD.value or bundled_head(_MODEL.value))
     found = planning.choose(head.config, known, requests=len(prompts), fixed=overrides, head=has_head)
-    print(f"auto: {planning.as_line(found)}", file=sys.stderr)
+    by = "" if known.operators else ", by this machine's rates alone: scripts/plan.py measures the model"
+    print(f"auto: {planning.as_line(found)}{by}", file=sys.stderr)
     return found.best.plan
 
 

@@ -27,7 +27,7 @@ def table(stats: dict) -> str:
             ("share of the floor", f"{stats['fraction_of_floor']:.2f} of what the {stats['binding_resource'] or 'link'} allows")
         )
     if "rates" in stats:
-        rows.append(("measured rates", _rates_row(stats["rates"])))
+        rows.append(("rates reached", _rates_row(stats["rates"])))
     if "predicted" in stats:
         rows.append(("step predicted / measured", f"{_milli(stats['predicted']['step_s'])} / {_milli(stats['step_s'])} ms"))
     if "expert_dtype_kl" in stats:

@@ -20,6 +20,7 @@ class JobWatch:
 
     limits: new tokens that each request may get, for the time left. metrics_file: rewritten in full, at most each second
     and at the end (None: none). failed: requests that were refused before the job.
+    failed: those, and the requests that ended in an error.
     timings: per finished request, in the order in which they finished: `id`, `first_token_s` and `total_s` since its
     prefill began, `new_tokens`.
     """
@@ -29,7 +30,7 @@ class JobWatch:
     ):
         self._engine, self._path, self._watch = engine, metrics_file, Stopwatch()
         limits = list(limits)
-        self._requests, self._failed, self._written_s = len(limits), failed, float("-inf")
+        self._requests, self.failed, self._written_s = len(limits), failed, float("-inf")
         self._bar = bar("decode", sum(limits), "tok", mode=progress)
         self._first_s: dict[int, float] = {}
         self.timings: list[dict] = []
@@ -60,7 +61,7 @@ class JobWatch:
         if event.completion is None:
             return
         if event.completion.finish_reason == "error":
-            self._failed += 1
+            self.failed += 1
         self.timings.append(
             {
                 "id": event.id,
@@ -77,7 +78,7 @@ class JobWatch:
             "wall_s": self._watch.seconds,
             "requests": self._requests,
             "requests_done": len(self.timings),
-            "requests_failed": self._failed,
+            "requests_failed": self.failed,
         }
         write_atomically(self._path, prometheus.text(figures))
         self._written_s = time.perf_counter()

@@ -67,7 +67,7 @@ def read_prompts(path: str, defaults: SamplingParams, *, keep_bad: bool = False)
     except (OSError, ValueError) as e:  # ValueError: not UTF-8, or a NUL in the path
         raise RequestError(f"cannot read prompts from {path} ({e}); give a UTF-8 .txt or .jsonl file") from e
     if file.suffix == ".jsonl":
-        prompts = [_parse_or_keep(line, number, defaults, keep_bad) for number, line in enumerate(lines, 1) if line.strip()]
+        prompts = [_parse_or_keep(line, number, defaults, keep_bad, file) for number, line in enumerate(lines, 1) if line.strip()]
     elif file.suffix == ".txt":
         prompts = [Prompt(number, line, defaults) for number, line in enumerate(filter(str.strip, lines))]
     else:
@@ -77,12 +77,12 @@ def read_prompts(path: str, defaults: SamplingParams, *, keep_bad: bool = False)
     return prompts
 
 
-def _parse_or_keep(line: str, number: int, defaults: SamplingParams, keep_bad: bool) -> Prompt:
+def _parse_or_keep(line: str, number: int, defaults: SamplingParams, keep_bad: bool, file: pathlib.Path) -> Prompt:
     try:
         return _parse(line, number, defaults)
     except RequestError as e:
         if not keep_bad:
-            raise
+            raise RequestError(f"{file}: {e}") from e
         return Prompt(number - 1, "", defaults, error=str(e))
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from specmoe_jax.errors import UserError
+
 TARGETS = ("specmoe_chunked_attention", "specmoe_expert_ffn")
 
 
@@ -47,7 +49,7 @@ def module():
     """The compiled module, registered with XLA; None (and one warning) when it is unusable. SPECMOE_CPU_OPS=ref asks for None."""
     mode = os.environ.get("SPECMOE_CPU_OPS", "auto")
     if mode not in ("auto", "ref"):
-        raise ValueError(f"SPECMOE_CPU_OPS is {mode!r}; it must be 'auto' or 'ref'")
+        raise UserError(f"SPECMOE_CPU_OPS is {mode!r}; it must be 'auto' or 'ref'")
     if mode == "ref":
         return None
     try:
@@ -69,7 +71,7 @@ def choice() -> dict:
     """Attributes that every handler takes: SPECMOE_ISA forces an instruction set, SPECMOE_THREADS bounds the threads (0: all)."""
     isa = os.environ.get("SPECMOE_ISA", "auto")
     if isa != "auto" and isa not in isas():
-        raise ValueError(f"SPECMOE_ISA is {isa!r}; this machine has {', '.join(['auto', *isas()])}")
+        raise UserError(f"SPECMOE_ISA is {isa!r}; this machine has {', '.join(['auto', *isas()])}")
     return {"isa": isa, "threads": np.int64(os.environ.get("SPECMOE_THREADS", "0"))}
 
 

@@ -103,7 +103,7 @@ def _most(works: Callable[[int], bool], limit: int) -> int:
 
 def _advice(found: Fitting | None) -> str:
     if found is None:
-        return "not even the shortest request fits"
+        return "with this budget not even the shortest request fits"
     if found.tokens is None:
         return f"the largest batch that fits at this context is --batch_size={found.rows}"
     return f"no batch fits at this context: the longest context that fits is {found.tokens} tokens, of --batch_size={found.rows}"
@@ -137,7 +137,7 @@ def nearest(config: ModelConfig, plan: Plan, hardware: Hardware | Memories, work
 def with_nearest(refused: str, found: Nearest | None, *, where: str = "") -> str:
     """A refusal and the plan to take instead. where: the machine that it fits."""
     if found is None:
-        return f"{refused}; nothing near it fits{where}"
+        return f"{refused}; no plan near this one fits{where}"
     return f"{refused}; the nearest that fits{where}: {' '.join(found.flags)}"
 
 

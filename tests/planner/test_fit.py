@@ -54,7 +54,7 @@ def test_the_nearest_plan_fits_or_there_is_none(preset, dtype, batch, accelerato
         assert found.flags and found.plan.batch_size <= a_plan.batch_size
     else:
         assert accelerator_gib < 8 or host_gib < 2  # weights, one expert; a row's cache and one expert
-        assert "nothing near it fits" in problem(MIXTRAL, a_plan, hardware, WORK)
+        assert "no plan near this one fits" in problem(MIXTRAL, a_plan, hardware, WORK)
 
 
 def test_a_smaller_batch_is_nearer_than_another_plan():

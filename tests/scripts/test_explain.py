@@ -81,7 +81,7 @@ def test_a_refusal_names_resource_shortage_and_a_plan_that_works(explain, header
 
 def test_where_nothing_fits_it_says_what_would(explain, headers):
     ran = explain(f"--model={headers['mixtral_8x7b']}", "--hardware=a30", "--device_memory_gib=1")
-    assert ran.code == 1 and "nothing near it fits A30" in ran.err and "GiB there" in ran.err
+    assert ran.code == 1 and "no plan near this one fits A30" in ran.err and "GiB there" in ran.err
 
 
 def test_the_twin_shows_presets_and_policies(explain, headers, tmp_path):

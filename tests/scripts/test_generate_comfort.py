@@ -38,7 +38,8 @@ def test_metrics_file_and_request_times(generate, checkpoint, tmp_path, monkeypa
 def test_refused_prompts_are_counted(generate, checkpoint, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\nnonsense\n')
     flags = ("--prompts=p.jsonl", "--max_new_tokens=2", "--output=o.jsonl", "--metrics_file=m.prom")
-    assert generate(f"--model={checkpoint}", *flags).code == 0
+    ran = generate(f"--model={checkpoint}", *flags)
+    assert ran.code == 0 and "warning: 1 of 2 prompts have no answer" in ran.err
     lines = (tmp_path / "m.prom").read_text().splitlines()
     assert "specmoe_requests_failed_total 1" in lines and "specmoe_requests_done_total 1" in lines
 
@@ -57,7 +58,42 @@ def test_a_trace_holds_the_stages(generate, checkpoint, tmp_path):
     assert {"prefill", "draft", "verify", "commit"} <= names
 
 
-@pytest.mark.parametrize("flags", [("--output=x", "--metrics_file=x"), ("--stats=x", "--metrics_file=x"), ("--progress=loud",)])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--output=x", "--metrics_file=x"),
+        ("--stats=x", "--metrics_file=x"),
+        ("--progress=loud",),
+        ("--preset=fast",),
+        ("--restart",),
+    ],
+)
 def test_refused(generate, checkpoint, tmp_path, flags):
     ran = generate(f"--model={checkpoint}", *JOB, *flags)
     assert ran.code in (1, 2) and ran.err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_platform_that_cannot_be_had_is_one_line(generate, generate_script, checkpoint, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    ran = generate(f"--model={checkpoint}", *JOB)
+    assert ran.code == 1 and "give JAX_PLATFORMS=cuda,cpu" in ran.err and ran.err.count("\n") == 1
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    monkeypatch.setattr(generate_script._common.jax, "devices", missing)
+    ran = generate(f"--model={checkpoint}", *JOB)
+    assert ran.code == 1 and "(Unable to initialize backend 'cuda')" in ran.err and ran.err.count("\n") == 1
+
+
+def missing():
+    raise RuntimeError("Unable to initialize\nbackend 'cuda'")
+
+
+def test_policies_of_the_draft_set_are_flags(generate, checkpoint, tmp_path):
+    """They change what stays and who stands in, never the text."""
+    texts = set()
+    for number, flags in enumerate([(), ("--draft_set=hot_global", "--retain"), ("--substitution=random",)]):
+        ran = generate(f"--model={checkpoint}", *JOB, *flags, f"--output={number}.jsonl", f"--stats={number}.json")
+        assert ran.code == 0, ran.err
+        texts.add("".join(sorted((tmp_path / f"{number}.jsonl").read_text().splitlines(True))))
+        plan = json.loads((tmp_path / f"{number}.json").read_text())["plan"]
+        assert (plan["draft_set"], plan["retain"]) == (("hot_global", True) if number == 1 else (None, False))
+    assert len(texts) == 1

@@ -12,7 +12,6 @@ from specmoe_jax.testing import TINY
 from tests.scripts.generate_cases import prompt_flags
 
 ERRORS = [
-    (["--preset=fast"], "preset is 'fast'; it must be one of resident, on_demand"),
     (["--prompt="], "prompt 1 is empty; give at least one"),
     (["--prompt=" + "x" * 90], "prompt 1 has 90 tokens and the model's window is 90"),
     (["--prompts=none.txt"], "cannot read prompts from none.txt"),
@@ -28,6 +27,7 @@ ERRORS = [
     (["--temperature=1", "--top_p=0"], "top_p is 0.0"),
     (["--temperature=1", "--seed=-1"], "seed is -1"),
     (["--stop="], "at least one character"),
+    (["--trace=good.json"], "cannot write good.json (it is no folder)"),
     (["--batch_size=0"], "batch_size is 0"),
     (["--draft_experts=9"], "draft_experts is 9; draft=self needs 1 to 5"),
     (["--device_memory_gib=nan"], "device_memory_bytes is nan"),

@@ -54,12 +54,13 @@ def expert_ffn_ref(x, blocks, slots, *, activation="swiglu", ffn=block_ffn):
     """
     if activation != "swiglu":
         raise ValueError(f"expert_ffn: activation is {activation!r}, only 'swiglu' exists")
-    tiles, pairs = functools.partial(_in_tiles, ffn), slots.size
+    tiles, pairs = functools.partial(in_tiles, ffn), slots.size
     on_cpu = functools.partial(tiles, 8 if pairs <= SMALL_PAIRS else 32)
     return jax.lax.platform_dependent(x, blocks, slots, cpu=on_cpu, default=functools.partial(tiles, accelerator_rows(pairs)))
 
 
-def _in_tiles(ffn, rows: int, x, blocks, slots):
+def in_tiles(ffn, rows: int, x, blocks, slots):
+    """expert_ffn_ref in tiles of so many rows, each of one slot."""
     n, A = slots.shape
     M, R, P = x.shape[1], blocks.shape[0], n * A
     tile_slot, pair_of, num_tiles = tile_plan(slots.reshape(-1), R, rows)

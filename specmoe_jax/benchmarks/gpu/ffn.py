@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from specmoe_jax import ops
 from specmoe_jax.benchmarks.gpu.timing import seconds
+from specmoe_jax.ops.experts_ref import block_ffn, in_tiles
 
 FULL = {"shapes": ((8, 4096, 14336, 2), (128, 2048, 768, 8)), "tokens": (8, 64, 512, 2048, 8192), "matrix": 8192}
 SMALL = {"shapes": ((4, 64, 128, 2),), "tokens": (8,), "matrix": 256}
@@ -48,7 +49,7 @@ def forms() -> dict[str, Callable]:
     """name -> (x [n, M], blocks [E, 3, F, M], ids [n, A]) -> [n, A, M]; ours first, which the others are compared with."""
     found = {
         "ours": jax.jit(ops.expert_ffn),
-        "ours, bfloat16 products": jax.jit(functools.partial(ops.expert_ffn_ref, ffn=_bf16_ffn)),
+        **{f"ours, tiles of {rows} rows": jax.jit(functools.partial(in_tiles, block_ffn, rows)) for rows in (16, 64, 256)},
         "ragged_dot": jax.jit(functools.partial(_grouped, jax.lax.ragged_dot)),
         "per-expert loop": jax.jit(_loop),
     }

@@ -1,4 +1,4 @@
-"""The parts of scripts/measure_gpu.py: name -> (folder, quick) -> rows. Each runs in a process of that script."""
+"""The parts of scripts/measure_gpu.py: name -> (folder, effort) -> rows. Each runs in a process of that script."""
 
 import functools
 import json
@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 
@@ -27,6 +28,18 @@ FLAGS = (
     "--xla_gpu_enable_latency_hiding_scheduler=false",
     "--xla_gpu_enable_command_buffer=",
 )
+
+
+class Effort(NamedTuple):
+    """quick: sizes for a CPU. minutes: that a part may take; half of them are for decoding, in equal shares for its batch sizes."""
+
+    quick: bool
+    minutes: float
+
+    def share_s(self, batches: int) -> float:
+        return 30 * self.minutes / batches
+
+
 HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 
 
@@ -35,34 +48,34 @@ def environment() -> dict[str, str]:
     return {HOST_LIMIT: os.environ.get(HOST_LIMIT, str(max(timing.available_bytes() >> 30, 1)))}
 
 
-def settle_rows(folder: pathlib.Path, quick: bool) -> Iterator[dict]:
+def settle_rows(folder: pathlib.Path, effort: Effort) -> Iterator[dict]:
     yield timing.machine()
-    yield from settle.rows(settle.SMALL if quick else settle.FULL)
+    yield from settle.rows(settle.SMALL if effort.quick else settle.FULL)
 
 
-def probe_rows(folder: pathlib.Path, quick: bool) -> Iterator[dict]:
+def probe_rows(folder: pathlib.Path, effort: Effort) -> Iterator[dict]:
     yield timing.machine()
-    yield from settle.probe(settle.SMALL if quick else settle.FULL)
+    yield from settle.probe(settle.SMALL if effort.quick else settle.FULL)
 
 
-def limit_rows(folder: pathlib.Path, quick: bool) -> Iterator[dict]:
+def limit_rows(folder: pathlib.Path, effort: Effort) -> Iterator[dict]:
     """Twice what the environment's limit allows: does the pool end there?"""
-    limit_bytes, piece = int(float(os.environ[HOST_LIMIT]) * (1 << 30)), 1 << 20 if quick else 1 << 28
+    limit_bytes, piece = int(float(os.environ[HOST_LIMIT]) * (1 << 30)), 1 << 20 if effort.quick else 1 << 28
     kept, row = [], {"question": "pinned_limit", "limit_bytes": limit_bytes}
     try:
-        while sum(a.nbytes for a in kept) < (4 * piece if quick else 2 * limit_bytes):
+        while sum(a.nbytes for a in kept) < (4 * piece if effort.quick else 2 * limit_bytes):
             kept.append(settle.pinned(piece, jax.devices()[0], 0))
     except Exception as e:  # whatever the runtime says is the answer
         row["refused"] = f"{type(e).__name__}: {str(e)[:300]}"
     yield row | {"held_bytes": sum(a.nbytes for a in kept)}
 
 
-def flag_rows(folder: pathlib.Path, quick: bool) -> Iterator[dict]:
+def flag_rows(folder: pathlib.Path, effort: Effort) -> Iterator[dict]:
     """The probe under each set of flags, and the pool's limit at 2 GB, each in a process of its own; this one touches no device."""
     for part, name, values in (("probe", "XLA_FLAGS", FLAGS), ("limit", HOST_LIMIT, ("2",))):
         for number, value in enumerate(values):
             own = folder / f"{part}_{number}"
-            command = [sys.executable, sys.argv[0], f"--here={part}", f"--output={own}", f"--dry_run={quick}"]
+            command = [sys.executable, sys.argv[0], f"--here={part}", f"--output={own}", f"--dry_run={effort.quick}"]
             env = os.environ | {name: f"{os.environ.get(name, '')} {value}".strip() if name == "XLA_FLAGS" else value}
             done = subprocess.run(command, env=env, capture_output=True, text=True)
             path = own / f"{part}.json"
@@ -70,70 +83,70 @@ def flag_rows(folder: pathlib.Path, quick: bool) -> Iterator[dict]:
             yield {"question": "flags", name: value, "exit": done.returncode, "rows": found, "tail": done.stderr[-500:]}
 
 
-def ffn_rows(folder: pathlib.Path, quick: bool) -> Iterator[dict]:
+def ffn_rows(folder: pathlib.Path, effort: Effort) -> Iterator[dict]:
     yield timing.machine()
-    yield from ffn.rows(ffn.SMALL if quick else ffn.FULL)
+    yield from ffn.rows(ffn.SMALL if effort.quick else ffn.FULL)
 
 
-def overlap_rows(folder: pathlib.Path, quick: bool) -> Iterator[dict]:
+def overlap_rows(folder: pathlib.Path, effort: Effort) -> Iterator[dict]:
     yield timing.machine()
-    yield from overlap.rows(overlap.SMALL if quick else overlap.FULL)
+    yield from overlap.rows(overlap.SMALL if effort.quick else overlap.FULL)
 
 
-def preset_rows(name: str, folder: pathlib.Path, quick: bool) -> Iterator[dict]:
+def preset_rows(name: str, folder: pathlib.Path, effort: Effort) -> Iterator[dict]:
     """One system on the Mixtral-8x7B shape, within 24 GiB of accelerator memory; "planner": what the planner chooses there."""
-    link = presets.link_rate(quick)
+    link = presets.link_rate(effort.quick)
     yield timing.machine() | link
-    model, load = _mixtral(quick)
-    budget = None if quick else presets.BUDGET_BYTES  # the small model fits whole, and then nothing would cross the link
+    model, load = _mixtral(effort)
+    budget = None if effort.quick else presets.BUDGET_BYTES  # the small model fits whole, and then nothing would cross the link
     if name == "planner":
         yield from presets.chosen(model, load, link, folder, budget)
     else:
         yield from presets.rows(name, model, load, link, folder, budget_bytes=budget)
 
 
-def _mixtral(quick: bool) -> tuple[Model, presets.Load]:
+def _mixtral(effort: Effort) -> tuple[Model, presets.Load]:
     """Random weights of that shape, with as many layers as host memory holds."""
-    if quick:
+    if effort.quick:
         return shapes.random_on_device(specmoeoff.MIXTRAL_SHAPED), presets.Load((4,), prompt=8, new=4, seconds=5)
-    load = presets.Load((64, 256, 16, 1), prompt=512, new=128, seconds=75)
+    load = presets.Load((64, 256, 16, 1), prompt=512, new=128, seconds=effort.share_s(4))
     layers = shapes.layers_that_fit(timing.available_bytes(), max(load.batches), load.prompt + load.new)
     return shapes.random_on_device(shapes.mixtral_8x7b(layers)), load
 
 
-def nllb_rows(folder: pathlib.Path, quick: bool) -> Iterator[dict]:
+def nllb_rows(folder: pathlib.Path, effort: Effort) -> Iterator[dict]:
     """SpecMoE against OnDemand with 128 experts and the published skew, at its largest batch; the sizes are ours, not NLLB's."""
-    link, batch = presets.link_rate(quick), 8 if quick else 256
+    link, batch = presets.link_rate(effort.quick), 8 if effort.quick else 256
     yield timing.machine() | link
     model = synthetic_model(NLLB_SHAPED, dtype="bfloat16")
-    load = presets.Load((batch,), prompt=17, new=8 if quick else 128, seconds=100)
+    load = presets.Load((batch,), prompt=17, new=8 if effort.quick else 128, seconds=effort.share_s(3))
     prompts = synthetic_prompts(NLLB_SHAPED, batch, load.prompt)
     for name in ("on_demand", "specmoe"):
         yield from presets.rows(name, model, load, link, folder, prompts, budget_bytes=None)
 
 
-def demo_rows(folder: pathlib.Path, quick: bool) -> Iterator[dict]:
+def demo_rows(folder: pathlib.Path, effort: Effort) -> Iterator[dict]:
     """Every preset that needs no emulated link on the bundled model and its held-out text: real acceptance."""
-    link = presets.link_rate(quick)
+    link = presets.link_rate(effort.quick)
     yield timing.machine() | link
     model = load_model("demo")
     path = pathlib.Path(checkpoints.__file__).parent / "demo" / "held_out.txt"
     texts = [tuple(model.tokenizer.encode(prompt.text)) for prompt in read_prompts(str(path), SamplingParams())]
-    load = presets.Load((2,) if quick else (1, 16, 64), prompt=0, new=4 if quick else 64, seconds=20)
+    load = presets.Load((2,) if effort.quick else (1, 16, 64), prompt=0, new=4 if effort.quick else 64, seconds=effort.share_s(15))
     prompts = [texts[i % len(texts)] for i in range(max(load.batches))]
     for name in (name for name in PRESETS if name != "overlap"):
         head = {"head": load_head("demo", model)} if name == "specmoeoff" else {}
         yield from presets.rows(name, model, load, link, folder, prompts, synthetic=False, budget_bytes=None, **head)
 
 
-def peer_rows(folder: pathlib.Path, quick: bool) -> Iterator[dict]:
+def peer_rows(folder: pathlib.Path, effort: Effort) -> Iterator[dict]:
     yield timing.machine()
-    yield from peers.rows(folder, peers.SMALL if quick else peers.FULL)
+    yield from peers.rows(folder, peers.SMALL if effort.quick else peers.FULL)
 
 
-def test_rows(folder: pathlib.Path, quick: bool) -> Iterator[dict]:
+def test_rows(folder: pathlib.Path, effort: Effort) -> Iterator[dict]:
     """The suite once, on whatever device there is."""
-    tests = ["tests/test_rooms.py"] if quick else ["tests"]
+    tests = ["tests/test_rooms.py"] if effort.quick else ["tests"]
     root = pathlib.Path(sys.argv[0]).resolve().parents[1]
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=root, capture_output=True, text=True)
     yield {"question": "tests", "exit": done.returncode, "tail": done.stdout.splitlines()[-60:]}

@@ -25,6 +25,18 @@ def activation_bytes(config: ModelConfig, plan: Plan, batch_rows: int, passes: i
     return passes * (per_token + outputs) + logits
 
 
+def attention_bytes(config: ModelConfig, rows: int, tokens: int, positions: int, item: int) -> int:
+    """What attention in jnp holds beside the cache, of `tokens` new ones a row: scores in float32 and weights, or weights and V.
+
+    XLA masks V into a copy of its own (a row that nobody attends may hold anything); as compiled for an H200, tests/gpu.
+    """
+    most = 0
+    for layer in config.layers:
+        scores, values = rows * tokens * layer.attention.num_heads * positions, rows * positions * _cache_row(layer)
+        most = max(most, (4 + item) * scores, item * (scores + values))
+    return most
+
+
 def staging_bytes(config: ModelConfig, plan: Plan, batch_rows: int, positions: int, item: int) -> int:
     """Of the longest prompts at the plan's chunk; shorter chunks are of prompts that are one chunk."""
     if plan.prefill_attention != "accelerator":

@@ -8,7 +8,15 @@ from specmoe_jax.models.experts import block_bytes
 from specmoe_jax.models.families import family_of
 from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
 from specmoe_jax.planner.budgets import fit_device, fit_host, fit_pages, split_draft, streamed_layers, with_spare_experts
-from specmoe_jax.planner.footprint import activation_bytes, cross_row, encoder_bytes, position_bytes, staging_bytes, token_numbers
+from specmoe_jax.planner.footprint import (
+    activation_bytes,
+    attention_bytes,
+    cross_row,
+    encoder_bytes,
+    position_bytes,
+    staging_bytes,
+    token_numbers,
+)
 from specmoe_jax.planner.memory_account import DraftMemory, MemoryAccount, PagedLoad, arriving_experts
 from specmoe_jax.planner.positions import ITEMS_AHEAD, KV_PAGE, PREFILL_TOKENS, pages_of
 
@@ -69,7 +77,12 @@ def account(
         staging_bytes=staging_bytes(config, plan, batch_rows, positions, item),
         pinned_layers=pinned_layers,
     )
-    whole = whole if shared_cores else whole._replace(moving_experts=_moving_experts(config, plan, whole.expert_bytes))
+    if not shared_cores:
+        whole = whole._replace(moving_experts=_moving_experts(config, plan, whole.expert_bytes))
+        if plan.kv_tier == "accelerator":
+            tokens = max(plan.tokens_per_pass, plan.prefill_chunk)
+            attention = attention_bytes(config, batch_rows, tokens, positions, item)
+            whole = whole._replace(activation_bytes=whole.activation_bytes + attention)
     whole = split_draft(whole, plan, KV_PAGE * draft.position)
     fitted = fit_device(fit_host(fit_pages(whole, plan, positions), plan), plan)
     return with_spare_experts(fitted, config, plan) if streams else fitted

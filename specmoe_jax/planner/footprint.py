@@ -28,7 +28,7 @@ def activation_bytes(config: ModelConfig, plan: Plan, batch_rows: int, passes: i
 def attention_bytes(config: ModelConfig, rows: int, tokens: int, positions: int, item: int) -> int:
     """What attention in jnp holds beside the cache, of `tokens` new ones a row: scores in float32 and weights, or weights and V.
 
-    XLA masks V into a copy of its own (a row that nobody attends may hold anything); as compiled for an H200, tests/gpu.
+    XLA masks V into a copy of its own (a row that nobody attends may hold anything); as compiled for an H200.
     """
     most = 0
     for layer in config.layers:

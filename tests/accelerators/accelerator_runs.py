@@ -1,4 +1,4 @@
-"""The runs whose programs are compiled for a GPU: name -> a function that makes one. Imported once jax.jit records."""
+"""The runs whose programs are compiled for an accelerator: name -> a function that makes one. Imported once jax.jit records."""
 
 import functools
 

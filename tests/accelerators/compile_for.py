@@ -1,9 +1,9 @@
-"""Compiles what the engine runs on an accelerator for an NVIDIA H200, on a machine that has none.
+"""Compiles what the engine runs on an accelerator for an NVIDIA H200 or a TPU v5e, on a machine that has none.
 
-XLA's compiler for GPUs asks for a description of the GPU alone. The engine runs plans on two CPU devices, one of which stands for
+XLA's compilers for both ask for a description alone. The engine runs plans on two CPU devices, one of which stands for
 the accelerator (as in tests/engine/two_devices.py); each call of a jitted function is recorded with its shapes, dtypes and memory
-kinds, and what took arrays of the accelerator is compiled. Needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt of this jax's
-version on PYTHONPATH.
+kinds, and what took arrays of the accelerator is compiled. The argument is h200, which needs the wheels jax-cuda13-plugin and
+jax-cuda13-pjrt of this jax's version on PYTHONPATH, or v5e, which needs the libtpu that this jax names.
 
 The last line is JSON: `expert_bytes` of the half-precision runs, and `programs`, each with `plan`, `name`, `temp_bytes`,
 `waits_for_link` (it copies out of host memory) and `failed`, None where it compiled. The plan "control" is one that does wait.
@@ -18,6 +18,7 @@ from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no cloud to ask
 
 import jax  # after the flags
 import numpy as np
@@ -36,6 +37,11 @@ gpu_device_info {
 }
 dnn_version_info { major: 9 minor: 10 } runtime_version { major: 13 }
 """
+
+TARGETS = {
+    "h200": {"platform": "cuda", "target_config": H200, "topology": "1x1x1"},
+    "v5e": {"platform": "tpu", "topology_name": "v5e:2x2x1"},
+}
 
 
 class Placed(NamedTuple):
@@ -151,10 +157,10 @@ def recording_jit(function=None, **options):
 
 def main() -> None:
     jax.jit = recording_jit  # before the package is imported: it jits as it is
-    from gpu_runs import EXPERT_BYTES, RUNS
+    from accelerator_runs import EXPERT_BYTES, RUNS
 
     runs = RUNS | {"control": in_one_program}
-    device = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices[0]
+    device = topologies.get_topology_desc(**TARGETS[sys.argv[1]]).devices[0]
     found = []
     for plan, run in runs.items():
         Recorded.calls.clear()

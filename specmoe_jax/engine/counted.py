@@ -6,6 +6,7 @@ import resource
 from specmoe_jax import metrics
 from specmoe_jax.config import Plan
 from specmoe_jax.engine.floor import floor_figures, predicted_figures
+from specmoe_jax.engine.kept import Moved
 from specmoe_jax.meters import CompileCounter
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.estimate import Prediction
@@ -22,10 +23,10 @@ class Counted:
         self.totals, self.prefill_s, self.on_demand_bytes = metrics.Totals(), 0.0, 0
         self.prefill_link_bytes = self.prefill_disk_bytes = 0
 
-    def add_prefill_bytes(self, before: tuple[int, int], after: tuple[int, int]) -> None:
-        """Each over the link and from disk, since the store was made."""
-        self.prefill_link_bytes += after[0] - before[0]
-        self.prefill_disk_bytes += after[1] - before[1]
+    def add_prefill_bytes(self, before: Moved, after: Moved) -> None:
+        """What moved between the two."""
+        self.prefill_link_bytes += after.link_bytes - before.link_bytes
+        self.prefill_disk_bytes += after.below.since(before.below).disk_bytes
 
     def figures(self, hardware: Hardware | None, prediction: Prediction | None, peak_accelerator_bytes: int | None) -> dict:
         """What Engine.stats gives, with its arguments."""

@@ -142,16 +142,21 @@ class Engine:
 
     def _run_queue(self, requests: list[Request], shapes: Shapes, on_step) -> Iterator[TokenEvent]:
         """A streamed job: rows are filled from the queue as they become free. Steps in which all rows join count as prefill."""
+        before = self._kept.moved()
         state, waiting, watches = self._init_queue(requests, shapes), tuple(requests), {}
+        moved = self._kept.moved()
+        self._counted.add_prefill_bytes(before, moved)
         while waiting or not state.done:
             state, waiting = fill(state, waiting, self.plan.overshoot)
             watches |= {state.requests[row].id: Stopwatch() for row in np.flatnonzero(state.joining)}
-            compiled, watch, sent = self._counted.compiles.count, Stopwatch(), self._kept.moved_bytes()
+            compiled, watch, before = self._counted.compiles.count, Stopwatch(), moved
             state, info = self.step(state)
             self._counted.recompiled += self._counted.compiles.count - compiled
+            moved = self._kept.moved()
+            info = info._replace(below=moved.below.since(before.below))  # the link's thread reads between two steps too
             if not info.active.any():
                 self._counted.prefill_s += watch.seconds
-                self._counted.add_prefill_bytes(sent, self._kept.moved_bytes())
+                self._counted.add_prefill_bytes(before, moved)
                 continue
             self._counted.totals = metrics.add_step(self._counted.totals, info)
             if on_step is not None:
@@ -182,9 +187,7 @@ class Engine:
 
     def _init(self, requests: list[Request], shapes: Shapes) -> State:
         watch = Stopwatch()
-        runtime, before = self._kept.rt, self._kept.moved_bytes()
-        memory = self._kept.take(shapes)
-        before = before if runtime is self._kept.rt else (0, 0)  # a new store counts from 0
+        before, memory = self._kept.moved(), self._kept.take(shapes)
         kv = self._kept.new_cache(shapes)
         padding = shapes.rows - len(requests)
         rows: tuple[Request | None, ...] = (*requests, *[None] * padding)
@@ -199,7 +202,7 @@ class Engine:
             )
             jax.block_until_ready((kv, draft_memory))
         self._counted.prefill_s += watch.seconds
-        self._counted.add_prefill_bytes(before, self._kept.moved_bytes())
+        self._counted.add_prefill_bytes(before, self._kept.moved())
         state = State(
             requests=rows,
             kv=kv,

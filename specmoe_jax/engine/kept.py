@@ -1,7 +1,7 @@
 """What an engine keeps from one batch to the next: the pool with its account, the runtime, and what the guards learned."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -14,6 +14,7 @@ from specmoe_jax.engine.split_draft import SplitDraft
 from specmoe_jax.engine.state import ExpertMemory, State
 from specmoe_jax.models.eagle import EagleHead
 from specmoe_jax.models.model import Model
+from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.planner.fit import accounted
 from specmoe_jax.planner.memory import cache_positions
 from specmoe_jax.planner.memory_account import MemoryAccount, PagedLoad
@@ -22,6 +23,13 @@ from specmoe_jax.speculate.eagle import EagleDraft, tree_shape
 from specmoe_jax.speculate.guard import Guard, make_guard
 from specmoe_jax.tracing import Span
 from specmoe_jax.types import KVCache
+
+
+class Moved(NamedTuple):
+    """Expert bytes sent for over the link, and what the tier below it did, since the engine was made."""
+
+    link_bytes: int
+    below: TierCounts
 
 
 class Kept:
@@ -47,6 +55,7 @@ class Kept:
         self.rt: Runtime | None = None
         self.account: MemoryAccount | None = None
         self._memory = self._peak_bytes = None
+        self._moved_earlier = Moved(0, TierCounts())
         self._guards: dict[tuple[int, int], Guard | None] = {}  # by rows and positions
         self._draft_needs = draft_needs(plan, draft_model, draft_head)
         # The smallest job must fit, so that a plan that never can is refused before anything is loaded.
@@ -63,7 +72,7 @@ class Kept:
         fits = fits and self.rt.slots.single_wave == (needed.num_slots >= needed.wanted_slots)
         fits = fits and needed.dispatch_slots <= self.rt.slots.dispatch
         if not fits or self._too_big(needed):
-            self._memory = None
+            self._memory, self._moved_earlier = None, self.moved()
             how = {"earlier": self.rt, "progress": self._progress, "spans": self._spans}
             self.rt = build(self._model, self._plan, needed, self._given_draft, **how)
             self.account = needed
@@ -118,9 +127,12 @@ class Kept:
         """The pool and the guard of a batch that has ended, for the next."""
         self._memory, self._guards[shapes[:2]] = state.memory, state.guard
 
-    def moved_bytes(self) -> tuple[int, int]:
-        """Over the link and from disk, since the store was made."""
-        return (0, 0) if self.rt is None else (self.rt.store.link.sent_bytes, self.rt.store.tier.counts.disk_bytes)
+    def moved(self) -> Moved:
+        """By all stores, one of which was taken for each new runtime."""
+        if self.rt is None:
+            return Moved(0, TierCounts())
+        store, earlier = self.rt.store, self._moved_earlier
+        return Moved(store.link.sent_bytes + earlier.link_bytes, store.tier.counts.plus(earlier.below))
 
     def peak_accelerator_bytes(self) -> int | None:
         """The device's own figure, or (on CPU, which has none) the account of what the engine allocated."""

@@ -203,13 +203,14 @@ def first_memory(rt: Runtime) -> ExpertMemory:
 
 def _first_buffers(rt: Runtime) -> Buffers:
     """The pinned layers, and the layer buffers: the first streamed layers are on their way into all but one of them."""
-    pinned = tuple(rt.store.stream(rt.store.new_buffer(), rt.config.moe_index[layer]) for layer in rt.pinned_layers)
+    store, index = rt.store, rt.config.moe_index
+    pinned = tuple(store.stream(store.new_buffer(), store.send_for(index[layer])) for layer in rt.pinned_layers)
     streamed = [moe for moe, layer in enumerate(rt.config.moe_layers) if layer not in rt.pinned_layers]
     if not streamed:
         return Buffers(spare=None, readers=(), coming=(), pinned=pinned)
     first = (streamed * rt.plan.layer_buffers)[: rt.plan.layer_buffers - 1]  # a model of one layer has two buffers too
-    coming = tuple(rt.lanes.link.submit(rt.store.stream, rt.store.new_buffer(), moe) for moe in first)
-    return Buffers(spare=rt.store.new_buffer(), readers=(), coming=coming, pinned=pinned)
+    coming = tuple(rt.lanes.link.submit(store.stream, store.new_buffer(), store.send_for(moe)) for moe in first)
+    return Buffers(spare=store.new_buffer(), readers=(), coming=coming, pinned=pinned)
 
 
 def new_host_kv(rt: Runtime, pages: Pages, chunk: int) -> HostKV:

@@ -152,7 +152,8 @@ class StepInfo(NamedTuple):
     active: [B] bool at the start of the step. start: [B], tokens that the row had generated before it. context: positions in
     the caches of all active rows. draft_moves: rows whose draft cache changed sides before the step; draft_on_cpu: active rows
     whose draft attended on the CPU (a draft cache that is split, speculate/draft_split.py).
-    link_bytes: expert bytes over the link in this step; draft_link_bytes: those sent while drafting (prefetches).
+    link_bytes: expert bytes sent for over the link in this step (a streamed layer may cross it a little later); draft_link_bytes:
+    those sent for while drafting (prefetches).
     prefetch_bytes, prefetch_wasted_bytes: those sent on a guess, and the wrong ones among them.
     below: what the tier below the link did in this step.
     activation_bytes: queries, keys, values and attention outputs between accelerator and host (kv_tier=host).

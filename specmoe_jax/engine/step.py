@@ -16,7 +16,6 @@ from specmoe_jax.engine.split_draft import placed, rows_on_cpu
 from specmoe_jax.engine.state import State, StepInfo
 from specmoe_jax.engine.streaming import fetched, streamed_target_pass
 from specmoe_jax.engine.tree import accepted_path, straighten
-from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.planner.pipeline import ACCELERATOR
 from specmoe_jax.speculate.acceptance import accept, accept_coupled, accept_greedy, finite_positions, synthetic_accept
 from specmoe_jax.speculate.guard import choose, observe, resting
@@ -82,7 +81,7 @@ def step(rt: Runtime, state: State, tokenizer, *, length: int | None = None) -> 
         prefetch_bytes=guesses * rt.expert_bytes,
         prefetch_wasted_bytes=(guesses - verified.info.prefetch_hits) * rt.expert_bytes,
         activation_bytes=rt.activations.sent_bytes - activations,
-        below=TierCounts(*np.subtract(rt.store.tier.counts, below).tolist()),
+        below=rt.store.tier.counts.since(below),
         draft_s=clock[1] - clock[0] + clock[4] - clock[3],
         verify_s=clock[2] - clock[1],
         commit_s=clock[3] - clock[2],

@@ -201,14 +201,15 @@ class _Run:
 
     def _stream(self, task: Task) -> None:
         self.due = self.coming.popleft()
-        self.coming.append(self.rt.lanes.link.submit(self._bring, task, self.spare, tuple(self.readers)))
+        layer = self.rt.store.send_for(self.rt.config.moe_index[task.layer])
+        self.coming.append(self.rt.lanes.link.submit(self._bring, task, layer, self.spare, tuple(self.readers)))
         self.spare = None
 
-    def _bring(self, task: Task, buffer: jax.Array, readers) -> jax.Array:
+    def _bring(self, task: Task, layer: int, buffer: jax.Array, readers) -> jax.Array:
         """In the link worker: the layer's experts, once the buffer is no longer read."""
         jax.block_until_ready(readers)
         start_s = time.perf_counter()
-        buffer = self.rt.store.stream(buffer, self.rt.config.moe_index[task.layer])
+        buffer = self.rt.store.stream(buffer, layer)
         self._note(task, start_s, buffer)
         return buffer
 

@@ -36,8 +36,17 @@ class Link:
 
         since_s: when the copy could have started, for one of several in a row: a late thread costs no bandwidth.
         """
+        self.count(num_bytes)
+        return self.occupy(num_bytes, since_s=since_s)
+
+    def count(self, num_bytes: int) -> None:
+        """Accounts for a copy alone, which `occupy` sends later."""
         with self._lock:
             self.sent_bytes += num_bytes
+
+    def occupy(self, num_bytes: int, *, since_s: float | None = None) -> float:
+        """As `send`, of a copy that is counted already."""
+        with self._lock:
             if self.bytes_per_s is not None:
                 earliest = self._last_wait_s if self._oracle else since_s or time.perf_counter()
                 self._free_at_s = max(earliest, self._free_at_s) + num_bytes / self.bytes_per_s
@@ -147,8 +156,17 @@ class ExpertStore:
         zeros = jnp.zeros((self.tier.num_experts // self.tier.num_layers, *self.tier.shape), self.tier.dtype)
         return jax.device_put(zeros, jax.devices()[0])
 
+    def send_for(self, layer: int) -> int:
+        """Counts a layer that `stream` will bring: who asks for it knows which step it belongs to, the link's thread does not.
+
+        -> the layer.
+        """
+        experts = self.tier.num_experts // self.tier.num_layers
+        self.link.count(experts * math.prod(self.tier.shape) * self.tier.dtype.itemsize)
+        return layer
+
     def stream(self, buffer: jax.Array, layer: int) -> jax.Array:
-        """Copies all experts of a layer into a buffer (donated), expert by expert, and returns when they have arrived.
+        """Copies all experts of a layer (`send_for`) into a buffer (donated), expert by expert; returns when they have arrived.
 
         Each chunk waits for the one before, so what is more urgent on the link waits for one expert at most. Runs in
         the engine's link thread.
@@ -157,7 +175,7 @@ class ExpertStore:
         self.tier.request([(layer, expert) for expert in range(len(buffer))])
         for expert in range(len(buffer)):
             block = self.tier.block((layer, expert))
-            arrival_s = self.link.send(block.nbytes, since_s=start_s)
+            arrival_s = self.link.occupy(block.nbytes, since_s=start_s)
             block = jax.block_until_ready(self._copy(block))  # not in the program: it would wait for the link
             buffer = _write_slot(buffer, block, np.int32(expert))
             if not self._room:

@@ -19,6 +19,14 @@ class TierCounts(NamedTuple):
     hits: int = 0
     misses: int = 0
 
+    def plus(self, more: "TierCounts") -> "TierCounts":
+        """Both together."""
+        return TierCounts(*map(sum, zip(self, more, strict=True)))
+
+    def since(self, before: "TierCounts") -> "TierCounts":
+        """What was counted after `before`."""
+        return TierCounts(*(now - then for now, then in zip(self, before, strict=True)))
+
 
 class Tier(Protocol):
     """Blocks [3, F, M] of experts in pinned host memory, ready to be copied over the link.

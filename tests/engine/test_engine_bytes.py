@@ -6,7 +6,7 @@ from engine_cases import GREEDY, PROMPTS, plan, run, steps
 
 import specmoe_jax as sm
 from specmoe_jax.offload import store
-from specmoe_jax.testing import TINY
+from specmoe_jax.testing import TINY, eagle_head
 
 PLANS = {
     "on_demand": plan("on_demand"),
@@ -113,6 +113,28 @@ def test_every_byte_is_in_the_figures(model, copied):
         engine.generate(PROMPTS[:count], GREEDY)
     stats = engine.stats()
     assert stats["link_bytes"] + stats["prefill_link_bytes"] == sum(size for size, _ in copied)
+
+
+def test_every_byte_of_an_eagle_draft_is_counted_once(model, copied):
+    """Batch after batch, though each is given a draft of its own."""
+    engine = sm.Engine(model, plan("on_demand", draft="eagle", draft_length=2, batch_size=3), draft_head=eagle_head(model))
+    engine.generate(PROMPTS, GREEDY)
+    stats = engine.stats()
+    assert stats["link_bytes"] + stats["prefill_link_bytes"] == sum(size for size, _ in copied)
+
+
+@pytest.mark.parametrize("changes", [{}, {"layer_buffers": 3}, {"pinned_layers": 1}, {"pinned_layers": TINY.num_layers}], ids=str)
+def test_every_streamed_byte_is_in_the_figures(model, copied, changes):
+    """Also what crosses the link while whoever asked for the tokens is busy with them, over jobs of other sizes."""
+    engine = sm.Engine(model, plan("streaming", batch_size=3, **changes))
+    for count in (2, 8):
+        for event in engine.stream(PROMPTS[:count], GREEDY):
+            if event.completion:
+                engine._kept.rt.lanes.link.submit(lambda: None).result()
+    engine._kept.rt.lanes.link.submit(lambda: None).result()
+    stats = engine.stats()
+    assert stats["link_bytes"] + stats["prefill_link_bytes"] == sum(size for size, _ in copied)
+    assert stats["link_bytes"] == stats["expert_misses"] * model.expert_bytes
 
 
 def test_activation_bytes_of_the_host_tier(model):

@@ -103,6 +103,16 @@ def test_a_streamed_plan_runs_within_every_budget(on_disk, resident):
         assert run(on_disk, a_plan.replace(host_memory_bytes=budget))[0] == resident
 
 
+def test_every_read_of_a_streamed_job_is_in_the_figures(on_disk):
+    """Also those of the link's thread between two steps."""
+    engine = sm.Engine(on_disk, disk_plan("streaming", batch_size=3, experts=40))
+    for _ in engine.stream(PROMPTS, GREEDY):
+        engine._kept.rt.lanes.link.submit(lambda: None).result()
+    stats, tier = engine.stats(), engine._kept.rt.store.tier
+    assert stats["disk_bytes"] + stats["prefill_disk_bytes"] == tier.counts.disk_bytes
+    assert stats["dram_hits"] + stats["dram_misses"] <= tier.counts.hits + tier.counts.misses
+
+
 def test_predicted_experts_are_read_ahead(on_disk):
     """The draft's gates say what will be needed, so some demanded experts are in host memory already."""
     whole = disk_plan(experts=8, draft_experts=2)

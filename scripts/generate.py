@@ -103,7 +103,8 @@ def main() -> None:
     stats = final_stats(engine, prompts) | error | {"load_s": load_s, "wall_s": watch.seconds, "requests": job.timings}
     if _STATS.value:
         write_atomically(_STATS.value, json.dumps(stats, indent=2) + "\n")
-    print(table(stats), file=sys.stderr)
+    if job.timings:  # else there was nothing left to do
+        print(table(stats), file=sys.stderr)
     if job.failed:
         print(f'warning: {job.failed} of {len(prompts)} prompts have no answer; "error" in their records says why', file=sys.stderr)
 
@@ -164,6 +165,8 @@ def generate(engine: Engine, prompts: list[Prompt]) -> JobWatch:
     job = jobs.fingerprint(prompts, engine.plan, engine.model.path)
     with contextlib.closing(Journal(_OUTPUT.value, job, restart=_RESTART.value)) as journal:
         todo = jobs.record_errors(prompts, reasons, journal)
+        if done := len(prompts) - len(todo) - sum(map(bool, reasons)):
+            print(f"{done} of {len(prompts)} prompts were done before, {len(todo)} are left: {_OUTPUT.value}", file=sys.stderr)
         with watched(todo, failed=sum(map(bool, reasons))) as watch:
             jobs.run_job(engine, todo, journal, watch, on_event=on_event)
     return watch

@@ -43,8 +43,9 @@ def known_families(monkeypatch):
     monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/extending.md"])
-def test_python_blocks(page, known_families, capsys):
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/extending.md", "docs/planner.md"])
+def test_python_blocks(page, known_families, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # some write a file
     sources = blocks(page, "python")
     assert sources
     run_all(sources, page)

@@ -9,6 +9,7 @@ import numpy as np
 from specmoe_jax.engine.forward import draft_forward, landed, prefetch
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, HostKV, State
+from specmoe_jax.errors import PlanError
 from specmoe_jax.plan_fields import GATED_DRAFTS
 from specmoe_jax.planner.positions import KV_PAGE
 from specmoe_jax.speculate.draft import DraftView
@@ -85,10 +86,24 @@ def draft(rt: Runtime, state: State, length: int) -> Drafted:
         forward=forward,
         memory=state.draft_memory,
     )
-    proposal, kv = jax.block_until_ready(rt.draft.propose(view))
+    proposed = rt.draft.propose(view)
+    if rt.plan.draft == "custom":
+        check_proposed(proposed, rows=len(state.requests))
+    proposal, kv = jax.block_until_ready(proposed)
     if forward is None:
         return Drafted(proposal, kv, state.memory, np.zeros(state.memory.votes.shape, np.int64), 0)
     return Drafted(proposal, kv, forward.memory, forward.predicted, forward.prefetched)
+
+
+def check_proposed(proposed: object, *, rows: int) -> None:
+    """Raises PlanError for what a draft object returned and no step can verify."""
+    if not (isinstance(proposed, tuple) and len(proposed) == 2 and isinstance(proposed[0], Proposal)):
+        raise PlanError(f"the draft object proposed a {type(proposed).__name__}; propose(view) returns (Proposal, kv)")
+    tokens = proposed[0].tokens
+    is_array = isinstance(tokens, np.ndarray | jax.Array)
+    if not is_array or tokens.ndim != 2 or len(tokens) != rows or not np.issubdtype(tokens.dtype, np.integer):
+        got = f"{tokens.dtype} {list(tokens.shape)}" if is_array else f"a {type(tokens).__name__}"
+        raise PlanError(f"the draft object proposed tokens that are {got}; give an int32 array [{rows}, view.length]")
 
 
 def _positions(kv: KVCache | HostKV) -> int:

@@ -54,6 +54,8 @@ class Engine:
         progress: str | bool = False,
         spans: list[Span] | None = None,
     ):
+        if not isinstance(plan, Plan):
+            raise PlanError(f"plan is {plan!r}; give a Plan, for example PRESETS['specmoe'](model.config)")
         self.model, self.plan = model, settled(plan.validate(model.config))
         given = {"draft": draft, "draft_model": draft_model, "draft_head": draft_head, "spans": spans}
         check_given(model, plan, **given)

@@ -24,6 +24,8 @@ def check_given(
     """Raises PlanError for what the plan contradicts or does not use, and for a head of another model."""
     if (plan.draft == "custom") != (draft is not None):
         raise PlanError(f"draft={plan.draft} and a draft object {'' if draft else 'not '}given; custom needs one")
+    if draft is not None and not callable(getattr(draft, "propose", None)):
+        raise PlanError(f"the draft object is a {type(draft).__name__} without propose(view); docs/extending.md has an example")
     if spans is not None and plan.expert_flow != "stream":
         raise PlanError(f"spans have no effect with expert_flow={plan.expert_flow}, which has no lanes; leave them out")
     if plan.dtype != model.dtype:

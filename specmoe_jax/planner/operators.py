@@ -171,10 +171,15 @@ def _left_out_error(operator: str, samples: Sequence[Sample], fitted: LinearCost
 
 
 def as_table(operators: Operators) -> str:
-    """For people: each operator's constant and coefficients in microseconds, and its error."""
+    """For people: each operator's constant and coefficients in microseconds, and its error.
+
+    A difference of measured times (tree_path) can be nothing, and then the error of it says nothing.
+    """
     width = max(map(len, operators.costs))
     lines = []
     for name, cost in operators.costs.items():
         terms = "".join(f" + {c * 1e6:.4g} {work}" for work, c in zip(cost.work, cost.coefficients, strict=True) if c)
-        lines.append(f"{name:<{width}}  error {cost.error:5.1%}  us = {cost.constant * 1e6:.1f}{terms}")
+        lines.append(
+            f"{name:<{width}}  error {'noise' if cost.error > 1 else f'{cost.error:.1%}':>5}  us = {cost.constant * 1e6:.1f}{terms}"
+        )
     return "\n".join(lines)

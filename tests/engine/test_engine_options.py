@@ -116,6 +116,32 @@ def test_a_custom_draft_and_its_plan_go_together(model):
         sm.Engine(model, plan("on_demand", draft="custom", draft_length=2))
     with pytest.raises(sm.PlanError, match="draft=none and a draft object given"):
         sm.Engine(model, plan("on_demand"), draft=object())
+    with pytest.raises(sm.PlanError, match="the draft object is a object without propose"):
+        sm.Engine(model, plan("on_demand", draft="custom", draft_length=2), draft=object())
+    with pytest.raises(sm.PlanError, match="plan is 'specmoe'; give a Plan"):
+        sm.Engine(model, "specmoe")
+
+
+@pytest.mark.parametrize(
+    "proposed, says",
+    [
+        (np.zeros((1, 2), np.int32), "proposed a ndarray; propose"),
+        ((sm.types.Proposal([[1, 2]], None), None), "tokens that are a list"),
+        ((sm.types.Proposal(np.zeros((1, 2)), None), None), r"tokens that are float64 \[1, 2\]"),
+        ((sm.types.Proposal(np.zeros((5, 2), np.int32), None), None), r"int32 \[5, 2\]; give an int32 array \[1, view.length\]"),
+    ],
+)
+def test_what_no_step_can_verify_is_refused(model, proposed, says):
+    engine = sm.Engine(model, plan("on_demand", draft="custom", draft_length=2), draft=Says(proposed))
+    with pytest.raises(sm.PlanError, match=says):
+        engine.generate(PROMPTS[:1], GREEDY)
+
+
+class Says:
+    """A draft that proposes one and the same, whatever it is."""
+
+    def __init__(self, proposed):
+        self.propose = lambda view: proposed
 
 
 @pytest.mark.skipif(not (BUNDLED["demo"] / "config.json").exists(), reason="the bundled model is not there")

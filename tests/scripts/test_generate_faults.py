@@ -81,6 +81,7 @@ def test_a_stop_in_each_phase_can_be_resumed(job, tmp_path, monkeypatch, phase, 
     assert not list(tmp_path.rglob("*.part*"))
     resumed = job("--stats=s.json")
     assert resumed.code == 0, resumed.err
+    assert bool(half) == (f"{len(half)} of {len(TEXTS)} prompts were done before" in resumed.err)
     done = json.loads((tmp_path / "s.json").read_text())["new_tokens"]
     assert done == 6 * (len(TEXTS) - len(half))  # what was finished is not done again
     final = lines(tmp_path / "o.jsonl")

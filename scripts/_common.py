@@ -10,6 +10,7 @@ import jax
 from absl import app, flags, logging
 
 from specmoe_jax.cache_files import cache_folder
+from specmoe_jax.checkpoints.memory import raise_pinned_limit
 from specmoe_jax.errors import UserError
 
 
@@ -76,6 +77,7 @@ def _guarded(main: Callable[[], None]) -> None:
     logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which accelerators this machine lacks
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
+        raise_pinned_limit()
         check_platforms(os.environ.get("JAX_PLATFORMS"))
         main()
     except UserError as e:

@@ -57,7 +57,7 @@ def run_part(part: str, folder: pathlib.Path, minutes: float) -> str:
     command = [sys.executable, __file__, f"--here={part}", f"--output={folder}", f"--dry_run={_DRY_RUN.value}"]
     command.append(f"--part_minutes={minutes}")
     with open(folder / f"{part}.log", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | parts.environment(), start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
             code = process.wait(60 * minutes)
         except subprocess.TimeoutExpired:

@@ -76,7 +76,7 @@ def test_commands_of_the_tutorial(tmp_path):
     assert len(commands) == 2
     for command in commands:
         _, script, *flags = shlex.split(command)
-        done = subprocess.run([sys.executable, ROOT / script, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = subprocess.run([sys.executable, ROOT / script, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert sorted(record["finish_reason"] for record in records) == ["error", "length"]

@@ -1,11 +1,13 @@
 """Whether the weights fit into host memory, asked before the first of them is read."""
 
 import math
+import os
 import pathlib
 
 from specmoe_jax.checkpoints.inventory import Inventory
 from specmoe_jax.checkpoints.tensors import TARGET_DTYPES, is_mappable
 from specmoe_jax.errors import CheckpointError
+from specmoe_jax.models.model import PINNED_LIMIT
 
 MEMINFO, CGROUP = pathlib.Path("/proc/meminfo"), pathlib.Path("/sys/fs/cgroup")
 
@@ -31,6 +33,17 @@ def available_bytes() -> int | None:
     except (OSError, ValueError):  # "max": no limit
         pass
     return min(limits, default=None)
+
+
+def raise_pinned_limit() -> None:
+    """Lets XLA's pool of pinned memory on a GPU, which ends at 64 GB, take three quarters of what is free.
+
+    The user's own value stays. To be called before JAX starts. Not all of it: the pool grows in regions that double, up to its
+    limit, whatever is in use.
+    """
+    available = available_bytes()
+    if available is not None:
+        os.environ.setdefault(PINNED_LIMIT, str(max(available * 3 // 4 >> 30, 1)))
 
 
 def check_memory(inventory: Inventory, dtype: str, model: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 from typing import Any
 
@@ -128,6 +129,16 @@ def random_model(config: ModelConfig, *, seed: int = 0, dtype: str = "float32", 
     )
 
 
+PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+"""The environment variable that ends XLA's pool of pinned host memory on a GPU; 64 where it is not set."""
+
+
+def _pool_limit() -> str:
+    if jax.devices()[0].platform == "cpu":
+        return ""
+    return f", or set {PINNED_LIMIT} (now {os.environ.get(PINNED_LIMIT, '64')}) before JAX starts"
+
+
 def to_host(block) -> jax.Array:
     """A block in pinned host memory, where the accelerator can copy from it at full link speed.
 
@@ -141,6 +152,6 @@ def to_host(block) -> jax.Array:
         if isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e):
             raise PinnedMemoryError(
                 f"the system refused {block.nbytes} bytes of pinned host memory; leave experts on disk with a smaller cache: "
-                "--expert_tier=disk --host_memory_gib=..."
+                f"--expert_tier=disk --host_memory_gib=...{_pool_limit()}"
             ) from e
         raise

@@ -1,6 +1,7 @@
 """A load gives what the checkpoint holds, bit for bit, whatever names and types it is stored in."""
 
 import json
+import os
 import shutil
 import tracemalloc
 
@@ -11,10 +12,10 @@ import pytest
 import safetensors.numpy
 from small_checkpoint_files import RAW_CONFIG, SEED, checkpoint_tensors, write_checkpoint
 
-from specmoe_jax.checkpoints import checkpoint_hash, load_config, load_model, write_manifest
+from specmoe_jax.checkpoints import checkpoint_hash, load_config, load_model, memory, write_manifest
 from specmoe_jax.errors import CheckpointError, RequestError
 from specmoe_jax.models.families import parse_config
-from specmoe_jax.models.model import random_model
+from specmoe_jax.models.model import PINNED_LIMIT, random_model
 from specmoe_jax.models.spec import expert_block
 
 CONFIG = parse_config(RAW_CONFIG)
@@ -107,6 +108,16 @@ def test_directory_without_tokenizer(small_checkpoint, tmp_path):
 def test_unknown_dtype_is_refused(small_checkpoint):
     with pytest.raises(RequestError, match="float32, bfloat16"):
         load_model(str(small_checkpoint), dtype="int8")
+
+
+def test_the_pool_of_pinned_memory_may_take_most_of_the_free_memory_or_what_the_user_says(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: 128 << 30)
+    monkeypatch.delenv(PINNED_LIMIT, raising=False)
+    memory.raise_pinned_limit()
+    assert os.environ[PINNED_LIMIT] == "96"
+    monkeypatch.setenv(PINNED_LIMIT, "20")
+    memory.raise_pinned_limit()
+    assert os.environ[PINNED_LIMIT] == "20"
 
 
 def test_peak_memory_is_the_weights_and_two_experts(tmp_path):

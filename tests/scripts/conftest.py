@@ -103,7 +103,7 @@ def run_script(tmp_path_factory):
             [sys.executable, str(SCRIPTS / name), *map(str, args)],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
             env={**os.environ, "XDG_CACHE_HOME": str(cache)},
         )
         return Ran(done.returncode, done.stdout, done.stderr)

@@ -15,8 +15,9 @@ from specmoe_jax import checkpoints
 from specmoe_jax.benchmarks import specmoeoff
 from specmoe_jax.benchmarks.gpu import ffn, overlap, peers, presets, settle, shapes, timing
 from specmoe_jax.checkpoints import load_head, load_model
+from specmoe_jax.checkpoints.memory import available_bytes
 from specmoe_jax.engine.prompts import read_prompts
-from specmoe_jax.models.model import Model
+from specmoe_jax.models.model import PINNED_LIMIT, Model
 from specmoe_jax.models.synthetic import NLLB_SHAPED, synthetic_model, synthetic_prompts
 from specmoe_jax.presets import PRESETS
 from specmoe_jax.sampling_params import SamplingParams
@@ -40,14 +41,6 @@ class Effort(NamedTuple):
         return 30 * self.minutes / batches
 
 
-HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
-
-
-def environment() -> dict[str, str]:
-    """Of every part: the pool of pinned memory may take all that the machine has free (64 GB by default)."""
-    return {HOST_LIMIT: os.environ.get(HOST_LIMIT, str(max(timing.available_bytes() >> 30, 1)))}
-
-
 def settle_rows(folder: pathlib.Path, effort: Effort) -> Iterator[dict]:
     yield timing.machine()
     yield from settle.rows(settle.SMALL if effort.quick else settle.FULL)
@@ -60,7 +53,7 @@ def probe_rows(folder: pathlib.Path, effort: Effort) -> Iterator[dict]:
 
 def limit_rows(folder: pathlib.Path, effort: Effort) -> Iterator[dict]:
     """Twice what the environment's limit allows: does the pool end there?"""
-    limit_bytes, piece = int(float(os.environ[HOST_LIMIT]) * (1 << 30)), 1 << 20 if effort.quick else 1 << 28
+    limit_bytes, piece = int(float(os.environ[PINNED_LIMIT]) * (1 << 30)), 1 << 20 if effort.quick else 1 << 28
     kept, row = [], {"question": "pinned_limit", "limit_bytes": limit_bytes}
     try:
         while sum(a.nbytes for a in kept) < (4 * piece if effort.quick else 2 * limit_bytes):
@@ -72,7 +65,7 @@ def limit_rows(folder: pathlib.Path, effort: Effort) -> Iterator[dict]:
 
 def flag_rows(folder: pathlib.Path, effort: Effort) -> Iterator[dict]:
     """The probe under each set of flags, and the pool's limit at 2 GB, each in a process of its own; this one touches no device."""
-    for part, name, values in (("probe", "XLA_FLAGS", FLAGS), ("limit", HOST_LIMIT, ("2",))):
+    for part, name, values in (("probe", "XLA_FLAGS", FLAGS), ("limit", PINNED_LIMIT, ("2",))):
         for number, value in enumerate(values):
             own = folder / f"{part}_{number}"
             command = [sys.executable, sys.argv[0], f"--here={part}", f"--output={own}", f"--dry_run={effort.quick}"]
@@ -110,7 +103,7 @@ def _mixtral(effort: Effort) -> tuple[Model, presets.Load]:
     if effort.quick:
         return shapes.random_on_device(specmoeoff.MIXTRAL_SHAPED), presets.Load((4,), prompt=8, new=4, seconds=5)
     load = presets.Load((64, 256, 16, 1), prompt=512, new=128, seconds=effort.share_s(4))
-    layers = shapes.layers_that_fit(timing.available_bytes(), max(load.batches), load.prompt + load.new)
+    layers = shapes.layers_that_fit(available_bytes(), max(load.batches), load.prompt + load.new)
     return shapes.random_on_device(shapes.mixtral_8x7b(layers)), load
 
 

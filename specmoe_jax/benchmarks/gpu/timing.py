@@ -1,13 +1,14 @@
 """Times and sizes that the parts share."""
 
 import os
-import pathlib
 import statistics
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from specmoe_jax.checkpoints.memory import available_bytes
 
 
 def seconds(call: Callable, repeats: int = 3) -> float:
@@ -33,15 +34,6 @@ def busy_for(wanted_s: float, size: int) -> tuple[Callable, float]:
     short = seconds(lambda: chain(x, 8))
     count = max(int(8 * wanted_s / short), 1)
     return (lambda: chain(x, count)), seconds(lambda: chain(x, count))
-
-
-def available_bytes() -> int:
-    """Host memory that is free, or the limit of the control group where that is less."""
-    fields = dict(line.split(":", 1) for line in pathlib.Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit = pathlib.Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return free if text == "max" else min(free, int(text))
 
 
 def machine() -> dict:

@@ -25,6 +25,7 @@ PLANS = {
         "specmoeoff", batch_size=4, draft_length=3, draft_tree_top_k=2, draft_tree_tokens=4, draft_kv_bytes=3 * PAGE
     ),
     "specmoe": plan("specmoe", batch_size=8, kv_tier="host", prefetch="draft"),
+    "spare": plan("specmoe", batch_size=8, prefetch="draft", retain=True, spare_slots=2, substitution="distinct"),
     "caching": plan("caching", batch_size=8, retain=True),
     "merged": plan("specmoe", batch_size=8, draft="merged", draft_experts=2),
 }

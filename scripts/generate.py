@@ -6,6 +6,7 @@ Example:
 
 import contextlib
 import json
+import os
 import pathlib
 import sys
 
@@ -130,15 +131,18 @@ def draft_configs(head: jobs.ModelHead, plan: Plan) -> dict:
 
 def check_files() -> None:
     """Refuses files that cannot be written, or that would overwrite each other."""
-    paths = {"--output": _OUTPUT.value, "--stats": _STATS.value, "--metrics_file": _METRICS_FILE.value}
-    names: dict[str, str] = {}
-    for flag, path in paths.items():
+    read = {"--prompts": _PROMPTS.value, "--plan": _PLAN.value}
+    written = {"--output": _OUTPUT.value, "--stats": _STATS.value, "--metrics_file": _METRICS_FILE.value}
+    names = {os.path.realpath(path): flag for flag, path in read.items() if path is not None}
+    if _OUTPUT.value is not None:
+        names[os.path.realpath(f"{_OUTPUT.value}.journal")] = "the journal of --output"
+    for flag, path in written.items():
         if path is None:
             continue
         check_writable(path)
-        if path in names:
-            raise RequestError(f"{names[path]} and {flag} are both {path}; give two files")
-        names[path] = flag
+        if (file := os.path.realpath(path)) in names:
+            raise RequestError(f"{names[file]} and {flag} are both {path}; give two files")
+        names[file] = flag
     if _TRACE.value and pathlib.Path(_TRACE.value).exists() and not pathlib.Path(_TRACE.value).is_dir():
         raise RequestError(f"cannot write {_TRACE.value} (it is no folder); --trace takes a new folder or one that exists")
 

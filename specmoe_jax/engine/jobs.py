@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import hashlib
+import itertools
 import json
 import pathlib
 import warnings
@@ -49,13 +50,16 @@ def load_quantised(
 ) -> tuple[Model, dict[str, float]]:
     """A model with packed experts, and how far its logits are from those of the model in `dtype` on some of the prompts.
 
-    The exact experts are read from disk one by one, for packing and again for the comparison. -> figures for the statistics.
+    The exact experts are read from disk one by one, for packing and again for the comparison. -> figures for the statistics, none
+    where no prompt can be served.
     """
     exact = load(name, dtype=dtype, expert_tier="disk", progress=progress)
     model, sample = quantise(exact, expert_dtype), []
-    for request in make_requests(model, [p.model_input for p in prompts if p.error is None][:SAMPLE_PROMPTS], None):
+    served = (p for i, p in enumerate(prompts) if p.error is None and refusal(model, i, p.model_input, p.params) is None)
+    for prompt in itertools.islice(served, SAMPLE_PROMPTS):
+        (request,) = make_requests(model, [prompt.model_input], None)
         sample.append((request.source or request.token_ids)[:SAMPLE_TOKENS])
-    error = logit_error(exact, model, sample)
+    error = logit_error(exact, model, sample) if sample else {}
     return model, {f"expert_dtype_{name}": value for name, value in error.items()}
 
 

@@ -4,10 +4,13 @@ The output file itself says which requests are done; the journal beside it says 
 the lock. A line that was being written when the process died is cut off at the next start.
 """
 
+import contextlib
 import fcntl
+import io
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 
 from specmoe_jax.errors import RequestError
 
@@ -22,19 +25,17 @@ class Journal:
     def __init__(self, output: str, fingerprint: dict, *, restart: bool = False):
         self._path = pathlib.Path(output)
         journal = self._path.with_name(self._path.name + ".journal")
-        try:
-            self._journal = open(journal, "a+", encoding="utf-8")
-        except OSError as e:
-            raise RequestError(f"cannot write {journal} ({e.strerror}); choose another --output") from e
+        with _writing(journal):
+            self._journal = open(journal, "ab+", buffering=0)  # what a buffer holds back would be written after a failure
         self._lock()
         if restart:
-            self._journal.truncate(0)
-            self._path.unlink(missing_ok=True)
-        self._claim(fingerprint)
-        try:
-            self._file = open(self._path, "ab", buffering=0)  # what a buffer holds back would be written after a failure
-        except OSError as e:
-            raise RequestError(f"cannot write {self._path} ({e.strerror}); choose another --output") from e
+            with _writing(self._path):
+                self._journal.truncate(0)
+                self._path.unlink(missing_ok=True)
+        with _writing(journal):
+            self._claim(fingerprint)
+        with _writing(self._path):
+            self._file = open(self._path, "ab", buffering=0)
         self._end, self.done = self._read()
         self._file.truncate(self._end)
 
@@ -42,10 +43,7 @@ class Journal:
         """Adds finished requests; when this returns, they survive. Raises RequestError when the disk does not take them."""
         line = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
         try:
-            written = 0
-            while written < len(line):
-                written += self._file.write(line[written:])
-            os.fsync(self._file.fileno())
+            _write_safely(self._file, line)
         except OSError as e:
             self._cut()
             raise RequestError(
@@ -71,15 +69,13 @@ class Journal:
         self._journal.seek(0)
         try:
             written = json.loads(self._journal.read())
-        except ValueError:
+        except (ValueError, RecursionError):
             written = None
-        if written is None:
+        if not isinstance(written, dict):
             if self._path.exists() and self._path.stat().st_size:
                 raise RequestError(f"{self._path} exists and is no output of a job; move it, or overwrite it with --restart")
             self._journal.truncate(0)
-            self._journal.write(json.dumps(fingerprint))
-            self._journal.flush()
-            os.fsync(self._journal.fileno())
+            _write_safely(self._journal, json.dumps(fingerprint).encode())
             return
         changed = sorted(key for key in fingerprint.keys() | written.keys() if fingerprint.get(key) != written.get(key))
         if changed:
@@ -97,7 +93,7 @@ class Journal:
                     break
                 try:
                     done.add(json.loads(line)["index"])
-                except (ValueError, KeyError, TypeError) as e:
+                except (ValueError, KeyError, TypeError, RecursionError) as e:
                     said = f"{self._path} holds a line that no job wrote; move it, or begin anew with --restart"
                     raise RequestError(said) from e
                 end += len(line)
@@ -109,3 +105,20 @@ class Journal:
             os.ftruncate(self._file.fileno(), self._end)
         except OSError:
             return  # the next start cuts it off
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    """What the system refuses before the job has begun, as one line."""
+    try:
+        yield
+    except OSError as e:
+        raise RequestError(f"cannot write {path} ({e.strerror}); choose another --output") from e
+
+
+def _write_safely(file: io.FileIO, content: bytes) -> None:
+    """Appends to an unbuffered file; all of it is on disk when this returns. Raises OSError, with a part of it written."""
+    written = 0
+    while written < len(content):
+        written += file.write(content[written:])
+    os.fsync(file.fileno())

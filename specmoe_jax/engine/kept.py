@@ -101,7 +101,8 @@ class Kept:
         head, tree = self._draft_head, tree_shape(self._plan)
         if not needed.draft_pages:
             return EagleDraft(head, tree)
-        return SplitDraft(head=head, tree=tree, rt=self.rt, pages=needed.draft_pages, host_pages=needed.kv_pages)
+        rt = dataclasses.replace(self.rt, draft=None)  # else every job's draft would hold that of the job before
+        return SplitDraft(head=head, tree=tree, rt=rt, pages=needed.draft_pages, host_pages=needed.kv_pages)
 
     def _too_big(self, needed: MemoryAccount) -> bool:
         """Whether the pool or the disk cache of an earlier, smaller batch would break a budget beside this one's KV cache."""

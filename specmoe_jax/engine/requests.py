@@ -115,7 +115,7 @@ def make_requests(
 ) -> list[Request]:
     """One Request per prompt. params: one for all, one each, or None for the defaults. ids: None for 0, 1, 2, ...
 
-    Sampling is keyed by the ids, so a job that resumes gives each request the id that it had.
+    Sampling is keyed by the ids, so a job that resumes gives each request the id that it had. Raises RequestError.
     """
     if isinstance(prompts, str):
         raise RequestError("prompts is one text; give a list of texts (or of token-id lists)")
@@ -125,7 +125,7 @@ def make_requests(
         params = [params or SamplingParams()] * len(prompts)
     if len(params) != len(prompts):
         raise RequestError(f"{len(prompts)} prompts and {len(params)} sampling parameters; give one for all or one each")
-    ids = range(len(prompts)) if ids is None else ids
+    ids = range(len(prompts)) if ids is None else _checked_ids(ids, len(prompts))
     return [_request(model, i, prompt, p) for i, prompt, p in zip(ids, prompts, params, strict=True)]
 
 
@@ -163,6 +163,20 @@ def _request(model: Model, index: int, prompt: str | Sequence[int], params: Samp
         raise RequestError(f"prompt {index} holds the padding token {model.config.embedding.pad_id}; leave it out")
     limit = min(params.max_new_tokens, window - len(encoder.start))
     return Request(id=index, prompt=text, token_ids=encoder.start, params=params, limit=limit, source=token_ids)
+
+
+def _checked_ids(ids: Sequence[int], count: int) -> list[int]:
+    try:
+        numbers = [operator.index(request_id) for request_id in ids]
+    except TypeError as e:
+        raise RequestError(f"the ids of the requests are not all whole numbers ({e})") from e
+    if len(numbers) != count or len(set(numbers)) != count:
+        raise RequestError(f"{count} prompts and {len(set(numbers))} different ids; give one of its own to each")
+    if not all(0 <= number < 1 << 32 for number in numbers):
+        raise RequestError(
+            f"the ids of the requests are {min(numbers)} to {max(numbers)}; they must be within 0 to {(1 << 32) - 1}"
+        )
+    return numbers
 
 
 def _token_ids(index: int, prompt: Sequence[int]) -> tuple[int, ...]:

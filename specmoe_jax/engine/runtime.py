@@ -204,7 +204,9 @@ def first_memory(rt: Runtime) -> ExpertMemory:
 def _first_buffers(rt: Runtime) -> Buffers:
     """The pinned layers, and the layer buffers: the first streamed layers are on their way into all but one of them."""
     store, index = rt.store, rt.config.moe_index
-    pinned = tuple(store.stream(store.new_buffer(), store.send_for(index[layer])) for layer in rt.pinned_layers)
+    # In the link's thread, as every stream: a disk tier has one caller, and an abandoned job's may still be at it.
+    stay = [rt.lanes.link.submit(store.stream, store.new_buffer(), store.send_for(index[layer])) for layer in rt.pinned_layers]
+    pinned = tuple(stream.result() for stream in stay)
     streamed = [moe for moe, layer in enumerate(rt.config.moe_layers) if layer not in rt.pinned_layers]
     if not streamed:
         return Buffers(spare=None, readers=(), coming=(), pinned=pinned)

@@ -111,7 +111,11 @@ class DiskTier:
             self._admit([key], self._reading(), self._demanded)
             if key not in self._blocks:
                 concurrent.futures.wait(self._pending.values(), return_when=concurrent.futures.FIRST_COMPLETED)
-        return self._blocks[key].result()
+        try:
+            return self._blocks[key].result()
+        except Exception:
+            self._forget(key)  # the next one who asks for it has it read again
+            raise
 
     def read_ahead(self, predicted: np.ndarray) -> None:
         """At most half of the cache is on its way at a time, and nothing that is expected itself makes room."""
@@ -132,6 +136,12 @@ class DiskTier:
         for key in admission.admitted:
             self._count(disk_bytes=self._files.stored_bytes(*key))
             self._start(key, pool)
+
+    def _forget(self, key: tuple[int, int]) -> None:
+        present = self._cache.present.copy()
+        present[key] = False
+        self._cache = self._cache._replace(present=present)
+        del self._blocks[key]
 
     def _count(self, **more: int) -> None:
         self.counts = self.counts._replace(**{name: getattr(self.counts, name) + count for name, count in more.items()})

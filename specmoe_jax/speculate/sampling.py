@@ -25,11 +25,12 @@ class Stream(enum.IntEnum):
 
 
 def sampling_rows(params: Sequence[SamplingParams]) -> SamplingRows:
-    """The sampling parameters of B requests as arrays [B]."""
+    """The sampling parameters of B requests as arrays [B], within what float32 divides by: a top_p of 0 would leave no token."""
+    float32 = np.finfo(np.float32)
     return SamplingRows(
-        temperature=np.asarray([p.temperature for p in params], np.float32),
+        temperature=np.minimum([p.temperature for p in params], 1 / float32.tiny).astype(np.float32),
         top_k=np.asarray([p.top_k for p in params], np.int32),
-        top_p=np.asarray([p.top_p for p in params], np.float32),
+        top_p=np.maximum([p.top_p for p in params], float32.tiny).astype(np.float32),
     )
 
 

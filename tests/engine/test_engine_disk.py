@@ -1,6 +1,7 @@
 """Experts on disk under a RAM budget: the same tokens, every byte read counted, the budget kept."""
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from engine_cases import GREEDY, PROMPTS, SAMPLED, plan, run, steps, tokens_of
 import specmoe_jax as sm
 from specmoe_jax.checkpoints.convert import convert
 from specmoe_jax.engine.requests import check_job
+from specmoe_jax.offload.tiers import DiskTier
 from specmoe_jax.planner.memory import account
 from specmoe_jax.testing import TINY, write_tiny
 
@@ -111,6 +113,22 @@ def test_every_read_of_a_streamed_job_is_in_the_figures(on_disk):
     stats, tier = engine.stats(), engine._kept.rt.store.tier
     assert stats["disk_bytes"] + stats["prefill_disk_bytes"] == tier.counts.disk_bytes
     assert stats["dram_hits"] + stats["dram_misses"] <= tier.counts.hits + tier.counts.misses
+
+
+def test_a_streamed_plan_reads_in_one_thread(on_disk, resident, monkeypatch):
+    """The tier's decisions are one caller's: the pinned layers of a job must not meet the stream of one that was given up."""
+    threads, request = set(), DiskTier.request
+
+    def spy(tier, keys):
+        threads.add(threading.current_thread().name)
+        request(tier, keys)
+
+    monkeypatch.setattr(DiskTier, "request", spy)
+    engine = sm.Engine(on_disk, disk_plan("streaming", batch_size=8, pinned_layers=1, experts=40))
+    for _ in engine.stream(PROMPTS, GREEDY):
+        break
+    assert tokens_of(engine.generate(PROMPTS, GREEDY)) == resident
+    assert threads == {"specmoe-link_0"}
 
 
 def test_predicted_experts_are_read_ahead(on_disk):

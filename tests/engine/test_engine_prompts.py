@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from engine_cases import GREEDY, PROMPTS, plan
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -168,3 +169,24 @@ def test_no_tokenizer():
     with pytest.raises(sm.RequestError, match="no stop strings"):
         make_requests(model, [[1]], sm.SamplingParams(stop=("a",)))
     assert make_requests(model, [[1]], None)[0].token_ids == (1,)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([1], "2 prompts and 1 different ids"),
+        ([1, 1], "2 prompts and 1 different ids"),
+        ([1, 2, 3], "2 prompts and 3 different ids"),
+        ([0, -1], "within 0 to 4294967295"),
+        ([0, 1 << 32], "within 0 to 4294967295"),
+        ([0, 1.5], "whole numbers"),
+    ],
+    ids=str,
+)
+def test_ids_of_requests(model, ids, message):
+    """They key the sampling as 32 bits, and tell events apart."""
+    with pytest.raises(sm.RequestError, match=message):
+        sm.Engine(model, plan("resident")).stream(PROMPTS[:2], GREEDY, ids=ids)
+    most = [(1 << 32) - 1, 0]
+    events = sm.Engine(model, plan("resident")).stream(PROMPTS[:2], GREEDY, ids=most)
+    assert {event.id for event in events} == set(most)

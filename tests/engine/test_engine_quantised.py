@@ -4,6 +4,8 @@ import pytest
 from engine_cases import tokens_of
 
 from specmoe_jax import PRESETS, Engine, SamplingParams
+from specmoe_jax.engine.jobs import load_quantised
+from specmoe_jax.engine.prompts import Prompt
 from specmoe_jax.errors import PlanError
 from specmoe_jax.models.quantised import logit_error, quantise
 from specmoe_jax.plan_fields import EXPERT_DTYPES
@@ -75,3 +77,16 @@ def test_never_silently_on():
         Engine(quantise(tiny(), "int8"), plan)
     with pytest.raises(PlanError, match="expert_dtype=int8, the model's experts are packed as None"):
         Engine(tiny(), plan.replace(expert_dtype="int8"))
+
+
+def test_the_error_is_told_of_prompts_that_can_be_served():
+    """The others get records of their own later, whether some or all are bad."""
+
+    def load(name, *, dtype, expert_tier, progress):
+        return tiny()
+
+    bad = Prompt(0, "a" * 200, PARAMS)  # more than the window
+    for prompts, positions in (([bad, Prompt(1, "abc", PARAMS)], 3), ([bad], None)):
+        model, error = load_quantised(load, "tiny", dtype="float32", expert_dtype="int8", prompts=prompts, progress="none")
+        assert model.config.experts.packing == "int8"
+        assert error.get("expert_dtype_positions") == positions

@@ -110,3 +110,11 @@ def test_a_budget_below_a_page_is_refused(model):
 def test_a_budget_without_effect_is_refused(model, preset, changes):
     with pytest.raises(sm.PlanError, match=r"draft_kv_bytes=1000000\.0 has no effect with draft="):
         plan(preset, draft_kv_bytes=1e6, **changes).validate(model.config)
+
+
+def test_a_job_leaves_nothing_of_its_draft_to_the_next(model):
+    """Each has a draft of its own, which knows the runtime: not that of the job before, which would know the one before it."""
+    engine = sm.Engine(model, split_plan(model, 1), draft_head=eagle_head(model))
+    for _ in range(2):
+        engine.generate(PROMPTS[:2], PARAMS[:2])
+    assert engine._kept.rt.draft.rt.draft is None

@@ -102,6 +102,45 @@ def test_a_full_disk_leaves_whole_lines(out, monkeypatch):
     assert len(lines(out)) == 3
 
 
+@pytest.mark.parametrize("text", ["[]", "5", '"a"', "[" * 100_000, "null"])
+def test_a_journal_that_is_no_object_is_a_job_that_never_began(out, text):
+    out.with_name("out.jsonl.journal").write_text(text)
+    write(out)
+    assert len(lines(out)) == 3
+    out.with_name("out.jsonl.journal").write_text(text)
+    with pytest.raises(RequestError, match="no output of a job"):
+        Journal(str(out), JOB)
+
+
+def test_a_line_nested_too_deep_is_refused(out):
+    write(out)
+    out.write_text("[" * 100_000 + "\n")
+    with pytest.raises(RequestError, match="no job wrote"):
+        Journal(str(out), JOB)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_disk_that_is_full_before_the_job_begins(out, monkeypatch, restart):
+    """Nothing of it is left that the next start would take for a job."""
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(RequestError, match=r"cannot write .*out.jsonl.journal \(No space left on device\)"):
+            Journal(str(out), JOB, restart=restart)
+    assert not out.exists()
+    write(out)
+    assert len(lines(out)) == 3
+
+
+def test_an_output_that_cannot_be_removed_is_refused(out):
+    out.mkdir()
+    with pytest.raises(RequestError, match="cannot write"):
+        Journal(str(out), JOB, restart=True)
+
+
 def test_an_output_in_no_folder_is_refused(tmp_path):
     with pytest.raises(RequestError, match="choose another --output"):
         Journal(str(tmp_path / "no" / "out.jsonl"), JOB)

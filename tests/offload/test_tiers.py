@@ -131,6 +131,18 @@ def test_an_error_of_the_disk_reaches_the_caller():
         disk.block((0, 0))
 
 
+def test_a_read_that_failed_is_tried_again():
+    disk = tier(2)
+    read, disk._files.read = disk._files.read, lambda *key, keep_pages: 1 / 0
+    disk.request([(0, 0)])
+    with pytest.raises(ZeroDivisionError):
+        disk.block((0, 0))
+    disk._files.read = read
+    disk.request([(0, 0)])
+    assert value(disk.block((0, 0))) == [0]
+    assert disk.counts == (20, 0, 2)
+
+
 def test_pages_are_dropped_only_when_asked():
     assert not tier(1)._files.dropped
     assert tier(1, keep_pages=False)._files.dropped

@@ -52,6 +52,9 @@ ERRORS = [
     ([f"--output={os.devnull}"], f"cannot write {os.devnull} (it is no regular file)"),
     (["--output=good.json/o.jsonl"], "cannot write good.json/o.jsonl (Not a directory)"),
     (["--output=same", "--stats=same"], "--output and --stats are both same; give two files"),
+    (["--output=same", "--stats=./same"], "--output and --stats are both ./same; give two files"),
+    (["--output=o", "--stats=o.journal"], "the journal of --output and --stats are both o.journal; give two files"),
+    (["--prompts=good.txt", "--output=folder/../good.txt", "--restart"], "--prompts and --output are both folder/../good.txt"),
 ]
 
 
@@ -64,6 +67,7 @@ def folder(tmp_path):
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "unknown.json").write_text('{"preset": "specmoe", "nonsense": 1}')
     (tmp_path / "folder").mkdir()
+    (tmp_path / "good.txt").write_text("a prompt\n")
     return tmp_path
 
 

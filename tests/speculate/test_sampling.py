@@ -58,6 +58,7 @@ def test_transform_equals_the_reference(logits, temperature, top_k, top_p):
         ({"top_p": 0.5}, [0, 1, 0, 0]),  # the smallest set: of a tie, the smaller id
         ({"top_p": 0.51}, [0, 0.5, 0.5, 0]),
         ({"top_p": 1e-9}, [0, 1, 0, 0]),  # always at least one
+        ({"top_p": 1e-46}, [0, 1, 0, 0]),  # nothing in float32
         ({"top_k": 99}, [0, 0.5, 0.5, 0]),
         ({}, [0, 0.5, 0.5, 0]),
     ],
@@ -65,6 +66,12 @@ def test_transform_equals_the_reference(logits, temperature, top_k, top_p):
 def test_ties_and_limits(params, wanted):
     logits = jnp.asarray([[-jnp.inf, 1.0, 1.0, -jnp.inf]])
     np.testing.assert_array_equal(transform_logits(logits, sampling_rows([SamplingParams(temperature=2.0, **params)]))[0], wanted)
+
+
+def test_a_temperature_beyond_float32_is_a_flat_law():
+    logits = jnp.asarray([[0.0, 1.0, -jnp.inf, 3.0]])
+    third = transform_logits(logits, sampling_rows([SamplingParams(temperature=1e300)]))[0]
+    np.testing.assert_allclose(third, [1 / 3, 1 / 3, 0, 1 / 3], rtol=1e-6)
 
 
 def test_top_p_of_a_flat_law_keeps_the_first_ids():

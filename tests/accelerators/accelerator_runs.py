@@ -1,5 +1,6 @@
 """The runs whose programs are compiled for an accelerator: name -> a function that makes one. Imported once jax.jit records."""
 
+import dataclasses
 import functools
 
 from engine_cases import plan, run
@@ -8,25 +9,17 @@ from two_devices import PLANS
 from specmoe_jax import Engine, SamplingParams
 from specmoe_jax.benchmarks.gpu import shapes
 from specmoe_jax.benchmarks.specmoeoff import acceptance_of, random_head_of
-from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.testing import eagle_head, tiny
 
-HALF = ModelConfig(
-    family="mixtral",
+HALF = dataclasses.replace(
+    shapes.mixtral_8x7b(2),
     vocab_size=512,
     hidden_size=256,
-    num_layers=2,
     num_heads=4,
     num_kv_heads=2,
     head_dim=64,
     expert_hidden=1792,
     num_experts=4,
-    experts_per_token=2,
-    max_positions=256,
-    rope_theta=1e6,
-    norm_eps=1e-5,
-    tie_embeddings=False,
-    eos_token_ids=(),
 )
 """In bfloat16 an expert is so much larger than all activations that a copy of one shows in a program's temporary memory."""
 

@@ -14,14 +14,19 @@ from specmoe_jax.planner.hardware import Hardware
 
 
 class Counted:
-    """recompiled: compilations inside steps that count, where none should be. on_demand_bytes: see metrics.OnDemand."""
+    """recompiled: compilations inside steps that count, where none should be. running: of the batch under way, None between two."""
 
     def __init__(self, model: Model, plan: Plan):
         self._model, self._plan = model, plan
         self.compiles = CompileCounter()
         self.recompiled, self.warm_up_s = 0, 0.0
-        self.totals, self.prefill_s, self.on_demand_bytes = metrics.Totals(), 0.0, 0
+        self.totals, self.prefill_s = metrics.Totals(), 0.0
+        self._on_demand_experts, self.running = 0, None
         self.prefill_link_bytes = self.prefill_disk_bytes = 0
+
+    def end_batch(self, on_demand: metrics.OnDemand) -> None:
+        """Keeps what plain decoding of a batch would have fetched."""
+        self._on_demand_experts, self.running = self._on_demand_experts + on_demand.experts, None
 
     def add_prefill_bytes(self, before: Moved, after: Moved) -> None:
         """What moved between the two."""
@@ -33,7 +38,7 @@ class Counted:
         figures = metrics.figures(
             self.totals,
             self._plan,
-            on_demand_bytes=self.on_demand_bytes if self._plan.expert_flow == "on_demand" else None,
+            on_demand_bytes=self._on_demand_bytes() if self._plan.expert_flow == "on_demand" else None,
             link_bytes_per_s=self._plan.link_bytes_per_s,
             model_stamps=self._model.synthetic,
         )
@@ -52,3 +57,7 @@ class Counted:
             "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "plan": dataclasses.asdict(self._plan),
         }
+
+    def _on_demand_bytes(self) -> int:
+        running = self.running.experts if self.running else 0
+        return (self._on_demand_experts + running) * self._model.expert_bytes

@@ -129,18 +129,20 @@ class Engine:
         state = self._init(requests, shapes)
         counts_on_demand = self.plan.expert_flow == "on_demand"
         on_demand = metrics.no_on_demand(self.model.config.num_moe_layers, self.model.config.num_experts)
-        while not state.done:
-            compiled = self._counted.compiles.count
-            state, info = self.step(state)
-            self._counted.recompiled += self._counted.compiles.count - compiled
-            self._counted.totals = metrics.add_step(self._counted.totals, info)
-            if counts_on_demand:
-                on_demand = metrics.add_on_demand(on_demand, info)
-            if on_step is not None:
-                on_step(info)
-            yield from step_events(self.model, state, info, dict.fromkeys((request.id for request in requests), watch))
+        try:
+            while not state.done:
+                compiled = self._counted.compiles.count
+                state, info = self.step(state)
+                self._counted.recompiled += self._counted.compiles.count - compiled
+                self._counted.totals = metrics.add_step(self._counted.totals, info)
+                if counts_on_demand:
+                    on_demand = self._counted.running = metrics.add_on_demand(on_demand, info)
+                if on_step is not None:
+                    on_step(info)
+                yield from step_events(self.model, state, info, dict.fromkeys((request.id for request in requests), watch))
+        finally:  # also of a batch that is given up
+            self._counted.end_batch(on_demand)
         self._kept.put_back(state, shapes)
-        self._counted.on_demand_bytes += on_demand.experts * self.model.expert_bytes
 
     def _run_queue(self, requests: list[Request], shapes: Shapes, on_step) -> Iterator[TokenEvent]:
         """A streamed job: rows are filled from the queue as they become free. Steps in which all rows join count as prefill."""

@@ -100,6 +100,16 @@ def test_on_demand_account_is_what_on_demand_sends(model, batch_size):
     assert speculating["new_tokens"] == plain["new_tokens"] == 1 + 16 + 3 + 2 + 16 + 7 + 9 + 5
 
 
+def test_the_on_demand_account_holds_at_every_step(model):
+    """A metrics file is written in the middle of a batch too."""
+    engine, seen = sm.Engine(model, plan("on_demand", batch_size=3)), []
+    for _ in engine.stream(PROMPTS, GREEDY):
+        break  # and a batch may be given up
+    engine.generate(PROMPTS, GREEDY, on_step=lambda _: seen.append(engine.stats()))
+    assert len(seen) == 3 * GREEDY.max_new_tokens and engine.stats()["steps"] == len(seen) + 1
+    assert all(stats["on_demand_link_bytes_per_token"] == stats["link_bytes_per_token"] for stats in seen)
+
+
 def test_resident_sends_nothing_after_loading(model):
     _, stats = run(model, plan("resident"))
     assert stats["link_bytes"] == stats["draft_link_bytes"] == 0

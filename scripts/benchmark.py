@@ -2,6 +2,11 @@
 
 Example:
     python scripts/benchmark.py --suite=specmoe --model=nllb_shaped --tables=batches --link_gbps=0.02
+Columns: tok/s of the decoding, job tok/s of whole jobs; kB/tok: expert bytes over the link per token; floor: share of the floor
+(floor s) that was reached; wasted: of the prefetched bytes; growth: bytes for one token of every row, over the smallest batch's;
+x caching: speed over that preset's; link s, compute s: of a step alone, x floor and x sum: a step over their maximum and their sum;
+CPU rows, moves: of a split draft cache; MiB acc.: peak of the accelerator. Speed and bytes are ratios to the named base: median
+(least-most) of the rounds. Columns that hold nothing are left out.
 """
 
 import json
@@ -22,6 +27,7 @@ from specmoe_jax.benchmarks.rounds import Job
 from specmoe_jax.engine.prompts import read_prompts
 from specmoe_jax.errors import RequestError
 from specmoe_jax.models.synthetic import synthetic_model, synthetic_prompts
+from specmoe_jax.progress import PROGRESS
 from specmoe_jax.sampling_params import SamplingParams
 
 _SUITES = {"specmoe": specmoe, "specmoeoff": specmoeoff}
@@ -47,6 +53,7 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy, where small 
 _QUICK = flags.DEFINE_boolean("quick", False, "One short round, the ends of every sweep.")
 _PLOTS = flags.DEFINE_string("plots", None, "A folder for PNGs (needs matplotlib: the [plot] extra).")
 _OUTPUT = flags.DEFINE_string("output", None, "Where the JSON document goes too.")
+_PROGRESS = flags.DEFINE_enum("progress", "auto", PROGRESS, "Bars on a terminal, a log line each 10 s, or nothing.")
 _APPEND = flags.DEFINE_boolean("append", False, "Keep the rows that --output holds already; those measured again replace theirs.")
 
 
@@ -106,6 +113,7 @@ def make_setting() -> specmoe.Setting:
             tokens=min(4, _TOKENS.value) if _QUICK.value else _TOKENS.value,
             steps=_STEPS.value,
             temperature=_TEMPERATURE.value,
+            progress=_PROGRESS.value,
         ),
         quick=_QUICK.value,
     )
@@ -142,6 +150,7 @@ def make_streaming_setting() -> specmoeoff.Setting:
             tokens=min(4, _TOKENS.value) if _QUICK.value else _TOKENS.value,
             steps=_STEPS.value,
             temperature=_TEMPERATURE.value,
+            progress=_PROGRESS.value,
         ),
         quick=_QUICK.value,
     )
@@ -192,9 +201,10 @@ COLUMNS = (
 def as_text(rows: dict) -> str:
     """A table for people; "speed" and "bytes" are ratios to the row's base, median and range."""
     width = max(map(len, rows))
-    lines = ["  ".join([" " * width, *(f"{title:>9}" for title, *_ in COLUMNS), "speed x base         bytes x base"])]
+    columns = [column for column in COLUMNS if any(row.get(column[1]) for row in rows.values())]
+    lines = ["  ".join([" " * width, *(f"{title:>9}" for title, *_ in columns), "speed x base         bytes x base"])]
     for name, row in rows.items():
-        cells = [_cell(row.get(key), digits, _SCALES.get(title, 1)) for title, key, digits in COLUMNS]
+        cells = [_cell(row.get(key), digits, _SCALES.get(title, 1)) for title, key, digits in columns]
         ratios = row["ratios"] or {}
         lines.append("  ".join([f"{name:<{width}}", *cells, *(_range(ratios.get(key)) for key in _RATIOS), row["base"] or ""]))
     stamps = sorted({stamp for row in rows.values() for stamp in row["synthetic"]})

@@ -38,7 +38,7 @@ def main() -> None:
     for batch in map(int, _BATCHES.value):
         prompts = read_held_out(batch)
         check_tokens(model, prompts)
-        job = rounds.Job(prompts=prompts, rounds=_ROUNDS.value, tokens=_TOKENS.value)
+        job = rounds.Job(prompts=prompts, rounds=_ROUNDS.value, tokens=_TOKENS.value, progress=True)
         tables[batch] = rounds.compare(model, make_cases(model, batch), job)
         print(as_text(batch, tables[batch]), flush=True)
     command = " ".join(["python", "scripts/benchmark_disk.py", *sys.argv[1:]])

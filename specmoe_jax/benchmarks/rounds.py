@@ -6,12 +6,15 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import tqdm
+
 from specmoe_jax import metrics
 from specmoe_jax.config import Plan
 from specmoe_jax.engine import Engine
 from specmoe_jax.meters import CompileCounter, Stopwatch
 from specmoe_jax.models.eagle import EagleHead
 from specmoe_jax.models.model import Model
+from specmoe_jax.progress import bar
 from specmoe_jax.sampling_params import SamplingParams
 
 
@@ -27,7 +30,7 @@ class Case(NamedTuple):
 class Job(NamedTuple):
     """tokens: new tokens per row and round. settle: rounds before the first that counts. steps: at least, per round.
 
-    temperature: 0 is greedy, which small models answer with repetitions that any draft guesses.
+    temperature: 0 is greedy, which small models answer with repetitions that any draft guesses. progress: a mode of progress.bar.
     """
 
     prompts: Sequence
@@ -36,6 +39,7 @@ class Job(NamedTuple):
     settle: int = 1
     steps: int = 1
     temperature: float = 0.0
+    progress: str | bool = False
 
 
 def compare(model: Model, cases: list[Case], job: Job) -> dict[str, dict]:
@@ -45,18 +49,22 @@ def compare(model: Model, cases: list[Case], job: Job) -> dict[str, dict]:
     """
     engines = {case.name: Engine(model, case.plan, draft_head=case.head) for case in cases}
     params = SamplingParams(max_new_tokens=_limit(model, job), ignore_eos=True, temperature=job.temperature)
-    states = {name: engine.init(job.prompts, params) for name, engine in engines.items()}
-    rounds: dict[str, list[metrics.Totals]] = {case.name: [] for case in cases}
+    states, rounds = {}, {case.name: [] for case in cases}
     order, shuffle = [case.name for case in cases], random.Random(0)
-    compiles = CompileCounter()
-    for number in range(job.settle + job.rounds):
-        shuffle.shuffle(order)
-        if number == job.settle:
-            compiles = CompileCounter()
-        for name in order:
-            states[name], totals = _slice(engines[name], states[name], job)
-            if number >= job.settle:
-                rounds[name].append(totals)
+    with _bar(job, prefills=len(cases), slices=len(cases)) as shown:
+        for name, engine in engines.items():
+            states[name] = engine.init(job.prompts, params)
+            shown.update()
+        compiles = CompileCounter()
+        for number in range(job.settle + job.rounds):
+            shuffle.shuffle(order)
+            if number == job.settle:
+                compiles = CompileCounter()
+            for name in order:
+                states[name], totals = _slice(engines[name], states[name], job)
+                shown.update()
+                if number >= job.settle:
+                    rounds[name].append(totals)
     compiled = {"compilations_after_warmup": compiles.count}  # of all cases together
     return {name: row | compiled for name, row in _table(model, cases, engines, rounds).items()}
 
@@ -71,20 +79,27 @@ def whole_jobs(model: Model, cases: list[Case], job: Job) -> dict[str, dict]:
     rounds: dict[str, list[metrics.Totals]] = {case.name: [] for case in cases}
     walls: dict[str, list[float]] = {case.name: [] for case in cases}
     order, shuffle = [case.name for case in cases], random.Random(0)
-    for number in range(job.settle + job.rounds):
-        shuffle.shuffle(order)
-        for name in order:
-            infos, watch = [], Stopwatch()
-            engines[name].generate(job.prompts, params, on_step=infos.append)
-            if number >= job.settle:
-                walls[name].append(watch.seconds)
-                rounds[name].append(functools.reduce(metrics.add_step, infos, metrics.Totals()))
+    with _bar(job, slices=len(cases)) as shown:
+        for number in range(job.settle + job.rounds):
+            shuffle.shuffle(order)
+            for name in order:
+                infos, watch = [], Stopwatch()
+                engines[name].generate(job.prompts, params, on_step=infos.append)
+                shown.update()
+                if number >= job.settle:
+                    walls[name].append(watch.seconds)
+                    rounds[name].append(functools.reduce(metrics.add_step, infos, metrics.Totals()))
     table = _table(model, cases, engines, rounds)
     for name, row in table.items():
         row["job_tokens_per_s"] = statistics.median(
             total.new_tokens / wall_s for total, wall_s in zip(rounds[name], walls[name], strict=True)
         )
     return table
+
+
+def _bar(job: Job, *, slices: int, prefills: int = 0) -> tqdm.tqdm:
+    """Over the prefills and the slices of every round."""
+    return bar("rounds", prefills + (job.settle + job.rounds) * slices, "slice", mode=job.progress, leave=False)
 
 
 def _table(model: Model, cases: list[Case], engines: dict[str, Engine], rounds: dict[str, list[metrics.Totals]]) -> dict[str, dict]:

@@ -23,7 +23,8 @@ class Journal:
     """
 
     def __init__(self, output: str, fingerprint: dict, *, restart: bool = False):
-        self._path = pathlib.Path(output)
+        # A file that has a second name through a link has one lock.
+        self._path = pathlib.Path(os.path.realpath(output) if os.path.islink(output) else output)
         journal = self._path.with_name(self._path.name + ".journal")
         with _writing(journal):
             self._journal = open(journal, "ab+", buffering=0)  # what a buffer holds back would be written after a failure

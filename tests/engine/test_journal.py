@@ -85,6 +85,19 @@ def test_a_second_process_is_refused(out):
     Journal(str(out), JOB).close()
 
 
+def test_a_second_process_is_refused_through_a_link_too(out):
+    first = Journal(str(out), JOB)
+    other = out.with_name("link.jsonl")
+    other.symlink_to(out)
+    with pytest.raises(RequestError, match="another process"):
+        Journal(str(other), JOB)
+    first.append(RECORDS[0])
+    first.close()
+    second = Journal(str(other), JOB)
+    assert second.done == {RECORDS[0]["index"]}
+    second.close()
+
+
 def test_a_full_disk_leaves_whole_lines(out, monkeypatch):
     journal = Journal(str(out), JOB)
     journal.append(RECORDS[0])

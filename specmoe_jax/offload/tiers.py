@@ -107,15 +107,13 @@ class DiskTier:
         self._admit(keys, self._reading(), self._demanded)
 
     def block(self, key: tuple[int, int]) -> jax.Array:
+        if self._failed(key):
+            self._forget(key)  # it is read again: what was in the way may be gone
         while key not in self._blocks:  # more were requested than fit, or all room was taken by reads in flight
             self._admit([key], self._reading(), self._demanded)
             if key not in self._blocks:
                 concurrent.futures.wait(self._pending.values(), return_when=concurrent.futures.FIRST_COMPLETED)
-        try:
-            return self._blocks[key].result()
-        except Exception:
-            self._forget(key)  # the next one who asks for it has it read again
-            raise
+        return self._blocks[key].result()
 
     def read_ahead(self, predicted: np.ndarray) -> None:
         """At most half of the cache is on its way at a time, and nothing that is expected itself makes room."""
@@ -136,6 +134,10 @@ class DiskTier:
         for key in admission.admitted:
             self._count(disk_bytes=self._files.stored_bytes(*key))
             self._start(key, pool)
+
+    def _failed(self, key: tuple[int, int]) -> bool:
+        future = self._blocks.get(key)
+        return future is not None and future.done() and future.exception() is not None
 
     def _forget(self, key: tuple[int, int]) -> None:
         present = self._cache.present.copy()

@@ -1,5 +1,6 @@
 """The disk tier gives the blocks of the files, reads each once while it is kept, and holds no more than it may."""
 
+import concurrent.futures
 import threading
 
 import numpy as np
@@ -136,6 +137,7 @@ def test_a_read_that_failed_is_tried_again():
     disk = tier(2)
     read, disk._files.read = disk._files.read, lambda *key, keep_pages: 1 / 0
     disk.request([(0, 0), (0, 1)])
+    concurrent.futures.wait(disk._blocks.values())
     with pytest.raises(ZeroDivisionError):
         disk.block((0, 0))
     disk._files.read = read

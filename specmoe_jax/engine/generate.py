@@ -206,7 +206,6 @@ class Engine:
             )
             jax.block_until_ready((kv, draft_memory))
         self._counted.prefill_s += watch.seconds
-        self._counted.add_prefill_bytes(before, self._kept.moved())
         state = State(
             requests=rows,
             kv=kv,
@@ -219,7 +218,9 @@ class Engine:
             guard=self._kept.new_guard(shapes),
             draft_memory=draft_memory,
         )
-        return self._warm(state, shapes)
+        state = self._warm(state, shapes)
+        self._counted.add_prefill_bytes(before, self._kept.moved())  # to warm up may change a draft set
+        return state
 
     def _warm(self, state: State, shapes: Shapes) -> State:
         """Compiles the steps of shapes that are new; sampled and greedy rows run different programs."""

@@ -125,6 +125,15 @@ def test_every_byte_is_in_the_figures(model, copied):
     assert stats["link_bytes"] + stats["prefill_link_bytes"] == sum(size for size, _ in copied)
 
 
+def test_bytes_of_the_warm_up_are_counted(model, copied):
+    """Its steps commit nothing, and the draft set of those accepted last is another one then."""
+    a_plan = plan(draft_length=2, draft_experts=(5, 4, 1), draft_set="accepted", prefill_chunk=3, batch_size=3)
+    engine = sm.Engine(model, a_plan)
+    engine.generate(PROMPTS, GREEDY)
+    stats = engine.stats()
+    assert stats["link_bytes"] + stats["prefill_link_bytes"] == sum(size for size, _ in copied)
+
+
 def test_every_byte_of_an_eagle_draft_is_counted_once(model, copied):
     """Batch after batch, though each is given a draft of its own."""
     engine = sm.Engine(model, plan("on_demand", draft="eagle", draft_length=2, batch_size=3), draft_head=eagle_head(model))

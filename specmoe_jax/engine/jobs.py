@@ -152,6 +152,7 @@ def fingerprint(prompts: list[Prompt], plan: Plan, model: pathlib.Path) -> dict:
         "dtype": plan.dtype,
         "expert_dtype": plan.expert_dtype,
         "deterministic_sampling": plan.deterministic_sampling,
+        "synthetic_acceptance": plan.synthetic_acceptance,  # its text is not the model's
     }
 
 

@@ -147,13 +147,16 @@ def test_an_emulated_link_is_stamped(generate, checkpoint, tmp_path):
     assert figures["decode_s"] >= figures["floor_s"]
 
 
-def test_a_job_knows_how_its_plan_samples(generate, checkpoint, tmp_path):
-    """A plan file may ask for deterministic sampling without the flag; going on without it is another job."""
-    plan = sm.PRESETS["on_demand"](TINY)
+@pytest.mark.parametrize(
+    ("preset", "asked"), [("on_demand", {"deterministic_sampling": True}), ("specmoe", {"synthetic_acceptance": 0.5})]
+)
+def test_a_job_knows_how_its_plan_samples(generate, checkpoint, tmp_path, preset, asked):
+    """A plan file may ask for what no flag says; going on without it is another job."""
+    plan, (field,) = sm.PRESETS[preset](TINY), asked
     flags = (f"--model={checkpoint}", *prompt_flags(), "--max_new_tokens=3", "--temperature=1", "--output=o.jsonl")
-    for name, deterministic in (("keyed", True), ("plain", False)):
-        (tmp_path / f"{name}.json").write_text(plan.replace(deterministic_sampling=deterministic).to_json())
-    assert generate(*flags, "--plan=keyed.json").code == 0
+    for name, changes in (("asks", asked), ("plain", {})):
+        (tmp_path / f"{name}.json").write_text(plan.replace(**changes).to_json())
+    assert generate(*flags, "--plan=asks.json").code == 0
     refused = generate(*flags, "--plan=plain.json")
     assert refused.code == 1
-    assert "begun with other deterministic_sampling" in refused.err
+    assert f"begun with other {field}" in refused.err

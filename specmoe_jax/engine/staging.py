@@ -27,8 +27,8 @@ class Staging:
             jax.block_until_ready(self._ahead.popleft())
         k = projected[1]
         shape = (len(k), config.attention.num_kv_heads, self._positions, config.attention.cache_dim)
-        if shape not in self._rows:
-            self._rows[shape] = (jnp.zeros(shape, k.dtype), jnp.zeros(shape, k.dtype))
+        if shape not in self._rows:  # put where k is, as all later rows are: else the second chunk's program is another one
+            self._rows[shape] = tuple(jax.device_put(jnp.zeros(shape, k.dtype), k.sharding) for _ in range(2))
         out, *rows = stages.attend_chunk(config, *projected, *self._rows[shape], lengths, num_new)
         self._rows[shape] = tuple(rows)
         self._ahead.append(out)

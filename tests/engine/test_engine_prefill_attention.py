@@ -1,5 +1,6 @@
 """Prompts that attend on the accelerator give the tokens of those that attend on the CPU, however they come into the pass."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -8,12 +9,13 @@ from engine_cases import GREEDY, PROMPTS, SAMPLED, plan, run
 
 import specmoe_jax as sm
 from specmoe_jax.engine.requests import make_requests, shapes_of
+from specmoe_jax.models.model import random_model
 from specmoe_jax.planner.estimate import predict
 from specmoe_jax.planner.machines import machine
 from specmoe_jax.planner.memory import account
 from specmoe_jax.planner.positions import PREFILL_TOKENS, prefill_rows
 from specmoe_jax.planner.workload import Workload
-from specmoe_jax.testing import TINY, eagle_head, tiny
+from specmoe_jax.testing import TINY, byte_tokenizer, eagle_head, tiny
 from tests.planner.planner_cases import MIXTRAL
 
 ON = {"prefill_attention": "accelerator"}
@@ -29,6 +31,15 @@ def expected():
 def test_chunked_prompts_give_the_tokens_of_the_resident_preset(chunk, micro_batches):
     got, stats = run(tiny(), plan("streaming", batch_size=8, micro_batches=micro_batches, prefill_chunk=chunk, **ON))
     assert got == expected()
+    assert stats["compilations_after_warmup"] == 0
+
+
+def test_a_model_of_one_layer_compiles_nothing_after_its_warm_up():
+    """Only a second chunk finds the rows that the first has left: no second layer does so in the warm-up."""
+    model = random_model(dataclasses.replace(TINY, num_layers=1), seed=2, dtype="float32", tokenizer=byte_tokenizer())
+    a_plan = sm.PRESETS["streaming"](model.config).replace(batch_size=2, micro_batches=1, prefill_chunk=4, **ON)
+    got, stats = run(model, a_plan)
+    assert got == run(model, sm.PRESETS["resident"](model.config).replace(batch_size=8))[0]
     assert stats["compilations_after_warmup"] == 0
 
 

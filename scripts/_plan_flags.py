@@ -61,7 +61,10 @@ EXPERT_TIER = flags.DEFINE_enum(
     "expert_tier", None, EXPERT_TIERS, "Where all experts are; disk needs --host_memory_gib. Default: host."
 )
 DRAM_POLICY = flags.DEFINE_enum(
-    "dram_policy", None, DRAM_POLICIES, "Which experts host memory caches (expert_tier=disk). Default: frequency."
+    "dram_policy",
+    None,
+    DRAM_POLICIES,
+    "Which experts host memory caches (expert_tier=disk). Default: mru where experts stream, else frequency.",
 )
 BYPASS_PAGE_CACHE = flags.DEFINE_boolean("bypass_page_cache", False, "Read from the disk itself (expert_tier=disk).")
 DEVICE_GIB = flags.DEFINE_float("device_memory_gib", None, "Accelerator memory to use. Default: what the plan can use.")

@@ -35,7 +35,7 @@ class Plan:
     retain: bool = False  # freed experts stay usable until their slot is overwritten, the least used first
     expert_flow: str = "on_demand"
     expert_tier: str = "host"  # where all experts are; "disk": host_memory_bytes hold a cache of them
-    dram_policy: str | None = None  # which experts that cache keeps (expert_tier=disk); None: frequency
+    dram_policy: str | None = None  # which experts that cache keeps (expert_tier=disk); None: mru for streams, else frequency
     bypass_page_cache: bool = False  # expert_tier=disk: every read is one of the disk, so that measurements are honest
     kv_tier: str = "accelerator"
     batch_size: int = 16

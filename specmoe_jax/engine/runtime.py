@@ -162,7 +162,7 @@ def _tier(model: Model, plan: Plan, account: MemoryAccount) -> Tier:
     return DiskTier(
         model.experts,
         capacity=account.host_experts,
-        policy=plan.dram_policy or "frequency",
+        policy=plan.dram_policy or ("mru" if plan.expert_flow == "stream" else "frequency"),
         keep_pages=not plan.bypass_page_cache,
     )
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-POLICIES = ("lru", "frequency")
+POLICIES = ("lru", "mru", "frequency")
 
 
 class DramCache(NamedTuple):
@@ -46,8 +46,9 @@ def admit(
 ) -> tuple[Admission, DramCache]:
     """Makes room for absent experts, in the order of `wanted`, until nothing more may be evicted.
 
-    policy: "lru" evicts the least recently used, "frequency" the least often used (then the least recently). Neither a
-    wanted nor a `protected` [L, E] expert is evicted; so of more wanted than `capacity` the first are admitted.
+    policy: "lru" evicts the least recently used, "frequency" the least often used (then the least recently), "mru" the most
+    recently used, which a scan over everything needs last. Neither a wanted nor a `protected` [L, E] expert is evicted; so of more
+    wanted than `capacity` the first are admitted.
     """
     present, keep = cache.present.copy(), protected.copy()
     keep[tuple(np.transpose(wanted))] = True
@@ -82,5 +83,6 @@ def _eviction_order(cache: DramCache, policy: str, candidates: np.ndarray) -> li
     """Candidates [L, E], the first to go first; ties to the smaller layer and id."""
     layers, experts = np.nonzero(candidates)
     last_use, uses = cache.last_use[layers, experts], cache.uses[layers, experts]
-    order = np.lexsort((last_use,) if policy == "lru" else (last_use, uses))
+    keys = {"lru": (last_use,), "mru": (-last_use,), "frequency": (last_use, uses)}
+    order = np.lexsort(keys[policy])
     return list(zip(layers[order].tolist(), experts[order].tolist(), strict=True))

@@ -105,6 +105,17 @@ def test_a_streamed_plan_runs_within_every_budget(on_disk, resident):
         assert run(on_disk, a_plan.replace(host_memory_bytes=budget))[0] == resident
 
 
+def test_a_stream_finds_most_of_a_cache_that_is_nearly_large_enough(on_disk):
+    """All experts in every pass: what went by last is what is needed last."""
+    a_plan = disk_plan("streaming", batch_size=8)
+    whole = check_job(on_disk, a_plan.replace(host_memory_bytes=1e12), PROMPTS, GREEDY)
+    engine = sm.Engine(on_disk, a_plan.replace(host_memory_bytes=whole.host_bytes - 1))
+    engine.generate(PROMPTS, GREEDY)
+    tier = engine._kept.rt.store.tier
+    assert tier._capacity == tier.num_experts - 1
+    assert tier.counts.hits > 0.7 * (tier.counts.hits + tier.counts.misses)
+
+
 def test_every_read_of_a_streamed_job_is_in_the_figures(on_disk):
     """Also those of the link's thread between two steps."""
     engine = sm.Engine(on_disk, disk_plan("streaming", batch_size=3, experts=40))

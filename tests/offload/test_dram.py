@@ -65,6 +65,19 @@ def test_lru_evicts_the_least_recently_used():
     assert admit(cache, [(1, 0), (1, 1)], 3)[0].evicted == [(0, 1), (0, 2)]
 
 
+def test_mru_evicts_the_most_recently_used():
+    """So that a scan over everything finds most of a cache that is nearly large enough, where lru finds nothing."""
+    keys = [(layer, expert) for layer in range(L) for expert in range(E)]
+    found = {}
+    for policy in ("mru", "lru"):
+        cache = filled(keys, L * E - 1, policy)
+        found[policy] = 0
+        for key in keys:
+            found[policy] += bool(cache.present[key])
+            _, cache = admit(dram.touch(cache, [key]), [key], L * E - 1, policy)
+    assert found["mru"] >= L * E - 2 and found["lru"] == 0
+
+
 def test_frequency_evicts_the_least_used_then_the_oldest():
     cache = filled([(0, 0), (0, 1), (0, 2), (0, 0)], 3, "frequency")
     assert admit(cache, [(1, 0), (1, 1)], 3, "frequency")[0].evicted == [(0, 1), (0, 2)]

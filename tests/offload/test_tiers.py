@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specmoe_jax.offload.tiers import DiskTier, HostTier
+from specmoe_jax.plan_fields import DRAM_POLICIES
 
 L, E = 3, 4
 
@@ -60,7 +61,7 @@ def expected(*keys):
         max_size=10,
     ),
     capacity=st.integers(1, L * E),
-    policy=st.sampled_from(["lru", "frequency"]),
+    policy=st.sampled_from(DRAM_POLICIES),
 )
 def test_every_block_is_the_right_one(rounds, capacity, policy):
     disk = tier(capacity, policy)

@@ -46,7 +46,7 @@ def test_prompts(tmp_path_factory, lines):
     if bad:
         with pytest.raises(sm.RequestError) as first:
             read_prompts(str(path), DEFAULTS)
-        assert str(first.value) == bad[0].error
+        assert str(first.value) == f"{path}: {bad[0].error}"
     else:
         assert read_prompts(str(path), DEFAULTS) == kept
 

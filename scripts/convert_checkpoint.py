@@ -13,8 +13,8 @@ import _common
 from absl import flags
 
 from specmoe_jax.checkpoints import checkpoint_path, write_manifest
-from specmoe_jax.checkpoints.convert import FORMATS, convert
-from specmoe_jax.plan_fields import DTYPES
+from specmoe_jax.checkpoints.conversion.convert import FORMATS, convert
+from specmoe_jax.config.plan_fields import DTYPES
 
 _MODEL = flags.DEFINE_string("model", None, '"demo" (bundled) or a directory: Hugging Face, converted, or Orbax export.')
 _OUTPUT = flags.DEFINE_string("output", None, "A new directory for the result.")

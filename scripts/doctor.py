@@ -9,8 +9,8 @@ import _common
 import jax
 
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
-from specmoe_jax.errors import UserError
 from specmoe_jax.ops import _ffi
+from specmoe_jax.support.errors import UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "safetensors", "tokenizers", "orbax-checkpoint", "optax", "tqdm")
 _BAD_JAXLIB = "0.11.1"  # rewrites whole buffers on small in-loop updates (jax#40101)

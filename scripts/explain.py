@@ -14,22 +14,22 @@ import _plan_flags
 import numpy as np
 from absl import flags
 
+from specmoe_jax.autotune.probe import probe
 from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
-from specmoe_jax.config import Plan
-from specmoe_jax.errors import PlanError, UserError
-from specmoe_jax.model_config import ModelConfig
-from specmoe_jax.plan_fields import DTYPES
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.plan_fields import DTYPES
+from specmoe_jax.config.presets import PRESETS, preset
 from specmoe_jax.planner import explain, pictures
 from specmoe_jax.planner.costs import Load
 from specmoe_jax.planner.estimate import predict
 from specmoe_jax.planner.hardware import Hardware
 from specmoe_jax.planner.machines import KNOWN, machine
-from specmoe_jax.planner.probe import probe
 from specmoe_jax.planner.roofline import points
 from specmoe_jax.planner.routing import choice_probabilities
 from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload
-from specmoe_jax.presets import PRESETS, preset
+from specmoe_jax.support.errors import PlanError, UserError
 
 _MODEL = flags.DEFINE_string("model", "demo", '"demo" or a directory with config.json; headers are read where there are files.')
 _HARDWARE = flags.DEFINE_string(

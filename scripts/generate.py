@@ -15,24 +15,25 @@ import _plan_flags
 from absl import flags
 
 from specmoe_jax import Completion, Engine, Model, Plan, SamplingParams, TokenEvent, load_model
-from specmoe_jax.atomic_files import check_writable, write_atomically
+from specmoe_jax.autotune import choose as planning
 from specmoe_jax.checkpoints.chat import sampling_defaults
 from specmoe_jax.checkpoints.eagle import bundled_head, head_config, head_path, load_head
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
-from specmoe_jax.engine import jobs, planning
-from specmoe_jax.engine.job_watch import JobWatch
-from specmoe_jax.engine.journal import Journal
-from specmoe_jax.engine.prompts import Prompt, as_chat, read_prompts
-from specmoe_jax.engine.shown import ShownText
-from specmoe_jax.errors import PlanError, RequestError
-from specmoe_jax.meters import Stopwatch
-from specmoe_jax.models.eagle import EagleHead
-from specmoe_jax.plan_fields import DTYPES
-from specmoe_jax.presets import PRESETS, preset
-from specmoe_jax.progress import PROGRESS
-from specmoe_jax.stats_table import table
-from specmoe_jax.tracing import trace, write_lanes
+from specmoe_jax.cli.stats_table import table
+from specmoe_jax.config.plan_fields import DTYPES
+from specmoe_jax.config.presets import PRESETS, preset
+from specmoe_jax.engine.requests.incremental_text import ShownText
+from specmoe_jax.jobs import job as jobs
+from specmoe_jax.jobs.journal import Journal
+from specmoe_jax.jobs.prompts import Prompt, as_chat, read_prompts
+from specmoe_jax.jobs.watch import JobWatch
+from specmoe_jax.models.eagle.network import EagleHead
+from specmoe_jax.support.atomic_files import check_writable, write_atomically
+from specmoe_jax.support.errors import PlanError, RequestError
+from specmoe_jax.support.progress import PROGRESS
+from specmoe_jax.support.timing import Stopwatch
+from specmoe_jax.support.tracing import trace, write_lanes
 
 SAMPLED_PROMPTS = 64  # whose lengths stand for all of a job's
 

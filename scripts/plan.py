@@ -13,17 +13,17 @@ import _plan_flags
 from absl import flags
 
 from specmoe_jax import SamplingParams, load_model
-from specmoe_jax.atomic_files import check_writable, write_atomically
+from specmoe_jax.autotune import choose as planning
+from specmoe_jax.autotune.calibrate import calibrate
+from specmoe_jax.autotune.probe import probe
+from specmoe_jax.autotune.profile import profile
 from specmoe_jax.checkpoints.eagle import bundled_head, load_head
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
-from specmoe_jax.engine import planning
-from specmoe_jax.engine.calibrate import calibrate
-from specmoe_jax.engine.profiling import profile
-from specmoe_jax.engine.prompts import read_prompts
-from specmoe_jax.plan_fields import DTYPES
+from specmoe_jax.config.plan_fields import DTYPES
+from specmoe_jax.jobs.prompts import read_prompts
 from specmoe_jax.planner.calibration import Acceptance
-from specmoe_jax.planner.operators import as_table
-from specmoe_jax.planner.probe import probe
+from specmoe_jax.planner.measured.operators import as_table
+from specmoe_jax.support.atomic_files import check_writable, write_atomically
 
 _MODEL = flags.DEFINE_string("model", "demo", '"demo" (bundled) or a directory with a Hugging Face checkpoint.')
 _PROMPTS = flags.DEFINE_string("prompts", None, "A .txt or .jsonl file: acceptance and routing are measured on its first prompts.")

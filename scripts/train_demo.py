@@ -16,8 +16,8 @@ import orbax.checkpoint as ocp
 import safetensors.numpy
 from absl import app, flags, logging
 
-from specmoe_jax.model_config import ModelConfig
-from specmoe_jax.progress import PROGRESS, bar
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.support.progress import PROGRESS, bar
 from specmoe_jax.training import data, evaluate, export, loop
 
 FLAGS = flags.FLAGS

@@ -19,7 +19,7 @@ from absl import flags
 
 from specmoe_jax import Engine, Model, Plan, SamplingParams, load_model
 from specmoe_jax.checkpoints.eagle import load_head
-from specmoe_jax.errors import RequestError
+from specmoe_jax.support.errors import RequestError
 from specmoe_jax.training import data, eagle
 from specmoe_jax.training.features import FeatureTap
 

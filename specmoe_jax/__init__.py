@@ -1,15 +1,15 @@
 """specmoe_jax: Mixture-of-Experts models whose experts do not fit on the accelerator, fast and exact."""
 
 from specmoe_jax import ops, speculate
+from specmoe_jax.autotune.choose import make_plan
 from specmoe_jax.checkpoints import load_head, load_model
-from specmoe_jax.config import Plan
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.presets import PRESETS
+from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine import Completion, Engine, TokenEvent
-from specmoe_jax.engine.planning import make_plan
-from specmoe_jax.errors import CheckpointError, PlanError, RequestError, UserError
-from specmoe_jax.model_config import ModelConfig
 from specmoe_jax.models.model import Model, random_model
-from specmoe_jax.presets import PRESETS
-from specmoe_jax.sampling_params import SamplingParams
+from specmoe_jax.support.errors import CheckpointError, PlanError, RequestError, UserError
 
 __all__ = [
     "PRESETS",

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 import specmoe_jax
-from specmoe_jax.models import families
+from specmoe_jax.models.families import registry as families
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

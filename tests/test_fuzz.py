@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import specmoe_jax as sm
-from specmoe_jax.config import field_names
-from specmoe_jax.engine.prompts import read_prompts
+from specmoe_jax.config.plan import field_names
+from specmoe_jax.jobs.prompts import read_prompts
 from specmoe_jax.testing import TINY
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8))

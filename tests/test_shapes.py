@@ -8,7 +8,9 @@ from beartype import beartype
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Int64, Key, TypeCheckError, jaxtyped
 
 import specmoe_jax as sm
-from specmoe_jax.speculate import acceptance, affinity, hotness, sampling
+from specmoe_jax.speculate import acceptance, sampling
+from specmoe_jax.speculate.hot_experts import affinity
+from specmoe_jax.speculate.hot_experts import usage as hotness
 from specmoe_jax.testing import TINY
 
 checked = jaxtyped(typechecker=beartype)

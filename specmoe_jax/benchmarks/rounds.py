@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import tqdm
 
-from specmoe_jax import metrics
-from specmoe_jax.config import Plan
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine import Engine
-from specmoe_jax.meters import CompileCounter, Stopwatch
-from specmoe_jax.models.eagle import EagleHead
+from specmoe_jax.engine import figures as metrics
+from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model
-from specmoe_jax.progress import bar
-from specmoe_jax.sampling_params import SamplingParams
+from specmoe_jax.support.progress import bar
+from specmoe_jax.support.timing import CompileCounter, Stopwatch
 
 
 class Case(NamedTuple):

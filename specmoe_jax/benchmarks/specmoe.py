@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from specmoe_jax.benchmarks.rounds import Case, Job, compare
-from specmoe_jax.config import Plan
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.plan_fields import DRAFT_SETS
+from specmoe_jax.config.presets import preset
 from specmoe_jax.models.model import Model
-from specmoe_jax.plan_fields import DRAFT_SETS
-from specmoe_jax.presets import preset
 
 
 class Setting(NamedTuple):

@@ -5,19 +5,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from specmoe_jax import tracing
 from specmoe_jax.benchmarks.rounds import Case, Job, compare, whole_jobs
-from specmoe_jax.config import Plan
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.presets import preset
+from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine import Engine
-from specmoe_jax.meters import Stopwatch
-from specmoe_jax.model_config import ModelConfig
-from specmoe_jax.models import eagle, eagle_config
-from specmoe_jax.models.eagle import EagleHead
+from specmoe_jax.kv_cache.positions import KV_PAGE, pages_of
+from specmoe_jax.models.eagle import config as eagle_config
+from specmoe_jax.models.eagle import network as eagle
+from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model, random_model
-from specmoe_jax.planner.positions import KV_PAGE, pages_of
 from specmoe_jax.planner.workload import EAGLE_MIXTRAL
-from specmoe_jax.presets import preset
-from specmoe_jax.sampling_params import SamplingParams
+from specmoe_jax.support import tracing
+from specmoe_jax.support.timing import Stopwatch
 
 # Mixtral's proportions (group of 4, F = 3.5 M, 8 experts, top-2), small enough for a CPU that is the accelerator too.
 MIXTRAL_SHAPED = ModelConfig(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from specmoe_jax.checkpoints.files import read_bytes, read_json
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
-from specmoe_jax.errors import CheckpointError, RequestError
+from specmoe_jax.support.errors import CheckpointError, RequestError
 
 TEMPLATE_FILE, TOKENIZER_CONFIG, GENERATION_CONFIG = "chat_template.jinja", "tokenizer_config.json", "generation_config.json"
 MAX_TEMPLATE_BYTES = 1 << 20

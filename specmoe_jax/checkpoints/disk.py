@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from specmoe_jax.checkpoints.tensors import ExpertSource, HostBlocks, Piece, is_mappable, read_expert
-from specmoe_jax.errors import PlanError
+from specmoe_jax.support.errors import PlanError
 
 
 @dataclasses.dataclass(frozen=True)

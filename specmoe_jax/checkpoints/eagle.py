@@ -11,13 +11,14 @@ from specmoe_jax.checkpoints.header import quote
 from specmoe_jax.checkpoints.inventory import Names
 from specmoe_jax.checkpoints.loader import BUNDLED
 from specmoe_jax.checkpoints.tensors import read_tensor
-from specmoe_jax.errors import CheckpointError
-from specmoe_jax.model_config import ModelConfig
-from specmoe_jax.models import eagle, eagle_config
-from specmoe_jax.models.eagle import EagleHead
-from specmoe_jax.models.eagle_config import EagleConfig, EagleWeights
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.models.eagle import config as eagle_config
+from specmoe_jax.models.eagle import network as eagle
+from specmoe_jax.models.eagle.config import EagleConfig, EagleWeights
+from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import TensorSpec, map_specs
+from specmoe_jax.support.errors import CheckpointError
 
 EMBEDDING = "embed_tokens.weight"
 INTEGERS = {"I64": np.int64, "I32": np.int32, "BOOL": np.bool_}

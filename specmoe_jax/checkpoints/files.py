@@ -11,16 +11,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from specmoe_jax.checkpoints.header import (
-    PREFIX_BYTES,
-    Entry,
-    Header,
-    header_length,
-    parse_header,
-    quote,
-    quote_list,
-)
-from specmoe_jax.errors import CheckpointError
+from specmoe_jax.checkpoints.header import PREFIX_BYTES, Entry, Header, header_length, parse_header, quote, quote_list
+from specmoe_jax.support.errors import CheckpointError
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 MAX_JSON_BYTES = 4 << 20

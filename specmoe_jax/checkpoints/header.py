@@ -8,7 +8,7 @@ import json
 import math
 from typing import NamedTuple
 
-from specmoe_jax.errors import CheckpointError
+from specmoe_jax.support.errors import CheckpointError
 
 PREFIX_BYTES = 8
 # Room for some 100,000 tensors. The official reader stops at 100 MB, which Python could turn into gigabytes of objects.

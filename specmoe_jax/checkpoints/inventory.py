@@ -7,10 +7,10 @@ from typing import NamedTuple
 from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE, Checkpoint, StoredTensor
 from specmoe_jax.checkpoints.header import quote_list
 from specmoe_jax.checkpoints.tensors import ExpertSource, Piece, whole
-from specmoe_jax.errors import CheckpointError
-from specmoe_jax.model_config import ModelConfig
-from specmoe_jax.models.families import family_of
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.spec import Layout, Part, TensorSpec, spec_leaves
+from specmoe_jax.support.errors import CheckpointError
 
 MAX_EXPERTS = 1 << 17  # the largest published models have some 23,000; a sparse file can claim any number
 BLOCK_PREFIX, PADDING_PREFIX = "specmoe.expert.", "specmoe.padding."

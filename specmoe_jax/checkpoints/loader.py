@@ -6,7 +6,8 @@ import pathlib
 
 import jax
 
-from specmoe_jax.checkpoints import manifest, orbax_parts
+from specmoe_jax.checkpoints import manifest
+from specmoe_jax.checkpoints.conversion import orbax_parts
 from specmoe_jax.checkpoints.disk import DiskExperts
 from specmoe_jax.checkpoints.files import open_checkpoint, read_json
 from specmoe_jax.checkpoints.header import quote
@@ -14,13 +15,13 @@ from specmoe_jax.checkpoints.inventory import Inventory, take_inventory
 from specmoe_jax.checkpoints.memory import check_memory
 from specmoe_jax.checkpoints.tensors import READERS, TARGET_DTYPES, HostBlocks, read_tensor
 from specmoe_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
-from specmoe_jax.errors import CheckpointError, PinnedMemoryError, RequestError
-from specmoe_jax.model_config import ModelConfig
-from specmoe_jax.models.families import family_of, parse_config
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.plan_fields import EXPERT_TIERS
+from specmoe_jax.models.families.registry import family_of, parse_config
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import Weights, map_specs
-from specmoe_jax.plan_fields import EXPERT_TIERS
-from specmoe_jax.progress import bar
+from specmoe_jax.support.errors import CheckpointError, PinnedMemoryError, RequestError
+from specmoe_jax.support.progress import bar
 
 BUNDLED = {"demo": pathlib.Path(__file__).parent / "demo"}
 

@@ -6,7 +6,7 @@ import pathlib
 
 from specmoe_jax.checkpoints.files import Checkpoint, StoredTensor, open_checkpoint, read_bytes, read_json
 from specmoe_jax.checkpoints.header import quote_list
-from specmoe_jax.errors import CheckpointError
+from specmoe_jax.support.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.sha256.json"
 MAX_MANIFEST_BYTES = 64 << 20

@@ -6,8 +6,8 @@ import pathlib
 
 from specmoe_jax.checkpoints.inventory import Inventory
 from specmoe_jax.checkpoints.tensors import TARGET_DTYPES, is_mappable
-from specmoe_jax.errors import CheckpointError
 from specmoe_jax.models.model import PINNED_LIMIT
+from specmoe_jax.support.errors import CheckpointError
 
 MEMINFO, CGROUP = pathlib.Path("/proc/meminfo"), pathlib.Path("/sys/fs/cgroup")
 

@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from specmoe_jax.checkpoints import orbax_parts
+from specmoe_jax.checkpoints.conversion import orbax_parts
 from specmoe_jax.checkpoints.files import NUMPY_DTYPES, Checkpoint, open_checkpoint, read_bytes
 from specmoe_jax.checkpoints.inventory import PADDING_PREFIX, block_name, take_inventory
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.manifest import checkpoint_hash
 from specmoe_jax.checkpoints.tensors import TARGET_DTYPES, read_expert, read_tensor
-from specmoe_jax.errors import CheckpointError, RequestError
-from specmoe_jax.model_config import ModelConfig
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.support.errors import CheckpointError, RequestError
 
 
 @dataclasses.dataclass(frozen=True)

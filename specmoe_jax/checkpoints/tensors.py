@@ -11,8 +11,8 @@ import numpy as np
 
 from specmoe_jax.checkpoints import mxfp4
 from specmoe_jax.checkpoints.files import Reader, StoredTensor
-from specmoe_jax.errors import CheckpointError
 from specmoe_jax.models.model import to_host
+from specmoe_jax.support.errors import CheckpointError
 
 ALIGNMENT = 64  # device_put takes over a numpy buffer without a copy iff it starts at a multiple of this
 HUGE_PAGE = 2 << 20  # numpy asks for huge pages; only whole ones save page faults

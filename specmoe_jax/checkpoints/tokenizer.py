@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import tokenizers
 
 from specmoe_jax.checkpoints.files import read_bytes, read_json
-from specmoe_jax.errors import CheckpointError
+from specmoe_jax.support.errors import CheckpointError
 
 # The longest run of tokens that is held back because the text so far ends in half a character.
 MAX_HELD_TOKENS = 32

@@ -6,16 +6,16 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from specmoe_jax.engine.forward import draft_forward, landed, prefetch
+from specmoe_jax.config.plan_fields import GATED_DRAFTS
+from specmoe_jax.engine.flows.layer_passes import draft_forward, landed, prefetch
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, HostKV, State
-from specmoe_jax.errors import PlanError
-from specmoe_jax.plan_fields import GATED_DRAFTS
-from specmoe_jax.planner.positions import KV_PAGE
-from specmoe_jax.speculate.draft import DraftView
-from specmoe_jax.speculate.hotness import count_choices
+from specmoe_jax.kv_cache.positions import KV_PAGE
+from specmoe_jax.speculate.drafts.protocol import DraftView
+from specmoe_jax.speculate.hot_experts.substitution import draft_slots
+from specmoe_jax.speculate.hot_experts.usage import count_choices
 from specmoe_jax.speculate.sampling import Stream, coupled_keys, row_keys
-from specmoe_jax.speculate.substitution import draft_slots
+from specmoe_jax.support.errors import PlanError
 from specmoe_jax.types import KVCache, Proposal
 
 

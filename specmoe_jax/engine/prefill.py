@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from specmoe_jax.engine.forward import target_pass
+from specmoe_jax.engine.flows.layer_passes import target_pass
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, PassInfo
-from specmoe_jax.speculate.merged import group_experts, merge
+from specmoe_jax.speculate.drafts.merged import group_experts, merge
 from specmoe_jax.types import KVCache
 
 

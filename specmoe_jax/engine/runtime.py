@@ -9,32 +9,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specmoe_jax.config import Plan
+from specmoe_jax.config.layer_config import AttentionConfig, LayerConfig
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.plan_fields import GATED_DRAFTS
 from specmoe_jax.engine.state import Buffers, ExpertMemory, HostKV, PoolSlots
-from specmoe_jax.layer_config import AttentionConfig, LayerConfig
-from specmoe_jax.model_config import ModelConfig
+from specmoe_jax.kv_cache.page_table import Pages
+from specmoe_jax.kv_cache.positions import KV_PAGE, staged_positions
 from specmoe_jax.models.experts import block_bytes
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import Weights
-from specmoe_jax.offload import leftovers
-from specmoe_jax.offload.pages import Pages
+from specmoe_jax.offload import retained_experts as leftovers
 from specmoe_jax.offload.residency import empty, plan_layer
 from specmoe_jax.offload.store import ExpertStore, Link
+from specmoe_jax.offload.stream_schedule import spread
 from specmoe_jax.offload.tiers import DiskTier, HostTier, Tier
 from specmoe_jax.ops import PackedCache, empty_cache
-from specmoe_jax.plan_fields import GATED_DRAFTS
-from specmoe_jax.planner.memory import pinned_experts
-from specmoe_jax.planner.memory_account import MemoryAccount, arriving_experts
-from specmoe_jax.planner.pipeline import spread
-from specmoe_jax.planner.positions import KV_PAGE, staged_positions
-from specmoe_jax.speculate.affinity_cache import affinity_table
-from specmoe_jax.speculate.draft import Draft, FeatureDraft
-from specmoe_jax.speculate.draft_set import DraftSetPolicy, make_policy
-from specmoe_jax.speculate.hotness import hot_set
-from specmoe_jax.speculate.ngram import NgramDraft
-from specmoe_jax.speculate.self_draft import SelfDraft
-from specmoe_jax.speculate.substitution import random_neighbours
-from specmoe_jax.tracing import Span
+from specmoe_jax.planner.memory.account import pinned_experts
+from specmoe_jax.planner.memory.memory_account import MemoryAccount, arriving_experts
+from specmoe_jax.speculate.drafts.ngram import NgramDraft
+from specmoe_jax.speculate.drafts.protocol import Draft, FeatureDraft
+from specmoe_jax.speculate.drafts.self_draft import SelfDraft
+from specmoe_jax.speculate.hot_experts.affinity_cache import affinity_table
+from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy, make_policy
+from specmoe_jax.speculate.hot_experts.substitution import random_neighbours
+from specmoe_jax.speculate.hot_experts.usage import hot_set
+from specmoe_jax.support.tracing import Span
 from specmoe_jax.types import KVCache
 
 

@@ -9,13 +9,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from specmoe_jax.layer_config import LayerConfig
+from specmoe_jax.config.layer_config import LayerConfig
 from specmoe_jax.models import attention as attentions
 from specmoe_jax.models import encoder, layers, prefill_attention
 from specmoe_jax.models import experts as ffn
 from specmoe_jax.models.spec import LayerWeights
 from specmoe_jax.ops import PackedCache, attention_ref, packed
-from specmoe_jax.speculate.substitution import DistinctSlots, MaskedSlots, choose_distinct
+from specmoe_jax.speculate.hot_experts.substitution import DistinctSlots, MaskedSlots, choose_distinct
 from specmoe_jax.types import CrossCache, Routing, Tree
 
 embed = jax.jit(layers.embed, static_argnames="config")

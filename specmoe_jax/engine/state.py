@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from specmoe_jax.offload.leftovers import Leftovers
-from specmoe_jax.offload.pages import Pages
+from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.kv_cache.page_table import Pages
 from specmoe_jax.offload.residency import Residency
+from specmoe_jax.offload.retained_experts import Leftovers
 from specmoe_jax.offload.store import Arriving
 from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.ops import PackedCache
-from specmoe_jax.sampling_params import SamplingParams
-from specmoe_jax.speculate.guard import Guard
+from specmoe_jax.speculate.adaptive_length import Guard
 from specmoe_jax.types import KVCache, SamplingRows
 
 
@@ -151,7 +151,7 @@ class StepInfo(NamedTuple):
     accepted: [B], drafted tokens accepted (0 for finished rows). committed: [B], tokens the row got.
     active: [B] bool at the start of the step. start: [B], tokens that the row had generated before it. context: positions in
     the caches of all active rows. draft_moves: rows whose draft cache changed sides before the step; draft_on_cpu: active rows
-    whose draft attended on the CPU (a draft cache that is split, speculate/draft_split.py).
+    whose draft attended on the CPU (a draft cache that is split, speculate/drafts/draft_split.py).
     link_bytes: expert bytes sent for over the link in this step (a streamed layer may cross it a little later); draft_link_bytes:
     those sent for while drafting (prefetches).
     prefetch_bytes, prefetch_wasted_bytes: those sent on a guess, and the wrong ones among them.

@@ -8,20 +8,20 @@ import numpy as np
 
 from specmoe_jax.engine import stages
 from specmoe_jax.engine.drafting import Drafted, draft, step_coupled_keys, step_keys
-from specmoe_jax.engine.finish import commit_tokens
-from specmoe_jax.engine.forward import TargetPass, target_pass
-from specmoe_jax.engine.refill import joined
+from specmoe_jax.engine.drafts.accepted_path import accepted_path, straighten
+from specmoe_jax.engine.drafts.split_draft import placed, rows_on_cpu
+from specmoe_jax.engine.flows.layer_passes import TargetPass, target_pass
+from specmoe_jax.engine.flows.streaming import fetched, streamed_target_pass
+from specmoe_jax.engine.requests.finish import commit_tokens
 from specmoe_jax.engine.runtime import Runtime
-from specmoe_jax.engine.split_draft import placed, rows_on_cpu
+from specmoe_jax.engine.scheduler import joined
 from specmoe_jax.engine.state import State, StepInfo
-from specmoe_jax.engine.streaming import fetched, streamed_target_pass
-from specmoe_jax.engine.tree import accepted_path, straighten
-from specmoe_jax.planner.pipeline import ACCELERATOR
+from specmoe_jax.offload.stream_schedule import ACCELERATOR
 from specmoe_jax.speculate.acceptance import accept, accept_coupled, accept_greedy, finite_positions, synthetic_accept
-from specmoe_jax.speculate.guard import choose, observe, resting
-from specmoe_jax.speculate.hotness import count_choices
+from specmoe_jax.speculate.adaptive_length import choose, observe, resting
+from specmoe_jax.speculate.hot_experts.usage import count_choices
 from specmoe_jax.speculate.sampling import Stream
-from specmoe_jax.tracing import Span, span
+from specmoe_jax.support.tracing import Span, span
 from specmoe_jax.types import AcceptResult, Proposal
 
 _accept = jax.jit(accept)

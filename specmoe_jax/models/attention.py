@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from specmoe_jax import ops
-from specmoe_jax.layer_config import AttentionConfig
+from specmoe_jax.config.layer_config import AttentionConfig
 from specmoe_jax.ops import attention_ref, packed
 from specmoe_jax.ops.products import einsum
 from specmoe_jax.types import Tree

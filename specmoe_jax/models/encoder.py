@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from specmoe_jax.layer_config import LayerConfig
-from specmoe_jax.model_config import ModelConfig
+from specmoe_jax.config.layer_config import LayerConfig
+from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models import layers
 from specmoe_jax.models.attention import scores_and_values, within
 from specmoe_jax.models.basics import norm

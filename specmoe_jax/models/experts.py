@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from specmoe_jax import ops
-from specmoe_jax.layer_config import ExpertConfig
+from specmoe_jax.config.layer_config import ExpertConfig
 from specmoe_jax.models.packing import packed_bytes, unpack, without_packing
 from specmoe_jax.models.spec import DTYPE_BYTES
 from specmoe_jax.ops.experts_ref import block_ffn, expert_ffn_ref

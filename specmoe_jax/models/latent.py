@@ -9,7 +9,7 @@ Cost: a score takes 576 multiplications instead of 192; and the latent stands in
 import jax
 import jax.numpy as jnp
 
-from specmoe_jax.layer_config import AttentionConfig
+from specmoe_jax.config.layer_config import AttentionConfig
 from specmoe_jax.models.basics import heads, linear, rms_norm, rope
 from specmoe_jax.models.spec import LayerWeights
 

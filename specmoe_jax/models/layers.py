@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from specmoe_jax.layer_config import AttentionConfig, Embedding, LayerConfig
+from specmoe_jax.config.layer_config import AttentionConfig, Embedding, LayerConfig
 from specmoe_jax.models import latent
 from specmoe_jax.models.attention import scores_and_values, within
 from specmoe_jax.models.basics import affine, heads, linear, norm, rms_norm, rope, sinusoids

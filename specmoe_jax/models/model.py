@@ -9,19 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from specmoe_jax.errors import PinnedMemoryError
-from specmoe_jax.layer_config import AttentionConfig, LayerConfig
-from specmoe_jax.model_config import ModelConfig
+from specmoe_jax.config.layer_config import AttentionConfig, LayerConfig
+from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models import encoder, layers
 from specmoe_jax.models.attention import allowed, scores_and_values
 from specmoe_jax.models.experts import block_bytes, block_function
-from specmoe_jax.models.families import family_of
-from specmoe_jax.models.spec import (
-    Weights,
-    map_specs,
-    random_block,
-    random_tensor,
-)
+from specmoe_jax.models.families.registry import family_of
+from specmoe_jax.models.spec import Weights, map_specs, random_block, random_tensor
+from specmoe_jax.support.errors import PinnedMemoryError
 from specmoe_jax.types import CrossCache, Routing
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from specmoe_jax.layer_config import ExpertConfig
+from specmoe_jax.config.layer_config import ExpertConfig
 
 GROUP = 32
 LARGEST = {"int8": 127, "int4": 7}

@@ -7,7 +7,7 @@ code, because jax.nn.dot_product_attention takes a causal chunk behind others as
 import jax
 import jax.numpy as jnp
 
-from specmoe_jax.layer_config import AttentionConfig
+from specmoe_jax.config.layer_config import AttentionConfig
 from specmoe_jax.models.attention import allowed
 from specmoe_jax.ops.products import einsum
 

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable
 
-from specmoe_jax.errors import CheckpointError
-from specmoe_jax.layer_config import Rope
-from specmoe_jax.models.config_json import flag, number, show, size
+from specmoe_jax.config.layer_config import Rope
+from specmoe_jax.models.families.config_json import flag, number, show, size
+from specmoe_jax.support.errors import CheckpointError
 
 
 def read_rope(raw: dict, dim: int, *, default_theta: float, interleaved: bool = False) -> Rope:

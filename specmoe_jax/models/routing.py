@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from specmoe_jax.layer_config import RouterConfig
+from specmoe_jax.config.layer_config import RouterConfig
 from specmoe_jax.types import Routing
 
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax import ops
-from specmoe_jax.layer_config import LayerConfig
-from specmoe_jax.model_config import ModelConfig
+from specmoe_jax.config.layer_config import LayerConfig
+from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models import layers
 from specmoe_jax.models.model import Model, random_model, reference_attention
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from specmoe_jax.errors import PlanError
+from specmoe_jax.support.errors import PlanError
 
 
 class Residency(NamedTuple):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from specmoe_jax.models.model import to_host
-from specmoe_jax.offload import dram
+from specmoe_jax.offload import host_cache as dram
 
 READERS = 2  # demanded reads in flight; one more thread reads ahead
 

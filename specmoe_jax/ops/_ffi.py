@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from specmoe_jax.errors import UserError
+from specmoe_jax.support.errors import UserError
 
 TARGETS = ("specmoe_chunked_attention", "specmoe_expert_ffn")
 

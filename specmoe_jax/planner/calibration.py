@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from specmoe_jax.config import Plan
-from specmoe_jax.model_config import ModelConfig
-from specmoe_jax.planner.case import choosing
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.planner.measured.case import choosing
 from specmoe_jax.planner.routing import choice_probabilities, distinct
 from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload, chance_deviation
 

@@ -8,14 +8,14 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
-from specmoe_jax.config import Plan
-from specmoe_jax.layer_config import AttentionConfig
-from specmoe_jax.model_config import ModelConfig
+from specmoe_jax.config.layer_config import AttentionConfig
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.plan import Plan
 from specmoe_jax.models.experts import block_bytes
-from specmoe_jax.models.families import family_of
+from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.spec import LayerWeights
+from specmoe_jax.offload.stream_schedule import ACCELERATOR, CPU, DOWN, UP, Task
 from specmoe_jax.planner.hardware import Hardware
-from specmoe_jax.planner.pipeline import ACCELERATOR, CPU, DOWN, UP, Task
 
 DISK = "disk"
 

@@ -2,17 +2,17 @@
 
 from typing import NamedTuple
 
-from specmoe_jax.config import Plan
-from specmoe_jax.layer_config import AttentionConfig, LayerConfig, Rope
-from specmoe_jax.model_config import ModelConfig
-from specmoe_jax.models import eagle_config
-from specmoe_jax.models.eagle_config import EagleConfig
+from specmoe_jax.config.layer_config import AttentionConfig, LayerConfig, Rope
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.models.eagle import config as eagle_config
+from specmoe_jax.models.eagle.config import EagleConfig
 from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
+from specmoe_jax.offload.stream_schedule import ACCELERATOR, CPU
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import Cost, Load
-from specmoe_jax.planner.memory import account
-from specmoe_jax.planner.memory_account import DraftMemory
-from specmoe_jax.planner.pipeline import ACCELERATOR, CPU
+from specmoe_jax.planner.memory.account import account
+from specmoe_jax.planner.memory.memory_account import DraftMemory
 
 
 class DraftCosts(NamedTuple):

@@ -4,16 +4,16 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from specmoe_jax.config import Plan
-from specmoe_jax.model_config import ModelConfig
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.kv_cache.positions import pages_of
+from specmoe_jax.offload.stream_schedule import ACCELERATOR, CPU
 from specmoe_jax.planner.costs import Load
 from specmoe_jax.planner.drafts import draft_costs, draft_memory
 from specmoe_jax.planner.hardware import Efficiency, Hardware
-from specmoe_jax.planner.memory import account, cache_positions
-from specmoe_jax.planner.memory_account import MemoryAccount, PagedLoad
+from specmoe_jax.planner.memory.account import account, cache_positions
+from specmoe_jax.planner.memory.memory_account import MemoryAccount, PagedLoad
 from specmoe_jax.planner.passes import Setting, Timing, prefill_seconds, time_pass
-from specmoe_jax.planner.pipeline import ACCELERATOR, CPU
-from specmoe_jax.planner.positions import pages_of
 from specmoe_jax.planner.simulate import Simulation
 from specmoe_jax.planner.workload import Workload
 

@@ -4,15 +4,16 @@ from typing import Any
 
 import numpy as np
 
-from specmoe_jax.config import Plan
-from specmoe_jax.errors import PlanError
-from specmoe_jax.model_config import ModelConfig
-from specmoe_jax.planner import fit, replay, routing
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.planner import replay, routing
 from specmoe_jax.planner.estimate import Prediction, predict
 from specmoe_jax.planner.hardware import Hardware
-from specmoe_jax.planner.memory import account
+from specmoe_jax.planner.memory import fit
+from specmoe_jax.planner.memory.account import account
 from specmoe_jax.planner.workload import Workload
-from specmoe_jax.units import GIB
+from specmoe_jax.support.errors import PlanError
+from specmoe_jax.support.units import GIB
 
 TRACE_PASSES = 64  # of a synthetic routing trace
 

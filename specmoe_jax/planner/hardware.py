@@ -9,8 +9,8 @@ import json
 import math
 from typing import NamedTuple
 
-from specmoe_jax.errors import PlanError
-from specmoe_jax.plan_fields import DTYPES
+from specmoe_jax.config.plan_fields import DTYPES
+from specmoe_jax.support.errors import PlanError
 
 # Kinds of operators that have efficiencies of their own.
 OPERATORS = (

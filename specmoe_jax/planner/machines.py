@@ -5,9 +5,9 @@ of the accelerator (dense peaks, without sparsity) beside a host that is ASSUMED
 cloud instances differ. Where no rate of the link was published, it is 0.8 of the one-way peak of its PCIe generation.
 """
 
-from specmoe_jax.errors import PlanError
 from specmoe_jax.planner.hardware import Efficiency, Hardware
-from specmoe_jax.units import GIB
+from specmoe_jax.support.errors import PlanError
+from specmoe_jax.support.units import GIB
 
 TERA, GIGA = 1e12, 1e9
 

@@ -8,17 +8,17 @@ import functools
 import itertools
 from typing import NamedTuple
 
-from specmoe_jax.config import Plan
-from specmoe_jax.model_config import ModelConfig
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.kv_cache.positions import PREFILL_TOKENS
 from specmoe_jax.models.spec import DTYPE_BYTES
+from specmoe_jax.offload.stream_schedule import RESOURCES, UP, Task, pass_tasks, spread
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import DISK, Cost, Load
 from specmoe_jax.planner.drafts import DraftCosts, attention_block
 from specmoe_jax.planner.hardware import Hardware
-from specmoe_jax.planner.memory import pinned_experts
-from specmoe_jax.planner.memory_account import MemoryAccount
-from specmoe_jax.planner.pipeline import RESOURCES, UP, Task, pass_tasks, spread
-from specmoe_jax.planner.positions import PREFILL_TOKENS
+from specmoe_jax.planner.memory.account import pinned_experts
+from specmoe_jax.planner.memory.memory_account import MemoryAccount
 from specmoe_jax.planner.simulate import Simulation, simulate
 
 STREAM_PIECES = 16  # at most, in which the simulator cuts a layer's experts: what waits on the link waits for one of them

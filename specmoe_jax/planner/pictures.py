@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from specmoe_jax.planner.pipeline import RESOURCES
+from specmoe_jax.offload.stream_schedule import RESOURCES
 from specmoe_jax.planner.roofline import Point
 from specmoe_jax.planner.simulate import Simulation
 

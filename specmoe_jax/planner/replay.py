@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from specmoe_jax.errors import PlanError
+from specmoe_jax.support.errors import PlanError
 
 
 def replay(trace: np.ndarray, capacity: int) -> dict[str, int]:

@@ -2,14 +2,14 @@
 
 from typing import NamedTuple
 
-from specmoe_jax.config import Plan
-from specmoe_jax.model_config import ModelConfig
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.plan import Plan
 from specmoe_jax.models.spec import DTYPE_BYTES
+from specmoe_jax.offload.stream_schedule import ACCELERATOR, CPU, UP
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import DISK, Cost, Load
 from specmoe_jax.planner.hardware import Hardware
-from specmoe_jax.planner.memory import pinned_experts
-from specmoe_jax.planner.pipeline import ACCELERATOR, CPU, UP
+from specmoe_jax.planner.memory.account import pinned_experts
 
 
 class Roof(NamedTuple):

@@ -11,7 +11,7 @@ import statistics
 
 import numpy as np
 
-from specmoe_jax.errors import PlanError
+from specmoe_jax.support.errors import PlanError
 
 ASSUMED_SKEW = 0.4  # where nothing was measured; the papers' models: NLLB-MoE 0.84, Mixtral 0.32, Scout 0.59
 ASSUMED_SHARE = 0.6  # of the highest possible skew at most: where a token takes most of the experts, counts can hardly differ

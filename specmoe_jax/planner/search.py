@@ -10,12 +10,12 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from specmoe_jax.config import Plan
-from specmoe_jax.errors import PlanError
-from specmoe_jax.model_config import ModelConfig
-from specmoe_jax.plan_fields import GATED_DRAFTS
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.plan_fields import GATED_DRAFTS
+from specmoe_jax.config.presets import preset
 from specmoe_jax.planner.estimate import Prediction
-from specmoe_jax.presets import preset
+from specmoe_jax.support.errors import PlanError
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10)
 TREE_DEPTHS, TREE_TOP_K, TREE_NODES = (2, 3, 4, 6), 4, 2  # of drafted trees: depths, branches of a node, nodes kept a level

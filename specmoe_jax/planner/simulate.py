@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Callable
 from typing import NamedTuple
 
-from specmoe_jax.planner.pipeline import ACCELERATOR, CPU, DOWN, RESOURCES, UP, Task
+from specmoe_jax.offload.stream_schedule import ACCELERATOR, CPU, DOWN, RESOURCES, UP, Task
 
 PASSES = 4  # the buffers reach back two layers and into the pass before, so the third and fourth are alike
 DRAFT = "draft"

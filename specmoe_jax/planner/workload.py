@@ -5,11 +5,11 @@ import itertools
 import math
 import statistics
 
-from specmoe_jax.config import Plan
-from specmoe_jax.errors import PlanError
-from specmoe_jax.model_config import ModelConfig
-from specmoe_jax.models.eagle_config import EagleConfig
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.models.eagle.config import EagleConfig
 from specmoe_jax.planner.routing import assumed_skew
+from specmoe_jax.support.errors import PlanError
 
 # Accepted drafted tokens by draft length k, EAGLE on Mixtral-8x7B (SpecMoEOff; k counts the nodes of a small tree there).
 EAGLE_MIXTRAL = (

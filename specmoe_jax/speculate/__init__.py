@@ -1,7 +1,7 @@
 """Drafts behind one protocol, affinity and hotness of experts, and lossless acceptance."""
 
 from specmoe_jax.speculate.acceptance import accept
-from specmoe_jax.speculate.draft import Draft, DraftView
-from specmoe_jax.speculate.self_draft import SelfDraft
+from specmoe_jax.speculate.drafts.protocol import Draft, DraftView
+from specmoe_jax.speculate.drafts.self_draft import SelfDraft
 
 __all__ = ["Draft", "DraftView", "SelfDraft", "accept"]

@@ -8,7 +8,7 @@ the softmax it was picked from, which would favour it.
 import jax
 import jax.numpy as jnp
 
-from specmoe_jax.sampling_params import SamplingParams
+from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.speculate.sampling import choose_coupled, sample, sampling_rows, transform_logits
 from specmoe_jax.types import AcceptResult, SamplingRows
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specmoe_jax.sampling_params import SamplingParams
+from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.types import SamplingRows
 
 

@@ -11,9 +11,11 @@ import numpy as np
 import optax
 import safetensors.numpy
 
-from specmoe_jax.models import eagle, eagle_config, layers
-from specmoe_jax.models.eagle import EagleHead
-from specmoe_jax.models.eagle_config import EagleWeights
+from specmoe_jax.models import layers
+from specmoe_jax.models.eagle import config as eagle_config
+from specmoe_jax.models.eagle import network as eagle
+from specmoe_jax.models.eagle.config import EagleWeights
+from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model, reference_attention
 from specmoe_jax.models.spec import map_specs, random_tensor, spec_leaves
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specmoe_jax.model_config import ModelConfig
+from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.training import data, loop, model, self_draft
 
 BATCH_ROWS = 16

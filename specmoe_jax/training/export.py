@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from specmoe_jax.model_config import ModelConfig
-from specmoe_jax.models import mixtral
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.models.families import mixtral
 from specmoe_jax.training import model
 
 # </s> ends every training document and so also stands before the next one: it serves as both.

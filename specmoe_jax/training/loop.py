@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from specmoe_jax.model_config import ModelConfig
+from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.training import model, self_draft
 
 

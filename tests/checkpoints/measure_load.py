@@ -21,9 +21,9 @@ import ml_dtypes
 import numpy as np
 from small_checkpoint_files import RAW_CONFIG
 
-from specmoe_jax.checkpoints.convert import convert
-from specmoe_jax.checkpoints.write import Output, write_safetensors
-from specmoe_jax.models.families import family_of, parse_config
+from specmoe_jax.checkpoints.conversion.convert import convert
+from specmoe_jax.checkpoints.conversion.write import Output, write_safetensors
+from specmoe_jax.models.families.registry import family_of, parse_config
 from specmoe_jax.models.spec import spec_leaves
 
 SIZES = {

@@ -6,8 +6,8 @@ import safetensors.numpy
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from specmoe_jax.model_config import ModelConfig
-from specmoe_jax.models.families import family_of, parse_config
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.models.families.registry import family_of, parse_config
 from specmoe_jax.models.spec import random_tensor, spec_leaves
 
 SEED = 3

@@ -14,7 +14,7 @@ from broken_corpus import KINDS
 
 from specmoe_jax.checkpoints import load_model
 from specmoe_jax.checkpoints.header import PREFIX_BYTES, header_length, parse_header
-from specmoe_jax.errors import CheckpointError
+from specmoe_jax.support.errors import CheckpointError
 
 SEED = 20
 MAX_SECONDS, MAX_BYTES = 5.0, 64 << 20

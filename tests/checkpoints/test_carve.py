@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from small_dense_files import RAW, TEXTS, dense_tensors, write_dense, write_gguf
 
 import specmoe_jax as sm
-from specmoe_jax.checkpoints.carve import ROUTER_SCALE, Sizes, balanced_clusters, carve, ridge_router
-from specmoe_jax.checkpoints.carve_checkpoint import carve_checkpoint, perplexity, token_losses
-from specmoe_jax.checkpoints.dense import open_dense
+from specmoe_jax.checkpoints.carving.carve import ROUTER_SCALE, Sizes, balanced_clusters, carve, ridge_router
+from specmoe_jax.checkpoints.carving.carve_checkpoint import carve_checkpoint, perplexity, token_losses
+from specmoe_jax.checkpoints.carving.dense import open_dense
 from specmoe_jax.checkpoints.tokenizer import load_tokenizer
-from specmoe_jax.errors import UserError
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import LayerWeights, MlpWeights, Weights
+from specmoe_jax.support.errors import UserError
 
 ALL, SOME = Sizes(shared=8, experts=4, top_k=4), Sizes(shared=8, experts=4, top_k=2)
 TOKENS = np.random.default_rng(5).integers(3, 320, (3, 40)).astype(np.int32)

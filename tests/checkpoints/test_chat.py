@@ -7,7 +7,7 @@ from small_checkpoint_files import train_tokenizer
 
 from specmoe_jax.checkpoints.chat import encode_chat, render_chat, sampling_defaults
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
-from specmoe_jax.errors import CheckpointError, RequestError
+from specmoe_jax.support.errors import CheckpointError, RequestError
 
 TEMPLATE = """{{ bos_token }}{% for m in messages %}
 {% if m.role not in ['user', 'assistant'] %}{{ raise_exception('only user and assistant') }}{% endif %}

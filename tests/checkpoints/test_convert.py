@@ -14,12 +14,12 @@ import safetensors.numpy
 from small_checkpoint_files import RAW_CONFIG, checkpoint_tensors, write_checkpoint
 
 from specmoe_jax.checkpoints import checkpoint_hash, load_model
-from specmoe_jax.checkpoints import convert as conversion
-from specmoe_jax.checkpoints.convert import convert
+from specmoe_jax.checkpoints.conversion import convert as conversion
+from specmoe_jax.checkpoints.conversion.convert import convert
 from specmoe_jax.checkpoints.files import read_header
 from specmoe_jax.checkpoints.inventory import BLOCK_PREFIX, PADDING_PREFIX
-from specmoe_jax.errors import CheckpointError, RequestError
-from specmoe_jax.models.families import parse_config
+from specmoe_jax.models.families.registry import parse_config
+from specmoe_jax.support.errors import CheckpointError, RequestError
 
 CONFIG = parse_config(RAW_CONFIG)
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "convert_checkpoint.py"

@@ -10,7 +10,7 @@ import safetensors.numpy
 
 import specmoe_jax as sm
 from specmoe_jax.checkpoints.eagle import BUNDLED_HEADS
-from specmoe_jax.models import eagle_config
+from specmoe_jax.models.eagle import config as eagle_config
 from specmoe_jax.models.spec import spec_leaves
 from specmoe_jax.testing import EAGLE3_JSON, EAGLE_JSON, TINY, eagle_head, tiny
 

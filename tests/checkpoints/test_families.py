@@ -9,12 +9,12 @@ import pytest
 import safetensors.numpy
 
 from specmoe_jax.checkpoints import load_model
-from specmoe_jax.checkpoints.convert import convert
+from specmoe_jax.checkpoints.conversion.convert import convert
 from specmoe_jax.checkpoints.mxfp4 import decode
-from specmoe_jax.errors import CheckpointError
-from specmoe_jax.models.families import family_of, parse_config
+from specmoe_jax.models.families.registry import family_of, parse_config
 from specmoe_jax.models.spec import random_tensor, spec_leaves
-from specmoe_jax.testing_families import ENCODER_DECODERS, RAW_CONFIGS, tiny_family
+from specmoe_jax.support.errors import CheckpointError
+from specmoe_jax.testing.families import ENCODER_DECODERS, RAW_CONFIGS, tiny_family
 
 ALL = RAW_CONFIGS | ENCODER_DECODERS
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)

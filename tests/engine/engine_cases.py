@@ -3,7 +3,7 @@
 import numpy as np
 
 import specmoe_jax as sm
-from specmoe_jax.speculate.tree import make_tree
+from specmoe_jax.speculate.trees import make_tree
 from specmoe_jax.testing import TINY
 from specmoe_jax.types import Proposal
 

@@ -35,7 +35,7 @@ def command(folder: pathlib.Path, output: str, batch_size: int) -> list[str]:
 
 def counted(count_file: str, arguments: list[str]) -> None:
     """generate.py in this process; each step's committed tokens go to a file at once, so that a kill loses none."""
-    from specmoe_jax.engine.generate import Engine
+    from specmoe_jax.engine.engine import Engine
 
     step, file = Engine.step, os.open(count_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 

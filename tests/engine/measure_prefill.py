@@ -9,7 +9,7 @@ import numpy as np
 
 import specmoe_jax as sm
 from specmoe_jax.benchmarks.specmoeoff import mixtral_shaped
-from specmoe_jax.plan_fields import PREFILL_ATTENTIONS
+from specmoe_jax.config.plan_fields import PREFILL_ATTENTIONS
 
 PARAMS = sm.SamplingParams(max_new_tokens=2, ignore_eos=True)
 

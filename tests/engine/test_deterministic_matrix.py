@@ -4,10 +4,10 @@ import pytest
 
 import specmoe_jax as sm
 from specmoe_jax.checkpoints.loader import checkpoint_path
-from specmoe_jax.engine import jobs
-from specmoe_jax.engine.job_watch import JobWatch
-from specmoe_jax.engine.journal import Journal
-from specmoe_jax.engine.prompts import Prompt
+from specmoe_jax.jobs import job as jobs
+from specmoe_jax.jobs.journal import Journal
+from specmoe_jax.jobs.prompts import Prompt
+from specmoe_jax.jobs.watch import JobWatch
 from specmoe_jax.testing import TINY
 
 PROMPTS = {

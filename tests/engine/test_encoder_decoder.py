@@ -4,9 +4,9 @@ import pytest
 from engine_cases import tokens_of
 
 from specmoe_jax import PRESETS, Engine, SamplingParams
-from specmoe_jax.errors import PlanError, RequestError
-from specmoe_jax.planner.memory import account, cache_positions
-from specmoe_jax.testing_families import tiny_family
+from specmoe_jax.planner.memory.account import account, cache_positions
+from specmoe_jax.support.errors import PlanError, RequestError
+from specmoe_jax.testing.families import tiny_family
 
 PROMPTS = [[5, 99, 3, 17, 64, 8, 2, 120, 44, 9, 31], [77, 6, 30], [4]]
 PARAMS = SamplingParams(max_new_tokens=7, ignore_eos=True)

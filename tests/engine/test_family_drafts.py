@@ -4,7 +4,7 @@ import pytest
 from engine_cases import tokens_of
 
 from specmoe_jax import PRESETS, Engine, SamplingParams
-from specmoe_jax.testing_families import RAW_CONFIGS, tiny_family
+from specmoe_jax.testing.families import RAW_CONFIGS, tiny_family
 
 PROMPTS = [[3, 8, 4, 8, 5, 9, 2, 6], [2, 7]]
 PARAMS = SamplingParams(max_new_tokens=6, ignore_eos=True)

@@ -11,8 +11,8 @@ import jax
 from engine_cases import SAMPLED, plan, run
 
 from specmoe_jax.engine import runtime
-from specmoe_jax.models.eagle import position_bytes
-from specmoe_jax.planner.positions import KV_PAGE
+from specmoe_jax.kv_cache.positions import KV_PAGE
+from specmoe_jax.models.eagle.network import position_bytes
 from specmoe_jax.testing import eagle_head, tiny
 
 PAGE = KV_PAGE * position_bytes(eagle_head(tiny()))

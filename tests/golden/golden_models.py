@@ -4,8 +4,8 @@ import pathlib
 
 import numpy as np
 
-from specmoe_jax.model_config import ModelConfig
-from specmoe_jax.models.families import parse_config
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.models.families.registry import parse_config
 
 FOLDER = pathlib.Path(__file__).parent
 SEED = 11  # of random_model

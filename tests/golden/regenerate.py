@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from specmoe_jax.checkpoints import checkpoint_hash, checkpoint_path, load_model
-from specmoe_jax.models.families import family_of
+from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.spec import random_tensor, spec_leaves
 
 

@@ -11,7 +11,7 @@ import pytest
 from specmoe_jax.checkpoints import checkpoint_hash, checkpoint_path, load_model
 from specmoe_jax.checkpoints.loader import BUNDLED
 from specmoe_jax.models import layers
-from specmoe_jax.models.families import parse_config
+from specmoe_jax.models.families.registry import parse_config
 from specmoe_jax.models.model import random_model, reference_attention
 from specmoe_jax.ops.experts_ref import block_ffn
 

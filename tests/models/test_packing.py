@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specmoe_jax.layer_config import ExpertConfig
+from specmoe_jax.config.layer_config import ExpertConfig
 from specmoe_jax.models.packing import GROUP, LARGEST, pack, packed_bytes, unpack
 
 CONFIGS = st.builds(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specmoe_jax.layer_config import AttentionConfig
+from specmoe_jax.config.layer_config import AttentionConfig
 from specmoe_jax.models.attention import allowed, append_paged, attend_paged, scores_and_values
 from specmoe_jax.models.prefill_attention import attend_chunk
 from specmoe_jax.ops import empty_cache

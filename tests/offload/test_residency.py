@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specmoe_jax.errors import PlanError
 from specmoe_jax.offload.residency import Residency, empty, plan_layer, plan_prefetch
+from specmoe_jax.support.errors import PlanError
 
 EXAMPLES = settings(max_examples=150, deadline=None)
 

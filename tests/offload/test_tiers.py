@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specmoe_jax.config.plan_fields import DRAM_POLICIES
 from specmoe_jax.offload.tiers import DiskTier, HostTier
-from specmoe_jax.plan_fields import DRAM_POLICIES
 
 L, E = 3, 4
 

@@ -5,8 +5,8 @@ import pytest
 from small_dense_files import TEXTS, write_dense
 
 import specmoe_jax as sm
-from specmoe_jax.checkpoints.carve import Sizes
-from specmoe_jax.checkpoints.carve_checkpoint import carve_checkpoint
+from specmoe_jax.checkpoints.carving.carve import Sizes
+from specmoe_jax.checkpoints.carving.carve_checkpoint import carve_checkpoint
 
 REASON = "the reference implementation is not installed: pip install '.[parity]'"
 torch = pytest.importorskip("torch", reason=REASON)

@@ -6,7 +6,7 @@ import safetensors.numpy
 
 from specmoe_jax.checkpoints import load_model
 from specmoe_jax.checkpoints.mxfp4 import decode
-from specmoe_jax.testing_families import RAW_CONFIGS
+from specmoe_jax.testing.families import RAW_CONFIGS
 
 REASON = "the reference implementation is not installed: pip install '.[parity]'"
 torch = pytest.importorskip("torch", reason=REASON)

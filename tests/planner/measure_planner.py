@@ -18,13 +18,13 @@ from planner_errors import Rounds, errors, unseen_plans
 
 import specmoe_jax
 import specmoe_jax as sm
-from specmoe_jax.cache_files import cache_folder
+from specmoe_jax.autotune.calibrate import calibrate
+from specmoe_jax.autotune.choose import Job, know
+from specmoe_jax.autotune.probe import probe
+from specmoe_jax.autotune.profile import profile
 from specmoe_jax.checkpoints.eagle import bundled_head, load_head
-from specmoe_jax.engine.calibrate import calibrate
-from specmoe_jax.engine.planning import Job, know
-from specmoe_jax.engine.profiling import profile
-from specmoe_jax.planner.operators import as_table
-from specmoe_jax.planner.probe import probe
+from specmoe_jax.planner.measured.operators import as_table
+from specmoe_jax.support.cache_files import cache_folder
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import statistics
 import time
 
 import specmoe_jax as sm
-from specmoe_jax.planner.pipeline import pass_tasks
+from specmoe_jax.offload.stream_schedule import pass_tasks
 from specmoe_jax.planner.simulate import simulate
 
 ROWS, WARM = 16, 4  # requests; steps that are left out, the first of which fill the cache

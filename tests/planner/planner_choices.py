@@ -9,10 +9,10 @@ from typing import NamedTuple
 from planner_heads import head_of
 
 import specmoe_jax as sm
-from specmoe_jax.config import Plan
-from specmoe_jax.engine.planning import Knowledge, choose, describe, evaluate, job_of
+from specmoe_jax.autotune.choose import Knowledge, choose, describe, evaluate, job_of
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.presets import PRESETS, preset
 from specmoe_jax.planner.search import tree
-from specmoe_jax.presets import PRESETS, preset
 
 
 class Setting(NamedTuple):

@@ -9,11 +9,11 @@ import time
 from planner_heads import head_of
 
 import specmoe_jax as sm
-from specmoe_jax.config import Plan
-from specmoe_jax.engine.planning import Knowledge, describe, evaluate
+from specmoe_jax.autotune.choose import Knowledge, describe, evaluate
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.presets import preset
 from specmoe_jax.engine.state import StepInfo
 from specmoe_jax.planner.search import tree
-from specmoe_jax.presets import preset
 
 ROUNDS = 3  # of every plan, in turn with those of the profile, because the machine's speed changes; the least disturbed counts
 STEPS, SETTLE, BUDGET_S = 24, 3, 1.5  # of a plan in a round; the first ones fill draft sets and are not counted

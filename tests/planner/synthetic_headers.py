@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 
-from specmoe_jax.models.families import family_of, parse_config
+from specmoe_jax.models.families.registry import family_of, parse_config
 from specmoe_jax.models.spec import spec_leaves
 
 _COMMON = {"hidden_act": "silu", "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "eos_token_id": 2}

@@ -8,18 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import specmoe_jax as sm
-from specmoe_jax.errors import PlanError
-from specmoe_jax.models.families import family_of, parse_config
+from specmoe_jax.models.families.registry import family_of, parse_config
 from specmoe_jax.models.spec import spec_leaves
+from specmoe_jax.offload.stream_schedule import ACCELERATOR, CPU, UP
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import Cost, Load, seconds
 from specmoe_jax.planner.drafts import draft_costs, model_memory, usual_head
 from specmoe_jax.planner.hardware import Efficiency
 from specmoe_jax.planner.machines import machine
-from specmoe_jax.planner.memory import account
-from specmoe_jax.planner.pipeline import ACCELERATOR, CPU, UP
+from specmoe_jax.planner.memory.account import account
 from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload
-from specmoe_jax.testing_families import ENCODER_DECODERS, RAW_CONFIGS
+from specmoe_jax.support.errors import PlanError
+from specmoe_jax.testing.families import ENCODER_DECODERS, RAW_CONFIGS
 from tests.planner.planner_cases import MIXTRAL
 
 IDEAL = machine("a30").replace(efficiencies=(), task_s=0.0, sync_s=0.0, copy_s=0.0, step_s=0.0)

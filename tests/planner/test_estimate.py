@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 import specmoe_jax as sm
-from specmoe_jax.config import Plan
-from specmoe_jax.errors import PlanError
-from specmoe_jax.models.families import parse_config
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.presets import PRESETS
+from specmoe_jax.models.families.registry import parse_config
 from specmoe_jax.planner.estimate import needed, predict
 from specmoe_jax.planner.machines import machine
 from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload
-from specmoe_jax.presets import PRESETS
-from specmoe_jax.testing_families import ENCODER_DECODERS, RAW_CONFIGS
+from specmoe_jax.support.errors import PlanError
+from specmoe_jax.testing.families import ENCODER_DECODERS, RAW_CONFIGS
 from tests.planner.planner_cases import MIXTRAL
 
 A30, LARGE = machine("a30"), machine("h200").replace(accelerator_memory_bytes=1e12)

@@ -4,16 +4,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specmoe_jax.errors import BudgetError, PlanError
+from specmoe_jax.config.presets import PRESETS
+from specmoe_jax.kv_cache.positions import pages_of
 from specmoe_jax.planner.explain import problem
-from specmoe_jax.planner.fit import accounted, largest_batch, nearest, refusal, what_fits
 from specmoe_jax.planner.machines import machine
-from specmoe_jax.planner.memory import account, cache_positions
-from specmoe_jax.planner.memory_account import DraftMemory, PagedLoad
-from specmoe_jax.planner.positions import pages_of
+from specmoe_jax.planner.memory.account import account, cache_positions
+from specmoe_jax.planner.memory.fit import accounted, largest_batch, nearest, refusal, what_fits
+from specmoe_jax.planner.memory.memory_account import DraftMemory, PagedLoad
 from specmoe_jax.planner.workload import Workload
-from specmoe_jax.presets import PRESETS
-from specmoe_jax.units import GIB
+from specmoe_jax.support.errors import BudgetError, PlanError
+from specmoe_jax.support.units import GIB
 from tests.planner.planner_cases import MIXTRAL
 
 WORK = Workload(prompt_tokens=300, new_tokens=100)

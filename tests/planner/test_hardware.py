@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from specmoe_jax.errors import PlanError
 from specmoe_jax.planner.hardware import Efficiency, Hardware
 from specmoe_jax.planner.machines import KNOWN, machine
+from specmoe_jax.support.errors import PlanError
 
 A30 = machine("a30")
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import specmoe_jax as sm
-from specmoe_jax.planner.memory import account, cache_positions
+from specmoe_jax.planner.memory.account import account, cache_positions
+from specmoe_jax.support.units import GIB
 from specmoe_jax.testing import TINY
-from specmoe_jax.units import GIB
 from tests.planner.planner_cases import MIXTRAL
 
 ROWS, POSITIONS = 8, 128

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specmoe_jax.planner.operators import WORK, LinearCost, Operators, Sample, as_table, draft_work, fit
+from specmoe_jax.planner.measured.operators import WORK, LinearCost, Operators, Sample, as_table, draft_work, fit
 
 PASSES = [(rows, new, length) for rows in (1, 4, 16, 64) for new in (1, 5) for length in (48, 448)]
 seconds = st.floats(1e-8, 1e-3)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from specmoe_jax.errors import PlanError
 from specmoe_jax.planner.replay import POLICIES, replay, synthetic_trace
 from specmoe_jax.planner.routing import choice_probabilities, distinct
+from specmoe_jax.support.errors import PlanError
 
 SMALL = st.tuples(st.integers(1, 4), st.integers(1, 2), st.integers(1, 3)).flatmap(
     lambda shape: arrays.arrays(np.int64, shape, elements=st.integers(0, 2))

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specmoe_jax.offload.stream_schedule import KINDS, pass_tasks, spread
 from specmoe_jax.planner import simulate as module
-from specmoe_jax.planner.pipeline import KINDS, pass_tasks, spread
 from specmoe_jax.planner.simulate import naive_seconds, simulate
 
 DURATIONS = st.fixed_dictionaries({kind: st.integers(0, 20).map(float) for kind in KINDS})

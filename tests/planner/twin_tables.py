@@ -7,7 +7,7 @@ import specmoe_jax as sm
 from specmoe_jax.planner.estimate import predict
 from specmoe_jax.planner.machines import machine
 from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload
-from specmoe_jax.units import GIB
+from specmoe_jax.support.units import GIB
 from tests.planner.planner_cases import MIXTRAL
 
 BESIDE_BYTES, TOKEN_BYTES = 90 * GIB, 128 * 1024  # what reproduces both batches of the paper at 566 + 1024 tokens

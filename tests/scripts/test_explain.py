@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
-from specmoe_jax.engine import requests
-from specmoe_jax.engine.requests import check_job
+from specmoe_jax.config.presets import PRESETS
+from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.engine.requests import prepare as requests
+from specmoe_jax.engine.requests.prepare import check_job
 from specmoe_jax.planner.machines import machine
-from specmoe_jax.presets import PRESETS
-from specmoe_jax.sampling_params import SamplingParams
-from specmoe_jax.units import GIB
+from specmoe_jax.support.units import GIB
 from tests.planner.synthetic_headers import CONFIGS, write_headers
 
 PROMPT, NEW = 512, 128

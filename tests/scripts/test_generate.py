@@ -6,7 +6,7 @@ import re
 import pytest
 
 import specmoe_jax as sm
-from specmoe_jax.engine.finish import safe_length
+from specmoe_jax.engine.requests.finish import safe_length
 from specmoe_jax.testing import TINY
 from tests.scripts.generate_cases import PROMPTS, prompt_flags, records
 

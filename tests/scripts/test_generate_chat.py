@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import specmoe_jax as sm
-from specmoe_jax.engine.job_watch import JobWatch
+from specmoe_jax.jobs.watch import JobWatch
 from specmoe_jax.testing import EOS_ID, TINY
 
 TEMPLATE = (

@@ -18,7 +18,7 @@ def test_metrics_file_and_request_times(generate, checkpoint, tmp_path, monkeypa
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", spy)
-    monkeypatch.setattr("specmoe_jax.engine.job_watch.METRICS_EVERY_S", 0.0)
+    monkeypatch.setattr("specmoe_jax.jobs.watch.METRICS_EVERY_S", 0.0)
     ran = generate(f"--model={checkpoint}", *JOB, "--output=o.jsonl", "--metrics_file=m.prom", "--stats=s.json")
     assert ran.code == 0, ran.err
     stats = json.loads((tmp_path / "s.json").read_text())

@@ -10,11 +10,11 @@ import weakref
 import pytest
 
 from specmoe_jax.checkpoints import loader, tensors
-from specmoe_jax.engine import generate as engine_generate
-from specmoe_jax.engine import jobs
-from specmoe_jax.errors import PinnedMemoryError
+from specmoe_jax.engine import engine as engine_generate
+from specmoe_jax.jobs import job as jobs
 from specmoe_jax.models.model import to_host
-from specmoe_jax.speculate import affinity_cache
+from specmoe_jax.speculate.hot_experts import affinity_cache
+from specmoe_jax.support.errors import PinnedMemoryError
 
 TEXTS = [f"{'Call me Ishmael. '[: 3 + i % 12]}{i}" for i in range(10)]
 JOB = (

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from specmoe_jax.speculate.affinity import expert_distances, load_table, neighbours, save_table, substitutes
+from specmoe_jax.speculate.hot_experts.affinity import expert_distances, load_table, neighbours, save_table, substitutes
 
 E = 6
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import specmoe_jax as sm
-from specmoe_jax.speculate import affinity_cache
-from specmoe_jax.speculate.affinity_cache import affinity_table
+from specmoe_jax.speculate.hot_experts import affinity_cache
+from specmoe_jax.speculate.hot_experts.affinity_cache import affinity_table
 from specmoe_jax.testing import tiny
 
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specmoe_jax.speculate.draft_split import no_split, plan_draft_split
+from specmoe_jax.speculate.drafts.draft_split import no_split, plan_draft_split
 
 MOST_MOVES = 3
 

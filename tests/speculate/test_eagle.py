@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specmoe_jax.models import eagle
-from specmoe_jax.speculate.draft import FeatureDraft
-from specmoe_jax.speculate.eagle import EagleDraft
-from specmoe_jax.speculate.ngram import NgramDraft
-from specmoe_jax.speculate.self_draft import SelfDraft
+from specmoe_jax.models.eagle import network as eagle
+from specmoe_jax.speculate.drafts.eagle import EagleDraft
+from specmoe_jax.speculate.drafts.ngram import NgramDraft
+from specmoe_jax.speculate.drafts.protocol import FeatureDraft
+from specmoe_jax.speculate.drafts.self_draft import SelfDraft
 from specmoe_jax.testing import TINY, eagle_head, tiny
 
 B, S, T = 4, 24, 3

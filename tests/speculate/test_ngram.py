@@ -2,7 +2,7 @@
 
 import pytest
 
-from specmoe_jax.speculate.ngram import lookup
+from specmoe_jax.speculate.drafts.ngram import lookup
 
 
 @pytest.mark.parametrize(

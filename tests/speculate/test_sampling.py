@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from specmoe_jax.sampling_params import SamplingParams
+from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.speculate.sampling import Stream, row_keys, sample, sampling_rows, transform_logits
 
 V = 9

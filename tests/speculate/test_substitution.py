@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import specmoe_jax as sm
 from specmoe_jax.models import layers
 from specmoe_jax.models.routing import route
-from specmoe_jax.speculate.substitution import MaskedSlots, choose_distinct, draft_slots, random_neighbours
+from specmoe_jax.speculate.hot_experts.substitution import MaskedSlots, choose_distinct, draft_slots, random_neighbours
 from specmoe_jax.testing import TINY, tiny
 
 L, E = 2, 6

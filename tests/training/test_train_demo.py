@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
-from specmoe_jax.model_config import ModelConfig
+from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.training import data, evaluate, export, model, self_draft
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -13,10 +13,10 @@ import pytest
 import safetensors.numpy
 
 import specmoe_jax as sm
-from specmoe_jax.models import eagle as network
 from specmoe_jax.models import layers
+from specmoe_jax.models.eagle import network
 from specmoe_jax.models.model import _reference_layer
-from specmoe_jax.speculate.eagle import EagleDraft
+from specmoe_jax.speculate.drafts.eagle import EagleDraft
 from specmoe_jax.testing import TINY, eagle_head, tiny, write_tiny
 from specmoe_jax.training import eagle
 from specmoe_jax.training.features import FeatureTap

@@ -16,11 +16,11 @@ from specmoe_jax.benchmarks import specmoeoff
 from specmoe_jax.benchmarks.gpu import ffn, overlap, peers, presets, settle, shapes, timing
 from specmoe_jax.checkpoints import load_head, load_model
 from specmoe_jax.checkpoints.memory import available_bytes
-from specmoe_jax.engine.prompts import read_prompts
+from specmoe_jax.config.presets import PRESETS
+from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.jobs.prompts import read_prompts
 from specmoe_jax.models.model import PINNED_LIMIT, Model
 from specmoe_jax.models.synthetic import NLLB_SHAPED, synthetic_model, synthetic_prompts
-from specmoe_jax.presets import PRESETS
-from specmoe_jax.sampling_params import SamplingParams
 
 SYSTEMS = ("on_demand", "caching", "specmoe", "streaming", "specmoeoff")
 FLAGS = (

@@ -15,12 +15,12 @@ import numpy as np
 
 from specmoe_jax.benchmarks.gpu import presets, shapes
 from specmoe_jax.benchmarks.specmoeoff import MIXTRAL_SHAPED
-from specmoe_jax.checkpoints.write import Output, write_index, write_safetensors
-from specmoe_jax.models import mixtral
-from specmoe_jax.models.families import family_of
+from specmoe_jax.checkpoints.conversion.write import Output, write_index, write_safetensors
+from specmoe_jax.models.families import mixtral
+from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import spec_leaves
-from specmoe_jax.units import GIB
+from specmoe_jax.support.units import GIB
 
 FULL = {"config": shapes.mixtral_8x7b(8), "budget": 8 * GIB, "load": presets.Load((16, 1), 512, 32, 40), "quick": False}
 SMALL = {"config": MIXTRAL_SHAPED, "budget": GIB, "load": presets.Load((2, 1), 8, 4, 5), "quick": True}

@@ -9,25 +9,26 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from specmoe_jax import metrics, tracing
+from specmoe_jax.autotune.choose import Knowledge, as_line, choose
+from specmoe_jax.autotune.probe import probe
 from specmoe_jax.benchmarks.gpu import settle
 from specmoe_jax.benchmarks.specmoeoff import acceptance_of, random_head_of
-from specmoe_jax.config import Plan
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.presets import preset
+from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine import Engine
-from specmoe_jax.engine.floor import predicted_figures
-from specmoe_jax.engine.planning import Knowledge, as_line, choose
-from specmoe_jax.errors import UserError
-from specmoe_jax.meters import CompileCounter, Stopwatch
-from specmoe_jax.models.eagle import EagleHead
+from specmoe_jax.engine import figures as metrics
+from specmoe_jax.engine.roofline import predicted_figures
+from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.synthetic import NLLB_SKEW
 from specmoe_jax.planner.calibration import ASSUMED, Acceptance
 from specmoe_jax.planner.estimate import Prediction, predict
-from specmoe_jax.planner.probe import probe
 from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload
-from specmoe_jax.presets import preset
-from specmoe_jax.sampling_params import SamplingParams
-from specmoe_jax.units import GIB
+from specmoe_jax.support import tracing
+from specmoe_jax.support.errors import UserError
+from specmoe_jax.support.timing import CompileCounter, Stopwatch
+from specmoe_jax.support.units import GIB
 
 BUDGET_BYTES = 24 * GIB
 SELF_DRAFT_ACCEPTANCE = 0.913  # SpecMoE's, of NLLB-MoE

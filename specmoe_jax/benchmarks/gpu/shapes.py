@@ -5,8 +5,8 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from specmoe_jax.model_config import ModelConfig
-from specmoe_jax.models.families import family_of
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.model import Model, to_host
 from specmoe_jax.models.spec import map_specs
 

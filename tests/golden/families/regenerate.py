@@ -17,9 +17,9 @@ import safetensors.numpy
 import torch
 import transformers
 
-from specmoe_jax.models.families import family_of, parse_config
+from specmoe_jax.models.families.registry import family_of, parse_config
 from specmoe_jax.models.spec import random_tensor, spec_leaves
-from specmoe_jax.testing_families import ENCODER_DECODERS, RAW_CONFIGS
+from specmoe_jax.testing.families import ENCODER_DECODERS, RAW_CONFIGS
 
 FOLDER = pathlib.Path(__file__).parent
 SHAPES = ((1, 9), (2, 17))  # [B, T], the second longer than every window and chunk

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from specmoe_jax.testing_families import ENCODER_DECODERS, RAW_CONFIGS, tiny_family
+from specmoe_jax.testing.families import ENCODER_DECODERS, RAW_CONFIGS, tiny_family
 
 TOLERANCE = 1e-4
 

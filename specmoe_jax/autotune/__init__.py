@@ -1,0 +1,1 @@
+"""Measures machine, operators and acceptance, and chooses a plan. Above the engine."""

@@ -1,0 +1,169 @@
+"""Chooses a plan for a model on a machine: what was measured of both goes into the planner's search."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from specmoe_jax.autotune.calibrate import cached_calibration
+from specmoe_jax.autotune.probe import probe
+from specmoe_jax.autotune.profile import cached_profile
+from specmoe_jax.checkpoints.tokenizer import Tokenizer
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.models.model import Model
+from specmoe_jax.planner.calibration import ASSUMED, Calibration
+from specmoe_jax.planner.estimate import Prediction, predict
+from specmoe_jax.planner.hardware import Hardware
+from specmoe_jax.planner.measured.operators import Operators
+from specmoe_jax.planner.measured.predict import refine
+from specmoe_jax.planner.search import Found, search
+from specmoe_jax.planner.workload import Workload
+from specmoe_jax.support.errors import PlanError
+
+SAFE_SHARE = 0.95  # of an accelerator's memory; the compiler's scratch is not in the account
+REQUESTS = 64  # where nobody says how many there will be
+DRAFT_FIELDS = ("draft_length", "draft_experts", "draft_set", "substitution", "guard", "synthetic_acceptance")
+
+
+class Knowledge(NamedTuple):
+    """What plans are predicted from. operators: of this machine, None to go by the hardware's rates."""
+
+    hardware: Hardware
+    workload: Workload
+    calibration: Calibration = ASSUMED
+    operators: Operators | None = None
+
+
+class Job(NamedTuple):
+    """Of the prompts of a job: mean tokens, and new tokens that they ask for at most."""
+
+    prompt_tokens: int
+    new_tokens: int
+
+
+def job_of(tokenizer: Tokenizer | None, prompts: Sequence, limits: Sequence[int]) -> Job:
+    """prompts: texts or token ids, a sample; limits: new tokens of each."""
+    lengths = [len(tokenizer.encode(p)) if isinstance(p, str) and tokenizer else len(p) for p in prompts]
+    lengths, limits = [n for n in lengths if n] or [1], list(limits) or [1]
+    return Job(prompt_tokens=round(sum(lengths) / len(lengths)), new_tokens=round(sum(limits) / len(limits)))
+
+
+def know(config: ModelConfig, dtype: str, path: pathlib.Path | None, job: Job, *, progress: str | bool = False) -> Knowledge:
+    """What was measured of this machine (the hardware now, if never before, with a bar) and of this checkpoint (if ever)."""
+    window = config.max_positions
+    prompt = max(min(job.prompt_tokens, window - 1), 1)
+    encoder = config.encoder is not None
+    return Knowledge(
+        hardware=probe(progress=progress),
+        workload=Workload(
+            prompt_tokens=1 if encoder else prompt,
+            new_tokens=max(min(job.new_tokens, window - (1 if encoder else prompt)), 1),
+            source_tokens=prompt if encoder else 0,
+        ),
+        calibration=(path and cached_calibration(path)) or ASSUMED,
+        operators=cached_profile(config, dtype),
+    )
+
+
+def as_line(found: Found) -> str:
+    """For people: the plan's main choices, its prediction, what binds, and the runner-up."""
+    best = found.best
+    text = f"{describe(best.plan)}: about {best.tokens_per_s:,.0f} tokens/s predicted, bound by the {best.prediction.binding}"
+    if found.runner_up is not None:
+        text += f"; next {describe(found.runner_up.plan)} with {found.runner_up.tokens_per_s:,.0f}"
+    return text
+
+
+def describe(plan: Plan) -> str:
+    """The choices of a plan that differ from doing nothing, as flags would say them."""
+    shown = (
+        "draft",
+        "draft_length",
+        "draft_tree_tokens",
+        "draft_experts",
+        "cached_experts",
+        "prefetch",
+        "retain",
+        "guard",
+        "batch_size",
+        "micro_batches",
+    )
+    values = {name: getattr(plan, name) for name in shown}
+    parts = [f"{k}={v}" for k, v in values.items() if v not in (None, False, "none") and (k, v) != ("micro_batches", 1)]
+    return " ".join([plan.expert_flow, *parts])
+
+
+def evaluate(config: ModelConfig, plan: Plan, known: Knowledge) -> Prediction:
+    """The prediction of one plan, by the measured operators where there are some. Raises PlanError for what does not fit."""
+    if plan.draft == "model" and known.workload.draft_model is None:
+        raise PlanError("draft=model is predicted from the draft model's configuration; give Workload(draft_model=...)")
+    workload = known.calibration.workload(known.workload, plan, config)
+    prediction = predict(config, plan, known.hardware, workload, interval=False)
+    own, memory = prediction.account, known.hardware.host_memory_bytes
+    if known.hardware.shared_cores and own.accelerator_bytes + own.host_bytes > memory:
+        raise PlanError(
+            f"{own.accelerator_bytes} bytes for computation and {own.host_bytes} of experts lie in the same {memory:.0f} bytes of "
+            "memory; give a smaller batch, or leave experts on disk: --expert_tier=disk"
+        )
+    if known.operators is None or own.draft_pages or not _is_measured(config, plan):
+        return prediction
+    shares = {"row_share": known.calibration.row_share, "run_share": known.calibration.run_share}
+    return refine(prediction, config, plan, known.operators, workload, shared_cores=known.hardware.shared_cores, **shares)
+
+
+def _is_measured(config: ModelConfig, plan: Plan) -> bool:
+    """Whether the operators that were measured (profiling.py) are those that the plan runs."""
+    elsewhere = plan.kv_tier == "host" and plan.expert_flow != "stream"
+    return not (elsewhere or plan.expert_tier == "disk" or plan.expert_dtype or plan.draft == "model" or config.encoder)
+
+
+def choose(
+    config: ModelConfig, known: Knowledge, *, requests: int = REQUESTS, fixed: dict | None = None, head: bool = False
+) -> Found:
+    """The best plan and the runner-up. fixed: fields of the plan that are given. head: whether an EAGLE head is at hand.
+
+    Drafts are considered where their acceptance was measured or where they are asked for; the self-draft also where not all
+    experts fit on the accelerator; with the guard, which ends drafting that does not pay. Raises PlanError if nothing fits.
+    """
+    fixed = dict(fixed or {})
+    if not known.hardware.shared_cores:  # a plan without a limit takes all that it can use
+        fixed.setdefault("device_memory_bytes", int(known.hardware.accelerator_memory_bytes * SAFE_SHARE))
+
+    def run(drafts) -> Found:
+        return search(config, lambda plan: evaluate(config, plan, known), requests=requests, drafts=drafts, fixed=fixed)
+
+    measured = tuple(name for name in known.calibration.acceptance if head or not name.startswith("eagle"))
+    if "draft" in fixed:
+        return run((fixed["draft"], *(name for name in measured if name == f"{fixed['draft']}_tree")))
+    if any(fixed.get(field) for field in DRAFT_FIELDS) or fixed.get("prefetch") == "draft":
+        return run(tuple(dict.fromkeys((*measured, "self", *(("eagle",) if head else ())))))
+    if known.calibration.measured:
+        return _guarded(run(("none", *measured)))
+    found = run(("none",))
+    if found.best.plan.expert_flow == "resident":
+        return found
+    return _guarded(run(("none", "self")))
+
+
+def _guarded(found: Found) -> Found:
+    """With the guard where the plan drafts a chain: it adapts the length, down to none, to what the job really accepts."""
+    if found.best.plan.draft == "none" or found.best.plan.draft_tree_top_k:
+        return found
+    return found._replace(best=found.best._replace(plan=found.best.plan.replace(guard=True)))
+
+
+def make_plan(
+    model: Model, hardware: Hardware | None = None, workload: Workload | None = None, *, requests: int = REQUESTS
+) -> Plan:
+    """The plan that is predicted to be the fastest for a loaded model.
+
+    hardware: None for this machine, measured now or before. workload: None for the default one. Raises PlanError if none fits.
+    """
+    own = hardware is None
+    known = Knowledge(
+        hardware=probe() if own else hardware,
+        workload=workload or Workload(prompt_tokens=min(512, model.config.max_positions // 2)),
+        operators=cached_profile(model.config, model.dtype) if own else None,
+    )
+    fixed = {"dtype": model.dtype}
+    return choose(model.config, known, requests=requests, fixed=fixed).best.plan

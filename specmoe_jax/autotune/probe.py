@@ -1,0 +1,243 @@
+"""What this machine can do, measured: the rates of Hardware, each the median of a few short runs with its spread.
+
+Effects: runs programs on the accelerator, writes and removes one file for the disk, keeps the result in the cache folder.
+"""
+
+import contextlib
+import functools
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specmoe_jax.planner.hardware import Hardware
+from specmoe_jax.support.cache_files import cache_folder, machine_key, read_cached, write_cached
+from specmoe_jax.support.errors import PlanError
+from specmoe_jax.support.progress import bar
+
+COPIED_BYTES = 1 << 26  # long against a copy's start, short against a second on any link
+READ_BYTES = 1 << 27  # beyond the caches of any CPU but the largest servers'
+DISK_BYTES = 1 << 26
+SIZE = {"cpu": 1024, "other": 4096}  # of the square matrices of the peak
+CHAIN = 50  # tiny programs and copies, one after the other
+BUDGET_S, LEAST = 0.25, 5  # of the repetitions of one measurement
+
+
+class Measured(NamedTuple):
+    """Median seconds, and half of their relative middle range."""
+
+    seconds: float
+    spread: float
+
+
+def probe(*, fresh: bool = False, progress: str | bool = False) -> Hardware:
+    """This machine, measured now or by an earlier run. fresh: measure again. progress: a bar while measuring (progress.bar)."""
+    device = jax.devices()[0]
+    key = machine_key("hardware", 1, jax.__version__, device.device_kind)
+    found = None if fresh else _read(key)
+    if found is None:
+        found = _measure(device, progress)
+        write_cached("hardware", key, {"hardware": found.to_json()})
+    return found.replace(host_memory_bytes=_host_memory(), accelerator_memory_bytes=_accelerator_memory(device))
+
+
+def _read(key: str) -> Hardware | None:
+    with contextlib.suppress(PlanError, KeyError, TypeError):
+        return Hardware.from_json((read_cached("hardware", key) or {})["hardware"])
+    return None
+
+
+def _measure(device: jax.Device, progress: str | bool) -> Hardware:
+    cpu, on_cpu = jax.local_devices(backend="cpu")[0], device.platform == "cpu"
+    with bar("probe", 7 if on_cpu else 9, "rate", mode=progress, leave=False) as shown:
+
+        def done(measure: Callable, *args):
+            found = measure(*args)
+            shown.update()
+            return found
+
+        up, down = done(_copy, device)
+        own = done(_peaks, device)
+        host = own if on_cpu else done(_peaks, cpu)
+        dram = done(_read_rate, cpu)
+        memory = dram if on_cpu else done(_read_rate, device)
+        task, sync = done(_dispatch, device)
+        copy = done(_small_copies, device)
+        disk = done(_disk)
+        overlap = done(_overlap, device, up.seconds)
+    return Hardware(
+        name=f"{device.device_kind}, measured",
+        up_bytes_per_s=COPIED_BYTES / up.seconds,
+        down_bytes_per_s=COPIED_BYTES / down.seconds,
+        accelerator_flops_float32=own["float32"][0],
+        accelerator_flops_bfloat16=own["bfloat16"][0],
+        accelerator_bytes_per_s=READ_BYTES / memory.seconds,
+        accelerator_memory_bytes=_accelerator_memory(device),
+        cpu_flops_float32=host["float32"][0],
+        cpu_flops_bfloat16=host["bfloat16"][0],
+        dram_bytes_per_s=READ_BYTES / dram.seconds,
+        host_memory_bytes=_host_memory(),
+        disk_bytes_per_s=DISK_BYTES / disk.seconds,
+        task_s=task.seconds,
+        sync_s=sync.seconds,
+        copy_s=copy.seconds / CHAIN,
+        step_s=5 * sync.seconds,  # acceptance, requests, bookkeeping: what a step of the engine takes is in its operators
+        shared_cores=on_cpu,
+        overlap=overlap,
+        measured=True,
+        spreads=(
+            ("up_bytes_per_s", up.spread),
+            ("down_bytes_per_s", down.spread),
+            ("accelerator_flops_float32", own["float32"][1]),
+            ("accelerator_flops_bfloat16", own["bfloat16"][1]),
+            ("cpu_flops_float32", host["float32"][1]),
+            ("cpu_flops_bfloat16", host["bfloat16"][1]),
+            ("accelerator_bytes_per_s", memory.spread),
+            ("dram_bytes_per_s", dram.spread),
+            ("disk_bytes_per_s", disk.spread),
+        ),
+    )
+
+
+def median(call: Callable, *, device: bool = False, budget_s: float = BUDGET_S, least: int = LEAST) -> Measured:
+    """Of a call, after one that compiles. device: wait for what it returns."""
+
+    def run() -> float:
+        start_s = time.perf_counter()
+        out = call()
+        if device:
+            jax.block_until_ready(out)
+        return time.perf_counter() - start_s
+
+    run()
+    seconds: list[float] = []
+    while len(seconds) < least or sum(seconds) < budget_s:
+        seconds.append(run())
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return Measured(middle, (high - low) / 2 / middle)
+
+
+def _pinned(device: jax.Device):
+    return jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+
+
+def _copy(device: jax.Device) -> tuple[Measured, Measured]:
+    """From pinned host memory into a slot on the accelerator, as the expert store does, and back."""
+    block = jax.device_put(np.ones(COPIED_BYTES // 4, np.float32), _pinned(device))
+    slot = jax.device_put(jnp.zeros((1, COPIED_BYTES // 4), jnp.float32), device)
+
+    def up():
+        nonlocal slot
+        slot = _write(slot, block)
+        return slot
+
+    there = jax.device_put(block, jax.sharding.SingleDeviceSharding(device))
+    return median(up, device=True), median(lambda: jax.device_put(there, _pinned(device)), device=True)
+
+
+def _overlap(device: jax.Device, copy_s: float) -> float:
+    """Share of a copy that hides behind products of about its length, which another thread may issue meanwhile."""
+    block = jax.device_put(np.ones(COPIED_BYTES // 4, np.float32), _pinned(device))
+    slot = jax.device_put(jnp.zeros((1, COPIED_BYTES // 4), jnp.float32), device)
+    size = SIZE["cpu" if device.platform == "cpu" else "other"]
+    matrix = jax.device_put(jnp.ones((size, size), jnp.float32), device)
+    one_s = median(lambda: _square(matrix), device=True, budget_s=0.1).seconds
+    times = max(round(copy_s / one_s), 1)
+
+    def both():
+        nonlocal slot
+        slot = _write(slot, block)
+        return slot, [_square(matrix) for _ in range(times)]
+
+    products = median(lambda: [_square(matrix) for _ in range(times)], device=True)
+    together = median(both, device=True)
+    hidden = copy_s + products.seconds - together.seconds
+    return float(np.clip(hidden / min(copy_s, products.seconds), 0.01, 1.0))
+
+
+def _peaks(device: jax.Device) -> dict[str, tuple[float, float]]:
+    """flop/s and spread of a large product, by dtype."""
+    size, found = SIZE["cpu" if device.platform == "cpu" else "other"], {}
+    for dtype in ("float32", "bfloat16"):
+        matrix = jax.device_put(jnp.ones((size, size), dtype), device)
+        run = median(lambda matrix=matrix: _square(matrix), device=True)
+        found[dtype] = 2 * size**3 / run.seconds, run.spread
+    return found
+
+
+def _read_rate(device: jax.Device) -> Measured:
+    """Of a sum over more than the caches hold."""
+    numbers = jax.device_put(jnp.ones(READ_BYTES // 4, jnp.float32), device)
+    return median(lambda: _sum(numbers), device=True)
+
+
+def _dispatch(device: jax.Device) -> tuple[Measured, Measured]:
+    """Of one small program among many, and of one that the host waits for."""
+    small = jax.device_put(jnp.zeros(8, jnp.float32), device)
+
+    def chain():
+        out = small
+        for _ in range(CHAIN):
+            out = _increment(out)
+        return out
+
+    many, one = median(chain, device=True), median(lambda: np.asarray(_increment(small)))
+    return Measured(many.seconds / CHAIN, many.spread), one
+
+
+def _small_copies(device: jax.Device) -> Measured:
+    """Of CHAIN tiny ones."""
+    tiny = np.zeros(8, np.float32)
+    return median(lambda: [jax.device_put(tiny, device) for _ in range(CHAIN)], device=True)
+
+
+def _disk() -> Measured:
+    """Reads of a file that was just written, its pages dropped before each; where that is refused, of the page cache."""
+    folder = cache_folder()
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        folder = pathlib.Path(tempfile.gettempdir())
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.write(os.urandom(1 << 20) * (DISK_BYTES >> 20))
+        file.flush()
+        os.fsync(file.fileno())
+
+        def read() -> None:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            os.lseek(file.fileno(), 0, os.SEEK_SET)
+            while os.read(file.fileno(), 1 << 22):
+                pass
+
+        return median(read, budget_s=0.5)
+
+
+def _host_memory() -> float:
+    """What the system says is to be had."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        return float(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _accelerator_memory(device: jax.Device) -> float:
+    """What the runtime may take; without an accelerator that is host memory too."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return float(limit) if limit else _host_memory()
+
+
+_square = jax.jit(lambda matrix: matrix @ matrix)
+_sum = jax.jit(jnp.sum)
+_increment = jax.jit(lambda x: x + 1)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(slot, block):
+    return jax.lax.dynamic_update_index_in_dim(slot, jax.device_put(block, jax.memory.Space.Device), 0, axis=0)

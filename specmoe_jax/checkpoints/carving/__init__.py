@@ -1,0 +1,1 @@
+"""An MoE carved out of a dense checkpoint."""

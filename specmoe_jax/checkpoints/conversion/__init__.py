@@ -1,0 +1,1 @@
+"""Checkpoints written in other forms: mappable safetensors, Orbax, Hugging Face."""

@@ -1,0 +1,198 @@
+"""Conversions between Hugging Face, our mappable layout and Orbax: resumable, verified, whole or not at all.
+
+specmoe      safetensors with each expert as one block [3, F, M] at a multiple of 64 bytes: `load_model` maps it.
+huggingface  safetensors in the names of published checkpoints, one file a layer.
+orbax        one Orbax PyTree checkpoint for the weights and one for each layer's experts.
+
+The work goes on in OUTPUT.partial, part by part; each part is read back and compared with the sha256 of what was in
+memory. A run that is stopped goes on where it was; OUTPUT appears when everything is there.
+"""
+
+import functools
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from specmoe_jax.checkpoints.conversion import orbax_parts
+from specmoe_jax.checkpoints.conversion.write import Output, padded, write_index, write_safetensors, write_text
+from specmoe_jax.checkpoints.files import MAX_INDEX_BYTES, StoredTensor, read_header, read_json
+from specmoe_jax.checkpoints.header import quote
+from specmoe_jax.checkpoints.inventory import PADDING_PREFIX, block_name
+from specmoe_jax.checkpoints.manifest import MANIFEST_FILE, manifest_json, tensor_hash
+from specmoe_jax.checkpoints.source import Source, open_source
+from specmoe_jax.checkpoints.tensors import TARGET_DTYPES
+from specmoe_jax.models.families.registry import family_of
+from specmoe_jax.models.spec import Part as ExpertPart
+from specmoe_jax.models.spec import spec_leaves
+from specmoe_jax.support.errors import CheckpointError, RequestError
+from specmoe_jax.support.progress import bar
+
+FORMATS = ("specmoe", "huggingface", "orbax")
+RECORD_FILE = "conversion.json"  # in OUTPUT.partial only: which parts are done, with their hashes
+_NOT_COPIED = ("torch_dtype", "quantization_config")  # of config.json: nothing is written in a packed type
+SIDE_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "README.md", "LICENSE",
+)  # fmt: skip
+
+
+class Part(NamedTuple):
+    """A file, or an Orbax checkpoint, of the result."""
+
+    name: str
+    outputs: list[Output]
+
+
+class Format(NamedTuple):
+    """How the parts of a format are named, written and hashed again from what was written."""
+
+    part_name: Callable[[int, int], str]
+    write: Callable[[pathlib.Path, list[Output]], dict[str, str]]
+    stored_hashes: Callable[[pathlib.Path], dict[str, str]]
+
+
+def convert(model: str, output: pathlib.Path, *, to: str, dtype: str | None = None, progress: str | bool = False) -> pathlib.Path:
+    """Converts the checkpoint directory (or bundled model) `model` into the new directory `output`; returns it.
+
+    to: one of FORMATS. dtype: "float32" or "bfloat16"; default: bfloat16 when all of it is stored so, else float32.
+    Memory: one expert at a time; to Orbax one layer at a time. Raises CheckpointError.
+    """
+    if to not in FORMATS:
+        raise RequestError(f"the format is {quote(to)}; it must be one of {', '.join(FORMATS)}")
+    source = open_source(model, dtype)
+    if output.exists():
+        raise CheckpointError(f"{output}: exists; give a new directory")
+    folder = output.with_name(f"{output.name}.partial")
+    parts = _parts(source, to)
+    done = _begin(folder, {"source": source.hash, "to": to, "dtype": source.dtype}, parts)
+    total_bytes = sum(out.bytes for part in parts for out in part.outputs)
+    _check_room(folder, total_bytes)
+    with bar(to, total_bytes, "B", mode=progress, scale=True) as shown:
+        for part in parts:
+            if not _is_intact(folder, part, to, done):
+                _write_part(folder, part, to, done)
+            shown.update(sum(out.bytes for out in part.outputs))
+    _finish(folder, source, to, parts, done)
+    folder.rename(output)
+    return output
+
+
+def _parts(source: Source, to: str) -> list[Part]:
+    config, dtype = source.config, TARGET_DTYPES[source.dtype]
+    specs = spec_leaves(family_of(config).weight_specs(config))
+    groups = [[Output(s.name, dtype, s.shape, lambda s=s: source.weight(s.name)) for s in specs]]
+    for moe in range(config.num_expert_layers):
+        groups.append(_stored_experts(source, moe) if to == "huggingface" else _blocks(source, moe))
+    if to == "specmoe":
+        groups = [padded(group, PADDING_PREFIX) for group in groups]
+    return [Part(_FORMATS[to].part_name(i, len(groups)), group) for i, group in enumerate(groups)]
+
+
+def _blocks(source: Source, moe: int) -> list[Output]:
+    """Each expert of the moe-th layer that has any, as it lies in memory."""
+    config, dtype = source.config, TARGET_DTYPES[source.dtype]
+    return [
+        Output(block_name(moe, e), dtype, config.experts.block_shape, lambda e=e: source.expert(moe, e))
+        for e in range(config.num_experts)
+    ]
+
+
+def _stored_experts(source: Source, moe: int) -> list[Output]:
+    """The same experts in the layout that is published: a tensor a matrix, or one tensor for all experts."""
+    config, outputs = source.config, {}
+    layouts = [family_of(config).expert_layouts(config, config.expert_layers[moe], e)[0] for e in range(config.num_experts)]
+    for expert, layout in enumerate(layouts):
+        for part in layout:
+            experts = [expert] if part.index is None else range(config.num_experts)
+            outputs[part.name] = Output(
+                part.name, TARGET_DTYPES[source.dtype], part.spec.shape, functools.partial(_stored, source, moe, part, experts)
+            )
+    return list(outputs.values())
+
+
+def _stored(source: Source, moe: int, part: ExpertPart, experts: Iterable[int]) -> np.ndarray:
+    """The values of a stored tensor, read back out of the blocks of the experts that it holds."""
+    return np.stack([part.view(source.expert(moe, e)) for e in experts]).reshape(part.spec.shape)
+
+
+def _begin(folder: pathlib.Path, job: dict, parts: list[Part]) -> dict[str, dict[str, str]]:
+    """The parts that an earlier run of the same job recorded as done: name -> hashes. Raises CheckpointError."""
+    record = folder / RECORD_FILE
+    folder.mkdir(parents=True, exist_ok=True)
+    if not record.exists():
+        write_text(record, json.dumps({"job": job, "done": {}}))
+    raw = read_json(record, max_bytes=MAX_INDEX_BYTES)
+    if raw.get("job") != job or not isinstance(raw.get("done"), dict):
+        raise CheckpointError(f"{folder}: is of another conversion; delete it or give another output")
+    return {part.name: raw["done"][part.name] for part in parts if part.name in raw["done"]}
+
+
+def _check_room(folder: pathlib.Path, total_bytes: int) -> None:
+    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    free = shutil.disk_usage(folder).free
+    if free < total_bytes - there:
+        raise CheckpointError(f"{folder}: {total_bytes - there} bytes needed, {free} free on that disk")
+
+
+def _is_intact(folder: pathlib.Path, part: Part, to: str, done: dict) -> bool:
+    if part.name not in done:
+        return False
+    try:
+        return _FORMATS[to].stored_hashes(folder / part.name) == done[part.name]
+    except CheckpointError:
+        return False
+
+
+def _write_part(folder: pathlib.Path, part: Part, to: str, done: dict) -> None:
+    """Writes, reads back, compares, records."""
+    done[part.name] = _FORMATS[to].write(folder / part.name, part.outputs)
+    if not _is_intact(folder, part, to, done):
+        raise CheckpointError(f"{folder / part.name}: reads back other than it was written: is the disk sound?")
+    raw = read_json(folder / RECORD_FILE, max_bytes=MAX_INDEX_BYTES)
+    write_text(folder / RECORD_FILE, json.dumps(raw | {"done": done}))
+
+
+def _finish(folder: pathlib.Path, source: Source, to: str, parts: list[Part], done: dict) -> None:
+    """Everything but the weights: configs, tokenizer, index, manifest."""
+    raw = {k: v for k, v in read_json(source.path / "config.json").items() if k not in _NOT_COPIED}
+    write_text(folder / "config.json", json.dumps(raw | {"dtype": source.dtype}, indent=2))
+    for name in SIDE_FILES:
+        if (source.path / name).is_file():
+            shutil.copyfile(source.path / name, folder / name)
+    hashes = {name: sha256 for part in parts for name, sha256 in done[part.name].items()}
+    if to == "orbax":
+        orbax_parts.write_description(folder, source.dtype, hashes)
+    else:
+        owners = {out.name: part.name for part in parts for out in part.outputs}
+        write_index(folder, owners, sum(out.bytes for part in parts for out in part.outputs))
+        write_text(folder / MANIFEST_FILE, manifest_json(hashes))
+    (folder / RECORD_FILE).unlink()
+    for leftover in (*folder.glob(".*.partial"), *folder.glob("*.orbax-checkpoint-tmp*")):  # of a run that was killed
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _safetensors_name(part: int, parts: int) -> str:
+    return f"model-{part + 1:05}-of-{parts:05}.safetensors"
+
+
+def _stored_hashes(path: pathlib.Path) -> dict[str, str]:
+    return {name: tensor_hash(StoredTensor(path, entry)) for name, entry in read_header(path).entries.items()}
+
+
+_FORMATS = {
+    "specmoe": Format(
+        part_name=_safetensors_name,
+        write=lambda path, outputs: write_safetensors(path, outputs, {"format": "specmoe", "version": "1"}),
+        stored_hashes=_stored_hashes,
+    ),
+    "huggingface": Format(
+        part_name=_safetensors_name,
+        write=lambda path, outputs: write_safetensors(path, outputs, {"format": "pt"}),
+        stored_hashes=_stored_hashes,
+    ),
+    "orbax": Format(part_name=orbax_parts.part_name, write=orbax_parts.write_part, stored_hashes=orbax_parts.stored_hashes),
+}

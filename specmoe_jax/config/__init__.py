@@ -1,0 +1,1 @@
+"""What a user chooses, as frozen dataclasses: the plan with its fields and checks, presets, model and layer configs, sampling."""

@@ -1,0 +1,98 @@
+"""The sizes and rules of one model."""
+
+import dataclasses
+import functools
+
+from specmoe_jax.config.layer_config import AttentionConfig, Embedding, EncoderConfig, ExpertConfig, LayerConfig, Rope, RouterConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes and rules of one model, read from its config.json and never assumed (letters: types.py).
+
+    layer_configs: what each layer computes. Left out, all layers are alike and as Mixtral's: plain rotary positions of
+    `rope_theta`, `sliding_window`, softmax routing with renormalised weights.
+    expert_hidden, num_experts, experts_per_token: of every layer that has experts; they share one pool of slots.
+    embedding: None for plain token embeddings. encoder: None for a decoder alone; what is not said of the encoder
+    (num_layers, layers, moe_layers) is the decoder's.
+    """
+
+    family: str
+    vocab_size: int  # V
+    hidden_size: int  # M
+    num_layers: int  # L
+    num_heads: int  # H
+    num_kv_heads: int  # K
+    head_dim: int  # D
+    expert_hidden: int  # F
+    num_experts: int  # E
+    experts_per_token: int  # A
+    max_positions: int
+    rope_theta: float | None = None
+    norm_eps: float
+    tie_embeddings: bool
+    sliding_window: int | None = None
+    eos_token_ids: tuple[int, ...]
+    query_rank: int | None = None  # of compressed queries (DeepSeek-V2)
+    layer_configs: tuple[LayerConfig, ...] | None = None
+    embedding: Embedding | None = None
+    encoder: EncoderConfig | None = None
+
+    @functools.cached_property
+    def layers(self) -> tuple[LayerConfig, ...]:
+        """One config a layer, equal where layers are alike."""
+        return self.layer_configs or (_uniform_layer(self),) * self.num_layers
+
+    @functools.cached_property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Layers that have experts. Residency, votes and expert stores count these only, from 0."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.router is not None)
+
+    @functools.cached_property
+    def moe_index(self) -> tuple[int | None, ...]:
+        """Of each layer its place among those that have experts; None for a dense one."""
+        return tuple(self.moe_layers.index(i) if i in self.moe_layers else None for i in range(self.num_layers))
+
+    @property
+    def num_moe_layers(self) -> int:
+        return len(self.moe_layers)
+
+    @functools.cached_property
+    def all_layers(self) -> tuple[LayerConfig, ...]:
+        """The decoder's, then the encoder's."""
+        return self.layers + (self.encoder.layers if self.encoder else ())
+
+    @functools.cached_property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Those of all layers that have experts: the order of Model.experts, of the tiers below and of residency."""
+        return tuple(i for i, layer in enumerate(self.all_layers) if layer.router is not None)
+
+    @property
+    def num_expert_layers(self) -> int:
+        return len(self.expert_layers)
+
+    @property
+    def experts(self) -> ExpertConfig:
+        """The expert of every layer that has any."""
+        return self.layers[self.moe_layers[0]].experts
+
+    @property
+    def expert_params(self) -> int:
+        """Weights of one expert: gate, up and down, F x M each, and the biases where it has some."""
+        return self.experts.params
+
+
+def _uniform_layer(config: ModelConfig) -> LayerConfig:
+    return LayerConfig(
+        attention=AttentionConfig(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            scale=config.head_dim**-0.5,
+            rope=Rope.plain(config.rope_theta, config.head_dim),
+            window=config.sliding_window,
+        ),
+        router=RouterConfig(num_experts=config.num_experts, experts_per_token=config.experts_per_token, renormalise=True),
+        experts=ExpertConfig(hidden=config.expert_hidden, model=config.hidden_size),
+        norm_eps=config.norm_eps,
+    )

@@ -1,0 +1,1 @@
+"""The parts of drafts that need the engine."""

@@ -1,0 +1,66 @@
+"""The engine's half of drafted trees: what verification accepts, and everything of the pass brought into a line."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specmoe_jax.engine import stages
+from specmoe_jax.engine.drafting import step_coupled_keys, step_keys
+from specmoe_jax.engine.flows.layer_passes import TargetPass
+from specmoe_jax.engine.runtime import Runtime
+from specmoe_jax.engine.state import HostKV, State
+from specmoe_jax.speculate.sampling import Stream
+from specmoe_jax.speculate.trees import accept_tree, accept_tree_coupled, accept_tree_greedy
+from specmoe_jax.types import AcceptedPath, AcceptResult, Proposal
+
+_accept_tree, _accept_tree_coupled, _accept_tree_greedy = (
+    functools.partial(jax.jit, static_argnames="depth")(f) for f in (accept_tree, accept_tree_coupled, accept_tree_greedy)
+)
+
+
+def accepted_path(rt: Runtime, state: State, proposal: Proposal, logits: jax.Array) -> AcceptedPath:
+    """The lossless choice among the paths of a tree. logits [B, T, V]."""
+    depth = rt.plan.draft_length
+    if state.rows.greedy:
+        return _accept_tree_greedy(proposal.tokens, proposal.tree, logits, depth=depth)
+    if rt.plan.deterministic_sampling:
+        keys = step_coupled_keys(state, depth + 1)
+        return _accept_tree_coupled(keys, proposal.tokens, proposal.tree, logits, state.rows, depth=depth)
+    keys = step_keys(state, Stream.VERIFY)
+    return _accept_tree(keys, proposal.tokens, proposal.tree, logits, state.rows, depth=depth)
+
+
+def straighten(
+    rt: Runtime, state: State, verified: TargetPass, proposal: Proposal, accepted: AcceptedPath, finite: jax.Array
+) -> tuple[TargetPass, AcceptResult, np.ndarray, Proposal]:
+    """Cache rows, features, routing and tokens of the accepted path in the places of a chain's. -> as step.verify.
+
+    finite: [B, T], nodes whose logits give a distribution.
+
+    The draft's cache needs no such move: it is extended by the target's features of the committed tokens, over its own rows.
+    """
+    where = (jnp.asarray(state.lengths), accepted.path, accepted.num_accepted)
+    if rt.plan.kv_tier == "host":
+        where = jax.device_put(where, rt.host)
+    if isinstance(verified.kv, HostKV):
+        table = jax.device_put(verified.kv.pages.table, rt.host)
+        kv = verified.kv._replace(caches=tuple(stages.keep_path_paged(cache, table, *where) for cache in verified.kv.caches))
+    else:
+        k, v = (tuple(stages.keep_path(cache, *where) for cache in caches) for caches in (verified.kv.k, verified.kv.v))
+        kv = verified.kv._replace(k=k, v=v)
+    order = jnp.pad(accepted.path, ((0, 0), (1, 0)))  # the root first
+    features = None if verified.features is None else jnp.take_along_axis(verified.features, order[..., None], axis=1)
+    (path, num_accepted, next_token), finite, order = jax.device_get((accepted, finite, order))
+    routing = verified.info.routing
+    if routing is not None:
+        routing = np.take_along_axis(routing, order[None, ..., None], axis=2)
+    sound = np.cumprod(np.take_along_axis(finite, order, axis=1), axis=1).sum(axis=1)
+    tokens = np.take_along_axis(np.asarray(proposal.tokens), np.maximum(path - 1, 0), axis=1)
+    return (
+        verified._replace(kv=kv, features=features, info=verified.info._replace(routing=routing)),
+        AcceptResult(num_accepted=num_accepted, next_token=next_token),
+        sound,
+        proposal._replace(tokens=tokens),
+    )

@@ -1,0 +1,63 @@
+"""What an engine has done since it was made, counted, and the figures of it."""
+
+import dataclasses
+import resource
+
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.engine import figures as metrics
+from specmoe_jax.engine.resources import Moved
+from specmoe_jax.engine.roofline import floor_figures, predicted_figures
+from specmoe_jax.models.model import Model
+from specmoe_jax.planner.estimate import Prediction
+from specmoe_jax.planner.hardware import Hardware
+from specmoe_jax.support.timing import CompileCounter
+
+
+class Counted:
+    """recompiled: compilations inside steps that count, where none should be. running: of the batch under way, None between two."""
+
+    def __init__(self, model: Model, plan: Plan):
+        self._model, self._plan = model, plan
+        self.compiles = CompileCounter()
+        self.recompiled, self.warm_up_s = 0, 0.0
+        self.totals, self.prefill_s = metrics.Totals(), 0.0
+        self._on_demand_experts, self.running = 0, None
+        self.prefill_link_bytes = self.prefill_disk_bytes = 0
+
+    def end_batch(self, on_demand: metrics.OnDemand) -> None:
+        """Keeps what plain decoding of a batch would have fetched."""
+        self._on_demand_experts, self.running = self._on_demand_experts + on_demand.experts, None
+
+    def add_prefill_bytes(self, before: Moved, after: Moved) -> None:
+        """What moved between the two."""
+        self.prefill_link_bytes += after.link_bytes - before.link_bytes
+        self.prefill_disk_bytes += after.below.since(before.below).disk_bytes
+
+    def figures(self, hardware: Hardware | None, prediction: Prediction | None, peak_accelerator_bytes: int | None) -> dict:
+        """What Engine.stats gives, with its arguments."""
+        figures = metrics.figures(
+            self.totals,
+            self._plan,
+            on_demand_bytes=self._on_demand_bytes() if self._plan.expert_flow == "on_demand" else None,
+            link_bytes_per_s=self._plan.link_bytes_per_s,
+            model_stamps=self._model.synthetic,
+        )
+        if hardware is not None and self._model.config.encoder is None:
+            figures |= floor_figures(self._model.config, self._plan, self.totals, hardware)
+        if prediction is not None:
+            figures |= predicted_figures(prediction, self.totals)
+        return figures | {
+            "prefill_s": self.prefill_s,
+            "warm_up_s": self.warm_up_s,
+            "prefill_link_bytes": self.prefill_link_bytes,
+            "prefill_disk_bytes": self.prefill_disk_bytes,
+            "compile_s": self.compiles.seconds,
+            "compilations_after_warmup": self.recompiled,
+            "peak_accelerator_bytes": peak_accelerator_bytes,
+            "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "plan": dataclasses.asdict(self._plan),
+        }
+
+    def _on_demand_bytes(self) -> int:
+        running = self.running.experts if self.running else 0
+        return (self._on_demand_experts + running) * self._model.expert_bytes

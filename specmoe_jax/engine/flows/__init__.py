@@ -1,0 +1,1 @@
+"""Passes through the layers under each expert flow."""

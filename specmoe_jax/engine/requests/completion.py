@@ -1,0 +1,69 @@
+"""What a caller gets of a generation: the tokens of each step as events, and the completion of each request."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from specmoe_jax.engine.requests.finish import final_text
+from specmoe_jax.engine.state import Request, State, StepInfo
+from specmoe_jax.models.model import Model
+from specmoe_jax.support.timing import Stopwatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One finished request.
+
+    finish_reason: "stop" (end of sequence or a stop string), "length", or "error", whose reason is in `error`; what was
+    generated before is kept.
+    """
+
+    id: int
+    prompt: str | None
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    num_prompt_tokens: int
+    error: str | None = None
+
+
+_NOT_FINITE = (
+    "prompt {}: the logits of new token {} hold NaN or Inf; check the weights (load_model refuses such ones by default) "
+    "or compute in --dtype=float32"
+)
+
+
+class TokenEvent(NamedTuple):
+    """Tokens that one request got in one step; completion is set with its last ones.
+
+    elapsed_s: seconds since the prefill of the request's batch began.
+    """
+
+    id: int
+    token_ids: tuple[int, ...]
+    completion: Completion | None
+    elapsed_s: float
+
+
+def step_events(model: Model, state: State, info: StepInfo, watches: dict[int, Stopwatch]) -> Iterator[TokenEvent]:
+    """What one step gave the rows that were active in it. watches: by request id, since the prefill of each began."""
+    for row in np.flatnonzero(info.active):
+        request, tokens, reason = state.requests[row], state.generated[row], state.finish_reasons[row]
+        new = tokens[info.start[row] :]
+        completion = None if reason is None else _completion(model, request, tokens, reason)
+        yield TokenEvent(id=request.id, token_ids=new, completion=completion, elapsed_s=watches[request.id].seconds)
+
+
+def _completion(model: Model, request: Request, tokens: tuple[int, ...], reason: str) -> Completion:
+    tokenizer, eos = model.tokenizer, model.config.eos_token_ids
+    return Completion(
+        id=request.id,
+        prompt=request.prompt,
+        text="" if tokenizer is None else final_text(tokens, request.params.stop, eos, tokenizer),
+        token_ids=tokens,
+        finish_reason=reason,
+        num_prompt_tokens=len(request.source or request.token_ids),
+        error=_NOT_FINITE.format(request.id, len(tokens)) if reason == "error" else None,
+    )

@@ -1,0 +1,186 @@
+"""Prompts and parameters -> requests, or an error that names the prompt. Nothing runs before all are checked."""
+
+import operator
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.engine.state import Request
+from specmoe_jax.kv_cache.positions import pages_of
+from specmoe_jax.models.eagle.config import EagleConfig
+from specmoe_jax.models.model import Model
+from specmoe_jax.planner.drafts import draft_memory
+from specmoe_jax.planner.memory.account import cache_positions
+from specmoe_jax.planner.memory.fit import Memories, accounted, nearest, with_nearest
+from specmoe_jax.planner.memory.memory_account import MemoryAccount, PagedLoad
+from specmoe_jax.planner.workload import Workload
+from specmoe_jax.support.errors import BudgetError, RequestError
+
+UNLIMITED_BYTES = float(1 << 60)  # of a machine of which the plan's own budgets alone count
+
+
+class Shapes(NamedTuple):
+    """What programs are compiled for: rows, KV positions S and prefill chunk. paged: what a streamed batch may fill, else None.
+
+    source: positions of an encoder, 0 without one.
+    """
+
+    rows: int
+    positions: int
+    chunk: int
+    paged: PagedLoad | None = None
+    source: int = 0
+
+
+def settled(plan: Plan) -> Plan:
+    """The plan with what it leaves to this machine."""
+    return plan.settled(shared_cores=shared_cores())
+
+
+def shared_cores() -> bool:
+    """Whether the accelerator is the CPU itself."""
+    return jax.devices()[0] == jax.local_devices(backend="cpu")[0]
+
+
+def shapes_of(plan: Plan, requests: list[Request]) -> Shapes:
+    """The shapes that all batches of these requests share."""
+    prompt = max(len(request.token_ids) for request in requests)
+    longest = max(len(request.token_ids) + request.limit for request in requests)
+    rows = min(plan.batch_size, len(requests))
+    streams = plan.expert_flow == "stream"
+    source = max(len(request.source) for request in requests)
+    return Shapes(
+        rows=-(-rows // plan.micro_batches) * plan.micro_batches if streams else rows,
+        positions=cache_positions(longest, plan),
+        chunk=min(plan.prefill_chunk, 1 << max(prompt - 2, 0).bit_length()),
+        paged=_paged(plan, requests, rows) if streams else None,
+        source=source and max(8, 1 << (source - 1).bit_length()),
+    )
+
+
+def _paged(plan: Plan, requests: list[Request], rows: int) -> PagedLoad:
+    """What any `rows` of the requests fill at most: they take each other's places in an order that is not known yet."""
+    pages = [pages_of(len(request.token_ids) + request.limit + plan.overshoot) for request in requests]
+    prompts = [len(request.token_ids) for request in requests]
+    return PagedLoad(pages=sum(sorted(pages)[-rows:]), prompt_tokens=sum(sorted(prompts)[-rows:]))
+
+
+def check_job(
+    model, plan: Plan, prompts, params, *, draft_head: EagleConfig | None = None, draft_model: ModelConfig | None = None
+) -> MemoryAccount:
+    """Refuses what `Engine.generate` would refuse, before a weight is read. -> the memory that the job takes.
+
+    model: a Model, or anything with its config and tokenizer. draft_head, draft_model: configurations of what drafts; without one
+    an EAGLE head is taken to be of the published size, a draft model to take nothing.
+    Raises PlanError, which names the nearest plan that fits, or RequestError.
+    """
+    plan = settled(plan.validate(model.config))
+    requests = make_requests(model, prompts, params)
+    shapes = shapes_of(plan, requests)
+    try:
+        return accounted(
+            model.config,
+            plan,
+            batch_rows=shapes.rows,
+            positions=shapes.positions,
+            source_positions=shapes.source,
+            draft=draft_memory(model.config, plan, head=draft_head, model=draft_model),
+            paged=shapes.paged,
+            shared_cores=shared_cores(),
+        )
+    except BudgetError as e:
+        prompt = max(len(request.token_ids) for request in requests)
+        longest = max(len(request.token_ids) + request.limit for request in requests)
+        workload = Workload(
+            prompt_tokens=prompt,
+            new_tokens=max(longest - prompt, 1),
+            source_tokens=shapes.source,
+            head=draft_head,
+            draft_model=draft_model,
+        )
+        smaller = plan.replace(batch_size=min(plan.batch_size, shapes.rows))
+        machine = Memories(UNLIMITED_BYTES, UNLIMITED_BYTES, shared_cores=shared_cores())
+        raise BudgetError(with_nearest(str(e), nearest(model.config, smaller, machine, workload))) from None
+
+
+def make_requests(
+    model: Model,
+    prompts: Sequence[str | Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams] | None,
+    ids: Sequence[int] | None = None,
+) -> list[Request]:
+    """One Request per prompt. params: one for all, one each, or None for the defaults. ids: None for 0, 1, 2, ...
+
+    Sampling is keyed by the ids, so a job that resumes gives each request the id that it had. Raises RequestError.
+    """
+    if isinstance(prompts, str):
+        raise RequestError("prompts is one text; give a list of texts (or of token-id lists)")
+    if len(prompts) == 0:
+        raise RequestError("no prompts were given; give at least one")
+    if params is None or isinstance(params, SamplingParams):
+        params = [params or SamplingParams()] * len(prompts)
+    if len(params) != len(prompts):
+        raise RequestError(f"{len(prompts)} prompts and {len(params)} sampling parameters; give one for all or one each")
+    ids = range(len(prompts)) if ids is None else _checked_ids(ids, len(prompts))
+    return [_request(model, i, prompt, p) for i, prompt, p in zip(ids, prompts, params, strict=True)]
+
+
+def refusal(model: Model, index: int, prompt: str, params: SamplingParams) -> str | None:
+    """Why prompt number `index` cannot be served, or None."""
+    try:
+        make_requests(model, [prompt], params, [index])
+    except RequestError as e:
+        return str(e)
+    return None
+
+
+def _request(model: Model, index: int, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+    text = prompt if isinstance(prompt, str) else None
+    if (text is not None or params.stop) and model.tokenizer is None:
+        raise RequestError(f"prompt {index} needs a tokenizer and the model has none; give token ids and no stop strings")
+    if text == "":  # also where the tokenizer would put a token of its own before it
+        raise RequestError(f"prompt {index} is empty; give at least one character")
+    token_ids = tuple(model.tokenizer.encode(text)) if text is not None else _token_ids(index, prompt)
+    window, vocab = model.config.max_positions, model.config.vocab_size
+    if not token_ids:
+        raise RequestError(f"prompt {index} is empty; give at least one token")
+    if not all(0 <= token < vocab for token in token_ids):
+        raise RequestError(f"prompt {index} holds a token id outside 0..{vocab - 1}, the model's vocabulary")
+    if len(token_ids) >= window:
+        raise RequestError(
+            f"prompt {index} has {len(token_ids)} tokens and the model's window is {window}, one of them for the "
+            f"answer; shorten it to {window - 1}"
+        )
+    encoder = model.config.encoder
+    if encoder is None:
+        limit = min(params.max_new_tokens, window - len(token_ids))
+        return Request(id=index, prompt=text, token_ids=token_ids, params=params, limit=limit)
+    if model.config.embedding.pad_id in token_ids:
+        raise RequestError(f"prompt {index} holds the padding token {model.config.embedding.pad_id}; leave it out")
+    limit = min(params.max_new_tokens, window - len(encoder.start))
+    return Request(id=index, prompt=text, token_ids=encoder.start, params=params, limit=limit, source=token_ids)
+
+
+def _checked_ids(ids: Sequence[int], count: int) -> list[int]:
+    try:
+        numbers = [operator.index(request_id) for request_id in ids]
+    except TypeError as e:
+        raise RequestError(f"the ids of the requests are not all whole numbers ({e})") from e
+    if len(numbers) != count or len(set(numbers)) != count:
+        raise RequestError(f"{count} prompts and {len(set(numbers))} different ids; give one of its own to each")
+    if not all(0 <= number < 1 << 32 for number in numbers):
+        raise RequestError(
+            f"the ids of the requests are {min(numbers)} to {max(numbers)}; they must be within 0 to {(1 << 32) - 1}"
+        )
+    return numbers
+
+
+def _token_ids(index: int, prompt: Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(token) for token in prompt)
+    except TypeError as e:
+        raise RequestError(f"prompt {index} is neither a text nor a list of token ids ({e}); prompts is a list of prompts") from e

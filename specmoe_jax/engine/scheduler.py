@@ -1,0 +1,131 @@
+"""Who takes the place of a request that ended, and the chunks of its prompt. Pure: a state in, a state out.
+
+A long job so keeps its batch (SpecMoEOff serves a fixed batch; its tail is cut from the paper's figures). The prompts of
+new requests run through the pass in which the others decode, so they cost no expert bytes of their own.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.engine.state import HostKV, Request, State
+from specmoe_jax.kv_cache.page_table import admit as admit_pages
+from specmoe_jax.kv_cache.page_table import release
+from specmoe_jax.kv_cache.positions import prefill_rows
+from specmoe_jax.speculate.sampling import sampling_rows
+from specmoe_jax.support.errors import PlanError
+from specmoe_jax.types import Tree
+
+
+class Item(NamedTuple):
+    """One micro-batch, or one chunk of some rows' prompts.
+
+    tokens: [b, T] int32 at positions lengths[b] + t of the rows whose pages are table [b, P]; t >= num_new[b] is padding.
+    tree: of the new tokens, None for a chain. parked: its hidden states wait in host memory between the layers (prompts,
+    of which there may be many).
+    """
+
+    tokens: np.ndarray
+    table: np.ndarray
+    lengths: np.ndarray
+    num_new: np.ndarray
+    parked: bool = False
+    tree: Tree | None = None
+
+
+class PromptChunk(NamedTuple):
+    """A prefill item and whose prompts it holds. rows: [b] int32, -1 for padding. following: [b, T], the token after each."""
+
+    item: Item
+    rows: np.ndarray
+    following: np.ndarray
+
+
+def fill(state: State, waiting: Sequence[Request], overshoot: int) -> tuple[State, tuple[Request, ...]]:
+    """Gives free rows to waiting requests, first come first served, while there are pages. -> state, who still waits.
+
+    overshoot: positions that a pass may write beyond a request's last token. A row that gets a request joins: the next pass
+    fills its cache, and from then on it generates. Raises PlanError when nothing runs and the first one does not fit.
+    """
+    requests, generated, reasons = list(state.requests), list(state.generated), list(state.finish_reasons)
+    lengths, last_token, pages = state.lengths.copy(), state.last_token.copy(), state.kv.pages
+    waiting, running = list(waiting), state.active | state.joining
+    for row in np.flatnonzero(~running & (pages.table[:, 0] >= 0)):
+        pages = release(pages, row)
+    for row in np.flatnonzero(~running):
+        given = admit_pages(pages, row, _positions(waiting[0], overshoot)) if waiting else None
+        if given is None:
+            break
+        pages, request = given, waiting.pop(0)
+        requests[row], generated[row], reasons[row] = request, (), "joining"
+        lengths[row], last_token[row] = 0, request.token_ids[-1]
+        running[row] = True
+    if waiting and not running.any():
+        raise PlanError(f"request {waiting[0].id} needs more pages than the KV cache has; give more host memory")
+    filled = state._replace(
+        requests=tuple(requests),
+        generated=tuple(generated),
+        finish_reasons=tuple(reasons),
+        lengths=lengths,
+        last_token=last_token,
+        kv=state.kv._replace(pages=pages),
+        rows=sampling_rows([request.params if request else SamplingParams() for request in requests]),
+    )
+    return filled, tuple(waiting)
+
+
+def joined(state: State) -> State:
+    """After the pass that filled their caches: the rows that joined generate from now on."""
+    lengths = np.where(state.joining, [max(len(_prompt(request)) - 1, 0) for request in state.requests], state.lengths)
+    reasons = tuple(None if reason == "joining" else reason for reason in state.finish_reasons)
+    return state._replace(lengths=lengths.astype(np.int32), finish_reasons=reasons)
+
+
+def prompt_chunks(state: State) -> list[PromptChunk]:
+    """All tokens but the last of the joining rows' prompts, in items of one shape; prompts of similar length share an item.
+
+    The chunks of a row come in their order: each finds the ones before it in the cache.
+    """
+    width, chunk = _width(state), state.kv.chunk
+    counts = {row: len(state.requests[row].token_ids) - 1 for row in np.flatnonzero(state.joining)}
+    order = sorted(counts, key=lambda row: (-counts[row], row))
+    groups = [order[i : i + width] for i in range(0, len(order), width)]
+    return [_chunk(state, group, start) for group in groups for start in range(0, counts[group[0]], chunk)]
+
+
+def empty_chunk(state: State) -> PromptChunk:
+    """An item of the same shape in which every position is padding, to compile what real ones run."""
+    return _chunk(state, [], 0)
+
+
+def _width(state: State) -> int:
+    return prefill_rows(len(state.requests), state.kv.chunk)
+
+
+def _chunk(state: State, group: list[int], start: int) -> PromptChunk:
+    width, chunk = _width(state), state.kv.chunk
+    rows = np.full(width, -1, np.int32)
+    rows[: len(group)] = group
+    tokens, following = np.zeros((2, width, chunk), np.int32)
+    lengths, num_new = np.zeros((2, width), np.int32)
+    for i, row in enumerate(group):
+        prompt = state.requests[row].token_ids
+        piece = prompt[:-1][start : start + chunk]
+        tokens[i, : len(piece)], following[i, : len(piece)] = piece, prompt[start + 1 : start + 1 + len(piece)]
+        num_new[i], lengths[i] = len(piece), min(start, len(prompt) - 1)
+    return PromptChunk(Item(tokens, rows_of(state.kv, rows), lengths, num_new, parked=True), rows, following)
+
+
+def rows_of(kv: HostKV, rows: np.ndarray) -> np.ndarray:
+    """The pages [b, P] of some rows; none for a row of -1."""
+    return np.where(rows[:, None] < 0, -1, kv.pages.table[rows])
+
+
+def _positions(request: Request, overshoot: int) -> int:
+    return len(request.token_ids) + request.limit + overshoot
+
+
+def _prompt(request: Request | None) -> tuple[int, ...]:
+    return request.token_ids if request else ()

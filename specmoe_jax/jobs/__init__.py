@@ -1,0 +1,1 @@
+"""Jobs that survive: journal, prompt files, progress, metrics file. Above the engine."""

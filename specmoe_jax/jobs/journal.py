@@ -1,0 +1,125 @@
+"""Jobs that `kill -9` cannot lose: finished requests are appended to the output and stay, whatever happens after.
+
+The output file itself says which requests are done; the journal beside it says which job it belongs to and carries
+the lock. A line that was being written when the process died is cut off at the next start.
+"""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+
+from specmoe_jax.support.errors import RequestError
+
+
+class Journal:
+    """The output of a job, JSON lines in the order of completion, each `append` on disk (fsync) before the next begins.
+
+    done: numbers (`index`) of the requests that are finished. Raises RequestError when the output belongs to another
+    job (naming what changed), is in use by another process, or cannot be written.
+    """
+
+    def __init__(self, output: str, fingerprint: dict, *, restart: bool = False):
+        # A file that has a second name through a link has one lock.
+        self._path = pathlib.Path(os.path.realpath(output) if os.path.islink(output) else output)
+        journal = self._path.with_name(self._path.name + ".journal")
+        with _writing(journal):
+            self._journal = open(journal, "ab+", buffering=0)  # what a buffer holds back would be written after a failure
+        self._lock()
+        if restart:
+            with _writing(self._path):
+                self._journal.truncate(0)
+                self._path.unlink(missing_ok=True)
+        with _writing(journal):
+            self._claim(fingerprint)
+        with _writing(self._path):
+            self._file = open(self._path, "ab", buffering=0)
+        self._end, self.done = self._read()
+        self._file.truncate(self._end)
+
+    def append(self, *records: dict) -> None:
+        """Adds finished requests; when this returns, they survive. Raises RequestError when the disk does not take them."""
+        line = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+        try:
+            _write_safely(self._file, line)
+        except OSError as e:
+            self._cut()
+            raise RequestError(
+                f"cannot write {self._path} ({e.strerror}); {len(self.done)} requests are safe in it, make room and run "
+                "the same command again"
+            ) from e
+        self._end += len(line)
+        self.done |= {record["index"] for record in records}
+
+    def close(self) -> None:
+        """Ends the job's hold on its output."""
+        self._file.close()
+        self._journal.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise RequestError(f"another process writes {self._path}; wait for it or choose another --output") from e
+
+    def _claim(self, fingerprint: dict) -> None:
+        """Writes what the job is, or compares it with what is written. A torn first write counts as none."""
+        self._journal.seek(0)
+        try:
+            written = json.loads(self._journal.read())
+        except (ValueError, RecursionError):
+            written = None
+        if not isinstance(written, dict):
+            if self._path.exists() and self._path.stat().st_size:
+                raise RequestError(f"{self._path} exists and is no output of a job; move it, or overwrite it with --restart")
+            self._journal.truncate(0)
+            _write_safely(self._journal, json.dumps(fingerprint).encode())
+            return
+        changed = sorted(key for key in fingerprint.keys() | written.keys() if fingerprint.get(key) != written.get(key))
+        if changed:
+            raise RequestError(
+                f"{self._path} was begun with other {', '.join(changed)}; run the first command to go on with it, or "
+                "begin anew with --restart"
+            )
+
+    def _read(self) -> tuple[int, set[int]]:
+        """The end of the last whole line, and the requests in the lines up to it."""
+        end, done = 0, set()
+        with open(self._path, "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    done.add(json.loads(line)["index"])
+                except (ValueError, KeyError, TypeError, RecursionError) as e:
+                    said = f"{self._path} holds a line that no job wrote; move it, or begin anew with --restart"
+                    raise RequestError(said) from e
+                end += len(line)
+        return end, done
+
+    def _cut(self) -> None:
+        """Takes back a line that was written in part."""
+        try:
+            os.ftruncate(self._file.fileno(), self._end)
+        except OSError:
+            return  # the next start cuts it off
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    """What the system refuses before the job has begun, as one line."""
+    try:
+        yield
+    except OSError as e:
+        raise RequestError(f"cannot write {path} ({e.strerror}); choose another --output") from e
+
+
+def _write_safely(file: io.FileIO, content: bytes) -> None:
+    """Appends to an unbuffered file; all of it is on disk when this returns. Raises OSError, with a part of it written."""
+    written = 0
+    while written < len(content):
+        written += file.write(content[written:])
+    os.fsync(file.fileno())

@@ -1,0 +1,1 @@
+"""The KV cache: page table and layout of positions."""

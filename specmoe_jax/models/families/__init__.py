@@ -1,0 +1,1 @@
+"""One file per model family, their registry, and what they share: reading config.json, naming tensors."""

@@ -1,0 +1,128 @@
+"""Tensor names that families share, as specs: attention, MLPs and the layouts in which experts are stored."""
+
+import numpy as np
+
+from specmoe_jax.config.layer_config import ExpertConfig
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.models.spec import LayerWeights, Layout, MlpWeights, Part, TensorSpec, Weights, down_of, gate_of, up_of
+
+
+def model_specs(config: ModelConfig, layer_specs) -> Weights:
+    """Specs of everything but the routed experts. layer_specs: (config, layer) -> LayerWeights."""
+    vocab_by_model = (config.vocab_size, config.hidden_size)
+    return Weights(
+        embed=TensorSpec("model.embed_tokens.weight", vocab_by_model),
+        layers=tuple(layer_specs(config, layer) for layer in range(config.num_layers)),
+        final_norm=TensorSpec("model.norm.weight", (config.hidden_size,), "ones"),
+        lm_head=None if config.tie_embeddings else TensorSpec("lm_head.weight", vocab_by_model),
+    )
+
+
+def attention_specs(config: ModelConfig, layer: int, *, qkv_bias: bool = False, o_bias: bool = False, **others) -> LayerWeights:
+    """The two norms and the projections under their usual names; `others` are further fields of LayerWeights."""
+    attention, hidden = config.layers[layer].attention, config.hidden_size
+    prefix = f"model.layers.{layer}"
+    q, kv = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
+
+    def bias(name: str, width: int, wanted: bool) -> TensorSpec | None:
+        return TensorSpec(f"{prefix}.self_attn.{name}_proj.bias", (width,)) if wanted else None
+
+    return LayerWeights(
+        input_norm=norm_spec(f"{prefix}.input_layernorm", hidden),
+        post_norm=norm_spec(f"{prefix}.post_attention_layernorm", hidden),
+        q=TensorSpec(f"{prefix}.self_attn.q_proj.weight", (q, hidden)),
+        k=TensorSpec(f"{prefix}.self_attn.k_proj.weight", (kv, hidden)),
+        v=TensorSpec(f"{prefix}.self_attn.v_proj.weight", (kv, hidden)),
+        o=TensorSpec(f"{prefix}.self_attn.o_proj.weight", (hidden, q)),
+        q_bias=bias("q", q, qkv_bias),
+        k_bias=bias("k", kv, qkv_bias),
+        v_bias=bias("v", kv, qkv_bias),
+        o_bias=bias("o", hidden, o_bias),
+        **others,
+    )
+
+
+def qk_norm_specs(config: ModelConfig, layer: int, *, full: bool) -> dict[str, TensorSpec]:
+    """Norms of queries and keys: over one head, or over the whole projection."""
+    attention, prefix = config.layers[layer].attention, f"model.layers.{layer}.self_attn"
+    q_heads, k_heads = (attention.num_heads, attention.num_kv_heads) if full else (1, 1)
+    return {
+        "q_norm": norm_spec(f"{prefix}.q_norm", q_heads * attention.head_dim),
+        "k_norm": norm_spec(f"{prefix}.k_norm", k_heads * attention.head_dim),
+    }
+
+
+def router_spec(config: ModelConfig, layer: int, module: str = "mlp.gate") -> TensorSpec | None:
+    """[E, M]; None for a dense layer."""
+    router = config.layers[layer].router
+    name = f"model.layers.{layer}.{module}.weight"
+    return None if router is None else TensorSpec(name, (router.num_experts, config.hidden_size))
+
+
+def mlp_specs(config: ModelConfig, layer: int, module: str) -> MlpWeights | None:
+    """A dense MLP or shared expert; None for a layer without."""
+    width, hidden = config.layers[layer].mlp_hidden, config.hidden_size
+    if width is None:
+        return None
+    module = f"model.layers.{layer}.{module}"
+    return MlpWeights(
+        gate=TensorSpec(f"{module}.gate_proj.weight", (width, hidden)),
+        up=TensorSpec(f"{module}.up_proj.weight", (width, hidden)),
+        down=TensorSpec(f"{module}.down_proj.weight", (hidden, width)),
+    )
+
+
+def norm_spec(module: str, width: int) -> TensorSpec:
+    return TensorSpec(f"{module}.weight", (width,), "ones")
+
+
+def separate_layout(experts: ExpertConfig, prefix: str, gate: str, up: str, down: str) -> Layout:
+    """One tensor a matrix, `prefix` ending in the expert's number: what is published."""
+    wide = (experts.hidden, experts.model)
+    return (
+        Part(TensorSpec(f"{prefix}.{gate}.weight", wide), gate_of),
+        Part(TensorSpec(f"{prefix}.{up}.weight", wide), up_of),
+        Part(TensorSpec(f"{prefix}.{down}.weight", wide[::-1]), down_of),
+    )
+
+
+def fused_layout(experts: ExpertConfig, num_experts: int, prefix: str, expert: int) -> Layout:
+    """All experts of a layer in two tensors, as newer writers may fuse them; gate is the first half of gate_up."""
+    hidden, model = experts.hidden, experts.model
+    return (
+        Part(TensorSpec(f"{prefix}.gate_up_proj", (num_experts, 2 * hidden, model)), gate_up_of, expert),
+        Part(TensorSpec(f"{prefix}.down_proj", (num_experts, model, hidden)), down_of, expert),
+    )
+
+
+def transposed_layout(experts: ExpertConfig, num_experts: int, prefix: str, expert: int) -> Layout:
+    """As fused, but stored [in, out] (Llama-4)."""
+    hidden, model = experts.hidden, experts.model
+    return (
+        Part(TensorSpec(f"{prefix}.gate_up_proj", (num_experts, model, 2 * hidden)), gate_up_transposed_of, expert),
+        Part(TensorSpec(f"{prefix}.down_proj", (num_experts, hidden, model)), down_transposed_of, expert),
+    )
+
+
+def gate_up_of(block: np.ndarray) -> np.ndarray:
+    """[2, F, M]: gate, then up."""
+    return block[:2]
+
+
+def gate_up_transposed_of(block: np.ndarray) -> np.ndarray:
+    """[M, 2, F]."""
+    return block[:2].transpose(2, 0, 1)
+
+
+def down_transposed_of(block: np.ndarray) -> np.ndarray:
+    """[F, M]."""
+    return block[2]
+
+
+def swiglu_layouts(config: ModelConfig, layer: int, expert: int) -> tuple[Layout, ...]:
+    """The two layouts of all families that call an expert's matrices gate_proj, up_proj and down_proj."""
+    prefix = f"model.layers.{layer}.mlp.experts"
+    return (
+        separate_layout(config.experts, f"{prefix}.{expert}", "gate_proj", "up_proj", "down_proj"),
+        fused_layout(config.experts, config.num_experts, prefix, expert),
+    )

@@ -1,0 +1,144 @@
+"""What a streamed pass consists of: tasks on resources, and what each of them waits for (SpecMoEOff, 4.1 and 5.2). Pure.
+
+The engine executes this list (engine/flows/streaming.py) and the simulator times it (simulate.py): there is no second description.
+Per layer and item `other1` -> queries, keys, values to the host -> attention on the CPU -> back -> `other2` -> experts, while the
+experts of a later layer stream into a free one of two or more buffers, unless they are pinned on the accelerator; the first
+layers' of the next pass stream through the drafting (one layer with two buffers, as in the paper; with more the link is busy
+for longer).
+"""
+
+import functools
+from typing import NamedTuple
+
+ACCELERATOR, CPU, UP, DOWN = "accelerator", "cpu attention", "link to accelerator", "link to host"
+RESOURCES = (ACCELERATOR, CPU, UP, DOWN)
+
+_RESOURCE_OF = {
+    "embed": ACCELERATOR,
+    "other1": ACCELERATOR,
+    "to_host": DOWN,
+    "attention": CPU,
+    "to_accelerator": UP,
+    "other2": ACCELERATOR,
+    "experts": ACCELERATOR,
+    "stream": UP,
+    "attend_chunk": ACCELERATOR,
+    "store": DOWN,
+    "append": CPU,
+}
+KINDS = tuple(_RESOURCE_OF)
+
+
+class Task(NamedTuple):
+    """One piece of a pass. A resource does one task at a time: of those that can start the most urgent, in the order of the list.
+
+    item: the work item (a micro-batch, or a chunk of prompts), or for `stream` the chunk (an expert) of the layer.
+    after: places in the list of the tasks that must have ended; a negative place is one of the pass before, counted
+    from its end.
+    """
+
+    kind: str
+    layer: int
+    item: int
+    after: tuple[int, ...]
+
+    @property
+    def resource(self) -> str:
+        return _RESOURCE_OF[self.kind]
+
+    @property
+    def urgent(self) -> bool:
+        """Weights give way to everything else on the link, chunk by chunk."""
+        return self.kind != "stream"
+
+
+def spread(layers: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """`count` of the layers with experts, evenly: the link works on the next streamed one while a pinned one computes."""
+    return tuple(layer for i, layer in enumerate(layers) if (i + 1) * count // len(layers) > i * count // len(layers))
+
+
+class _Shape(NamedTuple):
+    """What a pass is made of, as `pass_tasks` takes it. streamed: layers whose experts cross the link."""
+
+    has_experts: tuple[bool, ...]
+    streamed: list[int]
+    decoding: range
+    prompts: range
+    chunks: int
+    buffers: int
+
+
+@functools.lru_cache(maxsize=64)
+def pass_tasks(
+    has_experts: tuple[bool, ...],
+    items: int,
+    chunks: int,
+    buffers: int = 2,
+    pinned: tuple[int, ...] = (),
+    prompts: int = 0,
+) -> tuple[Task, ...]:
+    """The tasks of one pass of `items` work items, in an order in which they can be issued one after the other.
+
+    has_experts: per layer. chunks: pieces in which a layer's experts cross the link. buffers: 2 to the streamed layers. pinned:
+    layers whose experts stay on the accelerator, so nothing streams for them. prompts: so many of the last items are chunks of
+    prompts that attend on the accelerator (`attend_chunk`), while their keys and values go to the host (`store`, `append`). The
+    streams of the first buffers - 1 streamed layers are those of the next pass and come late in the list.
+    """
+    streamed = [layer for layer, has in enumerate(has_experts) if has and layer not in pinned]
+    decoding = items - prompts
+    shape = _Shape(has_experts, streamed, range(decoding), range(decoding, items), chunks, buffers)
+    order = _order(shape)
+    place = {key: i for i, key in enumerate(order)}
+    return tuple(Task(*key, after=_after(key, place, shape)) for key in order)
+
+
+def _order(shape: _Shape) -> list[tuple[str, int, int]]:
+    """(kind, layer, item). A layer's stream is issued when the layer before has been handed to the CPU.
+
+    A prompt's tasks of a layer are issued together, so that nothing of it is kept between; before those of the items that wait for
+    the CPU's attention.
+    """
+    head, streamed = ("other1", "to_host", "attention"), shape.streamed
+    order = [(kind, 0, item) for item in shape.decoding for kind in ("embed", *head)]
+    for layer, has in enumerate(shape.has_experts):
+        experts = ("experts",) if has else ()
+        if layer in streamed:
+            following = streamed[(streamed.index(layer) + shape.buffers - 1) % len(streamed)]
+            order += [("stream", following, chunk) for chunk in range(shape.chunks)]
+        for item in shape.prompts:
+            kinds = (*(() if layer else ("embed",)), "other1", "attend_chunk", "store", "append", "other2", *experts)
+            order += [(kind, layer, item) for kind in kinds]
+        for item in shape.decoding:
+            order += [(kind, layer, item) for kind in ("to_accelerator", "other2", *experts)]
+            order += [(kind, layer + 1, item) for kind in head] if layer + 1 < len(shape.has_experts) else []
+    return order
+
+
+def _after(key, place: dict, shape: _Shape) -> tuple[int, ...]:
+    kind, layer, item = key
+    last = {True: "experts", False: "other2"}
+    pieces = range(shape.chunks) if layer in shape.streamed else ()
+    attended = "attend_chunk" if item in shape.prompts else "to_accelerator"
+    before = {
+        "embed": lambda: (),
+        "other1": lambda: (("embed", 0, item) if layer == 0 else (last[shape.has_experts[layer - 1]], layer - 1, item),),
+        "to_host": lambda: (("other1", layer, item),),
+        "attention": lambda: (("to_host", layer, item),),
+        "to_accelerator": lambda: (("attention", layer, item),),
+        "other2": lambda: ((attended, layer, item),),
+        "attend_chunk": lambda: (("other1", layer, item),),
+        "store": lambda: (("other1", layer, item),),
+        "append": lambda: (("store", layer, item),),
+        "experts": lambda: (("other2", layer, item), *(("stream", layer, chunk) for chunk in pieces)),
+        "stream": lambda: _users_of_the_buffer(shape, layer),
+    }
+    places = [place[name] for name in before[kind]()]
+    here = place[key]
+    # What is written later in the list than its user belongs to the pass before.
+    return tuple(i if i < here else i - len(place) for i in places)
+
+
+def _users_of_the_buffer(shape: _Shape, layer: int) -> tuple[tuple[str, int, int], ...]:
+    """The experts of as many streamed layers before as there are buffers must have been computed."""
+    user = shape.streamed[(shape.streamed.index(layer) - shape.buffers) % len(shape.streamed)]
+    return tuple(("experts", user, item) for item in (*shape.decoding, *shape.prompts))

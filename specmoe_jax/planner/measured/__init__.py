@@ -1,0 +1,1 @@
+"""Predictions by linear models of the engine's own measured operators."""

@@ -1,0 +1,1 @@
+"""The memory account of a plan, budgets, and what fits."""

@@ -1,0 +1,65 @@
+"""Bytes that caches and activations of a model take: of a position, a pass, an encoder, staged prompts."""
+
+from specmoe_jax.config.layer_config import LayerConfig
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.kv_cache.positions import PREFILL_TOKENS, prefill_rows, staged_positions
+
+
+def _cache_row(layer: LayerConfig) -> int:
+    """Numbers that one position of one row takes in the key cache of a layer, and again in its value cache."""
+    return layer.attention.num_kv_heads * layer.attention.cache_dim
+
+
+def position_bytes(config: ModelConfig, item: int) -> int:
+    """Keys and values of one position of one row, in all layers."""
+    return 2 * sum(map(_cache_row, config.layers)) * item
+
+
+def activation_bytes(config: ModelConfig, plan: Plan, batch_rows: int, passes: int, item: int) -> int:
+    """Largest live activations: residual, expert inputs and outputs of a pass, and the logits of a verification."""
+    heads = max(token_numbers(layer) for layer in config.layers)
+    per_token = (2 * config.hidden_size + heads) * item
+    outputs = config.experts_per_token * config.hidden_size * 4
+    logits = batch_rows * plan.tokens_per_pass * config.vocab_size * 4
+    return passes * (per_token + outputs) + logits
+
+
+def attention_bytes(config: ModelConfig, rows: int, tokens: int, positions: int, item: int) -> int:
+    """What attention in jnp holds beside the cache, of `tokens` new ones a row: scores in float32 and weights, or weights and V.
+
+    XLA masks V into a copy of its own (a row that nobody attends may hold anything); as compiled for an H200.
+    """
+    most = 0
+    for layer in config.layers:
+        scores, values = rows * tokens * layer.attention.num_heads * positions, rows * positions * _cache_row(layer)
+        most = max(most, (4 + item) * scores, item * (scores + values))
+    return most
+
+
+def staging_bytes(config: ModelConfig, plan: Plan, batch_rows: int, positions: int, item: int) -> int:
+    """Of the longest prompts at the plan's chunk; shorter chunks are of prompts that are one chunk."""
+    if plan.prefill_attention != "accelerator":
+        return 0
+    tokens = prefill_rows(batch_rows, plan.prefill_chunk) * staged_positions(positions, plan.prefill_chunk)
+    return 2 * max(tokens, PREFILL_TOKENS) * max(map(_cache_row, config.layers)) * item
+
+
+def cross_row(layer: LayerConfig) -> int:
+    """As _cache_row, of what the encoder read."""
+    return 0 if layer.cross is None else layer.cross.num_kv_heads * layer.cross.head_dim
+
+
+def encoder_bytes(config: ModelConfig, batch_rows: int, positions: int, item: int) -> int:
+    """Largest live activations of the encoder: as of a pass, and scores in full (twice: themselves and their softmax)."""
+    if config.encoder is None:
+        return 0
+    heads = max(layer.attention.num_heads for layer in config.encoder.layers)
+    width = max(token_numbers(layer) for layer in config.encoder.layers)
+    per_token = (2 * config.hidden_size + width) * item + config.experts_per_token * config.hidden_size * 4
+    return batch_rows * positions * (per_token + 2 * heads * positions * 4)
+
+
+def token_numbers(layer: LayerConfig) -> int:
+    """Numbers of the queries, keys and values of one token."""
+    return (layer.attention.num_heads + 2 * layer.attention.num_kv_heads) * layer.attention.cache_dim

@@ -1,0 +1,1 @@
+"""The drafts: the protocol and one file per draft."""

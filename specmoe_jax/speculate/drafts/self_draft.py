@@ -1,0 +1,54 @@
+"""SpecMoE's draft: the model itself, with a few resident experts per layer in the place of all."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specmoe_jax.speculate.drafts.protocol import DraftView
+from specmoe_jax.speculate.sampling import choose_coupled, sample, transform_logits
+from specmoe_jax.types import KVCache, Proposal, SamplingRows
+
+
+class SelfDraft:
+    """Drafts with the engine's resident experts (SpecMoE, draft model). No state of its own.
+
+    Substitution happens in the slot tables (substitution.py), so the draft is the target's own forward.
+    """
+
+    def propose(self, view: DraftView) -> tuple[Proposal, KVCache]:
+        kv, token, tokens, probs = view.kv, view.last_token, [], []
+        for position in range(view.length):
+            logits, kv = view.forward(kv, token, view.lengths + np.int32(position))
+            token, q = choose_token(view, position, logits)
+            tokens.append(token)
+            probs += [] if q is None else [q]
+        return Proposal(tokens=jnp.stack(tokens, 1), probs=jnp.stack(probs, 1) if probs else None), kv
+
+
+def choose_token(view: DraftView, position: int, logits: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The drafted token [B] at a position of the step by the rows' parameters, and its distribution [B, V] if drawn."""
+    if view.rows.greedy:
+        return _argmax(logits), None
+    if view.coupled is not None:
+        return _choose_coupled(view.coupled[:, position], logits, view.rows), None
+    return _draw(view.keys, np.int32(position), logits, view.rows)
+
+
+@jax.jit
+def _argmax(logits: jax.Array) -> jax.Array:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+@jax.jit
+def _choose_coupled(keys: jax.Array, logits: jax.Array, rows: SamplingRows) -> jax.Array:
+    return choose_coupled(keys[:, None], logits[:, None], rows)[:, 0]
+
+
+@jax.jit
+def _draw(keys: jax.Array, position: jax.Array, logits: jax.Array, rows: SamplingRows) -> tuple[jax.Array, jax.Array]:
+    """One token per row from the transformed distribution, which is also what acceptance must be told."""
+    probs = transform_logits(logits, rows)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, data=position))(keys)
+    return jax.vmap(sample)(keys, probs), probs

@@ -1,0 +1,1 @@
+"""Which experts stay resident and draft: usage, policies, affinity, substitution."""

@@ -1,0 +1,61 @@
+"""The affinity table of a checkpoint, computed once and kept on disk under the checkpoint's hash."""
+
+import pathlib
+
+import numpy as np
+
+from specmoe_jax.checkpoints.manifest import checkpoint_hash
+from specmoe_jax.models.model import Model
+from specmoe_jax.models.packing import unpacked
+from specmoe_jax.speculate.hot_experts.affinity import expert_distances, load_table, neighbours, save_table
+from specmoe_jax.support.cache_files import cache_folder
+from specmoe_jax.support.progress import bar
+
+
+def affinity_table(model: Model, *, progress: str | bool = False) -> np.ndarray:
+    """[L, E, E] int32: for each expert the others by L2 distance, nearest first (SpecMoE, affinity).
+
+    Loaded where an earlier run left it; a table that is damaged is computed anew. A model that is not a checkpoint's
+    (random weights) has no hash and is not cached. A cache that cannot be written is done without.
+    progress: a bar of layers, a mode of progress.bar.
+    """
+    path = _table_path(model)
+    shape = model.config.num_moe_layers, model.config.num_experts
+    if path is not None:
+        try:
+            return load_table(path, *shape)
+        except (OSError, ValueError):
+            pass
+    table = _compute(model, progress)
+    if path is not None:
+        _save(path, table)
+    return table
+
+
+def _table_path(model: Model) -> pathlib.Path | None:
+    """Of its own for each dtype and packing, whose rounding may change who is nearer."""
+    if model.path is None:
+        return None
+    kind = "-".join(filter(None, (model.dtype, model.config.experts.packing)))
+    return cache_folder() / "affinity" / f"{checkpoint_hash(model.path)}-{kind}.npz"
+
+
+def _compute(model: Model, progress: str | bool) -> np.ndarray:
+    table, count = [], model.config.num_moe_layers  # what an encoder has behind them is not drafted with
+    with bar("affinity", count, "layer", mode=progress) as shown:
+        for blocks in (model.experts[layer] for layer in range(count)):
+            table.append(
+                neighbours(
+                    expert_distances(lambda e, blocks=blocks: unpacked(model.config.experts, np.asarray(blocks[e])), len(blocks))
+                )
+            )
+            shown.update()
+    return np.stack(table)
+
+
+def _save(path: pathlib.Path, table: np.ndarray) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_table(path, table)
+    except OSError:  # read-only home, full disk: the next run computes it again
+        pass

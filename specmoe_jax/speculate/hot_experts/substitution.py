@@ -1,0 +1,84 @@
+"""Who computes while drafting for an expert that is not resident: SpecMoE's rule and its ablations."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.speculate.hot_experts.affinity import substitutes
+
+
+class MaskedSlots(NamedTuple):
+    """`mask`: the router chooses again, among the residents alone. own: [E] int32, slots, -1 = not resident."""
+
+    own: np.ndarray
+
+
+class DistinctSlots(NamedTuple):
+    """`distinct`: a token's choices take different residents. own: [E] as above; nearest: [E, N], slots of the N residents.
+
+    Row e of `nearest` is sorted by the distance to expert e.
+    """
+
+    own: np.ndarray
+    nearest: np.ndarray
+
+
+DraftSlots = np.ndarray | MaskedSlots | DistinctSlots  # of one layer; an array [E] gives the slot of each expert
+
+
+def draft_slots(slot_of: np.ndarray, neighbours: np.ndarray | None, plan: Plan) -> list[DraftSlots]:
+    """How each layer substitutes. slot_of: [L, E] int32, -1 = not resident; at least as many resident as plan.draft_experts says.
+
+    neighbours: [L, E, E], by distance or at random; None under `mask`, which asks for no one to stand in.
+    """
+    if plan.substitution == "mask":
+        return [MaskedSlots(own=own) for own in slot_of]
+    if plan.substitution == "distinct":
+        sizes = plan.draft_experts if isinstance(plan.draft_experts, tuple) else (plan.draft_experts,) * len(slot_of)
+        nearest = _nearest(slot_of, neighbours, max(sizes))
+        return [DistinctSlots(own=a, nearest=b[:, :n]) for a, b, n in zip(slot_of, nearest, sizes, strict=True)]
+    return list(substitute_slots(slot_of, neighbours))
+
+
+def substitute_slots(slot_of: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
+    """Slot tables [L, E] of the draft: each expert's own slot, or its nearest resident expert's (affinity).
+
+    slot_of: [L, E] int32, -1 = not resident; at least one resident expert per layer. neighbours: [L, E, E].
+    The gate's own weights stay, so two choices that land on one resident expert add up (`dup`).
+    """
+    stand_ins = [substitutes(order, slots >= 0) for order, slots in zip(neighbours, slot_of, strict=True)]
+    return np.stack([slots[chosen] for slots, chosen in zip(slot_of, stand_ins, strict=True)]).astype(np.int32)
+
+
+def choose_distinct(ids: jax.Array, slots: DistinctSlots) -> jax.Array:
+    """Slots [n, A] of the chosen experts ids [n, A], -1 for padding.
+
+    A resident stands for itself; then the others, in the order of the choices, take the nearest resident that the token
+    does not use yet, or the nearest of all when it uses every one.
+    """
+    own, nearest = jnp.asarray(slots.own)[ids], jnp.asarray(slots.nearest)[ids]  # [n, A], [n, A, N]
+    chosen = jnp.where(ids < 0, -1, own)
+    for choice in range(ids.shape[1]):
+        candidates = nearest[:, choice]  # [n, N]
+        free = (candidates[:, :, None] != chosen[:, None, :]).all(axis=-1)
+        first = jnp.take_along_axis(candidates, jnp.argmax(free, axis=1)[:, None], axis=1)[:, 0]
+        absent = (own[:, choice] < 0) & (ids[:, choice] >= 0)
+        chosen = chosen.at[:, choice].set(jnp.where(absent, first, chosen[:, choice]))
+    return chosen
+
+
+def random_neighbours(num_layers: int, num_experts: int, seed: int = 0) -> np.ndarray:
+    """[L, E, E] int32: itself first, then the others in random order (SpecMoE's ablation of affinity)."""
+    order = np.random.default_rng(seed).random((num_layers, num_experts, num_experts))
+    order[:, np.arange(num_experts), np.arange(num_experts)] = -1
+    return np.argsort(order, axis=-1).astype(np.int32)
+
+
+def _nearest(slot_of: np.ndarray, neighbours: np.ndarray, size: int) -> np.ndarray:
+    """[L, E, size] int32: slots of the residents, those nearest to each expert first."""
+    slots = np.take_along_axis(np.broadcast_to(slot_of[:, None], neighbours.shape), neighbours, axis=2)
+    order = np.argsort(slots < 0, axis=2, kind="stable")[:, :, :size]
+    return np.take_along_axis(slots, order, axis=2).astype(np.int32)

@@ -1,0 +1,1 @@
+"""Small leaves without domain logic: errors, units, files, progress, timing, tracing."""

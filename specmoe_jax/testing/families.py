@@ -1,0 +1,93 @@
+"""A tiny config.json of every family: odd sizes, and every part of the family in use. Random weights come from a seed."""
+
+import functools
+
+from specmoe_jax.models.families.registry import parse_config
+from specmoe_jax.models.model import Model, random_model
+
+_COMMON = {"hidden_act": "silu", "max_position_embeddings": 96, "vocab_size": 131, "eos_token_id": 2, "tie_word_embeddings": False}
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
+    "original_max_position_embeddings": 24,
+}  # fmt: skip
+
+RAW_CONFIGS = {
+    "mixtral": _COMMON
+    | {
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 48, "intermediate_size": 24,
+        "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 5,
+        "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "sliding_window": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+    # Two dense layers of four: one by the step, one by name.
+    "qwen3_moe": _COMMON
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 40, "intermediate_size": 56,
+        "moe_intermediate_size": 24, "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12,
+        "num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": True, "decoder_sparse_step": 2, "mlp_only_layers": [3],
+        "rms_norm_eps": 1e-6, "attention_bias": False, "use_sliding_window": False, "sliding_window": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+    # The second layer dense; a window in every other layer.
+    "qwen2_moe": _COMMON
+    | {
+        "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "hidden_size": 40, "intermediate_size": 56,
+        "moe_intermediate_size": 24, "shared_expert_intermediate_size": 36, "num_hidden_layers": 3, "num_attention_heads": 5,
+        "num_key_value_heads": 5, "num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": False,
+        "decoder_sparse_step": 1, "mlp_only_layers": [1], "rms_norm_eps": 1e-6, "qkv_bias": True, "use_sliding_window": True,
+        "sliding_window": 6, "max_window_layers": 3, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+    "olmoe": _COMMON
+    | {
+        "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "hidden_size": 48, "intermediate_size": 24,
+        "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3, "num_experts": 7, "num_experts_per_tok": 3,
+        "norm_topk_prob": False, "clip_qkv": None, "attention_bias": False, "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "deepseek_v2": _COMMON
+    | {
+        "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "hidden_size": 40, "intermediate_size": 56,
+        "moe_intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 5, "num_key_value_heads": 5,
+        "n_routed_experts": 6, "n_shared_experts": 2, "num_experts_per_tok": 3, "first_k_dense_replace": 1, "kv_lora_rank": 20,
+        "q_lora_rank": None, "qk_nope_head_dim": 12, "qk_rope_head_dim": 6, "v_head_dim": 10, "topk_method": "greedy",
+        "n_group": None, "topk_group": None, "norm_topk_prob": False, "routed_scaling_factor": 1.5, "attention_bias": False,
+        "mlp_bias": False, "rms_norm_eps": 1e-6, "rope_parameters": _YARN | {"mscale": 0.707, "mscale_all_dim": 0.9},
+    },
+    "gpt_oss": _COMMON
+    | {
+        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 64, "intermediate_size": 32,
+        "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 5,
+        "num_experts_per_tok": 2, "sliding_window": 6, "attention_bias": True, "rms_norm_eps": 1e-5, "swiglu_limit": 1.5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "rope_parameters": _YARN | {"truncate": False},
+    },
+    # Layers 1 and 3 have experts, layer 2 has no positions; chunks and temperature floors shorter than the prompts.
+    "llama4": _COMMON
+    | {
+        "architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text", "hidden_size": 40, "intermediate_size": 24,
+        "intermediate_size_mlp": 56, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
+        "num_local_experts": 5, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "moe_layers": [1, 3],
+        "no_rope_layers": [1, 1, 0, 1], "attention_chunk_size": 5, "use_qk_norm": True, "attn_temperature_tuning": True,
+        "floor_scale": 4, "attn_scale": 0.3, "attention_bias": False, "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+}  # fmt: skip
+
+ENCODER_DECODERS = {
+    # Every other layer of the decoder has experts, the second of three in the encoder.
+    "nllb_moe": {
+        "architectures": ["NllbMoeForConditionalGeneration"], "model_type": "nllb-moe", "vocab_size": 131,
+        "max_position_embeddings": 96, "d_model": 42, "encoder_layers": 3, "decoder_layers": 4, "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24, "encoder_attention_heads": 6, "decoder_attention_heads": 3, "encoder_sparse_step": 2,
+        "decoder_sparse_step": 2, "num_experts": 6, "moe_token_dropout": 0.2, "second_expert_policy": "all",
+        "activation_function": "relu", "scale_embedding": False, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
+    },
+}  # fmt: skip
+
+
+@functools.cache
+def tiny_family(name: str, dtype: str = "float32") -> Model:
+    """The same random model for the same name and dtype; made once a process. No tokenizer."""
+    return random_model(parse_config((RAW_CONFIGS | ENCODER_DECODERS)[name]), seed=0, dtype=dtype)

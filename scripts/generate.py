@@ -23,7 +23,7 @@ from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.cli.stats_table import table
 from specmoe_jax.config.plan_fields import DTYPES
 from specmoe_jax.config.presets import PRESETS, preset
-from specmoe_jax.engine.requests.incremental_text import ShownText
+from specmoe_jax.engine.requests.incremental_text import IncrementalText
 from specmoe_jax.jobs import job as jobs
 from specmoe_jax.jobs.journal import Journal
 from specmoe_jax.jobs.prompts import Prompt, as_chat, read_prompts
@@ -150,7 +150,7 @@ def check_files() -> None:
 
 def generate(engine: Engine, prompts: list[Prompt]) -> JobWatch:
     """The job of --output, or the texts on stdout. -> what was told of it."""
-    shown = [ShownText(engine.model, prompt.params.stop) for prompt in prompts] if _STREAM.value else []
+    shown = [IncrementalText(engine.model, prompt.params.stop) for prompt in prompts] if _STREAM.value else []
 
     def watched(todo: dict[int, Prompt], failed: int) -> JobWatch:
         limits = [prompt.params.max_new_tokens for prompt in todo.values()]
@@ -271,7 +271,7 @@ def job_of(tokenizer: Tokenizer | None, prompts: list[Prompt]) -> planning.Job:
     return planning.job_of(tokenizer, texts, [prompt.params.max_new_tokens for prompt in prompts])
 
 
-def print_piece(event: TokenEvent, shown: ShownText, several: bool) -> None:
+def print_piece(event: TokenEvent, shown: IncrementalText, several: bool) -> None:
     """Prints the text of one event; with several prompts, one line each with the number of the prompt."""
     text = shown.push(event)
     if several:

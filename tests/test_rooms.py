@@ -12,8 +12,8 @@ SCRIPTS = PACKAGE.parent / "scripts"
 
 # The rooms from the ground up; each may import every room before it, with the exceptions below.
 ORDER = (
-    "support", "config", "types", "ops", "kv_cache", "models", "checkpoints", "offload", "speculate", "planner", "engine", "autotune",
-    "jobs", "benchmarks", "training", "testing", "cli",
+    "support", "config", "types", "ops", "kv_cache", "models", "checkpoints", "offload", "speculate", "planner", "engine",
+    "autotune", "jobs", "benchmarks", "training", "testing", "cli",
 )  # fmt: skip
 # Rooms beside each other: neither imports the other. `offload` and `speculate` meet only in the engine.
 APART = {

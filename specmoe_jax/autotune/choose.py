@@ -100,7 +100,7 @@ def evaluate(config: ModelConfig, plan: Plan, known: Knowledge) -> Prediction:
     workload = known.calibration.workload(known.workload, plan, config)
     prediction = predict(config, plan, known.hardware, workload, interval=False)
     own, memory = prediction.account, known.hardware.host_memory_bytes
-    if known.hardware.shared_cores and own.accelerator_bytes + own.host_bytes > memory:
+    if known.hardware.accelerator_is_cpu and own.accelerator_bytes + own.host_bytes > memory:
         raise PlanError(
             f"{own.accelerator_bytes} bytes for computation and {own.host_bytes} of experts lie in the same {memory:.0f} bytes of "
             "memory; give a smaller batch, or leave experts on disk: --expert_tier=disk"
@@ -108,7 +108,9 @@ def evaluate(config: ModelConfig, plan: Plan, known: Knowledge) -> Prediction:
     if known.operators is None or own.draft_pages or not _is_measured(config, plan):
         return prediction
     shares = {"row_share": known.calibration.row_share, "run_share": known.calibration.run_share}
-    return refine(prediction, config, plan, known.operators, workload, shared_cores=known.hardware.shared_cores, **shares)
+    return refine(
+        prediction, config, plan, known.operators, workload, accelerator_is_cpu=known.hardware.accelerator_is_cpu, **shares
+    )
 
 
 def _is_measured(config: ModelConfig, plan: Plan) -> bool:
@@ -126,7 +128,7 @@ def choose(
     experts fit on the accelerator; with the guard, which ends drafting that does not pay. Raises PlanError if nothing fits.
     """
     fixed = dict(fixed or {})
-    if not known.hardware.shared_cores:  # a plan without a limit takes all that it can use
+    if not known.hardware.accelerator_is_cpu:  # a plan without a limit takes all that it can use
         fixed.setdefault("device_memory_bytes", int(known.hardware.accelerator_memory_bytes * SAFE_SHARE))
 
     def run(drafts) -> Found:

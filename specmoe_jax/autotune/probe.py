@@ -89,7 +89,7 @@ def _measure(device: jax.Device, progress: str | bool) -> Hardware:
         sync_s=sync.seconds,
         copy_s=copy.seconds / CHAIN,
         step_s=5 * sync.seconds,  # acceptance, requests, bookkeeping: what a step of the engine takes is in its operators
-        shared_cores=on_cpu,
+        accelerator_is_cpu=on_cpu,
         overlap=overlap,
         measured=True,
         spreads=(

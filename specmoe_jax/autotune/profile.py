@@ -19,7 +19,7 @@ from specmoe_jax.planner.measured.operators import Operators, Sample, fit
 from specmoe_jax.support.cache_files import machine_key, read_cached, write_cached
 from specmoe_jax.support.progress import bar
 
-VERSION = 6  # of what is kept
+VERSION = 7  # of what is kept
 MOST_BYTES = 1 << 28  # of the experts of a layer; of larger ones fewer are made
 MOST_LAYERS = 8  # as many as the model has, where their experts take twice that; at least two, to run one after the other
 

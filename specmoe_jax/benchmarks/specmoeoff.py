@@ -184,7 +184,7 @@ def draft_memory(s: Setting) -> dict:
     """Accelerator memory of the draft's cache, as a share of what whole jobs fill at most; the rest is attended by the CPU."""
     job = s.job(s.largest, s.prompt)
     plan = s.specmoeoff(s.largest, s.length)
-    longest = max(map(len, job.prompts)) + job.tokens + plan.overshoot
+    longest = max(map(len, job.prompts)) + job.tokens + plan.lookahead
     page, pages = KV_PAGE * eagle.position_bytes(s.head), len(job.prompts) * pages_of(longest)
     cases = [Case("all", plan, None, s.head)]
     for share in s.ends((0.75, 0.5, 0.25, 0.1)):

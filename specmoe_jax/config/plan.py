@@ -89,15 +89,16 @@ class Plan:
         return ((self.draft_length or 1) - 1) * (self.draft_tree_top_k or 0)
 
     @property
-    def overshoot(self) -> int:
+    def lookahead(self) -> int:
         """Positions that a pass or its draft may write beyond a request's last token."""
         return max(self.tokens_per_pass, self.tree_rows)
 
-    def settled(self, *, shared_cores: bool) -> "Plan":
-        """With what it leaves to the machine. shared_cores: the accelerator is the CPU, where its own kernel attends faster."""
+    def resolved(self, *, accelerator_is_cpu: bool) -> "Plan":
+        """With what it leaves to the machine. accelerator_is_cpu: the accelerator is the CPU, where its own kernel attends
+        faster."""
         if self.expert_flow != "stream" or self.prefill_attention is not None:
             return self
-        return self.replace(prefill_attention="cpu" if shared_cores else "accelerator")
+        return self.replace(prefill_attention="cpu" if accelerator_is_cpu else "accelerator")
 
     def validate(self, config: ModelConfig) -> "Plan":
         """Returns itself, or raises PlanError naming the field, its value and what would work."""

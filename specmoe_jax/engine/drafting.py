@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from specmoe_jax.config.plan_fields import GATED_DRAFTS
-from specmoe_jax.engine.flows.layer_passes import draft_forward, landed, prefetch
+from specmoe_jax.engine.flows.layer_passes import draft_forward, prefetch, wait_for_copies
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, HostKV, State
 from specmoe_jax.kv_cache.positions import KV_PAGE
@@ -36,38 +36,40 @@ class _Forward:
     prefetches go to free slots only.
     """
 
-    def __init__(self, rt: Runtime, state: State, length: int):
-        self.memory, self.prefetched = landed(rt, state.memory), 0
-        self.predicted = np.zeros((rt.config.num_moe_layers, rt.config.num_experts), np.int64)
-        self._rt, self._active, self._length = rt, state.active, length
-        if rt.plan.draft == "merged":
+    def __init__(self, runtime: Runtime, state: State, length: int):
+        self.memory, self.prefetched = wait_for_copies(runtime, state.memory), 0
+        self.predicted = np.zeros((runtime.config.num_moe_layers, runtime.config.num_experts), np.int64)
+        self._runtime, self._active, self._length = runtime, state.active, length
+        if runtime.plan.draft == "merged":
             self._slots = list(state.memory.groups)
         else:
-            self._slots = draft_slots(state.memory.residency.slot_of[: rt.config.num_moe_layers], rt.neighbours, rt.plan)
+            self._slots = draft_slots(
+                state.memory.residency.slot_of[: runtime.config.num_moe_layers], runtime.neighbours, runtime.plan
+            )
         self._calls, self._start_s = 0, time.perf_counter()
 
     def __call__(self, kv: KVCache, tokens, lengths) -> tuple[jax.Array, KVCache]:
-        logits, kv, choices = draft_forward(self._rt, self.memory.pool, self._slots, kv, tokens, lengths, self._active)
+        logits, kv, choices = draft_forward(self._runtime, self.memory.pool, self._slots, kv, tokens, lengths, self._active)
         self._calls += 1
-        if self._rt.plan.prefetch == "draft":
+        if self._runtime.plan.prefetch == "draft":
             self._prefetch(choices)
         return logits, kv
 
     def _prefetch(self, choices: list[jax.Array]) -> None:
         """Sends what fits into the time that the rest of the draft will probably take."""
-        self.predicted += np.stack([count_choices(np.asarray(ids), self._rt.config.num_experts) for ids in choices])
+        self.predicted += np.stack([count_choices(np.asarray(ids), self._runtime.config.num_experts) for ids in choices])
         elapsed_s = time.perf_counter() - self._start_s
         remaining_s = elapsed_s / self._calls * (self._length - self._calls)
-        self.memory, copied = prefetch(self._rt, self.memory, self.predicted, first_layer=0, budget_s=remaining_s)
+        self.memory, copied = prefetch(self._runtime, self.memory, self.predicted, first_layer=0, budget_s=remaining_s)
         self.prefetched += copied
 
 
-def draft(rt: Runtime, state: State, length: int) -> Drafted:
+def draft(runtime: Runtime, state: State, length: int) -> Drafted:
     """`length` tokens per row, none for length 0. Blocks until they are there. Consumes the state's buffers."""
     if length == 0:
         nothing = Proposal(tokens=np.zeros((len(state.requests), 0), np.int32), probs=None, memory=state.draft_memory)
-        return Drafted(nothing, state.kv, state.memory, np.zeros(state.memory.votes.shape, np.int64), 0)
-    forward = _Forward(rt, state, length) if rt.plan.draft in GATED_DRAFTS else None
+        return Drafted(nothing, state.kv, state.memory, np.zeros(state.memory.usage_scores.shape, np.int64), 0)
+    forward = _Forward(runtime, state, length) if runtime.plan.draft in GATED_DRAFTS else None
     view = DraftView(
         length=length,
         positions=_positions(state.kv),
@@ -82,16 +84,16 @@ def draft(rt: Runtime, state: State, length: int) -> Drafted:
         ),
         rows=state.rows,
         keys=None if state.rows.greedy else step_keys(state, Stream.DRAFT),
-        coupled=step_coupled_keys(state, length) if rt.plan.deterministic_sampling else None,
+        coupled=step_coupled_keys(state, length) if runtime.plan.deterministic_sampling else None,
         forward=forward,
         memory=state.draft_memory,
     )
-    proposed = rt.draft.propose(view)
-    if rt.plan.draft == "custom":
+    proposed = runtime.draft.propose(view)
+    if runtime.plan.draft == "custom":
         check_proposed(proposed, rows=len(state.requests))
     proposal, kv = jax.block_until_ready(proposed)
     if forward is None:
-        return Drafted(proposal, kv, state.memory, np.zeros(state.memory.votes.shape, np.int64), 0)
+        return Drafted(proposal, kv, state.memory, np.zeros(state.memory.usage_scores.shape, np.int64), 0)
     return Drafted(proposal, kv, forward.memory, forward.predicted, forward.prefetched)
 
 

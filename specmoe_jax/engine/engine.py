@@ -9,17 +9,17 @@ import numpy as np
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine import figures as metrics
-from specmoe_jax.engine.engine_figures import Counted
+from specmoe_jax.engine.engine_figures import EngineFigures
 from specmoe_jax.engine.flows.encode import encode
 from specmoe_jax.engine.prefill import prefill
 from specmoe_jax.engine.requests.completion import Completion, TokenEvent, step_events
-from specmoe_jax.engine.requests.prepare import Shapes, make_requests, settled, shapes_of
-from specmoe_jax.engine.resources import Kept
+from specmoe_jax.engine.requests.prepare import BatchShape, batch_shape_of, make_requests, resolved
+from specmoe_jax.engine.resources import EngineResources
 from specmoe_jax.engine.runtime import new_host_kv
-from specmoe_jax.engine.scheduler import fill
+from specmoe_jax.engine.scheduler import admit
 from specmoe_jax.engine.state import Request, State, StepInfo
 from specmoe_jax.engine.step import step, warm_up
-from specmoe_jax.engine.validation import check_given
+from specmoe_jax.engine.validation import validate_inputs
 from specmoe_jax.kv_cache.page_table import no_pages
 from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model
@@ -56,13 +56,13 @@ class Engine:
     ):
         if not isinstance(plan, Plan):
             raise PlanError(f"plan is {plan!r}; give a Plan, for example PRESETS['specmoe'](model.config)")
-        self.model, self.plan = model, settled(plan.validate(model.config))
+        self.model, self.plan = model, resolved(plan.validate(model.config))
         given = {"draft": draft, "draft_model": draft_model, "draft_head": draft_head, "spans": spans}
-        check_given(model, plan, **given)
+        validate_inputs(model, plan, **given)
         self._progress = progress
-        self._warm_shapes = set()
-        self._counted = Counted(model, self.plan)
-        self._kept = Kept(model, self.plan, progress=progress, **given)
+        self._warm_batch_shape = set()
+        self._figures = EngineFigures(model, self.plan)
+        self._resources = EngineResources(model, self.plan, progress=progress, **given)
 
     def generate(
         self,
@@ -92,11 +92,11 @@ class Engine:
         call, not when the first token is asked for.
         """
         requests = make_requests(self.model, prompts, params, ids)
-        shapes = shapes_of(self.plan, requests)
+        batch_shape = batch_shape_of(self.plan, requests)
         if self.plan.expert_flow == "stream":
-            return self._run_queue(requests, shapes, on_step)
-        starts = range(0, len(requests), shapes.rows)
-        batches = (self._run_batch(requests[start : start + shapes.rows], shapes, on_step) for start in starts)
+            return self._run_queue(requests, batch_shape, on_step)
+        starts = range(0, len(requests), batch_shape.rows)
+        batches = (self._run_batch(requests[start : start + batch_shape.rows], batch_shape, on_step) for start in starts)
         return itertools.chain.from_iterable(batches)
 
     def init(self, prompts, params=None) -> State:
@@ -104,17 +104,17 @@ class Engine:
         requests = make_requests(self.model, prompts, params)
         if len(requests) > self.plan.batch_size:
             raise PlanError(f"{len(requests)} prompts and batch_size {self.plan.batch_size}; init takes one batch")
-        shapes = shapes_of(self.plan, requests)
+        batch_shape = batch_shape_of(self.plan, requests)
         if self.plan.expert_flow != "stream":
-            return self._init(requests, shapes)
-        state, waiting = fill(self._init_queue(requests, shapes), requests, self.plan.overshoot)
+            return self._init(requests, batch_shape)
+        state, waiting = admit(self._init_queue(requests, batch_shape), requests, self.plan.lookahead)
         if waiting:
             raise PlanError(f"{len(waiting)} of {len(requests)} prompts find no room in the KV cache; give more host memory")
         return self.step(state)[0]
 
     def step(self, state: State) -> tuple[State, StepInfo]:
         """Every active row gets 1 to N + 1 tokens. The state is consumed: its buffers are donated."""
-        return step(self._kept.rt, state, self.model.tokenizer)
+        return step(self._resources.runtime, state, self.model.tokenizer)
 
     def stats(self, hardware: Hardware | None = None, prediction: Prediction | None = None) -> dict:
         """The figures of interface.md over everything generated so far.
@@ -122,90 +122,92 @@ class Engine:
         hardware: this machine as probed, for the floor; without it that of an emulated link alone is told. prediction: of
         this plan, to stand beside what was measured.
         """
-        return self._counted.figures(hardware, prediction, self._kept.peak_accelerator_bytes())
+        return self._figures.figures(hardware, prediction, self._resources.peak_accelerator_bytes())
 
-    def _run_batch(self, requests: list[Request], shapes: Shapes, on_step) -> Iterator[TokenEvent]:
+    def _run_batch(self, requests: list[Request], batch_shape: BatchShape, on_step) -> Iterator[TokenEvent]:
         watch = Stopwatch()
-        state = self._init(requests, shapes)
+        state = self._init(requests, batch_shape)
         counts_on_demand = self.plan.expert_flow == "on_demand"
         on_demand = metrics.no_on_demand(self.model.config.num_moe_layers, self.model.config.num_experts)
         try:
             while not state.done:
-                compiled = self._counted.compiles.count
+                compiled = self._figures.compiles.count
                 state, info = self.step(state)
-                self._counted.recompiled += self._counted.compiles.count - compiled
-                self._counted.totals = metrics.add_step(self._counted.totals, info)
+                self._figures.recompiled += self._figures.compiles.count - compiled
+                self._figures.totals = metrics.add_step(self._figures.totals, info)
                 if counts_on_demand:
-                    on_demand = self._counted.running = metrics.add_on_demand(on_demand, info)
+                    on_demand = self._figures.running = metrics.add_on_demand(on_demand, info)
                 if on_step is not None:
                     on_step(info)
                 yield from step_events(self.model, state, info, dict.fromkeys((request.id for request in requests), watch))
         finally:  # also of a batch that is given up
-            self._counted.end_batch(on_demand)
-        self._kept.put_back(state, shapes)
+            self._figures.end_batch(on_demand)
+        self._resources.put_back(state, batch_shape)
 
-    def _run_queue(self, requests: list[Request], shapes: Shapes, on_step) -> Iterator[TokenEvent]:
+    def _run_queue(self, requests: list[Request], batch_shape: BatchShape, on_step) -> Iterator[TokenEvent]:
         """A streamed job: rows are filled from the queue as they become free. Steps in which all rows join count as prefill."""
-        before = self._kept.moved()
-        state, waiting, watches = self._init_queue(requests, shapes), tuple(requests), {}
-        moved = self._kept.moved()
-        self._counted.add_prefill_bytes(before, moved)
+        before = self._resources.moved()
+        state, waiting, watches = self._init_queue(requests, batch_shape), tuple(requests), {}
+        moved = self._resources.moved()
+        self._figures.add_prefill_bytes(before, moved)
         while waiting or not state.done:
-            state, waiting = fill(state, waiting, self.plan.overshoot)
+            state, waiting = admit(state, waiting, self.plan.lookahead)
             watches |= {state.requests[row].id: Stopwatch() for row in np.flatnonzero(state.joining)}
-            compiled, watch, before = self._counted.compiles.count, Stopwatch(), moved
+            compiled, watch, before = self._figures.compiles.count, Stopwatch(), moved
             state, info = self.step(state)
-            self._counted.recompiled += self._counted.compiles.count - compiled
-            moved = self._kept.moved()
+            self._figures.recompiled += self._figures.compiles.count - compiled
+            moved = self._resources.moved()
             info = info._replace(below=moved.below.since(before.below))  # the link's thread reads between two steps too
             if not info.active.any():
-                self._counted.prefill_s += watch.seconds
-                self._counted.add_prefill_bytes(before, moved)
+                self._figures.prefill_s += watch.seconds
+                self._figures.add_prefill_bytes(before, moved)
                 continue
-            self._counted.totals = metrics.add_step(self._counted.totals, info)
+            self._figures.totals = metrics.add_step(self._figures.totals, info)
             if on_step is not None:
                 on_step(info)
             yield from step_events(self.model, state, info, watches)
-        self._kept.put_back(state, shapes)
+        self._resources.put_back(state, batch_shape)
 
-    def _init_queue(self, requests: list[Request], shapes: Shapes) -> State:
+    def _init_queue(self, requests: list[Request], batch_shape: BatchShape) -> State:
         """A compiled state with no request in its rows."""
-        memory = self._kept.take(shapes)
-        pages = no_pages(shapes.rows, shapes.positions, self._kept.account.kv_pages)
+        memory = self._resources.take(batch_shape)
+        pages = no_pages(batch_shape.rows, batch_shape.positions, self._resources.account.kv_pages)
         params = [request.params for request in requests]
         state = State(
-            requests=(None,) * shapes.rows,
-            kv=new_host_kv(self._kept.rt, pages, shapes.chunk),
+            requests=(None,) * batch_shape.rows,
+            kv=new_host_kv(self._resources.runtime, pages, batch_shape.chunk),
             memory=memory,
-            lengths=np.zeros(shapes.rows, np.int32),
-            last_token=np.zeros(shapes.rows, np.int32),
-            generated=((),) * shapes.rows,
-            finish_reasons=("padding",) * shapes.rows,
-            rows=sampling_rows([SamplingParams()] * shapes.rows),
-            guard=self._kept.new_guard(shapes),
-            draft_memory=self._kept.new_draft_memory(shapes),
+            lengths=np.zeros(batch_shape.rows, np.int32),
+            last_token=np.zeros(batch_shape.rows, np.int32),
+            generated=((),) * batch_shape.rows,
+            finish_reasons=("padding",) * batch_shape.rows,
+            rows=sampling_rows([SamplingParams()] * batch_shape.rows),
+            adaptive_length=self._resources.new_adaptive_length(batch_shape),
+            draft_memory=self._resources.new_draft_memory(batch_shape),
         )
         for kind in {p.temperature == 0: p for p in params}.values():  # greedy and sampled batches run different programs
-            state = self._warm(state._replace(rows=sampling_rows([kind] * shapes.rows)), shapes)
+            state = self._warm(state._replace(rows=sampling_rows([kind] * batch_shape.rows)), batch_shape)
         return state
 
-    def _init(self, requests: list[Request], shapes: Shapes) -> State:
+    def _init(self, requests: list[Request], batch_shape: BatchShape) -> State:
         watch = Stopwatch()
-        before, memory = self._kept.moved(), self._kept.take(shapes)
-        kv = self._kept.new_cache(shapes)
-        padding = shapes.rows - len(requests)
+        before, memory = self._resources.moved(), self._resources.take(batch_shape)
+        kv = self._resources.new_cache(batch_shape)
+        padding = batch_shape.rows - len(requests)
         rows: tuple[Request | None, ...] = (*requests, *[None] * padding)
         prompts = [request.token_ids if request else () for request in rows]
-        if shapes.source:
-            memory, cross = encode(self._kept.rt, memory, [request.source if request else () for request in rows], shapes.source)
+        if batch_shape.source:
+            memory, cross = encode(
+                self._resources.runtime, memory, [request.source if request else () for request in rows], batch_shape.source
+            )
             kv = kv._replace(cross=cross)
-        draft_memory = self._kept.new_draft_memory(shapes)
+        draft_memory = self._resources.new_draft_memory(batch_shape)
         with bar("prefill", max(map(len, prompts)) - 1, "position", mode=self._progress, leave=False) as shown, span("prefill"):
             memory, kv, draft_memory, _ = prefill(
-                self._kept.rt, memory, kv, prompts, shapes.chunk, draft_memory, on_chunk=shown.update
+                self._resources.runtime, memory, kv, prompts, batch_shape.chunk, draft_memory, on_chunk=shown.update
             )
             jax.block_until_ready((kv, draft_memory))
-        self._counted.prefill_s += watch.seconds
+        self._figures.prefill_s += watch.seconds
         state = State(
             requests=rows,
             kv=kv,
@@ -215,21 +217,21 @@ class Engine:
             generated=((),) * len(rows),
             finish_reasons=tuple(None if request else "padding" for request in rows),
             rows=sampling_rows([request.params if request else SamplingParams() for request in rows]),
-            guard=self._kept.new_guard(shapes),
+            adaptive_length=self._resources.new_adaptive_length(batch_shape),
             draft_memory=draft_memory,
         )
-        state = self._warm(state, shapes)
-        self._counted.add_prefill_bytes(before, self._kept.moved())  # to warm up may change a draft set
+        state = self._warm(state, batch_shape)
+        self._figures.add_prefill_bytes(before, self._resources.moved())  # to warm up may change a draft set
         return state
 
-    def _warm(self, state: State, shapes: Shapes) -> State:
+    def _warm(self, state: State, batch_shape: BatchShape) -> State:
         """Compiles the steps of shapes that are new; sampled and greedy rows run different programs."""
-        key = (shapes, state.rows.greedy)
-        if key in self._warm_shapes:
+        key = (batch_shape, state.rows.greedy)
+        if key in self._warm_batch_shape:
             return state
-        self._warm_shapes.add(key)
+        self._warm_batch_shape.add(key)
         watch = Stopwatch()
         with bar("compile", None, "step", mode=self._progress, leave=False) as shown:
-            state = warm_up(self._kept.rt, state, on_step=shown.update)
-        self._counted.warm_up_s += watch.seconds
+            state = warm_up(self._resources.runtime, state, on_step=shown.update)
+        self._figures.warm_up_s += watch.seconds
         return state

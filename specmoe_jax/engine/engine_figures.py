@@ -6,14 +6,14 @@ import resource
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.engine import figures as metrics
 from specmoe_jax.engine.resources import Moved
-from specmoe_jax.engine.roofline import floor_figures, predicted_figures
+from specmoe_jax.engine.roofline import predicted_figures, roofline_figures
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.estimate import Prediction
 from specmoe_jax.planner.hardware import Hardware
 from specmoe_jax.support.timing import CompileCounter
 
 
-class Counted:
+class EngineFigures:
     """recompiled: compilations inside steps that count, where none should be. running: of the batch under way, None between two."""
 
     def __init__(self, model: Model, plan: Plan):
@@ -43,7 +43,7 @@ class Counted:
             model_stamps=self._model.synthetic,
         )
         if hardware is not None and self._model.config.encoder is None:
-            figures |= floor_figures(self._model.config, self._plan, self.totals, hardware)
+            figures |= roofline_figures(self._model.config, self._plan, self.totals, hardware)
         if prediction is not None:
             figures |= predicted_figures(prediction, self.totals)
         return figures | {

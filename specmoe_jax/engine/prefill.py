@@ -13,7 +13,7 @@ from specmoe_jax.types import KVCache
 
 
 def prefill(
-    rt: Runtime,
+    runtime: Runtime,
     memory: ExpertMemory,
     kv: KVCache,
     prompts: list[tuple[int, ...]],
@@ -29,7 +29,7 @@ def prefill(
     on_chunk: called with the positions of each chunk done.
     """
     counts = np.array([max(len(prompt) - 1, 0) for prompt in prompts], np.int32)
-    totals = np.zeros((rt.config.num_moe_layers, rt.config.num_experts), np.int64)
+    totals = np.zeros((runtime.config.num_moe_layers, runtime.config.num_experts), np.int64)
     nothing = np.zeros_like(totals)
     infos, every_row = [], np.arange(len(prompts), dtype=np.int32)
     for start in range(0, int(counts.max()), chunk):
@@ -39,29 +39,29 @@ def prefill(
             tokens[row, : num_new[row]] = prompt[start : start + num_new[row]]
             following[row, : num_new[row]] = prompt[start + 1 : start + 1 + num_new[row]]
         lengths = np.minimum(counts, start).astype(np.int32)
-        done = target_pass(rt, memory, kv, tokens, lengths, num_new, earlier=totals, predicted=nothing)
+        done = target_pass(runtime, memory, kv, tokens, lengths, num_new, earlier=totals, predicted=nothing)
         memory, kv, totals = done.memory, done.kv, done.counts
         if done.features is not None:
-            draft_memory = rt.draft.observe(draft_memory, every_row, following, done.features, lengths, num_new)
+            draft_memory = runtime.draft.observe(draft_memory, every_row, following, done.features, lengths, num_new)
         infos.append(done.info)
         on_chunk(int(num_new.max()))
-    votes = rt.draft_set.update(memory.votes, totals, totals)
-    memory = memory._replace(votes=votes)
-    if rt.plan.draft == "merged" and memory.groups is None:
-        memory = merge_experts(rt, memory, totals)
+    usage_scores = runtime.draft_set.update(memory.usage_scores, totals, totals)
+    memory = memory._replace(usage_scores=usage_scores)
+    if runtime.plan.draft == "merged" and memory.groups is None:
+        memory = merge_experts(runtime, memory, totals)
     return memory, kv, draft_memory, infos
 
 
-def merge_experts(rt: Runtime, memory: ExpertMemory, counts: np.ndarray) -> ExpertMemory:
+def merge_experts(runtime: Runtime, memory: ExpertMemory, counts: np.ndarray) -> ExpertMemory:
     """Fills the slots of draft=merged, once for each pool: the prompts of its first batch are the calibration run.
 
     Every expert is read once and K blocks a layer cross the link. counts: [L, E], the choices of the prompts.
     """
     groups, pool = np.zeros(counts.shape, np.int32), memory.pool
-    for layer, slots in enumerate(rt.merged_slots):
-        grouping = group_experts(counts[layer], rt.neighbours[layer], len(slots))
+    for layer, slots in enumerate(runtime.merged_slots):
+        grouping = group_experts(counts[layer], runtime.neighbours[layer], len(slots))
         for group, slot in enumerate(slots):
-            block = merge(lambda expert, layer=layer: np.asarray(rt.store.tier.block((layer, expert))), grouping, group)
-            pool = rt.store.put(pool, block, int(slot))
+            block = merge(lambda expert, layer=layer: np.asarray(runtime.store.tier.block((layer, expert))), grouping, group)
+            pool = runtime.store.put(pool, block, int(slot))
         groups[layer] = slots[grouping.of]
     return memory._replace(pool=pool, groups=groups)

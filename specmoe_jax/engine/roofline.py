@@ -16,7 +16,7 @@ from specmoe_jax.planner.hardware import Hardware
 LINK, MEMORY = "link", "cache reads"
 
 
-def floor_figures(config: ModelConfig, plan: Plan, totals: Totals, hardware: Hardware) -> dict:
+def roofline_figures(config: ModelConfig, plan: Plan, totals: Totals, hardware: Hardware) -> dict:
     """floor_s, fraction_of_floor, binding_resource and their parts; None where nothing was generated.
 
     rates: what the run reached of each resource over the whole decoding, per second. On shared cores the flops add up.
@@ -42,7 +42,7 @@ def floor_figures(config: ModelConfig, plan: Plan, totals: Totals, hardware: Har
         ACCELERATOR: totals.steps * flops[ACCELERATOR] / hardware.accelerator_flops(dtype),
         CPU: totals.steps * flops[CPU] / hardware.cpu_flops(dtype),
     }
-    if hardware.shared_cores:
+    if hardware.accelerator_is_cpu:
         seconds |= {ACCELERATOR: seconds[ACCELERATOR] + seconds[CPU], CPU: 0.0}
     floor_s, binding = max(seconds.values()), max(seconds, key=seconds.get)
     wall = totals.decode_s

@@ -19,7 +19,7 @@ from specmoe_jax.kv_cache.positions import KV_PAGE, staged_positions
 from specmoe_jax.models.experts import block_bytes
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import Weights
-from specmoe_jax.offload import retained_experts as leftovers
+from specmoe_jax.offload import retained_experts
 from specmoe_jax.offload.residency import empty, plan_layer
 from specmoe_jax.offload.store import ExpertStore, Link
 from specmoe_jax.offload.stream_schedule import spread
@@ -38,7 +38,7 @@ from specmoe_jax.support.tracing import Span
 from specmoe_jax.types import KVCache
 
 
-class Lanes(NamedTuple):
+class Workers(NamedTuple):
     """The workers of a streamed plan beside the engine's own thread, one thread each; they start with their first task.
 
     spans: where it is noted when each task ran, None where nobody wants to know.
@@ -72,8 +72,8 @@ class Runtime:
     device: jax.Device
     host: jax.Device
     activations: Link  # counts what crosses between accelerator and host beside experts
-    parking: jax.sharding.Sharding  # pinned host memory, where hidden states wait between two layers
-    lanes: Lanes
+    pinned_sharding: jax.sharding.Sharding  # pinned host memory, where hidden states wait between two layers
+    workers: Workers
     pinned_layers: tuple[int, ...]
 
     @property
@@ -93,7 +93,7 @@ class Runtime:
         accelerator has come so far.
         """
         self.activations.send(sum(array.nbytes for array in jax.tree.leaves(arrays)))
-        return jax.device_put(arrays, self.host if self.device == self.host else self.parking)
+        return jax.device_put(arrays, self.host if self.device == self.host else self.pinned_sharding)
 
     def on_host(self, arrays):
         """Arrays of `to_host` as arrays of the CPU that holds the KV cache; waits for them."""
@@ -150,8 +150,8 @@ def build(
         device=device,
         host=host,
         activations=Link(),
-        parking=jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host"),
-        lanes=Lanes(*(concurrent.futures.ThreadPoolExecutor(1, f"specmoe-{lane}") for lane in ("cpu", "link")), spans),
+        pinned_sharding=jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host"),
+        workers=Workers(*(concurrent.futures.ThreadPoolExecutor(1, f"specmoe-{worker}") for worker in ("cpu", "link")), spans),
         pinned_layers=spread(config.moe_layers, account.pinned_layers),
     )
 
@@ -167,59 +167,66 @@ def _tier(model: Model, plan: Plan, account: MemoryAccount) -> Tier:
     )
 
 
-def first_memory(rt: Runtime) -> ExpertMemory:
+def first_memory(runtime: Runtime) -> ExpertMemory:
     """A new pool with what must always be there: all experts (resident flow) or a first draft set per layer that decodes."""
-    shape = (rt.config.num_expert_layers, rt.config.num_experts)
-    if rt.plan.expert_flow == "stream":
+    shape = (runtime.config.num_expert_layers, runtime.config.num_experts)
+    if runtime.plan.expert_flow == "stream":
         return ExpertMemory(
-            slots=rt.slots,
+            slots=runtime.slots,
             pool=None,
             residency=empty(*shape, 0),
-            votes=np.zeros(shape),
+            usage_scores=np.zeros(shape),
             prefetched=np.zeros(shape, bool),
-            buffers=_first_buffers(rt),
+            buffers=_first_buffers(runtime),
         )
-    pool = rt.store.new_pool(rt.slots.total + (0 if rt.merged_slots is None else rt.merged_slots.size))
-    residency, none, arriving = empty(*shape, rt.slots.total), np.zeros(shape[1], bool), ()
-    votes = np.zeros((rt.config.num_moe_layers, shape[1]))
-    left = leftovers.nothing(*shape, rt.slots.total) if rt.plan.retain else None
-    for layer in range(rt.config.num_expert_layers):
-        decodes = layer < rt.config.num_moe_layers
-        keep = rt.keep(layer, votes[layer], votes[layer], none) if decodes else np.full(shape[1], rt.resident_slots is not None)
+    pool = runtime.store.new_pool(runtime.slots.total + (0 if runtime.merged_slots is None else runtime.merged_slots.size))
+    residency, none, arriving = empty(*shape, runtime.slots.total), np.zeros(shape[1], bool), ()
+    usage_scores = np.zeros((runtime.config.num_moe_layers, shape[1]))
+    retained = retained_experts.nothing(*shape, runtime.slots.total) if runtime.plan.retain else None
+    for layer in range(runtime.config.num_expert_layers):
+        decodes = layer < runtime.config.num_moe_layers
+        keep = (
+            runtime.keep(layer, usage_scores[layer], usage_scores[layer], none)
+            if decodes
+            else np.full(shape[1], runtime.resident_slots is not None)
+        )
         plan, residency = plan_layer(residency, layer, none, keep)
         for wave in plan.waves:
-            pool, arriving = rt.store.fetch(pool, wave.fetch, arriving)
-            left = left and leftovers.after_copies(left, wave.fetch)
-    pool, _ = rt.store.land(pool, arriving)
+            pool, arriving = runtime.store.fetch(pool, wave.fetch, arriving)
+            retained = retained and retained_experts.after_copies(retained, wave.fetch)
+    pool, _ = runtime.store.finish_copies(pool, arriving)
     return ExpertMemory(
-        slots=rt.slots,
+        slots=runtime.slots,
         pool=pool,
         residency=residency,
-        votes=votes,
+        usage_scores=usage_scores,
         prefetched=np.zeros(shape, bool),
-        leftovers=left,
+        retained_experts=retained,
     )
 
 
-def _first_buffers(rt: Runtime) -> Buffers:
+def _first_buffers(runtime: Runtime) -> Buffers:
     """The pinned layers, and the layer buffers: the first streamed layers are on their way into all but one of them."""
-    store, index = rt.store, rt.config.moe_index
+    store, index = runtime.store, runtime.config.moe_index
     # In the link's thread, as every stream: a disk tier has one caller, and an abandoned job's may still be at it.
-    stay = [rt.lanes.link.submit(store.stream, store.new_buffer(), store.send_for(index[layer])) for layer in rt.pinned_layers]
+    stay = [
+        runtime.workers.link.submit(store.stream, store.new_buffer(), store.send_for(index[layer]))
+        for layer in runtime.pinned_layers
+    ]
     pinned = tuple(stream.result() for stream in stay)
-    streamed = [moe for moe, layer in enumerate(rt.config.moe_layers) if layer not in rt.pinned_layers]
+    streamed = [moe for moe, layer in enumerate(runtime.config.moe_layers) if layer not in runtime.pinned_layers]
     if not streamed:
         return Buffers(spare=None, readers=(), coming=(), pinned=pinned)
-    first = (streamed * rt.plan.layer_buffers)[: rt.plan.layer_buffers - 1]  # a model of one layer has two buffers too
-    coming = tuple(rt.lanes.link.submit(store.stream, store.new_buffer(), store.send_for(moe)) for moe in first)
+    first = (streamed * runtime.plan.layer_buffers)[: runtime.plan.layer_buffers - 1]  # a model of one layer has two buffers too
+    coming = tuple(runtime.workers.link.submit(store.stream, store.new_buffer(), store.send_for(moe)) for moe in first)
     return Buffers(spare=store.new_buffer(), readers=(), coming=coming, pinned=pinned)
 
 
-def new_host_kv(rt: Runtime, pages: Pages, chunk: int) -> HostKV:
+def new_host_kv(runtime: Runtime, pages: Pages, chunk: int) -> HostKV:
     """A paged cache of zeros in host memory, in the plan's dtype."""
     # A chunk below the plan's is as long as the longest prompt.
-    staged = chunk if chunk < rt.plan.prefill_chunk else staged_positions(pages.table.shape[1] * KV_PAGE, chunk)
-    caches = (empty_pages(layer.attention, len(pages.free), rt.plan.dtype, rt.host) for layer in rt.config.layers)
+    staged = chunk if chunk < runtime.plan.prefill_chunk else staged_positions(pages.table.shape[1] * KV_PAGE, chunk)
+    caches = (empty_pages(layer.attention, len(pages.free), runtime.plan.dtype, runtime.host) for layer in runtime.config.layers)
     return HostKV(caches=tuple(caches), pages=pages, chunk=chunk, staged=staged)
 
 
@@ -259,9 +266,9 @@ def _keep(config: ModelConfig, plan: Plan, policy: DraftSetPolicy):
     """The best experts of a layer by the policy's scores, as many as the plan pins; N = 0 keeps nothing (OnDemand)."""
     sizes = pinned_experts(config, plan)
 
-    def keep(layer: int, votes: np.ndarray, counts: np.ndarray, resident: np.ndarray, resting: bool = False) -> np.ndarray:
+    def keep(layer: int, usage_scores: np.ndarray, counts: np.ndarray, resident: np.ndarray, resting: bool = False) -> np.ndarray:
         scores = policy.resting if resting and policy.resting else policy.scores
-        return hot_set(scores(votes, counts, layer), resident, sizes[layer])
+        return hot_set(scores(usage_scores, counts, layer), resident, sizes[layer])
 
     return keep
 

@@ -31,7 +31,7 @@ class Item(NamedTuple):
     table: np.ndarray
     lengths: np.ndarray
     num_new: np.ndarray
-    parked: bool = False
+    offloaded: bool = False
     tree: Tree | None = None
 
 
@@ -43,7 +43,7 @@ class PromptChunk(NamedTuple):
     following: np.ndarray
 
 
-def fill(state: State, waiting: Sequence[Request], overshoot: int) -> tuple[State, tuple[Request, ...]]:
+def admit(state: State, waiting: Sequence[Request], lookahead: int) -> tuple[State, tuple[Request, ...]]:
     """Gives free rows to waiting requests, first come first served, while there are pages. -> state, who still waits.
 
     overshoot: positions that a pass may write beyond a request's last token. A row that gets a request joins: the next pass
@@ -55,7 +55,7 @@ def fill(state: State, waiting: Sequence[Request], overshoot: int) -> tuple[Stat
     for row in np.flatnonzero(~running & (pages.table[:, 0] >= 0)):
         pages = release(pages, row)
     for row in np.flatnonzero(~running):
-        given = admit_pages(pages, row, _positions(waiting[0], overshoot)) if waiting else None
+        given = admit_pages(pages, row, _positions(waiting[0], lookahead)) if waiting else None
         if given is None:
             break
         pages, request = given, waiting.pop(0)
@@ -115,7 +115,7 @@ def _chunk(state: State, group: list[int], start: int) -> PromptChunk:
         piece = prompt[:-1][start : start + chunk]
         tokens[i, : len(piece)], following[i, : len(piece)] = piece, prompt[start + 1 : start + 1 + len(piece)]
         num_new[i], lengths[i] = len(piece), min(start, len(prompt) - 1)
-    return PromptChunk(Item(tokens, rows_of(state.kv, rows), lengths, num_new, parked=True), rows, following)
+    return PromptChunk(Item(tokens, rows_of(state.kv, rows), lengths, num_new, offloaded=True), rows, following)
 
 
 def rows_of(kv: HostKV, rows: np.ndarray) -> np.ndarray:
@@ -123,8 +123,8 @@ def rows_of(kv: HostKV, rows: np.ndarray) -> np.ndarray:
     return np.where(rows[:, None] < 0, -1, kv.pages.table[rows])
 
 
-def _positions(request: Request, overshoot: int) -> int:
-    return len(request.token_ids) + request.limit + overshoot
+def _positions(request: Request, lookahead: int) -> int:
+    return len(request.token_ids) + request.limit + lookahead
 
 
 def _prompt(request: Request | None) -> tuple[int, ...]:

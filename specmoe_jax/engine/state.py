@@ -9,11 +9,11 @@ import numpy as np
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.kv_cache.page_table import Pages
 from specmoe_jax.offload.residency import Residency
-from specmoe_jax.offload.retained_experts import Leftovers
+from specmoe_jax.offload.retained_experts import RetainedExperts
 from specmoe_jax.offload.store import Arriving
 from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.ops import PackedCache
-from specmoe_jax.speculate.adaptive_length import Guard
+from specmoe_jax.speculate.adaptive_length import AdaptiveLength
 from specmoe_jax.types import KVCache, SamplingRows
 
 
@@ -51,16 +51,16 @@ class ExpertMemory(NamedTuple):
     and in the residency, not among the votes. leftovers: what
     free slots still hold, None where the plan does not retain it. groups: [L, E] int32, the slot of the merged block that
     stands for each expert under draft=merged, else None. buffers: under expert_flow=stream, which has no pool, else None.
-    resting: whether the guard rests from drafting in this step. arriving: what of the residency is on its way beside the pool
+    resting: whether adaptive drafting pauses in this step. arriving: what of the residency is on its way beside the pool
     still; whoever reads slots lands them first.
     """
 
     slots: PoolSlots
     pool: jax.Array | None
     residency: Residency
-    votes: np.ndarray
+    usage_scores: np.ndarray
     prefetched: np.ndarray
-    leftovers: Leftovers | None = None
+    retained_experts: RetainedExperts | None = None
     groups: np.ndarray | None = None
     buffers: "Buffers | None" = None
     resting: bool = False
@@ -98,7 +98,7 @@ class State(NamedTuple):
     requests: B, the rows of the batch; None pads the batch to its compiled size. lengths: [B] int32, committed
     rows in the cache. last_token: [B] int32, committed but not yet in the cache. generated: per row, the new
     tokens so far. finish_reasons: per row, None while it runs, "joining" until its prompt has been in a pass.
-    guard: chooses the draft length, None if it is fixed.
+    adaptive_length: chooses the draft length, None if it is fixed.
     draft_memory: what the draft keeps between steps.
     """
 
@@ -110,7 +110,7 @@ class State(NamedTuple):
     generated: tuple[tuple[int, ...], ...]
     finish_reasons: tuple[str | None, ...]
     rows: SamplingRows
-    guard: Guard | None
+    adaptive_length: AdaptiveLength | None
     draft_memory: Any = None
 
     @property

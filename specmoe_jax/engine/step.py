@@ -8,7 +8,7 @@ import numpy as np
 
 from specmoe_jax.engine import stages
 from specmoe_jax.engine.drafting import Drafted, draft, step_coupled_keys, step_keys
-from specmoe_jax.engine.drafts.accepted_path import accepted_path, straighten
+from specmoe_jax.engine.drafts.accepted_path import accepted_path, compact_accepted_path
 from specmoe_jax.engine.drafts.split_draft import placed, rows_on_cpu
 from specmoe_jax.engine.flows.layer_passes import TargetPass, target_pass
 from specmoe_jax.engine.flows.streaming import fetched, streamed_target_pass
@@ -31,7 +31,7 @@ _synthetic_accept = jax.jit(synthetic_accept)
 _finite_positions = jax.jit(finite_positions)
 
 
-def step(rt: Runtime, state: State, tokenizer, *, length: int | None = None) -> tuple[State, StepInfo]:
+def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None) -> tuple[State, StepInfo]:
     """Every active row gets between 1 and N + 1 tokens. Consumes the state.
 
     length: N, tokens to draft; None: what the state's guard chooses, or the plan says.
@@ -39,32 +39,32 @@ def step(rt: Runtime, state: State, tokenizer, *, length: int | None = None) -> 
     The migration of SpecMoE happens inside `verify`, layer by layer: which experts a layer needs is known only
     when the layer before it has run.
     """
-    clock, sent, activations = [time.perf_counter()], [rt.store.link.sent_bytes], rt.activations.sent_bytes
-    below = rt.store.tier.counts
-    state, moves = placed(rt, state)
+    clock, sent, activations = [time.perf_counter()], [runtime.store.link.sent_bytes], runtime.activations.sent_bytes
+    below = runtime.store.tier.counts
+    state, moves = placed(runtime, state)
     if length is None:
-        length = _length(rt, state)
-    if state.guard:
-        state = state._replace(memory=state.memory._replace(resting=resting(state.guard, length)))
+        length = _length(runtime, state)
+    if state.adaptive_length:
+        state = state._replace(memory=state.memory._replace(resting=resting(state.adaptive_length, length)))
     with span("draft"):
-        drafted = draft(rt, state, length)
+        drafted = draft(runtime, state, length)
     clock.append(time.perf_counter())
-    if rt.lanes.spans is not None and length:
-        rt.lanes.spans.append(Span("draft", ACCELERATOR, -1, -1, clock[0], clock[1]))
-    sent.append(rt.store.link.sent_bytes)
+    if runtime.workers.spans is not None and length:
+        runtime.workers.spans.append(Span("draft", ACCELERATOR, -1, -1, clock[0], clock[1]))
+    sent.append(runtime.store.link.sent_bytes)
     with span("verify"):
-        verified, result, sound, proposal = verify(rt, state, drafted)
+        verified, result, sound, proposal = verify(runtime, state, drafted)
     clock.append(time.perf_counter())
-    sent.append(rt.store.link.sent_bytes)
+    sent.append(runtime.store.link.sent_bytes)
     with span("commit"):
-        new_state, accepted, committed = commit(rt, state, proposal, verified, result, sound, tokenizer)
+        new_state, accepted, committed = commit(runtime, state, proposal, verified, result, sound, tokenizer)
     clock.append(time.perf_counter())
     with span("inform"):
-        new_state = inform(rt, new_state, verified, state.lengths, committed)
+        new_state = update_draft_features(runtime, new_state, verified, state.lengths, committed)
     clock.append(time.perf_counter())
-    if state.guard and state.active.any():
-        guard = observe(state.guard, length, accepted[state.active], clock[4] - clock[0])
-        new_state = new_state._replace(guard=guard)
+    if state.adaptive_length and state.active.any():
+        adaptive = observe(state.adaptive_length, length, accepted[state.active], clock[4] - clock[0])
+        new_state = new_state._replace(adaptive_length=adaptive)
     guesses = drafted.prefetched + verified.info.prefetched
     return new_state, StepInfo(
         accepted=accepted,
@@ -78,37 +78,40 @@ def step(rt: Runtime, state: State, tokenizer, *, length: int | None = None) -> 
         verify=verified.info,
         link_bytes=sent[2] - sent[0],
         draft_link_bytes=sent[1] - sent[0],
-        prefetch_bytes=guesses * rt.expert_bytes,
-        prefetch_wasted_bytes=(guesses - verified.info.prefetch_hits) * rt.expert_bytes,
-        activation_bytes=rt.activations.sent_bytes - activations,
-        below=rt.store.tier.counts.since(below),
+        prefetch_bytes=guesses * runtime.expert_bytes,
+        prefetch_wasted_bytes=(guesses - verified.info.prefetch_hits) * runtime.expert_bytes,
+        activation_bytes=runtime.activations.sent_bytes - activations,
+        below=runtime.store.tier.counts.since(below),
         draft_s=clock[1] - clock[0] + clock[4] - clock[3],
         verify_s=clock[2] - clock[1],
         commit_s=clock[3] - clock[2],
     )
 
 
-def _length(rt: Runtime, state: State) -> int:
+def _length(runtime: Runtime, state: State) -> int:
     """Tokens to draft; none where all rows only join."""
     if not state.active.any():
         return 0
-    return choose(state.guard) if state.guard else rt.plan.draft_length or 0
+    return choose(state.adaptive_length) if state.adaptive_length else runtime.plan.draft_length or 0
 
 
-def warm_up(rt: Runtime, state: State, *, on_step: Callable[[], object] = lambda: None) -> State:
+def warm_up(runtime: Runtime, state: State, *, on_step: Callable[[], object] = lambda: None) -> State:
     """Compiles what the steps will run, by steps of every draft length in which no row is active.
 
-    Such a step routes, fetches and commits nothing; only the buffers move on. What it taught guard and votes is
+    Such a step routes, fetches and commits nothing; only the buffers move on. What it taught the adaptive length and the usage
+    scores is
     dropped. on_step: called after each.
     """
-    idle = state._replace(finish_reasons=("idle",) * len(state.requests), guard=None)
-    for length in state.guard.lengths if state.guard else (rt.plan.draft_length or 0,):
-        idle, _ = step(rt, idle, None, length=length)
+    idle = state._replace(finish_reasons=("idle",) * len(state.requests), adaptive_length=None)
+    for length in state.adaptive_length.lengths if state.adaptive_length else (runtime.plan.draft_length or 0,):
+        idle, _ = step(runtime, idle, None, length=length)
         on_step()
-    return state._replace(kv=idle.kv, memory=idle.memory._replace(votes=state.memory.votes), draft_memory=idle.draft_memory)
+    return state._replace(
+        kv=idle.kv, memory=idle.memory._replace(usage_scores=state.memory.usage_scores), draft_memory=idle.draft_memory
+    )
 
 
-def verify(rt: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass, AcceptResult, np.ndarray, Proposal]:
+def verify(runtime: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass, AcceptResult, np.ndarray, Proposal]:
     """One exact pass over [last token, drafted tokens] of every row, and the lossless choice.
 
     Third, [B]: how many of the positions from the first on have logits that give a distribution. Of a tree, all that comes
@@ -117,15 +120,15 @@ def verify(rt: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass, Acc
     proposal = drafted.proposal
     tokens = np.concatenate([state.last_token[:, None], np.asarray(proposal.tokens)], axis=1)  # [B, T]
     num_new = np.where(state.active, tokens.shape[1], 0).astype(np.int32)
-    nothing = np.zeros(state.memory.votes.shape, np.int64)
-    if rt.plan.expert_flow == "stream":
-        verified = streamed_target_pass(rt, state._replace(kv=drafted.kv), drafted.memory, tokens, num_new, proposal.tree)
+    nothing = np.zeros(state.memory.usage_scores.shape, np.int64)
+    if runtime.plan.expert_flow == "stream":
+        verified = streamed_target_pass(runtime, state._replace(kv=drafted.kv), drafted.memory, tokens, num_new, proposal.tree)
         if verified.h is None:
             none = np.zeros(len(num_new), np.int32)
             return verified, AcceptResult(num_accepted=none, next_token=none), none, proposal
     else:
         verified = target_pass(
-            rt,
+            runtime,
             drafted.memory,
             drafted.kv,
             tokens,
@@ -135,27 +138,27 @@ def verify(rt: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass, Acc
             predicted=drafted.predicted,
             tree=proposal.tree,
         )
-    logits = stages.head(rt.config.norm_eps, rt.weights, verified.h)  # [B, T, V]
+    logits = stages.head(runtime.config.norm_eps, runtime.weights, verified.h)  # [B, T, V]
     finite = _finite_positions(logits)
     if proposal.tree is not None:
-        return straighten(rt, state, verified, proposal, accepted_path(rt, state, proposal, logits), finite)
-    result, finite = jax.device_get((_result(rt, state, proposal, logits), finite))
+        return compact_accepted_path(runtime, state, verified, proposal, accepted_path(runtime, state, proposal, logits), finite)
+    result, finite = jax.device_get((_result(runtime, state, proposal, logits), finite))
     return verified, result, np.cumprod(finite, axis=1).sum(axis=1), proposal
 
 
-def _result(rt: Runtime, state: State, proposal: Proposal, logits) -> AcceptResult:
-    if rt.plan.synthetic_acceptance is not None and proposal.tokens.shape[1]:
+def _result(runtime: Runtime, state: State, proposal: Proposal, logits) -> AcceptResult:
+    if runtime.plan.synthetic_acceptance is not None and proposal.tokens.shape[1]:
         keys = step_keys(state, Stream.VERIFY)
-        return _synthetic_accept(keys, proposal.tokens, logits, np.float32(rt.plan.synthetic_acceptance))
+        return _synthetic_accept(keys, proposal.tokens, logits, np.float32(runtime.plan.synthetic_acceptance))
     if state.rows.greedy:
         return _accept_greedy(proposal.tokens, logits)
-    if rt.plan.deterministic_sampling:
+    if runtime.plan.deterministic_sampling:
         return _accept_coupled(step_coupled_keys(state, logits.shape[1]), proposal.tokens, logits, state.rows)
     return _accept(step_keys(state, Stream.VERIFY), proposal.tokens, proposal.probs, logits, state.rows)
 
 
 def commit(
-    rt: Runtime, state: State, proposal: Proposal, verified: TargetPass, result: AcceptResult, sound: np.ndarray, tokenizer
+    runtime: Runtime, state: State, proposal: Proposal, verified: TargetPass, result: AcceptResult, sound: np.ndarray, tokenizer
 ) -> tuple[State, np.ndarray, np.ndarray]:
     """Appends the accepted run and the target's token to each active row, cut where the request ends.
 
@@ -171,7 +174,7 @@ def commit(
         run = (*drafted[row, : result.num_accepted[row]].tolist(), int(result.next_token[row]))
         broken, run = len(run) > sound[row], run[: sound[row]]
         generated[row], reasons[row] = commit_tokens(
-            state.requests[row], state.generated[row], run, rt.config.eos_token_ids, tokenizer
+            state.requests[row], state.generated[row], run, runtime.config.eos_token_ids, tokenizer
         )
         if broken and reasons[row] is None:
             reasons[row] = "error"
@@ -179,11 +182,11 @@ def commit(
         committed[row] = len(generated[row]) - len(state.generated[row])
         if generated[row]:
             last_token[row] = generated[row][-1]
-    votes = rt.draft_set.update(verified.memory.votes, verified.counts, _committed_counts(verified, committed))
+    usage_scores = runtime.draft_set.update(verified.memory.usage_scores, verified.counts, _committed_counts(verified, committed))
     new_state = state._replace(
         kv=verified.kv,
         draft_memory=proposal.memory,
-        memory=verified.memory._replace(votes=votes),
+        memory=verified.memory._replace(usage_scores=usage_scores),
         lengths=state.lengths + committed,
         last_token=last_token,
         generated=tuple(generated),
@@ -192,7 +195,9 @@ def commit(
     return joined(new_state) if new_state.joining.any() else new_state, accepted, committed
 
 
-def inform(rt: Runtime, state: State, verified: TargetPass, lengths: np.ndarray, committed: np.ndarray) -> State:
+def update_draft_features(
+    runtime: Runtime, state: State, verified: TargetPass, lengths: np.ndarray, committed: np.ndarray
+) -> State:
     """Shows a FeatureDraft the target's hidden states of what a step committed or took in.
 
     state: after the step; lengths: [B], before it.
@@ -200,14 +205,14 @@ def inform(rt: Runtime, state: State, verified: TargetPass, lengths: np.ndarray,
     memory = state.draft_memory
     for chunk, features in verified.prompts:
         item = chunk.item
-        memory = rt.draft.observe(memory, chunk.rows, chunk.following, fetched(features), item.lengths, item.num_new)
+        memory = runtime.draft.observe(memory, chunk.rows, chunk.following, fetched(features), item.lengths, item.num_new)
     if verified.features is not None:
         rows, width = len(state.requests), verified.features.shape[1]
         following = np.zeros((rows, width), np.int32)
         for row, count in enumerate(committed):
             following[row, :count] = state.generated[row][len(state.generated[row]) - count :]
         every_row = np.arange(rows, dtype=np.int32)
-        memory = rt.draft.observe(memory, every_row, following, verified.features, lengths, committed)
+        memory = runtime.draft.observe(memory, every_row, following, verified.features, lengths, committed)
     return state._replace(draft_memory=jax.block_until_ready(memory))
 
 

@@ -12,7 +12,7 @@ from specmoe_jax.support.errors import PlanError
 from specmoe_jax.support.tracing import Span
 
 
-def check_given(
+def validate_inputs(
     model: Model,
     plan: Plan,
     *,

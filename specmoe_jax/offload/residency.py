@@ -43,7 +43,7 @@ def empty(num_layers: int, num_experts: int, num_slots: int) -> Residency:
 
 
 def plan_layer(
-    residency: Residency, layer: int, needed: np.ndarray, keep: np.ndarray, worth: np.ndarray | None = None
+    residency: Residency, layer: int, needed: np.ndarray, keep: np.ndarray, eviction_priority: np.ndarray | None = None
 ) -> tuple[LayerPlan, Residency]:
     """The waves of one layer's pass, and the residency after it.
 
@@ -61,7 +61,7 @@ def plan_layer(
     waves, computed = [], ~needed
     _release(slot_of, owner, layer, computed & ~keep)
     while True:
-        free = _by_worth(np.flatnonzero(owner < 0), worth)
+        free = _by_eviction_priority(np.flatnonzero(owner < 0), eviction_priority)
         batch, queue = queue[: len(free)], queue[len(free) :]
         if queue and not batch and waves:  # the first wave may compute residents and free their slots
             raise PlanError(
@@ -93,7 +93,7 @@ def plan_prefetch(
     reserve: int,
     limit: int,
     in_use: np.ndarray,
-    worth: np.ndarray | None = None,
+    eviction_priority: np.ndarray | None = None,
 ) -> tuple[tuple[tuple[int, int, int], ...], Residency]:
     """Copies of experts that a pass will probably need: (layer, expert, slot), nearest layer first.
 
@@ -104,7 +104,7 @@ def plan_prefetch(
     """
     free = np.flatnonzero(residency.owner < 0)
     room = min(len(free) - reserve, limit)
-    free = _by_worth(np.setdiff1d(free, in_use), worth)
+    free = _by_eviction_priority(np.setdiff1d(free, in_use), eviction_priority)
     layers, experts = np.nonzero((predicted > 0) & (residency.slot_of < 0))
     order = np.lexsort((experts, -predicted[layers, experts], layers))[: max(min(room, len(free)), 0)]
     layers, experts, slots = layers[order], experts[order], free[: len(order)]
@@ -115,8 +115,8 @@ def plan_prefetch(
     return copies, Residency(slot_of=slot_of, owner=owner)
 
 
-def _by_worth(slots: np.ndarray, worth: np.ndarray | None) -> np.ndarray:
-    return slots if worth is None else slots[np.argsort(worth[slots], kind="stable")]
+def _by_eviction_priority(slots: np.ndarray, eviction_priority: np.ndarray | None) -> np.ndarray:
+    return slots if eviction_priority is None else slots[np.argsort(eviction_priority[slots], kind="stable")]
 
 
 def _release(slot_of: np.ndarray, owner: np.ndarray, layer: int, experts: np.ndarray) -> None:

@@ -12,22 +12,22 @@ from specmoe_jax.offload.residency import Residency
 DECAY = 0.9  # weight of the past per pass: what was chosen ten passes ago counts a third
 
 
-class Leftovers(NamedTuple):
+class RetainedExperts(NamedTuple):
     """holds: [R] int32, layer * E + expert last copied into each slot, or -1. usage: [L, E], fading counts of choices."""
 
     holds: np.ndarray
     usage: np.ndarray
 
 
-def nothing(num_layers: int, num_experts: int, num_slots: int) -> Leftovers:
+def nothing(num_layers: int, num_experts: int, num_slots: int) -> RetainedExperts:
     """A new pool's."""
-    return Leftovers(holds=np.full(num_slots, -1, np.int32), usage=np.zeros((num_layers, num_experts)))
+    return RetainedExperts(holds=np.full(num_slots, -1, np.int32), usage=np.zeros((num_layers, num_experts)))
 
 
-def revive(residency: Residency, leftovers: Leftovers, wanted: np.ndarray, room: int) -> Residency:
+def revive(residency: Residency, retained_experts: RetainedExperts, wanted: np.ndarray, room: int) -> Residency:
     """The residency with wanted experts [L, E] back that lie in free slots: at most `room`, nearest layer first."""
-    slots = np.flatnonzero((residency.owner < 0) & (leftovers.holds >= 0))
-    ids = leftovers.holds[slots]
+    slots = np.flatnonzero((residency.owner < 0) & (retained_experts.holds >= 0))
+    ids = retained_experts.holds[slots]
     missing = wanted.reshape(-1)[ids] & (residency.slot_of.reshape(-1)[ids] < 0)
     ids, first = np.unique(ids[missing], return_index=True)  # an expert may have been copied twice
     ids, slots = ids[: max(room, 0)], slots[missing][first][: max(room, 0)]
@@ -38,21 +38,21 @@ def revive(residency: Residency, leftovers: Leftovers, wanted: np.ndarray, room:
     return Residency(slot_of=slot_of, owner=owner)
 
 
-def worth(leftovers: Leftovers) -> np.ndarray:
+def eviction_priority(retained_experts: RetainedExperts) -> np.ndarray:
     """[R], how much each slot's content is used; -1 for none. Slots are overwritten in this order."""
-    return np.where(leftovers.holds < 0, -1.0, leftovers.usage.reshape(-1)[leftovers.holds])
+    return np.where(retained_experts.holds < 0, -1.0, retained_experts.usage.reshape(-1)[retained_experts.holds])
 
 
-def after_copies(leftovers: Leftovers, copies) -> Leftovers:
+def after_copies(retained_experts: RetainedExperts, copies) -> RetainedExperts:
     """With the copies (layer, expert, slot) made, in that order."""
-    holds, num_experts = leftovers.holds.copy(), leftovers.usage.shape[1]
+    holds, num_experts = retained_experts.holds.copy(), retained_experts.usage.shape[1]
     for layer, expert, slot in copies:
         holds[slot] = layer * num_experts + expert
-    return leftovers._replace(holds=holds)
+    return retained_experts._replace(holds=holds)
 
 
-def after_pass(leftovers: Leftovers, layer: int, counts: np.ndarray) -> Leftovers:
+def after_pass(retained_experts: RetainedExperts, layer: int, counts: np.ndarray) -> RetainedExperts:
     """With the choices [E] of one layer's pass counted."""
-    usage = leftovers.usage.copy()
+    usage = retained_experts.usage.copy()
     usage[layer] = DECAY * usage[layer] + counts
-    return leftovers._replace(usage=usage)
+    return retained_experts._replace(usage=usage)

@@ -110,7 +110,7 @@ class ExpertStore:
             block = self.tier.block((layer, expert))
             if self._room:
                 if len(arriving) >= self._room:
-                    pool, arriving = self._land_oldest(pool, arriving)
+                    pool, arriving = self._finish_oldest(pool, arriving)
                 arriving = (*arriving, Arriving(slot, self._copy(block)))
                 self._arrival_s[slot] = self.link.send(block.nbytes)
             else:
@@ -124,7 +124,7 @@ class ExpertStore:
         self._arrival_s[slot] = self.link.send(block.nbytes)
         return pool
 
-    def land(
+    def finish_copies(
         self, pool: jax.Array, arriving: tuple[Arriving, ...], slots: np.ndarray | None = None
     ) -> tuple[jax.Array, tuple[Arriving, ...]]:
         """Returns when what is on its way into these slots (None: all) has arrived and is being written; consumes the pool.
@@ -132,18 +132,18 @@ class ExpertStore:
         Negative slots are none. What was started before it is written too: a slot may have been given away and filled again.
         """
         while arriving and (slots is None or any(one.slot in slots for one in arriving)):
-            pool, arriving = self._land_oldest(pool, arriving)
+            pool, arriving = self._finish_oldest(pool, arriving)
         if slots is not None:
             self.link.wait(max((self._arrival_s.get(slot, 0.0) for slot in slots[slots >= 0].tolist()), default=0.0))
         return pool, arriving
 
-    def land_arrived(self, pool: jax.Array, arriving: tuple[Arriving, ...]) -> tuple[jax.Array, tuple[Arriving, ...]]:
+    def finish_arrived(self, pool: jax.Array, arriving: tuple[Arriving, ...]) -> tuple[jax.Array, tuple[Arriving, ...]]:
         """Writes what is there already; waits for nothing. Consumes the pool."""
         while arriving and arriving[0].block.is_ready():
-            pool, arriving = self._land_oldest(pool, arriving)
+            pool, arriving = self._finish_oldest(pool, arriving)
         return pool, arriving
 
-    def _land_oldest(self, pool: jax.Array, arriving: tuple[Arriving, ...]) -> tuple[jax.Array, tuple[Arriving, ...]]:
+    def _finish_oldest(self, pool: jax.Array, arriving: tuple[Arriving, ...]) -> tuple[jax.Array, tuple[Arriving, ...]]:
         oldest, *others = arriving
         return _write_slot(pool, jax.block_until_ready(oldest.block), np.int32(oldest.slot)), tuple(others)
 

@@ -1,7 +1,8 @@
 """What a streamed pass consists of: tasks on resources, and what each of them waits for (SpecMoEOff, 4.1 and 5.2). Pure.
 
 The engine executes this list (engine/flows/streaming.py) and the simulator times it (simulate.py): there is no second description.
-Per layer and item `other1` -> queries, keys, values to the host -> attention on the CPU -> back -> `other2` -> experts, while the
+Per layer and item `pre_attention` -> queries, keys, values to the host -> attention on the CPU -> back -> `post_attention` ->
+experts, while the
 experts of a later layer stream into a free one of two or more buffers, unless they are pinned on the accelerator; the first
 layers' of the next pass stream through the drafting (one layer with two buffers, as in the paper; with more the link is busy
 for longer).
@@ -15,11 +16,11 @@ RESOURCES = (ACCELERATOR, CPU, UP, DOWN)
 
 _RESOURCE_OF = {
     "embed": ACCELERATOR,
-    "other1": ACCELERATOR,
+    "pre_attention": ACCELERATOR,
     "to_host": DOWN,
     "attention": CPU,
     "to_accelerator": UP,
-    "other2": ACCELERATOR,
+    "post_attention": ACCELERATOR,
     "experts": ACCELERATOR,
     "stream": UP,
     "attend_chunk": ACCELERATOR,
@@ -98,7 +99,7 @@ def _order(shape: _Shape) -> list[tuple[str, int, int]]:
     A prompt's tasks of a layer are issued together, so that nothing of it is kept between; before those of the items that wait for
     the CPU's attention.
     """
-    head, streamed = ("other1", "to_host", "attention"), shape.streamed
+    head, streamed = ("pre_attention", "to_host", "attention"), shape.streamed
     order = [(kind, 0, item) for item in shape.decoding for kind in ("embed", *head)]
     for layer, has in enumerate(shape.has_experts):
         experts = ("experts",) if has else ()
@@ -106,30 +107,30 @@ def _order(shape: _Shape) -> list[tuple[str, int, int]]:
             following = streamed[(streamed.index(layer) + shape.buffers - 1) % len(streamed)]
             order += [("stream", following, chunk) for chunk in range(shape.chunks)]
         for item in shape.prompts:
-            kinds = (*(() if layer else ("embed",)), "other1", "attend_chunk", "store", "append", "other2", *experts)
+            kinds = (*(() if layer else ("embed",)), "pre_attention", "attend_chunk", "store", "append", "post_attention", *experts)
             order += [(kind, layer, item) for kind in kinds]
         for item in shape.decoding:
-            order += [(kind, layer, item) for kind in ("to_accelerator", "other2", *experts)]
+            order += [(kind, layer, item) for kind in ("to_accelerator", "post_attention", *experts)]
             order += [(kind, layer + 1, item) for kind in head] if layer + 1 < len(shape.has_experts) else []
     return order
 
 
 def _after(key, place: dict, shape: _Shape) -> tuple[int, ...]:
     kind, layer, item = key
-    last = {True: "experts", False: "other2"}
+    last = {True: "experts", False: "post_attention"}
     pieces = range(shape.chunks) if layer in shape.streamed else ()
     attended = "attend_chunk" if item in shape.prompts else "to_accelerator"
     before = {
         "embed": lambda: (),
-        "other1": lambda: (("embed", 0, item) if layer == 0 else (last[shape.has_experts[layer - 1]], layer - 1, item),),
-        "to_host": lambda: (("other1", layer, item),),
+        "pre_attention": lambda: (("embed", 0, item) if layer == 0 else (last[shape.has_experts[layer - 1]], layer - 1, item),),
+        "to_host": lambda: (("pre_attention", layer, item),),
         "attention": lambda: (("to_host", layer, item),),
         "to_accelerator": lambda: (("attention", layer, item),),
-        "other2": lambda: ((attended, layer, item),),
-        "attend_chunk": lambda: (("other1", layer, item),),
-        "store": lambda: (("other1", layer, item),),
+        "post_attention": lambda: ((attended, layer, item),),
+        "attend_chunk": lambda: (("pre_attention", layer, item),),
+        "store": lambda: (("pre_attention", layer, item),),
         "append": lambda: (("store", layer, item),),
-        "experts": lambda: (("other2", layer, item), *(("stream", layer, chunk) for chunk in pieces)),
+        "experts": lambda: (("post_attention", layer, item), *(("stream", layer, chunk) for chunk in pieces)),
         "stream": lambda: _users_of_the_buffer(shape, layer),
     }
     places = [place[name] for name in before[kind]()]

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from specmoe_jax.models.model import to_host
-from specmoe_jax.offload import host_cache as dram
+from specmoe_jax.offload import host_cache as cache
 
 READERS = 2  # demanded reads in flight; one more thread reads ahead
 
@@ -90,7 +90,7 @@ class DiskTier:
         self._files, self._capacity, self._policy, self._keep_pages = files, capacity, policy, keep_pages
         self.shape, self.dtype, shape = files.block_shape, files.block_dtype, files.shape
         self.num_layers, self.num_experts, self.counts = shape[0], shape[0] * shape[1], TierCounts()
-        self._cache = dram.empty(*shape)
+        self._cache = cache.empty(*shape)
         self._blocks: dict[tuple[int, int], concurrent.futures.Future] = {}
         self._pending: dict[tuple[int, int], concurrent.futures.Future] = {}  # those whose read may not have ended
         self._demanded = concurrent.futures.ThreadPoolExecutor(READERS, "specmoe-read")
@@ -99,7 +99,7 @@ class DiskTier:
             files.drop_pages()
 
     def request(self, keys: list[tuple[int, int]]) -> None:
-        self._cache = dram.touch(self._cache, keys)
+        self._cache = cache.touch(self._cache, keys)
         hits = sum(bool(self._cache.present[key]) for key in keys)
         self._count(hits=hits, misses=len(keys) - hits)
         for key in keys:
@@ -119,7 +119,7 @@ class DiskTier:
         """At most half of the cache is on its way at a time, and nothing that is expected itself makes room."""
         reading = self._reading()
         limit = self._capacity // 2 - int(reading.sum())
-        keys = dram.by_expectation(predicted, ~self._cache.present, max(limit, 0))
+        keys = cache.by_expectation(predicted, ~self._cache.present, max(limit, 0))
         self._admit(keys, reading | (predicted > 0), self._ahead)
 
     def ready(self) -> np.ndarray:
@@ -128,7 +128,7 @@ class DiskTier:
     def _admit(self, keys: list[tuple[int, int]], protected: np.ndarray, pool: concurrent.futures.Executor) -> None:
         if not keys:
             return
-        admission, self._cache = dram.admit(self._cache, keys, capacity=self._capacity, policy=self._policy, protected=protected)
+        admission, self._cache = cache.admit(self._cache, keys, capacity=self._capacity, policy=self._policy, protected=protected)
         for key in admission.evicted:
             del self._blocks[key]
         for key in admission.admitted:

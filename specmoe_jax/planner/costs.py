@@ -63,13 +63,13 @@ def seconds(cost: Cost, hardware: Hardware, dtype: str) -> float:
     return max(cost.flops / (peak * compute), cost.bytes / (rate * memory)) + cost.programs * (fixed_s + overhead_s)
 
 
-def floor_seconds(costs: list[Cost], hardware: Hardware, dtype: str) -> float:
+def bound_seconds(costs: list[Cost], hardware: Hardware, dtype: str) -> float:
     """No schedule can be faster: the busiest resource at its peaks, without fixed costs. Shared cores do one thing at a time."""
     needs = {}
     for resource, (peak, rate, _) in limits(hardware, dtype).items():
         own = [cost for cost in costs if cost.resource == resource]
         needs[resource] = max(sum(cost.flops for cost in own) / peak, sum(cost.bytes for cost in own) / rate)
-    cores_s = needs[ACCELERATOR] + needs[CPU] if hardware.shared_cores else max(needs[ACCELERATOR], needs[CPU])
+    cores_s = needs[ACCELERATOR] + needs[CPU] if hardware.accelerator_is_cpu else max(needs[ACCELERATOR], needs[CPU])
     return max(cores_s, needs[UP], needs[DOWN], needs[DISK])
 
 
@@ -180,11 +180,11 @@ def task_cost(config: ModelConfig, task: Task, load: Load, *, distinct: float, c
     layer, sizes = config.layers[task.layer], layer_sizes(config)[task.layer]
     return {
         "embed": lambda: embed(config, load, item),
-        "other1": lambda: projections(sizes.before, load, item),
+        "pre_attention": lambda: projections(sizes.before, load, item),
         "to_host": lambda: queries_down(layer.attention, load, item),
         "attention": lambda: attention(layer.attention, load, item, resource=CPU),
         "to_accelerator": lambda: attended_up(layer.attention, load, item),
-        "other2": lambda: projections(sizes.after, load, item),
+        "post_attention": lambda: projections(sizes.after, load, item),
         "experts": lambda: experts(config, load.tokens, distinct, item, expert_bytes=expert_bytes),
         "stream": lambda: fetch(expert_bytes, config.num_experts / chunks),
         "attend_chunk": lambda: attention(layer.attention, load, item, resource=ACCELERATOR),

@@ -67,7 +67,7 @@ def predict(
 
     Raises PlanError for a plan that does not hold for the model or does not fit.
     """
-    plan = plan.validate(config).settled(shared_cores=hardware.shared_cores)
+    plan = plan.validate(config).resolved(accelerator_is_cpu=hardware.accelerator_is_cpu)
     own = needed(config, plan, hardware, workload, budgets=budgets)
     rows = running_rows(plan, own, workload)
     timing = _time(config, plan, hardware, workload, own, rows)
@@ -94,7 +94,7 @@ def predict(
 
 def needed(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload, *, budgets: bool = True) -> MemoryAccount:
     """The engine's own account for this workload. Raises PlanError with the shortage."""
-    plan = plan.settled(shared_cores=hardware.shared_cores)
+    plan = plan.resolved(accelerator_is_cpu=hardware.accelerator_is_cpu)
     if budgets:
         device, host = plan.device_memory_bytes, plan.host_memory_bytes
         if plan.expert_flow == "stream" and device is None:  # the engine fills a budget that it is given, not the machine
@@ -113,7 +113,7 @@ def needed(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Worklo
         source_positions=workload.source_tokens if config.encoder else 0,
         draft=draft_memory(config, plan, head=workload.head, model=workload.draft_model),
         paged=PagedLoad(pages=rows * _pages(plan, longest), prompt_tokens=rows * prompt),
-        shared_cores=hardware.shared_cores,
+        accelerator_is_cpu=hardware.accelerator_is_cpu,
     )
 
 
@@ -130,7 +130,7 @@ def _prompt(config: ModelConfig, workload: Workload) -> int:
 
 
 def _pages(plan: Plan, longest: int) -> int:
-    return pages_of(longest + plan.overshoot)
+    return pages_of(longest + plan.lookahead)
 
 
 def _setting(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload, own: MemoryAccount, rows: int) -> Setting:
@@ -161,11 +161,11 @@ def _cpu_share(plan: Plan, own: MemoryAccount, load: Load) -> float:
     """Of the rows, those whose draft's cache has no room on the accelerator at the mean context."""
     if not own.draft_pages:
         return 0.0
-    return max(1 - own.draft_pages / (load.rows * pages_of(math.ceil(load.context) + plan.overshoot)), 0.0)
+    return max(1 - own.draft_pages / (load.rows * pages_of(math.ceil(load.context) + plan.lookahead)), 0.0)
 
 
 def _binding(busy_s: dict[str, float], hardware: Hardware) -> str:
-    if hardware.shared_cores:
+    if hardware.accelerator_is_cpu:
         busy_s = busy_s | {ACCELERATOR: busy_s[ACCELERATOR] + busy_s[CPU], CPU: 0.0}
     return max(busy_s, key=busy_s.get)
 

@@ -29,7 +29,7 @@ def problem(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workl
     if other is not None:
         return said
     one = Plan(preset="on_demand", dtype=plan.dtype, batch_size=1)
-    least = account(config, one, batch_rows=1, positions=64, shared_cores=hardware.shared_cores)
+    least = account(config, one, batch_rows=1, positions=64, accelerator_is_cpu=hardware.accelerator_is_cpu)
     alone_gib = (least.accelerator_bytes - (least.num_slots - 1) * least.expert_bytes) / GIB
     return f"{said}: one row and one expert alone take {alone_gib:.1f} GiB there"
 

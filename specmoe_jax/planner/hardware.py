@@ -39,7 +39,8 @@ class Efficiency(NamedTuple):
 class Hardware:
     """One machine: an accelerator, the CPU and memory beside it, the link between them, a disk. Raises PlanError for no numbers.
 
-    measured: by the probe; False: data sheets and papers, with assumed efficiencies. shared_cores: the accelerator's tasks and
+    measured: by the probe; False: data sheets and papers, with assumed efficiencies. accelerator_is_cpu: the accelerator's
+    tasks and
     the CPU's run on the same cores (no accelerator): they add up instead of overlapping.
     overlap: share of a transfer that hides behind computation of the same length.
     efficiencies: of some OPERATORS; the others have Efficiency(). spreads: relative half-width of the interval of some figures,
@@ -62,7 +63,7 @@ class Hardware:
     sync_s: float = 0.0  # of one wait of the host for it
     copy_s: float = 0.0  # of one copy, whatever its size
     step_s: float = 0.0  # of one step, on the host: acceptance, requests, bookkeeping
-    shared_cores: bool = False
+    accelerator_is_cpu: bool = False
     overlap: float = 1.0
     measured: bool = False
     efficiencies: tuple[tuple[str, Efficiency], ...] = ()
@@ -115,6 +116,7 @@ class Hardware:
             raise PlanError(f"the hardware is not JSON ({e}); write one with Hardware.to_json") from e
         if not isinstance(raw, dict) or not isinstance(raw.get("name"), str):
             raise PlanError('the hardware is not a JSON object with a "name"; write one with Hardware.to_json')
+        raw = {_EARLIER_NAMES.get(name, name): value for name, value in raw.items()}
         fields = {field.name: field for field in dataclasses.fields(Hardware)}
         required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
         wrong = sorted((set(raw) - set(fields)) | (required - set(raw)))
@@ -128,6 +130,7 @@ class Hardware:
         return Hardware(**raw, efficiencies=efficiencies, spreads=spreads)
 
 
+_EARLIER_NAMES = {"shared_cores": "accelerator_is_cpu"}  # of figures in files that earlier versions wrote
 _RATES = tuple(field.name for field in dataclasses.fields(Hardware) if field.type is float)
 
 

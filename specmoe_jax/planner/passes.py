@@ -75,7 +75,7 @@ def time_pass(setting: Setting, draft: DraftCosts) -> Timing:
 def _at_once(setting: Setting, here: Cost, there: tuple[Cost, ...]) -> float:
     """An attention on the accelerator and a chain beside it, which on shared cores is after it."""
     seconds = setting.seconds(here), sum(map(setting.seconds, there))
-    return sum(seconds) if setting.hardware.shared_cores else max(seconds)
+    return sum(seconds) if setting.hardware.accelerator_is_cpu else max(seconds)
 
 
 def _streamed(setting: Setting, draft_s: float) -> Timing:
@@ -106,7 +106,7 @@ def _streamed(setting: Setting, draft_s: float) -> Timing:
         tasks,
         lambda task: seconds(task.kind, alike[task.layer]),
         draft_s=between_s,
-        shared_cores=hardware.shared_cores,
+        accelerator_is_cpu=hardware.accelerator_is_cpu,
         overlap=hardware.overlap,
     )
     own = dict.fromkeys((*RESOURCES, DISK), 0.0)
@@ -118,7 +118,7 @@ def _streamed(setting: Setting, draft_s: float) -> Timing:
         draft_s=draft_s,
         busy_s=_with(own, setting, [head]),
         link_bytes=float((config.num_moe_layers - len(pinned)) * config.num_experts * setting.account.expert_bytes),
-        floor_s=costs.floor_seconds([*everything, head], hardware, plan.dtype),
+        floor_s=costs.bound_seconds([*everything, head], hardware, plan.dtype),
         simulation=simulation,
     )
 
@@ -155,7 +155,7 @@ def _layer_by_layer(setting: Setting, draft_s: float) -> Timing:
         draft_s=draft_s,
         busy_s=_with(dict.fromkeys((*RESOURCES, DISK), 0.0), setting, spent),
         link_bytes=fetched * setting.account.expert_bytes,
-        floor_s=costs.floor_seconds(spent, hardware, plan.dtype),
+        floor_s=costs.bound_seconds(spent, hardware, plan.dtype),
     )
 
 

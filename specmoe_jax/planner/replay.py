@@ -43,10 +43,10 @@ def _visits(trace: np.ndarray):
             yield s, layer, np.flatnonzero(counts)
 
 
-def _keyed(trace: np.ndarray, capacity: int, worth: Callable[[dict], Callable]) -> int:
+def _keyed(trace: np.ndarray, capacity: int, eviction_priority: Callable[[dict], Callable]) -> int:
     """Keeps what is worth most after each visit. worth: statistics -> key of an expert -> number."""
     seen = {"last": {}, "uses": {}, "clock": 0}
-    kept, fetched, value = set(), 0, worth(seen)
+    kept, fetched, value = set(), 0, eviction_priority(seen)
     for _, layer, ids in _visits(trace):
         keys = [(layer, int(i)) for i in ids]
         fetched += sum(key not in kept for key in keys)

@@ -56,21 +56,21 @@ def simulate(
     seconds: Callable[[Task], float],
     *,
     draft_s: float = 0.0,
-    shared_cores: bool = False,
+    accelerator_is_cpu: bool = False,
     overlap: float = 1.0,
 ) -> Simulation:
-    """seconds: of each task. draft_s: between two passes. shared_cores, overlap: of the Hardware.
+    """seconds: of each task. draft_s: between two passes. accelerator_is_cpu, overlap: of the Hardware.
 
     What of a transfer does not hide behind computation (1 - overlap) is added to the iteration.
     """
     nodes = _unroll(tasks, [seconds(task) for task in tasks], draft_s)
-    starts, ends, causes = _schedule(nodes, shared_cores)
+    starts, ends, causes = _schedule(nodes, accelerator_is_cpu)
     length = len(tasks) + 1
     first = len(nodes) - length
     begin_s = ends[first - 1]
     last = range(first, len(nodes))
     busy_s = {name: sum(nodes[i].seconds for i in last if nodes[i].resource == name) for name in RESOURCES}
-    hidden = min(max(busy_s[UP], busy_s[DOWN]), busy_s[ACCELERATOR] + busy_s[CPU] if shared_cores else busy_s[ACCELERATOR])
+    hidden = min(max(busy_s[UP], busy_s[DOWN]), busy_s[ACCELERATOR] + busy_s[CPU] if accelerator_is_cpu else busy_s[ACCELERATOR])
     spans = [
         Span(node.kind, node.layer, node.item, node.resource, start - begin_s, end - begin_s)
         for node, start, end in zip(nodes, starts, ends, strict=True)
@@ -81,32 +81,32 @@ def simulate(
         at = causes[at]
     return Simulation(
         iteration_s=ends[-1] - begin_s + (1 - overlap) * hidden,
-        naive_s=naive_seconds(tasks, seconds, draft_s=draft_s, shared_cores=shared_cores),
+        naive_s=naive_seconds(tasks, seconds, draft_s=draft_s, accelerator_is_cpu=accelerator_is_cpu),
         busy_s=busy_s,
         spans=tuple(spans[first:]),
         critical=tuple(reversed(critical)),
     )
 
 
-def naive_seconds(tasks, seconds: Callable[[Task], float], *, draft_s: float = 0.0, shared_cores: bool = False) -> float:
+def naive_seconds(tasks, seconds: Callable[[Task], float], *, draft_s: float = 0.0, accelerator_is_cpu: bool = False) -> float:
     """The drafting and the sum over layers of the busiest resource's time in each, as if all of a layer overlapped."""
     layers: dict[int, dict[str, float]] = {}
     for task in tasks:
-        server = _server(task.resource, shared_cores)
+        server = _server(task.resource, accelerator_is_cpu)
         busy = layers.setdefault(task.layer, {})
         busy[server] = busy.get(server, 0.0) + seconds(task)
     return draft_s + sum(max(busy.values()) for busy in layers.values())
 
 
-def _server(resource: str, shared_cores: bool) -> str:
-    return ACCELERATOR if shared_cores and resource == CPU else resource
+def _server(resource: str, accelerator_is_cpu: bool) -> str:
+    return ACCELERATOR if accelerator_is_cpu and resource == CPU else resource
 
 
 def _unroll(tasks: tuple[Task, ...], seconds: list[float], draft_s: float) -> list[_Node]:
     """PASSES passes one after the other, each followed by its drafting, for which its last computations are needed."""
     length, nodes = len(tasks) + 1, []
     last_layer = max(task.layer for task in tasks)
-    final = [i for i, task in enumerate(tasks) if task.layer == last_layer and task.kind in ("other2", "experts", "append")]
+    final = [i for i, task in enumerate(tasks) if task.layer == last_layer and task.kind in ("post_attention", "experts", "append")]
     for start in range(0, PASSES * length, length):
         for task, duration in zip(tasks, seconds, strict=True):
             # A negative place counts from the end of the list of the pass before, which the drafting follows here.
@@ -118,14 +118,14 @@ def _unroll(tasks: tuple[Task, ...], seconds: list[float], draft_s: float) -> li
     return nodes
 
 
-def _schedule(nodes: list[_Node], shared_cores: bool) -> tuple[list[float], list[float], list[int | None]]:
+def _schedule(nodes: list[_Node], accelerator_is_cpu: bool) -> tuple[list[float], list[float], list[int | None]]:
     """Starts, ends, and for each node the one whose end let it start (None at time 0)."""
     waiting = [len(node.after) for node in nodes]
     users: list[list[int]] = [[] for _ in nodes]
     for i, node in enumerate(nodes):
         for place in node.after:
             users[place].append(i)
-    servers = [_server(node.resource, shared_cores) for node in nodes]
+    servers = [_server(node.resource, accelerator_is_cpu) for node in nodes]
     ready: dict[str, list[tuple[bool, int]]] = {server: [] for server in servers}
     free = dict.fromkeys(ready, True)
     starts, ends, causes = [0.0] * len(nodes), [0.0] * len(nodes), [None] * len(nodes)

@@ -28,7 +28,7 @@ CHEAP = 0.05  # what drafting a token costs at least, of a step without a draft:
 PROMISING = 1.2  # tokens per row and step without a draft, if drafts were that cheap: such a trial gets a second step
 
 
-class Guard(NamedTuple):
+class AdaptiveLength(NamedTuple):
     """lengths: compiled draft lengths, ascending from 0. seconds: per length, running mean of a step, nan = unseen.
 
     warm: per length, whether its mean is of warm steps. seen: per length, steps in a row. last: per length, the step that saw
@@ -53,112 +53,114 @@ class Guard(NamedTuple):
     trying: int | None = None
 
 
-def make_guard(longest: int) -> Guard:
+def make_adaptive_length(longest: int) -> AdaptiveLength:
     """Lengths 0, the powers of two below `longest`, and `longest`."""
     lengths = [0, *(1 << i for i in range(longest.bit_length()) if 1 << i < longest), longest]
     zeros = (0,) * len(lengths)
-    return Guard(
+    return AdaptiveLength(
         lengths=tuple(lengths), seconds=(float("nan"),) * len(lengths), warm=(False,) * len(lengths), seen=zeros, last=zeros
     )
 
 
-def choose(guard: Guard) -> int:
+def choose(adaptive: AdaptiveLength) -> int:
     """The draft length of the next step: first the longest once and 0 until it is warm, then the best, trials in between."""
-    if math.isnan(guard.seconds[-1]):
-        return guard.lengths[-1]
-    if not guard.warm[0]:
+    if math.isnan(adaptive.seconds[-1]):
+        return adaptive.lengths[-1]
+    if not adaptive.warm[0]:
         return 0
-    if guard.trying is not None:
-        return guard.trying
-    best = best_length(guard)
-    if not _trial_is_due(guard):
+    if adaptive.trying is not None:
+        return adaptive.trying
+    best = best_length(adaptive)
+    if not _trial_is_due(adaptive):
         return best
     # A trial tells what is not known: the time without a draft or with a longer one while drafting, that of any while not.
-    hopeful = _hopeful_length(guard)
-    return 0 if best and (guard.trials % 2 == 0 or hopeful == best) else hopeful
+    hopeful = _hopeful_length(adaptive)
+    return 0 if best and (adaptive.trials % 2 == 0 or hopeful == best) else hopeful
 
 
-def resting(guard: Guard, length: int) -> bool:
+def resting(adaptive: AdaptiveLength, length: int) -> bool:
     """Whether a step of that length is one of plain decoding, or a trial out of it.
 
     What stays on the accelerator is then better chosen by all passes than by this one of a token a row.
     """
-    return length == 0 or (not math.isnan(guard.seconds[0]) and best_length(guard) == 0)
+    return length == 0 or (not math.isnan(adaptive.seconds[0]) and best_length(adaptive) == 0)
 
 
-def observe(guard: Guard, length: int, accepted: np.ndarray, seconds: float) -> Guard:
+def observe(adaptive: AdaptiveLength, length: int, accepted: np.ndarray, seconds: float) -> AdaptiveLength:
     """The guard after a step that drafted `length` tokens; accepted: [rows], drafted tokens that stood."""
-    index, step = guard.lengths.index(length), guard.step + 1
-    known = not (math.isnan(guard.seconds[0]) or math.isnan(guard.seconds[-1]))
-    before, trial = best_length(guard) if known else None, known and guard.trying is None and _trial_is_due(guard)
-    if trial or guard.trying is not None:
-        expected_s = (1 + float(np.mean(accepted)) if len(accepted) else 1) / max(utilities(guard))
-        guard = guard._replace(lost_s=guard.lost_s + max(min(seconds, HICCUP * _seconds(guard, index)) - expected_s, 0.0))
-    seen = 0 if step - guard.last[index] > STALE else guard.seen[index]
+    index, step = adaptive.lengths.index(length), adaptive.step + 1
+    known = not (math.isnan(adaptive.seconds[0]) or math.isnan(adaptive.seconds[-1]))
+    before, trial = best_length(adaptive) if known else None, known and adaptive.trying is None and _trial_is_due(adaptive)
+    if trial or adaptive.trying is not None:
+        expected_s = (1 + float(np.mean(accepted)) if len(accepted) else 1) / max(utilities(adaptive))
+        adaptive = adaptive._replace(
+            lost_s=adaptive.lost_s + max(min(seconds, HICCUP * _seconds(adaptive, index)) - expected_s, 0.0)
+        )
+    seen = 0 if step - adaptive.last[index] > STALE else adaptive.seen[index]
     cold, keep = seen < COLD[length > 0], max(MEMORY, ROW_MEMORY ** max(len(accepted), 1))
-    guard = guard._replace(
-        seconds=_changed(guard.seconds, index, _mean(guard, index, seconds, cold, min(keep, SECONDS_MEMORY))),
-        warm=_changed(guard.warm, index, guard.warm[index] or not cold),
-        seen=_changed(guard.seen, index, seen + 1),
-        last=_changed(guard.last, index, step),
+    adaptive = adaptive._replace(
+        seconds=_changed(adaptive.seconds, index, _mean(adaptive, index, seconds, cold, min(keep, SECONDS_MEMORY))),
+        warm=_changed(adaptive.warm, index, adaptive.warm[index] or not cold),
+        seen=_changed(adaptive.seen, index, seen + 1),
+        last=_changed(adaptive.last, index, step),
         step=step,
-        elapsed_s=guard.elapsed_s + seconds,
+        elapsed_s=adaptive.elapsed_s + seconds,
     )
     if length:
-        guard = guard._replace(
-            accepted=keep * guard.accepted + float(accepted.sum()),
-            refused=keep * guard.refused + float((accepted < length).sum()),
+        adaptive = adaptive._replace(
+            accepted=keep * adaptive.accepted + float(accepted.sum()),
+            refused=keep * adaptive.refused + float((accepted < length).sum()),
         )
     if before is None:
-        return guard
-    ended = trial or guard.trying is not None
-    if ended and (seen < PLAIN_TRIAL - 1 if length == 0 else cold and _hope(guard, length) > PROMISING):
-        return guard._replace(trying=length)
-    guard = guard._replace(trying=None, trials=guard.trials + ended)
-    if best_length(guard) != before:
-        return guard._replace(interval=FIRST_INTERVAL, next_trial=step + FIRST_INTERVAL)
+        return adaptive
+    ended = trial or adaptive.trying is not None
+    if ended and (seen < PLAIN_TRIAL - 1 if length == 0 else cold and _optimistic(adaptive, length) > PROMISING):
+        return adaptive._replace(trying=length)
+    adaptive = adaptive._replace(trying=None, trials=adaptive.trials + ended)
+    if best_length(adaptive) != before:
+        return adaptive._replace(interval=FIRST_INTERVAL, next_trial=step + FIRST_INTERVAL)
     if not ended:
-        return guard
-    interval = min(2 * guard.interval, LAST_INTERVAL)
-    return guard._replace(interval=interval, next_trial=step + interval)
+        return adaptive
+    interval = min(2 * adaptive.interval, LAST_INTERVAL)
+    return adaptive._replace(interval=interval, next_trial=step + interval)
 
 
-def _mean(guard: Guard, index: int, seconds: float, cold: bool, keep: float) -> float:
+def _mean(adaptive: AdaptiveLength, index: int, seconds: float, cold: bool, keep: float) -> float:
     """Of the steps of a length: of warm ones as soon as there is one."""
-    old = guard.seconds[index]
-    if not guard.warm[index]:
+    old = adaptive.seconds[index]
+    if not adaptive.warm[index]:
         return seconds
     return old if cold else keep * old + (1 - keep) * min(seconds, HICCUP * old)
 
 
-def acceptance(guard: Guard) -> float:
+def acceptance(adaptive: AdaptiveLength) -> float:
     """Probability that a drafted token stands, given that those before it did."""
-    tried = guard.accepted + guard.refused
-    return guard.accepted / tried if tried else 0.0
+    tried = adaptive.accepted + adaptive.refused
+    return adaptive.accepted / tried if tried else 0.0
 
 
-def best_length(guard: Guard) -> int:
+def best_length(adaptive: AdaptiveLength) -> int:
     """The length with the largest utility; 0 where drafting does not clearly pay, for estimates err and changes cost bytes."""
-    plain, *drafted = utilities(guard)
+    plain, *drafted = utilities(adaptive)
     best = max(drafted)
-    return guard.lengths[1 + drafted.index(best)] if best > MARGIN * plain else 0
+    return adaptive.lengths[1 + drafted.index(best)] if best > MARGIN * plain else 0
 
 
-def utilities(guard: Guard) -> tuple[float, ...]:
+def utilities(adaptive: AdaptiveLength) -> tuple[float, ...]:
     """Tokens per row and second of each length; the seconds of an unseen one are interpolated between its neighbours."""
-    rate = acceptance(guard)
-    return tuple(_tokens(rate, n) / _seconds(guard, i) for i, n in enumerate(guard.lengths))
+    rate = acceptance(adaptive)
+    return tuple(_tokens(rate, n) / _seconds(adaptive, i) for i, n in enumerate(adaptive.lengths))
 
 
-def _seconds(guard: Guard, index: int) -> float:
-    if not math.isnan(guard.seconds[index]):
-        return guard.seconds[index]
-    seen = [i for i, seconds in enumerate(guard.seconds) if not math.isnan(seconds)]
+def _seconds(adaptive: AdaptiveLength, index: int) -> float:
+    if not math.isnan(adaptive.seconds[index]):
+        return adaptive.seconds[index]
+    seen = [i for i, seconds in enumerate(adaptive.seconds) if not math.isnan(seconds)]
     below, above = max((i for i in seen if i < index), default=seen[0]), min((i for i in seen if i > index), default=seen[-1])
     if below == above:
-        return guard.seconds[below]
-    share = (guard.lengths[index] - guard.lengths[below]) / (guard.lengths[above] - guard.lengths[below])
-    return guard.seconds[below] + share * (guard.seconds[above] - guard.seconds[below])
+        return adaptive.seconds[below]
+    share = (adaptive.lengths[index] - adaptive.lengths[below]) / (adaptive.lengths[above] - adaptive.lengths[below])
+    return adaptive.seconds[below] + share * (adaptive.seconds[above] - adaptive.seconds[below])
 
 
 def _tokens(rate: float, length: int) -> float:
@@ -166,18 +168,18 @@ def _tokens(rate: float, length: int) -> float:
     return length + 1 if rate >= 1 else (1 - rate ** (length + 1)) / (1 - rate)
 
 
-def _hope(guard: Guard, length: int) -> float:
+def _optimistic(adaptive: AdaptiveLength, length: int) -> float:
     """Tokens per row and step without a draft of that length, if drafting were nearly free."""
-    return _tokens(acceptance(guard), length) / (1 + CHEAP * length)
+    return _tokens(acceptance(adaptive), length) / (1 + CHEAP * length)
 
 
-def _hopeful_length(guard: Guard) -> int:
+def _hopeful_length(adaptive: AdaptiveLength) -> int:
     """The best length above 0 if drafting were nearly free: the longer, the more is accepted."""
-    return max(guard.lengths[1:], key=lambda length: _hope(guard, length))
+    return max(adaptive.lengths[1:], key=lambda length: _optimistic(adaptive, length))
 
 
-def _trial_is_due(guard: Guard) -> bool:
-    return guard.step >= guard.next_trial and guard.lost_s <= BUDGET * guard.elapsed_s
+def _trial_is_due(adaptive: AdaptiveLength) -> bool:
+    return adaptive.step >= adaptive.next_trial and adaptive.lost_s <= BUDGET * adaptive.elapsed_s
 
 
 def _changed(values: tuple, index: int, value) -> tuple:

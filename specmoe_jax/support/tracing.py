@@ -26,7 +26,8 @@ def trace(folder: str | None) -> Iterator[None]:
 
 
 class Span(NamedTuple):
-    """When a task of a streamed pass ran (offload/stream_schedule.py), in seconds of time.perf_counter. layer, item: -1 for the draft."""
+    """When a task of a streamed pass ran (offload/stream_schedule.py), in seconds of time.perf_counter. layer, item: -1 for
+    the draft."""
 
     kind: str
     lane: str

@@ -9,7 +9,7 @@ from specmoe_jax.autotune import calibrate, operator_bench, step_bench
 from specmoe_jax.autotune import profile as profiling
 from specmoe_jax.autotune.choose import Knowledge, evaluate, job_of
 from specmoe_jax.engine.figures import Totals
-from specmoe_jax.engine.roofline import floor_figures, predicted_figures
+from specmoe_jax.engine.roofline import predicted_figures, roofline_figures
 from specmoe_jax.models.eagle.network import random_head
 from specmoe_jax.planner.drafts import usual_head
 from specmoe_jax.planner.machines import machine
@@ -18,7 +18,7 @@ from specmoe_jax.planner.workload import Workload
 from specmoe_jax.testing import TINY, tiny
 
 PARAMS = sm.SamplingParams(max_new_tokens=6, ignore_eos=True)
-KNOWN = Knowledge(hardware=machine("a30").replace(shared_cores=True), workload=Workload(prompt_tokens=8, new_tokens=6))
+KNOWN = Knowledge(hardware=machine("a30").replace(accelerator_is_cpu=True), workload=Workload(prompt_tokens=8, new_tokens=6))
 
 
 def test_every_operator_is_measured_once(monkeypatch, tmp_path):
@@ -73,7 +73,7 @@ def test_the_floor_by_hand():
     """Two steps of one row of three verified tokens over caches of 10 and 12 positions, TINY's shapes."""
     totals = Totals(steps=2, row_steps=2, new_tokens=4, verified_tokens=6, context=22, decode_s=1.0, link_bytes=10**6)
     hardware = machine("a30")
-    parts = floor_figures(TINY, sm.PRESETS["on_demand"](TINY), totals, hardware)["floor_parts_s"]
+    parts = roofline_figures(TINY, sm.PRESETS["on_demand"](TINY), totals, hardware)["floor_parts_s"]
     assert parts["link"] == 10**6 / hardware.up_bytes_per_s
     positions = 11 + 3 / 2  # cached, and half of the new ones
     assert parts["cache reads"] == pytest.approx(2 * 3 * 2 * positions * 3 * 8 * 4 / hardware.accelerator_bytes_per_s)

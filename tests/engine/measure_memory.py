@@ -62,7 +62,7 @@ def run(model: sm.Model, prompts, options):
     staged = [(layer.num_heads, layer.head_dim), (layer.num_kv_heads, layer.head_dim)]
     with Sampler(staged) as sampler:
         engine.generate(prompts, sm.SamplingParams(max_new_tokens=8, ignore_eos=True))
-    return engine._kept.account, sampler.peak - engine._kept.account.kv_bytes
+    return engine._resources.account, sampler.peak - engine._resources.account.kv_bytes
 
 
 class Sampler:

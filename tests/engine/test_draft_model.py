@@ -62,14 +62,14 @@ def test_its_cache_is_that_of_the_committed_text(model, near):
     """Every proposal is what the draft model says without a cache, whatever was accepted before."""
     engine = sm.Engine(model, drafting(length=3), draft_model=near)
     state, seen = engine.init(PROMPTS, GREEDY), []
-    draft = engine._kept.rt.draft
+    draft = engine._resources.runtime.draft
 
     def propose(view):
         proposal, kv = draft.propose(view)
         seen.append((view.history, view.active, np.asarray(proposal.tokens)))
         return proposal, kv
 
-    object.__setattr__(engine._kept.rt, "draft", type("Spy", (), {"propose": staticmethod(propose)})())
+    object.__setattr__(engine._resources.runtime, "draft", type("Spy", (), {"propose": staticmethod(propose)})())
     while not state.done:
         state, _ = engine.step(state)
     width = max(map(len, PROMPTS)) + GREEDY.max_new_tokens + 3

@@ -64,8 +64,8 @@ def test_a_guard_goes_on_with_what_earlier_batches_taught_it(model):
     engine, seen = sm.Engine(model, plan(**DRAFTING, batch_size=4, guard=True)), []
     prompts = [tuple(range(1, 9))] * 8
     engine.generate(prompts, GREEDY, on_step=seen.append)  # two batches of the same shapes
-    assert engine.init(prompts[:4], GREEDY).guard.step == len(seen)
-    assert engine.init(prompts[:2], GREEDY).guard.step == 0  # other rows: steps of another duration
+    assert engine.init(prompts[:4], GREEDY).adaptive_length.step == len(seen)
+    assert engine.init(prompts[:2], GREEDY).adaptive_length.step == 0  # other rows: steps of another duration
 
 
 @pytest.mark.parametrize("kv_tier", ["accelerator", "host"])

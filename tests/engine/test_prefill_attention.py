@@ -8,7 +8,7 @@ import pytest
 from engine_cases import GREEDY, PROMPTS, SAMPLED, plan, run
 
 import specmoe_jax as sm
-from specmoe_jax.engine.requests.prepare import make_requests, shapes_of
+from specmoe_jax.engine.requests.prepare import batch_shape_of, make_requests
 from specmoe_jax.kv_cache.positions import PREFILL_TOKENS, prefill_rows
 from specmoe_jax.models.model import random_model
 from specmoe_jax.planner.estimate import predict
@@ -79,7 +79,7 @@ def test_only_keys_and_values_cross_and_the_lanes_say_so():
         spans = []
         engine = sm.Engine(tiny(), plan("streaming", batch_size=8, prefill_attention=where), spans=spans)
         engine.init(PROMPTS, GREEDY)
-        sent[where] = engine._kept.rt.activations.sent_bytes
+        sent[where] = engine._resources.runtime.activations.sent_bytes
         lanes[where] = {(span.kind, span.lane) for span in spans if span.kind in ("attend_chunk", "append")}
     assert lanes == {"cpu": set(), "accelerator": {("attend_chunk", "accelerator"), ("append", "cpu attention")}}
     keys = 2 * TINY.num_kv_heads
@@ -91,7 +91,7 @@ def test_only_keys_and_values_cross_and_the_lanes_say_so():
 
 def prefill_tokens(engine) -> int:
     """Of the prompts' items with their padding: those of the warm-up and those of the job."""
-    shapes = shapes_of(engine.plan, make_requests(engine.model, PROMPTS, GREEDY))
+    shapes = batch_shape_of(engine.plan, make_requests(engine.model, PROMPTS, GREEDY))
     width = prefill_rows(shapes.rows, shapes.chunk)
     groups = -(-(len(PROMPTS) - 1) // width)  # the prompt of one token has nothing to fill
     return (1 + groups) * width * shapes.chunk
@@ -117,14 +117,14 @@ def test_what_is_staged_is_within_the_account(chunk):
     rows = min(8, PREFILL_TOKENS // state.kv.chunk)
     assert state.kv.staged % state.kv.chunk == 0 and state.kv.staged >= max(map(len, PROMPTS)) - 1
     staged = 2 * rows * state.kv.staged * TINY.num_kv_heads * TINY.head_dim * 4
-    assert staged <= engine._kept.account.staging_bytes
+    assert staged <= engine._resources.account.staging_bytes
 
 
 def test_where_prompts_attend_is_left_to_the_machine():
     """Measured: where the accelerator is the CPU, its own kernel is faster."""
     assert sm.Engine(tiny(), plan("streaming")).plan.prefill_attention == "cpu"
-    assert plan("streaming").settled(shared_cores=False).prefill_attention == "accelerator"
-    assert plan("on_demand").settled(shared_cores=False).prefill_attention is None
+    assert plan("streaming").resolved(accelerator_is_cpu=False).prefill_attention == "accelerator"
+    assert plan("on_demand").resolved(accelerator_is_cpu=False).prefill_attention is None
     with pytest.raises(sm.PlanError, match="no effect"):
         plan("on_demand", **ON).validate(TINY)
     with pytest.raises(sm.PlanError, match="one of cpu, accelerator"):

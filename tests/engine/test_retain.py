@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import specmoe_jax as sm
-from specmoe_jax.offload import retained_experts as leftovers
-from specmoe_jax.offload import store
+from specmoe_jax.offload import retained_experts, store
 from specmoe_jax.offload.residency import Residency, empty, plan_layer, plan_prefetch
 from specmoe_jax.testing import TINY
 
@@ -53,7 +52,7 @@ def test_slots_hold_what_the_tables_say(model, monkeypatch):
     state = engine.init(PROMPTS, sm.SamplingParams(max_new_tokens=12, ignore_eos=True))
     while not state.done:
         state, _ = engine.step(state)
-        pool, (_, owner), holds = np.asarray(state.memory.pool), state.memory.residency, state.memory.leftovers.holds
+        pool, (_, owner), holds = np.asarray(state.memory.pool), state.memory.residency, state.memory.retained_experts.holds
         assert (holds[owner >= 0] == owner[owner >= 0]).all()
         for slot in np.flatnonzero(holds >= 0):
             layer, expert = divmod(int(holds[slot]), TINY.num_experts)
@@ -74,7 +73,7 @@ def test_passes_never_overwrite_what_is_in_use(data):
     draw = data.draw
     layers, experts = draw(st.integers(1, 3)), draw(st.integers(1, 6))
     slots = experts + draw(st.integers(0, 8))
-    residency, left, pool = empty(layers, experts, slots), leftovers.nothing(layers, experts, slots), [None] * slots
+    residency, left, pool = empty(layers, experts, slots), retained_experts.nothing(layers, experts, slots), [None] * slots
     none = np.zeros(experts, bool)
 
     def copy(copies):
@@ -85,22 +84,22 @@ def test_passes_never_overwrite_what_is_in_use(data):
         guesses = np.array(draw(st.lists(st.integers(0, 2), min_size=layers * experts, max_size=layers * experts)))
         for layer in range(layers):
             needed = np.array(draw(st.lists(st.booleans(), min_size=experts, max_size=experts)))
-            left = leftovers.after_pass(left, layer, needed.astype(int))
+            left = retained_experts.after_pass(left, layer, needed.astype(int))
             wanted = np.zeros((layers, experts), bool)
             wanted[layer] = needed
-            residency = leftovers.revive(residency, left, wanted, slots)
-            plan, residency = plan_layer(residency, layer, needed, none, leftovers.worth(left))
+            residency = retained_experts.revive(residency, left, wanted, slots)
+            plan, residency = plan_layer(residency, layer, needed, none, retained_experts.worth(left))
             assert len(plan.waves) == 1  # the reserve held
             (wave,) = plan.waves
             copy(wave.fetch)
-            left = leftovers.after_copies(left, wave.fetch)
+            left = retained_experts.after_copies(left, wave.fetch)
             ahead = np.where(np.arange(layers)[:, None] > layer, guesses.reshape(layers, experts), 0)
-            residency = leftovers.revive(residency, left, ahead > 0, int((residency.owner < 0).sum()) - experts)
+            residency = retained_experts.revive(residency, left, ahead > 0, int((residency.owner < 0).sum()) - experts)
             copies, residency = plan_prefetch(
-                residency, ahead, reserve=experts, limit=9, in_use=wave.slots, worth=leftovers.worth(left)
+                residency, ahead, reserve=experts, limit=9, in_use=wave.slots, worth=retained_experts.worth(left)
             )
             copy(copies)
-            left = leftovers.after_copies(left, copies)
+            left = retained_experts.after_copies(left, copies)
             for expert in np.flatnonzero(needed):
                 assert pool[wave.slots[expert]] == (layer, expert)
             _check(residency, left, pool, experts)

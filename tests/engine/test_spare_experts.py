@@ -54,8 +54,8 @@ def test_each_pass_brings_exactly_the_layers_that_are_not_pinned(pinned, buffers
 
 def settled_bytes(engine) -> int:
     """Expert bytes sent, when nothing is under way."""
-    engine._kept.rt.lanes.link.submit(lambda: None).result()
-    return engine._kept.rt.store.link.sent_bytes
+    engine._resources.runtime.workers.link.submit(lambda: None).result()
+    return engine._resources.runtime.store.link.sent_bytes
 
 
 @pytest.mark.parametrize("pinned", [0, 1, LAYERS])
@@ -65,7 +65,7 @@ def test_the_account_is_what_lies_on_the_accelerator(pinned):
     buffers = state.memory.buffers
     arrived = [future.result() for future in buffers.coming]
     held = sum(array.nbytes for array in jax.tree.leaves((buffers.spare, arrived, buffers.pinned)))
-    own = engine._kept.account
+    own = engine._resources.account
     assert held == own.num_slots * own.expert_bytes == (pinned + (2 if pinned < LAYERS else 0)) * LAYER
     assert own.spare_expert_bytes == pinned * LAYER
 
@@ -76,7 +76,7 @@ def test_a_budget_is_filled_with_whole_layers():
     for extra in (0, LAYER - 1, LAYER, 5 * LAYER):
         engine = sm.Engine(tiny(), plan("streaming", batch_size=8, device_memory_bytes=least + extra))
         assert tokens_of(engine.generate(PROMPTS, GREEDY)) == expected()
-        seen.append(len(engine._kept.rt.pinned_layers))
+        seen.append(len(engine._resources.runtime.pinned_layers))
         assert engine.stats()["peak_accelerator_bytes"] <= least + extra
     assert seen == [0, 0, LAYERS, LAYERS]  # with two buffers of three layers, room for one more is room for all
 
@@ -131,7 +131,7 @@ def test_a_later_job_may_need_more_pages_than_the_first():
     engine = sm.Engine(tiny(), plan("streaming", batch_size=8))
     assert tokens_of(engine.generate(PROMPTS[:2], GREEDY)) == expected()[:2]
     assert tokens_of(engine.generate(PROMPTS, GREEDY)) == expected()
-    assert engine._kept.account.kv_pages >= len(PROMPTS)
+    assert engine._resources.account.kv_pages >= len(PROMPTS)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_a_device_budget_splits_by_itself(model, expected):
 def test_the_account_is_what_is_made(model):
     engine = sm.Engine(model, split_plan(model, 5), draft_head=eagle_head(model))
     state = engine.init(PROMPTS[4:8], PARAMS[4:8])  # of up to two pages each
-    memory, account = state.draft_memory, engine._kept.account
+    memory, account = state.draft_memory, engine._resources.account
     assert memory.here.num_bytes == account.draft_kv_bytes and memory.there.num_bytes == account.host_draft_bytes
     assert account.host_draft_bytes == account.kv_pages * account.draft_kv_bytes // 5
     while not state.done:
@@ -117,4 +117,4 @@ def test_a_job_leaves_nothing_of_its_draft_to_the_next(model):
     engine = sm.Engine(model, split_plan(model, 1), draft_head=eagle_head(model))
     for _ in range(2):
         engine.generate(PROMPTS[:2], PARAMS[:2])
-    assert engine._kept.rt.draft.rt.draft is None
+    assert engine._resources.runtime.draft.runtime.draft is None

@@ -7,7 +7,7 @@ from engine_cases import GREEDY, PROMPTS, SAMPLED, ScriptedDraft, plan, run, tok
 from hypothesis import strategies as st
 
 import specmoe_jax as sm
-from specmoe_jax.engine.scheduler import fill, joined, prompt_chunks
+from specmoe_jax.engine.scheduler import admit, joined, prompt_chunks
 from specmoe_jax.engine.state import HostKV, Request, State
 from specmoe_jax.kv_cache.page_table import no_pages
 from specmoe_jax.kv_cache.positions import KV_PAGE, pages_of
@@ -169,7 +169,7 @@ def _state(rows: int, num_pages: int, longest: int) -> State:
         generated=((),) * rows,
         finish_reasons=("padding",) * rows,
         rows=sampling_rows([GREEDY] * rows),
-        guard=None,
+        adaptive_length=None,
     )
 
 
@@ -185,7 +185,7 @@ def test_every_interleaving_of_ends_and_refills_serves_each_request_once(data):
     num_pages = data.draw(st.integers(pages_of(longest), rows * pages_of(longest)))
     state, served = _state(rows, num_pages, longest), []
     while waiting or not state.done:
-        state, waiting = fill(state, waiting, overshoot=3)
+        state, waiting = admit(state, waiting, lookahead=3)
         table = state.kv.pages.table
         used = table[table >= 0]
         assert len(set(used.tolist())) == len(used)

@@ -187,7 +187,7 @@ def test_a_tree_of_one_branch_is_the_chain(model, resident):
         engine = Engine(model, a_plan, draft_head=head)
         proposed = []
         state = engine.init(PROMPTS, GREEDY)
-        draft = engine._kept.rt.draft
+        draft = engine._resources.runtime.draft
 
         class Spy(EagleDraft):
             def propose(self, view, proposed=proposed):
@@ -195,7 +195,7 @@ def test_a_tree_of_one_branch_is_the_chain(model, resident):
                 proposed.append(np.asarray(proposal.tokens)[view.active].tolist())
                 return proposal, kv
 
-        object.__setattr__(engine._kept.rt, "draft", Spy(*draft))
+        object.__setattr__(engine._resources.runtime, "draft", Spy(*draft))
         for _ in range(4):
             state, _ = engine.step(state)
         texts.append(proposed)

@@ -126,15 +126,15 @@ def test_prefetched_experts_and_waves(data):
     for layer in range(layers):
         _, residency = play(pool, residency, layer, np.zeros(experts, bool), subset(draw, experts, exactly=pinned))
     for _ in range(draw(st.integers(1, 3))):
-        votes = np.array([[draw(st.integers(0, 3)) for _ in range(experts)] for _ in range(layers)])
+        usage_scores = np.array([[draw(st.integers(0, 3)) for _ in range(experts)] for _ in range(layers)])
         limit = draw(st.integers(0, 10))
-        copies, residency = plan_prefetch(residency, votes, reserve=dispatch, limit=limit, in_use=np.zeros(0, np.int32))
+        copies, residency = plan_prefetch(residency, usage_scores, reserve=dispatch, limit=limit, in_use=np.zeros(0, np.int32))
         assert len(copies) <= limit
-        assert all(votes[layer, expert] > 0 for layer, expert, _ in copies)
+        assert all(usage_scores[layer, expert] > 0 for layer, expert, _ in copies)
         pool.copy(copies, [])
         pool.check(residency)
         for layer in range(layers):
-            ahead = np.where(np.arange(layers)[:, None] > layer, votes, 0)
+            ahead = np.where(np.arange(layers)[:, None] > layer, usage_scores, 0)
             needed, keep = subset(draw, experts, most=dispatch), subset(draw, experts, exactly=pinned)
             plan, residency = play(pool, residency, layer, needed, keep, ahead, reserve=dispatch, limit=limit)
             assert len(plan.waves) == 1

@@ -28,10 +28,10 @@ def test_what_has_landed_is_what_was_last_sent(tier, room, steps):
         assert len(arriving) <= room
         for expert, slot in sent:
             wanted[slot] = 1 + expert
-        pool, arriving = store.land(pool, arriving, np.array(read, np.int64))
+        pool, arriving = store.finish_copies(pool, arriving, np.array(read, np.int64))
         assert not set(read) & {one.slot for one in arriving}
         assert (np.asarray(pool)[read] == wanted[read][:, None, None, None]).all()
-    pool, arriving = store.land(pool, arriving)
+    pool, arriving = store.finish_copies(pool, arriving)
     assert arriving == ()
     assert (np.asarray(pool) == wanted[:, None, None, None]).all()
 
@@ -41,7 +41,7 @@ def test_what_has_arrived_lands_without_being_asked_for(tier):
     pool, arriving = store.fetch(store.new_pool(SLOTS), [(0, 2, 1), (0, 3, 0)])
     assert [one.slot for one in arriving] == [1, 0]
     jax.block_until_ready([one.block for one in arriving])
-    pool, arriving = store.land_arrived(pool, arriving)
+    pool, arriving = store.finish_arrived(pool, arriving)
     assert arriving == ()
     assert np.asarray(pool)[:3, 0, 0, 0].tolist() == [4, 3, 0]
 

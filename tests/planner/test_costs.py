@@ -145,8 +145,8 @@ def test_durations_take_the_slower_of_arithmetic_and_memory():
 
 def test_the_floor_adds_up_what_shares_cores():
     spent = [Cost(ACCELERATOR, "dense", flops=165e12), Cost(CPU, "cpu_attention", flops=2.43e12), Cost(UP, "stream", bytes=37.5e9)]
-    assert costs.floor_seconds(spent, IDEAL, "bfloat16") == pytest.approx(1.5)
-    assert costs.floor_seconds(spent, IDEAL.replace(shared_cores=True), "bfloat16") == pytest.approx(2.0)
+    assert costs.bound_seconds(spent, IDEAL, "bfloat16") == pytest.approx(1.5)
+    assert costs.bound_seconds(spent, IDEAL.replace(accelerator_is_cpu=True), "bfloat16") == pytest.approx(2.0)
 
 
 @given(st.integers(2, 64), st.integers(1, 4), st.floats(0.0, 0.9), st.integers(1, 500))

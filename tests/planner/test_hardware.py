@@ -24,7 +24,7 @@ def test_the_papers_machine_has_the_papers_figures():
 
 def test_figures_that_have_a_default_may_be_left_out():
     fields = json.loads(A30.to_json())
-    for name in ("task_s", "efficiencies", "spreads", "shared_cores"):
+    for name in ("task_s", "efficiencies", "spreads", "accelerator_is_cpu"):
         del fields[name]
     read = Hardware.from_json(json.dumps(fields))
     assert read.task_s == 0 and read.efficiency("dense") == Efficiency() and read.spread("dense") == 0.2
@@ -63,3 +63,9 @@ def test_efficiencies_that_are_no_objects_are_refused():
 def test_an_unknown_machine_is_refused_with_the_known_ones():
     with pytest.raises(PlanError, match="known are a30, 4090d"):
         machine("abacus")
+
+
+def test_a_file_of_an_earlier_version_is_read():
+    fields = json.loads(A30.replace(accelerator_is_cpu=True).to_json())
+    fields["shared_cores"] = fields.pop("accelerator_is_cpu")
+    assert Hardware.from_json(json.dumps(fields)) == A30.replace(accelerator_is_cpu=True)

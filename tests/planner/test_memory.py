@@ -41,13 +41,13 @@ def test_an_accelerator_of_its_own_holds_experts_beside_its_slots():
     """What is on its way, XLA's copy of the one that it multiplies, and attention's; within a budget the slots give way."""
     job = {"batch_rows": 4, "positions": 64}
     for name, moving in (("resident", 1), ("on_demand", TINY.num_experts + 1), ("streaming", 2)):  # its experts are small
-        shared, own = (account(TINY, plan(name), shared_cores=shared, **job) for shared in (True, False))
+        shared, own = (account(TINY, plan(name), accelerator_is_cpu=shared, **job) for shared in (True, False))
         assert (shared.moving_experts, own.moving_experts) == (0, moving)
         attention = own.activation_bytes - shared.activation_bytes  # which is jnp there, over a cache that is there too
         assert (attention > 0) == (own.kv_tier == "accelerator")
         assert own.accelerator_bytes - shared.accelerator_bytes == moving * own.expert_bytes + attention
     mixtral = plan("on_demand", MIXTRAL, dtype="bfloat16", device_memory_bytes=6 * GIB)
-    shared, own = (account(MIXTRAL, mixtral, shared_cores=shared, **job) for shared in (True, False))
+    shared, own = (account(MIXTRAL, mixtral, accelerator_is_cpu=shared, **job) for shared in (True, False))
     assert own.moving_experts == 3
     assert own.num_slots < shared.num_slots
     assert own.accelerator_bytes <= 6 * GIB

@@ -23,7 +23,7 @@ from specmoe_jax.support.errors import PlanError
 from specmoe_jax.testing import TINY, tiny
 
 HARDWARE = machine("a30")
-CPU = HARDWARE.replace(shared_cores=True)
+CPU = HARDWARE.replace(accelerator_is_cpu=True)
 WORK_LOAD = Workload(prompt_tokens=20, new_tokens=20, acceptance=0.7, skew=0.3)
 KNOWN = Knowledge(hardware=HARDWARE, workload=WORK_LOAD)
 

@@ -27,20 +27,22 @@ def run(seconds, layers=(True,) * 3, items=2, chunks=2, **options):
     st.booleans(),
 )
 @settings(max_examples=150, deadline=None)
-def test_order_edges_and_exclusive_resources_hold(seconds, layers, items, chunks, pinned, prompts, shared_cores):
+def test_order_edges_and_exclusive_resources_hold(seconds, layers, items, chunks, pinned, prompts, accelerator_is_cpu):
     moe = tuple(layer for layer, has in enumerate(layers) if has)
     stay = spread(moe, min(pinned, len(moe)))
     tasks = pass_tasks(tuple(layers), items, chunks, pinned=stay, prompts=min(prompts, items))
     assert len(stay) == min(pinned, len(moe))
     assert sorted(task.layer for task in tasks if task.kind == "stream") == sorted(chunks * [n for n in moe if n not in stay])
     nodes = module._unroll(tasks, [seconds[task.kind] for task in tasks], draft_s=3.0)
-    starts, ends, causes = module._schedule(nodes, shared_cores)
+    starts, ends, causes = module._schedule(nodes, accelerator_is_cpu)
     for i, node in enumerate(nodes):
         assert all(ends[place] <= starts[i] for place in node.after)
         assert ends[i] == starts[i] + node.seconds
         assert starts[i] == 0 or (causes[i] is not None and ends[causes[i]] == starts[i])  # nothing idles without a reason
-    for server in {module._server(node.resource, shared_cores) for node in nodes}:
-        own = sorted((starts[i], ends[i]) for i, node in enumerate(nodes) if module._server(node.resource, shared_cores) == server)
+    for server in {module._server(node.resource, accelerator_is_cpu) for node in nodes}:
+        own = sorted(
+            (starts[i], ends[i]) for i, node in enumerate(nodes) if module._server(node.resource, accelerator_is_cpu) == server
+        )
         assert all(before[1] <= after[0] for before, after in itertools.pairwise(own))
 
 
@@ -48,7 +50,7 @@ def test_order_edges_and_exclusive_resources_hold(seconds, layers, items, chunks
 @settings(max_examples=50, deadline=None)
 def test_shared_cores_are_never_faster_and_drafting_adds_at_most_itself(seconds, items):
     apart = run(seconds, items=items)
-    assert run(seconds, items=items, shared_cores=True).iteration_s >= max(apart.busy_s.values())
+    assert run(seconds, items=items, accelerator_is_cpu=True).iteration_s >= max(apart.busy_s.values())
     assert run(seconds, items=items, draft_s=5.0).iteration_s <= apart.iteration_s + 5.0 + max(seconds.values()) * len(KINDS)
 
 
@@ -90,7 +92,7 @@ def test_a_prompt_fills_the_wait_for_the_cpu():
 
 
 def test_shared_cores_cannot_overlap_them():
-    assert run({"attention": 2.0, "experts": 2.0}, items=2, shared_cores=True).iteration_s == 24.0
+    assert run({"attention": 2.0, "experts": 2.0}, items=2, accelerator_is_cpu=True).iteration_s == 24.0
 
 
 def test_urgent_copies_go_before_weights():
@@ -112,7 +114,7 @@ def test_the_naive_estimator_takes_the_busiest_resource_of_each_layer():
 
 
 def test_the_critical_path_spans_the_iteration():
-    found = run({"stream": 2.0, "attention": 3.0, "experts": 4.0, "other1": 1.0}, draft_s=2.0)
+    found = run({"stream": 2.0, "attention": 3.0, "experts": 4.0, "pre_attention": 1.0}, draft_s=2.0)
     assert found.critical[-1].kind == module.DRAFT
     assert found.critical[-1].end_s == pytest.approx(found.iteration_s)
     assert all(a.end_s == b.start_s for a, b in itertools.pairwise(found.critical))

@@ -52,7 +52,9 @@ def in_process(script, capfd, monkeypatch, tmp_path):
     common, own = script._common, script.flags.FLAGS
     monkeypatch.setattr(common, "flags", script.flags)
     monkeypatch.setattr(common, "use_compile_cache", lambda: None)
-    monkeypatch.setattr("specmoe_jax.autotune.choose.probe", lambda **_: machine("a30").replace(shared_cores=True))  # takes seconds
+    monkeypatch.setattr(
+        "specmoe_jax.autotune.choose.probe", lambda **_: machine("a30").replace(accelerator_is_cpu=True)
+    )  # takes seconds
     monkeypatch.chdir(tmp_path)
 
     def run(*args) -> Ran:

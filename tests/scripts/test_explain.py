@@ -41,9 +41,9 @@ def test_memory_is_the_engines_own_account(explain, headers, name, preset, monke
     found = shown(
         explain(f"--model={headers[name]}", "--hardware=h200", f"--preset={preset}", "--batch_size=8", "--skew=0.3", "--json")
     )
-    plan = PRESETS[preset](config).replace(dtype="bfloat16", batch_size=8).settled(shared_cores=False)
+    plan = PRESETS[preset](config).replace(dtype="bfloat16", batch_size=8).resolved(accelerator_is_cpu=False)
     model = types.SimpleNamespace(config=config, tokenizer=None)
-    monkeypatch.setattr(requests, "shared_cores", lambda: False)  # as on a machine with an H200
+    monkeypatch.setattr(requests, "accelerator_is_cpu", lambda: False)  # as on a machine with an H200
     own = check_job(model, plan, [(5,) * PROMPT] * 8, SamplingParams(max_new_tokens=NEW))
     assert found["accelerator_gib"]["all"] == pytest.approx(own.accelerator_bytes / GIB, rel=0.02)
     assert found["host_gib"]["all"] == pytest.approx(own.host_bytes / GIB, rel=0.02)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from specmoe_jax.speculate.adaptive_length import acceptance, best_length, choose, make_guard, observe, resting
+from specmoe_jax.speculate.adaptive_length import acceptance, best_length, choose, make_adaptive_length, observe, resting
 
 
 def drive(guard, rate, step_s, steps, seed=0):
@@ -21,19 +21,19 @@ def drive(guard, rate, step_s, steps, seed=0):
 
 
 def test_lengths_are_the_compiled_buckets():
-    assert make_guard(1).lengths == (0, 1)
-    assert make_guard(4).lengths == (0, 1, 2, 4)
-    assert make_guard(10).lengths == (0, 1, 2, 4, 8, 10)
+    assert make_adaptive_length(1).lengths == (0, 1)
+    assert make_adaptive_length(4).lengths == (0, 1, 2, 4)
+    assert make_adaptive_length(10).lengths == (0, 1, 2, 4, 8, 10)
 
 
 @pytest.mark.parametrize("cost", [0.3, 1.0])
 def test_useless_drafts_cost_at_most_three_percent(cost):
-    _, tokens, seconds, _ = drive(make_guard(4), 0.0, lambda length: 1 + cost * length, 400)
+    _, tokens, seconds, _ = drive(make_adaptive_length(4), 0.0, lambda length: 1 + cost * length, 400)
     assert tokens / seconds >= 0.97  # plain decoding makes one token a second
 
 
 def test_perfect_cheap_drafts_are_used_in_full():
-    _, tokens, seconds, lengths = drive(make_guard(8), 1.0, lambda length: 1 + 0.05 * length, 200)
+    _, tokens, seconds, lengths = drive(make_adaptive_length(8), 1.0, lambda length: 1 + 0.05 * length, 200)
     assert np.mean(np.array(lengths) == 8) > 0.9
     assert tokens / seconds > 0.95 * 9 / 1.4
 
@@ -41,20 +41,20 @@ def test_perfect_cheap_drafts_are_used_in_full():
 def test_medium_acceptance_finds_a_medium_length():
     rate, cost = 0.6, 0.25
     best = max((0, 1, 2, 4, 8), key=lambda k: (1 - rate ** (k + 1)) / (1 - rate) / (1 + cost * k))
-    _, _, _, lengths = drive(make_guard(8), rate, lambda length: 1 + cost * length, 400)
+    _, _, _, lengths = drive(make_adaptive_length(8), rate, lambda length: 1 + cost * length, 400)
     values, counts = np.unique(lengths[100:], return_counts=True)
     assert values[counts.argmax()] == best == 2
 
 
 def test_speculation_returns_when_acceptance_does():
-    guard, *_ = drive(make_guard(4), 0.0, lambda length: 1 + 0.3 * length, 100)
+    guard, *_ = drive(make_adaptive_length(4), 0.0, lambda length: 1 + 0.3 * length, 100)
     assert choose(guard) == 0
     _, _, _, lengths = drive(guard, 0.95, lambda length: 1 + 0.3 * length, 300)
     assert np.mean(np.array(lengths[-100:]) == 4) > 0.8
 
 
 def test_acceptance_is_per_tried_token():
-    guard = observe(make_guard(4), 4, np.array([4, 2]), 1.0)  # 4 + 2 stood, one fell
+    guard = observe(make_adaptive_length(4), 4, np.array([4, 2]), 1.0)  # 4 + 2 stood, one fell
     assert acceptance(guard) == pytest.approx(6 / 7)
     assert acceptance(observe(guard, 0, np.zeros(2), 1.0)) == acceptance(guard)
 
@@ -73,7 +73,7 @@ def cold(step_s, factor=10.0, warms=2):
 
 def test_a_cold_start_does_not_end_the_drafting():
     """The longest draft is slow while its experts are not there; it is tried again, and for two steps."""
-    _, tokens, seconds, lengths = drive(make_guard(10), 0.9, cold(lambda length: 1 + 0.1 * length), 300)
+    _, tokens, seconds, lengths = drive(make_adaptive_length(10), 0.9, cold(lambda length: 1 + 0.1 * length), 300)
     assert np.mean(np.array(lengths[60:]) >= 8) > 0.8
     assert tokens / seconds > 0.85 * (1 - 0.9**11) / 0.1 / 2
 
@@ -83,7 +83,7 @@ def test_a_cold_start_does_not_end_the_drafting():
 @pytest.mark.parametrize("longest", [1, 4, 10])
 def test_never_three_percent_slower_than_none(rate, cost, longest):
     """After the first two steps, which measure, whatever the machine."""
-    _, tokens, seconds, _ = drive(make_guard(longest), rate, lambda length: 1 + cost * length, 3000)
+    _, tokens, seconds, _ = drive(make_adaptive_length(longest), rate, lambda length: 1 + cost * length, 3000)
     first = 1 + cost * longest
     assert tokens / (seconds - first) >= 0.97
 
@@ -94,7 +94,7 @@ def test_noise_and_a_plain_step_that_drafting_spoiled_hardly_mislead(rows, rate,
     """Steps of a few rows vary, and for two steps after a draft plain decoding lacks its experts: 600 steps from the first on."""
     speeds = []
     for seed in range(4):
-        rng, guard, plain = np.random.default_rng(seed), make_guard(4), 0
+        rng, guard, plain = np.random.default_rng(seed), make_adaptive_length(4), 0
         tokens = seconds = 0.0
         for _ in range(600):
             length = choose(guard)
@@ -118,16 +118,16 @@ def test_one_slow_step_changes_nothing_for_long(rate, cost, first):
         took.append(step_s(length))
         return took[-1] * (30 if len(took) in (first, first + 100, first + 160) else 1)
 
-    _, steady_tokens, steady_s, _ = drive(make_guard(8), rate, step_s, 400)
-    _, shaken_tokens, _, _ = drive(make_guard(8), rate, shaken, 400)
+    _, steady_tokens, steady_s, _ = drive(make_adaptive_length(8), rate, step_s, 400)
+    _, shaken_tokens, _, _ = drive(make_adaptive_length(8), rate, shaken, 400)
     assert shaken_tokens / sum(took) >= 0.93 * steady_tokens / steady_s
 
 
 def test_rests_while_nothing_is_drafted_and_in_trials_out_of_it():
-    guard = make_guard(4)
+    guard = make_adaptive_length(4)
     assert not resting(guard, 4) and resting(guard, 0)
     guard, _, _, lengths = drive(guard, 0.0, lambda length: 1 + length, 60)
     assert any(lengths[2:]) and best_length(guard) == 0  # there were trials
     assert resting(guard, 0) and resting(guard, 1)
-    guard, *_ = drive(make_guard(4), 1.0, lambda length: 1 + 0.1 * length, 60)
+    guard, *_ = drive(make_adaptive_length(4), 1.0, lambda length: 1 + 0.1 * length, 60)
     assert resting(guard, 0) and not resting(guard, 4)

@@ -11,9 +11,9 @@ FIRST, SECOND = np.array([[5, 0, 1]]), np.array([[0, 2, 1]])
 
 def after_two_passes(name):
     """The scores of layer 0 while the second of two passes is verified; in each only expert 2 was accepted."""
-    policy, votes, accepted = make_policy(name, 1, 3), np.zeros((1, 3)), np.array([[0, 0, 1]])
-    votes = policy.update(votes, FIRST, accepted)
-    return policy.scores(votes[0], SECOND[0], 0), policy.update(votes, SECOND, accepted)
+    policy, usage_scores, accepted = make_policy(name, 1, 3), np.zeros((1, 3)), np.array([[0, 0, 1]])
+    usage_scores = policy.update(usage_scores, FIRST, accepted)
+    return policy.scores(usage_scores[0], SECOND[0], 0), policy.update(usage_scores, SECOND, accepted)
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,8 @@ def test_temporal_forgets_global_does_not():
 
 
 def test_under_a_guard_temporal_remembers_for_when_it_rests():
-    policy, votes = make_policy("hot_temporal", 1, 3, guard=True), np.zeros((1, 3))
-    votes = policy.update(votes, FIRST, FIRST)
-    np.testing.assert_array_equal(policy.scores(votes[0], SECOND[0], 0), SECOND[0])
-    np.testing.assert_array_equal(policy.resting(votes[0], SECOND[0], 0), FIRST[0] + SECOND[0])
+    policy, usage_scores = make_policy("hot_temporal", 1, 3, guard=True), np.zeros((1, 3))
+    usage_scores = policy.update(usage_scores, FIRST, FIRST)
+    np.testing.assert_array_equal(policy.scores(usage_scores[0], SECOND[0], 0), SECOND[0])
+    np.testing.assert_array_equal(policy.resting(usage_scores[0], SECOND[0], 0), FIRST[0] + SECOND[0])
     assert make_policy("hot_temporal", 1, 3).resting is None

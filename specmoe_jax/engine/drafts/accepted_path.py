@@ -20,20 +20,20 @@ _accept_tree, _accept_tree_coupled, _accept_tree_greedy = (
 )
 
 
-def accepted_path(rt: Runtime, state: State, proposal: Proposal, logits: jax.Array) -> AcceptedPath:
+def accepted_path(runtime: Runtime, state: State, proposal: Proposal, logits: jax.Array) -> AcceptedPath:
     """The lossless choice among the paths of a tree. logits [B, T, V]."""
-    depth = rt.plan.draft_length
+    depth = runtime.plan.draft_length
     if state.rows.greedy:
         return _accept_tree_greedy(proposal.tokens, proposal.tree, logits, depth=depth)
-    if rt.plan.deterministic_sampling:
+    if runtime.plan.deterministic_sampling:
         keys = step_coupled_keys(state, depth + 1)
         return _accept_tree_coupled(keys, proposal.tokens, proposal.tree, logits, state.rows, depth=depth)
     keys = step_keys(state, Stream.VERIFY)
     return _accept_tree(keys, proposal.tokens, proposal.tree, logits, state.rows, depth=depth)
 
 
-def straighten(
-    rt: Runtime, state: State, verified: TargetPass, proposal: Proposal, accepted: AcceptedPath, finite: jax.Array
+def compact_accepted_path(
+    runtime: Runtime, state: State, verified: TargetPass, proposal: Proposal, accepted: AcceptedPath, finite: jax.Array
 ) -> tuple[TargetPass, AcceptResult, np.ndarray, Proposal]:
     """Cache rows, features, routing and tokens of the accepted path in the places of a chain's. -> as step.verify.
 
@@ -42,10 +42,10 @@ def straighten(
     The draft's cache needs no such move: it is extended by the target's features of the committed tokens, over its own rows.
     """
     where = (jnp.asarray(state.lengths), accepted.path, accepted.num_accepted)
-    if rt.plan.kv_tier == "host":
-        where = jax.device_put(where, rt.host)
+    if runtime.plan.kv_tier == "host":
+        where = jax.device_put(where, runtime.host)
     if isinstance(verified.kv, HostKV):
-        table = jax.device_put(verified.kv.pages.table, rt.host)
+        table = jax.device_put(verified.kv.pages.table, runtime.host)
         kv = verified.kv._replace(caches=tuple(stages.keep_path_paged(cache, table, *where) for cache in verified.kv.caches))
     else:
         k, v = (tuple(stages.keep_path(cache, *where) for cache in caches) for caches in (verified.kv.k, verified.kv.v))

@@ -24,16 +24,16 @@ def make_model_draft(target: Model, model: Model, plan: Plan) -> ModelDraft:
     if difference:
         raise PlanError(f"the draft model cannot draft for this one: {difference}; give one of the same family")
     own = resident_plan(model, plan)
-    rt = build(model, own, account(model.config, own, batch_rows=1, positions=1), None, earlier=None, progress=False)
-    memory, nothing = first_memory(rt), np.zeros((model.config.num_moe_layers, model.config.num_experts), np.int64)
+    runtime = build(model, own, account(model.config, own, batch_rows=1, positions=1), None, earlier=None, progress=False)
+    memory, nothing = first_memory(runtime), np.zeros((model.config.num_moe_layers, model.config.num_experts), np.int64)
 
     def forward(kv: KVCache, tokens, lengths, num_new):
-        done = target_pass(rt, memory, kv, tokens, lengths, num_new, earlier=nothing, predicted=nothing)
-        return stages.head(model.config.norm_eps, rt.weights, _last_new(done.h, num_new))[:, 0], done.kv
+        done = target_pass(runtime, memory, kv, tokens, lengths, num_new, earlier=nothing, predicted=nothing)
+        return stages.head(model.config.norm_eps, runtime.weights, _last_new(done.h, num_new))[:, 0], done.kv
 
     return ModelDraft(
         forward=forward,
-        new_cache=lambda rows, positions: new_cache(model.config, rows, positions, model.dtype, rt.device),
+        new_cache=lambda rows, positions: new_cache(model.config, rows, positions, model.dtype, runtime.device),
         chunk=plan.prefill_chunk,
     )
 

@@ -50,7 +50,7 @@ class SplitDraft:
 
     head: EagleHead
     tree: TreeShape | None
-    rt: Runtime
+    runtime: Runtime
     pages: int
     host_pages: int
 
@@ -62,12 +62,12 @@ class SplitDraft:
         attention, dtype = self.head.config.layer.attention, self.head.weights.fc.dtype
         pages = no_pages(rows, positions, self.pages)
         return SplitMemory(
-            here=empty_pages(attention, self.pages, dtype, self.rt.device),
-            there=empty_pages(attention, self.host_pages, dtype, self.rt.host),
+            here=empty_pages(attention, self.pages, dtype, self.runtime.device),
+            there=empty_pages(attention, self.host_pages, dtype, self.runtime.host),
             pages=pages,
             host_table=pages.table,
             split=no_split(rows),
-            feature=jnp.zeros((rows, self.head.config.hidden_size), dtype, device=self.rt.device),
+            feature=jnp.zeros((rows, self.head.config.hidden_size), dtype, device=self.runtime.device),
         )
 
     def place(self, memory: SplitMemory, state: State) -> tuple[SplitMemory, int]:
@@ -76,9 +76,9 @@ class SplitDraft:
         requests = np.array([r.id if run else -1 for r, run in zip(state.requests, runs, strict=True)], np.int64)
         prompts = np.array([len(r.token_ids) if r else 0 for r in state.requests])
         limits = np.array([r.limit if r else 0 for r in state.requests])
-        overshoot = self.rt.plan.overshoot
-        tokens = np.where(runs, np.where(state.joining, prompts - 1, state.lengths) + overshoot, 0)
-        most = np.where(runs, prompts + limits + overshoot, 0)
+        lookahead = self.runtime.plan.lookahead
+        tokens = np.where(runs, np.where(state.joining, prompts - 1, state.lengths) + lookahead, 0)
+        most = np.where(runs, prompts + limits + lookahead, 0)
         pages, table = memory.pages, state.kv.pages.table
         ways = plan_draft_split(memory.split, requests, pages_of(tokens), pages_of(most), len(pages.free))
         here, there = memory.here, memory.there
@@ -103,7 +103,7 @@ class SplitDraft:
         """target, consumed, with a row's pages of the source."""
         used = np.arange(len(of)) < pages_of(positions)
         values = _take(source, np.where(used, of, -1))
-        self.rt.activations.send(values.num_bytes)
+        self.runtime.activations.send(values.num_bytes)
         return _put(target, np.where(used, to, -1), jax.device_put(values, target.v.device))
 
     def observe(self, memory: SplitMemory, rows, following, features, lengths, num_new) -> SplitMemory:
@@ -142,9 +142,9 @@ class SplitDraft:
         here, there = np.where(on_cpu, 0, num_new).astype(np.int32), np.where(on_cpu, num_new, 0).astype(np.int32)
         warms_up, going = not num_new.any(), None
         if warms_up or there.any():
-            inputs = self.rt.to_host(projected[1:])
-            where = jax.device_put((_rows_of(memory.host_table, rows), lengths, there, tree), self.rt.host)
-            going = self.rt.lanes.cpu.submit(self._attend_there, inputs, memory.there, where)
+            inputs = self.runtime.to_host(projected[1:])
+            where = jax.device_put((_rows_of(memory.host_table, rows), lengths, there, tree), self.runtime.host)
+            going = self.runtime.workers.cpu.submit(self._attend_there, inputs, memory.there, where)
         attended = [jnp.zeros_like(projected.q)] * 2
         if warms_up or here.any():
             layer, table = self.head.config.layer, _rows_of(memory.pages.table, rows)
@@ -152,25 +152,25 @@ class SplitDraft:
             memory = memory._replace(here=cache)
         if going is not None:
             out, cache = going.result()
-            attended[1] = self.rt.to_accelerator(out)
+            attended[1] = self.runtime.to_accelerator(out)
             memory = memory._replace(there=cache)
         return memory, tuple(attended)
 
     def _attend_there(self, inputs, cache: PackedCache, where) -> tuple[jax.Array, PackedCache]:
         """In the CPU's lane."""
-        inputs, where = self.rt.on_host(inputs), jax.block_until_ready(where)
+        inputs, where = self.runtime.on_host(inputs), jax.block_until_ready(where)
         start_s = time.perf_counter()
         done = jax.block_until_ready(stages.attend_paged(self.head.config.layer, *inputs, None, cache, *where))
-        if self.rt.lanes.spans is not None:
-            self.rt.lanes.spans.append(Span("draft attention", CPU, -1, -1, start_s, time.perf_counter()))
+        if self.runtime.workers.spans is not None:
+            self.runtime.workers.spans.append(Span("draft attention", CPU, -1, -1, start_s, time.perf_counter()))
         return done
 
 
-def placed(rt: Runtime, state: State) -> tuple[State, int]:
+def placed(runtime: Runtime, state: State) -> tuple[State, int]:
     """The state with its draft's cache where the coming step wants it, and how many rows were moved; as it is for other drafts."""
-    if not isinstance(rt.draft, SplitDraft):
+    if not isinstance(runtime.draft, SplitDraft):
         return state, 0
-    memory, moves = rt.draft.place(state.draft_memory, state)
+    memory, moves = runtime.draft.place(state.draft_memory, state)
     return state._replace(draft_memory=memory), moves
 
 

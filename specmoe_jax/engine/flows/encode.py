@@ -14,7 +14,7 @@ from specmoe_jax.types import CrossCache, Routing
 
 
 def encode(
-    rt: Runtime, memory: ExpertMemory, sources: list[tuple[int, ...]], positions: int
+    runtime: Runtime, memory: ExpertMemory, sources: list[tuple[int, ...]], positions: int
 ) -> tuple[ExpertMemory, tuple[CrossCache, ...]]:
     """What the decoder layers attend of the sources: B token tuples, ragged; an empty one is a padding row.
 
@@ -25,22 +25,22 @@ def encode(
         tokens[row, : len(source)] = source
     lengths = jnp.array([len(source) for source in sources], jnp.int32)
     places = jnp.broadcast_to(jnp.arange(positions), tokens.shape)
-    h = stages.embed(rt.weights, tokens, places, config=rt.config.embedding)
-    for i, (config, weights) in enumerate(zip(rt.config.encoder.layers, rt.weights.encoder.layers, strict=True)):
+    h = stages.embed(runtime.weights, tokens, places, config=runtime.config.embedding)
+    for i, (config, weights) in enumerate(zip(runtime.config.encoder.layers, runtime.weights.encoder.layers, strict=True)):
         h, x, routing = stages.encoder_attention(config, weights, h, lengths)
         if routing is not None:
-            moe = rt.config.expert_layers.index(rt.config.num_layers + i)
-            h, memory = _experts(rt, moe, memory, h, x, routing)
-    return memory, cross_caches(rt.config, rt.weights, h, lengths)
+            moe = runtime.config.expert_layers.index(runtime.config.num_layers + i)
+            h, memory = _experts(runtime, moe, memory, h, x, routing)
+    return memory, cross_caches(runtime.config, runtime.weights, h, lengths)
 
 
-def _experts(rt: Runtime, moe: int, memory: ExpertMemory, h: jax.Array, x, routing: Routing) -> tuple[jax.Array, ExpertMemory]:
+def _experts(runtime: Runtime, moe: int, memory: ExpertMemory, h: jax.Array, x, routing: Routing) -> tuple[jax.Array, ExpertMemory]:
     """The experts of a layer, wave by wave in the slots that are free: a prompt asks for more than a step does."""
-    config = rt.config.all_layers[rt.config.expert_layers[moe]]
-    if rt.plan.expert_flow == "resident":
-        return stages.experts(config, h, x, routing, memory.pool, rt.resident_slots[moe]), memory
+    config = runtime.config.all_layers[runtime.config.expert_layers[moe]]
+    if runtime.plan.expert_flow == "resident":
+        return stages.experts(config, h, x, routing, memory.pool, runtime.resident_slots[moe]), memory
     ids = np.asarray(routing.ids)
-    needed = np.zeros(rt.config.num_experts, bool)
+    needed = np.zeros(runtime.config.num_experts, bool)
     needed[ids[ids >= 0]] = True
     plan, residency = plan_layer(memory.residency, moe, needed, np.zeros_like(needed))
-    return execute_waves(rt, config, plan, memory._replace(residency=residency), h, x, routing)
+    return execute_waves(runtime, config, plan, memory._replace(residency=residency), h, x, routing)

@@ -36,15 +36,15 @@ class StreamedPass(NamedTuple):
     buffers: Buffers
 
 
-def stream_pass(rt: Runtime, buffers: Buffers, kv: HostKV, items: list[Item]) -> StreamedPass:
+def stream_pass(runtime: Runtime, buffers: Buffers, kv: HostKV, items: list[Item]) -> StreamedPass:
     """The exact model over all items, the experts of each layer that is not pinned crossing the link once. Consumes buffers and kv.
 
-    With rt.lanes.spans it is noted when each task ran; this waits for each of the accelerator's tasks, which costs a
+    With runtime.lanes.spans it is noted when each task ran; this waits for each of the accelerator's tasks, which costs a
     little of the overlap.
     """
-    run = _Run(rt, buffers, kv, items)
-    moe = tuple(index is not None for index in rt.config.moe_index)
-    shape = {"buffers": rt.plan.layer_buffers, "pinned": rt.pinned_layers, "prompts": sum(map(run.attends_chunk, items))}
+    run = _Run(runtime, buffers, kv, items)
+    moe = tuple(index is not None for index in runtime.config.moe_index)
+    shape = {"buffers": runtime.plan.layer_buffers, "pinned": runtime.pinned_layers, "prompts": sum(map(run.attends_chunk, items))}
     for task in pass_tasks(moe, len(items), 1, **shape):
         run.handlers[task.kind](task)
     return run.result()
@@ -59,10 +59,10 @@ def fetched(h: jax.Array) -> jax.Array:
 class _Run:
     """The values that tasks hand on during one pass."""
 
-    def __init__(self, rt: Runtime, buffers: Buffers, kv: HostKV, items: list[Item]):
-        self.rt, self.items = rt, items
+    def __init__(self, runtime: Runtime, buffers: Buffers, kv: HostKV, items: list[Item]):
+        self.runtime, self.items = runtime, items
         self.caches, self.kv = list(kv.caches), kv
-        self.host = [jax.device_put((item.table, item.lengths, item.num_new, item.tree), rt.host) for item in items]
+        self.host = [jax.device_put((item.table, item.lengths, item.num_new, item.tree), runtime.host) for item in items]
         self.lengths = [jnp.asarray(item.lengths) for item in items]
         self.num_new = [jnp.asarray(item.num_new) for item in items]
         self.h: list = [None] * len(items)
@@ -73,14 +73,14 @@ class _Run:
         self.routed: dict = {}
         self.spare, self.readers, coming, self.cache = buffers
         self.coming = collections.deque(coming)
-        self.pinned = dict(zip(rt.pinned_layers, self.cache, strict=True))
+        self.pinned = dict(zip(runtime.pinned_layers, self.cache, strict=True))
         self.due = self.current = None
         self.handlers = {kind: getattr(self, f"_{kind}") for kind in KINDS}
-        self.every_expert = np.arange(rt.config.num_experts, dtype=np.int32)
+        self.every_expert = np.arange(runtime.config.num_experts, dtype=np.int32)
 
     def attends_chunk(self, item: Item) -> bool:
         """Whether it is a chunk of prompts that attends on the accelerator."""
-        return item.parked and self.rt.plan.prefill_attention == "accelerator"
+        return item.offloaded and self.runtime.plan.prefill_attention == "accelerator"
 
     def result(self) -> StreamedPass:
         for done in self.appended:
@@ -93,10 +93,10 @@ class _Run:
         )
 
     def _features(self, item: int) -> jax.Array | None:
-        if not isinstance(self.rt.draft, FeatureDraft):
+        if not isinstance(self.runtime.draft, FeatureDraft):
             return None
         inputs = {layer: fetched(h) for layer, h in self.inputs[item].items()}
-        return self._parked(item, features(self.rt, self._h(item), inputs))
+        return self._offloaded(item, features(self.runtime, self._h(item), inputs))
 
     def _h(self, item: int) -> jax.Array:
         """The hidden states of an item on the accelerator."""
@@ -104,27 +104,27 @@ class _Run:
 
     def _keep(self, task: Task, h: jax.Array) -> None:
         """What attends on the accelerator stays there until its layer is done."""
-        last = "other2" if self.rt.config.moe_index[task.layer] is None else "experts"
+        last = "post_attention" if self.runtime.config.moe_index[task.layer] is None else "experts"
         stays = task.kind != last and self.attends_chunk(self.items[task.item])
-        self.h[task.item] = h if stays else self._parked(task.item, h)
+        self.h[task.item] = h if stays else self._offloaded(task.item, h)
 
-    def _parked(self, item: int, h: jax.Array) -> jax.Array:
-        return jax.device_put(h, self.rt.parking) if self.items[item].parked else h
+    def _offloaded(self, item: int, h: jax.Array) -> jax.Array:
+        return jax.device_put(h, self.runtime.pinned_sharding) if self.items[item].offloaded else h
 
     def _note(self, task: Task, start_s: float, outputs) -> None:
         """outputs: waited for only where spans are wanted."""
-        spans = self.rt.lanes.spans
+        spans = self.runtime.workers.spans
         if spans is not None:
             jax.block_until_ready(outputs)
             spans.append(Span(task.kind, task.resource, task.layer, task.item, start_s, time.perf_counter()))
 
     def _embed(self, task: Task) -> None:
-        self._keep(task, stages.embed(self.rt.weights, jnp.asarray(self.items[task.item].tokens)))
+        self._keep(task, stages.embed(self.runtime.weights, jnp.asarray(self.items[task.item].tokens)))
 
-    def _other1(self, task: Task) -> None:
+    def _pre_attention(self, task: Task) -> None:
         start_s = time.perf_counter()
-        config, weights = self.rt.config.layers[task.layer], self.rt.weights.layers[task.layer]
-        if task.layer in self.rt.feature_layers:
+        config, weights = self.runtime.config.layers[task.layer], self.runtime.weights.layers[task.layer]
+        if task.layer in self.runtime.feature_layers:
             self.inputs[task.item][task.layer] = self.h[task.item]
         h = self._h(task.item)
         if self.attends_chunk(self.items[task.item]):
@@ -135,49 +135,49 @@ class _Run:
 
     def _attend_chunk(self, task: Task) -> None:
         start_s = time.perf_counter()
-        config, where = self.rt.config.layers[task.layer], (self.lengths[task.item], self.num_new[task.item])
+        config, where = self.runtime.config.layers[task.layer], (self.lengths[task.item], self.num_new[task.item])
         self.attended[task.item] = self.staging.attend(config, self.projected[task.item], *where)
         self._note(task, start_s, self.attended[task.item])
 
     def _store(self, task: Task) -> None:
         _, k, v, _ = self.projected[task.item]
-        self.projected[task.item] = self.rt.to_host((k, v))
+        self.projected[task.item] = self.runtime.to_host((k, v))
 
     def _append(self, task: Task) -> None:
-        self.appended.append(self.rt.lanes.cpu.submit(self._write, task, self.projected.pop(task.item)))
+        self.appended.append(self.runtime.workers.cpu.submit(self._write, task, self.projected.pop(task.item)))
 
     def _write(self, task: Task, projected) -> None:
         """In the CPU worker: keys and values of prompts that attended on the accelerator."""
-        projected = self.rt.on_host(projected)
+        projected = self.runtime.on_host(projected)
         start_s = time.perf_counter()
-        config, where = self.rt.config.layers[task.layer], self.host[task.item][:3]
+        config, where = self.runtime.config.layers[task.layer], self.host[task.item][:3]
         cache = stages.append_paged(config, *projected, self.caches[task.layer], *where)
         self.caches[task.layer] = jax.block_until_ready(cache)
         self._note(task, start_s, cache)
 
     def _to_host(self, task: Task) -> None:
-        self.projected[task.item] = self.rt.to_host(self.projected[task.item])
+        self.projected[task.item] = self.runtime.to_host(self.projected[task.item])
 
     def _attention(self, task: Task) -> None:
         projected = self.projected.pop(task.item)
-        self.attended[task.item] = self.rt.lanes.cpu.submit(self._attend, task, projected)
+        self.attended[task.item] = self.runtime.workers.cpu.submit(self._attend, task, projected)
 
     def _attend(self, task: Task, projected) -> jax.Array:
         """In the CPU worker, one at a time and in order, so that a chunk finds the rows of the chunks before it."""
-        projected = self.rt.on_host(projected)
+        projected = self.runtime.on_host(projected)
         start_s = time.perf_counter()
-        config = self.rt.config.layers[task.layer]
+        config = self.runtime.config.layers[task.layer]
         cache = self.caches[task.layer]
         out, self.caches[task.layer] = jax.block_until_ready(stages.attend_paged(config, *projected, cache, *self.host[task.item]))
         self._note(task, start_s, out)
         return out
 
     def _to_accelerator(self, task: Task) -> None:
-        self.attended[task.item] = self.rt.to_accelerator(self.attended[task.item].result())
+        self.attended[task.item] = self.runtime.to_accelerator(self.attended[task.item].result())
 
-    def _other2(self, task: Task) -> None:
+    def _post_attention(self, task: Task) -> None:
         start_s = time.perf_counter()
-        config, weights = self.rt.config.layers[task.layer], self.rt.weights.layers[task.layer]
+        config, weights = self.runtime.config.layers[task.layer], self.runtime.weights.layers[task.layer]
         attended, num_new = self.attended.pop(task.item), self.num_new[task.item]
         h, *routed = stages.post_attention(config, weights, self._h(task.item), attended, num_new)
         self.routed[task.item] = routed
@@ -191,7 +191,7 @@ class _Run:
         layer = self.current if pinned is None else pinned
         start_s = time.perf_counter()
         x, routing = self.routed.pop(task.item)
-        config = self.rt.config.layers[task.layer]
+        config = self.runtime.config.layers[task.layer]
         h = stages.experts(config, self._h(task.item), x, routing, layer, self.every_expert)
         self._keep(task, h)
         self._note(task, start_s, h)
@@ -201,20 +201,22 @@ class _Run:
 
     def _stream(self, task: Task) -> None:
         self.due = self.coming.popleft()
-        layer = self.rt.store.send_for(self.rt.config.moe_index[task.layer])
-        self.coming.append(self.rt.lanes.link.submit(self._bring, task, layer, self.spare, tuple(self.readers)))
+        layer = self.runtime.store.send_for(self.runtime.config.moe_index[task.layer])
+        self.coming.append(self.runtime.workers.link.submit(self._bring, task, layer, self.spare, tuple(self.readers)))
         self.spare = None
 
     def _bring(self, task: Task, layer: int, buffer: jax.Array, readers) -> jax.Array:
         """In the link worker: the layer's experts, once the buffer is no longer read."""
         jax.block_until_ready(readers)
         start_s = time.perf_counter()
-        buffer = self.rt.store.stream(buffer, layer)
+        buffer = self.runtime.store.stream(buffer, layer)
         self._note(task, start_s, buffer)
         return buffer
 
 
-def streamed_target_pass(rt: Runtime, state: State, memory: ExpertMemory, tokens, num_new, tree: Tree | None = None) -> TargetPass:
+def streamed_target_pass(
+    runtime: Runtime, state: State, memory: ExpertMemory, tokens, num_new, tree: Tree | None = None
+) -> TargetPass:
     """The verification of all rows in micro-batches, and the prompts of the rows that join, in one pass. Consumes the state.
 
     tokens: [B, T]; num_new: [B]. A micro-batch without an active row is left out; if nothing is active nor joins, all items run
@@ -222,7 +224,7 @@ def streamed_target_pass(rt: Runtime, state: State, memory: ExpertMemory, tokens
     """
     idle = state.done
     prompts = [empty_chunk(state)] if idle else prompt_chunks(state)
-    groups = np.split(np.arange(len(num_new), dtype=np.int32), rt.plan.micro_batches)
+    groups = np.split(np.arange(len(num_new), dtype=np.int32), runtime.plan.micro_batches)
     running = [idle or bool(num_new[rows].any()) for rows in groups]
     decoding = [
         Item(
@@ -237,31 +239,31 @@ def streamed_target_pass(rt: Runtime, state: State, memory: ExpertMemory, tokens
     ]
     items = decoding + [prompt.item for prompt in prompts]
     if items:
-        done = stream_pass(rt, memory.buffers, state.kv, items)
+        done = stream_pass(runtime, memory.buffers, state.kv, items)
     else:  # prompts of one token alone join: there is nothing to fill a cache with
         done = StreamedPass(h=[], features=[], kv=state.kv, buffers=memory.buffers)
     decoded = len(decoding)
     watched = any(f is not None for f in done.features)
-    experts = rt.config.num_experts if items else 0  # of a layer
-    hits = len(rt.pinned_layers) * experts
-    missed = rt.config.num_moe_layers * experts - hits
+    experts = runtime.config.num_experts if items else 0  # of a layer
+    hits = len(runtime.pinned_layers) * experts
+    missed = runtime.config.num_moe_layers * experts - hits
     return TargetPass(
-        h=_all_rows(rt, done.h[:decoded], running),
+        h=_all_rows(runtime, done.h[:decoded], running),
         kv=done.kv,
         memory=memory._replace(buffers=done.buffers),
-        counts=np.zeros_like(memory.votes, dtype=np.int64),
+        counts=np.zeros_like(memory.usage_scores, dtype=np.int64),
         info=PassInfo(hits=hits, misses=missed, fetched=missed, waves=0, prefetched=0, prefetch_hits=0, routing=None),
-        features=_all_rows(rt, done.features[:decoded], running) if watched else None,
+        features=_all_rows(runtime, done.features[:decoded], running) if watched else None,
         prompts=tuple(zip(prompts, done.features[decoded:], strict=True)) if watched else (),
     )
 
 
-def _all_rows(rt: Runtime, pieces: list[jax.Array], running: list[bool]) -> jax.Array | None:
+def _all_rows(runtime: Runtime, pieces: list[jax.Array], running: list[bool]) -> jax.Array | None:
     """The micro-batches in their order, zeros [b, ...] for those that were left out; None if all were."""
     if not pieces:
         return None
     given, nothing = iter(pieces), np.zeros(pieces[0].shape, pieces[0].dtype)
-    return _rows([next(given) if runs else jax.device_put(nothing, rt.device) for runs in running])
+    return _rows([next(given) if runs else jax.device_put(nothing, runtime.device) for runs in running])
 
 
 _rows = jax.jit(lambda pieces: jnp.concatenate(pieces) if len(pieces) > 1 else pieces[0])

@@ -5,7 +5,7 @@ from specmoe_jax.engine.requests.finish import safe_length
 from specmoe_jax.models.model import Model
 
 
-class ShownText:
+class IncrementalText:
     """The text of one request so far, and how much of it has been shown."""
 
     def __init__(self, model: Model, stop: tuple[str, ...]):

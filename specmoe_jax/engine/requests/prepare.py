@@ -23,7 +23,7 @@ from specmoe_jax.support.errors import BudgetError, RequestError
 UNLIMITED_BYTES = float(1 << 60)  # of a machine of which the plan's own budgets alone count
 
 
-class Shapes(NamedTuple):
+class BatchShape(NamedTuple):
     """What programs are compiled for: rows, KV positions S and prefill chunk. paged: what a streamed batch may fill, else None.
 
     source: positions of an encoder, 0 without one.
@@ -36,24 +36,24 @@ class Shapes(NamedTuple):
     source: int = 0
 
 
-def settled(plan: Plan) -> Plan:
+def resolved(plan: Plan) -> Plan:
     """The plan with what it leaves to this machine."""
-    return plan.settled(shared_cores=shared_cores())
+    return plan.resolved(accelerator_is_cpu=accelerator_is_cpu())
 
 
-def shared_cores() -> bool:
+def accelerator_is_cpu() -> bool:
     """Whether the accelerator is the CPU itself."""
     return jax.devices()[0] == jax.local_devices(backend="cpu")[0]
 
 
-def shapes_of(plan: Plan, requests: list[Request]) -> Shapes:
+def batch_shape_of(plan: Plan, requests: list[Request]) -> BatchShape:
     """The shapes that all batches of these requests share."""
     prompt = max(len(request.token_ids) for request in requests)
     longest = max(len(request.token_ids) + request.limit for request in requests)
     rows = min(plan.batch_size, len(requests))
     streams = plan.expert_flow == "stream"
     source = max(len(request.source) for request in requests)
-    return Shapes(
+    return BatchShape(
         rows=-(-rows // plan.micro_batches) * plan.micro_batches if streams else rows,
         positions=cache_positions(longest, plan),
         chunk=min(plan.prefill_chunk, 1 << max(prompt - 2, 0).bit_length()),
@@ -64,7 +64,7 @@ def shapes_of(plan: Plan, requests: list[Request]) -> Shapes:
 
 def _paged(plan: Plan, requests: list[Request], rows: int) -> PagedLoad:
     """What any `rows` of the requests fill at most: they take each other's places in an order that is not known yet."""
-    pages = [pages_of(len(request.token_ids) + request.limit + plan.overshoot) for request in requests]
+    pages = [pages_of(len(request.token_ids) + request.limit + plan.lookahead) for request in requests]
     prompts = [len(request.token_ids) for request in requests]
     return PagedLoad(pages=sum(sorted(pages)[-rows:]), prompt_tokens=sum(sorted(prompts)[-rows:]))
 
@@ -78,19 +78,19 @@ def check_job(
     an EAGLE head is taken to be of the published size, a draft model to take nothing.
     Raises PlanError, which names the nearest plan that fits, or RequestError.
     """
-    plan = settled(plan.validate(model.config))
+    plan = resolved(plan.validate(model.config))
     requests = make_requests(model, prompts, params)
-    shapes = shapes_of(plan, requests)
+    batch_shape = batch_shape_of(plan, requests)
     try:
         return accounted(
             model.config,
             plan,
-            batch_rows=shapes.rows,
-            positions=shapes.positions,
-            source_positions=shapes.source,
+            batch_rows=batch_shape.rows,
+            positions=batch_shape.positions,
+            source_positions=batch_shape.source,
             draft=draft_memory(model.config, plan, head=draft_head, model=draft_model),
-            paged=shapes.paged,
-            shared_cores=shared_cores(),
+            paged=batch_shape.paged,
+            accelerator_is_cpu=accelerator_is_cpu(),
         )
     except BudgetError as e:
         prompt = max(len(request.token_ids) for request in requests)
@@ -98,12 +98,12 @@ def check_job(
         workload = Workload(
             prompt_tokens=prompt,
             new_tokens=max(longest - prompt, 1),
-            source_tokens=shapes.source,
+            source_tokens=batch_shape.source,
             head=draft_head,
             draft_model=draft_model,
         )
-        smaller = plan.replace(batch_size=min(plan.batch_size, shapes.rows))
-        machine = Memories(UNLIMITED_BYTES, UNLIMITED_BYTES, shared_cores=shared_cores())
+        smaller = plan.replace(batch_size=min(plan.batch_size, batch_shape.rows))
+        machine = Memories(UNLIMITED_BYTES, UNLIMITED_BYTES, accelerator_is_cpu=accelerator_is_cpu())
         raise BudgetError(with_nearest(str(e), nearest(model.config, smaller, machine, workload))) from None
 
 

@@ -1,7 +1,8 @@
 """Seconds of a step from the measured operators of this machine and model (operators.py). Pure.
 
 The costs are those of the programs that run, so nothing is assumed about peaks; what is added up is what the engine does
-(engine/flows/layer_passes.py, engine/drafting.py), and for expert_flow=stream its own list of tasks is simulated (SpecMoEOff 5.3, step 4).
+(engine/flows/layer_passes.py, engine/drafting.py), and for expert_flow=stream its own list of tasks is simulated (SpecMoEOff
+5.3, step 4).
 """
 
 import functools
@@ -48,13 +49,18 @@ class _Pass(NamedTuple):
     misses: float
 
 
-def step_times(config: ModelConfig, plan: Plan, operators: Operators, case: Case, *, shared_cores: bool) -> StepTimes:
-    """A step of a plan that drafts its whole length. shared_cores: the accelerator's tasks and the CPU's run on the same cores.
+def step_times(config: ModelConfig, plan: Plan, operators: Operators, case: Case, *, accelerator_is_cpu: bool) -> StepTimes:
+    """A step of a plan that drafts its whole length. accelerator_is_cpu: the accelerator's tasks and the CPU's run on the same
+    cores.
 
     Deviations: kv_tier=host without streaming is taken as the accelerator's; a dense layer as the attention of one with experts.
     """
     drafted_s = draft_seconds(config, plan, operators, case)
-    flow = {"resident": _resident, "on_demand": _on_demand, "stream": functools.partial(_stream, shared_cores=shared_cores)}
+    flow = {
+        "resident": _resident,
+        "on_demand": _on_demand,
+        "stream": functools.partial(_stream, accelerator_is_cpu=accelerator_is_cpu),
+    }
     passed = flow[plan.expert_flow](config, plan, operators, case, drafted_s)
     after_s = operators.seconds("head", tokens=case.rows * plan.tokens_per_pass)
     if plan.draft_tree_top_k:
@@ -141,7 +147,9 @@ def _on_demand(config: ModelConfig, plan: Plan, operators: Operators, case: Case
     return _Pass(layers * layer_s + dense_s, drafted_s + layers * naive_s + dense_s, layers * link_s, layers * misses)
 
 
-def _stream(config: ModelConfig, plan: Plan, operators: Operators, case: Case, drafted_s: float, *, shared_cores: bool) -> _Pass:
+def _stream(
+    config: ModelConfig, plan: Plan, operators: Operators, case: Case, drafted_s: float, *, accelerator_is_cpu: bool
+) -> _Pass:
     """The engine's own list of tasks, simulated."""
     items, new = plan.micro_batches, plan.tokens_per_pass
     rows = case.rows / items
@@ -153,23 +161,23 @@ def _stream(config: ModelConfig, plan: Plan, operators: Operators, case: Case, d
     used = distinct(case.probabilities, case.choosing(new) / items)
     seconds = {
         "embed": 0.0,
-        "other1": operators.seconds("pre_attention", **work),
+        "pre_attention": operators.seconds("pre_attention", **work),
         "to_host": 0.0,  # part of the operators that were measured
         "attention": operators.seconds("attend_paged", **work),
         "to_accelerator": 0.0,
-        "other2": operators.seconds("post_attention", **work),
+        "post_attention": operators.seconds("post_attention", **work),
         "experts": operators.seconds("experts", choices=tokens * config.experts_per_token, blocks=used),
         "stream": stream_s,
     }
     computed_s = sum(second for kind, second in seconds.items() if kind != "stream")
     without = 1.0  # of a pinned layer's time
-    if shared_cores:  # nothing overlaps: the micro-batches together take what they were seen to take, with the layer's copies
+    if accelerator_is_cpu:  # nothing overlaps: the micro-batches together take what they were seen to take, with the layer's copies
         layer_s = operators.seconds("streamed_layer", items=items, **{name: items * amount for name, amount in work.items()})
         seconds |= {kind: second * layer_s / items / computed_s for kind, second in seconds.items() if kind != "stream"}
         without = max(1 - operators.seconds("stream", blocks=experts) / layer_s, 0.5)
     else:
         layer_s = operators.seconds("streamed_layer", items=1, **work)
-        seconds["other2"] += max(layer_s - computed_s, 0.0)  # waiting for the workers
+        seconds["post_attention"] += max(layer_s - computed_s, 0.0)  # waiting for the workers
     pinned = spread(config.moe_layers, case.pinned_layers)
     has_experts = tuple(index is not None for index in config.moe_index)
     tasks = pass_tasks(has_experts, items, 1, buffers=plan.layer_buffers, pinned=pinned)
@@ -177,8 +185,8 @@ def _stream(config: ModelConfig, plan: Plan, operators: Operators, case: Case, d
     def of(task: Task) -> float:
         return seconds[task.kind] * (without if task.layer in pinned else 1.0)
 
-    done = simulate(tasks, of, draft_s=drafted_s, shared_cores=shared_cores)
-    naive_s = naive_seconds(tasks, of, draft_s=drafted_s, shared_cores=shared_cores)
+    done = simulate(tasks, of, draft_s=drafted_s, accelerator_is_cpu=accelerator_is_cpu)
+    naive_s = naive_seconds(tasks, of, draft_s=drafted_s, accelerator_is_cpu=accelerator_is_cpu)
     layers = config.num_moe_layers - len(pinned)
     return _Pass(done.iteration_s - drafted_s, naive_s, layers * stream_s, layers * experts)
 
@@ -190,7 +198,7 @@ def refine(
     operators: Operators,
     workload: Workload,
     *,
-    shared_cores: bool,
+    accelerator_is_cpu: bool,
     row_share: float = 1.0,
     run_share: float = 1.0,
 ) -> Prediction:
@@ -208,7 +216,7 @@ def refine(
         row_share=row_share,
         run_share=run_share,
     )
-    times = step_times(config, plan, operators, case, shared_cores=shared_cores)
+    times = step_times(config, plan, operators, case, accelerator_is_cpu=accelerator_is_cpu)
     tokens_per_s = prediction.rows * prediction.tokens_per_step / times.total_s
     return prediction._replace(
         iteration_s=times.total_s,

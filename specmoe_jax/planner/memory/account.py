@@ -30,11 +30,12 @@ def account(
     source_positions: int = 0,
     draft: DraftMemory = DraftMemory(),  # noqa: B008 (immutable)
     paged: PagedLoad | None = None,
-    shared_cores: bool = True,
+    accelerator_is_cpu: bool = True,
 ) -> MemoryAccount:
     """The account of a plan for `batch_rows` rows of `positions` KV positions, within its budgets.
 
-    source_positions: what the encoder reads of each row, where there is one. shared_cores: the accelerator is the CPU itself, which
+    source_positions: what the encoder reads of each row, where there is one. accelerator_is_cpu: the accelerator is the CPU
+    itself, which
     copies an expert into its slot and multiplies it there; any other holds some beside the slots meanwhile.
 
     The pool gets what the plan can use (pinned experts, and one layer's whole dispatch), or what the budget
@@ -77,7 +78,7 @@ def account(
         staging_bytes=staging_bytes(config, plan, batch_rows, positions, item),
         pinned_layers=pinned_layers,
     )
-    if not shared_cores:
+    if not accelerator_is_cpu:
         whole = whole._replace(moving_experts=_moving_experts(config, plan, whole.expert_bytes))
         if plan.kv_tier == "accelerator":
             tokens = max(plan.tokens_per_pass, plan.prefill_chunk)
@@ -93,7 +94,7 @@ def cache_positions(longest: int, plan: Plan) -> int:
 
     In steps (powers of two to 1024, then multiples of 1024), so that similar jobs share compiled programs.
     """
-    needed = longest + plan.overshoot
+    needed = longest + plan.lookahead
     if needed > 1024:
         return -(-needed // 1024) * 1024
     return max(64, 1 << (needed - 1).bit_length())

@@ -25,7 +25,7 @@ class Memories(NamedTuple):
 
     accelerator_memory_bytes: float
     host_memory_bytes: float
-    shared_cores: bool
+    accelerator_is_cpu: bool
 
 
 class Nearest(NamedTuple):

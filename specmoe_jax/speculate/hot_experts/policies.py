@@ -25,7 +25,9 @@ class DraftSetPolicy(NamedTuple):
 
 def hot_temporal() -> DraftSetPolicy:
     """SpecMoE's: the latest pass alone votes, so the chosen were just fetched and the switch moves nothing."""
-    return DraftSetPolicy(scores=lambda votes, counts, layer: counts, update=lambda votes, counts, accepted: np.zeros_like(votes))
+    return DraftSetPolicy(
+        scores=lambda usage_scores, counts, layer: counts, update=lambda usage_scores, counts, accepted: np.zeros_like(usage_scores)
+    )
 
 
 def guarded_hot_temporal() -> DraftSetPolicy:
@@ -35,28 +37,34 @@ def guarded_hot_temporal() -> DraftSetPolicy:
 
 def hot_global() -> DraftSetPolicy:
     """SpecMoE's ablation: the most used over all. Deviation: counted while running, not profiled beforehand."""
-    return DraftSetPolicy(scores=lambda votes, counts, layer: votes + counts, update=lambda votes, counts, accepted: votes + counts)
+    return DraftSetPolicy(
+        scores=lambda usage_scores, counts, layer: usage_scores + counts,
+        update=lambda usage_scores, counts, accepted: usage_scores + counts,
+    )
 
 
 def decayed() -> DraftSetPolicy:
     """Ours: between the two, older passes fade by DECAY a step."""
     return DraftSetPolicy(
-        scores=lambda votes, counts, layer: DECAY * votes + counts,
-        update=lambda votes, counts, accepted: DECAY * votes + counts,
+        scores=lambda usage_scores, counts, layer: DECAY * usage_scores + counts,
+        update=lambda usage_scores, counts, accepted: DECAY * usage_scores + counts,
     )
 
 
 def accepted_only() -> DraftSetPolicy:
     """Ours: only committed positions vote, known after the pass, so the set lags by a step and may have to move."""
     return DraftSetPolicy(
-        scores=lambda votes, counts, layer: votes, update=lambda votes, counts, accepted: accepted.astype(votes.dtype)
+        scores=lambda usage_scores, counts, layer: usage_scores,
+        update=lambda usage_scores, counts, accepted: accepted.astype(usage_scores.dtype),
     )
 
 
 def random_set(num_layers: int, num_experts: int, seed: int = 0) -> DraftSetPolicy:
     """SpecMoE's ablation: a set drawn once."""
     fixed = np.random.default_rng(seed).random((num_layers, num_experts))
-    return DraftSetPolicy(scores=lambda votes, counts, layer: fixed[layer], update=lambda votes, counts, accepted: votes)
+    return DraftSetPolicy(
+        scores=lambda usage_scores, counts, layer: fixed[layer], update=lambda usage_scores, counts, accepted: usage_scores
+    )
 
 
 def make_policy(name: str, num_layers: int, num_experts: int, *, guard: bool = False) -> DraftSetPolicy:

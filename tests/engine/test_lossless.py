@@ -7,6 +7,7 @@ import pytest
 from engine_cases import GREEDY, PROMPTS, ScriptedDraft, plan, run, steps, tokens_of
 
 import specmoe_jax as sm
+from specmoe_jax.planner.memory.account import account
 from specmoe_jax.testing import TINY
 
 LENGTHS = (1, 2, 4, 8)
@@ -143,7 +144,7 @@ def test_one_engine_many_batches(model, resident):
 @pytest.mark.parametrize("kv_tier", TIERS)
 def test_one_engine_many_batches_within_a_budget(model, resident, kv_tier):
     """What a batch leaves to the pool depends on its size; a pool of an earlier batch must not be taken for it."""
-    alone = sm.planner.memory.account(TINY, plan("on_demand", kv_tier=kv_tier), batch_rows=1, positions=64)
+    alone = account(TINY, plan("on_demand", kv_tier=kv_tier), batch_rows=1, positions=64)
     for extra in range(0, 40_000, 8_000):
         budget = alone.accelerator_bytes + extra
         engine = sm.Engine(model, plan("on_demand", prefill_chunk=1, kv_tier=kv_tier, device_memory_bytes=budget))

@@ -1,0 +1,85 @@
+"""Registries of the choices in a plan that have behaviour, and the error for a name that is in none.
+
+A choice has two halves under one name. Its description is pure: checks, memory, costs, calibration; it stands in the planner.
+Its executor runs it; it stands in the engine. A registry knows both by where they are defined and imports them on first use,
+as entry points do, so that a plan can be checked below the rooms that implement it.
+"""
+
+import functools
+import importlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from specmoe_jax.support.errors import PlanError
+
+
+class Choice(NamedTuple):
+    """Where the halves of a choice are defined, each as "module:attribute"."""
+
+    description: str
+    executor: str
+
+
+class Registry:
+    """The choices of one field of a plan, by name. field: for messages."""
+
+    def __init__(self, field: str, choices: dict[str, Choice]):
+        self.field, self._choices = field, dict(choices)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._choices)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._choices
+
+    def register(self, name: str, choice: Choice) -> None:
+        """Adds a choice. Raises PlanError if the name is taken."""
+        if name in self._choices:
+            raise PlanError(f"{self.field}={name} is registered already; choose another name")
+        self._choices[name] = choice
+
+    def unregister(self, name: str) -> None:
+        """Takes back what `register` added."""
+        del self._choices[name]
+
+    def description(self, name: str) -> Any:
+        """The pure half. Raises PlanError for an unknown name."""
+        return _load(self._choice(name).description)
+
+    def executor(self, name: str) -> Any:
+        """The half that runs. Raises PlanError for an unknown name."""
+        return _load(self._choice(name).executor)
+
+    def _choice(self, name: str) -> Choice:
+        if name not in self._choices:
+            raise PlanError(f"{self.field} is {name!r}; it must be one of {', '.join(self._choices)}")
+        return self._choices[name]
+
+
+@functools.cache
+def _load(place: str) -> Any:
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _flow(name: str) -> Choice:
+    return Choice(f"specmoe_jax.planner.flows.{name}:FLOW", f"specmoe_jax.engine.flows.{name}:FLOW")
+
+
+def _draft(module: str) -> Choice:
+    return Choice(f"specmoe_jax.planner.drafts.{module}:DRAFT", f"specmoe_jax.engine.drafts.{module}:DRAFT")
+
+
+EXPERT_FLOWS = Registry("expert_flow", {"resident": _flow("resident"), "on_demand": _flow("on_demand"), "stream": _flow("stream")})
+DRAFTS = Registry(
+    "draft",
+    {
+        "none": _draft("none"),
+        "self": _draft("self_draft"),
+        "merged": _draft("merged"),
+        "eagle": _draft("eagle"),
+        "ngram": _draft("ngram"),
+        "model": _draft("model"),
+        "custom": _draft("custom"),
+    },
+)

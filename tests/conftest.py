@@ -1,7 +1,7 @@
 """The tiny model of the package for every test that needs one, the two tiers of the suite, and what workers share.
 
-Quick tier (`pytest`): of each parametrised test the first and the last case, without tests marked `slow`. Everything: `pytest --tier=all`,
-or naming files or tests on the command line.
+Quick tier (`pytest`): of each parametrised test the first and the last case, without tests marked `slow`.
+Everything: `pytest --tier=all`, or naming files or tests on the command line.
 """
 
 import collections
@@ -38,8 +38,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--tier",
         choices=("quick", "rest", "all"),
-        help="quick: the first and the last case of each parametrised test, none marked slow; rest: the others. Default: quick for the "
-        "whole suite, all for files or tests that are named.",
+        help="quick: the first and the last case of each parametrised test, none marked slow; rest: the others. Default: quick for "
+        "the whole suite, all for files or tests that are named.",
     )
 
 

@@ -117,7 +117,7 @@ class Engine:
         return step(self._resources.runtime, state, self.model.tokenizer)
 
     def stats(self, hardware: Hardware | None = None, prediction: Prediction | None = None) -> dict:
-        """The figures of interface.md over everything generated so far.
+        """The figures of everything generated so far, units in the names.
 
         hardware: this machine as probed, for the floor; without it that of an emulated link alone is told. prediction: of
         this plan, to stand beside what was measured.

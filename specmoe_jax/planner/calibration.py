@@ -12,6 +12,7 @@ from specmoe_jax.config.plan import Plan
 from specmoe_jax.planner.measured.case import choosing
 from specmoe_jax.planner.routing import choice_probabilities, distinct
 from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload, chance_deviation
+from specmoe_jax.support.statistics import gini
 
 # Where nothing was measured. self: less than what the papers report (0.913 on NLLB) and what the bundled model shows (0.8).
 ASSUMED_RATES = {"self": 0.6, "merged": 0.3, "model": 0.6, "ngram": 0.2}
@@ -112,7 +113,5 @@ def unlike_rows(steps: np.ndarray, rate: float, length: int, tokens: int) -> flo
 
 def counted_skew(config: ModelConfig, counts: np.ndarray) -> float:
     """Gini coefficient of counts [L, E], the mean over layers, at most what the model's top-k allows."""
-    ordered = np.sort(counts, axis=1)
-    size = counts.shape[1]
-    gini = 2 * (ordered * np.arange(1, size + 1)).sum(1) / (size * np.maximum(ordered.sum(1), 1)) - (size + 1) / size
-    return float(np.clip(gini.mean(), 0.0, (1 - config.experts_per_token / size) * 0.999))
+    largest = (1 - config.experts_per_token / counts.shape[1]) * 0.999
+    return float(np.clip(gini(counts).mean(), 0.0, largest))

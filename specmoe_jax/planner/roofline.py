@@ -32,10 +32,6 @@ class Point(NamedTuple):
     def attainable(self) -> float:
         return min(self.roof.flops, self.intensity * self.roof.bytes_per_s)
 
-    @property
-    def bound_by(self) -> str:
-        return self.roof.level if self.attainable < self.roof.flops else f"{self.roof.unit} arithmetic"
-
 
 def roofs(hardware: Hardware, dtype: str) -> dict[str, Roof]:
     """By level. What crosses the link or comes from disk is computed on the accelerator."""

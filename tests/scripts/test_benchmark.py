@@ -9,7 +9,8 @@ import pytest
 import specmoe_jax as sm
 from specmoe_jax.benchmarks import plots, specmoe
 from specmoe_jax.benchmarks.rounds import Case, Job, compare
-from specmoe_jax.models.synthetic import NLLB_SHAPED, TOPIC, gini, synthetic_model, synthetic_prompts
+from specmoe_jax.models.synthetic import NLLB_SHAPED, TOPIC, synthetic_model, synthetic_prompts
+from specmoe_jax.support.statistics import gini
 from specmoe_jax.testing import TINY
 from tests.scripts.benchmark_tables import check_table
 
@@ -54,12 +55,6 @@ def test_nobody_finishes_while_measuring(model):
     plan = sm.PRESETS["specmoe"](TINY).replace(draft_experts=2, draft_length=3, synthetic_acceptance=0.8)
     row = compare(model, [Case("specmoe", plan)], Job(prompts=PROMPTS, rounds=3, tokens=3))["specmoe"]
     assert row["new_tokens"] == pytest.approx(row["tokens_per_step"] * row["steps"] * len(PROMPTS))
-
-
-def test_gini():
-    assert gini(np.ones(8)) == pytest.approx(0)
-    assert gini(np.eye(8)[0]) == pytest.approx(7 / 8)
-    assert gini([1, 3]) == pytest.approx(0.25)
 
 
 def test_the_synthetic_model_is_as_skewed_as_asked_and_counts():

@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def drafting(self) -> Any:
-        """What the checks and the planner know of the draft (planner.drafts.protocol.DraftDescription). Raises PlanError for none."""
+        """The planner.drafts.protocol.DraftDescription of the draft. Raises PlanError for an unknown one."""
         return DRAFTS.description(self.draft)
 
     @property

@@ -47,11 +47,13 @@ class Workers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """draft, executor: what proposes tokens, and what the engine asks about it. keep: (layer, votes [E], counts [E], resident [E], resting) -> [E] bool, experts that stay after the layer's pass.
+    """draft, executor: what proposes tokens, and what the engine asks about it.
 
+    keep: (layer, votes [E], counts [E], resident [E], resting) -> [E] bool, experts that stay after the layer's pass.
     neighbours: [L, E, E] int32 where residents stand in for others, else None. resident_slots: [L, E] int32 under the
     resident flow, else None; an encoder's layers last. slots: of the pools that are made for this account. merged_slots:
-    [L, K] int32, further slots for a draft's own experts, None without any. host: the CPU. pinned_layers: whose experts stay beside a stream.
+    [L, K] int32, further slots for a draft's own experts, None without any. host: the CPU. pinned_layers: whose experts
+    stay beside a stream.
     """
 
     config: ModelConfig
@@ -121,9 +123,8 @@ def build(
     spans: see Lanes.
     """
     config, device, host = model.config, jax.devices()[0], jax.local_devices(backend="cpu")[0]
-    found = (
-        earlier.neighbours if earlier else executor.neighbours(model, plan, progress)
-    )  # maps experts, so before a tier drops pages
+    # Maps experts, so before a tier drops pages.
+    found = earlier.neighbours if earlier else executor.neighbours(model, plan, progress)
     resident = plan.expert_flow == "resident"
     policy = make_policy(
         plan.draft_set or plan.drafting.default_draft_set, config.num_moe_layers, config.num_experts, guard=plan.guard

@@ -59,7 +59,7 @@ class DraftExecutor(Protocol):
         return {}
 
     def calibration_runs(self, inputs: DraftInputs, length: int) -> dict[str, dict]:
-        """Fields over the resident preset for the runs that tell what is accepted, by the names of a calibration; none by default."""
+        """Fields over the resident preset of the runs that tell what is accepted, by their names in a calibration."""
         return {}
 
     def rate_on_text(self, prompt: tuple[int, ...], generated: tuple[int, ...]) -> float | None:

@@ -64,8 +64,9 @@ def calibrate(model: Model, prompts: Sequence, params: SamplingParams, *, head: 
 
 
 def cached_calibration(path) -> Calibration | None:
-    """What an earlier `calibrate` found for a checkpoint directory."""
-    return Calibration.from_dict(read_cached("calibration", checkpoint_hash(path)) or {})
+    """What an earlier `calibrate` found for a checkpoint directory; None where it names a draft that is not registered any more."""
+    found = Calibration.from_dict(read_cached("calibration", checkpoint_hash(path)) or {})
+    return found if found and all(name.removesuffix("_tree") in DRAFTS for name in found.acceptance) else None
 
 
 def _acceptance(rate: float, steps: np.ndarray) -> Acceptance:

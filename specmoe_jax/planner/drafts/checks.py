@@ -57,11 +57,11 @@ def check_fields(plan: Plan, fields: frozenset[str]) -> None:
     for name in SOME_DRAFTS_USE:
         value = getattr(plan, name)
         if name not in fields and value is not None and value is not False:
-            raise PlanError(f"{name}={value} has no effect {_where(name, plan)}; leave it out")
+            raise PlanError(f"{name}={value} has no effect {_where(name, plan, fields)}; leave it out")
 
 
-def _where(name: str, plan: Plan) -> str:
-    if name in CHAIN_FIELDS:
+def _where(name: str, plan: Plan, fields: frozenset[str]) -> str:
+    if name in CHAIN_FIELDS and "draft_length" not in fields:
         return "without a draft"
     return f"with draft={plan.draft}" + (f" and expert_flow={plan.expert_flow}" if name == "draft_kv_bytes" else "")
 

@@ -40,6 +40,9 @@ class ModelDraft(DraftDescription):
         token = resident_pass(model, one, min(used, load.rows * model.experts_per_token), item, kv_tier="accelerator")
         return DraftCosts(costs=(*catch_up, *(token * (length - 1))))
 
+    def measured_seconds(self, plan, config, operators, case) -> float:
+        raise PlanError("draft=model has no measured operators; predict it from the rates of the machine")
+
 
 def resident_plan(model: ModelConfig, plan: Plan) -> Plan:
     """How a draft model runs: as the resident preset, in the dtype and prefill chunks of a plan."""

@@ -5,23 +5,22 @@ from absl import flags
 from specmoe_jax import Plan
 from specmoe_jax.config.plan_fields import (
     DRAFT_SETS,
-    DRAFTS,
     DRAM_POLICIES,
     EXPERT_DTYPES,
     EXPERT_FLOWS,
     EXPERT_TIERS,
-    GATED_DRAFTS,
     KV_TIERS,
     PREFETCHES,
     PREFILL_ATTENTIONS,
     SUBSTITUTIONS,
 )
+from specmoe_jax.config.registry import DRAFTS
 from specmoe_jax.support.units import GIB
 
 DRAFT = flags.DEFINE_enum(
     "draft",
     None,
-    [d for d in DRAFTS if d != "custom"],
+    [name for name in DRAFTS if DRAFTS.description(name).given != "draft"],
     "Who drafts: hot experts of the model itself, merged ones, an EAGLE head, prompt lookup, another model. Default: the plan's.",
 )
 DRAFT_LENGTH = flags.DEFINE_integer("draft_length", None, "Tokens drafted per step.")
@@ -120,8 +119,9 @@ def budgets() -> dict:
 
 def over(plan: Plan, **more) -> Plan:
     """The plan with the flags over it, and with `more` over both. Another draft takes the old one's settings along."""
-    if DRAFT.value is not None and DRAFT.value not in GATED_DRAFTS:
+    draft = None if DRAFT.value is None else DRAFTS.description(DRAFT.value)
+    if draft is not None and not draft.gated:
         plan = plan.replace(draft_experts=None, draft_set=None, substitution=None)
-    if DRAFT.value == "none":
+    if draft is not None and not draft.drafts:
         plan = plan.replace(draft_length=None)
     return plan.replace(**given() | more)

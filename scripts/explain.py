@@ -148,7 +148,7 @@ def make_plans(config: ModelConfig) -> dict[str, Plan]:
     for name in PRESETS:
         plan = preset(name, config).replace(**shared)
         plan = plan if plan.expert_flow == "resident" else plan.replace(**link)
-        if plan.draft != "none" and _plan_flags.DRAFT_LENGTH.value is not None:
+        if plan.drafting.drafts and _plan_flags.DRAFT_LENGTH.value is not None:
             plan = plan.replace(draft_length=_plan_flags.DRAFT_LENGTH.value)
         if name not in emulated:
             plans[name] = plan

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from typing import Any
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan_checks import check_plan
 from specmoe_jax.config.plan_fields import PER_LAYER
+from specmoe_jax.config.registry import DRAFTS
 from specmoe_jax.support.errors import PlanError
 
 
@@ -77,6 +79,11 @@ class Plan:
             raise PlanError('the plan is not a JSON object with a "preset"; write one with Plan.to_json')
         fields = {name: tuple(value) if name in PER_LAYER and isinstance(value, list) else value for name, value in fields.items()}
         return Plan(preset=fields.pop("preset")).replace(**fields)
+
+    @property
+    def drafting(self) -> Any:
+        """The planner.drafts.protocol.DraftDescription of the draft. Raises PlanError for an unknown one."""
+        return DRAFTS.description(self.draft)
 
     @property
     def tokens_per_pass(self) -> int:

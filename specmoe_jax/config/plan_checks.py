@@ -5,22 +5,19 @@ from typing import TYPE_CHECKING
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan_fields import (
     DRAFT_SETS,
-    DRAFTS,
     DRAM_POLICIES,
     DTYPES,
     EXPERT_DTYPES,
     EXPERT_FLOWS,
     EXPERT_TIERS,
-    GATED_DRAFTS,
     KV_TIERS,
-    MAX_TREE,
     PER_LAYER,
     PREFETCHES,
     PREFILL_ATTENTIONS,
     SUBSTITUTIONS,
-    TREE_DRAFTS,
     most,
 )
+from specmoe_jax.config.registry import DRAFTS
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.support.validation import is_number, is_whole
 
@@ -32,7 +29,8 @@ def check_plan(plan: "Plan", config: ModelConfig) -> None:
     """Raises PlanError naming the field, its value and what would work."""
     _check_choices(plan)
     _check_types(plan)
-    _check_draft(plan, config)
+    _check_model(plan, config)
+    plan.drafting.check(plan, config)
     _check_effects(plan, config)
 
 
@@ -87,66 +85,22 @@ def _check_types(plan: "Plan") -> None:
             raise PlanError(f"{name} is {getattr(plan, name)!r}; it must be true or false")
 
 
-def _check_draft(plan: "Plan", config: ModelConfig) -> None:
-    if plan.draft != "none" and plan.draft_length is None:
-        raise PlanError(f"draft={plan.draft} needs a draft_length, for example 4")
-    if plan.draft in ("model", "eagle") and config.encoder is not None:
-        raise PlanError(f"draft={plan.draft} is built for decoders alone; use self, merged or ngram with an encoder-decoder")
+def _check_model(plan: "Plan", config: ModelConfig) -> None:
+    """Values that the model or a probability limits."""
     for name in PER_LAYER:
         value = getattr(plan, name)
         if isinstance(value, tuple) and len(value) != config.num_moe_layers:
             raise PlanError(f"{name} has {len(value)} numbers; the model has {config.num_moe_layers} layers with experts")
-    if plan.draft == "merged" and isinstance(plan.draft_experts, tuple):
-        raise PlanError(f"draft_experts is {plan.draft_experts}; draft=merged takes one number for all layers")
-    if plan.draft in GATED_DRAFTS and (plan.draft_experts is None or most(plan.draft_experts) > config.num_experts):
-        raise PlanError(
-            f"draft_experts is {plan.draft_experts}; draft={plan.draft} needs 1 to {config.num_experts}, the experts of a layer"
-        )
     if plan.cached_experts is not None and most(plan.cached_experts) > config.num_experts:
         raise PlanError(f"cached_experts is {plan.cached_experts}; a layer has {config.num_experts} experts")
-    _check_tree(plan, config)
     rate = plan.synthetic_acceptance
     if rate is not None and not (is_number(rate) and 0 <= rate <= 1):
         raise PlanError(f"synthetic_acceptance is {rate!r}; it must be a probability")
 
 
-def _check_tree(plan: "Plan", config: ModelConfig) -> None:
-    """Sizes that the attention kernel takes (a tree mask of 64) and that the tree can have."""
-    top_k, tokens = plan.draft_tree_top_k, plan.draft_tree_tokens
-    if (top_k is None) != (tokens is None):
-        raise PlanError(f"draft_tree_top_k is {top_k} and draft_tree_tokens is {tokens}; give both, or none for a chain")
-    if plan.draft not in TREE_DRAFTS or top_k is None or tokens is None:
-        return
-    largest = min(top_k + (plan.draft_length - 1) * top_k**2, MAX_TREE - 1)
-    if plan.tree_rows > MAX_TREE or top_k > config.vocab_size:
-        raise PlanError(
-            f"draft_tree_top_k is {top_k}; with draft_length={plan.draft_length} at most "
-            f"{min(MAX_TREE // max(plan.draft_length - 1, 1), config.vocab_size)} branches can be grown"
-        )
-    if not plan.draft_length <= tokens <= largest:
-        raise PlanError(
-            f"draft_tree_tokens is {tokens}; a tree of depth draft_length={plan.draft_length} with {top_k} branches has "
-            f"{plan.draft_length} to {largest} nodes to verify"
-        )
-    if plan.guard:
-        raise PlanError("guard=True adapts the length of a chain, not a tree; leave out guard or the draft_tree fields")
-    if plan.synthetic_acceptance is not None:
-        raise PlanError("synthetic_acceptance is for chains; leave it out or the draft_tree fields")
-
-
 def _check_effects(plan: "Plan", config: ModelConfig) -> None:
     """Each line: fields that need a condition, the condition, and what to do without it."""
     needs = (
-        (("draft_length", "guard", "synthetic_acceptance"), plan.draft != "none", "without a draft"),
-        (("draft_experts",), plan.draft in GATED_DRAFTS, f"with draft={plan.draft}"),
-        (("draft_tree_top_k", "draft_tree_tokens"), plan.draft in TREE_DRAFTS, f"with draft={plan.draft}"),
-        (
-            ("draft_kv_bytes",),
-            plan.draft == "eagle" and plan.expert_flow == "stream",
-            f"with draft={plan.draft} and expert_flow={plan.expert_flow}",
-        ),
-        (("draft_set", "substitution"), plan.draft == "self", f"with draft={plan.draft}"),
-        (("cached_experts",), plan.draft != "self", "with draft=self, which keeps its draft experts"),
         (("spare_slots",), plan.prefetch == "draft", f"with prefetch={plan.prefetch}"),
         (("pinned_layers", "prefill_attention"), plan.expert_flow == "stream", f"with expert_flow={plan.expert_flow}"),
         (("dram_policy", "bypass_page_cache"), plan.expert_tier == "disk", "where every expert is in host memory"),
@@ -157,16 +111,11 @@ def _check_effects(plan: "Plan", config: ModelConfig) -> None:
             value = getattr(plan, name)
             if not condition and value is not None and value is not False:
                 raise PlanError(f"{name}={value} has no effect {where}; leave it out")
-    if plan.draft in GATED_DRAFTS and plan.expert_flow == "resident":
-        raise PlanError(f"draft={plan.draft} has no effect with expert_flow=resident, where every expert is at hand; use on_demand")
-    if plan.prefetch == "draft" and plan.draft not in GATED_DRAFTS:
-        raise PlanError(f"prefetch=draft has no effect with draft={plan.draft}: its gates tell nothing; use draft=self")
     if plan.substitution == "distinct" and config.experts_per_token == 1:
         raise PlanError("substitution=distinct has no effect where a token chooses one expert; leave it out")
-    if plan.expert_dtype is not None and (plan.expert_tier == "disk" or plan.draft == "merged"):
-        what = "expert_tier=disk" if plan.expert_tier == "disk" else "draft=merged"
+    if plan.expert_dtype is not None and plan.expert_tier == "disk":
         raise PlanError(
-            f"expert_dtype={plan.expert_dtype} is built for packed experts in host memory, without {what}; leave one out"
+            f"expert_dtype={plan.expert_dtype} is built for packed experts in host memory, without expert_tier=disk; leave one out"
         )
     if plan.prefetch == "oracle" and plan.link_bytes_per_s is None:
         raise PlanError("prefetch=oracle knows the future, which only an emulated link can; give --link_gbps")
@@ -186,10 +135,6 @@ def _check_stream(plan: "Plan", config: ModelConfig) -> None:
     """Streaming keeps no expert between passes and asks no router what to bring."""
     if plan.kv_tier != "host":
         raise PlanError(f"expert_flow=stream keeps the KV cache in host memory; got kv_tier={plan.kv_tier}, give kv_tier=host")
-    if plan.draft in GATED_DRAFTS:
-        raise PlanError(
-            f"draft={plan.draft} needs experts that stay on the accelerator, expert_flow=stream keeps none; use on_demand"
-        )
     if plan.cached_experts is not None or plan.retain or plan.prefetch != "none":
         raise PlanError(
             "cached_experts, retain and prefetch have no effect with expert_flow=stream, which brings every expert; leave them "

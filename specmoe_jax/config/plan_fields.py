@@ -1,8 +1,5 @@
 """What the fields of a plan may be."""
 
-DRAFTS = ("none", "self", "merged", "eagle", "ngram", "model", "custom")
-GATED_DRAFTS = ("self", "merged")  # those that run the target's own gates, over fewer experts
-TREE_DRAFTS = ("eagle", "custom")  # those that may propose a tree
 MAX_TREE = 64  # nodes of one attention call with a tree mask, see ops.attention
 DRAFT_SETS = ("hot_temporal", "hot_global", "random", "decay", "accepted")
 SUBSTITUTIONS = ("affinity", "distinct", "random", "mask")

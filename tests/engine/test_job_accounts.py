@@ -29,20 +29,29 @@ def test_an_eagle_head_is_counted_alike(model, fused):
     )
 
 
-@pytest.mark.parametrize("fused", HEADS.values(), ids=list(HEADS))
-def test_the_smallest_budget_that_is_accepted_runs(model, fused):
-    head = eagle_head(model, fused=fused)
-    a_plan = plan("on_demand", batch_size=2, draft="eagle", draft_length=2, kv_tier="host")
-    exact = check_job(model, a_plan, PROMPTS, PARAMS, draft_head=head.config)
+GIVEN = {
+    "EAGLE-1": lambda model: ("eagle", {"draft_head": eagle_head(model)}),
+    "EAGLE-3": lambda model: ("eagle", {"draft_head": eagle_head(model, fused=True)}),
+    "model": lambda model: ("model", {"draft_model": model}),
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_the_smallest_budget_that_is_accepted_runs(model, given):
+    """One byte less is refused by both, with the same shortage."""
+    draft, inputs = GIVEN[given](model)
+    configs = {name: value.config for name, value in inputs.items()}
+    a_plan = plan("on_demand", batch_size=2, draft=draft, draft_length=2, kv_tier="host")
+    exact = check_job(model, a_plan, PROMPTS, PARAMS, **configs)
     least = exact.accelerator_bytes - (exact.num_slots - 1) * exact.expert_bytes
     tight = a_plan.replace(device_memory_bytes=least)
-    check_job(model, tight, PROMPTS, PARAMS, draft_head=head.config)
-    assert len(sm.Engine(model, tight, draft_head=head).generate(PROMPTS, PARAMS)) == len(PROMPTS)
+    check_job(model, tight, PROMPTS, PARAMS, **configs)
+    assert len(sm.Engine(model, tight, **inputs).generate(PROMPTS, PARAMS)) == len(PROMPTS)
     short = a_plan.replace(device_memory_bytes=least - 1)
     with pytest.raises(UserError, match="1 bytes short"):
-        check_job(model, short, PROMPTS, PARAMS, draft_head=head.config)
+        check_job(model, short, PROMPTS, PARAMS, **configs)
     with pytest.raises(UserError, match="1 bytes short"):
-        sm.Engine(model, short, draft_head=head).generate(PROMPTS, PARAMS)
+        sm.Engine(model, short, **inputs).generate(PROMPTS, PARAMS)
 
 
 def least_host_gib(check) -> float:

@@ -54,7 +54,7 @@ def test_what_was_not_measured_is_assumed():
     base = sm.PRESETS["on_demand"](TINY)
 
     def found(draft, **changes):
-        return measured.acceptance_of(base.replace(draft=draft, draft_length=2, **changes), TINY, 0.3)
+        return measured.acceptance_of(base.replace(**{"draft": draft, "draft_length": 2} | changes), TINY, 0.3)
 
     assert found("ngram") == Acceptance(0.9)
     assert found("merged", draft_experts=2) == Acceptance(0.3, assumed=True)

@@ -147,7 +147,7 @@ def make_plans(config: ModelConfig) -> dict[str, Plan]:
     plans = {}
     for name in PRESETS:
         plan = preset(name, config).replace(**shared)
-        plan = plan if plan.expert_flow == "resident" else plan.replace(**link)
+        plan = plan if plan.flow.all_resident else plan.replace(**link)
         if plan.draft != "none" and _plan_flags.DRAFT_LENGTH.value is not None:
             plan = plan.replace(draft_length=_plan_flags.DRAFT_LENGTH.value)
         if name not in emulated:

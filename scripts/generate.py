@@ -94,7 +94,7 @@ def main() -> None:
     model, changes, error = load(prompts)
     draft_model = load_model(_DRAFT_MODEL.value, dtype=model.dtype, progress=_PROGRESS.value) if _DRAFT_MODEL.value else None
     plan = plan.replace(**changes)
-    spans = [] if _TRACE.value and plan.expert_flow == "stream" else None
+    spans = [] if _TRACE.value and plan.flow.workers else None
     options = {"draft_model": draft_model, "draft_head": read_head(model, plan), "progress": _PROGRESS.value, "spans": spans}
     engine = Engine(model, plan, **options)
     load_s = loading.seconds

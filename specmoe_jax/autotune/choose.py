@@ -90,7 +90,7 @@ def describe(plan: Plan) -> str:
     )
     values = {name: getattr(plan, name) for name in shown}
     parts = [f"{k}={v}" for k, v in values.items() if v not in (None, False, "none") and (k, v) != ("micro_batches", 1)]
-    return " ".join([plan.expert_flow, *parts])
+    return " ".join([plan.flow.name, *parts])
 
 
 def evaluate(config: ModelConfig, plan: Plan, known: Knowledge) -> Prediction:
@@ -115,8 +115,9 @@ def evaluate(config: ModelConfig, plan: Plan, known: Knowledge) -> Prediction:
 
 def _is_measured(config: ModelConfig, plan: Plan) -> bool:
     """Whether the operators that were measured (profiling.py) are those that the plan runs."""
-    elsewhere = plan.kv_tier == "host" and plan.expert_flow != "stream"
-    return not (elsewhere or plan.expert_tier == "disk" or plan.expert_dtype or plan.draft == "model" or config.encoder)
+    return plan.flow.is_measured(plan) and not (
+        plan.expert_tier == "disk" or plan.expert_dtype or plan.draft == "model" or config.encoder
+    )
 
 
 def choose(
@@ -142,7 +143,7 @@ def choose(
     if known.calibration.measured:
         return _guarded(run(("none", *measured)))
     found = run(("none",))
-    if found.best.plan.expert_flow == "resident":
+    if found.best.plan.flow.all_resident:
         return found
     return _guarded(run(("none", "self")))
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from typing import Any
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan_checks import check_plan
 from specmoe_jax.config.plan_fields import PER_LAYER
+from specmoe_jax.config.registry import EXPERT_FLOWS, KV_TIERS
 from specmoe_jax.support.errors import PlanError
 
 
@@ -77,6 +79,16 @@ class Plan:
             raise PlanError('the plan is not a JSON object with a "preset"; write one with Plan.to_json')
         fields = {name: tuple(value) if name in PER_LAYER and isinstance(value, list) else value for name, value in fields.items()}
         return Plan(preset=fields.pop("preset")).replace(**fields)
+
+    @property
+    def flow(self) -> Any:
+        """How experts come to the accelerator: a planner.flows.protocol.ExpertFlow. Raises PlanError for an unknown one."""
+        return EXPERT_FLOWS.description(self.expert_flow)
+
+    @property
+    def cache_tier(self) -> Any:
+        """Where the KV cache is: a kv_cache.tiers.KvTier. Raises PlanError for an unknown one."""
+        return KV_TIERS.description(self.kv_tier)
 
     @property
     def tokens_per_pass(self) -> int:

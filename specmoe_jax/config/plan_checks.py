@@ -34,6 +34,7 @@ def check_plan(plan: "Plan", config: ModelConfig) -> None:
     _check_types(plan)
     _check_draft(plan, config)
     _check_effects(plan, config)
+    plan.flow.check(plan, config)
 
 
 def _check_choices(plan: "Plan") -> None:
@@ -140,25 +141,17 @@ def _check_effects(plan: "Plan", config: ModelConfig) -> None:
         (("draft_length", "guard", "synthetic_acceptance"), plan.draft != "none", "without a draft"),
         (("draft_experts",), plan.draft in GATED_DRAFTS, f"with draft={plan.draft}"),
         (("draft_tree_top_k", "draft_tree_tokens"), plan.draft in TREE_DRAFTS, f"with draft={plan.draft}"),
-        (
-            ("draft_kv_bytes",),
-            plan.draft == "eagle" and plan.expert_flow == "stream",
-            f"with draft={plan.draft} and expert_flow={plan.expert_flow}",
-        ),
+        (("draft_kv_bytes",), plan.draft == "eagle", f"with draft={plan.draft}"),
         (("draft_set", "substitution"), plan.draft == "self", f"with draft={plan.draft}"),
         (("cached_experts",), plan.draft != "self", "with draft=self, which keeps its draft experts"),
         (("spare_slots",), plan.prefetch == "draft", f"with prefetch={plan.prefetch}"),
-        (("pinned_layers", "prefill_attention"), plan.expert_flow == "stream", f"with expert_flow={plan.expert_flow}"),
         (("dram_policy", "bypass_page_cache"), plan.expert_tier == "disk", "where every expert is in host memory"),
-        (("cached_experts", "link_bytes_per_s", "retain"), plan.expert_flow != "resident", "where every expert is resident"),
     )
     for names, condition, where in needs:
         for name in names:
             value = getattr(plan, name)
             if not condition and value is not None and value is not False:
                 raise PlanError(f"{name}={value} has no effect {where}; leave it out")
-    if plan.draft in GATED_DRAFTS and plan.expert_flow == "resident":
-        raise PlanError(f"draft={plan.draft} has no effect with expert_flow=resident, where every expert is at hand; use on_demand")
     if plan.prefetch == "draft" and plan.draft not in GATED_DRAFTS:
         raise PlanError(f"prefetch=draft has no effect with draft={plan.draft}: its gates tell nothing; use draft=self")
     if plan.substitution == "distinct" and config.experts_per_token == 1:
@@ -172,45 +165,3 @@ def _check_effects(plan: "Plan", config: ModelConfig) -> None:
         raise PlanError("prefetch=oracle knows the future, which only an emulated link can; give --link_gbps")
     if plan.expert_tier == "disk" and plan.host_memory_bytes is None:
         raise PlanError("expert_tier=disk needs the host memory to cache experts in; give --host_memory_gib")
-    if plan.expert_flow == "stream" and config.encoder is not None:
-        raise PlanError("expert_flow=stream is built for decoders alone; use on_demand with an encoder-decoder")
-    if plan.expert_flow == "stream":
-        _check_stream(plan, config)
-    elif plan.micro_batches != 1:
-        raise PlanError(f"micro_batches={plan.micro_batches} has no effect with expert_flow={plan.expert_flow}; leave it 1")
-    elif plan.layer_buffers != 2:
-        raise PlanError(f"layer_buffers={plan.layer_buffers} has no effect with expert_flow={plan.expert_flow}; leave it 2")
-
-
-def _check_stream(plan: "Plan", config: ModelConfig) -> None:
-    """Streaming keeps no expert between passes and asks no router what to bring."""
-    if plan.kv_tier != "host":
-        raise PlanError(f"expert_flow=stream keeps the KV cache in host memory; got kv_tier={plan.kv_tier}, give kv_tier=host")
-    if plan.draft in GATED_DRAFTS:
-        raise PlanError(
-            f"draft={plan.draft} needs experts that stay on the accelerator, expert_flow=stream keeps none; use on_demand"
-        )
-    if plan.cached_experts is not None or plan.retain or plan.prefetch != "none":
-        raise PlanError(
-            "cached_experts, retain and prefetch have no effect with expert_flow=stream, which brings every expert; leave them "
-            "out, or use pinned_layers"
-        )
-    if not 2 <= plan.layer_buffers <= max(config.num_moe_layers, 2):
-        raise PlanError(
-            f"layer_buffers={plan.layer_buffers}; streaming takes 2 to {max(config.num_moe_layers, 2)}, the layers with experts"
-        )
-    _check_pinned_layers(plan, config)
-    if plan.micro_batches > plan.batch_size:
-        raise PlanError(f"micro_batches={plan.micro_batches} of batch_size={plan.batch_size} rows; give at most as many as rows")
-
-
-def _check_pinned_layers(plan: "Plan", config: ModelConfig) -> None:
-    layers, pinned = config.num_moe_layers, plan.pinned_layers or 0
-    if pinned and pinned != layers and pinned + plan.layer_buffers > layers:
-        raise PlanError(
-            f"pinned_layers={pinned} and {plan.layer_buffers} layer buffers for {layers} layers with experts; give {layers}, which "
-            f"takes less, or at most {max(layers - plan.layer_buffers, 0)}"
-        )
-    for name, plain in (("link_bytes_per_s", None), ("layer_buffers", 2)):
-        if pinned == layers and getattr(plan, name) != plain:
-            raise PlanError(f"{name}={getattr(plan, name)} has no effect with all {layers} layers pinned; leave it out")

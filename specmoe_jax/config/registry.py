@@ -71,6 +71,13 @@ def _draft(module: str) -> Choice:
 
 
 EXPERT_FLOWS = Registry("expert_flow", {"resident": _flow("resident"), "on_demand": _flow("on_demand"), "stream": _flow("stream")})
+KV_TIERS = Registry(
+    "kv_tier",
+    {
+        "accelerator": Choice("specmoe_jax.kv_cache.tiers:ACCELERATOR", "specmoe_jax.engine.flows.kv_tiers:ACCELERATOR"),
+        "host": Choice("specmoe_jax.kv_cache.tiers:HOST", "specmoe_jax.engine.flows.kv_tiers:HOST"),
+    },
+)
 DRAFTS = Registry(
     "draft",
     {

@@ -5,6 +5,8 @@ from typing import NamedTuple
 from specmoe_jax.config.layer_config import AttentionConfig, LayerConfig, Rope
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
+from specmoe_jax.kv_cache.tiers import ACCELERATOR as ACCELERATOR_KV
+from specmoe_jax.kv_cache.tiers import KvTier
 from specmoe_jax.models.eagle import config as eagle_config
 from specmoe_jax.models.eagle.config import EagleConfig
 from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
@@ -45,7 +47,7 @@ def draft_costs(
     head: of draft=eagle, None for `usual_head`. model: the configuration of draft=model. cpu_share: of the rows, whose draft
     attends on the CPU (draft=eagle). A custom draft and prompt lookup take nothing: what they do on the host is in Hardware.step_s.
     """
-    item, length = DTYPE_BYTES[plan.dtype], plan.draft_length or 0
+    itemsize, length = DTYPE_BYTES[plan.dtype], plan.draft_length or 0
     one = Load(load.rows, 1, load.context + length / 2)
     if not length or plan.draft in ("none", "ngram", "custom"):
         return NOTHING
@@ -54,40 +56,40 @@ def draft_costs(
         used = min(
             routing.distinct(routing.choice_probabilities(config.num_experts, config.experts_per_token, skew), load.rows), resident
         )
-        token = resident_pass(config, one, used, item, kv_tier=plan.kv_tier, expert_bytes=costs.expert_bytes(config, plan))
+        token = resident_pass(config, one, used, itemsize, tier=plan.cache_tier, expert_bytes=costs.expert_bytes(config, plan))
         return DraftCosts(token * length, syncs=length if plan.prefetch == "draft" else 1)
     if plan.draft == "model":
-        return _model_costs(model, plan, load, one, item)
+        return _model_costs(model, plan, load, one, itemsize)
     return _eagle_costs(config, plan, head or usual_head(config), load, one, cpu_share)
 
 
 def resident_pass(
-    config: ModelConfig, load: Load, distinct: float, item: int, *, kv_tier: str, expert_bytes: float | None = None
+    config: ModelConfig, load: Load, distinct: float, itemsize: int, *, tier: KvTier, expert_bytes: float | None = None
 ) -> tuple[Cost, ...]:
     """All layers and the head without a copy of an expert. distinct: experts of a layer that are used."""
-    found = [costs.embed(config, load, item)]
+    found = [costs.embed(config, load, itemsize)]
     for index in range(config.num_layers):
-        found += attention_block(config, index, load, item, kv_tier=kv_tier)
+        found += attention_block(config, index, load, itemsize, tier=tier)
         if config.moe_index[index] is not None:
-            programs = 0 if kv_tier == "accelerator" else 1
-            found.append(costs.experts(config, load.tokens, distinct, item, expert_bytes=expert_bytes, programs=programs))
-    return (*found, costs.head(config, load.tokens, item))
+            programs = int(tier.on_host)
+            found.append(costs.experts(config, load.tokens, distinct, itemsize, expert_bytes=expert_bytes, programs=programs))
+    return (*found, costs.head(config, load.tokens, itemsize))
 
 
-def attention_block(config: ModelConfig, index: int, load: Load, item: int, *, kv_tier: str) -> list[Cost]:
+def attention_block(config: ModelConfig, index: int, load: Load, itemsize: int, *, tier: KvTier) -> list[Cost]:
     """A layer up to its router: one program with a cache on the accelerator, else three and two copies."""
     layer, sizes = config.layers[index], costs.layer_sizes(config)[index]
-    on_cpu = kv_tier == "host"
-    attend = costs.attention(layer.attention, load, item, resource=CPU if on_cpu else ACCELERATOR, programs=int(on_cpu))
-    around = [costs.queries_down(layer.attention, load, item)], [costs.attended_up(layer.attention, load, item)]
+    on_cpu = tier.on_host
+    attend = costs.attention(layer.attention, load, itemsize, resource=CPU if on_cpu else ACCELERATOR, programs=int(on_cpu))
+    around = [costs.queries_down(layer.attention, load, itemsize)], [costs.attended_up(layer.attention, load, itemsize)]
     before, after = around if on_cpu else ([], [])
     return [
-        costs.projections(sizes.before, load, item),
+        costs.projections(sizes.before, load, itemsize),
         *before,
         attend,
         *after,
-        *([costs.cross_attention(layer.cross, load, item)] if layer.cross else []),
-        costs.projections(sizes.after, load, item, programs=int(on_cpu)),
+        *([costs.cross_attention(layer.cross, load, itemsize)] if layer.cross else []),
+        costs.projections(sizes.after, load, itemsize, programs=int(on_cpu)),
     ]
 
 
@@ -111,25 +113,25 @@ def _eagle_costs(config, plan: Plan, head: EagleConfig, load: Load, one: Load, c
 
     Of a tree it feeds back a level of draft_tree_top_k nodes at a time. Of a split cache each part attends over its own rows.
     """
-    item, width = DTYPE_BYTES[plan.dtype], plan.draft_tree_top_k or 1
+    itemsize, width = DTYPE_BYTES[plan.dtype], plan.draft_tree_top_k or 1
     attention, levels = head.layer.attention, plan.draft_length - 1
     size = sum(spec.size for spec in spec_leaves(eagle_config.weight_specs(head)))
     level = one._replace(new=width)
 
     def attend(of: Load, share: float, resource: str = ACCELERATOR) -> Cost:
-        return costs.attention(attention, of._replace(rows=of.rows * share), item, resource=resource, programs=0)
+        return costs.attention(attention, of._replace(rows=of.rows * share), itemsize, resource=resource, programs=0)
 
     def both(of: Load) -> tuple[Cost, tuple[Cost, ...]]:
-        copies = costs.queries_down(attention, of, item), costs.attended_up(attention, of, item)  # of all rows: one shape
+        copies = costs.queries_down(attention, of, itemsize), costs.attended_up(attention, of, itemsize)  # of all rows: one shape
         return attend(of, 1 - cpu_share), (copies[0], attend(of, cpu_share, CPU), copies[1])
 
     here = (lambda of: ()) if cpu_share else (lambda of: (attend(of, 1.0),))
-    first = (costs.projections(size, load, item), *here(load), costs.head(config, load.rows, item))
-    further = (costs.projections(size, level, item), *here(level), costs.head(config, load.rows * width, item))
+    first = (costs.projections(size, load, itemsize), *here(load), costs.head(config, load.rows, itemsize))
+    further = (costs.projections(size, level, itemsize), *here(level), costs.head(config, load.rows * width, itemsize))
     return DraftCosts(
         costs=(*first, *(further * levels)),
         split=(both(load), *((both(level),) * levels)) if cpu_share else (),
-        memory=eagle_memory(head, item),
+        memory=eagle_memory(head, itemsize),
     )
 
 
@@ -142,10 +144,12 @@ def draft_memory(config: ModelConfig, plan: Plan, *, head: EagleConfig | None, m
     return DraftMemory()
 
 
-def eagle_memory(head: EagleConfig, item: int) -> DraftMemory:
-    """Of a head. item: bytes of a number."""
+def eagle_memory(head: EagleConfig, itemsize: int) -> DraftMemory:
+    """Of a head. itemsize: bytes of a number."""
     size = sum(spec.size for spec in spec_leaves(eagle_config.weight_specs(head)))
-    return DraftMemory(fixed=size * item, row=head.hidden_size * item, position=costs.cache_row(head.layer.attention) * item)
+    return DraftMemory(
+        fixed=size * itemsize, row=head.hidden_size * itemsize, position=costs.cache_row(head.layer.attention) * itemsize
+    )
 
 
 def model_memory(model: ModelConfig, plan: Plan) -> DraftMemory:
@@ -158,11 +162,11 @@ def model_memory(model: ModelConfig, plan: Plan) -> DraftMemory:
     return DraftMemory(fixed=fixed, row=held(1, 0) - fixed, position=held(1, 1) - held(1, 0))
 
 
-def _model_costs(model: ModelConfig, plan: Plan, load: Load, one: Load, item: int) -> DraftCosts:
+def _model_costs(model: ModelConfig, plan: Plan, load: Load, one: Load, itemsize: int) -> DraftCosts:
     """It first reads what was committed (padded to all of the pass's), then writes."""
     used = float(model.num_experts) if model.num_moe_layers else 0.0
-    catch_up = resident_pass(model, load, used, item, kv_tier="accelerator")
-    token = resident_pass(model, one, min(used, load.rows * model.experts_per_token), item, kv_tier="accelerator")
+    catch_up = resident_pass(model, load, used, itemsize, tier=ACCELERATOR_KV)
+    token = resident_pass(model, one, min(used, load.rows * model.experts_per_token), itemsize, tier=ACCELERATOR_KV)
     return DraftCosts(costs=(*catch_up, *(token * ((plan.draft_length or 1) - 1))), memory=model_memory(model, _resident(plan)))
 
 

@@ -13,7 +13,7 @@ from specmoe_jax.planner.drafts import draft_costs, draft_memory
 from specmoe_jax.planner.hardware import Efficiency, Hardware
 from specmoe_jax.planner.memory.account import account, cache_positions
 from specmoe_jax.planner.memory.memory_account import MemoryAccount, PagedLoad
-from specmoe_jax.planner.passes import Setting, Timing, prefill_seconds, time_pass
+from specmoe_jax.planner.passes import Setting, Timing, time_pass
 from specmoe_jax.planner.simulate import Simulation
 from specmoe_jax.planner.workload import Workload
 
@@ -84,7 +84,7 @@ def predict(
         binding=_binding(timing.busy_s, hardware),
         busy_s=timing.busy_s,
         floor_s=timing.floor_s,
-        prefill_s=prefill_seconds(setting, workload.source_tokens if config.encoder else workload.prompt_tokens),
+        prefill_s=plan.flow.prefill_seconds(setting, workload.source_tokens if config.encoder else workload.prompt_tokens),
         account=own,
         naive_s=timing.simulation and timing.simulation.naive_s,
         simulation=timing.simulation,
@@ -97,14 +97,14 @@ def needed(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Worklo
     plan = plan.resolved(accelerator_is_cpu=hardware.accelerator_is_cpu)
     if budgets:
         device, host = plan.device_memory_bytes, plan.host_memory_bytes
-        if plan.expert_flow == "stream" and device is None:  # the engine fills a budget that it is given, not the machine
-            plan = plan.replace(pinned_layers=plan.pinned_layers or 0)
+        plan = plan.flow.without_budget(plan) if device is None else plan
         plan = plan.replace(
             device_memory_bytes=int(hardware.accelerator_memory_bytes) if device is None else device,
             host_memory_bytes=int(hardware.host_memory_bytes) if host is None else host,
         )
     prompt, longest = _prompt(config, workload), _prompt(config, workload) + workload.new_tokens
     rows, positions = plan.batch_size, cache_positions(longest, plan)
+    one = plan.flow.paged_load(plan, [(prompt, workload.new_tokens)], 1)
     return account(
         config,
         plan,
@@ -112,25 +112,19 @@ def needed(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Worklo
         positions=positions,
         source_positions=workload.source_tokens if config.encoder else 0,
         draft=draft_memory(config, plan, head=workload.head, model=workload.draft_model),
-        paged=PagedLoad(pages=rows * _pages(plan, longest), prompt_tokens=rows * prompt),
+        paged=one and PagedLoad(*(rows * amount for amount in one)),
         accelerator_is_cpu=hardware.accelerator_is_cpu,
     )
 
 
 def running_rows(plan: Plan, own: MemoryAccount, workload: Workload) -> int:
-    """Sequences at a time: the batch, or as many as have pages in a streamed plan's cache."""
-    if plan.expert_flow != "stream":
-        return plan.batch_size
-    return min(plan.batch_size, own.kv_pages // _pages(plan, workload.prompt_tokens + workload.new_tokens))
+    """Sequences at a time: the batch, or as many as have pages in a paged cache."""
+    return plan.flow.running_rows(plan, own, workload.prompt_tokens + workload.new_tokens)
 
 
 def _prompt(config: ModelConfig, workload: Workload) -> int:
     """Positions that the decoder's cache holds before it writes."""
     return len(config.encoder.start) if config.encoder else workload.prompt_tokens
-
-
-def _pages(plan: Plan, longest: int) -> int:
-    return pages_of(longest + plan.lookahead)
 
 
 def _setting(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload, own: MemoryAccount, rows: int) -> Setting:

@@ -44,7 +44,7 @@ def test_an_accelerator_of_its_own_holds_experts_beside_its_slots():
         shared, own = (account(TINY, plan(name), accelerator_is_cpu=shared, **job) for shared in (True, False))
         assert (shared.moving_experts, own.moving_experts) == (0, moving)
         attention = own.activation_bytes - shared.activation_bytes  # which is jnp there, over a cache that is there too
-        assert (attention > 0) == (own.kv_tier == "accelerator")
+        assert (attention > 0) == (not own.kv_on_host)
         assert own.accelerator_bytes - shared.accelerator_bytes == moving * own.expert_bytes + attention
     mixtral = plan("on_demand", MIXTRAL, dtype="bfloat16", device_memory_bytes=6 * GIB)
     shared, own = (account(MIXTRAL, mixtral, accelerator_is_cpu=shared, **job) for shared in (True, False))

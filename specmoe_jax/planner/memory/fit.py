@@ -149,7 +149,7 @@ def _moves(config: ModelConfig, plan: Plan, hardware: Hardware | Memories) -> li
         {"dtype": "bfloat16"} if plan.dtype == "float32" else {},
         {"draft_experts": config.experts_per_token} if plan.draft == "self" else {},
         on_demand if any(getattr(plan, name) != value for name, value in on_demand.items() if name != "preset") else {},
-        {"kv_tier": "host"} if plan.kv_tier == "accelerator" else {},
+        {} if plan.cache_tier.on_host else {"kv_tier": "host"},
         {"expert_tier": "disk", "host_memory_bytes": plan.host_memory_bytes or int(hardware.host_memory_bytes)}
         if plan.expert_tier == "host"
         else {},

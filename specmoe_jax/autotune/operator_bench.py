@@ -11,8 +11,7 @@ import numpy as np
 
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.engine import stages
-from specmoe_jax.engine.flows.layer_passes import attention
-from specmoe_jax.engine.runtime import build, first_memory, new_cache
+from specmoe_jax.engine.runtime import build, new_cache
 from specmoe_jax.kv_cache.positions import KV_PAGE, pages_of
 from specmoe_jax.models.model import Model
 from specmoe_jax.ops import empty_cache
@@ -41,7 +40,7 @@ class OperatorBench:
         self.resident = self._runtime(Plan(preset="probe", expert_flow="resident", dtype=dtype))
         self.on_demand = self._runtime(Plan(preset="probe", dtype=dtype))
         self.streams = self._runtime(Plan(preset="probe", expert_flow="stream", kv_tier="host", dtype=dtype))
-        self.pool = first_memory(self.resident).pool
+        self.pool = self.resident.flow.first_memory(self.resident).pool
 
     def _runtime(self, plan: Plan):
         rows = max(ROWS)
@@ -53,7 +52,7 @@ class OperatorBench:
 
         def call():
             nonlocal kv
-            _, _, routing, k, v = attention(self.on_demand, 0, h, kv, lengths, num_new)
+            _, _, routing, k, v = self.on_demand.cache_tier.attention(self.on_demand, 0, h, kv, lengths, num_new)
             kv = kv._replace(k=(k,), v=(v,))
             return np.asarray(routing.ids)
 

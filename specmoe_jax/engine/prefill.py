@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from specmoe_jax.engine.flows.layer_passes import target_pass
+from specmoe_jax.engine.flows.protocol import PooledFlow
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, PassInfo
 from specmoe_jax.speculate.drafts.merged import group_experts, merge
@@ -13,6 +13,7 @@ from specmoe_jax.types import KVCache
 
 
 def prefill(
+    flow: PooledFlow,
     runtime: Runtime,
     memory: ExpertMemory,
     kv: KVCache,
@@ -39,7 +40,7 @@ def prefill(
             tokens[row, : num_new[row]] = prompt[start : start + num_new[row]]
             following[row, : num_new[row]] = prompt[start + 1 : start + 1 + num_new[row]]
         lengths = np.minimum(counts, start).astype(np.int32)
-        done = target_pass(runtime, memory, kv, tokens, lengths, num_new, earlier=totals, predicted=nothing)
+        done = flow.target_pass(runtime, memory, kv, tokens, lengths, num_new, earlier=totals, predicted=nothing)
         memory, kv, totals = done.memory, done.kv, done.counts
         if done.features is not None:
             draft_memory = runtime.draft.observe(draft_memory, every_row, following, done.features, lengths, num_new)

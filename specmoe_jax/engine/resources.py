@@ -9,7 +9,7 @@ from specmoe_jax.config.plan import Plan
 from specmoe_jax.engine.drafts.draft_model import make_model_draft
 from specmoe_jax.engine.drafts.split_draft import SplitDraft
 from specmoe_jax.engine.requests.prepare import BatchShape, accelerator_is_cpu
-from specmoe_jax.engine.runtime import Runtime, build, first_memory, new_cache
+from specmoe_jax.engine.runtime import Runtime, build, new_cache
 from specmoe_jax.engine.state import ExpertMemory, State
 from specmoe_jax.engine.validation import draft_needs
 from specmoe_jax.models.eagle.network import EagleHead
@@ -84,7 +84,7 @@ class EngineResources:
         self.account = needed._replace(num_slots=self.account.num_slots, host_experts=self.account.host_experts)
         self._peak_bytes = max(self._peak_bytes or 0, self.account.accelerator_bytes)
         memory, self._memory = self._memory, None
-        return first_memory(self.runtime) if memory is None else memory
+        return self.runtime.flow.first_memory(self.runtime) if memory is None else memory
 
     def _needed(self, *, rows: int, positions: int, source: int = 0, paged: PagedLoad | None = None) -> MemoryAccount:
         return accounted(
@@ -123,7 +123,7 @@ class EngineResources:
         return self.runtime.draft.new_memory(batch_shape.rows, batch_shape.positions) if watches else None
 
     def new_cache(self, batch_shape: BatchShape) -> KVCache:
-        device = self.runtime.host if self._plan.kv_tier == "host" else self.runtime.device
+        device = self.runtime.cache_tier.device(self.runtime)
         return new_cache(self._model.config, batch_shape.rows, batch_shape.positions, self._plan.dtype, device)
 
     def put_back(self, state: State, batch_shape: BatchShape) -> None:

@@ -3,7 +3,7 @@
 import concurrent.futures
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,12 @@ from specmoe_jax.config.layer_config import AttentionConfig, LayerConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.plan_fields import GATED_DRAFTS
-from specmoe_jax.engine.state import Buffers, ExpertMemory, HostKV, PoolSlots
-from specmoe_jax.kv_cache.page_table import Pages
-from specmoe_jax.kv_cache.positions import KV_PAGE, staged_positions
-from specmoe_jax.models.experts import block_bytes
+from specmoe_jax.config.registry import EXPERT_FLOWS, KV_TIERS
+from specmoe_jax.engine.flows.protocol import ExpertFlow, KvTier
+from specmoe_jax.engine.state import PoolSlots
+from specmoe_jax.kv_cache.positions import KV_PAGE
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import Weights
-from specmoe_jax.offload import retained_experts
-from specmoe_jax.offload.residency import empty, plan_layer
 from specmoe_jax.offload.store import ExpertStore, Link
 from specmoe_jax.offload.stream_schedule import spread
 from specmoe_jax.offload.tiers import DiskTier, HostTier, Tier
@@ -31,9 +29,8 @@ from specmoe_jax.speculate.drafts.ngram import NgramDraft
 from specmoe_jax.speculate.drafts.protocol import Draft, FeatureDraft
 from specmoe_jax.speculate.drafts.self_draft import SelfDraft
 from specmoe_jax.speculate.hot_experts.affinity_cache import affinity_table
-from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy, make_policy
+from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy, keep_rule, make_policy
 from specmoe_jax.speculate.hot_experts.substitution import random_neighbours
-from specmoe_jax.speculate.hot_experts.usage import hot_set
 from specmoe_jax.support.tracing import Span
 from specmoe_jax.types import KVCache
 
@@ -60,6 +57,8 @@ class Runtime:
 
     config: ModelConfig
     plan: Plan
+    flow: ExpertFlow["Runtime", Any]  # of a Session
+    cache_tier: KvTier["Runtime"]
     weights: Weights
     store: ExpertStore
     draft: Draft | None
@@ -75,16 +74,12 @@ class Runtime:
     pinned_sharding: jax.sharding.Sharding  # pinned host memory, where hidden states wait between two layers
     workers: Workers
     pinned_layers: tuple[int, ...]
+    expert_bytes: int  # of one expert on the link
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
         """Layers whose inputs the draft takes; none for most drafts, nor for one of the last hidden state."""
         return self.draft.feature_layers if isinstance(self.draft, FeatureDraft) else ()
-
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes of one expert on the link."""
-        return block_bytes(self.config.experts, self.plan.dtype)
 
     def to_host(self, arrays):
         """Starts the copy of activations into host memory; what is to compute with them there takes them through `on_host`.
@@ -124,12 +119,13 @@ def build(
     """
     config, device, host = model.config, jax.devices()[0], jax.local_devices(backend="cpu")[0]
     found = earlier.neighbours if earlier else _neighbours(model, plan, progress)  # maps experts, so before a tier drops pages
-    resident = plan.expert_flow == "resident"
+    flow = EXPERT_FLOWS.executor(plan.flow.name)
     policy = make_policy(_policy_name(plan), config.num_moe_layers, config.num_experts, guard=plan.guard)
-    order = np.arange(config.num_expert_layers * config.num_experts, dtype=np.int32)
     return Runtime(
         config=config,
         plan=plan,
+        flow=flow,
+        cache_tier=KV_TIERS.executor(plan.cache_tier.name),
         weights=jax.device_put(model.weights, device),
         store=ExpertStore(
             _tier(model, plan, account),
@@ -138,9 +134,9 @@ def build(
         ),
         draft=draft or _DRAFTS[plan.draft](),
         draft_set=policy,
-        keep=_keep(config, plan, policy),
+        keep=keep_rule(policy, pinned_experts(config, plan)),
         neighbours=found,
-        resident_slots=order.reshape(config.num_expert_layers, config.num_experts) if resident else None,
+        resident_slots=flow.resident_slots(config),
         slots=PoolSlots(
             total=account.num_slots,
             dispatch=account.dispatch_slots,
@@ -153,6 +149,7 @@ def build(
         pinned_sharding=jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host"),
         workers=Workers(*(concurrent.futures.ThreadPoolExecutor(1, f"specmoe-{worker}") for worker in ("cpu", "link")), spans),
         pinned_layers=spread(config.moe_layers, account.pinned_layers),
+        expert_bytes=account.expert_bytes,
     )
 
 
@@ -162,72 +159,9 @@ def _tier(model: Model, plan: Plan, account: MemoryAccount) -> Tier:
     return DiskTier(
         model.experts,
         capacity=account.host_experts,
-        policy=plan.dram_policy or ("mru" if plan.expert_flow == "stream" else "frequency"),
+        policy=plan.dram_policy or plan.flow.host_cache_policy,
         keep_pages=not plan.bypass_page_cache,
     )
-
-
-def first_memory(runtime: Runtime) -> ExpertMemory:
-    """A new pool with what must always be there: all experts (resident flow) or a first draft set per layer that decodes."""
-    shape = (runtime.config.num_expert_layers, runtime.config.num_experts)
-    if runtime.plan.expert_flow == "stream":
-        return ExpertMemory(
-            slots=runtime.slots,
-            pool=None,
-            residency=empty(*shape, 0),
-            usage_scores=np.zeros(shape),
-            prefetched=np.zeros(shape, bool),
-            buffers=_first_buffers(runtime),
-        )
-    pool = runtime.store.new_pool(runtime.slots.total + (0 if runtime.merged_slots is None else runtime.merged_slots.size))
-    residency, none, arriving = empty(*shape, runtime.slots.total), np.zeros(shape[1], bool), ()
-    usage_scores = np.zeros((runtime.config.num_moe_layers, shape[1]))
-    retained = retained_experts.nothing(*shape, runtime.slots.total) if runtime.plan.retain else None
-    for layer in range(runtime.config.num_expert_layers):
-        decodes = layer < runtime.config.num_moe_layers
-        keep = (
-            runtime.keep(layer, usage_scores[layer], usage_scores[layer], none)
-            if decodes
-            else np.full(shape[1], runtime.resident_slots is not None)
-        )
-        plan, residency = plan_layer(residency, layer, none, keep)
-        for wave in plan.waves:
-            pool, arriving = runtime.store.fetch(pool, wave.fetch, arriving)
-            retained = retained and retained_experts.after_copies(retained, wave.fetch)
-    pool, _ = runtime.store.finish_copies(pool, arriving)
-    return ExpertMemory(
-        slots=runtime.slots,
-        pool=pool,
-        residency=residency,
-        usage_scores=usage_scores,
-        prefetched=np.zeros(shape, bool),
-        retained_experts=retained,
-    )
-
-
-def _first_buffers(runtime: Runtime) -> Buffers:
-    """The pinned layers, and the layer buffers: the first streamed layers are on their way into all but one of them."""
-    store, index = runtime.store, runtime.config.moe_index
-    # In the link's thread, as every stream: a disk tier has one caller, and an abandoned job's may still be at it.
-    stay = [
-        runtime.workers.link.submit(store.stream, store.new_buffer(), store.send_for(index[layer]))
-        for layer in runtime.pinned_layers
-    ]
-    pinned = tuple(stream.result() for stream in stay)
-    streamed = [moe for moe, layer in enumerate(runtime.config.moe_layers) if layer not in runtime.pinned_layers]
-    if not streamed:
-        return Buffers(spare=None, readers=(), coming=(), pinned=pinned)
-    first = (streamed * runtime.plan.layer_buffers)[: runtime.plan.layer_buffers - 1]  # a model of one layer has two buffers too
-    coming = tuple(runtime.workers.link.submit(store.stream, store.new_buffer(), store.send_for(moe)) for moe in first)
-    return Buffers(spare=store.new_buffer(), readers=(), coming=coming, pinned=pinned)
-
-
-def new_host_kv(runtime: Runtime, pages: Pages, chunk: int) -> HostKV:
-    """A paged cache of zeros in host memory, in the plan's dtype."""
-    # A chunk below the plan's is as long as the longest prompt.
-    staged = chunk if chunk < runtime.plan.prefill_chunk else staged_positions(pages.table.shape[1] * KV_PAGE, chunk)
-    caches = (empty_pages(layer.attention, len(pages.free), runtime.plan.dtype, runtime.host) for layer in runtime.config.layers)
-    return HostKV(caches=tuple(caches), pages=pages, chunk=chunk, staged=staged)
 
 
 def empty_pages(attention: AttentionConfig, count: int, dtype, device: jax.Device) -> PackedCache:
@@ -260,17 +194,6 @@ def _merged_slots(config: ModelConfig, account: MemoryAccount) -> np.ndarray:
 def _policy_name(plan: Plan) -> str:
     """MoE-Caching keeps the most used of all time; without experts to keep the policy does not matter."""
     return plan.draft_set or ("hot_temporal" if plan.draft == "self" else "hot_global")
-
-
-def _keep(config: ModelConfig, plan: Plan, policy: DraftSetPolicy):
-    """The best experts of a layer by the policy's scores, as many as the plan pins; N = 0 keeps nothing (OnDemand)."""
-    sizes = pinned_experts(config, plan)
-
-    def keep(layer: int, usage_scores: np.ndarray, counts: np.ndarray, resident: np.ndarray, resting: bool = False) -> np.ndarray:
-        scores = policy.resting if resting and policy.resting else policy.scores
-        return hot_set(scores(usage_scores, counts, layer), resident, sizes[layer])
-
-    return keep
 
 
 def _neighbours(model: Model, plan: Plan, progress: str | bool) -> np.ndarray | None:

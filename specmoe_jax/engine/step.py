@@ -10,8 +10,8 @@ from specmoe_jax.engine import stages
 from specmoe_jax.engine.drafting import Drafted, draft, step_coupled_keys, step_keys
 from specmoe_jax.engine.drafts.accepted_path import accepted_path, compact_accepted_path
 from specmoe_jax.engine.drafts.split_draft import placed, rows_on_cpu
-from specmoe_jax.engine.flows.layer_passes import TargetPass, target_pass
-from specmoe_jax.engine.flows.streaming import fetched, streamed_target_pass
+from specmoe_jax.engine.flows.layer_passes import fetched
+from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.requests.finish import commit_tokens
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.scheduler import joined
@@ -41,9 +41,10 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
     """
     clock, sent, activations = [time.perf_counter()], [runtime.store.link.sent_bytes], runtime.activations.sent_bytes
     below = runtime.store.tier.counts
+    active = state.active
     state, moves = placed(runtime, state)
     if length is None:
-        length = _length(runtime, state)
+        length = _length(runtime, state, active)
     if state.adaptive_length:
         state = state._replace(memory=state.memory._replace(resting=resting(state.adaptive_length, length)))
     with span("draft"):
@@ -62,16 +63,16 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
     with span("inform"):
         new_state = update_draft_features(runtime, new_state, verified, state.lengths, committed)
     clock.append(time.perf_counter())
-    if state.adaptive_length and state.active.any():
-        adaptive = observe(state.adaptive_length, length, accepted[state.active], clock[4] - clock[0])
+    if state.adaptive_length and active.any():
+        adaptive = observe(state.adaptive_length, length, accepted[active], clock[4] - clock[0])
         new_state = new_state._replace(adaptive_length=adaptive)
     guesses = drafted.prefetched + verified.info.prefetched
     return new_state, StepInfo(
         accepted=accepted,
         committed=committed,
-        active=state.active,
+        active=active,
         start=np.array([len(tokens) for tokens in state.generated]),
-        context=int(state.lengths[state.active].sum()),
+        context=int(state.lengths[active].sum()),
         drafted=length,
         draft_moves=moves,
         draft_on_cpu=rows_on_cpu(state),
@@ -88,9 +89,9 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
     )
 
 
-def _length(runtime: Runtime, state: State) -> int:
+def _length(runtime: Runtime, state: State, active: np.ndarray) -> int:
     """Tokens to draft; none where all rows only join."""
-    if not state.active.any():
+    if not active.any():
         return 0
     return choose(state.adaptive_length) if state.adaptive_length else runtime.plan.draft_length or 0
 
@@ -120,24 +121,11 @@ def verify(runtime: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass
     proposal = drafted.proposal
     tokens = np.concatenate([state.last_token[:, None], np.asarray(proposal.tokens)], axis=1)  # [B, T]
     num_new = np.where(state.active, tokens.shape[1], 0).astype(np.int32)
-    nothing = np.zeros(state.memory.usage_scores.shape, np.int64)
-    if runtime.plan.expert_flow == "stream":
-        verified = streamed_target_pass(runtime, state._replace(kv=drafted.kv), drafted.memory, tokens, num_new, proposal.tree)
-        if verified.h is None:
-            none = np.zeros(len(num_new), np.int32)
-            return verified, AcceptResult(num_accepted=none, next_token=none), none, proposal
-    else:
-        verified = target_pass(
-            runtime,
-            drafted.memory,
-            drafted.kv,
-            tokens,
-            state.lengths,
-            num_new,
-            earlier=nothing,
-            predicted=drafted.predicted,
-            tree=proposal.tree,
-        )
+    before = state._replace(kv=drafted.kv, memory=drafted.memory)
+    verified = runtime.flow.run_pass(runtime, before, tokens, num_new, predicted=drafted.predicted, tree=proposal.tree)
+    if verified.h is None:
+        none = np.zeros(len(num_new), np.int32)
+        return verified, AcceptResult(num_accepted=none, next_token=none), none, proposal
     logits = stages.head(runtime.config.norm_eps, runtime.weights, verified.h)  # [B, T, V]
     finite = _finite_positions(logits)
     if proposal.tree is not None:

@@ -26,8 +26,8 @@ def validate_inputs(
         raise PlanError(f"draft={plan.draft} and a draft object {'' if draft else 'not '}given; custom needs one")
     if draft is not None and not callable(getattr(draft, "propose", None)):
         raise PlanError(f"the draft object is a {type(draft).__name__} without propose(view); docs/extending.md has an example")
-    if spans is not None and plan.expert_flow != "stream":
-        raise PlanError(f"spans have no effect with expert_flow={plan.expert_flow}, which has no lanes; leave them out")
+    if spans is not None and not plan.flow.workers:
+        raise PlanError(f"spans have no effect with expert_flow={plan.flow.name}, which has no lanes; leave them out")
     if plan.dtype != model.dtype:
         raise PlanError(f"the plan says dtype={plan.dtype}, the model was loaded as {model.dtype}; make them agree")
     if plan.expert_dtype != model.config.experts.packing:

@@ -1,6 +1,7 @@
 """Where the expert store takes its blocks from: host memory that holds all, or a disk with host memory as a cache above it."""
 
 import concurrent.futures
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import jax
@@ -40,8 +41,9 @@ class Tier(Protocol):
     num_experts: int
     counts: "TierCounts"
 
-    def request(self, keys: list[tuple[int, int]]) -> None:
-        """Says which experts (layer, expert) are asked for next, so that their reads start together."""
+    def blocks(self, keys: list[tuple[int, int]]) -> Iterable[jax.Array]:
+        """The blocks of experts (layer, expert), each waited for when it is its turn; their reads start together."""
+        ...
 
     def block(self, key: tuple[int, int]) -> jax.Array:
         """The block of an expert; waits for the disk where it has to."""
@@ -64,8 +66,8 @@ class HostTier:
         self.num_layers, self.num_experts = len(experts), sum(map(len, experts))
         self._ready = np.ones((len(experts), len(experts[0])), bool)
 
-    def request(self, keys: list[tuple[int, int]]) -> None:
-        pass
+    def blocks(self, keys: list[tuple[int, int]]) -> list[jax.Array]:
+        return [self._experts[layer][expert] for layer, expert in keys]
 
     def block(self, key: tuple[int, int]) -> jax.Array:
         return self._experts[key[0]][key[1]]
@@ -98,7 +100,12 @@ class DiskTier:
         if not keep_pages:
             files.drop_pages()
 
+    def blocks(self, keys: list[tuple[int, int]]) -> Iterable[jax.Array]:
+        self.request(keys)
+        return map(self.block, keys)
+
     def request(self, keys: list[tuple[int, int]]) -> None:
+        """Says which experts are asked for next, so that their reads start together."""
         self._cache = cache.touch(self._cache, keys)
         hits = sum(bool(self._cache.present[key]) for key in keys)
         self._count(hits=hits, misses=len(keys) - hits)

@@ -6,9 +6,9 @@ import numpy as np
 
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import preset
+from specmoe_jax.config.registry import EXPERT_FLOWS
 from specmoe_jax.engine import stages
-from specmoe_jax.engine.flows.layer_passes import target_pass
-from specmoe_jax.engine.runtime import build, first_memory, new_cache
+from specmoe_jax.engine.runtime import build, new_cache
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.memory.account import account
 from specmoe_jax.speculate.drafts.model_draft import ModelDraft, vocabulary_difference
@@ -25,10 +25,11 @@ def make_model_draft(target: Model, model: Model, plan: Plan) -> ModelDraft:
         raise PlanError(f"the draft model cannot draft for this one: {difference}; give one of the same family")
     own = resident_plan(model, plan)
     runtime = build(model, own, account(model.config, own, batch_rows=1, positions=1), None, earlier=None, progress=False)
-    memory, nothing = first_memory(runtime), np.zeros((model.config.num_moe_layers, model.config.num_experts), np.int64)
+    flow = EXPERT_FLOWS.executor(own.flow.name)
+    memory, nothing = flow.first_memory(runtime), np.zeros((model.config.num_moe_layers, model.config.num_experts), np.int64)
 
     def forward(kv: KVCache, tokens, lengths, num_new):
-        done = target_pass(runtime, memory, kv, tokens, lengths, num_new, earlier=nothing, predicted=nothing)
+        done = flow.target_pass(runtime, memory, kv, tokens, lengths, num_new, earlier=nothing, predicted=nothing)
         return stages.head(model.config.norm_eps, runtime.weights, _last_new(done.h, num_new))[:, 0], done.kv
 
     return ModelDraft(

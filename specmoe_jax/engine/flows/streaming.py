@@ -13,15 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.engine import stages
-from specmoe_jax.engine.flows.layer_passes import TargetPass, features
+from specmoe_jax.engine.flows.layer_passes import features, fetched
 from specmoe_jax.engine.flows.staging import Staging
 from specmoe_jax.engine.runtime import Runtime
-from specmoe_jax.engine.scheduler import Item, empty_chunk, prompt_chunks, rows_of
-from specmoe_jax.engine.state import Buffers, ExpertMemory, HostKV, PassInfo, State
+from specmoe_jax.engine.scheduler import Item
+from specmoe_jax.engine.state import Buffers, HostKV
 from specmoe_jax.offload.stream_schedule import KINDS, Task, pass_tasks
 from specmoe_jax.speculate.drafts.protocol import FeatureDraft
 from specmoe_jax.support.tracing import Span
-from specmoe_jax.types import Tree
 
 
 class StreamedPass(NamedTuple):
@@ -48,12 +47,6 @@ def stream_pass(runtime: Runtime, buffers: Buffers, kv: HostKV, items: list[Item
     for task in pass_tasks(moe, len(items), 1, **shape):
         run.handlers[task.kind](task)
     return run.result()
-
-
-# The store cuts a layer into its experts. Few lists are kept: each new number of joining prompts makes another one.
-def fetched(h: jax.Array) -> jax.Array:
-    """On the accelerator, whether or not it waited in host memory."""
-    return h if h.sharding.memory_kind == "device" else jax.device_put(h, jax.memory.Space.Device)
 
 
 class _Run:
@@ -212,58 +205,3 @@ class _Run:
         buffer = self.runtime.store.stream(buffer, layer)
         self._note(task, start_s, buffer)
         return buffer
-
-
-def streamed_target_pass(
-    runtime: Runtime, state: State, memory: ExpertMemory, tokens, num_new, tree: Tree | None = None
-) -> TargetPass:
-    """The verification of all rows in micro-batches, and the prompts of the rows that join, in one pass. Consumes the state.
-
-    tokens: [B, T]; num_new: [B]. A micro-batch without an active row is left out; if nothing is active nor joins, all items run
-    with padding alone, to be compiled.
-    """
-    idle = state.done
-    prompts = [empty_chunk(state)] if idle else prompt_chunks(state)
-    groups = np.split(np.arange(len(num_new), dtype=np.int32), runtime.plan.micro_batches)
-    running = [idle or bool(num_new[rows].any()) for rows in groups]
-    decoding = [
-        Item(
-            tokens[rows],
-            rows_of(state.kv, rows),
-            state.lengths[rows],
-            num_new[rows],
-            tree=tree and Tree(*(part[rows] for part in tree)),
-        )
-        for rows, runs in zip(groups, running, strict=True)
-        if runs
-    ]
-    items = decoding + [prompt.item for prompt in prompts]
-    if items:
-        done = stream_pass(runtime, memory.buffers, state.kv, items)
-    else:  # prompts of one token alone join: there is nothing to fill a cache with
-        done = StreamedPass(h=[], features=[], kv=state.kv, buffers=memory.buffers)
-    decoded = len(decoding)
-    watched = any(f is not None for f in done.features)
-    experts = runtime.config.num_experts if items else 0  # of a layer
-    hits = len(runtime.pinned_layers) * experts
-    missed = runtime.config.num_moe_layers * experts - hits
-    return TargetPass(
-        h=_all_rows(runtime, done.h[:decoded], running),
-        kv=done.kv,
-        memory=memory._replace(buffers=done.buffers),
-        counts=np.zeros_like(memory.usage_scores, dtype=np.int64),
-        info=PassInfo(hits=hits, misses=missed, fetched=missed, waves=0, prefetched=0, prefetch_hits=0, routing=None),
-        features=_all_rows(runtime, done.features[:decoded], running) if watched else None,
-        prompts=tuple(zip(prompts, done.features[decoded:], strict=True)) if watched else (),
-    )
-
-
-def _all_rows(runtime: Runtime, pieces: list[jax.Array], running: list[bool]) -> jax.Array | None:
-    """The micro-batches in their order, zeros [b, ...] for those that were left out; None if all were."""
-    if not pieces:
-        return None
-    given, nothing = iter(pieces), np.zeros(pieces[0].shape, pieces[0].dtype)
-    return _rows([next(given) if runs else jax.device_put(nothing, runtime.device) for runs in running])
-
-
-_rows = jax.jit(lambda pieces: jnp.concatenate(pieces) if len(pieces) > 1 else pieces[0])

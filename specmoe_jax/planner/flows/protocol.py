@@ -15,8 +15,8 @@ class FlowMemory(NamedTuple):
     """What a flow takes for a batch.
 
     pass_tokens: of its largest pass. dispatch: experts that one layer may ask for at once. pinned_slots: of experts that stay
-    between passes. wanted_slots: with them every dispatch fits at once. cached_positions: of the KV cache. paged: what of that is in pages,
-    None for whole rows. pinned_layers: whose experts stay beside a stream.
+    between passes. wanted_slots: with them every dispatch fits at once. cached_positions: of the KV cache. paged: what of that is
+    in pages, None for whole rows. pinned_layers: whose experts stay beside a stream.
     """
 
     pass_tokens: int

@@ -1,9 +1,11 @@
 """Which experts of a layer stay on the accelerator between passes: SpecMoE's policies and our ablations. Pure."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from specmoe_jax.speculate.hot_experts.usage import hot_set
 
 DECAY = 0.8  # weight of the past per step under "decay": half of it is gone after three steps
 
@@ -79,3 +81,13 @@ def make_policy(name: str, num_layers: int, num_experts: int, *, guard: bool = F
         "decay": decayed,
         "accepted": accepted_only,
     }[name]()
+
+
+def keep_rule(policy: DraftSetPolicy, sizes: Sequence[int]) -> Callable[..., np.ndarray]:
+    """(layer, usage scores [E], counts [E], resident [E], resting) -> [E] bool: the `sizes[layer]` best experts by the policy."""
+
+    def keep(layer: int, usage_scores: np.ndarray, counts: np.ndarray, resident: np.ndarray, resting: bool = False) -> np.ndarray:
+        scores = policy.resting if resting and policy.resting else policy.scores
+        return hot_set(scores(usage_scores, counts, layer), resident, sizes[layer])
+
+    return keep

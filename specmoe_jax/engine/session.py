@@ -1,0 +1,40 @@
+"""What a flow needs of an engine to run its jobs: the resources, the figures, and steps."""
+
+import dataclasses
+
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.engine.engine_figures import EngineFigures
+from specmoe_jax.engine.requests.prepare import BatchShape
+from specmoe_jax.engine.resources import EngineResources
+from specmoe_jax.engine.state import State, StepInfo
+from specmoe_jax.engine.step import step, warm_up
+from specmoe_jax.models.model import Model
+from specmoe_jax.support.progress import bar
+from specmoe_jax.support.timing import Stopwatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """progress: bars of compilation and prefill. warm_shapes: for which steps are compiled, with whether rows are greedy."""
+
+    model: Model
+    plan: Plan
+    resources: EngineResources
+    figures: EngineFigures
+    progress: str | bool
+    warm_shapes: set[tuple[BatchShape, bool]] = dataclasses.field(default_factory=set)
+
+    def step(self, state: State) -> tuple[State, StepInfo]:
+        return step(self.resources.runtime, state, self.model.tokenizer)
+
+    def warm(self, state: State, batch_shape: BatchShape) -> State:
+        """Compiles the steps of shapes that are new; sampled and greedy rows run different programs."""
+        key = (batch_shape, state.rows.greedy)
+        if key in self.warm_shapes:
+            return state
+        self.warm_shapes.add(key)
+        watch = Stopwatch()
+        with bar("compile", None, "step", mode=self.progress, leave=False) as shown:
+            state = warm_up(self.resources.runtime, state, on_step=shown.update)
+        self.figures.warm_up_s += watch.seconds
+        return state

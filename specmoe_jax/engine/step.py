@@ -192,8 +192,10 @@ def update_draft_features(
     """
     memory = state.draft_memory
     for chunk, features in verified.prompts:
-        item = chunk.item
-        memory = runtime.draft.observe(memory, chunk.rows, chunk.following, fetched(features), item.lengths, item.num_new)
+        micro_batch = chunk.micro_batch
+        memory = runtime.draft.observe(
+            memory, chunk.rows, chunk.following, fetched(features), micro_batch.lengths, micro_batch.num_new
+        )
     if verified.features is not None:
         rows, width = len(state.requests), verified.features.shape[1]
         following = np.zeros((rows, width), np.int32)

@@ -180,7 +180,7 @@ def head(config: ModelConfig, tokens: float, itemsize: int) -> Cost:
 def task_cost(
     config: ModelConfig, task: Task, load: Load, *, distinct: float, chunks: int, itemsize: int, expert_bytes: float
 ) -> Cost:
-    """Of one task of a streamed pass (planner.pipeline). distinct: experts of a layer that the load uses."""
+    """Of one task of a streamed pass (offload/stream_schedule.py). distinct: experts of a layer that the load uses."""
     layer, sizes = config.layers[task.layer], layer_sizes(config)[task.layer]
     return {
         "embed": lambda: embed(config, load, itemsize),

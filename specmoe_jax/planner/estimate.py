@@ -36,7 +36,7 @@ class Prediction(NamedTuple):
     rows: sequences that run at a time. interval: of tokens_per_s, None if not asked for. binding: the busiest resource.
     busy_s: of one iteration, by resource. floor_s: no schedule of the pass can be faster at the machine's peaks.
     naive_s: the iteration as the per-layer maximum sees it; None for passes that are not streamed. prefill_s: of all rows' prompts.
-    stragglers: of a job, the steps of the last of the rows to end, over a mean row's.
+    slowest_row_factor: how many times the steps of a mean row the slowest one takes: a batch runs until it has ended.
     """
 
     rows: int
@@ -53,7 +53,7 @@ class Prediction(NamedTuple):
     account: MemoryAccount
     naive_s: float | None
     simulation: Simulation | None
-    stragglers: float = 1.0
+    slowest_row_factor: float = 1.0
 
     @property
     def fraction_of_floor(self) -> float:
@@ -88,7 +88,7 @@ def predict(
         account=own,
         naive_s=timing.simulation and timing.simulation.naive_s,
         simulation=timing.simulation,
-        stragglers=workload.stragglers(plan, rows),
+        slowest_row_factor=workload.slowest_row_factor(plan, rows),
     )
 
 

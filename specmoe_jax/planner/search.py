@@ -179,5 +179,5 @@ class _Scan:
         except PlanError as e:
             self.refusal = str(e)
             return None
-        share = plan.flow.busy_share(self._requests, prediction.rows, prediction.stragglers)
+        share = plan.flow.busy_share(self._requests, prediction.rows, prediction.slowest_row_factor)
         return Choice(plan, prediction, prediction.tokens_per_s * share)

@@ -14,7 +14,7 @@ from specmoe_jax.engine.flows.streaming import StreamedPass, stream_pass
 from specmoe_jax.engine.requests.completion import TokenEvent, step_events
 from specmoe_jax.engine.requests.prepare import BatchShape
 from specmoe_jax.engine.runtime import Runtime, empty_pages
-from specmoe_jax.engine.scheduler import Item, admit, empty_chunk, prompt_chunks, rows_of
+from specmoe_jax.engine.scheduler import MicroBatch, admit, empty_chunk, prompt_chunks, rows_of
 from specmoe_jax.engine.session import Session
 from specmoe_jax.engine.state import Buffers, ExpertMemory, HostKV, PassInfo, Request, State, StepInfo
 from specmoe_jax.kv_cache.page_table import Pages, no_pages
@@ -56,7 +56,7 @@ class StreamFlow:
         groups = np.split(np.arange(len(num_new), dtype=np.int32), runtime.plan.micro_batches)
         running = [idle or bool(num_new[rows].any()) for rows in groups]
         decoding = [
-            Item(
+            MicroBatch(
                 tokens[rows],
                 rows_of(kv, rows),
                 state.lengths[rows],
@@ -66,14 +66,14 @@ class StreamFlow:
             for rows, runs in zip(groups, running, strict=True)
             if runs
         ]
-        items = decoding + [prompt.item for prompt in prompts]
-        if items:
-            done = stream_pass(runtime, memory.buffers, kv, items)
+        micro_batches = decoding + [prompt.micro_batch for prompt in prompts]
+        if micro_batches:
+            done = stream_pass(runtime, memory.buffers, kv, micro_batches)
         else:  # prompts of one token alone join: there is nothing to fill a cache with
             done = StreamedPass(h=[], features=[], kv=kv, buffers=memory.buffers)
         decoded = len(decoding)
         watched = any(f is not None for f in done.features)
-        experts = runtime.config.num_experts if items else 0  # of a layer
+        experts = runtime.config.num_experts if micro_batches else 0  # of a layer
         hits = len(runtime.pinned_layers) * experts
         missed = runtime.config.num_moe_layers * experts - hits
         return TargetPass(

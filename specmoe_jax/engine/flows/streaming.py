@@ -1,4 +1,4 @@
-"""A pass that streams every layer's experts and attends on the CPU (SpecMoEOff, 4.1): executes planner.pipeline, nothing more.
+"""A pass that streams every layer's experts and attends on the CPU (SpecMoEOff, 4.1): executes offload/stream_schedule.py.
 
 Three lanes: this thread issues the accelerator's work, one worker runs the CPU attention, one brings the experts. Each task
 waits for what its entry in the list says; on a CPU without an accelerator all of them share the cores, and only the link is hidden.
@@ -16,7 +16,7 @@ from specmoe_jax.engine import stages
 from specmoe_jax.engine.flows.layer_passes import features, fetched
 from specmoe_jax.engine.flows.staging import Staging
 from specmoe_jax.engine.runtime import Runtime
-from specmoe_jax.engine.scheduler import Item
+from specmoe_jax.engine.scheduler import MicroBatch
 from specmoe_jax.engine.state import Buffers, HostKV
 from specmoe_jax.offload.stream_schedule import KINDS, Task, pass_tasks
 from specmoe_jax.speculate.drafts.protocol import FeatureDraft
@@ -24,9 +24,9 @@ from specmoe_jax.support.tracing import Span
 
 
 class StreamedPass(NamedTuple):
-    """h: per item [b, T, M] after the last layer. features: per item, what the draft takes; None where it takes nothing.
+    """h: of each micro-batch [b, T, M] after the last layer. features: of each, what the draft takes; None where it takes nothing.
 
-    Both are still in host memory where the item is parked.
+    Both are still in host memory where the micro-batch is offloaded.
     """
 
     h: list[jax.Array]
@@ -35,16 +35,20 @@ class StreamedPass(NamedTuple):
     buffers: Buffers
 
 
-def stream_pass(runtime: Runtime, buffers: Buffers, kv: HostKV, items: list[Item]) -> StreamedPass:
-    """The exact model over all items, the experts of each layer that is not pinned crossing the link once. Consumes buffers and kv.
+def stream_pass(runtime: Runtime, buffers: Buffers, kv: HostKV, micro_batches: list[MicroBatch]) -> StreamedPass:
+    """The exact model over all micro-batches; the experts of each layer that is not pinned cross the link once.
 
-    With runtime.lanes.spans it is noted when each task ran; this waits for each of the accelerator's tasks, which costs a
-    little of the overlap.
+    Consumes buffers and kv. With runtime.workers.spans it is noted when each task ran; this waits for each of the accelerator's
+    tasks, which costs a little of the overlap.
     """
-    run = _Run(runtime, buffers, kv, items)
+    run = _Run(runtime, buffers, kv, micro_batches)
     moe = tuple(index is not None for index in runtime.config.moe_index)
-    shape = {"buffers": runtime.plan.layer_buffers, "pinned": runtime.pinned_layers, "prompts": sum(map(run.attends_chunk, items))}
-    for task in pass_tasks(moe, len(items), 1, **shape):
+    shape = {
+        "buffers": runtime.plan.layer_buffers,
+        "pinned": runtime.pinned_layers,
+        "prompts": sum(map(run.attends_chunk, micro_batches)),
+    }
+    for task in pass_tasks(moe, len(micro_batches), 1, **shape):
         run.handlers[task.kind](task)
     return run.result()
 
@@ -52,14 +56,17 @@ def stream_pass(runtime: Runtime, buffers: Buffers, kv: HostKV, items: list[Item
 class _Run:
     """The values that tasks hand on during one pass."""
 
-    def __init__(self, runtime: Runtime, buffers: Buffers, kv: HostKV, items: list[Item]):
-        self.runtime, self.items = runtime, items
+    def __init__(self, runtime: Runtime, buffers: Buffers, kv: HostKV, micro_batches: list[MicroBatch]):
+        self.runtime, self.micro_batches = runtime, micro_batches
         self.caches, self.kv = list(kv.caches), kv
-        self.host = [jax.device_put((item.table, item.lengths, item.num_new, item.tree), runtime.host) for item in items]
-        self.lengths = [jnp.asarray(item.lengths) for item in items]
-        self.num_new = [jnp.asarray(item.num_new) for item in items]
-        self.h: list = [None] * len(items)
-        self.inputs: list[dict[int, jax.Array]] = [{} for _ in items]
+        self.host = [
+            jax.device_put((micro_batch.table, micro_batch.lengths, micro_batch.num_new, micro_batch.tree), runtime.host)
+            for micro_batch in micro_batches
+        ]
+        self.lengths = [jnp.asarray(micro_batch.lengths) for micro_batch in micro_batches]
+        self.num_new = [jnp.asarray(micro_batch.num_new) for micro_batch in micro_batches]
+        self.h: list = [None] * len(micro_batches)
+        self.inputs: list[dict[int, jax.Array]] = [{} for _ in micro_batches]
         self.projected: dict = {}
         self.attended: dict = {}
         self.staging, self.appended = Staging(kv.staged), []
@@ -71,89 +78,91 @@ class _Run:
         self.handlers = {kind: getattr(self, f"_{kind}") for kind in KINDS}
         self.every_expert = np.arange(runtime.config.num_experts, dtype=np.int32)
 
-    def attends_chunk(self, item: Item) -> bool:
+    def attends_chunk(self, micro_batch: MicroBatch) -> bool:
         """Whether it is a chunk of prompts that attends on the accelerator."""
-        return item.offloaded and self.runtime.plan.prefill_attention == "accelerator"
+        return micro_batch.offloaded and self.runtime.plan.prefill_attention == "accelerator"
 
     def result(self) -> StreamedPass:
         for done in self.appended:
             done.result()
         return StreamedPass(
             h=self.h,
-            features=[self._features(item) for item in range(len(self.items))],
+            features=[self._features(micro_batch) for micro_batch in range(len(self.micro_batches))],
             kv=self.kv._replace(caches=tuple(self.caches)),
             buffers=Buffers(spare=self.spare, readers=tuple(self.readers), coming=tuple(self.coming), pinned=self.cache),
         )
 
-    def _features(self, item: int) -> jax.Array | None:
+    def _features(self, micro_batch: int) -> jax.Array | None:
         if not isinstance(self.runtime.draft, FeatureDraft):
             return None
-        inputs = {layer: fetched(h) for layer, h in self.inputs[item].items()}
-        return self._offloaded(item, features(self.runtime, self._h(item), inputs))
+        inputs = {layer: fetched(h) for layer, h in self.inputs[micro_batch].items()}
+        return self._offloaded(micro_batch, features(self.runtime, self._h(micro_batch), inputs))
 
-    def _h(self, item: int) -> jax.Array:
-        """The hidden states of an item on the accelerator."""
-        return fetched(self.h[item])
+    def _h(self, micro_batch: int) -> jax.Array:
+        """The hidden states of a micro-batch on the accelerator."""
+        return fetched(self.h[micro_batch])
 
     def _keep(self, task: Task, h: jax.Array) -> None:
         """What attends on the accelerator stays there until its layer is done."""
         last = "post_attention" if self.runtime.config.moe_index[task.layer] is None else "experts"
-        stays = task.kind != last and self.attends_chunk(self.items[task.item])
-        self.h[task.item] = h if stays else self._offloaded(task.item, h)
+        stays = task.kind != last and self.attends_chunk(self.micro_batches[task.micro_batch])
+        self.h[task.micro_batch] = h if stays else self._offloaded(task.micro_batch, h)
 
-    def _offloaded(self, item: int, h: jax.Array) -> jax.Array:
-        return jax.device_put(h, self.runtime.pinned_sharding) if self.items[item].offloaded else h
+    def _offloaded(self, micro_batch: int, h: jax.Array) -> jax.Array:
+        return jax.device_put(h, self.runtime.pinned_sharding) if self.micro_batches[micro_batch].offloaded else h
 
     def _note(self, task: Task, start_s: float, outputs) -> None:
         """outputs: waited for only where spans are wanted."""
         spans = self.runtime.workers.spans
         if spans is not None:
             jax.block_until_ready(outputs)
-            spans.append(Span(task.kind, task.resource, task.layer, task.item, start_s, time.perf_counter()))
+            spans.append(Span(task.kind, task.resource, task.layer, task.micro_batch, start_s, time.perf_counter()))
 
     def _embed(self, task: Task) -> None:
-        self._keep(task, stages.embed(self.runtime.weights, jnp.asarray(self.items[task.item].tokens)))
+        self._keep(task, stages.embed(self.runtime.weights, jnp.asarray(self.micro_batches[task.micro_batch].tokens)))
 
     def _pre_attention(self, task: Task) -> None:
         start_s = time.perf_counter()
         config, weights = self.runtime.config.layers[task.layer], self.runtime.weights.layers[task.layer]
         if task.layer in self.runtime.feature_layers:
-            self.inputs[task.item][task.layer] = self.h[task.item]
-        h = self._h(task.item)
-        if self.attends_chunk(self.items[task.item]):
+            self.inputs[task.micro_batch][task.layer] = self.h[task.micro_batch]
+        h = self._h(task.micro_batch)
+        if self.attends_chunk(self.micro_batches[task.micro_batch]):
             self._keep(task, h)
-        projected = stages.pre_attention(config, weights, h, self.lengths[task.item], self.items[task.item].tree)
-        self.projected[task.item] = (*projected, weights.sinks)
+        projected = stages.pre_attention(
+            config, weights, h, self.lengths[task.micro_batch], self.micro_batches[task.micro_batch].tree
+        )
+        self.projected[task.micro_batch] = (*projected, weights.sinks)
         self._note(task, start_s, projected)
 
     def _attend_chunk(self, task: Task) -> None:
         start_s = time.perf_counter()
-        config, where = self.runtime.config.layers[task.layer], (self.lengths[task.item], self.num_new[task.item])
-        self.attended[task.item] = self.staging.attend(config, self.projected[task.item], *where)
-        self._note(task, start_s, self.attended[task.item])
+        config, where = self.runtime.config.layers[task.layer], (self.lengths[task.micro_batch], self.num_new[task.micro_batch])
+        self.attended[task.micro_batch] = self.staging.attend(config, self.projected[task.micro_batch], *where)
+        self._note(task, start_s, self.attended[task.micro_batch])
 
     def _store(self, task: Task) -> None:
-        _, k, v, _ = self.projected[task.item]
-        self.projected[task.item] = self.runtime.to_host((k, v))
+        _, k, v, _ = self.projected[task.micro_batch]
+        self.projected[task.micro_batch] = self.runtime.to_host((k, v))
 
     def _append(self, task: Task) -> None:
-        self.appended.append(self.runtime.workers.cpu.submit(self._write, task, self.projected.pop(task.item)))
+        self.appended.append(self.runtime.workers.cpu.submit(self._write, task, self.projected.pop(task.micro_batch)))
 
     def _write(self, task: Task, projected) -> None:
         """In the CPU worker: keys and values of prompts that attended on the accelerator."""
         projected = self.runtime.on_host(projected)
         start_s = time.perf_counter()
-        config, where = self.runtime.config.layers[task.layer], self.host[task.item][:3]
+        config, where = self.runtime.config.layers[task.layer], self.host[task.micro_batch][:3]
         cache = stages.append_paged(config, *projected, self.caches[task.layer], *where)
         self.caches[task.layer] = jax.block_until_ready(cache)
         self._note(task, start_s, cache)
 
     def _to_host(self, task: Task) -> None:
-        self.projected[task.item] = self.runtime.to_host(self.projected[task.item])
+        self.projected[task.micro_batch] = self.runtime.to_host(self.projected[task.micro_batch])
 
     def _attention(self, task: Task) -> None:
-        projected = self.projected.pop(task.item)
-        self.attended[task.item] = self.runtime.workers.cpu.submit(self._attend, task, projected)
+        projected = self.projected.pop(task.micro_batch)
+        self.attended[task.micro_batch] = self.runtime.workers.cpu.submit(self._attend, task, projected)
 
     def _attend(self, task: Task, projected) -> jax.Array:
         """In the CPU worker, one at a time and in order, so that a chunk finds the rows of the chunks before it."""
@@ -161,35 +170,37 @@ class _Run:
         start_s = time.perf_counter()
         config = self.runtime.config.layers[task.layer]
         cache = self.caches[task.layer]
-        out, self.caches[task.layer] = jax.block_until_ready(stages.attend_paged(config, *projected, cache, *self.host[task.item]))
+        out, self.caches[task.layer] = jax.block_until_ready(
+            stages.attend_paged(config, *projected, cache, *self.host[task.micro_batch])
+        )
         self._note(task, start_s, out)
         return out
 
     def _to_accelerator(self, task: Task) -> None:
-        self.attended[task.item] = self.runtime.to_accelerator(self.attended[task.item].result())
+        self.attended[task.micro_batch] = self.runtime.to_accelerator(self.attended[task.micro_batch].result())
 
     def _post_attention(self, task: Task) -> None:
         start_s = time.perf_counter()
         config, weights = self.runtime.config.layers[task.layer], self.runtime.weights.layers[task.layer]
-        attended, num_new = self.attended.pop(task.item), self.num_new[task.item]
-        h, *routed = stages.post_attention(config, weights, self._h(task.item), attended, num_new)
-        self.routed[task.item] = routed
+        attended, num_new = self.attended.pop(task.micro_batch), self.num_new[task.micro_batch]
+        h, *routed = stages.post_attention(config, weights, self._h(task.micro_batch), attended, num_new)
+        self.routed[task.micro_batch] = routed
         self._keep(task, h)
         self._note(task, start_s, h)
 
     def _experts(self, task: Task) -> None:
         pinned = self.pinned.get(task.layer)
-        if pinned is None and self.due is not None:  # the first item of the layer
+        if pinned is None and self.due is not None:  # the first micro-batch of the layer
             self.current, self.due, self.readers = self.due.result(), None, []
         layer = self.current if pinned is None else pinned
         start_s = time.perf_counter()
-        x, routing = self.routed.pop(task.item)
+        x, routing = self.routed.pop(task.micro_batch)
         config = self.runtime.config.layers[task.layer]
-        h = stages.experts(config, self._h(task.item), x, routing, layer, self.every_expert)
+        h = stages.experts(config, self._h(task.micro_batch), x, routing, layer, self.every_expert)
         self._keep(task, h)
         self._note(task, start_s, h)
         if pinned is None:
-            self.readers.append(self.h[task.item])
+            self.readers.append(self.h[task.micro_batch])
             self.spare = self.current
 
     def _stream(self, task: Task) -> None:

@@ -81,10 +81,10 @@ class PooledFlow:
         """Of a layer in a pass; moe: its place among those with experts."""
         raise NotImplementedError
 
-    def busy_share(self, requests: int, rows: int, stragglers: float) -> float:
+    def busy_share(self, requests: int, rows: int, slowest_row_factor: float) -> float:
         """Each batch runs until the last of its rows has ended."""
         batches = -(-requests // rows)
-        return requests / (batches * rows) / stragglers
+        return requests / (batches * rows) / slowest_row_factor
 
 
 def refuse_unused(plan: Plan, names: tuple[str, ...], where: str) -> None:

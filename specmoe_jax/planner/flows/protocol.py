@@ -117,7 +117,7 @@ class ExpertFlow(Protocol):
         """A pass after so much drafting, by measured operators."""
         ...
 
-    def busy_share(self, requests: int, rows: int, stragglers: float) -> float:
+    def busy_share(self, requests: int, rows: int, slowest_row_factor: float) -> float:
         """Share of the tokens/s of a full batch that a whole job reaches: batches may not be full, and rows end early."""
         ...
 

@@ -8,7 +8,7 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.plan_fields import GATED_DRAFTS
 from specmoe_jax.config.presets import preset
-from specmoe_jax.kv_cache.positions import ITEMS_AHEAD, KV_PAGE, PREFILL_TOKENS, pages_of
+from specmoe_jax.kv_cache.positions import CHUNKS_AHEAD, KV_PAGE, PREFILL_TOKENS, pages_of
 from specmoe_jax.offload.stream_schedule import RESOURCES, UP, Task, pass_tasks, spread
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import DISK, Cost, Load
@@ -77,7 +77,7 @@ class StreamFlow:
         return min(plan.batch_size, account.kv_pages // pages_of(tokens + plan.lookahead))
 
     def memory(self, config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int, paged: PagedLoad | None) -> FlowMemory:
-        tokens = plan.tokens_per_pass * batch_rows + ITEMS_AHEAD * PREFILL_TOKENS
+        tokens = plan.tokens_per_pass * batch_rows + CHUNKS_AHEAD * PREFILL_TOKENS
         paged = paged or PagedLoad(pages=batch_rows * pages_of(positions), prompt_tokens=batch_rows * positions)
         pinned = plan.pinned_layers or 0
         return FlowMemory(
@@ -194,10 +194,10 @@ class StreamFlow:
         layers = config.num_moe_layers - len(pinned)
         return MeasuredPass(done.iteration_s - drafted_s, naive_s, layers * seconds["stream"], layers * config.num_experts)
 
-    def busy_share(self, requests: int, rows: int, stragglers: float) -> float:
+    def busy_share(self, requests: int, rows: int, slowest_row_factor: float) -> float:
         """Rows are filled from the queue, so only the last ones end alone."""
         rounds = requests / rows
-        return rounds / (max(rounds, 1.0) - 1 + stragglers)
+        return rounds / (max(rounds, 1.0) - 1 + slowest_row_factor)
 
     def search_starts(self, config: ModelConfig, counts: tuple[int, ...]) -> Iterable[Start]:
         axes = (("micro_batches", MICRO_BATCHES),)

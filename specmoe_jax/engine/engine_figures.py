@@ -7,6 +7,7 @@ from specmoe_jax.config.plan import Plan
 from specmoe_jax.engine import figures as metrics
 from specmoe_jax.engine.resources import Moved
 from specmoe_jax.engine.roofline import predicted_figures, roofline_figures
+from specmoe_jax.engine.state import StepInfo
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.estimate import Prediction
 from specmoe_jax.planner.hardware import Hardware
@@ -23,6 +24,24 @@ class EngineFigures:
         self.totals, self.prefill_s = metrics.Totals(), 0.0
         self._on_demand_experts, self.running = 0, None
         self.prefill_link_bytes = self.prefill_disk_bytes = 0
+
+    def add_step(self, info: StepInfo) -> None:
+        """A step that counts as decoding."""
+        self.totals = metrics.add_step(self.totals, info)
+
+    def add_compilations(self, since: int) -> None:
+        """Those of a step in which there should be none. since: `compiles.count` before it."""
+        self.recompiled += self.compiles.count - since
+
+    def add_prefill(self, seconds: float) -> None:
+        self.prefill_s += seconds
+
+    def add_warm_up(self, seconds: float) -> None:
+        self.warm_up_s += seconds
+
+    def set_running(self, on_demand: metrics.OnDemand) -> None:
+        """What plain decoding of the batch under way would have fetched so far."""
+        self.running = on_demand
 
     def end_batch(self, on_demand: metrics.OnDemand) -> None:
         """Keeps what plain decoding of a batch would have fetched."""

@@ -27,6 +27,13 @@ class Session:
     def step(self, state: State) -> tuple[State, StepInfo]:
         return step(self.resources.runtime, state, self.model.tokenizer)
 
+    def counted_step(self, state: State) -> tuple[State, StepInfo]:
+        """One in which nothing should compile any more."""
+        compiled = self.figures.compiles.count
+        state, info = self.step(state)
+        self.figures.add_compilations(since=compiled)
+        return state, info
+
     def warm(self, state: State, batch_shape: BatchShape) -> State:
         """Compiles the steps of shapes that are new; sampled and greedy rows run different programs."""
         key = (batch_shape, state.rows.greedy)
@@ -36,5 +43,5 @@ class Session:
         watch = Stopwatch()
         with bar("compile", None, "step", mode=self.progress, leave=False) as shown:
             state = warm_up(self.resources.runtime, state, on_step=shown.update)
-        self.figures.warm_up_s += watch.seconds
+        self.figures.add_warm_up(watch.seconds)
         return state

@@ -16,8 +16,6 @@ from specmoe_jax.types import KVCache, Routing, Tree
 
 
 class OnDemandFlow(PooledFlow):
-    counts_on_demand = True
-
     def resident_slots(self, config: ModelConfig) -> None:
         return None
 

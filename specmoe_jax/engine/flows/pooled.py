@@ -26,12 +26,7 @@ from specmoe_jax.types import Tree
 
 
 class PooledFlow:
-    """See protocol.ExpertFlow. A flow adds `resident_slots`, `target_pass` and `encoder_experts`.
-
-    counts_on_demand: whether the passes' routing is known, so that the fetches of plain decoding can be counted beside a job's.
-    """
-
-    counts_on_demand: bool
+    """See protocol.PooledFlow. A flow adds `resident_slots`, `target_pass` and `encoder_experts`."""
 
     def first_memory(self, runtime: Runtime) -> ExpertMemory:
         """A new pool with what must always be there: all experts, or a first draft set per layer that decodes."""
@@ -89,12 +84,11 @@ class PooledFlow:
         on_demand = metrics.no_on_demand(session.model.config.num_moe_layers, session.model.config.num_experts)
         try:
             while not state.done:
-                compiled = session.figures.compiles.count
-                state, info = session.step(state)
-                session.figures.recompiled += session.figures.compiles.count - compiled
-                session.figures.totals = metrics.add_step(session.figures.totals, info)
-                if self.counts_on_demand:
-                    on_demand = session.figures.running = metrics.add_on_demand(on_demand, info)
+                state, info = session.counted_step(state)
+                session.figures.add_step(info)
+                if session.plan.flow.fetches_misses:
+                    on_demand = metrics.add_on_demand(on_demand, info)
+                    session.figures.set_running(on_demand)
                 if on_step is not None:
                     on_step(info)
                 yield from step_events(session.model, state, info, dict.fromkeys((request.id for request in requests), watch))
@@ -120,7 +114,7 @@ class PooledFlow:
                 self, session.resources.runtime, memory, kv, prompts, batch_shape.chunk, draft_memory, on_chunk=shown.update
             )
             jax.block_until_ready((kv, draft_memory))
-        session.figures.prefill_s += watch.seconds
+        session.figures.add_prefill(watch.seconds)
         state = State(
             requests=rows,
             kv=kv,

@@ -17,8 +17,6 @@ NOTHING_FETCHED = PassInfo(hits=0, misses=0, fetched=0, waves=0, prefetched=0, p
 
 
 class ResidentFlow(PooledFlow):
-    counts_on_demand = False
-
     def resident_slots(self, config: ModelConfig) -> np.ndarray:
         order = np.arange(config.num_expert_layers * config.num_experts, dtype=np.int32)
         return order.reshape(config.num_expert_layers, config.num_experts)

@@ -8,7 +8,6 @@ import numpy as np
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.sampling_params import SamplingParams
-from specmoe_jax.engine import figures as metrics
 from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.flows.streaming import StreamedPass, stream_pass
 from specmoe_jax.engine.requests.completion import TokenEvent, step_events
@@ -104,16 +103,15 @@ class StreamFlow:
         while waiting or not state.done:
             state, waiting = admit(state, waiting, session.plan.lookahead)
             watches |= {state.requests[row].id: Stopwatch() for row in np.flatnonzero(state.joining)}
-            compiled, watch, before = session.figures.compiles.count, Stopwatch(), moved
-            state, info = session.step(state)
-            session.figures.recompiled += session.figures.compiles.count - compiled
+            watch, before = Stopwatch(), moved
+            state, info = session.counted_step(state)
             moved = session.resources.moved()
             info = info._replace(below=moved.below.since(before.below))  # the link's thread reads between two steps too
             if not info.active.any():
-                session.figures.prefill_s += watch.seconds
+                session.figures.add_prefill(watch.seconds)
                 session.figures.add_prefill_bytes(before, moved)
                 continue
-            session.figures.totals = metrics.add_step(session.figures.totals, info)
+            session.figures.add_step(info)
             if on_step is not None:
                 on_step(info)
             yield from step_events(session.model, state, info, watches)

@@ -10,7 +10,6 @@ from specmoe_jax.planner.flows.protocol import FlowMemory
 from specmoe_jax.planner.memory.account import pinned_experts
 from specmoe_jax.planner.memory.memory_account import MemoryAccount, PagedLoad
 from specmoe_jax.planner.passes import LayerCosts, Setting, Timing, layer_by_layer
-from specmoe_jax.support.errors import PlanError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +23,7 @@ class PooledFlow:
     host_cache_policy: str = "frequency"
 
     def check(self, plan: Plan, config: ModelConfig) -> None:
-        refuse_unused(plan, ("pinned_layers", "prefill_attention"), f"with expert_flow={self.name}")
-        refuse_unused(plan, ("draft_kv_bytes",), f"with draft={plan.draft} and expert_flow={self.name}")
-        for name, only in (("micro_batches", 1), ("layer_buffers", 2)):
-            if getattr(plan, name) != only:
-                raise PlanError(f"{name}={getattr(plan, name)} has no effect with expert_flow={self.name}; leave it {only}")
+        """Nothing beyond what the table of a plan's fields says."""
 
     def is_measured(self, plan: Plan) -> bool:
         return not plan.cache_tier.on_host
@@ -85,11 +80,3 @@ class PooledFlow:
         """Each batch runs until the last of its rows has ended."""
         batches = -(-requests // rows)
         return requests / (batches * rows) / slowest_row_factor
-
-
-def refuse_unused(plan: Plan, names: tuple[str, ...], where: str) -> None:
-    """Raises PlanError for values of fields that have no effect. where: under which choice."""
-    for name in names:
-        value = getattr(plan, name)
-        if value is not None and value is not False:
-            raise PlanError(f"{name}={value} has no effect {where}; leave it out")

@@ -10,7 +10,7 @@ from specmoe_jax.config.presets import preset
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import Cost
 from specmoe_jax.planner.drafts import attention_block
-from specmoe_jax.planner.flows.pooled import PooledFlow, refuse_unused
+from specmoe_jax.planner.flows.pooled import PooledFlow
 from specmoe_jax.planner.flows.protocol import Start
 from specmoe_jax.planner.measured.case import Case, MeasuredPass, layer_work
 from specmoe_jax.planner.measured.operators import Operators
@@ -21,12 +21,10 @@ from specmoe_jax.support.errors import PlanError
 @dataclasses.dataclass(frozen=True)
 class ResidentFlow(PooledFlow):
     def check(self, plan: Plan, config: ModelConfig) -> None:
-        refuse_unused(plan, ("cached_experts", "link_bytes_per_s", "retain"), "where every expert is resident")
         if plan.draft in GATED_DRAFTS:
             raise PlanError(
                 f"draft={plan.draft} has no effect with expert_flow=resident, where every expert is at hand; use on_demand"
             )
-        super().check(plan, config)
 
     def moving_experts(self, config: ModelConfig, expert_bytes: int) -> int:
         return 0

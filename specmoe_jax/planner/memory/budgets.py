@@ -1,10 +1,12 @@
 """An account brought within the budgets of its plan: split draft caches, fewer pages and slots, or a refusal."""
 
+import math
+
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.kv_cache.positions import pages_of
 from specmoe_jax.planner.memory.memory_account import MemoryAccount
 from specmoe_jax.support.errors import BudgetError, PlanError
-from specmoe_jax.support.units import ceil_gib, size_text
+from specmoe_jax.support.units import size_text
 
 
 def split_draft(whole: MemoryAccount, plan: Plan, page_bytes: int) -> MemoryAccount:
@@ -16,7 +18,7 @@ def split_draft(whole: MemoryAccount, plan: Plan, page_bytes: int) -> MemoryAcco
         if plan.draft_kv_bytes < page_bytes:
             raise PlanError(
                 f"draft_kv_bytes is {plan.draft_kv_bytes}, less than one page of the draft's cache, {size_text(page_bytes)}; the "
-                f"smallest that works is --draft_kv_gib={ceil_gib(page_bytes)}"
+                f"smallest that works is draft_kv_bytes={math.ceil(page_bytes)}"
             )
         room = min(room, plan.draft_kv_bytes)
     if plan.device_memory_bytes is not None:
@@ -40,7 +42,7 @@ def fit_pages(whole: MemoryAccount, plan: Plan, positions: int) -> MemoryAccount
         raise BudgetError(
             f"host memory of {size_text(plan.host_memory_bytes)} is too small: experts take {size_text(beside)} and one request of "
             f"{positions} positions {size_text(one * page)}, {_short(beside + one * page, plan.host_memory_bytes)}; the "
-            f"smallest that works is --host_memory_gib={ceil_gib(beside + one * page)}"
+            f"smallest that works is host_memory_bytes={math.ceil(beside + one * page)}"
         )
     share = pages / whole.kv_pages
     return whole._replace(
@@ -60,7 +62,7 @@ def fit_host(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
         raise BudgetError(
             f"host memory of {size_text(plan.host_memory_bytes)} is too small: experts and KV cache need "
             f"{size_text(whole.host_bytes)}, {_short(whole.host_bytes, plan.host_memory_bytes)}; give "
-            f"--host_memory_gib={ceil_gib(whole.host_bytes)} or a smaller batch, or leave experts on disk: --expert_tier=disk"
+            f"host_memory_bytes={math.ceil(whole.host_bytes)} or a smaller batch, or leave experts on disk: expert_tier=disk"
         )
     cached = int(plan.host_memory_bytes - beside) // whole.expert_bytes
     if cached < 1:
@@ -68,7 +70,7 @@ def fit_host(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
         raise BudgetError(
             f"host memory of {size_text(plan.host_memory_bytes)} is too small to cache one expert of the disk tier"
             f"{' beside the KV cache' if beside else ''}, {_short(need, plan.host_memory_bytes)}; the smallest that works is "
-            f"--host_memory_gib={ceil_gib(need)}"
+            f"host_memory_bytes={math.ceil(need)}"
         )
     return whole._replace(host_experts=cached)
 
@@ -86,7 +88,7 @@ def fit_device(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
             f"device memory of {size_text(plan.device_memory_bytes)} is too small for {plan.flow.what_needs_slots(plan)}: weights, "
             f"KV cache and activations take {size_text(beside)}, {smallest} expert slots "
             f"{size_text(smallest * whole.expert_bytes)}, "
-            f"{_short(need, plan.device_memory_bytes)}; the smallest that works is --device_memory_gib={ceil_gib(need)}"
+            f"{_short(need, plan.device_memory_bytes)}; the smallest that works is device_memory_bytes={math.ceil(need)}"
             + (", or fewer draft experts" if plan.draft_experts else "")
             + (", or fewer pinned layers" if plan.pinned_layers else "")
         )

@@ -8,7 +8,8 @@ from absl import flags
 from specmoe_jax.cli.flag_names import scale_of, with_flags
 from specmoe_jax.config.field_info import FieldSpec
 from specmoe_jax.config.plan import Plan
-from specmoe_jax.config.plan_fields import GATED_DRAFTS, fields_of_a_plan
+from specmoe_jax.config.plan_fields import fields_of_a_plan
+from specmoe_jax.config.registry import DRAFTS
 
 OBJECTS = ("custom",)  # choices that stand for an object given to Engine, which no flag can give
 
@@ -50,9 +51,9 @@ def budgets() -> dict:
 
 def over(plan: Plan, **more) -> Plan:
     """The plan with the flags over it, and with `more` over both. Another draft takes the old one's settings along."""
-    draft = value("draft")
-    if draft is not None and draft not in GATED_DRAFTS:
+    draft = None if value("draft") is None else DRAFTS.description(value("draft"))
+    if draft is not None and not draft.gated:
         plan = plan.replace(draft_experts=None, draft_set=None, substitution=None)
-    if draft == "none":
+    if draft is not None and not draft.drafts:
         plan = plan.replace(draft_length=None)
     return plan.replace(**given() | more)

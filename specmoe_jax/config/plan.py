@@ -7,7 +7,6 @@ from typing import Any
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan_checks import check_plan, check_values
 from specmoe_jax.config.plan_fields import PlanFields, fields_of_a_plan
-from specmoe_jax.config.registry import EXPERT_FLOWS, KV_TIERS
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.support.validation import is_whole
 
@@ -21,16 +20,6 @@ class Plan(PlanFields):
     Its fields, with their types, defaults and help, are the table in plan_fields.py. A field that has no meaning under the
     other choices is left at its default; any other value is an error then, not ignored. Raises PlanError from `validate`.
     """
-
-    @property
-    def flow(self) -> Any:
-        """How experts come to the accelerator: a planner.flows.protocol.ExpertFlow. Raises PlanError for an unknown one."""
-        return EXPERT_FLOWS.description(self.expert_flow)
-
-    @property
-    def cache_tier(self) -> Any:
-        """Where the KV cache is: a kv_cache.tiers.KvTier. Raises PlanError for an unknown one."""
-        return KV_TIERS.description(self.kv_tier)
 
     def replace(self, /, **changes) -> "Plan":
         """A copy with some fields changed. Unknown names raise PlanError."""

@@ -2,13 +2,11 @@
 
 import dataclasses
 import typing
-from typing import Literal
+from typing import Any, Literal
 
 from specmoe_jax.config.field_info import PROBABILITY, FieldSpec, Needs, field, table_of
 from specmoe_jax.config.registry import DRAFT_SETS, DRAFTS, EXPERT_FLOWS, HOST_CACHE_POLICIES, KV_TIERS
 
-GATED_DRAFTS = ("self", "merged")  # those that run the target's own gates, over fewer experts
-TREE_DRAFTS = ("eagle", "custom")  # those that may propose a tree
 MAX_TREE = 64  # nodes of one attention call with a tree mask, see ops.attention
 
 Substitution = Literal["affinity", "distinct", "random", "mask"]
@@ -25,18 +23,18 @@ DTYPES: tuple[str, ...] = typing.get_args(Dtype)
 EXPERT_DTYPES: tuple[str, ...] = typing.get_args(ExpertDtype)
 
 # The choices that give other fields a meaning.
-DRAFTING = Needs(lambda plan: plan.draft != "none", "without a draft")
-GATED = Needs(lambda plan: plan.draft in GATED_DRAFTS, "with draft={plan.draft}")
-TREE = Needs(lambda plan: plan.draft in TREE_DRAFTS, "with draft={plan.draft}")
-SELF = Needs(lambda plan: plan.draft == "self", "with draft={plan.draft}")
-NOT_SELF = Needs(lambda plan: plan.draft != "self", "with draft=self, which keeps its draft experts")
+DRAFTING = Needs(lambda plan: plan.drafting.drafts, "without a draft")
+GATED = Needs(lambda plan: "draft_experts" in plan.drafting.fields, "with draft={plan.draft}")
+TREE = Needs(lambda plan: plan.drafting.proposes_trees, "with draft={plan.draft}")
+SELF = Needs(lambda plan: "draft_set" in plan.drafting.fields, "with draft={plan.draft}")
+NOT_SELF = Needs(lambda plan: "draft_set" not in plan.drafting.fields, "with draft=self, which keeps its draft experts")
 STREAMED_EAGLE = Needs(
-    lambda plan: plan.draft == "eagle" and plan.expert_flow == "stream",
+    lambda plan: "draft_kv_bytes" in plan.drafting.fields and plan.flow.workers,
     "with draft={plan.draft} and expert_flow={plan.expert_flow}",
 )
 DRAFT_PREFETCH = Needs(lambda plan: plan.prefetch == "draft", "with prefetch={plan.prefetch}")
-STREAM = Needs(lambda plan: plan.expert_flow == "stream", "with expert_flow={plan.expert_flow}")
-MOVING = Needs(lambda plan: plan.expert_flow != "resident", "where every expert is resident")
+STREAM = Needs(lambda plan: plan.flow.workers, "with expert_flow={plan.expert_flow}")
+MOVING = Needs(lambda plan: not plan.flow.all_resident, "where every expert is resident")
 DISK = Needs(lambda plan: plan.expert_tier == "disk", "where every expert is in host memory")
 
 
@@ -141,6 +139,21 @@ class PlanFields:
         needs=(DRAFTING,),
         flag=None,
     )
+
+    @property
+    def flow(self) -> Any:
+        """How experts come to the accelerator: a planner.flows.protocol.ExpertFlow. Raises PlanError for an unknown one."""
+        return EXPERT_FLOWS.description(self.expert_flow)
+
+    @property
+    def cache_tier(self) -> Any:
+        """Where the KV cache is: a kv_cache.tiers.KvTier. Raises PlanError for an unknown one."""
+        return KV_TIERS.description(self.kv_tier)
+
+    @property
+    def drafting(self) -> Any:
+        """What drafts: a planner.drafts.protocol.DraftDescription. Raises PlanError for an unknown one."""
+        return DRAFTS.description(self.draft)
 
     @property
     def tokens_per_pass(self) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.registry import EXPERT_FLOWS
 from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.engine.drafts.protocol import DraftInputs
 from specmoe_jax.engine.engine_figures import EngineFigures
 from specmoe_jax.engine.requests.completion import Completion, TokenEvent
 from specmoe_jax.engine.requests.prepare import batch_shape_of, make_requests, resolved
@@ -30,6 +31,7 @@ class Engine:
     draft_model: a smaller model of the same vocabulary, for plans with draft="model".
     draft_head: an EAGLE head of this model (checkpoints.load_head), for plans with draft="eagle".
     draft_set: an own policy of which experts stay (speculate.DraftSetPolicy), for plans with draft="self" that name none.
+    Any number of streams and states may be open at a time; each takes the memory of a job, and a plan's budgets are of one job.
     progress: bars of affinity, compilation and prefill; a mode of progress.bar.
     spans: a list that gets the time of every task of a streamed plan (tracing.write_lanes); costs a little of the overlap.
     """
@@ -49,10 +51,10 @@ class Engine:
         if not isinstance(plan, Plan):
             raise PlanError(f"plan is {plan!r}; give a Plan, for example PRESETS['specmoe'](model.config)")
         self.model, self.plan = model, resolved(plan.validate(model.config))
-        given = {"draft": draft, "draft_model": draft_model, "draft_head": draft_head, "draft_set": draft_set, "spans": spans}
-        validate_inputs(model, plan, **given)
+        inputs = DraftInputs(draft=draft, draft_model=draft_model, draft_head=draft_head)
+        validate_inputs(model, plan, inputs, draft_set=draft_set, spans=spans)
         self._figures = EngineFigures(model, self.plan, draft_set=draft_set.name if draft_set else self.plan.draft_set)
-        self._resources = EngineResources(model, self.plan, progress=progress, **given)
+        self._resources = EngineResources(model, self.plan, inputs, draft_set=draft_set, progress=progress, spans=spans)
         self._flow = EXPERT_FLOWS.executor(self.plan.flow.name)
         self._session = Session(model, self.plan, self._resources, self._figures, progress)
 
@@ -95,7 +97,7 @@ class Engine:
 
     def step(self, state: State) -> tuple[State, StepInfo]:
         """Every active row gets 1 to N + 1 tokens. The state is consumed: its buffers are donated."""
-        return step(self._resources.runtime, state, self.model.tokenizer)
+        return step(state.runtime, state, self.model.tokenizer)
 
     def stats(self, hardware: Hardware | None = None, prediction: Prediction | None = None) -> dict:
         """The figures of everything generated so far, units in the names.

@@ -25,7 +25,7 @@ class Session:
     warm_shapes: set[tuple[BatchShape, bool]] = dataclasses.field(default_factory=set)
 
     def step(self, state: State) -> tuple[State, StepInfo]:
-        return step(self.resources.runtime, state, self.model.tokenizer)
+        return step(state.runtime, state, self.model.tokenizer)
 
     def counted_step(self, state: State) -> tuple[State, StepInfo]:
         """One in which nothing should compile any more."""
@@ -42,6 +42,6 @@ class Session:
         self.warm_shapes.add(key)
         watch = Stopwatch()
         with bar("compile", None, "step", mode=self.progress, leave=False) as shown:
-            state = warm_up(self.resources.runtime, state, on_step=shown.update)
+            state = warm_up(state.runtime, state, on_step=shown.update)
         self.figures.add_warm_up(watch.seconds)
         return state

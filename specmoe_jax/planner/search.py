@@ -12,14 +12,13 @@ from typing import NamedTuple
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
-from specmoe_jax.config.plan_fields import GATED_DRAFTS
 from specmoe_jax.config.registry import EXPERT_FLOWS
+from specmoe_jax.planner.drafts.protocol import described
+from specmoe_jax.planner.drafts.search_starts import SearchStart
 from specmoe_jax.planner.estimate import Prediction
-from specmoe_jax.planner.flows.protocol import ExpertFlow, Start
+from specmoe_jax.planner.flows.protocol import ExpertFlow
 from specmoe_jax.support.errors import PlanError
 
-LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10)
-TREE_DEPTHS, TREE_TOP_K, TREE_NODES = (2, 3, 4, 6), 4, 2  # of drafted trees: depths, branches of a node, nodes kept a level
 LARGEST_BATCH = 1024
 WORTH_OF_A_DRAFT = 1.15  # acceptance differs from prompt to prompt
 EQUAL = 1.01  # closer predictions are one: then the smaller value is taken, shorter drafts and fewer pinned experts (with
@@ -55,8 +54,8 @@ def search(
 ) -> Found:
     """The fastest plan. evaluate: plan -> its prediction, raising PlanError for what does not fit or hold.
 
-    drafts: kinds to consider (the plan's, and eagle_tree), those whose acceptance is known or that are asked for. fixed: fields
-    of the plan that are given; a plan that contradicts them is not considered. Raises PlanError if no plan is left, with the
+    drafts: kinds to consider (a plan's, or eagle_tree for trees), those whose acceptance is known or that are asked for. fixed:
+    fields of the plan that are given; a plan that contradicts them is not considered. Raises PlanError if no plan is left, with the
     reason of the last one.
     """
     fixed = fixed or {}
@@ -73,47 +72,26 @@ def search(
 
 
 def _kind(plan: Plan) -> tuple:
-    return plan.flow, plan.draft, bool(plan.cached_experts)
+    return plan.flow, plan.drafting.name, bool(plan.cached_experts)
 
 
 def _preference(choice: Choice) -> float:
     """Tokens/s, a little less for a plan with a draft, whose acceptance is an estimate too, and for one that moves experts."""
-    drafts = WORTH_OF_A_DRAFT if choice.plan.draft != "none" else 1.0
+    drafts = WORTH_OF_A_DRAFT if choice.plan.drafting.drafts else 1.0
     return choice.tokens_per_s / drafts / (1.0 if choice.plan.flow.all_resident else WORTH)
 
 
-def tree(depth: int) -> dict:
-    """The fields of a plan that drafts a tree of this depth."""
-    return {"draft_length": depth, "draft_tree_top_k": TREE_TOP_K, "draft_tree_tokens": TREE_NODES * depth}
-
-
-def _starts(config: ModelConfig, flows: Sequence[ExpertFlow], drafts: Sequence[str]) -> Iterator[Start]:
+def _starts(config: ModelConfig, flows: Sequence[ExpertFlow], drafts: Sequence[str]) -> Iterator[SearchStart]:
     """Every combination of a flow and a draft that can run."""
-    experts = tuple(n for n in _halves(config.num_experts) if n < config.num_experts)
-    lengths = ("draft_length", LENGTHS)
-    starts = itertools.chain.from_iterable(flow.search_starts(config, experts) for flow in flows)
-    for start, draft in itertools.product(starts, drafts):
-        if draft == "none":
+    families = itertools.chain.from_iterable(flow.search_starts(config) for flow in flows)
+    for family, (draft, trees) in itertools.product(families, map(described, drafts)):
+        start = draft.start(config, family, trees=trees)
+        if start is not None:
             yield start
-        elif draft in GATED_DRAFTS and start.gated:
-            first = start.gated.replace(draft=draft)
-            yield Start(first, (("draft_experts", experts), lengths, ("retain", (False, True)), ("prefetch", ("none", "draft"))))
-        elif draft not in GATED_DRAFTS:
-            trees = draft == "eagle_tree"
-            kind = "eagle" if trees else draft
-            name = start.drafted_presets.get(kind, start.plan.preset)
-            axis = ("draft_length", tuple(map(tree, TREE_DEPTHS))) if trees else lengths
-            first = start.plan.replace(preset=name, draft=kind, **_changes("draft_length", axis[1][0]))
-            yield Start(first, (axis, *start.axes))
 
 
 def _changes(field: str, value) -> dict:
     return value if isinstance(value, dict) else {field: value}
-
-
-def _halves(count: int) -> tuple[int, ...]:
-    """1, 2, 3, 4, 6, 8, 12, ... up to count."""
-    return tuple(sorted({n for i in range(count.bit_length()) for n in (1 << i, 3 << i >> 1) if 1 <= n <= count}))
 
 
 class _Scan:
@@ -124,7 +102,7 @@ class _Scan:
         self.tried, self.refusal = 0, None
         self._score = functools.cache(self._score)
 
-    def largest_batch(self, start: Start) -> Choice | None:
+    def largest_batch(self, start: SearchStart) -> Choice | None:
         """The best choice of a family: at the largest batch that fits, then at smaller ones while those are better."""
         if "batch_size" in self._fixed:
             return self._scan_axes(start, start.plan)
@@ -136,7 +114,7 @@ class _Scan:
             best, rows = found or best, rows // 2
         return best
 
-    def _scan_axes(self, start: Start, plan: Plan) -> Choice | None:
+    def _scan_axes(self, start: SearchStart, plan: Plan) -> Choice | None:
         """One choice after the other, twice over where there are several, because they depend on each other."""
         best = self._first(start, plan)
         if best is None:
@@ -150,7 +128,7 @@ class _Scan:
                 break
         return best
 
-    def _first(self, start: Start, plan: Plan) -> Choice | None:
+    def _first(self, start: SearchStart, plan: Plan) -> Choice | None:
         """The start as it is, or with the smallest values where that does not fit."""
         smallest = {k: v for field, values in start.axes if field not in self._fixed for k, v in _changes(field, values[0]).items()}
         return self._score(plan) or self._score(plan.replace(**smallest))

@@ -13,6 +13,7 @@ from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.prefill import prefill
 from specmoe_jax.engine.requests.completion import TokenEvent, step_events
 from specmoe_jax.engine.requests.prepare import BatchShape
+from specmoe_jax.engine.resources import moved, new_draft_memory
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.session import Session
 from specmoe_jax.engine.state import ExpertMemory, Request, State, StepInfo
@@ -98,20 +99,21 @@ class PooledFlow:
 
     def init(self, session: Session, requests: list[Request], batch_shape: BatchShape) -> State:
         watch = Stopwatch()
-        before, memory = session.resources.moved(), session.resources.take(batch_shape)
+        runtime, _ = job = session.resources.take(batch_shape)
+        before, memory = moved(runtime), session.resources.expert_memory(job)
         kv = session.resources.new_cache(batch_shape)
         padding = batch_shape.rows - len(requests)
         rows: tuple[Request | None, ...] = (*requests, *[None] * padding)
         prompts = [request.token_ids if request else () for request in rows]
         if batch_shape.source:
             memory, cross = encode(
-                self, session.resources.runtime, memory, [request.source if request else () for request in rows], batch_shape.source
+                self, runtime, memory, [request.source if request else () for request in rows], batch_shape.source
             )
             kv = kv._replace(cross=cross)
-        draft_memory = session.resources.new_draft_memory(batch_shape)
+        draft_memory = new_draft_memory(runtime, batch_shape)
         with bar("prefill", max(map(len, prompts)) - 1, "position", mode=session.progress, leave=False) as shown, span("prefill"):
             memory, kv, draft_memory, _ = prefill(
-                self, session.resources.runtime, memory, kv, prompts, batch_shape.chunk, draft_memory, on_chunk=shown.update
+                self, runtime, memory, kv, prompts, batch_shape.chunk, draft_memory, on_chunk=shown.update
             )
             jax.block_until_ready((kv, draft_memory))
         session.figures.add_prefill(watch.seconds)
@@ -126,7 +128,8 @@ class PooledFlow:
             rows=sampling_rows([request.params if request else SamplingParams() for request in rows]),
             adaptive_length=session.resources.new_adaptive_length(batch_shape),
             draft_memory=draft_memory,
+            runtime=runtime,
         )
         state = session.warm(state, batch_shape)
-        session.figures.add_prefill_bytes(before, session.resources.moved())  # to warm up may change a draft set
+        session.figures.add_prefill_bytes(before, moved(runtime))  # to warm up may change a draft set
         return state

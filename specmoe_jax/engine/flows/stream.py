@@ -12,6 +12,7 @@ from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.flows.streaming import StreamedPass, stream_pass
 from specmoe_jax.engine.requests.completion import TokenEvent, step_events
 from specmoe_jax.engine.requests.prepare import BatchShape
+from specmoe_jax.engine.resources import Moved, moved, new_draft_memory
 from specmoe_jax.engine.runtime import Runtime, empty_pages
 from specmoe_jax.engine.scheduler import MicroBatch, admit, empty_chunk, prompt_chunks, rows_of
 from specmoe_jax.engine.session import Session
@@ -87,7 +88,8 @@ class StreamFlow:
 
     def init(self, session: Session, requests: list[Request], batch_shape: BatchShape) -> State:
         """The prompts run through one step."""
-        state, waiting = admit(self._init_queue(session, requests, batch_shape), requests, session.plan.lookahead)
+        state, _ = self._init_queue(session, requests, batch_shape)
+        state, waiting = admit(state, requests, session.plan.lookahead)
         if waiting:
             raise PlanError(f"{len(waiting)} of {len(requests)} prompts find no room in the KV cache; give more host memory")
         return session.step(state)[0]
@@ -96,20 +98,19 @@ class StreamFlow:
         self, session: Session, requests: list[Request], batch_shape: BatchShape, on_step: Callable[[StepInfo], None] | None
     ) -> Iterator[TokenEvent]:
         """A streamed job: rows are filled from the queue as they become free. Steps in which all rows join count as prefill."""
-        before = session.resources.moved()
-        state, waiting, watches = self._init_queue(session, requests, batch_shape), tuple(requests), {}
-        moved = session.resources.moved()
-        session.figures.add_prefill_bytes(before, moved)
+        (state, before), waiting, watches = self._init_queue(session, requests, batch_shape), tuple(requests), {}
+        now = moved(state.runtime)
+        session.figures.add_prefill_bytes(before, now)
         while waiting or not state.done:
             state, waiting = admit(state, waiting, session.plan.lookahead)
             watches |= {state.requests[row].id: Stopwatch() for row in np.flatnonzero(state.joining)}
-            watch, before = Stopwatch(), moved
+            watch, before = Stopwatch(), now
             state, info = session.counted_step(state)
-            moved = session.resources.moved()
-            info = info._replace(below=moved.below.since(before.below))  # the link's thread reads between two steps too
+            now = moved(state.runtime)
+            info = info._replace(below=now.below.since(before.below))  # the link's thread reads between two steps too
             if not info.active.any():
                 session.figures.add_prefill(watch.seconds)
-                session.figures.add_prefill_bytes(before, moved)
+                session.figures.add_prefill_bytes(before, now)
                 continue
             session.figures.add_step(info)
             if on_step is not None:
@@ -117,14 +118,15 @@ class StreamFlow:
             yield from step_events(session.model, state, info, watches)
         session.resources.put_back(state, batch_shape)
 
-    def _init_queue(self, session: Session, requests: list[Request], batch_shape: BatchShape) -> State:
-        """A compiled state with no request in its rows."""
-        memory = session.resources.take(batch_shape)
-        pages = no_pages(batch_shape.rows, batch_shape.positions, session.resources.account.kv_pages)
+    def _init_queue(self, session: Session, requests: list[Request], batch_shape: BatchShape) -> tuple[State, Moved]:
+        """A compiled state with no request in its rows, and what had moved before its pool was made."""
+        runtime, account = job = session.resources.take(batch_shape)
+        before, memory = moved(runtime), session.resources.expert_memory(job)
+        pages = no_pages(batch_shape.rows, batch_shape.positions, account.kv_pages)
         params = [request.params for request in requests]
         state = State(
             requests=(None,) * batch_shape.rows,
-            kv=_new_host_kv(session.resources.runtime, pages, batch_shape.chunk),
+            kv=_new_host_kv(runtime, pages, batch_shape.chunk),
             memory=memory,
             lengths=np.zeros(batch_shape.rows, np.int32),
             last_token=np.zeros(batch_shape.rows, np.int32),
@@ -132,11 +134,12 @@ class StreamFlow:
             finish_reasons=("padding",) * batch_shape.rows,
             rows=sampling_rows([SamplingParams()] * batch_shape.rows),
             adaptive_length=session.resources.new_adaptive_length(batch_shape),
-            draft_memory=session.resources.new_draft_memory(batch_shape),
+            draft_memory=new_draft_memory(runtime, batch_shape),
+            runtime=runtime,
         )
         for kind in {p.temperature == 0: p for p in params}.values():  # greedy and sampled batches run different programs
             state = session.warm(state._replace(rows=sampling_rows([kind] * batch_shape.rows)), batch_shape)
-        return state
+        return state, before
 
 
 def _first_buffers(runtime: Runtime) -> Buffers:

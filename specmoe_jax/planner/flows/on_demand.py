@@ -9,9 +9,9 @@ from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import preset
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import DISK, Cost
-from specmoe_jax.planner.drafts import attention_block
+from specmoe_jax.planner.drafts.search_starts import SearchStart, expert_counts
 from specmoe_jax.planner.flows.pooled import PooledFlow
-from specmoe_jax.planner.flows.protocol import Start
+from specmoe_jax.planner.layer_costs import attention_block
 from specmoe_jax.planner.measured.case import Case, MeasuredPass, kept_experts, layer_work, pinned_slots
 from specmoe_jax.planner.measured.operators import Operators
 from specmoe_jax.planner.memory.account import pinned_experts
@@ -63,11 +63,11 @@ class OnDemandFlow(PooledFlow):
         dense_s = (config.num_layers - layers) * operators.seconds("attention", **work)
         return MeasuredPass(layers * layer_s + dense_s, drafted_s + layers * naive_s + dense_s, layers * link_s, layers * misses)
 
-    def search_starts(self, config: ModelConfig, counts: tuple[int, ...]) -> Iterable[Start]:
+    def search_starts(self, config: ModelConfig) -> Iterable[SearchStart]:
         retain = ("retain", (False, True))
         return (
-            Start(preset("on_demand", config), (retain,), gated=preset("specmoe", config)),
-            Start(preset("caching", config), (("cached_experts", counts), retain)),
+            SearchStart(preset("on_demand", config), (retain,)),
+            SearchStart(preset("caching", config), (("cached_experts", expert_counts(config.num_experts)), retain)),
         )
 
 

@@ -1,10 +1,11 @@
 """What the rest asks of an expert flow before anything runs: its half of a plan's checks, memory, times and search."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
+from specmoe_jax.planner.drafts.search_starts import SearchStart
 from specmoe_jax.planner.measured.case import Case, MeasuredPass
 from specmoe_jax.planner.measured.operators import Operators
 from specmoe_jax.planner.memory.memory_account import MemoryAccount, PagedLoad
@@ -26,19 +27,6 @@ class FlowMemory(NamedTuple):
     cached_positions: int
     paged: PagedLoad | None = None
     pinned_layers: int = 0
-
-
-class Start(NamedTuple):
-    """A family of plans for the search: its first one, and the choices that are scanned in turn; each is (field, values in order).
-
-    A value that changes several fields at once is a dict. gated: the first plan with a draft that runs the target's own gates, None
-    where such a draft does not belong to the family. drafted_presets: names of the plans with a draft, by draft.
-    """
-
-    plan: Plan
-    axes: tuple[tuple[str, tuple], ...] = ()
-    gated: Plan | None = None
-    drafted_presets: Mapping[str, str] = {}
 
 
 class ExpertFlow(Protocol):
@@ -121,6 +109,6 @@ class ExpertFlow(Protocol):
         """Share of the tokens/s of a full batch that a whole job reaches: batches may not be full, and rows end early."""
         ...
 
-    def search_starts(self, config: ModelConfig, counts: tuple[int, ...]) -> Iterable[Start]:
-        """Families of plans. counts: of experts of a layer that may stay on the accelerator."""
+    def search_starts(self, config: ModelConfig) -> Iterable[SearchStart]:
+        """Families of plans."""
         ...

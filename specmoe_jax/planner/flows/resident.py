@@ -5,27 +5,19 @@ from collections.abc import Iterable
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
-from specmoe_jax.config.plan_fields import GATED_DRAFTS
 from specmoe_jax.config.presets import preset
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import Cost
-from specmoe_jax.planner.drafts import attention_block
+from specmoe_jax.planner.drafts.search_starts import SearchStart
 from specmoe_jax.planner.flows.pooled import PooledFlow
-from specmoe_jax.planner.flows.protocol import Start
+from specmoe_jax.planner.layer_costs import attention_block
 from specmoe_jax.planner.measured.case import Case, MeasuredPass, layer_work
 from specmoe_jax.planner.measured.operators import Operators
 from specmoe_jax.planner.passes import LayerCosts, Setting
-from specmoe_jax.support.errors import PlanError
 
 
 @dataclasses.dataclass(frozen=True)
 class ResidentFlow(PooledFlow):
-    def check(self, plan: Plan, config: ModelConfig) -> None:
-        if plan.draft in GATED_DRAFTS:
-            raise PlanError(
-                f"draft={plan.draft} has no effect with expert_flow=resident, where every expert is at hand; use on_demand"
-            )
-
     def moving_experts(self, config: ModelConfig, expert_bytes: int) -> int:
         return 0
 
@@ -53,8 +45,8 @@ class ResidentFlow(PooledFlow):
         seconds += (config.num_layers - config.num_moe_layers) * operators.seconds("attention", **work)
         return MeasuredPass(verify_s=seconds, naive_s=drafted_s + seconds, link_s=0.0, misses=0.0)
 
-    def search_starts(self, config: ModelConfig, counts: tuple[int, ...]) -> Iterable[Start]:
-        return (Start(preset("resident", config)),)
+    def search_starts(self, config: ModelConfig) -> Iterable[SearchStart]:
+        return (SearchStart(preset("resident", config), ()),)
 
 
 FLOW = ResidentFlow("resident", all_resident=True, fetches_misses=False)

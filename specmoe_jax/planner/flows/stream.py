@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
-from specmoe_jax.config.plan_fields import GATED_DRAFTS
 from specmoe_jax.config.presets import preset
 from specmoe_jax.kv_cache.positions import CHUNKS_AHEAD, KV_PAGE, PREFILL_TOKENS, pages_of
 from specmoe_jax.offload.stream_schedule import RESOURCES, UP, Task, pass_tasks, spread
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import DISK, Cost, Load
-from specmoe_jax.planner.flows.protocol import FlowMemory, Start
+from specmoe_jax.planner.drafts.search_starts import SearchStart
+from specmoe_jax.planner.flows.protocol import FlowMemory
 from specmoe_jax.planner.measured.case import Case, MeasuredPass, layer_work
 from specmoe_jax.planner.measured.operators import Operators
 from specmoe_jax.planner.memory.memory_account import MemoryAccount, PagedLoad
@@ -39,10 +39,6 @@ class StreamFlow:
         if not plan.cache_tier.on_host:
             raise PlanError(
                 f"expert_flow=stream keeps the KV cache in host memory; got kv_tier={plan.cache_tier.name}, give kv_tier=host"
-            )
-        if plan.draft in GATED_DRAFTS:
-            raise PlanError(
-                f"draft={plan.draft} needs experts that stay on the accelerator, expert_flow=stream keeps none; use on_demand"
             )
         if plan.cached_experts is not None or plan.retain or plan.prefetch != "none":
             raise PlanError(
@@ -199,9 +195,9 @@ class StreamFlow:
         rounds = requests / rows
         return rounds / (max(rounds, 1.0) - 1 + slowest_row_factor)
 
-    def search_starts(self, config: ModelConfig, counts: tuple[int, ...]) -> Iterable[Start]:
+    def search_starts(self, config: ModelConfig) -> Iterable[SearchStart]:
         axes = (("micro_batches", MICRO_BATCHES),)
-        return (Start(preset("streaming", config), axes, drafted_presets={"eagle": "specmoeoff"}),)
+        return (SearchStart(preset("streaming", config), axes),)
 
 
 def _check_pinned_layers(plan: Plan, config: ModelConfig) -> None:

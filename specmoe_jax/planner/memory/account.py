@@ -54,7 +54,7 @@ def account(
         num_slots=needs.wanted_slots + _spare_slots(plan, needs.dispatch),
         wanted_slots=needs.wanted_slots,
         pinned_slots=needs.pinned_slots,
-        merged_slots=config.num_moe_layers * (plan.draft_experts or 0) if plan.draft == "merged" else 0,
+        merged_slots=plan.drafting.merged_slots(plan, config),
         kv_bytes=needs.cached_positions * position_bytes(config, itemsize),
         activation_bytes=max(
             activation_bytes(config, plan, batch_rows, needs.pass_tokens, itemsize),
@@ -96,7 +96,7 @@ def pinned_experts(config: ModelConfig, plan: Plan) -> tuple[int, ...]:
     """[L], experts of each layer that stay on the accelerator between passes."""
     if plan.flow.all_resident:
         return (config.num_experts,) * config.num_moe_layers
-    pinned = (plan.draft_experts if plan.draft == "self" else plan.cached_experts) or 0
+    pinned = plan.drafting.pinned_experts(plan)
     return pinned if isinstance(pinned, tuple) else (pinned,) * config.num_moe_layers
 
 

@@ -68,7 +68,7 @@ class OperatorBench:
         attends = self.layer_config.attention
         cache = empty_cache(rows * each, attends.num_kv_heads, KV_PAGE, attends.cache_dim, self.model.dtype)
         table = np.arange(rows * each, dtype=np.int32).reshape(rows, each)
-        host = jax.device_put((*projected, self._weights.sinks, cache, table, lengths, num_new), self.streams.host)
+        host = jax.device_put((*projected, self._weights.sinks, cache, table, lengths, num_new), self.streams.context.host)
         *inputs, cache, table, lengths, num_new = host
 
         def call():
@@ -85,7 +85,7 @@ class OperatorBench:
 
     def experts(self, rows: int, new: int, share: float) -> Sample:
         h, x, routing, used = self._routed(rows, new, share)
-        pool, slots = self.pool, self.resident.resident_slots[0]
+        pool, slots = self.pool, self.resident.experts.resident_slots[0]
         return self._sample(lambda: stages.experts(self.layer_config, h, x, routing, pool, slots), rows, new, blocks=used)
 
     def head(self, rows: int, new: int) -> Sample:
@@ -111,11 +111,11 @@ class OperatorBench:
         return self._sample(call, rows, 1, chain=CHAIN)
 
     def stream(self) -> Sample:
-        buffer = self.streams.store.new_buffer()
+        buffer = self.streams.experts.store.new_buffer()
 
         def call():
             nonlocal buffer
-            buffer = self.streams.store.stream(buffer, 0)
+            buffer = self.streams.experts.store.stream(buffer, 0)
             return buffer
 
         return self._sample(call, 1, 1, blocks=self.config.num_experts)
@@ -125,7 +125,7 @@ class OperatorBench:
         return self.model.weights.layers[0]
 
     def _cache(self, rows: int):
-        kv = new_cache(self.config, rows, self.positions, self.model.dtype, self.resident.device)
+        kv = new_cache(self.config, rows, self.positions, self.model.dtype, self.resident.context.device)
         return kv._replace(k=kv.k[:1], v=kv.v[:1])
 
     def _inputs(self, rows: int, new: int, length: int):

@@ -45,6 +45,6 @@ def prefill(
             draft_memory = runtime.draft.observe(draft_memory, every_row, following, done.features, lengths, num_new)
         infos.append(done.info)
         on_chunk(int(num_new.max()))
-    usage_scores = runtime.draft_set.update(memory.usage_scores, totals, totals)
+    usage_scores = runtime.policies.draft_set.update(memory.usage_scores, totals, totals)
     memory = memory._replace(usage_scores=usage_scores)
     return runtime.executor.after_prefill(runtime, memory, totals), kv, draft_memory, infos

@@ -72,8 +72,8 @@ class EngineResources:
         fits = self.account is not None and needed.num_slots <= self.account.num_slots
         # A pool of the same size may hold a small batch's dispatch at once and a larger one's only in waves, or keep fewer slots
         # free of what is prefetched.
-        fits = fits and self._shared.slots.single_wave == (needed.num_slots >= needed.wanted_slots)
-        fits = fits and needed.dispatch_slots <= self._shared.slots.dispatch
+        fits = fits and self._shared.experts.slots.single_wave == (needed.num_slots >= needed.wanted_slots)
+        fits = fits and needed.dispatch_slots <= self._shared.experts.slots.dispatch
         if not fits or self._too_big(needed):
             self._memory = None
             how = {"draft_set": self._draft_set, "earlier": self._shared, "progress": self._progress, "spans": self._spans}
@@ -113,7 +113,7 @@ class EngineResources:
         """The adaptive length of a job that has ended, and its pool where the next job can take it: that of an earlier runtime
         has other slots."""
         self._adaptive_lengths[batch_shape[:2]] = state.adaptive_length
-        if state.runtime.store is self._shared.store:
+        if state.runtime.experts.store is self._shared.experts.store:
             self._memory = state.memory
 
     def peak_accelerator_bytes(self) -> int | None:
@@ -123,7 +123,7 @@ class EngineResources:
 
 
 def moved(runtime: Runtime) -> Moved:
-    return Moved(runtime.store.link.sent_bytes, runtime.store.tier.counts)
+    return Moved(runtime.experts.store.link.sent_bytes, runtime.experts.store.tier.counts)
 
 
 def new_draft_memory(runtime: Runtime, batch_shape: BatchShape) -> Any:

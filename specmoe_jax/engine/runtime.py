@@ -1,6 +1,5 @@
 """What stays the same over all steps of an engine: weights on the accelerator, the store, the draft, the policies."""
 
-import concurrent.futures
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from specmoe_jax.config.layer_config import AttentionConfig, LayerConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.registry import EXPERT_FLOWS, HOST_CACHE_POLICIES, KV_TIERS
+from specmoe_jax.engine.context import DeviceContext, make_context
 from specmoe_jax.engine.drafts.protocol import DraftExecutor
 from specmoe_jax.engine.flows.protocol import ExpertFlow, KvTier
 from specmoe_jax.engine.state import PoolSlots
@@ -31,74 +31,53 @@ from specmoe_jax.support.tracing import Span
 from specmoe_jax.types import KVCache
 
 
-class Workers(NamedTuple):
-    """The workers of a streamed plan beside the engine's own thread, one thread each; they start with their first task.
+class ExpertPlaces(NamedTuple):
+    """Where experts come from and the slots that they go to.
 
-    spans: where it is noted when each task ran, None where nobody wants to know.
+    resident_slots: [L, E] int32 where all stay for good, else None; an encoder's layers last. slots: of the pools that are made
+    for this account. merged_slots: [L, K] int32, further slots for a draft's own experts, None without any. pinned_layers: whose
+    experts stay beside a stream. expert_bytes: of one expert on the link.
     """
 
-    cpu: concurrent.futures.ThreadPoolExecutor
-    link: concurrent.futures.ThreadPoolExecutor
-    spans: list[Span] | None
+    store: ExpertStore
+    slots: PoolSlots
+    resident_slots: np.ndarray | None
+    merged_slots: np.ndarray | None
+    pinned_layers: tuple[int, ...]
+    expert_bytes: int
+
+
+class Policies(NamedTuple):
+    """Which experts stay, and which stand in for others.
+
+    keep: (layer, usage scores [E], counts [E], resident [E], resting) -> [E] bool, experts that stay after the layer's pass.
+    neighbours: [L, E, E] int32 where residents stand in for others, else None.
+    """
+
+    draft_set: DraftSetPolicy
+    keep: Callable[..., np.ndarray]
+    neighbours: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """draft, executor: what proposes tokens, and what the engine asks about it.
-
-    keep: (layer, votes [E], counts [E], resident [E], resting) -> [E] bool, experts that stay after the layer's pass.
-    neighbours: [L, E, E] int32 where residents stand in for others, else None. resident_slots: [L, E] int32 under the
-    resident flow, else None; an encoder's layers last. slots: of the pools that are made for this account. merged_slots:
-    [L, K] int32, further slots for a draft's own experts, None without any. host: the CPU. pinned_layers: whose experts
-    stay beside a stream.
-    """
+    """draft, executor: what proposes tokens, and what the engine asks about it. flow: of a Session."""
 
     config: ModelConfig
     plan: Plan
-    flow: ExpertFlow["Runtime", Any]  # of a Session
+    flow: ExpertFlow["Runtime", Any]
     cache_tier: KvTier["Runtime"]
     weights: Weights
-    store: ExpertStore
     draft: Draft | None
     executor: DraftExecutor
-    draft_set: DraftSetPolicy
-    keep: Callable[..., np.ndarray]
-    neighbours: np.ndarray | None
-    resident_slots: np.ndarray | None
-    slots: PoolSlots
-    merged_slots: np.ndarray | None
-    device: jax.Device
-    host: jax.Device
-    activations: Link  # counts what crosses between accelerator and host beside experts
-    pinned_sharding: jax.sharding.Sharding  # pinned host memory, where hidden states wait between two layers
-    workers: Workers
-    pinned_layers: tuple[int, ...]
-    expert_bytes: int  # of one expert on the link
+    context: DeviceContext
+    experts: ExpertPlaces
+    policies: Policies
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
         """Layers whose inputs the draft takes; none for most drafts, nor for one of the last hidden state."""
         return self.draft.feature_layers if isinstance(self.draft, FeatureDraft) else ()
-
-    def to_host(self, arrays):
-        """Starts the copy of activations into host memory; what is to compute with them there takes them through `on_host`.
-
-        From an accelerator of its own they go to pinned memory, since a copy to the CPU device blocks this thread until the
-        accelerator has come so far.
-        """
-        self.activations.send(sum(array.nbytes for array in jax.tree.leaves(arrays)))
-        return jax.device_put(arrays, self.host if self.device == self.host else self.pinned_sharding)
-
-    def on_host(self, arrays):
-        """Arrays of `to_host` as arrays of the CPU that holds the KV cache; waits for them."""
-        if self.device != self.host:  # the device alone would leave them in memory of the kind that they are in
-            arrays = jax.device_put(arrays, jax.sharding.SingleDeviceSharding(self.host, memory_kind="device"))
-        return jax.block_until_ready(arrays)
-
-    def to_accelerator(self, array: jax.Array) -> jax.Array:
-        """Copies attention outputs back."""
-        self.activations.send(array.nbytes)
-        return jax.device_put(array, self.device)
 
 
 def build(
@@ -117,45 +96,58 @@ def build(
 
     draft_set: a policy of the user's, None for the plan's.
     earlier: one of the same model and plan, whose neighbours need not be found again. progress: a bar while finding them.
-    spans: see Lanes.
+    spans: see Workers.
     """
-    config, device, host = model.config, jax.devices()[0], jax.local_devices(backend="cpu")[0]
-    # Maps experts, so before a tier drops pages.
-    found = earlier.neighbours if earlier else executor.neighbours(model, plan, progress)
-    flow = EXPERT_FLOWS.executor(plan.flow.name)
-    policy = draft_set or make_policy(
-        plan.draft_set or plan.drafting.default_draft_set, config.num_moe_layers, config.num_experts, guard=plan.guard
-    )
+    context, flow = make_context(spans), EXPERT_FLOWS.executor(plan.flow.name)
+    policies = _policies(model, plan, draft_set, executor, earlier, progress)  # map experts, so before a tier drops pages
     return Runtime(
-        config=config,
+        config=model.config,
         plan=plan,
         flow=flow,
         cache_tier=KV_TIERS.executor(plan.cache_tier.name),
-        weights=jax.device_put(model.weights, device),
-        store=ExpertStore(
-            _tier(model, plan, account),
-            Link(plan.link_bytes_per_s, oracle=plan.prefetch == "oracle"),
-            room=0 if device == host else arriving_experts(account.expert_bytes, config.num_experts),
-        ),
+        weights=jax.device_put(model.weights, context.device),
         draft=draft,
         executor=executor,
+        context=context,
+        experts=_expert_places(model, plan, account, context, flow.resident_slots(model.config)),
+        policies=policies,
+    )
+
+
+def _policies(
+    model: Model,
+    plan: Plan,
+    draft_set: DraftSetPolicy | None,
+    executor: DraftExecutor,
+    earlier: Runtime | None,
+    progress: str | bool,
+) -> Policies:
+    config, name = model.config, plan.draft_set or plan.drafting.default_draft_set
+    policy = draft_set or make_policy(name, config.num_moe_layers, config.num_experts, guard=plan.guard)
+    return Policies(
         draft_set=policy,
         keep=keep_rule(policy, pinned_experts(config, plan)),
-        neighbours=found,
-        resident_slots=flow.resident_slots(config),
-        slots=PoolSlots(
-            total=account.num_slots,
-            dispatch=account.dispatch_slots,
-            single_wave=account.num_slots >= account.wanted_slots,
-        ),
+        neighbours=earlier.policies.neighbours if earlier else executor.neighbours(model, plan, progress),
+    )
+
+
+def _expert_places(
+    model: Model, plan: Plan, account: MemoryAccount, context: DeviceContext, resident_slots: np.ndarray | None
+) -> ExpertPlaces:
+    config, one = model.config, account.expert_bytes
+    store = ExpertStore(
+        _tier(model, plan, account),
+        Link(plan.link_bytes_per_s, oracle=plan.prefetch == "oracle"),
+        room=0 if context.device == context.host else arriving_experts(one, config.num_experts),
+    )
+    slots = PoolSlots(account.num_slots, account.dispatch_slots, single_wave=account.num_slots >= account.wanted_slots)
+    return ExpertPlaces(
+        store=store,
+        slots=slots,
+        resident_slots=resident_slots,
         merged_slots=_merged_slots(config, account) if account.merged_slots else None,
-        device=device,
-        host=host,
-        activations=Link(),
-        pinned_sharding=jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host"),
-        workers=Workers(*(concurrent.futures.ThreadPoolExecutor(1, f"specmoe-{worker}") for worker in ("cpu", "link")), spans),
         pinned_layers=spread(config.moe_layers, account.pinned_layers),
-        expert_bytes=account.expert_bytes,
+        expert_bytes=one,
     )
 
 

@@ -39,8 +39,12 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
     The migration of SpecMoE happens inside `verify`, layer by layer: which experts a layer needs is known only
     when the layer before it has run.
     """
-    clock, sent, activations = [time.perf_counter()], [runtime.store.link.sent_bytes], runtime.activations.sent_bytes
-    below = runtime.store.tier.counts
+    clock, sent, activations = (
+        [time.perf_counter()],
+        [runtime.experts.store.link.sent_bytes],
+        runtime.context.activations.sent_bytes,
+    )
+    below = runtime.experts.store.tier.counts
     active = state.active
     state, moves = placed(runtime, state)
     if length is None:
@@ -50,13 +54,13 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
     with span("draft"):
         drafted = draft(runtime, state, length)
     clock.append(time.perf_counter())
-    if runtime.workers.spans is not None and length:
-        runtime.workers.spans.append(Span("draft", ACCELERATOR, -1, -1, clock[0], clock[1]))
-    sent.append(runtime.store.link.sent_bytes)
+    if runtime.context.workers.spans is not None and length:
+        runtime.context.workers.spans.append(Span("draft", ACCELERATOR, -1, -1, clock[0], clock[1]))
+    sent.append(runtime.experts.store.link.sent_bytes)
     with span("verify"):
         verified, result, sound, proposal = verify(runtime, state, drafted)
     clock.append(time.perf_counter())
-    sent.append(runtime.store.link.sent_bytes)
+    sent.append(runtime.experts.store.link.sent_bytes)
     with span("commit"):
         new_state, accepted, committed = commit(runtime, state, proposal, verified, result, sound, tokenizer)
     clock.append(time.perf_counter())
@@ -79,10 +83,10 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
         verify=verified.info,
         link_bytes=sent[2] - sent[0],
         draft_link_bytes=sent[1] - sent[0],
-        prefetch_bytes=guesses * runtime.expert_bytes,
-        prefetch_wasted_bytes=(guesses - verified.info.prefetch_hits) * runtime.expert_bytes,
-        activation_bytes=runtime.activations.sent_bytes - activations,
-        below=runtime.store.tier.counts.since(below),
+        prefetch_bytes=guesses * runtime.experts.expert_bytes,
+        prefetch_wasted_bytes=(guesses - verified.info.prefetch_hits) * runtime.experts.expert_bytes,
+        activation_bytes=runtime.context.activations.sent_bytes - activations,
+        below=runtime.experts.store.tier.counts.since(below),
         draft_s=clock[1] - clock[0] + clock[4] - clock[3],
         verify_s=clock[2] - clock[1],
         commit_s=clock[3] - clock[2],
@@ -170,7 +174,9 @@ def commit(
         committed[row] = len(generated[row]) - len(state.generated[row])
         if generated[row]:
             last_token[row] = generated[row][-1]
-    usage_scores = runtime.draft_set.update(verified.memory.usage_scores, verified.counts, _committed_counts(verified, committed))
+    usage_scores = runtime.policies.draft_set.update(
+        verified.memory.usage_scores, verified.counts, _committed_counts(verified, committed)
+    )
     new_state = state._replace(
         kv=verified.kv,
         draft_memory=proposal.memory,

@@ -43,7 +43,7 @@ def compact_accepted_path(
     """
     where = runtime.cache_tier.beside_cache(runtime, (jnp.asarray(state.lengths), accepted.path, accepted.num_accepted))
     if isinstance(verified.kv, HostKV):
-        table = jax.device_put(verified.kv.pages.table, runtime.host)
+        table = jax.device_put(verified.kv.pages.table, runtime.context.host)
         kv = verified.kv._replace(caches=tuple(stages.keep_path_paged(cache, table, *where) for cache in verified.kv.caches))
     else:
         k, v = (tuple(stages.keep_path(cache, *where) for cache in caches) for caches in (verified.kv.k, verified.kv.v))

@@ -47,7 +47,7 @@ class ModelExecutor(DraftExecutor):
 
         return ModelDraft(
             forward=forward,
-            new_cache=lambda rows, positions: new_cache(config, rows, positions, draft_model.dtype, runtime.device),
+            new_cache=lambda rows, positions: new_cache(config, rows, positions, draft_model.dtype, runtime.context.device),
             chunk=plan.prefill_chunk,
         )
 

@@ -11,7 +11,7 @@ class AcceleratorKv:
     """The cache is on the accelerator. See protocol.KvTier."""
 
     def device(self, runtime: Runtime) -> jax.Device:
-        return runtime.device
+        return runtime.context.device
 
     def beside_cache(self, runtime: Runtime, arrays):
         return arrays
@@ -30,17 +30,19 @@ class HostKv:
     """The cache is in host memory: queries, keys and values cross the link to it, attention outputs back. See protocol.KvTier."""
 
     def device(self, runtime: Runtime) -> jax.Device:
-        return runtime.host
+        return runtime.context.host
 
     def beside_cache(self, runtime: Runtime, arrays):
-        return jax.device_put(arrays, runtime.host)
+        return jax.device_put(arrays, runtime.context.host)
 
     def attention(self, runtime: Runtime, layer: int, h, kv: KVCache, lengths, num_new, tree: Tree | None = None):
         config, weights, cross = runtime.config.layers[layer], runtime.weights.layers[layer], kv.cross and kv.cross[layer]
-        inputs = runtime.on_host(runtime.to_host((*stages.pre_attention(config, weights, h, lengths, tree), weights.sinks)))
-        where = jax.device_put((lengths, num_new, tree), runtime.host)
+        inputs = runtime.context.on_host(
+            runtime.context.to_host((*stages.pre_attention(config, weights, h, lengths, tree), weights.sinks))
+        )
+        where = jax.device_put((lengths, num_new, tree), runtime.context.host)
         attended, k_cache, v_cache = stages.attend(config, *inputs, kv.k[layer], kv.v[layer], *where)
-        h, x, routing = stages.post_attention(config, weights, h, runtime.to_accelerator(attended), num_new, cross)
+        h, x, routing = stages.post_attention(config, weights, h, runtime.context.to_accelerator(attended), num_new, cross)
         return h, x, routing, k_cache, v_cache
 
     def resident_layer(self, runtime: Runtime, layer: int, h, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None):

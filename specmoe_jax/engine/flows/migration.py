@@ -43,7 +43,7 @@ def migrate_and_compute(
     needed[ids[ids >= 0]] = True
     # What is resident on a guess must not win the ties of the draft set: it costs acceptance (3.6 -> 2.9 tokens per step).
     established = (memory.residency.slot_of[moe] >= 0) & ~memory.prefetched[moe]
-    keep = runtime.keep(moe, memory.usage_scores[moe], counts, established, memory.resting)
+    keep = runtime.policies.keep(moe, memory.usage_scores[moe], counts, established, memory.resting)
     eviction_priority = None
     if memory.retained_experts is not None:
         memory, eviction_priority = _revive(memory, memory.retained_experts, moe, needed | keep, counts)
@@ -75,7 +75,7 @@ def execute(
 
 def execute_waves(runtime: Runtime, config: LayerConfig, plan: LayerPlan, memory: ExpertMemory, h, x, routing: Routing):
     """Any number of waves, by one program. -> h, memory."""
-    outputs = jnp.zeros((*routing.ids.shape, x.shape[-1]), jnp.float32, device=runtime.device)
+    outputs = jnp.zeros((*routing.ids.shape, x.shape[-1]), jnp.float32, device=runtime.context.device)
     for wave in plan.waves:
         memory = _fetch(runtime, memory, wave.fetch)
         memory = wait_for_copies(runtime, memory, wave.slots)
@@ -86,13 +86,13 @@ def execute_waves(runtime: Runtime, config: LayerConfig, plan: LayerPlan, memory
 def _fetch(runtime: Runtime, memory: ExpertMemory, copies) -> ExpertMemory:
     """Starts the copies (layer, expert, slot)."""
     retained = memory.retained_experts and retained_experts.after_copies(memory.retained_experts, copies)
-    pool, arriving = runtime.store.fetch(memory.pool, copies, memory.arriving)
+    pool, arriving = runtime.experts.store.fetch(memory.pool, copies, memory.arriving)
     return memory._replace(pool=pool, arriving=arriving, retained_experts=retained)
 
 
 def wait_for_copies(runtime: Runtime, memory: ExpertMemory, slots: np.ndarray | None = None) -> ExpertMemory:
     """With what was sent for in the pool: that of these slots (None: all). Waits for it."""
-    pool, arriving = runtime.store.finish_copies(memory.pool, memory.arriving, slots)
+    pool, arriving = runtime.experts.store.finish_copies(memory.pool, memory.arriving, slots)
     return memory._replace(pool=pool, arriving=arriving)
 
 
@@ -125,16 +125,20 @@ def prefetch(
         return memory, 0
     ahead = np.zeros(memory.prefetched.shape, predicted.dtype)
     ahead[first_layer : len(predicted)] = predicted[first_layer:]
-    pool, arriving = runtime.store.finish_arrived(memory.pool, memory.arriving)
+    pool, arriving = runtime.experts.store.finish_arrived(memory.pool, memory.arriving)
     memory = memory._replace(pool=pool, arriving=arriving)
-    limit, residency, retained = runtime.store.copies_within(budget_s, len(arriving)), memory.residency, memory.retained_experts
+    limit, residency, retained = (
+        runtime.experts.store.copies_within(budget_s, len(arriving)),
+        memory.residency,
+        memory.retained_experts,
+    )
     if retained is not None:
         room = int((residency.owner < 0).sum()) - memory.slots.dispatch
         residency = retained_experts.revive(residency, retained, ahead > 0, room)
-    runtime.store.tier.read_ahead(np.where(residency.slot_of < 0, ahead, 0))
+    runtime.experts.store.tier.read_ahead(np.where(residency.slot_of < 0, ahead, 0))
     copies, residency = plan_prefetch(
         residency,
-        np.where(runtime.store.tier.ready(), ahead, 0),
+        np.where(runtime.experts.store.tier.ready(), ahead, 0),
         reserve=memory.slots.dispatch,
         limit=limit,
         in_use=in_use,

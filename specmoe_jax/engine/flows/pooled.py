@@ -32,24 +32,26 @@ class PooledFlow:
     def first_memory(self, runtime: Runtime) -> ExpertMemory:
         """A new pool with what must always be there: all experts, or a first draft set per layer that decodes."""
         shape = (runtime.config.num_expert_layers, runtime.config.num_experts)
-        pool = runtime.store.new_pool(runtime.slots.total + (0 if runtime.merged_slots is None else runtime.merged_slots.size))
-        residency, none, arriving = empty(*shape, runtime.slots.total), np.zeros(shape[1], bool), ()
+        pool = runtime.experts.store.new_pool(
+            runtime.experts.slots.total + (0 if runtime.experts.merged_slots is None else runtime.experts.merged_slots.size)
+        )
+        residency, none, arriving = empty(*shape, runtime.experts.slots.total), np.zeros(shape[1], bool), ()
         usage_scores = np.zeros((runtime.config.num_moe_layers, shape[1]))
-        retained = retained_experts.nothing(*shape, runtime.slots.total) if runtime.plan.retain else None
+        retained = retained_experts.nothing(*shape, runtime.experts.slots.total) if runtime.plan.retain else None
         for layer in range(runtime.config.num_expert_layers):
             decodes = layer < runtime.config.num_moe_layers
             keep = (
-                runtime.keep(layer, usage_scores[layer], usage_scores[layer], none)
+                runtime.policies.keep(layer, usage_scores[layer], usage_scores[layer], none)
                 if decodes
-                else np.full(shape[1], runtime.resident_slots is not None)
+                else np.full(shape[1], runtime.experts.resident_slots is not None)
             )
             plan, residency = plan_layer(residency, layer, none, keep)
             for wave in plan.waves:
-                pool, arriving = runtime.store.fetch(pool, wave.fetch, arriving)
+                pool, arriving = runtime.experts.store.fetch(pool, wave.fetch, arriving)
                 retained = retained and retained_experts.after_copies(retained, wave.fetch)
-        pool, _ = runtime.store.finish_copies(pool, arriving)
+        pool, _ = runtime.experts.store.finish_copies(pool, arriving)
         return ExpertMemory(
-            slots=runtime.slots,
+            slots=runtime.experts.slots,
             pool=pool,
             residency=residency,
             usage_scores=usage_scores,

@@ -40,7 +40,7 @@ class ResidentFlow(PooledFlow):
         for layer, moe in enumerate(runtime.config.moe_index):
             if layer in watched:
                 inputs[layer] = h
-            slots = None if moe is None else runtime.resident_slots[moe]
+            slots = None if moe is None else runtime.experts.resident_slots[moe]
             h, _, k, v = runtime.cache_tier.resident_layer(runtime, layer, h, kv, lengths, num_new, memory.pool, slots, tree)
             keys.append(k)
             values.append(v)
@@ -57,7 +57,7 @@ class ResidentFlow(PooledFlow):
         self, runtime: Runtime, moe: int, memory: ExpertMemory, h, x, routing: Routing
     ) -> tuple[jax.Array, ExpertMemory]:
         config = runtime.config.all_layers[runtime.config.expert_layers[moe]]
-        return stages.experts(config, h, x, routing, memory.pool, runtime.resident_slots[moe]), memory
+        return stages.experts(config, h, x, routing, memory.pool, runtime.experts.resident_slots[moe]), memory
 
 
 FLOW = ResidentFlow()

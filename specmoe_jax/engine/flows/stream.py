@@ -36,7 +36,7 @@ class StreamFlow:
         """No pool: the pinned layers and the layer buffers."""
         shape = (runtime.config.num_expert_layers, runtime.config.num_experts)
         return ExpertMemory(
-            slots=runtime.slots,
+            slots=runtime.experts.slots,
             pool=None,
             residency=empty(*shape, 0),
             usage_scores=np.zeros(shape),
@@ -74,7 +74,7 @@ class StreamFlow:
         decoded = len(decoding)
         watched = any(f is not None for f in done.features)
         experts = runtime.config.num_experts if micro_batches else 0  # of a layer
-        hits = len(runtime.pinned_layers) * experts
+        hits = len(runtime.experts.pinned_layers) * experts
         missed = runtime.config.num_moe_layers * experts - hits
         return TargetPass(
             h=_all_rows(runtime, done.h[:decoded], running),
@@ -144,18 +144,18 @@ class StreamFlow:
 
 def _first_buffers(runtime: Runtime) -> Buffers:
     """The pinned layers, and the layer buffers: the first streamed layers are on their way into all but one of them."""
-    store, index = runtime.store, runtime.config.moe_index
+    store, index = runtime.experts.store, runtime.config.moe_index
     # In the link's thread, as every stream: a disk tier has one caller, and an abandoned job's may still be at it.
     stay = [
-        runtime.workers.link.submit(store.stream, store.new_buffer(), store.send_for(index[layer]))
-        for layer in runtime.pinned_layers
+        runtime.context.workers.link.submit(store.stream, store.new_buffer(), store.send_for(index[layer]))
+        for layer in runtime.experts.pinned_layers
     ]
     pinned = tuple(stream.result() for stream in stay)
-    streamed = [moe for moe, layer in enumerate(runtime.config.moe_layers) if layer not in runtime.pinned_layers]
+    streamed = [moe for moe, layer in enumerate(runtime.config.moe_layers) if layer not in runtime.experts.pinned_layers]
     if not streamed:
         return Buffers(spare=None, readers=(), coming=(), pinned=pinned)
     first = (streamed * runtime.plan.layer_buffers)[: runtime.plan.layer_buffers - 1]  # a model of one layer has two buffers too
-    coming = tuple(runtime.workers.link.submit(store.stream, store.new_buffer(), store.send_for(moe)) for moe in first)
+    coming = tuple(runtime.context.workers.link.submit(store.stream, store.new_buffer(), store.send_for(moe)) for moe in first)
     return Buffers(spare=store.new_buffer(), readers=(), coming=coming, pinned=pinned)
 
 
@@ -163,7 +163,9 @@ def _new_host_kv(runtime: Runtime, pages: Pages, chunk: int) -> HostKV:
     """A paged cache of zeros in host memory, in the plan's dtype."""
     # A chunk below the plan's is as long as the longest prompt.
     staged = chunk if chunk < runtime.plan.prefill_chunk else staged_positions(pages.table.shape[1] * KV_PAGE, chunk)
-    caches = (empty_pages(layer.attention, len(pages.free), runtime.plan.dtype, runtime.host) for layer in runtime.config.layers)
+    caches = (
+        empty_pages(layer.attention, len(pages.free), runtime.plan.dtype, runtime.context.host) for layer in runtime.config.layers
+    )
     return HostKV(caches=tuple(caches), pages=pages, chunk=chunk, staged=staged)
 
 
@@ -172,7 +174,7 @@ def _all_rows(runtime: Runtime, pieces: list[jax.Array], running: list[bool]) ->
     if not pieces:
         return None
     given, nothing = iter(pieces), np.zeros(pieces[0].shape, pieces[0].dtype)
-    return _rows([next(given) if runs else jax.device_put(nothing, runtime.device) for runs in running])
+    return _rows([next(given) if runs else jax.device_put(nothing, runtime.context.device) for runs in running])
 
 
 _rows = jax.jit(lambda pieces: jnp.concatenate(pieces) if len(pieces) > 1 else pieces[0])

@@ -38,14 +38,14 @@ class StreamedPass(NamedTuple):
 def stream_pass(runtime: Runtime, buffers: Buffers, kv: HostKV, micro_batches: list[MicroBatch]) -> StreamedPass:
     """The exact model over all micro-batches; the experts of each layer that is not pinned cross the link once.
 
-    Consumes buffers and kv. With runtime.workers.spans it is noted when each task ran; this waits for each of the accelerator's
+    Consumes buffers and kv. With spans of the workers it is noted when each task ran; this waits for each of the accelerator's
     tasks, which costs a little of the overlap.
     """
     run = _Run(runtime, buffers, kv, micro_batches)
     moe = tuple(index is not None for index in runtime.config.moe_index)
     shape = {
         "buffers": runtime.plan.layer_buffers,
-        "pinned": runtime.pinned_layers,
+        "pinned": runtime.experts.pinned_layers,
         "prompts": sum(map(run.attends_chunk, micro_batches)),
     }
     for task in pass_tasks(moe, len(micro_batches), 1, **shape):
@@ -60,7 +60,7 @@ class _Run:
         self.runtime, self.micro_batches = runtime, micro_batches
         self.caches, self.kv = list(kv.caches), kv
         self.host = [
-            jax.device_put((micro_batch.table, micro_batch.lengths, micro_batch.num_new, micro_batch.tree), runtime.host)
+            jax.device_put((micro_batch.table, micro_batch.lengths, micro_batch.num_new, micro_batch.tree), runtime.context.host)
             for micro_batch in micro_batches
         ]
         self.lengths = [jnp.asarray(micro_batch.lengths) for micro_batch in micro_batches]
@@ -73,7 +73,7 @@ class _Run:
         self.routed: dict = {}
         self.spare, self.readers, coming, self.cache = buffers
         self.coming = collections.deque(coming)
-        self.pinned = dict(zip(runtime.pinned_layers, self.cache, strict=True))
+        self.pinned = dict(zip(runtime.experts.pinned_layers, self.cache, strict=True))
         self.due = self.current = None
         self.handlers = {kind: getattr(self, f"_{kind}") for kind in KINDS}
         self.every_expert = np.arange(runtime.config.num_experts, dtype=np.int32)
@@ -109,11 +109,11 @@ class _Run:
         self.h[task.micro_batch] = h if stays else self._offloaded(task.micro_batch, h)
 
     def _offloaded(self, micro_batch: int, h: jax.Array) -> jax.Array:
-        return jax.device_put(h, self.runtime.pinned_sharding) if self.micro_batches[micro_batch].offloaded else h
+        return jax.device_put(h, self.runtime.context.pinned_sharding) if self.micro_batches[micro_batch].offloaded else h
 
     def _note(self, task: Task, start_s: float, outputs) -> None:
         """outputs: waited for only where spans are wanted."""
-        spans = self.runtime.workers.spans
+        spans = self.runtime.context.workers.spans
         if spans is not None:
             jax.block_until_ready(outputs)
             spans.append(Span(task.kind, task.resource, task.layer, task.micro_batch, start_s, time.perf_counter()))
@@ -143,14 +143,14 @@ class _Run:
 
     def _store(self, task: Task) -> None:
         _, k, v, _ = self.projected[task.micro_batch]
-        self.projected[task.micro_batch] = self.runtime.to_host((k, v))
+        self.projected[task.micro_batch] = self.runtime.context.to_host((k, v))
 
     def _append(self, task: Task) -> None:
-        self.appended.append(self.runtime.workers.cpu.submit(self._write, task, self.projected.pop(task.micro_batch)))
+        self.appended.append(self.runtime.context.workers.cpu.submit(self._write, task, self.projected.pop(task.micro_batch)))
 
     def _write(self, task: Task, projected) -> None:
         """In the CPU worker: keys and values of prompts that attended on the accelerator."""
-        projected = self.runtime.on_host(projected)
+        projected = self.runtime.context.on_host(projected)
         start_s = time.perf_counter()
         config, where = self.runtime.config.layers[task.layer], self.host[task.micro_batch][:3]
         cache = stages.append_paged(config, *projected, self.caches[task.layer], *where)
@@ -158,15 +158,15 @@ class _Run:
         self._note(task, start_s, cache)
 
     def _to_host(self, task: Task) -> None:
-        self.projected[task.micro_batch] = self.runtime.to_host(self.projected[task.micro_batch])
+        self.projected[task.micro_batch] = self.runtime.context.to_host(self.projected[task.micro_batch])
 
     def _attention(self, task: Task) -> None:
         projected = self.projected.pop(task.micro_batch)
-        self.attended[task.micro_batch] = self.runtime.workers.cpu.submit(self._attend, task, projected)
+        self.attended[task.micro_batch] = self.runtime.context.workers.cpu.submit(self._attend, task, projected)
 
     def _attend(self, task: Task, projected) -> jax.Array:
         """In the CPU worker, one at a time and in order, so that a chunk finds the rows of the chunks before it."""
-        projected = self.runtime.on_host(projected)
+        projected = self.runtime.context.on_host(projected)
         start_s = time.perf_counter()
         config = self.runtime.config.layers[task.layer]
         cache = self.caches[task.layer]
@@ -177,7 +177,7 @@ class _Run:
         return out
 
     def _to_accelerator(self, task: Task) -> None:
-        self.attended[task.micro_batch] = self.runtime.to_accelerator(self.attended[task.micro_batch].result())
+        self.attended[task.micro_batch] = self.runtime.context.to_accelerator(self.attended[task.micro_batch].result())
 
     def _post_attention(self, task: Task) -> None:
         start_s = time.perf_counter()
@@ -205,14 +205,14 @@ class _Run:
 
     def _stream(self, task: Task) -> None:
         self.due = self.coming.popleft()
-        layer = self.runtime.store.send_for(self.runtime.config.moe_index[task.layer])
-        self.coming.append(self.runtime.workers.link.submit(self._bring, task, layer, self.spare, tuple(self.readers)))
+        layer = self.runtime.experts.store.send_for(self.runtime.config.moe_index[task.layer])
+        self.coming.append(self.runtime.context.workers.link.submit(self._bring, task, layer, self.spare, tuple(self.readers)))
         self.spare = None
 
     def _bring(self, task: Task, layer: int, buffer: jax.Array, readers) -> jax.Array:
         """In the link worker: the layer's experts, once the buffer is no longer read."""
         jax.block_until_ready(readers)
         start_s = time.perf_counter()
-        buffer = self.runtime.store.stream(buffer, layer)
+        buffer = self.runtime.experts.store.stream(buffer, layer)
         self._note(task, start_s, buffer)
         return buffer

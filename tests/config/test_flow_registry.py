@@ -40,6 +40,7 @@ def test_a_flow_has_both_halves(name):
             assert hasattr(half, member), f"{half} lacks {member}"
             if callable(getattr(asks, member, None)):
                 assert signature(getattr(half, member)) == signature(getattr(asks, member)), member
+                assert getattr(half, member).__module__ != asks.__module__, f"{half} does not implement {member}"
 
 
 @pytest.mark.parametrize("name", list(KV_TIERS))

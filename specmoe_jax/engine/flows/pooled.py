@@ -8,6 +8,7 @@ import numpy as np
 
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine import figures as metrics
+from specmoe_jax.engine.flows import protocol
 from specmoe_jax.engine.flows.encode import encode
 from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.prefill import prefill
@@ -26,8 +27,8 @@ from specmoe_jax.support.tracing import span
 from specmoe_jax.types import Tree
 
 
-class PooledFlow:
-    """See protocol.PooledFlow. A flow adds `resident_slots`, `target_pass` and `encoder_experts`."""
+class PooledFlow(protocol.PooledFlow[Runtime, Session]):
+    """A flow adds `resident_slots`, `target_pass` and `encoder_experts`."""
 
     def first_memory(self, runtime: Runtime) -> ExpertMemory:
         """A new pool with what must always be there: all experts, or a first draft set per layer that decodes."""

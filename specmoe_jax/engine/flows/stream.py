@@ -8,7 +8,7 @@ import numpy as np
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.sampling_params import SamplingParams
-from specmoe_jax.engine.flows.protocol import TargetPass
+from specmoe_jax.engine.flows.protocol import ExpertFlow, TargetPass
 from specmoe_jax.engine.flows.streaming import StreamedPass, stream_pass
 from specmoe_jax.engine.requests.completion import TokenEvent, step_events
 from specmoe_jax.engine.requests.prepare import BatchShape
@@ -26,9 +26,7 @@ from specmoe_jax.support.timing import Stopwatch
 from specmoe_jax.types import Tree
 
 
-class StreamFlow:
-    """See protocol.ExpertFlow."""
-
+class StreamFlow(ExpertFlow[Runtime, Session]):
     def resident_slots(self, config: ModelConfig) -> None:
         return None
 

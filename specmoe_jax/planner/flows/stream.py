@@ -145,7 +145,7 @@ class StreamFlow:
             accelerator_is_cpu=hardware.accelerator_is_cpu,
             overlap=hardware.overlap,
         )
-        busy_s = dict.fromkeys((*RESOURCES, DISK), 0.0)
+        busy_s: dict[str, float] = dict.fromkeys((*RESOURCES, DISK), 0.0)
         for task in tasks:
             busy_s[task.resource] += seconds(task.kind, alike[task.layer])
         everything = [cost(task.kind, alike[task.layer]) for task in tasks]
@@ -164,7 +164,7 @@ class StreamFlow:
         chunks = max(rows * prompt_tokens / PREFILL_TOKENS, 1.0)  # of prompts
         load = Load(min(PREFILL_TOKENS / prompt_tokens, rows), prompt_tokens, prompt_tokens / 2)
         used = routing.distinct(setting.probabilities, load.tokens)
-        busy = dict.fromkeys(RESOURCES, 0.0)
+        busy: dict[str, float] = dict.fromkeys(RESOURCES, 0.0)
         pinned = spread(setting.config.moe_layers, setting.account.pinned_layers)
         prompts = 1 if plan.prefill_attention == "accelerator" else 0
         how = {"itemsize": setting.itemsize, "expert_bytes": setting.account.expert_bytes}

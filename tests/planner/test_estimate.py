@@ -138,7 +138,7 @@ def test_the_last_row_ends_later_than_the_mean_one(rate, length, rows):
     assert work.slowest_row_factor(Plan(preset="p"), rows) == 1.0
 
 
-def test_stragglers_of_a_map_are_those_of_the_rate_that_gives_it():
+def test_the_slowest_row_of_a_map_is_that_of_the_rate_that_gives_it():
     drafted = Plan(preset="p", draft="ngram", draft_length=4)
     rate = Workload(new_tokens=64, acceptance=0.6)
     table = Workload(new_tokens=64, acceptance=((4, rate.accepted(4)),))

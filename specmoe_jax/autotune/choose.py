@@ -92,7 +92,7 @@ def describe(plan: Plan) -> str:
     )
     values = {name: getattr(plan, name) for name in shown}
     parts = [f"{k}={v}" for k, v in values.items() if v not in (None, False, "none") and (k, v) != ("micro_batches", 1)]
-    return " ".join([plan.expert_flow, *parts])
+    return " ".join([plan.flow.name, *parts])
 
 
 def evaluate(config: ModelConfig, plan: Plan, known: Knowledge) -> Prediction:
@@ -103,7 +103,7 @@ def evaluate(config: ModelConfig, plan: Plan, known: Knowledge) -> Prediction:
     if known.hardware.accelerator_is_cpu and own.accelerator_bytes + own.host_bytes > memory:
         raise PlanError(
             f"{own.accelerator_bytes} bytes for computation and {own.host_bytes} of experts lie in the same {memory:.0f} bytes of "
-            "memory; give a smaller batch, or leave experts on disk: --expert_tier=disk"
+            "memory; give a smaller batch, or leave experts on disk: expert_tier=disk"
         )
     if known.operators is None or own.draft_pages or not _is_measured(config, plan):
         return prediction
@@ -115,8 +115,8 @@ def evaluate(config: ModelConfig, plan: Plan, known: Knowledge) -> Prediction:
 
 def _is_measured(config: ModelConfig, plan: Plan) -> bool:
     """Whether the operators that were measured (profiling.py) are those that the plan runs."""
-    elsewhere = plan.kv_tier == "host" and plan.expert_flow != "stream"
-    return not (elsewhere or plan.expert_tier == "disk" or plan.expert_dtype or not plan.drafting.is_measured or config.encoder)
+    elsewhere = plan.expert_tier == "disk" or plan.expert_dtype or config.encoder
+    return plan.flow.is_measured(plan) and plan.drafting.is_measured and not elsewhere
 
 
 def choose(
@@ -142,7 +142,7 @@ def choose(
     if known.calibration.measured:
         return _guarded(run(("none", *measured)))
     found = run(("none",))
-    if found.best.plan.expert_flow == "resident":
+    if found.best.plan.flow.all_resident:
         return found
     return _guarded(run(("none", *_unmeasured())))
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from specmoe_jax.engine.flows.layer_passes import draft_forward, prefetch, wait_for_copies
+from specmoe_jax.engine.flows.layer_passes import draft_forward
+from specmoe_jax.engine.flows.migration import prefetch, wait_for_copies
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, HostKV, State
 from specmoe_jax.kv_cache.positions import KV_PAGE

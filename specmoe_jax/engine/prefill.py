@@ -5,13 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from specmoe_jax.engine.flows.layer_passes import target_pass
+from specmoe_jax.engine.flows.protocol import PooledFlow
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, PassInfo
 from specmoe_jax.types import KVCache
 
 
 def prefill(
+    flow: PooledFlow,
     runtime: Runtime,
     memory: ExpertMemory,
     kv: KVCache,
@@ -38,12 +39,12 @@ def prefill(
             tokens[row, : num_new[row]] = prompt[start : start + num_new[row]]
             following[row, : num_new[row]] = prompt[start + 1 : start + 1 + num_new[row]]
         lengths = np.minimum(counts, start).astype(np.int32)
-        done = target_pass(runtime, memory, kv, tokens, lengths, num_new, earlier=totals, predicted=nothing)
+        done = flow.target_pass(runtime, memory, kv, tokens, lengths, num_new, earlier=totals, predicted=nothing)
         memory, kv, totals = done.memory, done.kv, done.counts
         if done.features is not None:
             draft_memory = runtime.draft.observe(draft_memory, every_row, following, done.features, lengths, num_new)
         infos.append(done.info)
         on_chunk(int(num_new.max()))
-    usage_scores = runtime.draft_set.update(memory.usage_scores, totals, totals)
+    usage_scores = runtime.policies.draft_set.update(memory.usage_scores, totals, totals)
     memory = memory._replace(usage_scores=usage_scores)
     return runtime.executor.after_prefill(runtime, memory, totals), kv, draft_memory, infos

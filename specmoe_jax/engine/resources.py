@@ -9,13 +9,14 @@ from specmoe_jax.config.plan import Plan
 from specmoe_jax.engine.drafts.executors import executor_of
 from specmoe_jax.engine.drafts.protocol import DraftInputs
 from specmoe_jax.engine.requests.prepare import BatchShape, job_account, smallest_job
-from specmoe_jax.engine.runtime import Runtime, build, first_memory, new_cache
+from specmoe_jax.engine.runtime import Runtime, build, new_cache
 from specmoe_jax.engine.state import ExpertMemory, State
 from specmoe_jax.models.model import Model
 from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.planner.memory.memory_account import MemoryAccount
 from specmoe_jax.speculate.adaptive_length import AdaptiveLength, make_adaptive_length
 from specmoe_jax.speculate.drafts.protocol import FeatureDraft
+from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy
 from specmoe_jax.support.tracing import Span
 from specmoe_jax.types import KVCache
 
@@ -42,8 +43,17 @@ class EngineResources:
     Raises PlanError at construction where not even the smallest job fits. Arguments: those of Engine, which has checked them.
     """
 
-    def __init__(self, model: Model, plan: Plan, inputs: DraftInputs, *, progress: str | bool, spans: list[Span] | None):
-        self._model, self._plan = model, plan
+    def __init__(
+        self,
+        model: Model,
+        plan: Plan,
+        inputs: DraftInputs,
+        *,
+        draft_set: DraftSetPolicy | None,
+        progress: str | bool,
+        spans: list[Span] | None,
+    ):
+        self._model, self._plan, self._draft_set = model, plan, draft_set
         self._progress, self._spans = progress, spans
         self._shared: Runtime | None = None  # of all jobs until one needs more; a job's own differs in its draft alone
         self.runtime: Runtime | None = None
@@ -62,11 +72,11 @@ class EngineResources:
         fits = self.account is not None and needed.num_slots <= self.account.num_slots
         # A pool of the same size may hold a small batch's dispatch at once and a larger one's only in waves, or keep fewer slots
         # free of what is prefetched.
-        fits = fits and self._shared.slots.single_wave == (needed.num_slots >= needed.wanted_slots)
-        fits = fits and needed.dispatch_slots <= self._shared.slots.dispatch
+        fits = fits and self._shared.experts.slots.single_wave == (needed.num_slots >= needed.wanted_slots)
+        fits = fits and needed.dispatch_slots <= self._shared.experts.slots.dispatch
         if not fits or self._too_big(needed):
             self._memory = None
-            how = {"earlier": self._shared, "progress": self._progress, "spans": self._spans}
+            how = {"draft_set": self._draft_set, "earlier": self._shared, "progress": self._progress, "spans": self._spans}
             self._shared = build(self._model, self._plan, needed, self._draft, executor=self._executor, **how)
             self.account = needed
         draft = self._executor.for_job(self._draft, self._shared, needed)
@@ -79,7 +89,7 @@ class EngineResources:
     def expert_memory(self, job: Job) -> ExpertMemory:
         """The pool that an earlier job on the same runtime left, or a new one."""
         memory, self._memory = self._memory, None
-        return first_memory(job.runtime) if memory is None else memory
+        return job.runtime.flow.first_memory(job.runtime) if memory is None else memory
 
     def _needed(self, batch_shape: BatchShape) -> MemoryAccount:
         return job_account(self._model.config, self._plan, batch_shape, self._draft_memory)
@@ -96,14 +106,14 @@ class EngineResources:
         return self._adaptive_lengths.get(batch_shape[:2]) or make_adaptive_length(self._plan.draft_length)
 
     def new_cache(self, batch_shape: BatchShape) -> KVCache:
-        device = self.runtime.host if self._plan.kv_tier == "host" else self.runtime.device
+        device = self.runtime.cache_tier.device(self.runtime)
         return new_cache(self._model.config, batch_shape.rows, batch_shape.positions, self._plan.dtype, device)
 
     def put_back(self, state: State, batch_shape: BatchShape) -> None:
         """The adaptive length of a job that has ended, and its pool where the next job can take it: that of an earlier runtime
         has other slots."""
         self._adaptive_lengths[batch_shape[:2]] = state.adaptive_length
-        if state.runtime.store is self._shared.store:
+        if state.runtime.experts.store is self._shared.experts.store:
             self._memory = state.memory
 
     def peak_accelerator_bytes(self) -> int | None:
@@ -113,7 +123,7 @@ class EngineResources:
 
 
 def moved(runtime: Runtime) -> Moved:
-    return Moved(runtime.store.link.sent_bytes, runtime.store.tier.counts)
+    return Moved(runtime.experts.store.link.sent_bytes, runtime.experts.store.tier.counts)
 
 
 def new_draft_memory(runtime: Runtime, batch_shape: BatchShape) -> Any:

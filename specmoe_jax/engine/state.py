@@ -70,7 +70,8 @@ class ExpertMemory(NamedTuple):
 class HostKV(NamedTuple):
     """The KV cache of a streamed plan, paged in host memory: one cache of pages per layer, and which pages are whose.
 
-    chunk: positions of a prompt that one item of a pass takes in. staged: S of the rows in which prompts attend on the accelerator.
+    chunk: positions of a prompt that one micro-batch of a pass takes in. staged: S of the rows in which prompts attend on the
+    accelerator.
     """
 
     caches: tuple[PackedCache, ...]

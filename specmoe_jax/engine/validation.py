@@ -2,17 +2,21 @@
 
 from specmoe_jax.checkpoints.disk import DiskExperts
 from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.plan_fields import fields_of_a_plan
 from specmoe_jax.engine.drafts.executors import check_inputs
 from specmoe_jax.engine.drafts.protocol import DraftInputs
 from specmoe_jax.models.model import Model
+from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.support.tracing import Span
 
 
-def validate_inputs(model: Model, plan: Plan, inputs: DraftInputs, spans: list[Span] | None) -> None:
+def validate_inputs(
+    model: Model, plan: Plan, inputs: DraftInputs, *, draft_set: DraftSetPolicy | None, spans: list[Span] | None
+) -> None:
     """Raises PlanError for what the plan contradicts or does not use, and for a draft of another model."""
-    if spans is not None and plan.expert_flow != "stream":
-        raise PlanError(f"spans have no effect with expert_flow={plan.expert_flow}, which has no lanes; leave them out")
+    if spans is not None and not plan.flow.workers:
+        raise PlanError(f"spans have no effect with expert_flow={plan.flow.name}, which has no lanes; leave them out")
     if plan.dtype != model.dtype:
         raise PlanError(f"the plan says dtype={plan.dtype}, the model was loaded as {model.dtype}; make them agree")
     if plan.expert_dtype != model.config.experts.packing:
@@ -24,3 +28,15 @@ def validate_inputs(model: Model, plan: Plan, inputs: DraftInputs, spans: list[S
     if plan.expert_tier != tier:
         raise PlanError(f"the plan says expert_tier={plan.expert_tier}, the model was loaded with {tier}; make them agree")
     check_inputs(model, plan, inputs)
+    if draft_set is not None:
+        _check_draft_set(plan, draft_set)
+
+
+def _check_draft_set(plan: Plan, policy: DraftSetPolicy) -> None:
+    if not isinstance(policy, DraftSetPolicy):
+        raise PlanError(f"draft_set is a {type(policy).__name__}; give Engine a speculate.DraftSetPolicy, or name one in the plan")
+    if plan.draft_set is not None:
+        raise PlanError(f"the plan says draft_set={plan.draft_set} and Engine is given {policy.name!r}; leave one out")
+    for need in fields_of_a_plan()["draft_set"].info.needs:
+        if not need.condition(plan):
+            raise PlanError(f"the draft_set given to Engine has no effect {need.without.format(plan=plan)}; leave it out")

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
-from specmoe_jax.config.presets import preset
+from specmoe_jax.config.registry import EXPERT_FLOWS
 from specmoe_jax.planner.drafts.protocol import described
-from specmoe_jax.planner.drafts.search_starts import SearchStart, expert_counts
+from specmoe_jax.planner.drafts.search_starts import SearchStart
 from specmoe_jax.planner.estimate import Prediction
+from specmoe_jax.planner.flows.protocol import ExpertFlow
 from specmoe_jax.support.errors import PlanError
 
-MICRO_BATCHES = (1, 2, 4)
 LARGEST_BATCH = 1024
 WORTH_OF_A_DRAFT = 1.15  # acceptance differs from prompt to prompt
 EQUAL = 1.01  # closer predictions are one: then the smaller value is taken, shorter drafts and fewer pinned experts (with
@@ -60,9 +60,8 @@ def search(
     """
     fixed = fixed or {}
     scan = _Scan(config, evaluate, requests, fixed)
-    starts = [
-        start for start in _starts(config, drafts) if start.plan.expert_flow == fixed.get("expert_flow", start.plan.expert_flow)
-    ]
+    flows = [fixed["expert_flow"]] if "expert_flow" in fixed else EXPERT_FLOWS
+    starts = _starts(config, [EXPERT_FLOWS.description(name) for name in flows], drafts)
     choices = [choice for start in starts if (choice := scan.largest_batch(start))]
     if not choices:
         raise PlanError(f"no plan fits: {scan.refusal}" if scan.refusal else "no plan was considered; give at least one draft")
@@ -73,25 +72,20 @@ def search(
 
 
 def _kind(plan: Plan) -> tuple:
-    return plan.expert_flow, plan.drafting.name, bool(plan.cached_experts)
+    return plan.flow, plan.drafting.name, bool(plan.cached_experts)
 
 
 def _preference(choice: Choice) -> float:
     """Tokens/s, a little less for a plan with a draft, whose acceptance is an estimate too, and for one that moves experts."""
     drafts = WORTH_OF_A_DRAFT if choice.plan.drafting.drafts else 1.0
-    return choice.tokens_per_s / drafts / (WORTH if choice.plan.expert_flow != "resident" else 1.0)
+    return choice.tokens_per_s / drafts / (1.0 if choice.plan.flow.all_resident else WORTH)
 
 
-def _starts(config: ModelConfig, drafts: Sequence[str]) -> Iterator[SearchStart]:
+def _starts(config: ModelConfig, flows: Sequence[ExpertFlow], drafts: Sequence[str]) -> Iterator[SearchStart]:
     """Every combination of a flow and a draft that can run."""
-    flows = (
-        SearchStart(preset("resident", config), ()),
-        SearchStart(preset("on_demand", config), (("retain", (False, True)),)),
-        SearchStart(preset("caching", config), (("cached_experts", expert_counts(config.num_experts)), ("retain", (False, True)))),
-        SearchStart(preset("streaming", config), (("micro_batches", MICRO_BATCHES),)),
-    )
-    for flow, (draft, trees) in itertools.product(flows, map(described, drafts)):
-        start = draft.start(config, flow, trees=trees)
+    families = itertools.chain.from_iterable(flow.search_starts(config) for flow in flows)
+    for family, (draft, trees) in itertools.product(families, map(described, drafts)):
+        start = draft.start(config, family, trees=trees)
         if start is not None:
             yield start
 
@@ -163,10 +157,5 @@ class _Scan:
         except PlanError as e:
             self.refusal = str(e)
             return None
-        if plan.expert_flow == "stream":  # rows are filled from the queue, so only the last ones end alone
-            rounds = self._requests / prediction.rows
-            full = rounds / (max(rounds, 1.0) - 1 + prediction.stragglers)
-        else:
-            batches = -(-self._requests // prediction.rows)
-            full = self._requests / (batches * prediction.rows) / prediction.stragglers
-        return Choice(plan, prediction, prediction.tokens_per_s * full)
+        share = plan.flow.busy_share(self._requests, prediction.rows, prediction.slowest_row_factor)
+        return Choice(plan, prediction, prediction.tokens_per_s * share)

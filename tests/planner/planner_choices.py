@@ -146,6 +146,6 @@ def speed(engine: sm.Engine, prompts: list[list[int]], new_tokens: int) -> float
 def evaluate_speed(config, plan: Plan, known: Knowledge) -> float:
     try:
         prediction = evaluate(config, plan, known)
-        return prediction.tokens_per_s / prediction.stragglers
+        return prediction.tokens_per_s / prediction.slowest_row_factor
     except sm.PlanError:
         return float("nan")

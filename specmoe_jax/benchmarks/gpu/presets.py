@@ -153,7 +153,7 @@ def measure(
         inside = low <= figures["decode_tokens_per_s"] <= high
         done |= predicted_figures(predicted, totals) | {"interval": (low, high), "inside_interval": inside}
     del state, engine
-    if plan.expert_flow == "stream":
+    if plan.flow.workers:
         done["lanes_s"] = _lanes(model, plan, head, prompts, params, lanes)
     return figures | done
 

@@ -1,7 +1,5 @@
 """An EAGLE head as the draft, its cache whole or split as the account of the job has room for it."""
 
-import dataclasses
-
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.engine.drafts.protocol import DraftExecutor, DraftInputs
 from specmoe_jax.engine.drafts.split_draft import SplitDraft
@@ -28,8 +26,14 @@ class EagleExecutor(DraftExecutor):
     def for_job(self, draft: EagleDraft, runtime: Runtime, account: MemoryAccount) -> FeatureDraft:
         if not account.draft_pages:
             return draft
-        shared = dataclasses.replace(runtime, draft=None)  # else the draft of a job would hold that of the job before
-        return SplitDraft(head=draft.head, tree=draft.tree, runtime=shared, pages=account.draft_pages, host_pages=account.kv_pages)
+        return SplitDraft(
+            head=draft.head,
+            tree=draft.tree,
+            context=runtime.context,
+            lookahead=runtime.plan.lookahead,
+            pages=account.draft_pages,
+            host_pages=account.kv_pages,
+        )
 
     def random_inputs(self, model: Model) -> dict:
         return {"draft_head": random_head(usual_head(model.config), model)}

@@ -31,11 +31,13 @@ class MergedExecutor(DraftExecutor):
         if memory.groups is not None:
             return memory
         groups, pool = np.zeros(counts.shape, np.int32), memory.pool
-        for layer, slots in enumerate(runtime.merged_slots):
-            grouping = group_experts(counts[layer], runtime.neighbours[layer], len(slots))
+        for layer, slots in enumerate(runtime.experts.merged_slots):
+            grouping = group_experts(counts[layer], runtime.policies.neighbours[layer], len(slots))
             for group, slot in enumerate(slots):
-                block = merge(lambda expert, layer=layer: np.asarray(runtime.store.tier.block((layer, expert))), grouping, group)
-                pool = runtime.store.put(pool, block, int(slot))
+                block = merge(
+                    lambda expert, layer=layer: np.asarray(runtime.experts.store.tier.block((layer, expert))), grouping, group
+                )
+                pool = runtime.experts.store.put(pool, block, int(slot))
             groups[layer] = slots[grouping.of]
         return memory._replace(pool=pool, groups=groups)
 

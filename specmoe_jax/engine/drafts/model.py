@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.registry import EXPERT_FLOWS
 from specmoe_jax.engine import stages
 from specmoe_jax.engine.drafts.executors import executor_of
 from specmoe_jax.engine.drafts.protocol import DraftExecutor, DraftInputs
-from specmoe_jax.engine.flows.layer_passes import target_pass
-from specmoe_jax.engine.runtime import build, first_memory, new_cache
+from specmoe_jax.engine.runtime import build, new_cache
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.drafts.model import resident_plan
 from specmoe_jax.planner.memory.account import account
@@ -38,15 +38,16 @@ class ModelExecutor(DraftExecutor):
         config, own = draft_model.config, resident_plan(draft_model.config, plan.replace(dtype=draft_model.dtype))
         counted = account(config, own, batch_rows=1, positions=1)
         runtime = build(draft_model, own, counted, None, executor=executor_of(own), earlier=None, progress=False)
-        memory, nothing = first_memory(runtime), np.zeros((config.num_moe_layers, config.num_experts), np.int64)
+        flow = EXPERT_FLOWS.executor(own.flow.name)
+        memory, nothing = flow.first_memory(runtime), np.zeros((config.num_moe_layers, config.num_experts), np.int64)
 
         def forward(kv: KVCache, tokens, lengths, num_new):
-            done = target_pass(runtime, memory, kv, tokens, lengths, num_new, earlier=nothing, predicted=nothing)
+            done = flow.target_pass(runtime, memory, kv, tokens, lengths, num_new, earlier=nothing, predicted=nothing)
             return stages.head(config.norm_eps, runtime.weights, _last_new(done.h, num_new))[:, 0], done.kv
 
         return ModelDraft(
             forward=forward,
-            new_cache=lambda rows, positions: new_cache(config, rows, positions, draft_model.dtype, runtime.device),
+            new_cache=lambda rows, positions: new_cache(config, rows, positions, draft_model.dtype, runtime.context.device),
             chunk=plan.prefill_chunk,
         )
 

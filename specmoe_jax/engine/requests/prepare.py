@@ -10,7 +10,6 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.state import Request
-from specmoe_jax.kv_cache.positions import pages_of
 from specmoe_jax.models.eagle.config import EagleConfig
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.memory.account import cache_positions
@@ -50,22 +49,14 @@ def batch_shape_of(plan: Plan, requests: list[Request]) -> BatchShape:
     prompt = max(len(request.token_ids) for request in requests)
     longest = max(len(request.token_ids) + request.limit for request in requests)
     rows = min(plan.batch_size, len(requests))
-    streams = plan.expert_flow == "stream"
     source = max(len(request.source) for request in requests)
     return BatchShape(
-        rows=-(-rows // plan.micro_batches) * plan.micro_batches if streams else rows,
+        rows=plan.flow.batch_rows(plan, rows),
         positions=cache_positions(longest, plan),
         chunk=min(plan.prefill_chunk, 1 << max(prompt - 2, 0).bit_length()),
-        paged=_paged(plan, requests, rows) if streams else None,
+        paged=plan.flow.paged_load(plan, [(len(request.token_ids), request.limit) for request in requests], rows),
         source=source and max(8, 1 << (source - 1).bit_length()),
     )
-
-
-def _paged(plan: Plan, requests: list[Request], rows: int) -> PagedLoad:
-    """What any `rows` of the requests fill at most: they take each other's places in an order that is not known yet."""
-    pages = [pages_of(len(request.token_ids) + request.limit + plan.lookahead) for request in requests]
-    prompts = [len(request.token_ids) for request in requests]
-    return PagedLoad(pages=sum(sorted(pages)[-rows:]), prompt_tokens=sum(sorted(prompts)[-rows:]))
 
 
 def job_account(config: ModelConfig, plan: Plan, batch_shape: BatchShape, draft: DraftMemory) -> MemoryAccount:

@@ -31,7 +31,7 @@ class EagleDraft(DraftDescription):
     def check(self, plan: Plan, config: ModelConfig) -> None:
         check_decoder(plan, config)
         super().check(plan, config)
-        if plan.draft_kv_bytes is not None and plan.expert_flow != "stream":
+        if plan.draft_kv_bytes is not None and not plan.flow.workers:
             raise PlanError(
                 f"draft_kv_bytes={plan.draft_kv_bytes} has no effect with draft=eagle and expert_flow={plan.expert_flow}; "
                 "leave it out"
@@ -39,11 +39,11 @@ class EagleDraft(DraftDescription):
 
     def memory(self, plan: Plan, config: ModelConfig, *, head: EagleConfig | None = None, model=None) -> DraftMemory:
         """Of a head that is not known: of the usual one."""
-        head, item = head or usual_head(config), DTYPE_BYTES[plan.dtype]
+        head, itemsize = head or usual_head(config), DTYPE_BYTES[plan.dtype]
         return DraftMemory(
-            fixed=_weights(head) * item + TABLE_ENTRY_BYTES * (head.draft_vocab_size or 0),
-            row=head.hidden_size * item,
-            position=costs.cache_row(head.layer.attention) * item,
+            fixed=_weights(head) * itemsize + TABLE_ENTRY_BYTES * (head.draft_vocab_size or 0),
+            row=head.hidden_size * itemsize,
+            position=costs.cache_row(head.layer.attention) * itemsize,
         )
 
     def costs(
@@ -61,22 +61,25 @@ class EagleDraft(DraftDescription):
 
         Of a tree it feeds back a level of draft_tree_top_k nodes at a time. Of a split cache each part attends over its own rows.
         """
-        head, item, length, width = head or usual_head(config), DTYPE_BYTES[plan.dtype], plan.draft_length or 1, _width(plan)
+        head, itemsize, length, width = head or usual_head(config), DTYPE_BYTES[plan.dtype], plan.draft_length or 1, _width(plan)
         attention, size = head.layer.attention, _weights(head)
         level = Load(load.rows, width, load.context + length / 2)
 
         def attend(of: Load, share: float, resource: str = ACCELERATOR) -> Cost:
-            return costs.attention(attention, of._replace(rows=of.rows * share), item, resource=resource, programs=0)
+            return costs.attention(attention, of._replace(rows=of.rows * share), itemsize, resource=resource, programs=0)
 
         def both(of: Load) -> tuple[Cost, tuple[Cost, ...]]:
-            copies = costs.queries_down(attention, of, item), costs.attended_up(attention, of, item)  # of all rows: one shape
+            copies = (
+                costs.queries_down(attention, of, itemsize),
+                costs.attended_up(attention, of, itemsize),
+            )  # of all rows: one shape
             return attend(of, 1 - cpu_share), (copies[0], attend(of, cpu_share, CPU), copies[1])
 
         def whole(of: Load) -> tuple[Cost, ...]:
             return () if cpu_share else (attend(of, 1.0),)
 
-        first = (costs.projections(size, load, item), *whole(load), costs.head(config, load.rows, item))
-        further = (costs.projections(size, level, item), *whole(level), costs.head(config, load.rows * width, item))
+        first = (costs.projections(size, load, itemsize), *whole(load), costs.head(config, load.rows, itemsize))
+        further = (costs.projections(size, level, itemsize), *whole(level), costs.head(config, load.rows * width, itemsize))
         return DraftCosts(
             costs=(*first, *(further * (length - 1))),
             split=(both(load), *((both(level),) * (length - 1))) if cpu_share else (),
@@ -98,7 +101,7 @@ class EagleDraft(DraftDescription):
     def start(self, config: ModelConfig, flow: SearchStart, *, trees: bool = False) -> SearchStart:
         lengths = tuple(map(tree, TREE_DEPTHS)) if trees else LENGTHS
         first = tree(TREE_DEPTHS[0]) if trees else {"draft_length": LENGTHS[0]}
-        paper = {"preset": "specmoeoff"} if flow.plan.expert_flow == "stream" else {}
+        paper = {"preset": "specmoeoff"} if flow.plan.flow.workers else {}
         return SearchStart(flow.plan.replace(draft=self.name, **first, **paper), (("draft_length", lengths), *flow.axes))
 
 

@@ -11,7 +11,7 @@ from specmoe_jax.planner.drafts.checks import GATED_FIELDS
 from specmoe_jax.planner.drafts.protocol import DraftCosts, DraftDescription
 from specmoe_jax.planner.drafts.search_starts import LENGTHS, SearchStart, expert_counts
 from specmoe_jax.planner.layer_costs import resident_pass
-from specmoe_jax.planner.measured.case import Case, kept_experts
+from specmoe_jax.planner.measured.case import Case, kept_experts, layer_work
 from specmoe_jax.planner.measured.operators import Operators, draft_work
 from specmoe_jax.support.errors import PlanError
 
@@ -28,24 +28,25 @@ class GatedDraft(DraftDescription):
             raise PlanError(
                 f"draft_experts is {plan.draft_experts}; draft={self.name} needs 1 to {config.num_experts}, the experts of a layer"
             )
-        if plan.expert_flow == "resident":
+        if plan.flow.all_resident:
             raise PlanError(
                 f"draft={self.name} has no effect with expert_flow=resident, where every expert is at hand; use on_demand"
             )
-        if plan.expert_flow == "stream":
+        if not plan.flow.fetches_misses:
             raise PlanError(
-                f"draft={self.name} needs experts that stay on the accelerator, expert_flow=stream keeps none; use on_demand"
+                f"draft={self.name} needs experts that stay on the accelerator, expert_flow={plan.flow.name} keeps none; "
+                "use on_demand"
             )
 
     def costs(self, plan: Plan, config: ModelConfig, load: Load, *, skew: float, **_) -> DraftCosts:
-        item, length = DTYPE_BYTES[plan.dtype], plan.draft_length or 0
+        itemsize, length = DTYPE_BYTES[plan.dtype], plan.draft_length or 0
         chosen = routing.distinct(routing.choice_probabilities(config.num_experts, config.experts_per_token, skew), load.rows)
         token = resident_pass(
             config,
             Load(load.rows, 1, load.context + length / 2),
             min(chosen, _mean_experts(plan)),
-            item,
-            kv_tier=plan.kv_tier,
+            itemsize,
+            tier=plan.cache_tier,
             expert_bytes=costs.expert_bytes(config, plan),
         )
         return DraftCosts(token * length, syncs=length if plan.prefetch == "draft" else 1)
@@ -68,12 +69,12 @@ class GatedDraft(DraftDescription):
             waited=_waited(config, plan, operators, case),
         )
         choice_s = operators.seconds("draft_head", rows=rows)
-        attention = {"rows": rows, "tokens": rows, "read": rows * case.context, "scores": rows * case.context}
+        attention = layer_work(rows, 1, case.context)
         dense_s = (config.num_layers - config.num_moe_layers) * operators.seconds("attention", **attention)
         return length * (choice_s + dense_s) + operators.seconds("self_draft", **work)
 
     def start(self, config: ModelConfig, flow: SearchStart, *, trees: bool = False) -> SearchStart | None:
-        if flow.plan.expert_flow != "on_demand" or flow.plan.cached_experts:
+        if not flow.plan.flow.fetches_misses or flow.plan.cached_experts:
             return None
         own = (("draft_experts", expert_counts(config.num_experts)), ("draft_length", LENGTHS))
         return SearchStart(preset("specmoe", config).replace(draft=self.name), (*own, *flow.axes, ("prefetch", ("none", "draft"))))
@@ -86,7 +87,7 @@ def _mean_experts(plan: Plan) -> float:
 
 def _waited(config: ModelConfig, plan: Plan, operators: Operators, case: Case) -> float:
     """Whether the pass before waited for the link so long that the cores went to sleep; between 0 and 1 where it is not clear."""
-    if not plan.link_bytes_per_s or plan.expert_flow != "on_demand":
+    if not plan.link_bytes_per_s or not plan.flow.fetches_misses:
         return 0.0
     misses = routing.missed(case.probabilities, case.choosing(plan.tokens_per_pass), kept_experts(config, plan, case))
     return min(misses * operators.expert_bytes / plan.link_bytes_per_s / ASLEEP_S, 1.0)

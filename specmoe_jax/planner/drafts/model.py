@@ -3,6 +3,7 @@
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import preset
+from specmoe_jax.kv_cache.tiers import ACCELERATOR
 from specmoe_jax.models.spec import DTYPE_BYTES
 from specmoe_jax.planner.costs import Load
 from specmoe_jax.planner.drafts.checks import check_decoder
@@ -33,11 +34,11 @@ class ModelDraft(DraftDescription):
         """It first reads what was committed (padded to all of the pass's), then writes."""
         if model is None:
             raise PlanError("draft=model is predicted from the draft model's configuration; give Workload(draft_model=...)")
-        item, length = DTYPE_BYTES[plan.dtype], plan.draft_length or 1
+        itemsize, length = DTYPE_BYTES[plan.dtype], plan.draft_length or 1
         one = Load(load.rows, 1, load.context + length / 2)
         used = float(model.num_experts) if model.num_moe_layers else 0.0
-        catch_up = resident_pass(model, load, used, item, kv_tier="accelerator")
-        token = resident_pass(model, one, min(used, load.rows * model.experts_per_token), item, kv_tier="accelerator")
+        catch_up = resident_pass(model, load, used, itemsize, tier=ACCELERATOR)
+        token = resident_pass(model, one, min(used, load.rows * model.experts_per_token), itemsize, tier=ACCELERATOR)
         return DraftCosts(costs=(*catch_up, *(token * (length - 1))))
 
     def measured_seconds(self, plan, config, operators, case) -> float:

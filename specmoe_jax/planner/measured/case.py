@@ -51,3 +51,20 @@ def mean_pinned(plan: Plan) -> float:
 
 def pinned_slots(config: ModelConfig, plan: Plan) -> float:
     return mean_pinned(plan) * config.num_moe_layers
+
+
+class MeasuredPass(NamedTuple):
+    """Seconds of a pass. naive_s: of it and the drafting, by the maximum over the resources layer by layer. link_s: of the experts.
+
+    misses: experts fetched.
+    """
+
+    verify_s: float
+    naive_s: float
+    link_s: float
+    misses: float
+
+
+def layer_work(rows: float, new: float, context: float) -> dict[str, float]:
+    """What the operators of a layer are linear in, for `new` positions of each row."""
+    return {"rows": rows, "tokens": rows * new, "read": rows * context, "scores": rows * new * context}

@@ -103,7 +103,7 @@ def evaluate(config: ModelConfig, plan: Plan, known: Knowledge) -> Prediction:
     if known.hardware.accelerator_is_cpu and own.accelerator_bytes + own.host_bytes > memory:
         raise PlanError(
             f"{own.accelerator_bytes} bytes for computation and {own.host_bytes} of experts lie in the same {memory:.0f} bytes of "
-            "memory; give a smaller batch, or leave experts on disk: --expert_tier=disk"
+            "memory; give a smaller batch, or leave experts on disk: expert_tier=disk"
         )
     if known.operators is None or own.draft_pages or not _is_measured(config, plan):
         return prediction

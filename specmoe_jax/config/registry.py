@@ -83,3 +83,28 @@ DRAFTS = Registry(
         "custom": _draft("custom"),
     },
 )
+
+
+def _policy(place: str) -> Choice:
+    """A policy is one pure object, which the planner's replay and the engine share."""
+    return Choice(place, place)
+
+
+HOST_CACHE_POLICIES = Registry(
+    "dram_policy",
+    {
+        "lru": _policy("specmoe_jax.offload.host_cache_policies:least_recently_used"),
+        "mru": _policy("specmoe_jax.offload.host_cache_policies:most_recently_used"),
+        "frequency": _policy("specmoe_jax.offload.host_cache_policies:least_frequently_used"),
+    },
+)
+DRAFT_SETS = Registry(
+    "draft_set",
+    {
+        "hot_temporal": _policy("specmoe_jax.speculate.hot_experts.policies:hot_temporal"),
+        "hot_global": _policy("specmoe_jax.speculate.hot_experts.policies:hot_global"),
+        "random": _policy("specmoe_jax.speculate.hot_experts.policies:random_set"),
+        "decay": _policy("specmoe_jax.speculate.hot_experts.policies:decayed"),
+        "accepted": _policy("specmoe_jax.speculate.hot_experts.policies:accepted_only"),
+    },
+)

@@ -26,6 +26,7 @@ from specmoe_jax.models.model import Model
 from specmoe_jax.planner.estimate import Prediction
 from specmoe_jax.planner.hardware import Hardware
 from specmoe_jax.speculate.drafts.protocol import Draft
+from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy
 from specmoe_jax.speculate.sampling import sampling_rows
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.support.progress import bar
@@ -39,6 +40,7 @@ class Engine:
     draft: an own implementation of speculate.Draft, for plans with draft="custom".
     draft_model: a smaller model of the same vocabulary, for plans with draft="model".
     draft_head: an EAGLE head of this model (checkpoints.load_head), for plans with draft="eagle".
+    draft_set: an own policy of which experts stay (speculate.DraftSetPolicy), for plans with draft="self" that name none.
     progress: bars of affinity, compilation and prefill; a mode of progress.bar.
     spans: a list that gets the time of every task of a streamed plan (tracing.write_lanes); costs a little of the overlap.
     """
@@ -51,17 +53,18 @@ class Engine:
         draft: Draft | None = None,
         draft_model: Model | None = None,
         draft_head: EagleHead | None = None,
+        draft_set: DraftSetPolicy | None = None,
         progress: str | bool = False,
         spans: list[Span] | None = None,
     ):
         if not isinstance(plan, Plan):
             raise PlanError(f"plan is {plan!r}; give a Plan, for example PRESETS['specmoe'](model.config)")
         self.model, self.plan = model, resolved(plan.validate(model.config))
-        given = {"draft": draft, "draft_model": draft_model, "draft_head": draft_head, "spans": spans}
+        given = {"draft": draft, "draft_model": draft_model, "draft_head": draft_head, "draft_set": draft_set, "spans": spans}
         validate_inputs(model, plan, **given)
         self._progress = progress
         self._warm_batch_shape = set()
-        self._figures = EngineFigures(model, self.plan)
+        self._figures = EngineFigures(model, self.plan, draft_set=draft_set.name if draft_set else self.plan.draft_set)
         self._resources = EngineResources(model, self.plan, progress=progress, **given)
 
     def generate(

@@ -14,10 +14,13 @@ from specmoe_jax.support.timing import CompileCounter
 
 
 class EngineFigures:
-    """recompiled: compilations inside steps that count, where none should be. running: of the batch under way, None between two."""
+    """recompiled: compilations inside steps that count, where none should be. running: of the batch under way, None between two.
 
-    def __init__(self, model: Model, plan: Plan):
-        self._model, self._plan = model, plan
+    draft_set: the name of its policy; None for the plan's default.
+    """
+
+    def __init__(self, model: Model, plan: Plan, *, draft_set: str | None):
+        self._model, self._plan, self._draft_set = model, plan, draft_set
         self.compiles = CompileCounter()
         self.recompiled, self.warm_up_s = 0, 0.0
         self.totals, self.prefill_s = metrics.Totals(), 0.0
@@ -55,6 +58,7 @@ class EngineFigures:
             "compilations_after_warmup": self.recompiled,
             "peak_accelerator_bytes": peak_accelerator_bytes,
             "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "draft_set": self._draft_set,
             "plan": dataclasses.asdict(self._plan),
         }
 

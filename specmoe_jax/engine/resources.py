@@ -21,6 +21,7 @@ from specmoe_jax.planner.memory.memory_account import MemoryAccount, PagedLoad
 from specmoe_jax.speculate.adaptive_length import AdaptiveLength, make_adaptive_length
 from specmoe_jax.speculate.drafts.eagle import EagleDraft, tree_shape
 from specmoe_jax.speculate.drafts.protocol import Draft, FeatureDraft
+from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy
 from specmoe_jax.support.tracing import Span
 from specmoe_jax.types import KVCache
 
@@ -46,11 +47,12 @@ class EngineResources:
         draft: Draft | None,
         draft_model: Model | None,
         draft_head: EagleHead | None,
+        draft_set: DraftSetPolicy | None,
         progress: str | bool,
         spans: list[Span] | None,
     ):
         self._model, self._plan = model, plan
-        self._given_draft, self._draft_head = draft, draft_head
+        self._given_draft, self._draft_head, self._draft_set = draft, draft_head, draft_set
         self._progress, self._spans = progress, spans
         self.runtime: Runtime | None = None
         self.account: MemoryAccount | None = None
@@ -75,7 +77,7 @@ class EngineResources:
         fits = fits and needed.dispatch_slots <= self.runtime.slots.dispatch
         if not fits or self._too_big(needed):
             self._memory, self._moved_earlier = None, self.moved()
-            how = {"earlier": self.runtime, "progress": self._progress, "spans": self._spans}
+            how = {"draft_set": self._draft_set, "earlier": self.runtime, "progress": self._progress, "spans": self._spans}
             self.runtime = build(self._model, self._plan, needed, self._given_draft, **how)
             self.account = needed
         if self._draft_head is not None:

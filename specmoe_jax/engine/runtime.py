@@ -13,6 +13,7 @@ from specmoe_jax.config.layer_config import AttentionConfig, LayerConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.plan_fields import GATED_DRAFTS
+from specmoe_jax.config.registry import HOST_CACHE_POLICIES
 from specmoe_jax.engine.state import Buffers, ExpertMemory, HostKV, PoolSlots
 from specmoe_jax.kv_cache.page_table import Pages
 from specmoe_jax.kv_cache.positions import KV_PAGE, staged_positions
@@ -113,19 +114,21 @@ def build(
     account: MemoryAccount,
     draft: Draft | None,
     *,
+    draft_set: DraftSetPolicy | None,
     earlier: "Runtime | None",
     progress: str | bool,
     spans: list[Span] | None = None,
 ) -> Runtime:
     """The runtime of a plan whose account fits. Copies the weights (not the experts) to the accelerator.
 
+    draft_set: a policy of the user's, None for the plan's.
     earlier: one of the same model and plan, whose neighbours need not be found again. progress: a bar while finding them.
     spans: see Lanes.
     """
     config, device, host = model.config, jax.devices()[0], jax.local_devices(backend="cpu")[0]
     found = earlier.neighbours if earlier else _neighbours(model, plan, progress)  # maps experts, so before a tier drops pages
     resident = plan.expert_flow == "resident"
-    policy = make_policy(_policy_name(plan), config.num_moe_layers, config.num_experts, guard=plan.guard)
+    policy = draft_set or make_policy(_policy_name(plan), config.num_moe_layers, config.num_experts, guard=plan.guard)
     order = np.arange(config.num_expert_layers * config.num_experts, dtype=np.int32)
     return Runtime(
         config=config,
@@ -162,7 +165,7 @@ def _tier(model: Model, plan: Plan, account: MemoryAccount) -> Tier:
     return DiskTier(
         model.experts,
         capacity=account.host_experts,
-        policy=plan.dram_policy or ("mru" if plan.expert_flow == "stream" else "frequency"),
+        policy=HOST_CACHE_POLICIES.executor(plan.dram_policy or ("mru" if plan.expert_flow == "stream" else "frequency")),
         keep_pages=not plan.bypass_page_cache,
     )
 

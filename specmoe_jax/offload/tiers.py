@@ -8,6 +8,7 @@ import numpy as np
 
 from specmoe_jax.models.model import to_host
 from specmoe_jax.offload import host_cache as cache
+from specmoe_jax.offload.host_cache_policies import HostCachePolicy
 
 READERS = 2  # demanded reads in flight; one more thread reads ahead
 
@@ -78,7 +79,7 @@ class HostTier:
 
 
 class DiskTier:
-    """Experts on disk, the `capacity` most worthwhile of them in host memory (dram.py decides, this reads).
+    """Experts on disk, the `capacity` most worthwhile of them in host memory (host_cache.py decides, this reads).
 
     All decisions are taken by the calling thread, so a run repeats them; the threads only read. An evicted block lives on
     while a copy of it is under way, so the budget may be exceeded by what is on the link.
@@ -86,7 +87,7 @@ class DiskTier:
     this cache really comes from the disk.
     """
 
-    def __init__(self, files, *, capacity: int, policy: str, keep_pages: bool):
+    def __init__(self, files, *, capacity: int, policy: HostCachePolicy, keep_pages: bool):
         self._files, self._capacity, self._policy, self._keep_pages = files, capacity, policy, keep_pages
         self.shape, self.dtype, shape = files.block_shape, files.block_dtype, files.shape
         self.num_layers, self.num_experts, self.counts = shape[0], shape[0] * shape[1], TierCounts()

@@ -192,5 +192,5 @@ def test_plan_and_model_must_agree(on_disk, model):
 
 
 def test_a_small_host_budget_names_the_disk(model):
-    with pytest.raises(sm.PlanError, match="--expert_tier=disk"):
+    with pytest.raises(sm.PlanError, match="expert_tier=disk"):
         sm.Engine(model, plan(host_memory_bytes=1000.0))

@@ -99,7 +99,7 @@ def test_the_account_is_what_is_made(model):
 
 
 def test_a_budget_below_a_page_is_refused(model):
-    with pytest.raises(sm.PlanError, match=r"one page of the draft's cache.*--draft_kv_gib="):
+    with pytest.raises(sm.PlanError, match=r"one page of the draft's cache.*draft_kv_bytes="):
         generate(model, split_plan(model, 0.5))
 
 

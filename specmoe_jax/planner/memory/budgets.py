@@ -1,11 +1,13 @@
 """An account brought within the budgets of its plan: split draft caches, fewer pages and slots, spare experts, or a refusal."""
 
+import math
+
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.kv_cache.positions import pages_of
 from specmoe_jax.planner.memory.memory_account import MemoryAccount
 from specmoe_jax.support.errors import BudgetError, PlanError
-from specmoe_jax.support.units import ceil_gib, size_text
+from specmoe_jax.support.units import size_text
 
 
 def split_draft(whole: MemoryAccount, plan: Plan, page_bytes: int) -> MemoryAccount:
@@ -17,7 +19,7 @@ def split_draft(whole: MemoryAccount, plan: Plan, page_bytes: int) -> MemoryAcco
         if plan.draft_kv_bytes < page_bytes:
             raise PlanError(
                 f"draft_kv_bytes is {plan.draft_kv_bytes}, less than one page of the draft's cache, {size_text(page_bytes)}; the "
-                f"smallest that works is --draft_kv_gib={ceil_gib(page_bytes)}"
+                f"smallest that works is draft_kv_bytes={math.ceil(page_bytes)}"
             )
         room = min(room, plan.draft_kv_bytes)
     if plan.device_memory_bytes is not None:
@@ -41,7 +43,7 @@ def fit_pages(whole: MemoryAccount, plan: Plan, positions: int) -> MemoryAccount
         raise BudgetError(
             f"host memory of {size_text(plan.host_memory_bytes)} is too small: experts take {size_text(beside)} and one request of "
             f"{positions} positions {size_text(one * page)}, {_short(beside + one * page, plan.host_memory_bytes)}; the "
-            f"smallest that works is --host_memory_gib={ceil_gib(beside + one * page)}"
+            f"smallest that works is host_memory_bytes={math.ceil(beside + one * page)}"
         )
     share = pages / whole.kv_pages
     return whole._replace(
@@ -61,7 +63,7 @@ def fit_host(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
         raise BudgetError(
             f"host memory of {size_text(plan.host_memory_bytes)} is too small: experts and KV cache need "
             f"{size_text(whole.host_bytes)}, {_short(whole.host_bytes, plan.host_memory_bytes)}; give "
-            f"--host_memory_gib={ceil_gib(whole.host_bytes)} or a smaller batch, or leave experts on disk: --expert_tier=disk"
+            f"host_memory_bytes={math.ceil(whole.host_bytes)} or a smaller batch, or leave experts on disk: expert_tier=disk"
         )
     cached = int(plan.host_memory_bytes - beside) // whole.expert_bytes
     if cached < 1:
@@ -69,7 +71,7 @@ def fit_host(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
         raise BudgetError(
             f"host memory of {size_text(plan.host_memory_bytes)} is too small to cache one expert of the disk tier"
             f"{' beside the KV cache' if beside else ''}, {_short(need, plan.host_memory_bytes)}; the smallest that works is "
-            f"--host_memory_gib={ceil_gib(need)}"
+            f"host_memory_bytes={math.ceil(need)}"
         )
     return whole._replace(host_experts=cached)
 
@@ -87,7 +89,7 @@ def fit_device(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
         raise BudgetError(
             f"device memory of {size_text(plan.device_memory_bytes)} is too small for {_what_for(plan)}: weights, KV "
             f"cache and activations take {size_text(beside)}, {smallest} expert slots {size_text(smallest * whole.expert_bytes)}, "
-            f"{_short(need, plan.device_memory_bytes)}; the smallest that works is --device_memory_gib={ceil_gib(need)}"
+            f"{_short(need, plan.device_memory_bytes)}; the smallest that works is device_memory_bytes={math.ceil(need)}"
             + (", or fewer draft experts" if plan.draft_experts else "")
             + (", or fewer pinned layers" if plan.pinned_layers else "")
         )

@@ -36,7 +36,7 @@ class Plan(PlanFields):
         try:
             fields = json.loads(text)
         except (ValueError, RecursionError) as e:
-            raise PlanError(f"the plan is not JSON ({e}); write one with Plan.to_json or scripts/plan.py") from e
+            raise PlanError(f"the plan is not JSON ({e}); write one with Plan.to_json or specmoe plan") from e
         if not isinstance(fields, dict) or not isinstance(fields.get("preset"), str):
             raise PlanError('the plan is not a JSON object with a "preset"; write one with Plan.to_json')
         _check_version(fields.pop("version", VERSION))

@@ -1,4 +1,4 @@
-"""A prediction for people: what scripts/explain.py says. Pure: dictionaries with units in their names, and tables of them."""
+"""A prediction for people: what `specmoe explain` says. Pure: dictionaries with units in their names, and tables of them."""
 
 from typing import Any
 

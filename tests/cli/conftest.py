@@ -1,4 +1,4 @@
-"""The tiny model as a checkpoint on disk, and the scripts run in this process and in one of their own."""
+"""The tiny model as a checkpoint on disk, and the commands run in this process and, as scripts, in one of their own."""
 
 import functools
 import importlib
@@ -14,6 +14,8 @@ import absl.flags
 import pytest
 from absl.testing import flagsaver
 
+from specmoe_jax.cli import common
+from specmoe_jax.cli.main import COMMANDS
 from specmoe_jax.planner.machines import machine
 from specmoe_jax.testing import byte_tokenizer, write_tiny
 
@@ -36,20 +38,21 @@ def checkpoint(tmp_path_factory):
 
 
 def load_script(name: str):
-    """A script as a module, with flags of its own: other scripts define some of the same names."""
+    """A command as a module, with flags of its own: other commands define some of the same names."""
     own = absl.flags.FlagValues()
     define = {name: functools.partial(f, flag_values=own) for name, f in vars(absl.flags).items() if name.startswith("DEFINE_")}
     stand_in = types.SimpleNamespace(**{**vars(absl.flags), **define, "FLAGS": own})
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
         patch.setattr(absl, "flags", stand_in)
-        patch.delitem(sys.modules, "_plan_flags", raising=False)  # defines flags for whoever imports it first
-        return importlib.import_module(name)
+        for module in ("specmoe_jax.cli.plan_flags", COMMANDS[name]):  # define flags for whoever imports them first
+            patch.delitem(sys.modules, module, raising=False)
+        patch.delattr("specmoe_jax.cli.plan_flags", raising=False)
+        return importlib.import_module(COMMANDS[name])
 
 
 def in_process(script, capfd, monkeypatch, tmp_path):
     """Runs a script in this process, in an empty folder: arguments -> code, stdout, stderr."""
-    common, own = script._common, script.flags.FLAGS
+    own = script.flags.FLAGS
     monkeypatch.setattr(common, "flags", script.flags)
     monkeypatch.setattr(common, "use_compile_cache", lambda: None)
     monkeypatch.setattr(
@@ -62,8 +65,8 @@ def in_process(script, capfd, monkeypatch, tmp_path):
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         own.unparse_flags()
         try:
-            common._parse([f"{script.__name__}.py", *map(str, args)])
-            common._guarded(script.main)
+            common.parse([script.__name__, *map(str, args)], command=script)
+            common.guarded(script.main)
         except SystemExit as e:
             code = e.code or 0
         finally:

@@ -78,7 +78,7 @@ def test_a_platform_that_cannot_be_had_is_one_line(generate, generate_script, ch
     ran = generate(f"--model={checkpoint}", *JOB)
     assert ran.code == 1 and "give JAX_PLATFORMS=cuda,cpu" in ran.err and ran.err.count("\n") == 1
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
-    monkeypatch.setattr(generate_script._common.jax, "devices", missing)
+    monkeypatch.setattr(generate_script.common.jax, "devices", missing)
     ran = generate(f"--model={checkpoint}", *JOB)
     assert ran.code == 1 and "(Unable to initialize backend 'cuda')" in ran.err and ran.err.count("\n") == 1
 

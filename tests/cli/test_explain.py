@@ -119,7 +119,7 @@ def test_without_a_machine_it_is_this_one(explain, explain_script, monkeypatch):
 
 
 def test_every_field_of_a_plan_that_generate_takes_can_be_asked_about(explain, explain_script, generate_script):
-    named = {flag.name for flag in explain_script._plan_flags._NAMED + explain_script._plan_flags._SWITCHES}
+    named = {spec.flag for spec in explain_script.plan_flags.FIELDS.values()}
     assert named <= set(generate_script.flags.FLAGS) & set(explain_script.flags.FLAGS)
     asked = ("--model=demo", "--hardware=a30", "--preset=streaming", "--batch_size=4", "--json")
     two, three = (shown(explain(*asked, f"--layer_buffers={count}"))["accelerator_gib"]["all"] for count in (2, 3))

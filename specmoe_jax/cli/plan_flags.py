@@ -22,10 +22,11 @@ def _help(spec: FieldSpec) -> str:
 
 
 def _define(spec: FieldSpec) -> flags.FlagHolder:
+    flag = spec.flag or spec.name
     if spec.choices is not None:
-        return flags.DEFINE_enum(spec.flag, None, [name for name in spec.choices if name not in OBJECTS], _help(spec))
+        return flags.DEFINE_enum(flag, None, [name for name in spec.choices if name not in OBJECTS], _help(spec))
     define = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float}[spec.type]
-    return define(spec.flag, None, _help(spec))
+    return define(flag, None, _help(spec))
 
 
 _FLAGS = {name: _define(spec) for name, spec in FIELDS.items()}

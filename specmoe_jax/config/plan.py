@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan_checks import check_plan, check_values
@@ -41,28 +42,10 @@ class Plan(PlanFields):
             raise PlanError('the plan is not a JSON object with a "preset"; write one with Plan.to_json')
         _check_version(fields.pop("version", VERSION))
         table = fields_of_a_plan()
-        fields = {
-            name: tuple(value) if isinstance(value, list) and name in table and table[name].per_layer else value
-            for name, value in fields.items()
-        }
-        plan = Plan(preset=fields.pop("preset")).replace(**fields)
+        per_layer = {name for name, value in fields.items() if isinstance(value, list) and name in table and table[name].per_layer}
+        plan = Plan(preset=fields.pop("preset")).replace(**fields | {name: tuple(fields[name]) for name in per_layer})
         check_values(plan)
         return plan
-
-    @property
-    def tokens_per_pass(self) -> int:
-        """T: positions of one verification pass, the draft's tokens and the last committed one."""
-        return (self.draft_tree_tokens or self.draft_length or 0) + 1
-
-    @property
-    def tree_rows(self) -> int:
-        """Rows that growing a tree takes of the draft's cache beyond the committed ones."""
-        return ((self.draft_length or 1) - 1) * (self.draft_tree_top_k or 0)
-
-    @property
-    def lookahead(self) -> int:
-        """Positions that a pass or its draft may write beyond a request's last token."""
-        return max(self.tokens_per_pass, self.tree_rows)
 
     def resolved(self, *, accelerator_is_cpu: bool) -> "Plan":
         """With what it leaves to the machine. accelerator_is_cpu: the accelerator is the CPU, where its own kernel attends
@@ -77,7 +60,7 @@ class Plan(PlanFields):
         return self
 
 
-def _check_version(version: object) -> None:
+def _check_version(version: Any) -> None:
     if not is_whole(version) or not 1 <= version <= VERSION:
         raise PlanError(f"the plan has version {version!r}; this release reads versions up to {VERSION}: update specmoe_jax")
 

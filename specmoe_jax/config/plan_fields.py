@@ -143,6 +143,21 @@ class PlanFields:
         flag=None,
     )
 
+    @property
+    def tokens_per_pass(self) -> int:
+        """T: positions of one verification pass, the draft's tokens and the last committed one."""
+        return (self.draft_tree_tokens or self.draft_length or 0) + 1
+
+    @property
+    def tree_rows(self) -> int:
+        """Rows that growing a tree takes of the draft's cache beyond the committed ones."""
+        return ((self.draft_length or 1) - 1) * (self.draft_tree_top_k or 0)
+
+    @property
+    def lookahead(self) -> int:
+        """Positions that a pass or its draft may write beyond a request's last token."""
+        return max(self.tokens_per_pass, self.tree_rows)
+
 
 def fields_of_a_plan() -> dict[str, FieldSpec]:
     """The table, by name."""

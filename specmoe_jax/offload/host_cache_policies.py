@@ -44,6 +44,7 @@ def least_frequently_used(usage: Usage) -> tuple[np.ndarray, ...]:
 def eviction_order(policy: HostCachePolicy, usage: Usage, candidates: np.ndarray) -> list[tuple[int, int]]:
     """The candidates [L, E] bool as (layer, expert), the first to go first; ties to the smaller layer and id. usage: [L, E]."""
     layers, experts = np.nonzero(candidates)
-    known = Usage(*(None if figures is None else figures[layers, experts] for figures in usage))
+    following = None if usage.following is None else usage.following[layers, experts]
+    known = Usage(last=usage.last[layers, experts], count=usage.count[layers, experts], following=following)
     order = np.lexsort(policy(known))
     return list(zip(layers[order].tolist(), experts[order].tolist(), strict=True))

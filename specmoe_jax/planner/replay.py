@@ -50,14 +50,15 @@ def cached(trace: np.ndarray, capacity: int, policy: HostCachePolicy) -> int:
     """Fetches of a cache that keeps, after each visit, what its policy evicts last of all that is there."""
     shape = trace.shape[1:]
     kept = np.zeros(shape, bool)
-    usage = Usage(last=np.zeros(shape, np.int64), count=np.zeros(shape, np.int64), following=np.zeros(shape, np.int64))
+    last, count, needed_next = (np.zeros(shape, np.int64) for _ in range(3))
+    usage = Usage(last=last, count=count, following=needed_next)  # which the loop writes into
     fetched = clock = 0
     for (_, layer, ids), following in zip(_visits(trace), _next_visits(trace), strict=True):
         fetched += int((~kept[layer, ids]).sum())
         kept[layer, ids] = True
-        usage.last[layer, ids] = clock + 1 + np.arange(len(ids))
-        usage.count[layer, ids] += 1
-        usage.following[layer, ids] = following
+        last[layer, ids] = clock + 1 + np.arange(len(ids))
+        count[layer, ids] += 1
+        needed_next[layer, ids] = following
         clock += len(ids)
         for victim in eviction_order(policy, usage, kept)[: max(int(kept.sum()) - capacity, 0)]:
             kept[victim] = False
@@ -66,8 +67,7 @@ def cached(trace: np.ndarray, capacity: int, policy: HostCachePolicy) -> int:
 
 def furthest_next_use(usage: Usage) -> tuple[np.ndarray, ...]:
     """The optimum (Belady 1966, with leave to keep nothing of a visit): what is needed soonest stays."""
-    assert usage.following is not None
-    return (-usage.following,)
+    return (-np.asarray(usage.following),)
 
 
 def _next_visits(trace: np.ndarray) -> list[np.ndarray]:

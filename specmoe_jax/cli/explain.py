@@ -144,7 +144,7 @@ def make_plans(config: ModelConfig) -> dict[str, Plan]:
     for name in PRESETS:
         plan = preset(name, config).replace(**shared)
         plan = plan if plan.expert_flow == "resident" else plan.replace(**link)
-        if plan.draft != "none" and plan_flags.value("draft_length") is not None:
+        if plan.drafting.drafts and plan_flags.value("draft_length") is not None:
             plan = plan.replace(draft_length=plan_flags.value("draft_length"))
         if name not in emulated:
             plans[name] = plan

@@ -122,15 +122,15 @@ def read_head(model: Model, plan: Plan) -> EagleHead | None:
 
 def head_name(plan: Plan) -> str | None:
     """The head of --draft_head, or the bundled one of the bundled model where the plan drafts with one."""
-    return _DRAFT_HEAD.value or (bundled_head(_MODEL.value) if plan.draft == "eagle" else None)
+    return _DRAFT_HEAD.value or (bundled_head(_MODEL.value) if plan.drafting.given == "draft_head" else None)
 
 
 def draft_configs(head: jobs.ModelHead, plan: Plan) -> dict:
     """What is known of the plan's draft before it is loaded."""
     name, folder = head_name(plan), _DRAFT_MODEL.value
     return {
-        "draft_head": head_config(name, head.config) if name and plan.draft == "eagle" else None,
-        "draft_model": load_config(checkpoint_path(folder)) if folder and plan.draft == "model" else None,
+        "draft_head": head_config(name, head.config) if name and plan.drafting.given == "draft_head" else None,
+        "draft_model": load_config(checkpoint_path(folder)) if folder and plan.drafting.given == "draft_model" else None,
     }
 
 

@@ -8,9 +8,8 @@ from absl import flags
 from specmoe_jax.cli.flag_names import scale_of, with_flags
 from specmoe_jax.config.field_info import FieldSpec
 from specmoe_jax.config.plan import Plan
-from specmoe_jax.config.plan_fields import GATED_DRAFTS, fields_of_a_plan
-
-OBJECTS = ("custom",)  # choices that stand for an object given to Engine, which no flag can give
+from specmoe_jax.config.plan_fields import fields_of_a_plan
+from specmoe_jax.config.registry import DRAFTS
 
 FIELDS = {name: spec for name, spec in fields_of_a_plan().items() if spec.flag is not None}
 
@@ -21,10 +20,15 @@ def _help(spec: FieldSpec) -> str:
     return with_flags(spec.info.help + (f" Default: {spec.info.none}." if spec.info.none else ""), names)
 
 
+def _can_be_a_flag(spec: FieldSpec, choice: str) -> bool:
+    """A draft that is an object given to Engine cannot."""
+    return spec.name != "draft" or DRAFTS.description(choice).given != "draft"
+
+
 def _define(spec: FieldSpec) -> flags.FlagHolder:
     flag = spec.flag or spec.name
     if spec.choices is not None:
-        return flags.DEFINE_enum(flag, None, [name for name in spec.choices if name not in OBJECTS], _help(spec))
+        return flags.DEFINE_enum(flag, None, [name for name in spec.choices if _can_be_a_flag(spec, name)], _help(spec))
     define = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float}[spec.type]
     return define(flag, None, _help(spec))
 
@@ -50,9 +54,9 @@ def budgets() -> dict:
 
 def over(plan: Plan, **more) -> Plan:
     """The plan with the flags over it, and with `more` over both. Another draft takes the old one's settings along."""
-    draft = value("draft")
-    if draft is not None and draft not in GATED_DRAFTS:
+    draft = None if value("draft") is None else DRAFTS.description(value("draft"))
+    if draft is not None and not draft.gated:
         plan = plan.replace(draft_experts=None, draft_set=None, substitution=None)
-    if draft == "none":
+    if draft is not None and not draft.drafts:
         plan = plan.replace(draft_length=None)
     return plan.replace(**given() | more)

@@ -1,14 +1,15 @@
 """The checks of a plan: of the values of its fields, and that each has an effect under the others."""
 
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.config.plan_fields import GATED_DRAFTS, MAX_TREE, TREE_DRAFTS, PlanFields, fields_of_a_plan, most
+from specmoe_jax.config.plan_fields import PlanFields, fields_of_a_plan, most
 from specmoe_jax.support.errors import PlanError
 
 
 def check_plan(plan: PlanFields, config: ModelConfig) -> None:
     """Raises PlanError naming the field, its value and what would work."""
     check_values(plan)
-    _check_draft(plan, config)
+    _check_model(plan, config)
+    plan.drafting.check(plan, config)
     _check_effects(plan)
     _check_combinations(plan, config)
 
@@ -30,62 +31,23 @@ def _check_effects(plan: PlanFields) -> None:
                 raise PlanError(f"{name}={value} has no effect {need.without.format(plan=plan)}; {advice}")
 
 
-def _check_draft(plan: PlanFields, config: ModelConfig) -> None:
-    if plan.draft != "none" and plan.draft_length is None:
-        raise PlanError(f"draft={plan.draft} needs a draft_length, for example 4")
-    if plan.draft in ("model", "eagle") and config.encoder is not None:
-        raise PlanError(f"draft={plan.draft} is built for decoders alone; use self, merged or ngram with an encoder-decoder")
+def _check_model(plan: PlanFields, config: ModelConfig) -> None:
+    """Values that the model limits."""
     for name, spec in fields_of_a_plan().items():
         value = getattr(plan, name)
         if spec.per_layer and isinstance(value, tuple) and len(value) != config.num_moe_layers:
             raise PlanError(f"{name} has {len(value)} numbers; the model has {config.num_moe_layers} layers with experts")
-    if plan.draft == "merged" and isinstance(plan.draft_experts, tuple):
-        raise PlanError(f"draft_experts is {plan.draft_experts}; draft=merged takes one number for all layers")
-    if plan.draft in GATED_DRAFTS and (plan.draft_experts is None or most(plan.draft_experts) > config.num_experts):
-        raise PlanError(
-            f"draft_experts is {plan.draft_experts}; draft={plan.draft} needs 1 to {config.num_experts}, the experts of a layer"
-        )
     if plan.cached_experts is not None and most(plan.cached_experts) > config.num_experts:
         raise PlanError(f"cached_experts is {plan.cached_experts}; a layer has {config.num_experts} experts")
-    _check_tree(plan, config)
-
-
-def _check_tree(plan: PlanFields, config: ModelConfig) -> None:
-    """Sizes that the attention kernel takes (a tree mask of 64) and that the tree can have."""
-    top_k, tokens = plan.draft_tree_top_k, plan.draft_tree_tokens
-    if (top_k is None) != (tokens is None):
-        raise PlanError(f"draft_tree_top_k is {top_k} and draft_tree_tokens is {tokens}; give both, or none for a chain")
-    if plan.draft not in TREE_DRAFTS or top_k is None or tokens is None:
-        return
-    largest = min(top_k + (plan.draft_length - 1) * top_k**2, MAX_TREE - 1)
-    if plan.tree_rows > MAX_TREE or top_k > config.vocab_size:
-        raise PlanError(
-            f"draft_tree_top_k is {top_k}; with draft_length={plan.draft_length} at most "
-            f"{min(MAX_TREE // max(plan.draft_length - 1, 1), config.vocab_size)} branches can be grown"
-        )
-    if not plan.draft_length <= tokens <= largest:
-        raise PlanError(
-            f"draft_tree_tokens is {tokens}; a tree of depth draft_length={plan.draft_length} with {top_k} branches has "
-            f"{plan.draft_length} to {largest} nodes to verify"
-        )
-    if plan.guard:
-        raise PlanError("guard=True adapts the length of a chain, not a tree; leave out guard or the draft_tree fields")
-    if plan.synthetic_acceptance is not None:
-        raise PlanError("synthetic_acceptance is for chains; leave it out or the draft_tree fields")
 
 
 def _check_combinations(plan: PlanFields, config: ModelConfig) -> None:
     """Choices that do not go together."""
-    if plan.draft in GATED_DRAFTS and plan.expert_flow == "resident":
-        raise PlanError(f"draft={plan.draft} has no effect with expert_flow=resident, where every expert is at hand; use on_demand")
-    if plan.prefetch == "draft" and plan.draft not in GATED_DRAFTS:
-        raise PlanError(f"prefetch=draft has no effect with draft={plan.draft}: its gates tell nothing; use draft=self")
     if plan.substitution == "distinct" and config.experts_per_token == 1:
         raise PlanError("substitution=distinct has no effect where a token chooses one expert; leave it out")
-    if plan.expert_dtype is not None and (plan.expert_tier == "disk" or plan.draft == "merged"):
-        what = "expert_tier=disk" if plan.expert_tier == "disk" else "draft=merged"
+    if plan.expert_dtype is not None and plan.expert_tier == "disk":
         raise PlanError(
-            f"expert_dtype={plan.expert_dtype} is built for packed experts in host memory, without {what}; leave one out"
+            f"expert_dtype={plan.expert_dtype} is built for packed experts in host memory, without expert_tier=disk; leave one out"
         )
     if plan.prefetch == "oracle" and plan.link_bytes_per_s is None:
         raise PlanError("prefetch=oracle knows the future, which only an emulated link can; give link_bytes_per_s")
@@ -101,10 +63,6 @@ def _check_stream(plan: PlanFields, config: ModelConfig) -> None:
     """Streaming keeps no expert between passes and asks no router what to bring."""
     if plan.kv_tier != "host":
         raise PlanError(f"expert_flow=stream keeps the KV cache in host memory; got kv_tier={plan.kv_tier}, give kv_tier=host")
-    if plan.draft in GATED_DRAFTS:
-        raise PlanError(
-            f"draft={plan.draft} needs experts that stay on the accelerator, expert_flow=stream keeps none; use on_demand"
-        )
     if plan.cached_experts is not None or plan.retain or plan.prefetch != "none":
         raise PlanError(
             "cached_experts, retain and prefetch have no effect with expert_flow=stream, which brings every expert; leave them "

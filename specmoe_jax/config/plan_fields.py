@@ -2,13 +2,11 @@
 
 import dataclasses
 import typing
-from typing import Literal
+from typing import Any, Literal
 
 from specmoe_jax.config.field_info import PROBABILITY, FieldSpec, Needs, field, table_of
 from specmoe_jax.config.registry import DRAFT_SETS, DRAFTS, EXPERT_FLOWS, HOST_CACHE_POLICIES
 
-GATED_DRAFTS = ("self", "merged")  # those that run the target's own gates, over fewer experts
-TREE_DRAFTS = ("eagle", "custom")  # those that may propose a tree
 MAX_TREE = 64  # nodes of one attention call with a tree mask, see ops.attention
 
 Substitution = Literal["affinity", "distinct", "random", "mask"]
@@ -26,15 +24,6 @@ DTYPES: tuple[str, ...] = typing.get_args(Dtype)
 EXPERT_DTYPES: tuple[str, ...] = typing.get_args(ExpertDtype)
 
 # The choices that give other fields a meaning.
-DRAFTING = Needs(lambda plan: plan.draft != "none", "without a draft")
-GATED = Needs(lambda plan: plan.draft in GATED_DRAFTS, "with draft={plan.draft}")
-TREE = Needs(lambda plan: plan.draft in TREE_DRAFTS, "with draft={plan.draft}")
-SELF = Needs(lambda plan: plan.draft == "self", "with draft={plan.draft}")
-NOT_SELF = Needs(lambda plan: plan.draft != "self", "with draft=self, which keeps its draft experts")
-STREAMED_EAGLE = Needs(
-    lambda plan: plan.draft == "eagle" and plan.expert_flow == "stream",
-    "with draft={plan.draft} and expert_flow={plan.expert_flow}",
-)
 DRAFT_PREFETCH = Needs(lambda plan: plan.prefetch == "draft", "with prefetch={plan.prefetch}")
 STREAM = Needs(lambda plan: plan.expert_flow == "stream", "with expert_flow={plan.expert_flow}")
 MOVING = Needs(lambda plan: plan.expert_flow != "resident", "where every expert is resident")
@@ -52,31 +41,31 @@ class PlanFields:
         "or a draft given to Engine (custom).",
         choices=DRAFTS,
     )
-    draft_length: int | None = field(None, "Tokens drafted per step; the depth of a tree.", unit="tokens", needs=(DRAFTING,))
+    draft_length: int | None = field(None, "Tokens drafted per step; the depth of a tree.", unit="tokens", by_draft=True)
     draft_experts: int | tuple[int, ...] | None = field(
-        None, "Draft experts per layer: hot (draft=self) or merged (draft=merged).", needs=(GATED,)
+        None, "Draft experts per layer: hot (draft=self) or merged (draft=merged).", by_draft=True
     )
-    draft_tree_top_k: int | None = field(None, "Branches of a drafted node (draft=eagle).", none="a chain", needs=(TREE,))
+    draft_tree_top_k: int | None = field(None, "Branches of a drafted node (draft=eagle).", none="a chain", by_draft=True)
     draft_tree_tokens: int | None = field(
-        None, "Nodes of the tree to verify, the best of it; draft_length is its depth.", none="a chain", needs=(TREE,)
+        None, "Nodes of the tree to verify, the best of it; draft_length is its depth.", none="a chain", by_draft=True
     )
     draft_kv_bytes: float | None = field(
         None,
         "Accelerator memory of an EAGLE draft's cache when streaming; the rest of it is in host memory.",
         none="all of it",
         unit="bytes",
-        needs=(STREAMED_EAGLE,),
+        by_draft=True,
         flag="draft_kv_gib",
     )
     draft_set: str | None = field(
-        None, "Which experts stay and draft (draft=self).", none="hot_temporal", choices=DRAFT_SETS, needs=(SELF,)
+        None, "Which experts stay and draft (draft=self).", none="hot_temporal", choices=DRAFT_SETS, by_draft=True
     )
     substitution: Substitution | None = field(
-        None, "What stands in for an absent expert while drafting (draft=self).", none="affinity", needs=(SELF,)
+        None, "What stands in for an absent expert while drafting (draft=self).", none="affinity", by_draft=True
     )
-    guard: bool = field(False, "Adapt the draft length while running, down to 0 where it does not pay.", needs=(DRAFTING,))
+    guard: bool = field(False, "Adapt the draft length while running, down to 0 where it does not pay.", by_draft=True)
     cached_experts: int | tuple[int, ...] | None = field(
-        None, "Most used experts kept per layer, without a self-draft (MoE-Caching).", needs=(NOT_SELF, MOVING)
+        None, "Most used experts kept per layer, without a self-draft (MoE-Caching).", needs=(MOVING,)
     )
     prefetch: Prefetch = field(
         "none",
@@ -139,9 +128,14 @@ class PlanFields:
         None,
         "Accept each drafted token with this probability; the text is meaningless.",
         unit=PROBABILITY,
-        needs=(DRAFTING,),
+        by_draft=True,
         flag=None,
     )
+
+    @property
+    def drafting(self) -> Any:
+        """The planner.drafts.protocol.DraftDescription of the draft. Raises PlanError for an unknown one."""
+        return DRAFTS.description(self.draft)
 
     @property
     def tokens_per_pass(self) -> int:

@@ -30,7 +30,7 @@ class Registry:
         return iter(self._choices)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._choices
+        return isinstance(name, str) and name in self._choices
 
     def register(self, name: str, choice: Choice) -> None:
         """Adds a choice. Raises PlanError if the name is taken."""
@@ -51,7 +51,7 @@ class Registry:
         return _load(self._choice(name).executor)
 
     def _choice(self, name: str) -> Choice:
-        if name not in self._choices:
+        if name not in self:
             raise PlanError(f"{self.field} is {name!r}; it must be one of {', '.join(self._choices)}")
         return self._choices[name]
 

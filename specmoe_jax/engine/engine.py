@@ -9,12 +9,13 @@ import numpy as np
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine import figures as metrics
+from specmoe_jax.engine.drafts.protocol import DraftInputs
 from specmoe_jax.engine.engine_figures import EngineFigures
 from specmoe_jax.engine.flows.encode import encode
 from specmoe_jax.engine.prefill import prefill
 from specmoe_jax.engine.requests.completion import Completion, TokenEvent, step_events
 from specmoe_jax.engine.requests.prepare import BatchShape, batch_shape_of, make_requests, resolved
-from specmoe_jax.engine.resources import EngineResources
+from specmoe_jax.engine.resources import EngineResources, Moved, moved, new_draft_memory
 from specmoe_jax.engine.runtime import new_host_kv
 from specmoe_jax.engine.scheduler import admit
 from specmoe_jax.engine.state import Request, State, StepInfo
@@ -41,6 +42,7 @@ class Engine:
     draft_model: a smaller model of the same vocabulary, for plans with draft="model".
     draft_head: an EAGLE head of this model (checkpoints.load_head), for plans with draft="eagle".
     draft_set: an own policy of which experts stay (speculate.DraftSetPolicy), for plans with draft="self" that name none.
+    Any number of streams and states may be open at a time; each takes the memory of a job, and a plan's budgets are of one job.
     progress: bars of affinity, compilation and prefill; a mode of progress.bar.
     spans: a list that gets the time of every task of a streamed plan (tracing.write_lanes); costs a little of the overlap.
     """
@@ -60,12 +62,12 @@ class Engine:
         if not isinstance(plan, Plan):
             raise PlanError(f"plan is {plan!r}; give a Plan, for example PRESETS['specmoe'](model.config)")
         self.model, self.plan = model, resolved(plan.validate(model.config))
-        given = {"draft": draft, "draft_model": draft_model, "draft_head": draft_head, "draft_set": draft_set, "spans": spans}
-        validate_inputs(model, plan, **given)
+        inputs = DraftInputs(draft=draft, draft_model=draft_model, draft_head=draft_head)
+        validate_inputs(model, plan, inputs, draft_set, spans)
         self._progress = progress
         self._warm_batch_shape = set()
         self._figures = EngineFigures(model, self.plan, draft_set=draft_set.name if draft_set else self.plan.draft_set)
-        self._resources = EngineResources(model, self.plan, progress=progress, **given)
+        self._resources = EngineResources(model, self.plan, inputs, draft_set=draft_set, progress=progress, spans=spans)
 
     def generate(
         self,
@@ -110,14 +112,15 @@ class Engine:
         batch_shape = batch_shape_of(self.plan, requests)
         if self.plan.expert_flow != "stream":
             return self._init(requests, batch_shape)
-        state, waiting = admit(self._init_queue(requests, batch_shape), requests, self.plan.lookahead)
+        state, _ = self._init_queue(requests, batch_shape)
+        state, waiting = admit(state, requests, self.plan.lookahead)
         if waiting:
             raise PlanError(f"{len(waiting)} of {len(requests)} prompts find no room in the KV cache; give more host memory")
         return self.step(state)[0]
 
     def step(self, state: State) -> tuple[State, StepInfo]:
         """Every active row gets 1 to N + 1 tokens. The state is consumed: its buffers are donated."""
-        return step(self._resources.runtime, state, self.model.tokenizer)
+        return step(state.runtime, state, self.model.tokenizer)
 
     def stats(self, hardware: Hardware | None = None, prediction: Prediction | None = None) -> dict:
         """The figures of everything generated so far, units in the names.
@@ -149,21 +152,20 @@ class Engine:
 
     def _run_queue(self, requests: list[Request], batch_shape: BatchShape, on_step) -> Iterator[TokenEvent]:
         """A streamed job: rows are filled from the queue as they become free. Steps in which all rows join count as prefill."""
-        before = self._resources.moved()
-        state, waiting, watches = self._init_queue(requests, batch_shape), tuple(requests), {}
-        moved = self._resources.moved()
-        self._figures.add_prefill_bytes(before, moved)
+        (state, before), waiting, watches = self._init_queue(requests, batch_shape), tuple(requests), {}
+        now = moved(state.runtime)
+        self._figures.add_prefill_bytes(before, now)
         while waiting or not state.done:
             state, waiting = admit(state, waiting, self.plan.lookahead)
             watches |= {state.requests[row].id: Stopwatch() for row in np.flatnonzero(state.joining)}
-            compiled, watch, before = self._figures.compiles.count, Stopwatch(), moved
+            compiled, watch, before = self._figures.compiles.count, Stopwatch(), now
             state, info = self.step(state)
             self._figures.recompiled += self._figures.compiles.count - compiled
-            moved = self._resources.moved()
-            info = info._replace(below=moved.below.since(before.below))  # the link's thread reads between two steps too
+            now = moved(state.runtime)
+            info = info._replace(below=now.below.since(before.below))  # the link's thread reads between two steps too
             if not info.active.any():
                 self._figures.prefill_s += watch.seconds
-                self._figures.add_prefill_bytes(before, moved)
+                self._figures.add_prefill_bytes(before, now)
                 continue
             self._figures.totals = metrics.add_step(self._figures.totals, info)
             if on_step is not None:
@@ -171,14 +173,15 @@ class Engine:
             yield from step_events(self.model, state, info, watches)
         self._resources.put_back(state, batch_shape)
 
-    def _init_queue(self, requests: list[Request], batch_shape: BatchShape) -> State:
-        """A compiled state with no request in its rows."""
-        memory = self._resources.take(batch_shape)
-        pages = no_pages(batch_shape.rows, batch_shape.positions, self._resources.account.kv_pages)
+    def _init_queue(self, requests: list[Request], batch_shape: BatchShape) -> tuple[State, Moved]:
+        """A compiled state with no request in its rows, and what had moved before its pool was made."""
+        runtime, account = job = self._resources.take(batch_shape)
+        before, memory = moved(runtime), self._resources.expert_memory(job)
+        pages = no_pages(batch_shape.rows, batch_shape.positions, account.kv_pages)
         params = [request.params for request in requests]
         state = State(
             requests=(None,) * batch_shape.rows,
-            kv=new_host_kv(self._resources.runtime, pages, batch_shape.chunk),
+            kv=new_host_kv(runtime, pages, batch_shape.chunk),
             memory=memory,
             lengths=np.zeros(batch_shape.rows, np.int32),
             last_token=np.zeros(batch_shape.rows, np.int32),
@@ -186,28 +189,28 @@ class Engine:
             finish_reasons=("padding",) * batch_shape.rows,
             rows=sampling_rows([SamplingParams()] * batch_shape.rows),
             adaptive_length=self._resources.new_adaptive_length(batch_shape),
-            draft_memory=self._resources.new_draft_memory(batch_shape),
+            draft_memory=new_draft_memory(runtime, batch_shape),
+            runtime=runtime,
         )
         for kind in {p.temperature == 0: p for p in params}.values():  # greedy and sampled batches run different programs
             state = self._warm(state._replace(rows=sampling_rows([kind] * batch_shape.rows)), batch_shape)
-        return state
+        return state, before
 
     def _init(self, requests: list[Request], batch_shape: BatchShape) -> State:
         watch = Stopwatch()
-        before, memory = self._resources.moved(), self._resources.take(batch_shape)
+        runtime, _ = job = self._resources.take(batch_shape)
+        before, memory = moved(runtime), self._resources.expert_memory(job)
         kv = self._resources.new_cache(batch_shape)
         padding = batch_shape.rows - len(requests)
         rows: tuple[Request | None, ...] = (*requests, *[None] * padding)
         prompts = [request.token_ids if request else () for request in rows]
         if batch_shape.source:
-            memory, cross = encode(
-                self._resources.runtime, memory, [request.source if request else () for request in rows], batch_shape.source
-            )
+            memory, cross = encode(runtime, memory, [request.source if request else () for request in rows], batch_shape.source)
             kv = kv._replace(cross=cross)
-        draft_memory = self._resources.new_draft_memory(batch_shape)
+        draft_memory = new_draft_memory(runtime, batch_shape)
         with bar("prefill", max(map(len, prompts)) - 1, "position", mode=self._progress, leave=False) as shown, span("prefill"):
             memory, kv, draft_memory, _ = prefill(
-                self._resources.runtime, memory, kv, prompts, batch_shape.chunk, draft_memory, on_chunk=shown.update
+                runtime, memory, kv, prompts, batch_shape.chunk, draft_memory, on_chunk=shown.update
             )
             jax.block_until_ready((kv, draft_memory))
         self._figures.prefill_s += watch.seconds
@@ -222,9 +225,10 @@ class Engine:
             rows=sampling_rows([request.params if request else SamplingParams() for request in rows]),
             adaptive_length=self._resources.new_adaptive_length(batch_shape),
             draft_memory=draft_memory,
+            runtime=runtime,
         )
         state = self._warm(state, batch_shape)
-        self._figures.add_prefill_bytes(before, self._resources.moved())  # to warm up may change a draft set
+        self._figures.add_prefill_bytes(before, moved(runtime))  # to warm up may change a draft set
         return state
 
     def _warm(self, state: State, batch_shape: BatchShape) -> State:
@@ -235,6 +239,6 @@ class Engine:
         self._warm_batch_shape.add(key)
         watch = Stopwatch()
         with bar("compile", None, "step", mode=self._progress, leave=False) as shown:
-            state = warm_up(self._resources.runtime, state, on_step=shown.update)
+            state = warm_up(state.runtime, state, on_step=shown.update)
         self._figures.warm_up_s += watch.seconds
         return state

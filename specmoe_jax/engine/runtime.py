@@ -12,8 +12,8 @@ import numpy as np
 from specmoe_jax.config.layer_config import AttentionConfig, LayerConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
-from specmoe_jax.config.plan_fields import GATED_DRAFTS
 from specmoe_jax.config.registry import HOST_CACHE_POLICIES
+from specmoe_jax.engine.drafts.protocol import DraftExecutor
 from specmoe_jax.engine.state import Buffers, ExpertMemory, HostKV, PoolSlots
 from specmoe_jax.kv_cache.page_table import Pages
 from specmoe_jax.kv_cache.positions import KV_PAGE, staged_positions
@@ -28,12 +28,8 @@ from specmoe_jax.offload.tiers import DiskTier, HostTier, Tier
 from specmoe_jax.ops import PackedCache, empty_cache
 from specmoe_jax.planner.memory.account import pinned_experts
 from specmoe_jax.planner.memory.memory_account import MemoryAccount, arriving_experts
-from specmoe_jax.speculate.drafts.ngram import NgramDraft
 from specmoe_jax.speculate.drafts.protocol import Draft, FeatureDraft
-from specmoe_jax.speculate.drafts.self_draft import SelfDraft
-from specmoe_jax.speculate.hot_experts.affinity_cache import affinity_table
 from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy, make_policy
-from specmoe_jax.speculate.hot_experts.substitution import random_neighbours
 from specmoe_jax.speculate.hot_experts.usage import hot_set
 from specmoe_jax.support.tracing import Span
 from specmoe_jax.types import KVCache
@@ -52,11 +48,13 @@ class Workers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """keep: (layer, votes [E], counts [E], resident [E], resting) -> [E] bool, experts that stay after the layer's pass.
+    """draft, executor: what proposes tokens, and what the engine asks about it.
 
+    keep: (layer, votes [E], counts [E], resident [E], resting) -> [E] bool, experts that stay after the layer's pass.
     neighbours: [L, E, E] int32 where residents stand in for others, else None. resident_slots: [L, E] int32 under the
     resident flow, else None; an encoder's layers last. slots: of the pools that are made for this account. merged_slots:
-    [L, K] int32, further slots, under draft=merged, else None. host: the CPU. pinned_layers: whose experts stay beside a stream.
+    [L, K] int32, further slots for a draft's own experts, None without any. host: the CPU. pinned_layers: whose experts
+    stay beside a stream.
     """
 
     config: ModelConfig
@@ -64,6 +62,7 @@ class Runtime:
     weights: Weights
     store: ExpertStore
     draft: Draft | None
+    executor: DraftExecutor
     draft_set: DraftSetPolicy
     keep: Callable[..., np.ndarray]
     neighbours: np.ndarray | None
@@ -114,6 +113,7 @@ def build(
     account: MemoryAccount,
     draft: Draft | None,
     *,
+    executor: DraftExecutor,
     draft_set: DraftSetPolicy | None,
     earlier: "Runtime | None",
     progress: str | bool,
@@ -126,9 +126,12 @@ def build(
     spans: see Lanes.
     """
     config, device, host = model.config, jax.devices()[0], jax.local_devices(backend="cpu")[0]
-    found = earlier.neighbours if earlier else _neighbours(model, plan, progress)  # maps experts, so before a tier drops pages
+    # Maps experts, so before a tier drops pages.
+    found = earlier.neighbours if earlier else executor.neighbours(model, plan, progress)
     resident = plan.expert_flow == "resident"
-    policy = draft_set or make_policy(_policy_name(plan), config.num_moe_layers, config.num_experts, guard=plan.guard)
+    policy = draft_set or make_policy(
+        plan.draft_set or plan.drafting.default_draft_set, config.num_moe_layers, config.num_experts, guard=plan.guard
+    )
     order = np.arange(config.num_expert_layers * config.num_experts, dtype=np.int32)
     return Runtime(
         config=config,
@@ -139,7 +142,8 @@ def build(
             Link(plan.link_bytes_per_s, oracle=plan.prefetch == "oracle"),
             room=0 if device == host else arriving_experts(account.expert_bytes, config.num_experts),
         ),
-        draft=draft or _DRAFTS[plan.draft](),
+        draft=draft,
+        executor=executor,
         draft_set=policy,
         keep=_keep(config, plan, policy),
         neighbours=found,
@@ -149,7 +153,7 @@ def build(
             dispatch=account.dispatch_slots,
             single_wave=account.num_slots >= account.wanted_slots,
         ),
-        merged_slots=_merged_slots(config, account) if plan.draft == "merged" else None,
+        merged_slots=_merged_slots(config, account) if account.merged_slots else None,
         device=device,
         host=host,
         activations=Link(),
@@ -251,18 +255,9 @@ def new_cache(config: ModelConfig, rows: int, positions: int, dtype: str, device
     return KVCache(k=tuple(map(buffer, config.layers)), v=tuple(map(buffer, config.layers)))
 
 
-_GIVEN = ("none", "custom", "model", "eagle")  # none at all, or one that the engine was given or made
-_DRAFTS = dict.fromkeys(_GIVEN, lambda: None) | {"self": SelfDraft, "merged": SelfDraft, "ngram": NgramDraft}
-
-
 def _merged_slots(config: ModelConfig, account: MemoryAccount) -> np.ndarray:
     """[L, K]: behind those that the residency plans know of."""
     return account.num_slots + np.arange(account.merged_slots, dtype=np.int32).reshape(config.num_moe_layers, -1)
-
-
-def _policy_name(plan: Plan) -> str:
-    """MoE-Caching keeps the most used of all time; without experts to keep the policy does not matter."""
-    return plan.draft_set or ("hot_temporal" if plan.draft == "self" else "hot_global")
 
 
 def _keep(config: ModelConfig, plan: Plan, policy: DraftSetPolicy):
@@ -274,12 +269,3 @@ def _keep(config: ModelConfig, plan: Plan, policy: DraftSetPolicy):
         return hot_set(scores(usage_scores, counts, layer), resident, sizes[layer])
 
     return keep
-
-
-def _neighbours(model: Model, plan: Plan, progress: str | bool) -> np.ndarray | None:
-    """[L, E, E]: for each expert the others, nearest first (SpecMoE, affinity) or at random; None where no other stands in."""
-    if plan.draft not in GATED_DRAFTS or plan.substitution == "mask":
-        return None
-    if plan.substitution == "random":
-        return random_neighbours(model.config.num_moe_layers, model.config.num_experts)
-    return affinity_table(model, progress=progress)

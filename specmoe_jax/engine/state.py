@@ -99,7 +99,8 @@ class State(NamedTuple):
     rows in the cache. last_token: [B] int32, committed but not yet in the cache. generated: per row, the new
     tokens so far. finish_reasons: per row, None while it runs, "joining" until its prompt has been in a pass.
     adaptive_length: chooses the draft length, None if it is fixed.
-    draft_memory: what the draft keeps between steps.
+    draft_memory: what the draft keeps between steps. runtime: the engine.runtime.Runtime that it runs on; another job of the
+    engine may meanwhile have another one.
     """
 
     requests: tuple[Request | None, ...]
@@ -112,6 +113,7 @@ class State(NamedTuple):
     rows: SamplingRows
     adaptive_length: AdaptiveLength | None
     draft_memory: Any = None
+    runtime: Any = None
 
     @property
     def active(self) -> np.ndarray:

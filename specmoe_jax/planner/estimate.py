@@ -9,7 +9,7 @@ from specmoe_jax.config.plan import Plan
 from specmoe_jax.kv_cache.positions import pages_of
 from specmoe_jax.offload.stream_schedule import ACCELERATOR, CPU
 from specmoe_jax.planner.costs import Load
-from specmoe_jax.planner.drafts import draft_costs, draft_memory
+from specmoe_jax.planner.drafts.protocol import draft_costs
 from specmoe_jax.planner.hardware import Efficiency, Hardware
 from specmoe_jax.planner.memory.account import account, cache_positions
 from specmoe_jax.planner.memory.memory_account import MemoryAccount, PagedLoad
@@ -111,7 +111,7 @@ def needed(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Worklo
         batch_rows=rows,
         positions=positions,
         source_positions=workload.source_tokens if config.encoder else 0,
-        draft=draft_memory(config, plan, head=workload.head, model=workload.draft_model),
+        draft=plan.drafting.memory(plan, config, head=workload.head, model=workload.draft_model),
         paged=PagedLoad(pages=rows * _pages(plan, longest), prompt_tokens=rows * prompt),
         accelerator_is_cpu=hardware.accelerator_is_cpu,
     )
@@ -152,7 +152,7 @@ def _time(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workloa
     setting = _setting(config, plan, hardware, workload, own, rows)
     share = _cpu_share(plan, own, setting.load)
     of_draft = draft_costs(
-        config, plan, setting.load, skew=workload.skew_of(config), head=workload.head, model=workload.draft_model, cpu_share=share
+        plan, config, setting.load, skew=workload.skew_of(config), head=workload.head, model=workload.draft_model, cpu_share=share
     )
     return time_pass(setting, of_draft)
 

@@ -15,8 +15,9 @@ from specmoe_jax.models.spec import DTYPE_BYTES
 from specmoe_jax.offload.stream_schedule import RESOURCES, UP, Task, pass_tasks, spread
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import DISK, Cost, Load
-from specmoe_jax.planner.drafts import DraftCosts, attention_block
+from specmoe_jax.planner.drafts.protocol import DraftCosts
 from specmoe_jax.planner.hardware import Hardware
+from specmoe_jax.planner.layer_costs import attention_block
 from specmoe_jax.planner.memory.account import pinned_experts
 from specmoe_jax.planner.memory.memory_account import MemoryAccount
 from specmoe_jax.planner.simulate import Simulation, simulate

@@ -12,7 +12,7 @@ import specmoe_jax as sm
 from specmoe_jax.autotune.choose import Knowledge, choose, describe, evaluate, job_of
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import PRESETS, preset
-from specmoe_jax.planner.search import tree
+from specmoe_jax.planner.drafts.search_starts import tree
 
 
 class Setting(NamedTuple):

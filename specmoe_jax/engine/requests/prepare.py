@@ -13,10 +13,9 @@ from specmoe_jax.engine.state import Request
 from specmoe_jax.kv_cache.positions import pages_of
 from specmoe_jax.models.eagle.config import EagleConfig
 from specmoe_jax.models.model import Model
-from specmoe_jax.planner.drafts import draft_memory
 from specmoe_jax.planner.memory.account import cache_positions
 from specmoe_jax.planner.memory.fit import Memories, accounted, nearest, with_nearest
-from specmoe_jax.planner.memory.memory_account import MemoryAccount, PagedLoad
+from specmoe_jax.planner.memory.memory_account import DraftMemory, MemoryAccount, PagedLoad
 from specmoe_jax.planner.workload import Workload
 from specmoe_jax.support.errors import BudgetError, RequestError
 
@@ -69,6 +68,27 @@ def _paged(plan: Plan, requests: list[Request], rows: int) -> PagedLoad:
     return PagedLoad(pages=sum(sorted(pages)[-rows:]), prompt_tokens=sum(sorted(prompts)[-rows:]))
 
 
+def job_account(config: ModelConfig, plan: Plan, batch_shape: BatchShape, draft: DraftMemory) -> MemoryAccount:
+    """The memory that a job of these shapes takes, for the check before it and for the engine alike. Raises BudgetError."""
+    return accounted(
+        config,
+        plan,
+        batch_rows=batch_shape.rows,
+        positions=batch_shape.positions,
+        source_positions=batch_shape.source,
+        draft=draft,
+        paged=batch_shape.paged,
+        accelerator_is_cpu=accelerator_is_cpu(),
+    )
+
+
+def smallest_job(config: ModelConfig, plan: Plan) -> BatchShape:
+    """Of one request of one token that asks for one more: no job takes less."""
+    params, encoder = SamplingParams(max_new_tokens=1), config.encoder
+    start, source = ((0,), ()) if encoder is None else (encoder.start, (0,))
+    return batch_shape_of(plan, [Request(id=0, prompt=None, token_ids=start, params=params, limit=1, source=source)])
+
+
 def check_job(
     model, plan: Plan, prompts, params, *, draft_head: EagleConfig | None = None, draft_model: ModelConfig | None = None
 ) -> MemoryAccount:
@@ -82,16 +102,8 @@ def check_job(
     requests = make_requests(model, prompts, params)
     batch_shape = batch_shape_of(plan, requests)
     try:
-        return accounted(
-            model.config,
-            plan,
-            batch_rows=batch_shape.rows,
-            positions=batch_shape.positions,
-            source_positions=batch_shape.source,
-            draft=draft_memory(model.config, plan, head=draft_head, model=draft_model),
-            paged=batch_shape.paged,
-            accelerator_is_cpu=accelerator_is_cpu(),
-        )
+        memory = plan.drafting.memory(plan, model.config, head=draft_head, model=draft_model)
+        return job_account(model.config, plan, batch_shape, memory)
     except BudgetError as e:
         prompt = max(len(request.token_ids) for request in requests)
         longest = max(len(request.token_ids) + request.limit for request in requests)

@@ -13,13 +13,12 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.offload.stream_schedule import UP, Task, pass_tasks, spread
 from specmoe_jax.planner.estimate import Prediction
-from specmoe_jax.planner.measured.case import Case, kept_experts, mean_pinned, pinned_slots
-from specmoe_jax.planner.measured.operators import Operators, draft_work
+from specmoe_jax.planner.measured.case import Case, kept_experts, pinned_slots
+from specmoe_jax.planner.measured.operators import Operators
 from specmoe_jax.planner.routing import choice_probabilities, distinct, missed
 from specmoe_jax.planner.simulate import naive_seconds, simulate
 from specmoe_jax.planner.workload import Workload
 
-ASLEEP_S = 2e-3  # of a layer's wait for the link, after which cores are slow to wake
 GATES_RIGHT = 0.8  # of a pass's misses, the share that the draft's gates foresee (prefetch=draft)
 
 
@@ -55,7 +54,7 @@ def step_times(config: ModelConfig, plan: Plan, operators: Operators, case: Case
 
     Deviations: kv_tier=host without streaming is taken as the accelerator's; a dense layer as the attention of one with experts.
     """
-    drafted_s = draft_seconds(config, plan, operators, case)
+    drafted_s = plan.drafting.measured_seconds(plan, config, operators, case) if plan.draft_length else 0.0
     flow = {
         "resident": _resident,
         "on_demand": _on_demand,
@@ -75,41 +74,6 @@ def step_times(config: ModelConfig, plan: Plan, operators: Operators, case: Case
         link_bytes=passed.misses * operators.expert_bytes,
         misses=passed.misses,
     )
-
-
-def draft_seconds(config: ModelConfig, plan: Plan, operators: Operators, case: Case) -> float:
-    """`draft_length` tokens of every row, one after the other; of a tree its levels."""
-    length, rows = plan.draft_length or 0, case.rows
-    if plan.draft in ("none", "custom") or not length:
-        return 0.0
-    if plan.draft == "ngram":
-        return operators.seconds("lookup", rows=rows, read=rows * case.context)
-    width = rows * (plan.draft_tree_top_k or 1)
-    if plan.draft_tree_top_k:
-        return operators.seconds("eagle_tree_draft", **draft_work(layers=1, length=length, rows=width, context=case.context))
-    choice_s = operators.seconds("draft_head", rows=rows)
-    if plan.draft == "eagle":
-        work = draft_work(layers=1, length=length, rows=rows, context=case.context)
-        return length * choice_s + operators.seconds("eagle_draft", **work)
-    work = draft_work(
-        layers=config.num_moe_layers,
-        length=length,
-        rows=rows,
-        context=case.context,
-        blocks=min(mean_pinned(plan), distinct(case.probabilities, rows)),
-        ahead=plan.prefetch == "draft",
-        waited=_waited(config, plan, operators, case),
-    )
-    dense_s = (config.num_layers - config.num_moe_layers) * operators.seconds("attention", **_work(rows, 1, case.context))
-    return length * (choice_s + dense_s) + operators.seconds("self_draft", **work)
-
-
-def _waited(config: ModelConfig, plan: Plan, operators: Operators, case: Case) -> float:
-    """Whether the pass before waited for the link so long that the cores went to sleep; between 0 and 1 where it is not clear."""
-    if not plan.link_bytes_per_s or plan.expert_flow != "on_demand":
-        return 0.0
-    misses = missed(case.probabilities, case.choosing(plan.tokens_per_pass), kept_experts(config, plan, case))
-    return min(misses * operators.expert_bytes / plan.link_bytes_per_s / ASLEEP_S, 1.0)
 
 
 def _work(rows: float, new: float, context: float) -> dict[str, float]:

@@ -63,7 +63,7 @@ def account(
         num_slots=wanted + _spare_slots(plan, dispatch),
         wanted_slots=wanted,
         pinned_slots=pinned,
-        merged_slots=config.num_moe_layers * (plan.draft_experts or 0) if plan.draft == "merged" else 0,
+        merged_slots=plan.drafting.merged_slots(plan, config),
         kv_bytes=cached * position_bytes(config, item),
         activation_bytes=max(
             activation_bytes(config, plan, batch_rows, passes, item), encoder_bytes(config, batch_rows, source_positions, item)
@@ -104,7 +104,7 @@ def pinned_experts(config: ModelConfig, plan: Plan) -> tuple[int, ...]:
     """[L], experts of each layer that stay on the accelerator between passes."""
     if plan.expert_flow == "resident":
         return (config.num_experts,) * config.num_moe_layers
-    pinned = (plan.draft_experts if plan.draft == "self" else plan.cached_experts) or 0
+    pinned = plan.drafting.pinned_experts(plan)
     return pinned if isinstance(pinned, tuple) else (pinned,) * config.num_moe_layers
 
 

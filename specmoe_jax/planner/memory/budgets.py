@@ -12,7 +12,7 @@ from specmoe_jax.support.units import size_text
 
 def split_draft(whole: MemoryAccount, plan: Plan, page_bytes: int) -> MemoryAccount:
     """With as much of a streamed plan's draft cache on the accelerator as may be there (SpecMoEOff 4), and room for the rest."""
-    if plan.draft != "eagle" or not whole.kv_pages or not page_bytes:
+    if not plan.drafting.splits_cache or not whole.kv_pages or not page_bytes:
         return whole
     room = whole.draft_kv_bytes
     if plan.draft_kv_bytes is not None:

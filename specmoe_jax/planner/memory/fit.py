@@ -147,7 +147,7 @@ def _moves(config: ModelConfig, plan: Plan, hardware: Hardware | Memories) -> li
     return [
         {"pinned_layers": 0} if plan.pinned_layers else {},
         {"dtype": "bfloat16"} if plan.dtype == "float32" else {},
-        {"draft_experts": config.experts_per_token} if plan.draft == "self" else {},
+        plan.drafting.smaller(config),
         on_demand if any(getattr(plan, name) != value for name, value in on_demand.items() if name != "preset") else {},
         {"kv_tier": "host"} if plan.kv_tier == "accelerator" else {},
         {"expert_tier": "disk", "host_memory_bytes": plan.host_memory_bytes or int(hardware.host_memory_bytes)}

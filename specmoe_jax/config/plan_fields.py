@@ -106,7 +106,7 @@ class PlanFields:
     deterministic_sampling: bool = field(
         False, "Draws depend on seed, request and position alone: the same text with any plan, with or without speculation."
     )
-    dtype: Dtype = field("float32", "Compute and weight type; exactness is proven in float32.", flag=None)
+    dtype: Dtype = field("float32", "Compute and weight type; exactness holds in float32.", flag=None)
     expert_dtype: ExpertDtype | None = field(
         None, "Quantise the experts: fewer bytes on the link, other tokens (the error is printed).", none="the checkpoint's"
     )

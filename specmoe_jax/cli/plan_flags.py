@@ -11,8 +11,6 @@ from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.plan_fields import fields_of_a_plan
 from specmoe_jax.config.registry import DRAFTS
 
-OBJECTS = ("custom",)  # choices that stand for an object given to Engine, which no flag can give
-
 FIELDS = {name: spec for name, spec in fields_of_a_plan().items() if spec.flag is not None}
 
 
@@ -22,10 +20,15 @@ def _help(spec: FieldSpec) -> str:
     return with_flags(spec.info.help + (f" Default: {spec.info.none}." if spec.info.none else ""), names)
 
 
+def _can_be_a_flag(spec: FieldSpec, choice: str) -> bool:
+    """A draft that is an object given to Engine cannot."""
+    return spec.name != "draft" or DRAFTS.description(choice).given != "draft"
+
+
 def _define(spec: FieldSpec) -> flags.FlagHolder:
     flag = spec.flag or spec.name
     if spec.choices is not None:
-        return flags.DEFINE_enum(flag, None, [name for name in spec.choices if name not in OBJECTS], _help(spec))
+        return flags.DEFINE_enum(flag, None, [name for name in spec.choices if _can_be_a_flag(spec, name)], _help(spec))
     define = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float}[spec.type]
     return define(flag, None, _help(spec))
 

@@ -23,8 +23,8 @@ class FieldInfo(NamedTuple):
     """Metadata of a field of a plan, beside its type and default.
 
     help: one line. none: what None stands for. choices: names, for a choice whose names are not written as a Literal.
-    unit: of a number. lower: the smallest whole number. needs: choices that it has no effect without. flag: its name in
-    scripts, "" for the field's own, None for none.
+    unit: of a number. lower: the smallest whole number. needs: choices that it has no effect without. by_draft: some drafts
+    use it and others do not, as their descriptions say. flag: its name in scripts, "" for the field's own, None for none.
     """
 
     help: str
@@ -33,6 +33,7 @@ class FieldInfo(NamedTuple):
     unit: str = ""
     lower: int = 1
     needs: tuple[Needs, ...] = ()
+    by_draft: bool = False
     flag: str | None = ""
 
 

@@ -23,15 +23,6 @@ DTYPES: tuple[str, ...] = typing.get_args(Dtype)
 EXPERT_DTYPES: tuple[str, ...] = typing.get_args(ExpertDtype)
 
 # The choices that give other fields a meaning.
-DRAFTING = Needs(lambda plan: plan.drafting.drafts, "without a draft")
-GATED = Needs(lambda plan: "draft_experts" in plan.drafting.fields, "with draft={plan.draft}")
-TREE = Needs(lambda plan: plan.drafting.proposes_trees, "with draft={plan.draft}")
-SELF = Needs(lambda plan: "draft_set" in plan.drafting.fields, "with draft={plan.draft}")
-NOT_SELF = Needs(lambda plan: "draft_set" not in plan.drafting.fields, "with draft=self, which keeps its draft experts")
-STREAMED_EAGLE = Needs(
-    lambda plan: "draft_kv_bytes" in plan.drafting.fields and plan.flow.workers,
-    "with draft={plan.draft} and expert_flow={plan.expert_flow}",
-)
 DRAFT_PREFETCH = Needs(lambda plan: plan.prefetch == "draft", "with prefetch={plan.prefetch}")
 STREAM = Needs(lambda plan: plan.flow.workers, "with expert_flow={plan.expert_flow}")
 MOVING = Needs(lambda plan: not plan.flow.all_resident, "where every expert is resident")
@@ -49,31 +40,31 @@ class PlanFields:
         "or a draft given to Engine (custom).",
         choices=DRAFTS,
     )
-    draft_length: int | None = field(None, "Tokens drafted per step; the depth of a tree.", unit="tokens", needs=(DRAFTING,))
+    draft_length: int | None = field(None, "Tokens drafted per step; the depth of a tree.", unit="tokens", by_draft=True)
     draft_experts: int | tuple[int, ...] | None = field(
-        None, "Draft experts per layer: hot (draft=self) or merged (draft=merged).", needs=(GATED,)
+        None, "Draft experts per layer: hot (draft=self) or merged (draft=merged).", by_draft=True
     )
-    draft_tree_top_k: int | None = field(None, "Branches of a drafted node (draft=eagle).", none="a chain", needs=(TREE,))
+    draft_tree_top_k: int | None = field(None, "Branches of a drafted node (draft=eagle).", none="a chain", by_draft=True)
     draft_tree_tokens: int | None = field(
-        None, "Nodes of the tree to verify, the best of it; draft_length is its depth.", none="a chain", needs=(TREE,)
+        None, "Nodes of the tree to verify, the best of it; draft_length is its depth.", none="a chain", by_draft=True
     )
     draft_kv_bytes: float | None = field(
         None,
         "Accelerator memory of an EAGLE draft's cache when streaming; the rest of it is in host memory.",
         none="all of it",
         unit="bytes",
-        needs=(STREAMED_EAGLE,),
+        by_draft=True,
         flag="draft_kv_gib",
     )
     draft_set: str | None = field(
-        None, "Which experts stay and draft (draft=self).", none="hot_temporal", choices=DRAFT_SETS, needs=(SELF,)
+        None, "Which experts stay and draft (draft=self).", none="hot_temporal", choices=DRAFT_SETS, by_draft=True
     )
     substitution: Substitution | None = field(
-        None, "What stands in for an absent expert while drafting (draft=self).", none="affinity", needs=(SELF,)
+        None, "What stands in for an absent expert while drafting (draft=self).", none="affinity", by_draft=True
     )
-    guard: bool = field(False, "Adapt the draft length while running, down to 0 where it does not pay.", needs=(DRAFTING,))
+    guard: bool = field(False, "Adapt the draft length while running, down to 0 where it does not pay.", by_draft=True)
     cached_experts: int | tuple[int, ...] | None = field(
-        None, "Most used experts kept per layer, without a self-draft (MoE-Caching).", needs=(NOT_SELF, MOVING)
+        None, "Most used experts kept per layer, without a self-draft (MoE-Caching).", needs=(MOVING,)
     )
     prefetch: Prefetch = field(
         "none",
@@ -114,7 +105,7 @@ class PlanFields:
     deterministic_sampling: bool = field(
         False, "Draws depend on seed, request and position alone: the same text with any plan, with or without speculation."
     )
-    dtype: Dtype = field("float32", "Compute and weight type; exactness is proven in float32.", flag=None)
+    dtype: Dtype = field("float32", "Compute and weight type; exactness holds in float32.", flag=None)
     expert_dtype: ExpertDtype | None = field(
         None, "Quantise the experts: fewer bytes on the link, other tokens (the error is printed).", none="the checkpoint's"
     )
@@ -136,7 +127,7 @@ class PlanFields:
         None,
         "Accept each drafted token with this probability; the text is meaningless.",
         unit=PROBABILITY,
-        needs=(DRAFTING,),
+        by_draft=True,
         flag=None,
     )
 

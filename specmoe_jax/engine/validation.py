@@ -2,7 +2,6 @@
 
 from specmoe_jax.checkpoints.disk import DiskExperts
 from specmoe_jax.config.plan import Plan
-from specmoe_jax.config.plan_fields import fields_of_a_plan
 from specmoe_jax.engine.drafts.executors import check_inputs
 from specmoe_jax.engine.drafts.protocol import DraftInputs
 from specmoe_jax.models.model import Model
@@ -37,6 +36,5 @@ def _check_draft_set(plan: Plan, policy: DraftSetPolicy) -> None:
         raise PlanError(f"draft_set is a {type(policy).__name__}; give Engine a speculate.DraftSetPolicy, or name one in the plan")
     if plan.draft_set is not None:
         raise PlanError(f"the plan says draft_set={plan.draft_set} and Engine is given {policy.name!r}; leave one out")
-    for need in fields_of_a_plan()["draft_set"].info.needs:
-        if not need.condition(plan):
-            raise PlanError(f"the draft_set given to Engine has no effect {need.without.format(plan=plan)}; leave it out")
+    if "draft_set" not in plan.drafting.fields:
+        raise PlanError(f"the draft_set given to Engine has no effect with draft={plan.drafting.name}; leave it out")

@@ -1,12 +1,10 @@
 """What every table of scripts/benchmark.py holds, of both suites."""
 
 import json
-import pathlib
-import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "scripts"))
+from tests.cli.conftest import load_script
 
-import benchmark
+benchmark = load_script("benchmark")
 
 
 def check_table(rows: dict[str, dict]) -> None:

@@ -5,7 +5,6 @@ import itertools
 
 import numpy as np
 import pytest
-from tests.scripts.benchmark_tables import check_table
 
 import specmoe_jax as sm
 from specmoe_jax.benchmarks import plots, specmoe
@@ -13,6 +12,7 @@ from specmoe_jax.benchmarks.rounds import Case, Job, compare
 from specmoe_jax.models.synthetic import NLLB_SHAPED, TOPIC, synthetic_model, synthetic_prompts
 from specmoe_jax.support.statistics import gini
 from specmoe_jax.testing import TINY
+from tests.cli.benchmark_tables import check_table
 
 PROMPTS = tuple((7 * i % 250, 3, i) for i in range(4))
 LINK = 1e9

@@ -1,11 +1,11 @@
 """The SpecMoEOff suite on tiny sizes: every table runs, its figures agree with each other, and all are stamped."""
 
 import pytest
-from tests.scripts.benchmark_tables import check_table
 
 from specmoe_jax.benchmarks import plots, specmoeoff
 from specmoe_jax.benchmarks.rounds import Job
 from specmoe_jax.testing import TINY, eagle_head
+from tests.cli.benchmark_tables import check_table
 
 LAYER = TINY.num_experts * TINY.expert_params * 4
 

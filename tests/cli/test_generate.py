@@ -4,11 +4,11 @@ import json
 import re
 
 import pytest
-from tests.scripts.generate_cases import PROMPTS, prompt_flags, records
 
 import specmoe_jax as sm
 from specmoe_jax.engine.requests.finish import safe_length
 from specmoe_jax.testing import TINY
+from tests.cli.generate_cases import PROMPTS, prompt_flags, records
 
 FIGURES = """wall_s load_s compile_s prefill_s decode_s new_tokens steps tokens_per_step decode_tokens_per_s
 acceptance_by_position link_bytes link_bytes_per_token expert_hits expert_misses draft_link_bytes peak_accelerator_bytes

@@ -6,10 +6,10 @@ import re
 import shutil
 
 import pytest
-from tests.scripts.generate_cases import prompt_flags
 
 import specmoe_jax as sm
 from specmoe_jax.testing import TINY
+from tests.cli.generate_cases import prompt_flags
 
 ERRORS = [
     (["--prompt="], "prompt 1 is empty; give at least one"),

@@ -9,8 +9,8 @@ from specmoe_jax.support.errors import PlanError
 # Of each argument of Engine: what it is called in a message, and how to give it.
 _INPUTS = {
     "draft": ("draft object", "draft=custom and an object with propose(view) go together"),
-    "draft_model": ("draft model", "--draft=model and --draft_model=DIR go together"),
-    "draft_head": ("draft head", "--draft=eagle and --draft_head=DIR go together"),
+    "draft_model": ("draft model", "draft=model and draft_model go together"),
+    "draft_head": ("draft head", "draft=eagle and draft_head go together"),
 }
 
 

@@ -2,24 +2,14 @@
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
-from specmoe_jax.config.plan_fields import MAX_TREE
+from specmoe_jax.config.plan_fields import MAX_TREE, fields_of_a_plan
 from specmoe_jax.support.errors import PlanError
 
-# Fields of a plan that some drafts use and others do not.
+# Fields of a plan that some drafts use and others do not; the table of a plan's fields has them all.
 CHAIN_FIELDS = frozenset({"draft_length", "guard", "synthetic_acceptance"})
 TREE_FIELDS = CHAIN_FIELDS | {"draft_tree_top_k", "draft_tree_tokens"}
 GATED_FIELDS = CHAIN_FIELDS | {"draft_experts"}
-SOME_DRAFTS_USE = (
-    "draft_length",
-    "guard",
-    "synthetic_acceptance",
-    "draft_experts",
-    "draft_tree_top_k",
-    "draft_tree_tokens",
-    "draft_kv_bytes",
-    "draft_set",
-    "substitution",
-)
+SOME_DRAFTS_USE = tuple(name for name, spec in fields_of_a_plan().items() if spec.info.by_draft)
 
 
 def check_length(plan: Plan, fields: frozenset[str]) -> None:

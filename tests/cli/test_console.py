@@ -1,9 +1,11 @@
 """The console command: `specmoe COMMAND`, `python -m specmoe_jax COMMAND` and scripts/*.py are one thing."""
 
+import importlib
 import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -92,3 +94,10 @@ DEFINED = {"draft", "draft_length", "device_memory_gib", "link_gbps", "guard", "
 )
 def test_fields_become_the_flags_that_a_command_has(said, told):
     assert with_flags(said, DEFINED) == told
+
+
+def test_the_project_names_the_command_and_ships_its_types():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, _, name = project["scripts"]["specmoe"].partition(":")
+    assert getattr(importlib.import_module(module), name) is main.main
+    assert (pathlib.Path(specmoe_jax.__file__).parent / "py.typed").exists()

@@ -25,7 +25,7 @@ def with_flags(text: str, defined: Container[str]) -> str:
     that are no words of English, which have an underscore.
     """
     known = {name: spec.flag or name for name, spec in fields_of_a_plan().items()} | {name: name for name in ENGINE_ARGUMENTS}
-    known = {name: flag for name, flag in known.items() if flag in defined and name != "preset"}
+    known = {name: flag for name, flag in known.items() if flag in defined}
     if not known:
         return text
     names = "|".join(sorted(known, key=len, reverse=True))

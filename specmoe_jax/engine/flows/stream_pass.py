@@ -1,6 +1,6 @@
 """A pass that streams every layer's experts and attends on the CPU (SpecMoEOff, 4.1): executes offload/stream_schedule.py.
 
-Three lanes: this thread issues the accelerator's work, one worker runs the CPU attention, one brings the experts. Each task
+Three workers: this thread issues the accelerator's work, one worker runs the CPU attention, one brings the experts. Each task
 waits for what its entry in the list says; on a CPU without an accelerator all of them share the cores, and only the link is hidden.
 """
 

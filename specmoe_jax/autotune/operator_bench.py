@@ -45,7 +45,7 @@ class OperatorBench:
     def _runtime(self, plan: Plan):
         rows = max(ROWS)
         needed = account(self.config, plan.replace(batch_size=rows), batch_rows=rows, positions=self.positions)
-        return build(self.model, plan, needed, None, earlier=None, progress=False)
+        return build(self.model, plan, needed, None, progress=False)
 
     def attention(self, rows: int, new: int, length: int) -> Sample:
         kv, (h, lengths, num_new) = self._cache(rows), self._inputs(rows, new, length)

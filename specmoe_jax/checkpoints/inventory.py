@@ -8,6 +8,7 @@ from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE, Checkpoint, S
 from specmoe_jax.checkpoints.header import quote_list
 from specmoe_jax.checkpoints.tensors import ExpertSource, Piece, whole
 from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.models.families.naming import mtp_prefixes
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.spec import Layout, Part, TensorSpec, spec_leaves
 from specmoe_jax.support.errors import CheckpointError
@@ -49,7 +50,7 @@ def take_inventory(config: ModelConfig, checkpoint: Checkpoint) -> Inventory:
         raise CheckpointError(
             f"config.json: {config.num_expert_layers} layers of {config.num_experts} experts; at most {MAX_EXPERTS} experts in all"
         )
-    names = Names(checkpoint, canonical=family_of(config).canonical_name, tied=config.tie_embeddings)
+    names = Names(checkpoint, canonical=_without_mtp(config), tied=config.tie_embeddings)
     weights = {spec.name: names.take(spec) for spec in spec_leaves(family_of(config).weight_specs(config))}
     names.raise_if_missing()  # the router's shape has now confirmed the number of experts that is counted to next
     experts = tuple(
@@ -59,6 +60,17 @@ def take_inventory(config: ModelConfig, checkpoint: Checkpoint) -> Inventory:
     names.raise_if_missing()
     names.raise_if_unused()
     return Inventory(weights=weights, experts=experts)
+
+
+def _without_mtp(config: ModelConfig) -> Callable[[str], str | None]:
+    """Canonical names of the model alone: what its layers for further tokens hold is a draft's (checkpoints/mtp.py)."""
+    prefixes, canonical = mtp_prefixes(config), family_of(config).canonical_name
+
+    def of(name: str) -> str | None:
+        own = canonical(name)
+        return None if own is None or own.startswith(prefixes) else own
+
+    return of
 
 
 class Names:

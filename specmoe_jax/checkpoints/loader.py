@@ -121,7 +121,7 @@ def load_model_tokenizer(path: pathlib.Path, config: ModelConfig) -> Tokenizer |
 def _read_weights(config: ModelConfig, inventory: Inventory, dtype: str, check_finite: bool, shown) -> Weights:
     def weight(spec):
         tensor = inventory.weights[spec.name]
-        array = jax.device_put(read_tensor(tensor, dtype, check_finite=check_finite))
+        array = jax.device_put(read_tensor(tensor, spec.in_dtype(dtype), check_finite=check_finite))
         shown.update(tensor.entry.bytes)
         return array
 

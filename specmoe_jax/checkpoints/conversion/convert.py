@@ -82,9 +82,9 @@ def convert(model: str, output: pathlib.Path, *, to: str, dtype: str | None = No
 
 
 def _parts(source: Source, to: str) -> list[Part]:
-    config, dtype = source.config, TARGET_DTYPES[source.dtype]
+    config = source.config
     specs = spec_leaves(family_of(config).weight_specs(config))
-    groups = [[Output(s.name, dtype, s.shape, lambda s=s: source.weight(s.name)) for s in specs]]
+    groups = [[Output(s.name, TARGET_DTYPES[s.in_dtype(source.dtype)], s.shape, lambda s=s: source.weight(s)) for s in specs]]
     for moe in range(config.num_expert_layers):
         groups.append(_stored_experts(source, moe) if to == "huggingface" else _blocks(source, moe))
     if to == "specmoe":

@@ -54,7 +54,7 @@ def take_inventory(config: ModelConfig, checkpoint: Checkpoint) -> Inventory:
     weights = {spec.name: names.take(spec) for spec in spec_leaves(family_of(config).weight_specs(config))}
     names.raise_if_missing()  # the router's shape has now confirmed the number of experts that is counted to next
     experts = tuple(
-        tuple(_expert(config, names, moe, expert) for expert in range(config.num_experts))
+        tuple(expert_source(config, names, moe, expert) for expert in range(config.num_experts))
         for moe in range(config.num_expert_layers)
     )
     names.raise_if_missing()
@@ -91,6 +91,10 @@ class Names:
 
     def has(self, name: str) -> bool:
         return name in self._tensors
+
+    def holds(self, spec: TensorSpec) -> bool:
+        """Whether there is a tensor of this name and shape."""
+        return self.has(spec.name) and self._tensors[spec.name].entry.shape == spec.shape
 
     def take(self, spec: TensorSpec, *, packed: bool = False, integers: tuple[str, ...] = ()) -> StoredTensor | None:
         """The tensor of a spec; None, and remembered as missing, when there is none. Raises for a wrong shape or dtype.
@@ -135,8 +139,8 @@ class Names:
             )
 
 
-def _expert(config: ModelConfig, names: Names, moe: int, expert: int) -> ExpertSource | None:
-    """Our block where the checkpoint has it, else one of the family's layouts."""
+def expert_source(config: ModelConfig, names: Names, moe: int, expert: int) -> ExpertSource | None:
+    """Of the moe-th layer that has experts: our block where the checkpoint has it, else one of the family's layouts."""
     shape = config.experts.block_shape
     if names.has(block_name(moe, expert)):
         block = names.take(TensorSpec(block_name(moe, expert), shape))
@@ -147,7 +151,13 @@ def _expert(config: ModelConfig, names: Names, moe: int, expert: int) -> ExpertS
 
 
 def _stored_layout(names: Names, layouts: tuple[Layout, ...]) -> Layout:
-    """The usual layout, unless there is a tensor that only another one has."""
+    """The first layout that is there whole; else the usual one, unless there is a tensor that only another one has.
+
+    Two layouts may share their names and differ in shapes (Qwen3-VL-MoE: published [in, out], saved by newer writers [out, in]).
+    """
+    for layout in layouts:
+        if all(names.holds(part.spec) for part in layout):
+            return layout
     usual = {part.name for part in layouts[0]}
     for layout in layouts[1:]:
         if any(names.has(part.name) for part in layout if part.name not in usual):

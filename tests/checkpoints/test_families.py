@@ -46,7 +46,8 @@ def assert_same(model, other):
     jax.tree.map(np.testing.assert_array_equal, model.experts, other.experts)
 
 
-LAYOUTS = [(family, i) for family in ALL for i in range({"llama4": 1, "gpt_oss": 1, "nllb_moe": 1}.get(family, 2))]
+NUM_LAYOUTS = {"llama4": 1, "gpt_oss": 1, "nllb_moe": 1, "qwen3_vl_moe": 3}
+LAYOUTS = [(family, i) for family in ALL for i in range(NUM_LAYOUTS.get(family, 2))]
 
 
 @pytest.mark.parametrize(("family", "layout"), LAYOUTS)

@@ -38,10 +38,11 @@ def parse_config(raw: dict) -> ModelConfig:
 
 
 def expert_layouts(config: ModelConfig, layer: int, expert: int) -> tuple[Layout, ...]:
-    """Published: all experts of a layer fused, stored [in, out]; or a tensor a matrix."""
+    """Published: all experts of a layer fused, stored [in, out]; newer writers store [out, in], or a tensor a matrix."""
     prefix = f"model.layers.{layer}.mlp.experts"
     return (
         naming.transposed_layout(config.experts, config.num_experts, prefix, expert),
+        naming.fused_layout(config.experts, config.num_experts, prefix, expert),
         naming.separate_layout(config.experts, f"{prefix}.{expert}", "gate_proj", "up_proj", "down_proj"),
     )
 

@@ -5,12 +5,12 @@ import itertools
 
 import numpy as np
 import pytest
-from specmoe_jax.support.statistics import gini
 
 import specmoe_jax as sm
 from specmoe_jax.benchmarks import plots, specmoe
 from specmoe_jax.benchmarks.rounds import Case, Job, compare
 from specmoe_jax.models.synthetic import NLLB_SHAPED, TOPIC, synthetic_model, synthetic_prompts
+from specmoe_jax.support.statistics import gini
 from specmoe_jax.testing import TINY
 from tests.cli.benchmark_tables import check_table
 

@@ -18,10 +18,14 @@ BLOCK_PREFIX, PADDING_PREFIX = "specmoe.expert.", "specmoe.padding."
 
 
 class Inventory(NamedTuple):
-    """weights: canonical name -> tensor, for every spec of the family. experts: [i][expert], of the i-th layer that has any."""
+    """weights: canonical name -> tensor, for every spec of the family. experts: [i][expert], of the i-th layer that has any.
+
+    left_out: stored names of other parts of the model (a vision tower, layers for further tokens).
+    """
 
     weights: dict[str, StoredTensor]
     experts: tuple[tuple[ExpertSource, ...], ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -59,12 +63,18 @@ def take_inventory(config: ModelConfig, checkpoint: Checkpoint) -> Inventory:
     )
     names.raise_if_missing()
     names.raise_if_unused()
-    return Inventory(weights=weights, experts=experts)
+    return Inventory(weights=weights, experts=experts, left_out=names.left_out)
+
+
+def further_prefixes(config: ModelConfig) -> tuple[str, ...]:
+    """What the names of tensors of layers for further tokens begin with: the family's, and of the converted format."""
+    blocks = (f"{BLOCK_PREFIX}{config.num_expert_layers + i}." for i in range(config.mtp_layers))
+    return (*mtp_prefixes(config), *blocks)
 
 
 def _without_mtp(config: ModelConfig) -> Callable[[str], str | None]:
     """Canonical names of the model alone: what its layers for further tokens hold is a draft's (checkpoints/mtp.py)."""
-    prefixes, canonical = mtp_prefixes(config), family_of(config).canonical_name
+    prefixes, canonical = further_prefixes(config), family_of(config).canonical_name
 
     def of(name: str) -> str | None:
         own = canonical(name)
@@ -82,6 +92,7 @@ class Names:
     def __init__(self, checkpoint: Checkpoint, *, canonical: Callable[[str], str | None] = str, tied: bool = False):
         self._file, self._tied = _file(checkpoint), tied
         used = {name: tensor for name, tensor in checkpoint.tensors.items() if canonical(name) is not None}
+        self.left_out = tuple(name for name in checkpoint.tensors if name not in used)
         self._tensors = {canonical(name): tensor for name, tensor in used.items()}
         self._missing: dict[str, None] = {}  # an ordered set
         self._unused = {name for name in self._tensors if not name.startswith(PADDING_PREFIX)}

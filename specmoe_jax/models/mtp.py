@@ -22,7 +22,9 @@ from specmoe_jax.models.experts import block_bytes, expert_ffn
 from specmoe_jax.models.families.naming import mtp_prefixes, norm_spec
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.model import Model
+from specmoe_jax.models.packing import without_packing
 from specmoe_jax.models.spec import LayerWeights, Layout, TensorSpec, map_specs, random_block, random_tensor, spec_leaves
+from specmoe_jax.support.errors import PlanError
 from specmoe_jax.types import KVCache
 
 
@@ -49,8 +51,12 @@ class MtpHead:
 
 
 def extended(config: ModelConfig) -> ModelConfig:
-    """The model with the layer after its last one, as checkpoints count: its tensors then have specs like any other's."""
+    """The model with the layer after its last one, as checkpoints count: its tensors then have specs like any other's.
+
+    Its experts are never packed.
+    """
     layer = config.layers[config.moe_layers[-1]]
+    layer = dataclasses.replace(layer, experts=without_packing(layer.experts))
     return dataclasses.replace(config, num_layers=config.num_layers + 1, layer_configs=(*config.layers, layer), mtp_layers=0)
 
 
@@ -107,6 +113,12 @@ def head_bytes(config: ModelConfig, dtype: str) -> int:
     """Accelerator bytes of the layer's weights and all of its experts; what it borrows is the target's."""
     weights = sum(spec.bytes(dtype) for spec in spec_leaves(weight_specs(config)))
     return weights + config.num_experts * block_bytes(layer_config(config).experts, dtype)
+
+
+def check_head(model: Model, head: MtpHead) -> None:
+    """Raises PlanError when the layer borrows its embedding from another model."""
+    if head.embed is not model.weights.embed:
+        raise PlanError("the layer for further tokens is of another model; load this one's: checkpoints.load_mtp(model)")
 
 
 def attach(model: Model, weights: MtpWeights, experts: jax.Array) -> MtpHead:

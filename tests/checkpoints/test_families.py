@@ -6,39 +6,17 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
+from family_files import stored_tensors, write
 
 from specmoe_jax.checkpoints import load_model
 from specmoe_jax.checkpoints.conversion.convert import convert
 from specmoe_jax.checkpoints.mxfp4 import decode
-from specmoe_jax.models.families.registry import family_of, parse_config
-from specmoe_jax.models.spec import random_tensor, spec_leaves
+from specmoe_jax.models.families.registry import parse_config
 from specmoe_jax.support.errors import CheckpointError
 from specmoe_jax.testing.families import ENCODER_DECODERS, RAW_CONFIGS, WITH_TOWERS, tiny_family
 
 ALL = RAW_CONFIGS | WITH_TOWERS | ENCODER_DECODERS
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-
-
-def stored_tensors(model, layout: int) -> dict[str, np.ndarray]:
-    """Every tensor of `tiny_family`, experts in the family's given layout, read back out of the model's blocks."""
-    config, family = model.config, family_of(model.config)
-    tensors = {spec.name: random_tensor(spec, 0) for spec in spec_leaves(family.weight_specs(config))}
-    for moe, layer in enumerate(config.expert_layers):
-        for expert in range(config.num_experts):
-            for part in family.expert_layouts(config, layer, expert)[layout]:
-                values = part.view(np.asarray(model.experts[moe][expert]))
-                target = tensors.setdefault(part.name, np.zeros(part.spec.shape, np.float32))
-                target = target if part.index is None else target[part.index]
-                target[...] = values.reshape(target.shape)
-    return tensors
-
-
-def write(path, raw: dict, tensors: dict[str, np.ndarray]):
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(raw))
-    safetensors.numpy.save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, path / "model.safetensors")
-    return path
 
 
 def assert_same(model, other):
@@ -75,8 +53,8 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("family", WRAPPED)
-def test_text_part_beside_a_vision_part(family, tmp_path):
-    """As it is published: under text_config, names prefixed, the vision part left alone."""
+def test_text_part_beside_a_vision_part(family, tmp_path, capsys):
+    """As it is published: under text_config, names prefixed, the vision part left out with a word."""
     architecture, prefix, others = WRAPPED[family]
     model = tiny_family(family)
     tensors = {}
@@ -86,7 +64,12 @@ def test_text_part_beside_a_vision_part(family, tmp_path):
     tensors |= {name: np.zeros((2, 2), np.float32) for name in others}
     text = {key: value for key, value in ALL[family].get("text_config", ALL[family]).items() if key != "architectures"}
     raw = {"architectures": [architecture], "model_type": "outer", "text_config": text}
-    assert_same(load_model(str(write(tmp_path / "checkpoint", raw, tensors))), model)
+    path = write(tmp_path / "checkpoint", raw, tensors)
+    assert_same(load_model(str(path)), model)
+    assert capsys.readouterr().err == ""
+    load_model(str(path), progress="log")
+    found = capsys.readouterr().err
+    assert found.startswith(f"load: {len(others)} tensors of other parts are left out: {sorted(others)[0].rsplit('.', 1)[0][:12]}")
 
 
 def pack(codes: np.ndarray) -> np.ndarray:

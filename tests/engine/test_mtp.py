@@ -9,6 +9,7 @@ import pytest
 from engine_cases import tokens_of
 
 from specmoe_jax import PRESETS, CheckpointError, Engine, PlanError, SamplingParams, load_mtp
+from specmoe_jax.autotune.calibrate import calibrate
 from specmoe_jax.models import mtp
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import DTYPE_BYTES
@@ -154,3 +155,12 @@ def test_refused():
         plan.replace(draft_tree_top_k=2, draft_tree_tokens=4).validate(model.config)
     with pytest.raises(CheckpointError, match="not a checkpoint as it was loaded"):
         load_mtp(model)
+
+
+def test_a_calibration_measures_it():
+    """Beside the others, each run given what its draft needs alone; the search then has it among its choices."""
+    model = tiny_family("glm4_moe")
+    found = calibrate(model, PROMPTS[1:3], SamplingParams(), mtp_head=mtp.random_head(model))
+    assert 0 <= found.acceptance["mtp"].rate < 1
+    plan = PRESETS["on_demand"](model.config).replace(draft="mtp", draft_length=2)
+    assert found.acceptance_of(plan, model.config, found.skew) == found.acceptance["mtp"]

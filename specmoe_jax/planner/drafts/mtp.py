@@ -28,16 +28,16 @@ class MtpDraft(DraftDescription):
         super().check(plan, config)
 
     def memory(self, plan: Plan, config: ModelConfig, *, head=None, model=None) -> DraftMemory:
-        item = DTYPE_BYTES[plan.dtype]
+        itemsize = DTYPE_BYTES[plan.dtype]
         return DraftMemory(
             fixed=mtp.head_bytes(config, plan.dtype),
-            row=config.hidden_size * item,
-            position=costs.cache_row(mtp.layer_config(config).attention) * item,
+            row=config.hidden_size * itemsize,
+            position=costs.cache_row(mtp.layer_config(config).attention) * itemsize,
         )
 
     def costs(self, plan: Plan, config: ModelConfig, load: Load, *, skew: float, **_) -> DraftCosts:
         """The layer reads the pass's committed tokens (padded to all of the pass's), then its own; an output matrix each."""
-        item, length = DTYPE_BYTES[plan.dtype], plan.draft_length or 1
+        itemsize, length = DTYPE_BYTES[plan.dtype], plan.draft_length or 1
         one = Load(load.rows, 1, load.context + length / 2)
         probabilities = routing.choice_probabilities(config.num_experts, config.experts_per_token, skew)
         size = sum(spec.size for spec in spec_leaves(mtp.weight_specs(config)))
@@ -45,10 +45,10 @@ class MtpDraft(DraftDescription):
         def layer(of: Load) -> tuple[Cost, ...]:
             used = routing.distinct(probabilities, of.tokens)
             return (
-                costs.projections(size, of, item),
-                costs.attention(mtp.layer_config(config).attention, of, item, resource=ACCELERATOR, programs=0),
-                costs.experts(config, of.tokens, used, item, programs=0),
-                costs.head(config, load.rows, item),
+                costs.projections(size, of, itemsize),
+                costs.attention(mtp.layer_config(config).attention, of, itemsize, resource=ACCELERATOR, programs=0),
+                costs.experts(config, of.tokens, used, itemsize, programs=0),
+                costs.head(config, load.rows, itemsize),
             )
 
         return DraftCosts(costs=(*layer(load), *(layer(one) * (length - 1))))

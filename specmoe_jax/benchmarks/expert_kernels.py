@@ -10,7 +10,7 @@ import numpy as np
 
 from specmoe_jax import ops
 from specmoe_jax.benchmarks.cold_rounds import Rounds, Work, row
-from specmoe_jax.ops.experts_ref import block_ffn
+from specmoe_jax.ops.xla.experts import block_ffn, tiles
 
 CHOICES = 2  # experts of a token
 PAIRS_TOKENS, DENSE_TOKENS = 8, 64  # up to which pairs, from which dense can be the best form
@@ -69,7 +69,7 @@ def ffn_rows(s: Layers, tokens: list[int], rounds: Rounds):
         x = jnp.asarray(rng.standard_normal((n, s.M), np.float32))
         chosen = np.array([[rng.choice(s.experts, CHOICES, replace=False) for _ in range(n)] for _ in range(s.calls)])
         slots = jnp.asarray(chosen + s.experts * np.arange(s.calls)[:, None, None], jnp.int32)
-        forms = {"kernel": ops.expert_ffn, "tiles": ops.expert_ffn_ref}
+        forms = {"kernel": ops.expert_ffn, "tiles": functools.partial(tiles, ffn=None)}
         if n <= PAIRS_TOKENS:
             forms["pairs"] = pairs
         if n >= DENSE_TOKENS:

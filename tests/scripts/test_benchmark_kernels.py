@@ -13,6 +13,7 @@ import pytest
 
 from specmoe_jax import ops
 from specmoe_jax.benchmarks import attention_kernels, cold_rounds, expert_kernels
+from specmoe_jax.ops.xla.experts import tiles
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "benchmark_kernels.py"
 SMALL = ["--batch=2", "--heads=2,1,16", "--dtype=float32", "--new_tokens=2", "--length=64", "--rounds=3", "--threads=1"]
@@ -56,7 +57,7 @@ def test_the_forms_of_xla_are_exact(form):
     forms = {
         "pairs": expert_kernels.pairs,
         "dense": functools.partial(expert_kernels.dense, experts=4),
-        "tiles": ops.expert_ffn_ref,
+        "tiles": functools.partial(tiles, ffn=None),
     }
     blocks = expert_kernels.weights(layers)
     run = lambda f: jax.jit(functools.partial(expert_kernels.through_layers, f))(x, blocks, slots)  # noqa: E731

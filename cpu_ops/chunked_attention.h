@@ -60,7 +60,4 @@ struct AttentionState {
 
 void chunked_attention(const AttentionArgs& args, const KernelTable& kernels, Parallel& parallel);
 
-// A 64-byte aligned buffer of this thread, kept between calls; slot keeps two users apart.
-float* thread_scratch(int slot, int64_t floats);
-
 }  // namespace specmoe

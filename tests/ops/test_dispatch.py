@@ -52,6 +52,11 @@ def test_the_last_variant_of_a_kernel_takes_everything(kernel):
     assert last.platform is None and last.fits is dispatch.always
 
 
+def test_compiled_kernels_come_first(kernels):
+    for variants in dispatch.KERNELS.values():
+        assert list(variants) == sorted(variants), "cpu before xla"
+
+
 def test_no_compiled_kernel_is_chosen_where_it_is_switched_off(monkeypatch):
     monkeypatch.setattr("specmoe_jax.ops.cpu._ffi.module", lambda: None)
     for kernel, variants in dispatch.KERNELS.items():

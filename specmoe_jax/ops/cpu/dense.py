@@ -1,0 +1,30 @@
+"""dense_product by the compiled kernel for few rows."""
+
+import jax
+import jax.numpy as jnp
+
+from specmoe_jax.ops.cpu import _ffi
+from specmoe_jax.ops.xla import dense as xla
+
+# Measured on Zen 4, two cores: see docs/benchmarks.md.
+FEW_ROWS = 32
+LEAST_BYTES = 1 << 16
+
+
+def fits(x: jax.Array, weight: jax.Array) -> bool:
+    """Few rows of a matrix that is worth a call: beyond, and below, XLA's own product is faster."""
+    rows = x.size // x.shape[-1]
+    return 0 < rows <= FEW_ROWS and weight.size * weight.dtype.itemsize >= LEAST_BYTES and _ffi.module() is not None
+
+
+@jax.custom_jvp
+def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    shape = jax.ShapeDtypeStruct((x.size // x.shape[-1], weight.shape[0]), jnp.float32)
+    call = jax.ffi.ffi_call("specmoe_few_rows_product", shape, vmap_method="sequential")
+    return call(x.reshape(-1, x.shape[-1]), weight, **_ffi.choice()).reshape(*x.shape[:-1], weight.shape[0])
+
+
+@product.defjvp
+def _differentiate(primals, tangents):
+    (x, weight), (dx, dweight) = primals, tangents
+    return product(x, weight), xla.product(dx, weight) + xla.product(x, dweight)

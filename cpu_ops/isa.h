@@ -16,6 +16,7 @@ struct ProductArgs;
 
 struct KernelTable {
   const char* name;
+  int lanes;  // floats of a register
   // Attends request `r`, KV head `k`, to the cache positions [begin, end) inside one chunk; appends the new tokens among them
   // first.
   void (*attention_chunk)(const AttentionArgs&, const AttentionRequest& r, int64_t k, int64_t begin, int64_t end, AttentionState&);

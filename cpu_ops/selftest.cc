@@ -137,6 +137,7 @@ double ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, bool bf1
   a.R = R;
   a.x_type = DType::kF32;
   a.w_type = bf16 ? DType::kBF16 : DType::kF32;
+  a.expert_bytes = 3 * F * M * (bf16 ? 2 : 4);
   a.x = x.data;
   a.blocks = bf16 ? static_cast<void*>(h.data) : w.data;
   a.slots = slots.data;

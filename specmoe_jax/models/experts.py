@@ -18,8 +18,11 @@ def expert_ffn(config: ExpertConfig, x: jax.Array, pool: jax.Array, slots: jax.A
 
     A slot of -1 gives zeros.
     """
-    plain = config.activation == "swiglu" and not config.biased and config.packing is None
-    return ops.expert_ffn(x, pool, slots, ffn=None if plain else block_function(config))
+    if config.activation != "swiglu" or config.biased:
+        return ops.expert_ffn(x, pool, slots, ffn=block_function(config))
+    if config.packing is None:
+        return ops.expert_ffn(x, pool, slots)
+    return ops.expert_ffn(x, pool, slots, ffn=block_function(config), packing=config.packing, hidden=config.hidden)
 
 
 def block_bytes(config: ExpertConfig, dtype: str) -> int:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 
 from specmoe_jax.ops.cpu import attention as cpu_attention
+from specmoe_jax.ops.cpu import dense as cpu_dense
 from specmoe_jax.ops.cpu import experts as cpu_experts
 from specmoe_jax.ops.xla import attention as xla_attention
 from specmoe_jax.ops.xla import dense, prefill_attention
@@ -59,7 +60,11 @@ KERNELS: dict[str, dict[str, Variant]] = {
     "prefill_attention": {"xla": Variant(prefill_attention.prefill)},
     "expert_ffn": {
         "cpu": Variant(cpu_experts.plain, "cpu", cpu_experts.fits_plain),
+        "cpu_packed": Variant(cpu_experts.packed, "cpu", cpu_experts.fits_packed),
         "xla": Variant(xla_experts.tiles),
     },
-    "dense_product": {"xla": Variant(dense.product)},
+    "dense_product": {
+        "cpu": Variant(cpu_dense.product, "cpu", cpu_dense.fits),
+        "xla": Variant(dense.product),
+    },
 }

@@ -9,12 +9,14 @@ from specmoe_jax.ops import _check, dispatch
 WEIGHTS = (jnp.float32, jnp.bfloat16, jnp.uint16)
 
 
-def expert_ffn(x, blocks, slots, *, activation: str = "swiglu", ffn: Callable | None = None):
+def expert_ffn(x, blocks, slots, *, activation="swiglu", ffn: Callable | None = None, packing: str | None = None, hidden=None):
     """Expert blocks[slots[i, a]] on x[i], for every token i and choice a, unweighted.
 
     x [n, M] float32 or bfloat16; blocks [R, 3, F, M]: gate, up and down transposed of a SwiGLU, each [F, M], in float32, bfloat16
     or uint16 that holds bfloat16 bits; slots [n, A] int32, -1 (or beyond R) for a choice without an expert, which gives zeros.
     ffn: (x [n, M], one block) -> [n, M] float32, for experts that are not plain SwiGLU; blocks then have its shape.
+    packing: "int8" or "int4" where blocks [R, bytes] uint8 are SwiGLUs of `hidden` hidden units packed by models/packing.py;
+    `ffn`, which unpacks, is then for platforms without a kernel that decodes them.
     Returns y [n, A, M] float32. Rows of one slot are done together and its weights are read once; by the compiled kernel each pair
     of token and choice is bit for bit independent of the other rows and of the thread count within one instruction set.
     """
@@ -22,9 +24,10 @@ def expert_ffn(x, blocks, slots, *, activation: str = "swiglu", ffn: Callable | 
     _check.that(op, activation == "swiglu", f"activation is {activation!r}, only 'swiglu' exists")
     _check.array(op, "x", x, (None, None), _check.FLOATS)
     n, M = x.shape
+    _check.that(op, packing is None or (ffn is not None and hidden is not None), "packing needs ffn and hidden")
     if ffn is None:
         _check.array(op, "blocks", blocks, (None, 3, None, M), WEIGHTS)
     _check.array(op, "slots", slots, (n, None), (jnp.int32,))
     if slots.size == 0:
         return jnp.zeros((*slots.shape, M), jnp.float32)
-    return dispatch.call(op, x, blocks, slots, ffn=ffn)
+    return dispatch.call(op, x, blocks, slots, ffn=ffn, packing=packing, hidden=hidden)

@@ -57,16 +57,24 @@ def test_compiled_kernels_come_first(kernels):
         assert list(variants) == sorted(variants), "cpu before xla"
 
 
-def test_no_compiled_kernel_is_chosen_where_it_is_switched_off(monkeypatch):
-    monkeypatch.setattr("specmoe_jax.ops.cpu._ffi.module", lambda: None)
-    for kernel, variants in dispatch.KERNELS.items():
-        for name, variant in variants.items():
-            if name.startswith("cpu"):
-                assert not variant.fits(*[None] * 9, **OPTIONS[kernel]), kernel
-
-
-OPTIONS = {
-    "chunked_attention": dict(scale=1, window=None, softcap=None, chunk=None),
-    "chunked_attention_packed": dict(scale=1, window=None, softcap=None, chunk=None),
-    "expert_ffn": dict(ffn=None),
+PRODUCT = (jnp.ones((1, 1 << 16)),) * 2
+ATTENTION_OPTIONS = dict(scale=1, window=None, softcap=None, chunk=None)
+CASES = {
+    "chunked_attention": ((None,) * 9, ATTENTION_OPTIONS),
+    "chunked_attention_packed": ((None,) * 9, ATTENTION_OPTIONS),
+    "expert_ffn": ((None,) * 3, dict(ffn=None, packing=None, hidden=None)),
+    "dense_product": (PRODUCT, {}),
 }
+
+
+@pytest.mark.parametrize("kernel", CASES)
+def test_no_compiled_kernel_is_chosen_where_they_are_switched_off(kernels, monkeypatch, kernel):
+    arrays, options = CASES[kernel]
+    variant = dispatch.KERNELS[kernel]["cpu"]
+    assert variant.fits(*arrays, **options)
+    monkeypatch.setattr("specmoe_jax.ops.cpu._ffi.module", lambda: None)
+    assert not variant.fits(*arrays, **options)
+
+
+def test_every_compiled_kernel_has_a_case():
+    assert set(CASES) == {kernel for kernel, variants in dispatch.KERNELS.items() if "cpu" in variants}

@@ -6,15 +6,17 @@ import jax.numpy as jnp
 from specmoe_jax.ops.cpu import _ffi
 from specmoe_jax.ops.xla import dense as xla
 
-# Measured on Zen 4, two cores: see docs/benchmarks.md.
+# Where XLA's own product is as fast (Zen 4, two cores, benchmark_kernels.py --tables=dense): from about 128 rows of 1,024 or 2,048
+# columns on, where rows outgrow the L2, and for matrices that take no longer than the call itself.
 FEW_ROWS = 32
+CACHED = 1 << 18  # elements of x that may be more rows than those
 LEAST_BYTES = 1 << 16
 
 
 def fits(x: jax.Array, weight: jax.Array) -> bool:
-    """Few rows of a matrix that is worth a call: beyond, and below, XLA's own product is faster."""
-    rows = x.size // x.shape[-1]
-    return 0 < rows <= FEW_ROWS and weight.size * weight.dtype.itemsize >= LEAST_BYTES and _ffi.module() is not None
+    """Few rows, of a matrix that is worth a call."""
+    few = 0 < x.size and (x.size <= CACHED or x.size <= FEW_ROWS * x.shape[-1])
+    return few and weight.size * weight.dtype.itemsize >= LEAST_BYTES and _ffi.module() is not None
 
 
 @jax.custom_jvp

@@ -7,34 +7,7 @@ Examples:
 A run that was stopped goes on where it was when started again with the same flags.
 """
 
-import pathlib
-
-import _common
-from absl import flags
-
-from specmoe_jax.checkpoints import checkpoint_path, write_manifest
-from specmoe_jax.checkpoints.conversion.convert import FORMATS, convert
-from specmoe_jax.config.plan_fields import DTYPES
-
-_MODEL = flags.DEFINE_string("model", None, '"demo" (bundled) or a directory: Hugging Face, converted, or Orbax export.')
-_OUTPUT = flags.DEFINE_string("output", None, "A new directory for the result.")
-_FORMAT = flags.DEFINE_enum("format", None, FORMATS, "specmoe: mapped at load, not copied. huggingface. orbax.")
-_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Type of the result. Default: what loses nothing.")
-_WRITE_MANIFEST = flags.DEFINE_boolean("write_manifest", False, "Write a sha256 per tensor into the model's directory instead.")
-
-
-def main() -> None:
-    if _MODEL.value is None:
-        _common.usage_error("--model is missing; --help explains the flags")
-    if _WRITE_MANIFEST.value:
-        if _OUTPUT.value or _FORMAT.value or _DTYPE.value:
-            _common.usage_error("--write_manifest converts nothing; leave --output, --format and --dtype out")
-        write_manifest(checkpoint_path(_MODEL.value))
-        return
-    if _OUTPUT.value is None or _FORMAT.value is None:
-        _common.usage_error("--output and --format are needed (or --write_manifest); --help explains the flags")
-    print(convert(_MODEL.value, pathlib.Path(_OUTPUT.value), to=_FORMAT.value, dtype=_DTYPE.value, progress=True))
-
+from _run import run
 
 if __name__ == "__main__":
-    _common.run(main)
+    run("convert")

@@ -10,6 +10,7 @@ from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine import Completion, Engine, TokenEvent
 from specmoe_jax.models.model import Model, random_model
 from specmoe_jax.support.errors import CheckpointError, PlanError, RequestError, UserError
+from specmoe_jax.support.version import __version__
 
 __all__ = [
     "PRESETS",
@@ -24,6 +25,7 @@ __all__ = [
     "SamplingParams",
     "TokenEvent",
     "UserError",
+    "__version__",
     "load_head",
     "load_model",
     "make_plan",

@@ -31,9 +31,6 @@ class KVCache(NamedTuple):
     v: tuple[jax.Array, ...]
     cross: tuple[CrossCache, ...] | None = None
 
-    def cross_of(self, layer: int) -> CrossCache | None:
-        return self.cross and self.cross[layer]
-
 
 class Routing(NamedTuple):
     """What the router of one layer decided.

@@ -1,11 +1,21 @@
-"""The tiny model of the package, for every test that needs one."""
+"""The tiny model of the package for every test that needs one, the two tiers of the suite, and what workers share.
 
+Quick tier (`pytest`): of each parametrised test the first and the last case, without tests marked `slow`.
+Everything: `pytest --tier=all`, or naming files or tests on the command line.
+"""
+
+import collections
 import gc
+import os
 
 import jax
 import pytest
 
+from specmoe_jax.checkpoints.memory import available_bytes
+from specmoe_jax.support.cache_files import machine_key
 from specmoe_jax.testing import tiny
+
+WORKER_BYTES = 4 << 30  # peak memory of one worker of a parallel run, measured at 3.5 GB
 
 # A compiled program takes about seven memory maps, Linux gives a process 65,530, and XLA's answer to one too many is a crash.
 # Programs are let go between files, where nothing shares them, and in the middle of one that makes very many.
@@ -22,6 +32,52 @@ class Compilations:
 
     def _on_event(self, event, duration_s, **_):
         self.count += event == _COMPILATION
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--tier",
+        choices=("quick", "rest", "all"),
+        help="quick: the first and the last case of each parametrised test, none marked slow; rest: the others. Default: quick for "
+        "the whole suite, all for files or tests that are named.",
+    )
+
+
+def pytest_configure(config):
+    if config.option.tier is None:  # workers of a parallel run are given the choice of the process that started them
+        config.option.tier = "quick" if config.args_source == pytest.Config.ArgsSource.TESTPATHS else "all"
+    # Programs compiled by one worker or an earlier run are read, not compiled again: half of the suite's processor time.
+    folder = str(config.rootpath / ".pytest_cache" / machine_key("xla", jax.__version__))
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        os.environ[name.upper()] = str(value)  # for the processes that tests start
+        jax.config.update(name, value)
+
+
+def pytest_xdist_auto_num_workers(config):
+    """As many workers (`-n auto`) as there are cores and memory for."""
+    return max(1, min(os.cpu_count() or 1, (available_bytes() or WORKER_BYTES) // WORKER_BYTES))
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.option.tier == "all":
+        return
+    cases = collections.defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    chosen = {
+        case.nodeid
+        for own in cases.values()
+        for case in ((own[0], own[-1]) if own[0].get_closest_marker("every_case") is None else own)
+        if case.get_closest_marker("slow") is None
+    }
+    wanted = config.option.tier == "quick"
+    config.hook.pytest_deselected(items=[item for item in items if (item.nodeid in chosen) != wanted])
+    items[:] = [item for item in items if (item.nodeid in chosen) == wanted]
 
 
 @pytest.fixture(scope="session")

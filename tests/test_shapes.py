@@ -11,7 +11,7 @@ import specmoe_jax as sm
 from specmoe_jax.speculate import acceptance, sampling
 from specmoe_jax.speculate.hot_experts import affinity
 from specmoe_jax.speculate.hot_experts import usage as hotness
-from specmoe_jax.testing import TINY
+from specmoe_jax.testing import TINY, oracles
 
 checked = jaxtyped(typechecker=beartype)
 B, N, V, E = 3, 4, 11, 6
@@ -35,7 +35,7 @@ def accept_greedy(tokens: Int32[Array, "B N"], logits: Float32[Array, "B N+1 V"]
 
 @checked
 def accepted_tokens(tokens: Int32[Array, "B N"], logits: Float32[Array, "B N+1 V"]) -> Int32[Array, "B N+1"]:
-    return acceptance.accepted_tokens(tokens, acceptance.accept_greedy(tokens, logits))
+    return oracles.accepted_tokens(tokens, acceptance.accept_greedy(tokens, logits))
 
 
 @checked

@@ -7,14 +7,14 @@ import numpy as np
 
 from specmoe_jax.checkpoints.manifest import checkpoint_hash
 from specmoe_jax.config.presets import preset
+from specmoe_jax.config.registry import DRAFTS
 from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.engine.drafts.protocol import DraftInputs
 from specmoe_jax.engine.engine import Engine
 from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.calibration import Acceptance, Calibration, counted_skew, fitted_shares, unlike_rows
-from specmoe_jax.planner.search import tree
 from specmoe_jax.planner.workload import acceptance_rate
-from specmoe_jax.speculate.drafts.ngram import NgramDraft, lookup
 from specmoe_jax.speculate.hot_experts.usage import count_choices
 from specmoe_jax.support.cache_files import read_cached, write_cached
 
@@ -45,16 +45,16 @@ def calibrate(model: Model, prompts: Sequence, params: SamplingParams, *, head: 
 
     limited = SamplingParams(max_new_tokens=NEW_TOKENS, temperature=params.temperature, seed=params.seed, ignore_eos=True)
     done = engine.generate(prompts, limited, on_step=on_step)
-    acceptance = {"self": _acceptance(_rate(engine.stats()), steps)._replace(experts=plan.draft_experts)}
-    found = _lookup_rates(model, prompts, done)
-    each = [sum(rate**j for j in range(LENGTH + 1)) for rate in found]
-    acceptance["ngram"] = _acceptance(float(np.mean(found)), NEW_TOKENS / np.array(each))
-    if head is not None:
-        for name, fields in (("eagle", {"draft_length": LENGTH}), ("eagle_tree", tree(LENGTH))):
-            eagle = Engine(model, preset("resident", model.config).replace(**_eagle(plan), **fields), draft_head=head)
-            steps[:] = 0
-            eagle.generate(prompts, limited, on_step=count)
-            acceptance[name] = _acceptance(_rate(eagle.stats()), steps)
+    acceptance = {plan.drafting.name: _acceptance(_rate(engine.stats()), steps)._replace(experts=plan.draft_experts)}
+    acceptance |= _rates_on_texts(model, prompts, done)
+    inputs = DraftInputs(draft_head=head)
+    resident = preset("resident", model.config).replace(batch_size=plan.batch_size, dtype=plan.dtype)
+    runs = [run for name in DRAFTS for run in DRAFTS.executor(name).calibration_runs(inputs, LENGTH).items()]
+    for name, fields in runs:
+        own = Engine(model, resident.replace(**fields), **inputs._asdict())
+        steps[:] = 0
+        own.generate(prompts, limited, on_step=count)
+        acceptance[name] = _acceptance(_rate(own.stats()), steps)
     skew = counted_skew(model.config, counts)
     row_share, run_share = fitted_shares(model.config, skew, seen)
     found = Calibration(acceptance=acceptance, skew=skew, measured=True, row_share=row_share, run_share=run_share)
@@ -64,12 +64,9 @@ def calibrate(model: Model, prompts: Sequence, params: SamplingParams, *, head: 
 
 
 def cached_calibration(path) -> Calibration | None:
-    """What an earlier `calibrate` found for a checkpoint directory."""
-    return Calibration.from_dict(read_cached("calibration", checkpoint_hash(path)) or {})
-
-
-def _eagle(plan) -> dict:
-    return {"draft": "eagle", "batch_size": plan.batch_size, "dtype": plan.dtype}
+    """What an earlier `calibrate` found for a checkpoint directory; None where it names a draft that is not registered any more."""
+    found = Calibration.from_dict(read_cached("calibration", checkpoint_hash(path)) or {})
+    return found if found and all(name.removesuffix("_tree") in DRAFTS for name in found.acceptance) else None
 
 
 def _acceptance(rate: float, steps: np.ndarray) -> Acceptance:
@@ -81,12 +78,16 @@ def _rate(stats: dict) -> float:
     return acceptance_rate(sum(stats["acceptance_by_position"]), LENGTH)
 
 
-def _lookup_rates(model: Model, prompts: list, done) -> list[float]:
-    """Of the tokens that prompt lookup proposes one by one along each of the generated texts, the share that came."""
-    rates = []
-    for prompt, completion in zip(prompts, done, strict=True):
-        ids = tuple(model.tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
-        tokens = completion.token_ids
-        guesses = [lookup((*ids, *tokens[:i]), 1, NgramDraft().longest)[0] for i in range(len(tokens))]
-        rates.append(sum(guess == token for guess, token in zip(guesses, tokens, strict=True)) / max(len(tokens), 1))
-    return rates
+def _rates_on_texts(model: Model, prompts: list, done) -> dict[str, Acceptance]:
+    """Of the drafts whose proposals follow from the text alone, without a run of their own."""
+    texts = [
+        (tuple(model.tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt), completion.token_ids)
+        for prompt, completion in zip(prompts, done, strict=True)
+    ]
+    found = {}
+    for name in DRAFTS:
+        rates = [DRAFTS.executor(name).rate_on_text(*text) for text in texts]
+        if None not in rates:
+            each = [sum(rate**j for j in range(LENGTH + 1)) for rate in rates]
+            found[name] = _acceptance(float(np.mean(rates)), NEW_TOKENS / np.array(each))
+    return found

@@ -10,8 +10,10 @@ from specmoe_jax.autotune.profile import cached_profile
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.registry import DRAFTS
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.calibration import ASSUMED, Calibration
+from specmoe_jax.planner.drafts.protocol import described
 from specmoe_jax.planner.estimate import Prediction, predict
 from specmoe_jax.planner.hardware import Hardware
 from specmoe_jax.planner.measured.operators import Operators
@@ -90,20 +92,18 @@ def describe(plan: Plan) -> str:
     )
     values = {name: getattr(plan, name) for name in shown}
     parts = [f"{k}={v}" for k, v in values.items() if v not in (None, False, "none") and (k, v) != ("micro_batches", 1)]
-    return " ".join([plan.expert_flow, *parts])
+    return " ".join([plan.flow.name, *parts])
 
 
 def evaluate(config: ModelConfig, plan: Plan, known: Knowledge) -> Prediction:
     """The prediction of one plan, by the measured operators where there are some. Raises PlanError for what does not fit."""
-    if plan.draft == "model" and known.workload.draft_model is None:
-        raise PlanError("draft=model is predicted from the draft model's configuration; give Workload(draft_model=...)")
     workload = known.calibration.workload(known.workload, plan, config)
     prediction = predict(config, plan, known.hardware, workload, interval=False)
     own, memory = prediction.account, known.hardware.host_memory_bytes
     if known.hardware.accelerator_is_cpu and own.accelerator_bytes + own.host_bytes > memory:
         raise PlanError(
             f"{own.accelerator_bytes} bytes for computation and {own.host_bytes} of experts lie in the same {memory:.0f} bytes of "
-            "memory; give a smaller batch, or leave experts on disk: --expert_tier=disk"
+            "memory; give a smaller batch, or leave experts on disk: expert_tier=disk"
         )
     if known.operators is None or own.draft_pages or not _is_measured(config, plan):
         return prediction
@@ -115,8 +115,8 @@ def evaluate(config: ModelConfig, plan: Plan, known: Knowledge) -> Prediction:
 
 def _is_measured(config: ModelConfig, plan: Plan) -> bool:
     """Whether the operators that were measured (profiling.py) are those that the plan runs."""
-    elsewhere = plan.kv_tier == "host" and plan.expert_flow != "stream"
-    return not (elsewhere or plan.expert_tier == "disk" or plan.expert_dtype or plan.draft == "model" or config.encoder)
+    elsewhere = plan.expert_tier == "disk" or plan.expert_dtype or config.encoder
+    return plan.flow.is_measured(plan) and plan.drafting.is_measured and not elsewhere
 
 
 def choose(
@@ -134,22 +134,32 @@ def choose(
     def run(drafts) -> Found:
         return search(config, lambda plan: evaluate(config, plan, known), requests=requests, drafts=drafts, fixed=fixed)
 
-    measured = tuple(name for name in known.calibration.acceptance if head or not name.startswith("eagle"))
+    measured = tuple(name for name in known.calibration.acceptance if head or described(name)[0].given != "draft_head")
     if "draft" in fixed:
         return run((fixed["draft"], *(name for name in measured if name == f"{fixed['draft']}_tree")))
     if any(fixed.get(field) for field in DRAFT_FIELDS) or fixed.get("prefetch") == "draft":
-        return run(tuple(dict.fromkeys((*measured, "self", *(("eagle",) if head else ())))))
+        return run(tuple(dict.fromkeys((*measured, *_unmeasured(), *(_given("draft_head") if head else ())))))
     if known.calibration.measured:
         return _guarded(run(("none", *measured)))
     found = run(("none",))
-    if found.best.plan.expert_flow == "resident":
+    if found.best.plan.flow.all_resident:
         return found
-    return _guarded(run(("none", "self")))
+    return _guarded(run(("none", *_unmeasured())))
+
+
+def _unmeasured() -> tuple[str, ...]:
+    """Drafts to consider though nothing was measured of them."""
+    return tuple(name for name in DRAFTS if DRAFTS.description(name).tried_unmeasured)
+
+
+def _given(name: str) -> tuple[str, ...]:
+    """Drafts that need this argument of Engine."""
+    return tuple(draft for draft in DRAFTS if DRAFTS.description(draft).given == name)
 
 
 def _guarded(found: Found) -> Found:
     """With the guard where the plan drafts a chain: it adapts the length, down to none, to what the job really accepts."""
-    if found.best.plan.draft == "none" or found.best.plan.draft_tree_top_k:
+    if not found.best.plan.drafting.drafts or found.best.plan.draft_tree_top_k:
         return found
     return found._replace(best=found.best._replace(plan=found.best.plan.replace(guard=True)))
 

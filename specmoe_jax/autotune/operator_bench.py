@@ -11,8 +11,7 @@ import numpy as np
 
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.engine import stages
-from specmoe_jax.engine.flows.layer_passes import attention
-from specmoe_jax.engine.runtime import build, first_memory, new_cache
+from specmoe_jax.engine.runtime import build, new_cache
 from specmoe_jax.kv_cache.positions import KV_PAGE, pages_of
 from specmoe_jax.models.model import Model
 from specmoe_jax.ops import empty_cache
@@ -41,7 +40,7 @@ class OperatorBench:
         self.resident = self._runtime(Plan(preset="probe", expert_flow="resident", dtype=dtype))
         self.on_demand = self._runtime(Plan(preset="probe", dtype=dtype))
         self.streams = self._runtime(Plan(preset="probe", expert_flow="stream", kv_tier="host", dtype=dtype))
-        self.pool = first_memory(self.resident).pool
+        self.pool = self.resident.flow.first_memory(self.resident).pool
 
     def _runtime(self, plan: Plan):
         rows = max(ROWS)
@@ -53,7 +52,7 @@ class OperatorBench:
 
         def call():
             nonlocal kv
-            _, _, routing, k, v = attention(self.on_demand, 0, h, kv, lengths, num_new)
+            _, _, routing, k, v = self.on_demand.cache_tier.attention(self.on_demand, 0, h, kv, lengths, num_new)
             kv = kv._replace(k=(k,), v=(v,))
             return np.asarray(routing.ids)
 
@@ -69,7 +68,7 @@ class OperatorBench:
         attends = self.layer_config.attention
         cache = empty_cache(rows * each, attends.num_kv_heads, KV_PAGE, attends.cache_dim, self.model.dtype)
         table = np.arange(rows * each, dtype=np.int32).reshape(rows, each)
-        host = jax.device_put((*projected, self._weights.sinks, cache, table, lengths, num_new), self.streams.host)
+        host = jax.device_put((*projected, self._weights.sinks, cache, table, lengths, num_new), self.streams.context.host)
         *inputs, cache, table, lengths, num_new = host
 
         def call():
@@ -86,7 +85,7 @@ class OperatorBench:
 
     def experts(self, rows: int, new: int, share: float) -> Sample:
         h, x, routing, used = self._routed(rows, new, share)
-        pool, slots = self.pool, self.resident.resident_slots[0]
+        pool, slots = self.pool, self.resident.experts.resident_slots[0]
         return self._sample(lambda: stages.experts(self.layer_config, h, x, routing, pool, slots), rows, new, blocks=used)
 
     def head(self, rows: int, new: int) -> Sample:
@@ -112,11 +111,11 @@ class OperatorBench:
         return self._sample(call, rows, 1, chain=CHAIN)
 
     def stream(self) -> Sample:
-        buffer = self.streams.store.new_buffer()
+        buffer = self.streams.experts.store.new_buffer()
 
         def call():
             nonlocal buffer
-            buffer = self.streams.store.stream(buffer, 0)
+            buffer = self.streams.experts.store.stream(buffer, 0)
             return buffer
 
         return self._sample(call, 1, 1, blocks=self.config.num_experts)
@@ -126,7 +125,7 @@ class OperatorBench:
         return self.model.weights.layers[0]
 
     def _cache(self, rows: int):
-        kv = new_cache(self.config, rows, self.positions, self.model.dtype, self.resident.device)
+        kv = new_cache(self.config, rows, self.positions, self.model.dtype, self.resident.context.device)
         return kv._replace(k=kv.k[:1], v=kv.v[:1])
 
     def _inputs(self, rows: int, new: int, length: int):

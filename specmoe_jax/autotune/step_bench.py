@@ -14,14 +14,13 @@ import numpy as np
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.engine.drafts.executors import executor_of
 from specmoe_jax.engine.engine import Engine
 from specmoe_jax.engine.state import StepInfo
-from specmoe_jax.models.eagle.network import random_head
 from specmoe_jax.models.model import Model
-from specmoe_jax.planner.drafts import usual_head
+from specmoe_jax.planner.drafts.search_starts import tree
 from specmoe_jax.planner.measured.operators import LinearCost, Sample, draft_work, fit
 from specmoe_jax.planner.memory.account import account, cache_positions
-from specmoe_jax.planner.search import tree
 
 ROWS = (1, 4, 16, 32, 64)  # batches
 LENGTHS = (48, 320)  # of the prompts; the long ones of LONG_ROWS alone, whose prefill is quick
@@ -46,6 +45,11 @@ class Case(NamedTuple):
     @property
     def is_tree(self) -> bool:
         return "draft_tree_top_k" in self.fields
+
+    @property
+    def operator(self) -> str | None:
+        """That its drafting shows, None where nothing is drafted."""
+        return self.plan("float32").drafting.operator(trees=self.is_tree)
 
     def plan(self, dtype: str) -> Plan:
         return Plan(preset="probe", dtype=dtype, batch_size=self.rows, **self.fields)
@@ -120,8 +124,7 @@ def _steps(model: Model, case: Case) -> list[StepInfo]:
         wants = account(model.config, plan, batch_rows=case.rows, positions=cache_positions(length + limit, plan))
         spare_bytes = (wants.num_slots - case.slots) * wants.expert_bytes
         plan = plan.replace(device_memory_bytes=wants.accelerator_bytes - spare_bytes)
-    head = random_head(usual_head(model.config), model) if plan.draft == "eagle" else None
-    engine = Engine(model, plan, draft_head=head)
+    engine = Engine(model, plan, **executor_of(plan).random_inputs(model))
     prompts = np.random.default_rng(case.rows).integers(model.config.vocab_size, size=(case.rows, length)).tolist()
     state, infos = engine.init(prompts, SamplingParams(max_new_tokens=limit, ignore_eos=True)), []
     start_s = time.perf_counter()
@@ -162,15 +165,11 @@ def fit_steps(config: ModelConfig, ran: list[Ran], alone: dict[str, LinearCost])
     trees = [_layer(config, one, alone, found["step"]) for one in ran if one.case.is_tree]
     beside = [config.num_layers * (sample.seconds - found["resident_layer"](**sample.work)) for sample in trees]
     found["tree_path"] = fit("tree_path", [Sample(t.work, max(s, 1e-6)) for t, s in zip(trees, beside, strict=True)])
-    looked_up = [one for one in ran if one.case.fields.get("draft") == "ngram"]
-    found["lookup"] = fit("lookup", [Sample(one.work, one.draft_s) for one in looked_up])
-    for name, kind, is_tree in (
-        ("self_draft", "self", False),
-        ("eagle_draft", "eagle", False),
-        ("eagle_tree_draft", "eagle", True),
-    ):
-        own = [one for one in ran if (one.case.fields.get("draft"), one.case.is_tree) == (kind, is_tree)]
-        found[name] = fit(name, [_drafted(config, one, alone) for one in own])
+    for name in dict.fromkeys(one.case.operator for one in ran if one.case.operator):
+        own = [one for one in ran if one.case.operator == name]
+        found[name] = fit(
+            name, [Sample(one.work, one.draft_s) if name == "lookup" else _drafted(config, one, alone) for one in own]
+        )
     return found
 
 
@@ -192,7 +191,7 @@ def _drafted(config: ModelConfig, one: Ran, alone: dict[str, LinearCost]) -> Sam
     width = rows * one.case.fields.get("draft_tree_top_k", 1)
     resident = min(one.case.fields.get("draft_experts", 0), _used(config, rows))
     ahead = one.case.fields.get("prefetch") == "draft"
-    layers = 1 if one.case.fields["draft"] == "eagle" else config.num_layers
+    layers = one.case.plan("float32").drafting.layers(config)
     work = draft_work(
         layers=layers,
         length=length,

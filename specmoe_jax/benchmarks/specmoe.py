@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from specmoe_jax.benchmarks.rounds import Case, Job, compare
 from specmoe_jax.config.plan import Plan
-from specmoe_jax.config.plan_fields import DRAFT_SETS
 from specmoe_jax.config.presets import preset
+from specmoe_jax.config.registry import DRAFT_SETS
 from specmoe_jax.models.model import Model
 
 

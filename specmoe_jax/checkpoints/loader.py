@@ -54,7 +54,7 @@ def load_model(
         raise RequestError(f"dtype is {dtype!r}; it must be one of {', '.join(TARGET_DTYPES)}")
     path = checkpoint_path(path_or_name)
     if (path / orbax_parts.DESCRIPTION_FILE).exists():
-        raise CheckpointError(f"{path}: an Orbax export; convert it first: scripts/convert_checkpoint.py --format=specmoe")
+        raise CheckpointError(f"{path}: an Orbax export; convert it first: specmoe convert --format=specmoe")
     config = load_config(path)
     tokenizer = load_model_tokenizer(path, config)
     checkpoint = open_checkpoint(path)

@@ -54,5 +54,5 @@ def check_memory(inventory: Inventory, dtype: str, model: str) -> None:
     smaller = "dtype bfloat16 takes half; " if dtype == "float32" else ""
     raise CheckpointError(
         f"{model}: weights of {needed / 1e9:.1f} GB in {dtype}, but {available / 1e9:.1f} GB of host memory are free;"
-        f" {smaller}convert_checkpoint.py --format=specmoe gives a form that is mapped from disk"
+        f" {smaller}specmoe convert --format=specmoe gives a form that is mapped from disk"
     )

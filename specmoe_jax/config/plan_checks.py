@@ -1,216 +1,56 @@
 """The checks of a plan: of the values of its fields, and that each has an effect under the others."""
 
-from typing import TYPE_CHECKING
-
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.config.plan_fields import (
-    DRAFT_SETS,
-    DRAFTS,
-    DRAM_POLICIES,
-    DTYPES,
-    EXPERT_DTYPES,
-    EXPERT_FLOWS,
-    EXPERT_TIERS,
-    GATED_DRAFTS,
-    KV_TIERS,
-    MAX_TREE,
-    PER_LAYER,
-    PREFETCHES,
-    PREFILL_ATTENTIONS,
-    SUBSTITUTIONS,
-    TREE_DRAFTS,
-    most,
-)
+from specmoe_jax.config.plan_fields import PlanFields, fields_of_a_plan, most
 from specmoe_jax.support.errors import PlanError
-from specmoe_jax.support.validation import is_number, is_whole
-
-if TYPE_CHECKING:
-    from specmoe_jax.config.plan import Plan
 
 
-def check_plan(plan: "Plan", config: ModelConfig) -> None:
+def check_plan(plan: PlanFields, config: ModelConfig) -> None:
     """Raises PlanError naming the field, its value and what would work."""
-    _check_choices(plan)
-    _check_types(plan)
-    _check_draft(plan, config)
-    _check_effects(plan, config)
+    check_values(plan)
+    _check_model(plan, config)
+    plan.drafting.check(plan, config)
+    _check_effects(plan)
+    _check_combinations(plan, config)
+    plan.flow.check(plan, config)
 
 
-def _check_choices(plan: "Plan") -> None:
-    for name, choices in (
-        ("draft", DRAFTS),
-        ("expert_flow", EXPERT_FLOWS),
-        ("expert_tier", EXPERT_TIERS),
-        ("dram_policy", (None, *DRAM_POLICIES)),
-        ("kv_tier", KV_TIERS),
-        ("dtype", DTYPES),
-        ("expert_dtype", (None, *EXPERT_DTYPES)),
-        ("prefetch", PREFETCHES),
-        ("prefill_attention", (None, *PREFILL_ATTENTIONS)),
-        ("draft_set", (None, *DRAFT_SETS)),
-        ("substitution", (None, *SUBSTITUTIONS)),
-    ):
-        if getattr(plan, name) not in choices:
-            choices = [choice for choice in choices if choice is not None]
-            raise PlanError(f"{name} is {getattr(plan, name)!r}; it must be one of {', '.join(choices)}")
+def check_values(plan: PlanFields) -> None:
+    """Every field is of its type, one of its choices and in its range. Raises PlanError."""
+    for name, spec in fields_of_a_plan().items():
+        if not spec.accepts(getattr(plan, name)):
+            raise PlanError(f"{name} is {getattr(plan, name)!r}; it must be {spec.expected}")
 
 
-def _check_types(plan: "Plan") -> None:
-    for name in PER_LAYER:
+def _check_effects(plan: PlanFields) -> None:
+    """No field has a value of its own where the choices that give it a meaning are missing."""
+    for name, spec in fields_of_a_plan().items():
         value = getattr(plan, name)
-        if value is not None and not (isinstance(value, tuple) and value and all(is_whole(n) and n >= 1 for n in value)):
-            if not is_whole(value) or value < 1:
-                raise PlanError(f"{name} is {value!r}; it must be a whole number of at least 1, or a tuple of one for each layer")
-    for name in (
-        "draft_length",
-        "draft_tree_top_k",
-        "draft_tree_tokens",
-        "spare_slots",
-        "batch_size",
-        "micro_batches",
-        "layer_buffers",
-        "prefill_chunk",
-    ):
-        value = getattr(plan, name)
-        optional = name not in ("batch_size", "micro_batches", "layer_buffers", "prefill_chunk")
-        if not (optional and value is None) and (not is_whole(value) or value < 1):
-            raise PlanError(f"{name} is {value!r}; it must be a whole number of at least 1")
-    pinned = plan.pinned_layers
-    if pinned is not None and (not is_whole(pinned) or pinned < 0):
-        raise PlanError(f"pinned_layers is {pinned!r}; it must be a whole number, 0 or more")
-    for name in ("device_memory_bytes", "host_memory_bytes", "draft_kv_bytes", "link_bytes_per_s"):
-        value = getattr(plan, name)
-        if value is not None and (not is_number(value) or value <= 0):
-            raise PlanError(f"{name} is {value!r}; it must be a finite number above 0")
-    for name in ("guard", "bypass_page_cache"):
-        if not isinstance(getattr(plan, name), bool):
-            raise PlanError(f"{name} is {getattr(plan, name)!r}; it must be true or false")
+        for need in spec.info.needs:
+            if value != spec.default and not need.condition(plan):
+                advice = f"leave it {spec.default}" if spec.default else "leave it out"
+                raise PlanError(f"{name}={value} has no effect {need.without.format(plan=plan)}; {advice}")
 
 
-def _check_draft(plan: "Plan", config: ModelConfig) -> None:
-    if plan.draft != "none" and plan.draft_length is None:
-        raise PlanError(f"draft={plan.draft} needs a draft_length, for example 4")
-    if plan.draft in ("model", "eagle") and config.encoder is not None:
-        raise PlanError(f"draft={plan.draft} is built for decoders alone; use self, merged or ngram with an encoder-decoder")
-    for name in PER_LAYER:
+def _check_model(plan: PlanFields, config: ModelConfig) -> None:
+    """Values that the model limits."""
+    for name, spec in fields_of_a_plan().items():
         value = getattr(plan, name)
-        if isinstance(value, tuple) and len(value) != config.num_moe_layers:
+        if spec.per_layer and isinstance(value, tuple) and len(value) != config.num_moe_layers:
             raise PlanError(f"{name} has {len(value)} numbers; the model has {config.num_moe_layers} layers with experts")
-    if plan.draft == "merged" and isinstance(plan.draft_experts, tuple):
-        raise PlanError(f"draft_experts is {plan.draft_experts}; draft=merged takes one number for all layers")
-    if plan.draft in GATED_DRAFTS and (plan.draft_experts is None or most(plan.draft_experts) > config.num_experts):
-        raise PlanError(
-            f"draft_experts is {plan.draft_experts}; draft={plan.draft} needs 1 to {config.num_experts}, the experts of a layer"
-        )
     if plan.cached_experts is not None and most(plan.cached_experts) > config.num_experts:
         raise PlanError(f"cached_experts is {plan.cached_experts}; a layer has {config.num_experts} experts")
-    _check_tree(plan, config)
-    rate = plan.synthetic_acceptance
-    if rate is not None and not (is_number(rate) and 0 <= rate <= 1):
-        raise PlanError(f"synthetic_acceptance is {rate!r}; it must be a probability")
 
 
-def _check_tree(plan: "Plan", config: ModelConfig) -> None:
-    """Sizes that the attention kernel takes (a tree mask of 64) and that the tree can have."""
-    top_k, tokens = plan.draft_tree_top_k, plan.draft_tree_tokens
-    if (top_k is None) != (tokens is None):
-        raise PlanError(f"draft_tree_top_k is {top_k} and draft_tree_tokens is {tokens}; give both, or none for a chain")
-    if plan.draft not in TREE_DRAFTS or top_k is None or tokens is None:
-        return
-    largest = min(top_k + (plan.draft_length - 1) * top_k**2, MAX_TREE - 1)
-    if plan.tree_rows > MAX_TREE or top_k > config.vocab_size:
-        raise PlanError(
-            f"draft_tree_top_k is {top_k}; with draft_length={plan.draft_length} at most "
-            f"{min(MAX_TREE // max(plan.draft_length - 1, 1), config.vocab_size)} branches can be grown"
-        )
-    if not plan.draft_length <= tokens <= largest:
-        raise PlanError(
-            f"draft_tree_tokens is {tokens}; a tree of depth draft_length={plan.draft_length} with {top_k} branches has "
-            f"{plan.draft_length} to {largest} nodes to verify"
-        )
-    if plan.guard:
-        raise PlanError("guard=True adapts the length of a chain, not a tree; leave out guard or the draft_tree fields")
-    if plan.synthetic_acceptance is not None:
-        raise PlanError("synthetic_acceptance is for chains; leave it out or the draft_tree fields")
-
-
-def _check_effects(plan: "Plan", config: ModelConfig) -> None:
-    """Each line: fields that need a condition, the condition, and what to do without it."""
-    needs = (
-        (("draft_length", "guard", "synthetic_acceptance"), plan.draft != "none", "without a draft"),
-        (("draft_experts",), plan.draft in GATED_DRAFTS, f"with draft={plan.draft}"),
-        (("draft_tree_top_k", "draft_tree_tokens"), plan.draft in TREE_DRAFTS, f"with draft={plan.draft}"),
-        (
-            ("draft_kv_bytes",),
-            plan.draft == "eagle" and plan.expert_flow == "stream",
-            f"with draft={plan.draft} and expert_flow={plan.expert_flow}",
-        ),
-        (("draft_set", "substitution"), plan.draft == "self", f"with draft={plan.draft}"),
-        (("cached_experts",), plan.draft != "self", "with draft=self, which keeps its draft experts"),
-        (("spare_slots",), plan.prefetch == "draft", f"with prefetch={plan.prefetch}"),
-        (("pinned_layers", "prefill_attention"), plan.expert_flow == "stream", f"with expert_flow={plan.expert_flow}"),
-        (("dram_policy", "bypass_page_cache"), plan.expert_tier == "disk", "where every expert is in host memory"),
-        (("cached_experts", "link_bytes_per_s", "retain"), plan.expert_flow != "resident", "where every expert is resident"),
-    )
-    for names, condition, where in needs:
-        for name in names:
-            value = getattr(plan, name)
-            if not condition and value is not None and value is not False:
-                raise PlanError(f"{name}={value} has no effect {where}; leave it out")
-    if plan.draft in GATED_DRAFTS and plan.expert_flow == "resident":
-        raise PlanError(f"draft={plan.draft} has no effect with expert_flow=resident, where every expert is at hand; use on_demand")
-    if plan.prefetch == "draft" and plan.draft not in GATED_DRAFTS:
-        raise PlanError(f"prefetch=draft has no effect with draft={plan.draft}: its gates tell nothing; use draft=self")
+def _check_combinations(plan: PlanFields, config: ModelConfig) -> None:
+    """Choices that do not go together."""
     if plan.substitution == "distinct" and config.experts_per_token == 1:
         raise PlanError("substitution=distinct has no effect where a token chooses one expert; leave it out")
-    if plan.expert_dtype is not None and (plan.expert_tier == "disk" or plan.draft == "merged"):
-        what = "expert_tier=disk" if plan.expert_tier == "disk" else "draft=merged"
+    if plan.expert_dtype is not None and plan.expert_tier == "disk":
         raise PlanError(
-            f"expert_dtype={plan.expert_dtype} is built for packed experts in host memory, without {what}; leave one out"
+            f"expert_dtype={plan.expert_dtype} is built for packed experts in host memory, without expert_tier=disk; leave one out"
         )
     if plan.prefetch == "oracle" and plan.link_bytes_per_s is None:
-        raise PlanError("prefetch=oracle knows the future, which only an emulated link can; give --link_gbps")
+        raise PlanError("prefetch=oracle knows the future, which only an emulated link can; give link_bytes_per_s")
     if plan.expert_tier == "disk" and plan.host_memory_bytes is None:
-        raise PlanError("expert_tier=disk needs the host memory to cache experts in; give --host_memory_gib")
-    if plan.expert_flow == "stream" and config.encoder is not None:
-        raise PlanError("expert_flow=stream is built for decoders alone; use on_demand with an encoder-decoder")
-    if plan.expert_flow == "stream":
-        _check_stream(plan, config)
-    elif plan.micro_batches != 1:
-        raise PlanError(f"micro_batches={plan.micro_batches} has no effect with expert_flow={plan.expert_flow}; leave it 1")
-    elif plan.layer_buffers != 2:
-        raise PlanError(f"layer_buffers={plan.layer_buffers} has no effect with expert_flow={plan.expert_flow}; leave it 2")
-
-
-def _check_stream(plan: "Plan", config: ModelConfig) -> None:
-    """Streaming keeps no expert between passes and asks no router what to bring."""
-    if plan.kv_tier != "host":
-        raise PlanError(f"expert_flow=stream keeps the KV cache in host memory; got kv_tier={plan.kv_tier}, give kv_tier=host")
-    if plan.draft in GATED_DRAFTS:
-        raise PlanError(
-            f"draft={plan.draft} needs experts that stay on the accelerator, expert_flow=stream keeps none; use on_demand"
-        )
-    if plan.cached_experts is not None or plan.retain or plan.prefetch != "none":
-        raise PlanError(
-            "cached_experts, retain and prefetch have no effect with expert_flow=stream, which brings every expert; leave them "
-            "out, or use pinned_layers"
-        )
-    if not 2 <= plan.layer_buffers <= max(config.num_moe_layers, 2):
-        raise PlanError(
-            f"layer_buffers={plan.layer_buffers}; streaming takes 2 to {max(config.num_moe_layers, 2)}, the layers with experts"
-        )
-    _check_pinned_layers(plan, config)
-    if plan.micro_batches > plan.batch_size:
-        raise PlanError(f"micro_batches={plan.micro_batches} of batch_size={plan.batch_size} rows; give at most as many as rows")
-
-
-def _check_pinned_layers(plan: "Plan", config: ModelConfig) -> None:
-    layers, pinned = config.num_moe_layers, plan.pinned_layers or 0
-    if pinned and pinned != layers and pinned + plan.layer_buffers > layers:
-        raise PlanError(
-            f"pinned_layers={pinned} and {plan.layer_buffers} layer buffers for {layers} layers with experts; give {layers}, which "
-            f"takes less, or at most {max(layers - plan.layer_buffers, 0)}"
-        )
-    for name, plain in (("link_bytes_per_s", None), ("layer_buffers", 2)):
-        if pinned == layers and getattr(plan, name) != plain:
-            raise PlanError(f"{name}={getattr(plan, name)} has no effect with all {layers} layers pinned; leave it out")
+        raise PlanError("expert_tier=disk needs the host memory to cache experts in; give host_memory_bytes")

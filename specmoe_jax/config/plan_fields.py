@@ -1,20 +1,170 @@
-"""What the fields of a plan may be."""
+"""The fields of a plan: one table, from which the checks, the flags of the scripts, their help and the reading of JSON derive."""
 
-DRAFTS = ("none", "self", "merged", "eagle", "ngram", "model", "custom")
-GATED_DRAFTS = ("self", "merged")  # those that run the target's own gates, over fewer experts
-TREE_DRAFTS = ("eagle", "custom")  # those that may propose a tree
+import dataclasses
+import typing
+from typing import Any, Literal
+
+from specmoe_jax.config.field_info import PROBABILITY, FieldSpec, Needs, field, table_of
+from specmoe_jax.config.registry import DRAFT_SETS, DRAFTS, EXPERT_FLOWS, HOST_CACHE_POLICIES, KV_TIERS
+
 MAX_TREE = 64  # nodes of one attention call with a tree mask, see ops.attention
-DRAFT_SETS = ("hot_temporal", "hot_global", "random", "decay", "accepted")
-SUBSTITUTIONS = ("affinity", "distinct", "random", "mask")
-PREFETCHES = ("none", "draft", "oracle")
-EXPERT_FLOWS = ("resident", "on_demand", "stream")
-EXPERT_TIERS = ("host", "disk")
-DRAM_POLICIES = ("lru", "mru", "frequency")
-KV_TIERS = ("accelerator", "host")
-PREFILL_ATTENTIONS = ("cpu", "accelerator")
-DTYPES = ("float32", "bfloat16")
-EXPERT_DTYPES = ("int8", "int4")
-PER_LAYER = ("draft_experts", "cached_experts")  # fields of a plan that are one number, or one for each layer with experts
+
+Substitution = Literal["affinity", "distinct", "random", "mask"]
+Prefetch = Literal["none", "draft", "oracle"]
+ExpertTier = Literal["host", "disk"]
+PrefillAttention = Literal["cpu", "accelerator"]
+Dtype = Literal["float32", "bfloat16"]
+ExpertDtype = Literal["int8", "int4"]
+
+SUBSTITUTIONS: tuple[str, ...] = typing.get_args(Substitution)
+EXPERT_TIERS: tuple[str, ...] = typing.get_args(ExpertTier)
+PREFILL_ATTENTIONS: tuple[str, ...] = typing.get_args(PrefillAttention)
+DTYPES: tuple[str, ...] = typing.get_args(Dtype)
+EXPERT_DTYPES: tuple[str, ...] = typing.get_args(ExpertDtype)
+
+# The choices that give other fields a meaning.
+DRAFT_PREFETCH = Needs(lambda plan: plan.prefetch == "draft", "with prefetch={plan.prefetch}")
+STREAM = Needs(lambda plan: plan.flow.workers, "with expert_flow={plan.expert_flow}")
+MOVING = Needs(lambda plan: not plan.flow.all_resident, "where every expert is resident")
+DISK = Needs(lambda plan: plan.expert_tier == "disk", "where every expert is in host memory")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanFields:
+    """A field is None exactly when it has no meaning under the other choices, or when its `none` says what it stands for."""
+
+    preset: str = field(dataclasses.MISSING, "The preset that the plan began as.", flag=None)
+    draft: str = field(
+        "none",
+        "What drafts: hot experts of the model itself (self), merged ones, an EAGLE head, prompt lookup (ngram), another model, "
+        "or a draft given to Engine (custom).",
+        choices=DRAFTS,
+    )
+    draft_length: int | None = field(None, "Tokens drafted per step; the depth of a tree.", unit="tokens", by_draft=True)
+    draft_experts: int | tuple[int, ...] | None = field(
+        None, "Draft experts per layer: hot (draft=self) or merged (draft=merged).", by_draft=True
+    )
+    draft_tree_top_k: int | None = field(None, "Branches of a drafted node (draft=eagle).", none="a chain", by_draft=True)
+    draft_tree_tokens: int | None = field(
+        None, "Nodes of the tree to verify, the best of it; draft_length is its depth.", none="a chain", by_draft=True
+    )
+    draft_kv_bytes: float | None = field(
+        None,
+        "Accelerator memory of an EAGLE draft's cache when streaming; the rest of it is in host memory.",
+        none="all of it",
+        unit="bytes",
+        by_draft=True,
+        flag="draft_kv_gib",
+    )
+    draft_set: str | None = field(
+        None, "Which experts stay and draft (draft=self).", none="hot_temporal", choices=DRAFT_SETS, by_draft=True
+    )
+    substitution: Substitution | None = field(
+        None, "What stands in for an absent expert while drafting (draft=self).", none="affinity", by_draft=True
+    )
+    guard: bool = field(False, "Adapt the draft length while running, down to 0 where it does not pay.", by_draft=True)
+    cached_experts: int | tuple[int, ...] | None = field(
+        None, "Most used experts kept per layer, without a self-draft (MoE-Caching).", needs=(MOVING,)
+    )
+    prefetch: Prefetch = field(
+        "none",
+        "What is fetched while the link is idle: what the draft's gates chose, or what will be needed (oracle, with "
+        "an emulated link_bytes_per_s).",
+    )
+    spare_slots: int | None = field(
+        None, "Slots for prefetch=draft.", none="as many as one layer's dispatch", needs=(DRAFT_PREFETCH,), flag=None
+    )
+    retain: bool = field(False, "Freed experts stay usable until their slot is overwritten, the least used first.", needs=(MOVING,))
+    expert_flow: str = field("on_demand", "How experts come to the accelerator.", choices=EXPERT_FLOWS)
+    expert_tier: ExpertTier = field("host", "Where all experts are; disk needs host_memory_bytes, which cache some of them.")
+    dram_policy: str | None = field(
+        None,
+        "Which experts host memory caches (expert_tier=disk).",
+        none="mru where experts stream, else frequency",
+        choices=HOST_CACHE_POLICIES,
+        needs=(DISK,),
+    )
+    bypass_page_cache: bool = field(False, "Read from the disk itself (expert_tier=disk), for measurements.", needs=(DISK,))
+    kv_tier: str = field("accelerator", "Where the KV cache is and attention runs.", choices=KV_TIERS)
+    batch_size: int = field(16, "Requests that generate together.")
+    micro_batches: int = field(1, "Parts of a batch in flight at once when streaming.", needs=(STREAM,))
+    layer_buffers: int = field(
+        2, "Whole layers of experts on the accelerator when streaming; more keep the link busy while drafting.", needs=(STREAM,)
+    )
+    pinned_layers: int | None = field(
+        None,
+        "Layers whose experts never cross again when streaming.",
+        none="what device_memory_bytes has room for",
+        lower=0,
+        needs=(STREAM,),
+    )
+    prefill_chunk: int = field(64, "Prompt positions per prefill pass.", flag=None)
+    prefill_attention: PrefillAttention | None = field(
+        None, "Where prompts attend when streaming.", none="the accelerator if there is one", needs=(STREAM,)
+    )
+    deterministic_sampling: bool = field(
+        False, "Draws depend on seed, request and position alone: the same text with any plan, with or without speculation."
+    )
+    dtype: Dtype = field("float32", "Compute and weight type; exactness holds in float32.", flag=None)
+    expert_dtype: ExpertDtype | None = field(
+        None, "Quantise the experts: fewer bytes on the link, other tokens (the error is printed).", none="the checkpoint's"
+    )
+    device_memory_bytes: float | None = field(
+        None, "Accelerator memory to use.", none="what the plan can use", unit="bytes", flag="device_memory_gib"
+    )
+    host_memory_bytes: float | None = field(
+        None, "Host memory to use.", none="what the machine has", unit="bytes", flag="host_memory_gib"
+    )
+    link_bytes_per_s: float | None = field(
+        None,
+        "Emulate a slower link (stamped on the figures).",
+        none="the real one",
+        unit="bytes/s",
+        needs=(MOVING,),
+        flag="link_gbps",
+    )
+    synthetic_acceptance: float | None = field(
+        None,
+        "Accept each drafted token with this probability; the text is meaningless.",
+        unit=PROBABILITY,
+        by_draft=True,
+        flag=None,
+    )
+
+    @property
+    def flow(self) -> Any:
+        """How experts come to the accelerator: a planner.flows.protocol.ExpertFlow. Raises PlanError for an unknown one."""
+        return EXPERT_FLOWS.description(self.expert_flow)
+
+    @property
+    def cache_tier(self) -> Any:
+        """Where the KV cache is: a kv_cache.tiers.KvTier. Raises PlanError for an unknown one."""
+        return KV_TIERS.description(self.kv_tier)
+
+    @property
+    def drafting(self) -> Any:
+        """What drafts: a planner.drafts.protocol.DraftDescription. Raises PlanError for an unknown one."""
+        return DRAFTS.description(self.draft)
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """T: positions of one verification pass, the draft's tokens and the last committed one."""
+        return (self.draft_tree_tokens or self.draft_length or 0) + 1
+
+    @property
+    def tree_rows(self) -> int:
+        """Rows that growing a tree takes of the draft's cache beyond the committed ones."""
+        return ((self.draft_length or 1) - 1) * (self.draft_tree_top_k or 0)
+
+    @property
+    def lookahead(self) -> int:
+        """Positions that a pass or its draft may write beyond a request's last token."""
+        return max(self.tokens_per_pass, self.tree_rows)
+
+
+def fields_of_a_plan() -> dict[str, FieldSpec]:
+    """The table, by name."""
+    return table_of(PlanFields)
 
 
 def most(value: int | tuple[int, ...]) -> int:

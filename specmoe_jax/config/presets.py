@@ -50,19 +50,30 @@ def _specmoeoff(config: ModelConfig) -> Plan:
     return _streaming(config).replace(preset="specmoeoff", draft="eagle", draft_length=5, micro_batches=2)
 
 
-PRESETS: dict[str, Callable[[ModelConfig], Plan]] = {
-    "resident": _resident,
-    "on_demand": _on_demand,
-    "overlap": _overlap,
-    "caching": _caching,
-    "specmoe": _specmoe,
-    "streaming": _streaming,
-    "specmoeoff": _specmoeoff,
-}
+class UnknownPreset(PlanError, KeyError):
+    """A KeyError too, as of any mapping."""
+
+    __str__ = Exception.__str__  # a KeyError shows the repr of its text
+
+
+class Presets(dict[str, Callable[[ModelConfig], Plan]]):
+    """Presets by name, with an error for an unknown one that lists the names."""
+
+    def __missing__(self, name: str):
+        raise UnknownPreset(f"preset is {name!r}; it must be one of {', '.join(self)}")
+
+
+PRESETS = Presets(
+    resident=_resident,
+    on_demand=_on_demand,
+    overlap=_overlap,
+    caching=_caching,
+    specmoe=_specmoe,
+    streaming=_streaming,
+    specmoeoff=_specmoeoff,
+)
 
 
 def preset(name: str, config: ModelConfig) -> Plan:
     """The plan of a preset for a model. Raises PlanError for an unknown name."""
-    if name not in PRESETS:
-        raise PlanError(f"preset is {name!r}; it must be one of {', '.join(PRESETS)}")
     return PRESETS[name](config)

@@ -30,7 +30,7 @@ class Registry:
         return iter(self._choices)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._choices
+        return isinstance(name, str) and name in self._choices
 
     def register(self, name: str, choice: Choice) -> None:
         """Adds a choice. Raises PlanError if the name is taken."""
@@ -51,7 +51,7 @@ class Registry:
         return _load(self._choice(name).executor)
 
     def _choice(self, name: str) -> Choice:
-        if name not in self._choices:
+        if name not in self:
             raise PlanError(f"{self.field} is {name!r}; it must be one of {', '.join(self._choices)}")
         return self._choices[name]
 
@@ -71,6 +71,13 @@ def _draft(module: str) -> Choice:
 
 
 EXPERT_FLOWS = Registry("expert_flow", {"resident": _flow("resident"), "on_demand": _flow("on_demand"), "stream": _flow("stream")})
+KV_TIERS = Registry(
+    "kv_tier",
+    {
+        "accelerator": Choice("specmoe_jax.kv_cache.tiers:ACCELERATOR", "specmoe_jax.engine.flows.kv_tiers:ACCELERATOR"),
+        "host": Choice("specmoe_jax.kv_cache.tiers:HOST", "specmoe_jax.engine.flows.kv_tiers:HOST"),
+    },
+)
 DRAFTS = Registry(
     "draft",
     {
@@ -81,5 +88,30 @@ DRAFTS = Registry(
         "ngram": _draft("ngram"),
         "model": _draft("model"),
         "custom": _draft("custom"),
+    },
+)
+
+
+def _policy(place: str) -> Choice:
+    """A policy is one pure object, which the planner's replay and the engine share."""
+    return Choice(place, place)
+
+
+HOST_CACHE_POLICIES = Registry(
+    "dram_policy",
+    {
+        "lru": _policy("specmoe_jax.offload.host_cache_policies:least_recently_used"),
+        "mru": _policy("specmoe_jax.offload.host_cache_policies:most_recently_used"),
+        "frequency": _policy("specmoe_jax.offload.host_cache_policies:least_frequently_used"),
+    },
+)
+DRAFT_SETS = Registry(
+    "draft_set",
+    {
+        "hot_temporal": _policy("specmoe_jax.speculate.hot_experts.policies:hot_temporal"),
+        "hot_global": _policy("specmoe_jax.speculate.hot_experts.policies:hot_global"),
+        "random": _policy("specmoe_jax.speculate.hot_experts.policies:random_set"),
+        "decay": _policy("specmoe_jax.speculate.hot_experts.policies:decayed"),
+        "accepted": _policy("specmoe_jax.speculate.hot_experts.policies:accepted_only"),
     },
 )

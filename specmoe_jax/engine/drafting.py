@@ -6,13 +6,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from specmoe_jax.config.plan_fields import GATED_DRAFTS
-from specmoe_jax.engine.flows.layer_passes import draft_forward, prefetch, wait_for_copies
+from specmoe_jax.engine.flows.layer_passes import draft_forward
+from specmoe_jax.engine.flows.migration import prefetch, wait_for_copies
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, HostKV, State
 from specmoe_jax.kv_cache.positions import KV_PAGE
 from specmoe_jax.speculate.drafts.protocol import DraftView
-from specmoe_jax.speculate.hot_experts.substitution import draft_slots
+from specmoe_jax.speculate.hot_experts.substitution import DraftSlots
 from specmoe_jax.speculate.hot_experts.usage import count_choices
 from specmoe_jax.speculate.sampling import Stream, coupled_keys, row_keys
 from specmoe_jax.support.errors import PlanError
@@ -36,16 +36,10 @@ class _Forward:
     prefetches go to free slots only.
     """
 
-    def __init__(self, runtime: Runtime, state: State, length: int):
-        self.memory, self.prefetched = wait_for_copies(runtime, state.memory), 0
+    def __init__(self, runtime: Runtime, memory: ExpertMemory, slots: list[DraftSlots], active: np.ndarray, length: int):
+        self.memory, self.prefetched = memory, 0
         self.predicted = np.zeros((runtime.config.num_moe_layers, runtime.config.num_experts), np.int64)
-        self._runtime, self._active, self._length = runtime, state.active, length
-        if runtime.plan.draft == "merged":
-            self._slots = list(state.memory.groups)
-        else:
-            self._slots = draft_slots(
-                state.memory.residency.slot_of[: runtime.config.num_moe_layers], runtime.neighbours, runtime.plan
-            )
+        self._runtime, self._slots, self._active, self._length = runtime, slots, active, length
         self._calls, self._start_s = 0, time.perf_counter()
 
     def __call__(self, kv: KVCache, tokens, lengths) -> tuple[jax.Array, KVCache]:
@@ -69,7 +63,7 @@ def draft(runtime: Runtime, state: State, length: int) -> Drafted:
     if length == 0:
         nothing = Proposal(tokens=np.zeros((len(state.requests), 0), np.int32), probs=None, memory=state.draft_memory)
         return Drafted(nothing, state.kv, state.memory, np.zeros(state.memory.usage_scores.shape, np.int64), 0)
-    forward = _Forward(runtime, state, length) if runtime.plan.draft in GATED_DRAFTS else None
+    forward = _forward(runtime, state, length)
     view = DraftView(
         length=length,
         positions=_positions(state.kv),
@@ -89,12 +83,19 @@ def draft(runtime: Runtime, state: State, length: int) -> Drafted:
         memory=state.draft_memory,
     )
     proposed = runtime.draft.propose(view)
-    if runtime.plan.draft == "custom":
-        check_proposed(proposed, rows=len(state.requests))
+    check_proposed(proposed, rows=len(state.requests))
     proposal, kv = jax.block_until_ready(proposed)
     if forward is None:
         return Drafted(proposal, kv, state.memory, np.zeros(state.memory.usage_scores.shape, np.int64), 0)
     return Drafted(proposal, kv, forward.memory, forward.predicted, forward.prefetched)
+
+
+def _forward(runtime: Runtime, state: State, length: int) -> _Forward | None:
+    """None for a draft that does not run the target."""
+    slots = runtime.executor.slots(runtime, state.memory)
+    if slots is None:
+        return None
+    return _Forward(runtime, wait_for_copies(runtime, state.memory), slots, state.active, length)
 
 
 def check_proposed(proposed: object, *, rows: int) -> None:

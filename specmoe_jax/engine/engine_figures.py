@@ -7,6 +7,7 @@ from specmoe_jax.config.plan import Plan
 from specmoe_jax.engine import figures as metrics
 from specmoe_jax.engine.resources import Moved
 from specmoe_jax.engine.roofline import predicted_figures, roofline_figures
+from specmoe_jax.engine.state import StepInfo
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.estimate import Prediction
 from specmoe_jax.planner.hardware import Hardware
@@ -14,15 +15,36 @@ from specmoe_jax.support.timing import CompileCounter
 
 
 class EngineFigures:
-    """recompiled: compilations inside steps that count, where none should be. running: of the batch under way, None between two."""
+    """recompiled: compilations inside steps that count, where none should be. running: of the batch under way, None between two.
 
-    def __init__(self, model: Model, plan: Plan):
-        self._model, self._plan = model, plan
+    draft_set: the name of its policy; None for the plan's default.
+    """
+
+    def __init__(self, model: Model, plan: Plan, *, draft_set: str | None):
+        self._model, self._plan, self._draft_set = model, plan, draft_set
         self.compiles = CompileCounter()
         self.recompiled, self.warm_up_s = 0, 0.0
         self.totals, self.prefill_s = metrics.Totals(), 0.0
         self._on_demand_experts, self.running = 0, None
         self.prefill_link_bytes = self.prefill_disk_bytes = 0
+
+    def add_step(self, info: StepInfo) -> None:
+        """A step that counts as decoding."""
+        self.totals = metrics.add_step(self.totals, info)
+
+    def add_compilations(self, since: int) -> None:
+        """Those of a step in which there should be none. since: `compiles.count` before it."""
+        self.recompiled += self.compiles.count - since
+
+    def add_prefill(self, seconds: float) -> None:
+        self.prefill_s += seconds
+
+    def add_warm_up(self, seconds: float) -> None:
+        self.warm_up_s += seconds
+
+    def set_running(self, on_demand: metrics.OnDemand) -> None:
+        """What plain decoding of the batch under way would have fetched so far."""
+        self.running = on_demand
 
     def end_batch(self, on_demand: metrics.OnDemand) -> None:
         """Keeps what plain decoding of a batch would have fetched."""
@@ -38,7 +60,7 @@ class EngineFigures:
         figures = metrics.figures(
             self.totals,
             self._plan,
-            on_demand_bytes=self._on_demand_bytes() if self._plan.expert_flow == "on_demand" else None,
+            on_demand_bytes=self._on_demand_bytes() if self._plan.flow.fetches_misses else None,
             link_bytes_per_s=self._plan.link_bytes_per_s,
             model_stamps=self._model.synthetic,
         )
@@ -55,6 +77,7 @@ class EngineFigures:
             "compilations_after_warmup": self.recompiled,
             "peak_accelerator_bytes": peak_accelerator_bytes,
             "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "draft_set": self._draft_set,
             "plan": dataclasses.asdict(self._plan),
         }
 

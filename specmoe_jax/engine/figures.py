@@ -136,7 +136,7 @@ def figures(
     link_bytes_per_s: float | None,
     model_stamps: tuple[str, ...] = (),
 ) -> dict:
-    """The decode figures of interface.md, units in the names; unknown is None. model_stamps: `Model.synthetic`."""
+    """The decode figures, units in the names; unknown is None. model_stamps: `Model.synthetic`."""
     tokens, wall = totals.new_tokens, totals.decode_s
     floor_s = totals.link_bytes / link_bytes_per_s if link_bytes_per_s else None
     return {

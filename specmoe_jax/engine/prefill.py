@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from specmoe_jax.engine.flows.layer_passes import target_pass
+from specmoe_jax.engine.flows.protocol import PooledFlow
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, PassInfo
-from specmoe_jax.speculate.drafts.merged import group_experts, merge
 from specmoe_jax.types import KVCache
 
 
 def prefill(
+    flow: PooledFlow,
     runtime: Runtime,
     memory: ExpertMemory,
     kv: KVCache,
@@ -39,29 +39,12 @@ def prefill(
             tokens[row, : num_new[row]] = prompt[start : start + num_new[row]]
             following[row, : num_new[row]] = prompt[start + 1 : start + 1 + num_new[row]]
         lengths = np.minimum(counts, start).astype(np.int32)
-        done = target_pass(runtime, memory, kv, tokens, lengths, num_new, earlier=totals, predicted=nothing)
+        done = flow.target_pass(runtime, memory, kv, tokens, lengths, num_new, earlier=totals, predicted=nothing)
         memory, kv, totals = done.memory, done.kv, done.counts
         if done.features is not None:
             draft_memory = runtime.draft.observe(draft_memory, every_row, following, done.features, lengths, num_new)
         infos.append(done.info)
         on_chunk(int(num_new.max()))
-    usage_scores = runtime.draft_set.update(memory.usage_scores, totals, totals)
+    usage_scores = runtime.policies.draft_set.update(memory.usage_scores, totals, totals)
     memory = memory._replace(usage_scores=usage_scores)
-    if runtime.plan.draft == "merged" and memory.groups is None:
-        memory = merge_experts(runtime, memory, totals)
-    return memory, kv, draft_memory, infos
-
-
-def merge_experts(runtime: Runtime, memory: ExpertMemory, counts: np.ndarray) -> ExpertMemory:
-    """Fills the slots of draft=merged, once for each pool: the prompts of its first batch are the calibration run.
-
-    Every expert is read once and K blocks a layer cross the link. counts: [L, E], the choices of the prompts.
-    """
-    groups, pool = np.zeros(counts.shape, np.int32), memory.pool
-    for layer, slots in enumerate(runtime.merged_slots):
-        grouping = group_experts(counts[layer], runtime.neighbours[layer], len(slots))
-        for group, slot in enumerate(slots):
-            block = merge(lambda expert, layer=layer: np.asarray(runtime.store.tier.block((layer, expert))), grouping, group)
-            pool = runtime.store.put(pool, block, int(slot))
-        groups[layer] = slots[grouping.of]
-    return memory._replace(pool=pool, groups=groups)
+    return runtime.executor.after_prefill(runtime, memory, totals), kv, draft_memory, infos

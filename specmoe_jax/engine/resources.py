@@ -1,4 +1,4 @@
-"""What an engine keeps from one batch to the next: the pool with its account, the runtime, and what the guards learned."""
+"""What an engine keeps from one job to the next: the pool with its account, the runtime, and the draft lengths that were learnt."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -6,35 +6,40 @@ from typing import Any, NamedTuple
 import jax
 
 from specmoe_jax.config.plan import Plan
-from specmoe_jax.engine.drafts.draft_model import make_model_draft
-from specmoe_jax.engine.drafts.split_draft import SplitDraft
-from specmoe_jax.engine.requests.prepare import BatchShape, accelerator_is_cpu
-from specmoe_jax.engine.runtime import Runtime, build, first_memory, new_cache
+from specmoe_jax.engine.drafts.executors import executor_of
+from specmoe_jax.engine.drafts.protocol import DraftInputs
+from specmoe_jax.engine.requests.prepare import BatchShape, job_account, smallest_job
+from specmoe_jax.engine.runtime import Runtime, build, new_cache
 from specmoe_jax.engine.state import ExpertMemory, State
-from specmoe_jax.engine.validation import draft_needs
-from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model
 from specmoe_jax.offload.tiers import TierCounts
-from specmoe_jax.planner.memory.account import cache_positions
-from specmoe_jax.planner.memory.fit import accounted
-from specmoe_jax.planner.memory.memory_account import MemoryAccount, PagedLoad
+from specmoe_jax.planner.memory.memory_account import MemoryAccount
 from specmoe_jax.speculate.adaptive_length import AdaptiveLength, make_adaptive_length
-from specmoe_jax.speculate.drafts.eagle import EagleDraft, tree_shape
-from specmoe_jax.speculate.drafts.protocol import Draft, FeatureDraft
+from specmoe_jax.speculate.drafts.protocol import FeatureDraft
+from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy
 from specmoe_jax.support.tracing import Span
 from specmoe_jax.types import KVCache
 
 
 class Moved(NamedTuple):
-    """Expert bytes sent for over the link, and what the tier below it did, since the engine was made."""
+    """Expert bytes sent for over the link, and what the tier below it did, since a runtime was made."""
 
     link_bytes: int
     below: TierCounts
 
 
-class EngineResources:
-    """runtime and account are None until the first batch takes its memory; the account is of the batch that took it last.
+class Job(NamedTuple):
+    """What one job runs on as long as it runs, whatever the engine's other jobs take meanwhile."""
 
+    runtime: Runtime
+    account: MemoryAccount
+
+
+class EngineResources:
+    """runtime and account are those of the job that was taken last, None before the first.
+
+    Any number of jobs may run at a time: each keeps the runtime that it was taken with, and one pool waits for the next job that
+    it is large enough for; other jobs get pools of their own. A budget is that of one job.
     Raises PlanError at construction where not even the smallest job fits. Arguments: those of Engine, which has checked them.
     """
 
@@ -42,69 +47,52 @@ class EngineResources:
         self,
         model: Model,
         plan: Plan,
+        inputs: DraftInputs,
         *,
-        draft: Draft | None,
-        draft_model: Model | None,
-        draft_head: EagleHead | None,
+        draft_set: DraftSetPolicy | None,
         progress: str | bool,
         spans: list[Span] | None,
     ):
-        self._model, self._plan = model, plan
-        self._given_draft, self._draft_head = draft, draft_head
+        self._model, self._plan, self._draft_set = model, plan, draft_set
         self._progress, self._spans = progress, spans
+        self._shared: Runtime | None = None  # of all jobs until one needs more; a job's own differs in its draft alone
         self.runtime: Runtime | None = None
         self.account: MemoryAccount | None = None
         self._memory = self._peak_bytes = None
-        self._moved_earlier = Moved(0, TierCounts())
         self._adaptive_lengths: dict[tuple[int, int], AdaptiveLength | None] = {}  # by rows and positions
-        self._draft_needs = draft_needs(plan, draft_model, draft_head)
+        self._executor = executor_of(plan)
+        self._draft_memory = self._executor.memory(model, plan, inputs)
         # The smallest job must fit, so that a plan that never can is refused before anything is loaded.
-        self._needed(rows=1, positions=cache_positions(2, plan))
-        if draft_model is not None:
-            self._given_draft = make_model_draft(model, draft_model, plan)
+        self._needed(smallest_job(model.config, plan))
+        self._draft = self._executor.make(model, plan, inputs)
 
-    def take(self, batch_shape: BatchShape) -> ExpertMemory:
-        """The pool left by the batch before, or a new one; a larger batch may need a larger pool."""
-        needed = self._needed(
-            rows=batch_shape.rows, positions=batch_shape.positions, source=batch_shape.source, paged=batch_shape.paged
-        )
+    def take(self, batch_shape: BatchShape) -> Job:
+        """For a job of these shapes; a larger one may need a larger pool."""
+        needed = self._needed(batch_shape)
         fits = self.account is not None and needed.num_slots <= self.account.num_slots
         # A pool of the same size may hold a small batch's dispatch at once and a larger one's only in waves, or keep fewer slots
         # free of what is prefetched.
-        fits = fits and self.runtime.slots.single_wave == (needed.num_slots >= needed.wanted_slots)
-        fits = fits and needed.dispatch_slots <= self.runtime.slots.dispatch
+        fits = fits and self._shared.experts.slots.single_wave == (needed.num_slots >= needed.wanted_slots)
+        fits = fits and needed.dispatch_slots <= self._shared.experts.slots.dispatch
         if not fits or self._too_big(needed):
-            self._memory, self._moved_earlier = None, self.moved()
-            how = {"earlier": self.runtime, "progress": self._progress, "spans": self._spans}
-            self.runtime = build(self._model, self._plan, needed, self._given_draft, **how)
+            self._memory = None
+            how = {"draft_set": self._draft_set, "earlier": self._shared, "progress": self._progress, "spans": self._spans}
+            self._shared = build(self._model, self._plan, needed, self._draft, executor=self._executor, **how)
             self.account = needed
-        if self._draft_head is not None:
-            self.runtime = dataclasses.replace(self.runtime, draft=self._eagle(needed))
+        draft = self._executor.for_job(self._draft, self._shared, needed)
+        self.runtime = self._shared if draft is self._draft else dataclasses.replace(self._shared, draft=draft)
         # Pages and activations are of this job; the pool and the disk tier's cache are those of the runtime.
         self.account = needed._replace(num_slots=self.account.num_slots, host_experts=self.account.host_experts)
         self._peak_bytes = max(self._peak_bytes or 0, self.account.accelerator_bytes)
+        return Job(self.runtime, self.account)
+
+    def expert_memory(self, job: Job) -> ExpertMemory:
+        """The pool that an earlier job on the same runtime left, or a new one."""
         memory, self._memory = self._memory, None
-        return first_memory(self.runtime) if memory is None else memory
+        return job.runtime.flow.first_memory(job.runtime) if memory is None else memory
 
-    def _needed(self, *, rows: int, positions: int, source: int = 0, paged: PagedLoad | None = None) -> MemoryAccount:
-        return accounted(
-            self._model.config,
-            self._plan,
-            batch_rows=rows,
-            positions=positions,
-            source_positions=source,
-            draft=self._draft_needs,
-            paged=paged,
-            accelerator_is_cpu=accelerator_is_cpu(),
-        )
-
-    def _eagle(self, needed: MemoryAccount) -> FeatureDraft:
-        """With its cache where the account has room for it."""
-        head, tree = self._draft_head, tree_shape(self._plan)
-        if not needed.draft_pages:
-            return EagleDraft(head, tree)
-        runtime = dataclasses.replace(self.runtime, draft=None)  # else every job's draft would hold that of the job before
-        return SplitDraft(head=head, tree=tree, runtime=runtime, pages=needed.draft_pages, host_pages=needed.kv_pages)
+    def _needed(self, batch_shape: BatchShape) -> MemoryAccount:
+        return job_account(self._model.config, self._plan, batch_shape, self._draft_memory)
 
     def _too_big(self, needed: MemoryAccount) -> bool:
         """Whether the pool or the disk cache of an earlier, smaller batch would break a budget beside this one's KV cache."""
@@ -117,27 +105,28 @@ class EngineResources:
             return None
         return self._adaptive_lengths.get(batch_shape[:2]) or make_adaptive_length(self._plan.draft_length)
 
-    def new_draft_memory(self, batch_shape: BatchShape) -> Any:
-        """What a FeatureDraft observes into; None for others, which make their own."""
-        watches = isinstance(self.runtime.draft, FeatureDraft)
-        return self.runtime.draft.new_memory(batch_shape.rows, batch_shape.positions) if watches else None
-
     def new_cache(self, batch_shape: BatchShape) -> KVCache:
-        device = self.runtime.host if self._plan.kv_tier == "host" else self.runtime.device
+        device = self.runtime.cache_tier.device(self.runtime)
         return new_cache(self._model.config, batch_shape.rows, batch_shape.positions, self._plan.dtype, device)
 
     def put_back(self, state: State, batch_shape: BatchShape) -> None:
-        """The pool and the adaptive length of a batch that has ended, for the next."""
-        self._memory, self._adaptive_lengths[batch_shape[:2]] = state.memory, state.adaptive_length
-
-    def moved(self) -> Moved:
-        """By all stores, one of which was taken for each new runtime."""
-        if self.runtime is None:
-            return Moved(0, TierCounts())
-        store, earlier = self.runtime.store, self._moved_earlier
-        return Moved(store.link.sent_bytes + earlier.link_bytes, store.tier.counts.plus(earlier.below))
+        """The adaptive length of a job that has ended, and its pool where the next job can take it: that of an earlier runtime
+        has other slots."""
+        self._adaptive_lengths[batch_shape[:2]] = state.adaptive_length
+        if state.runtime.experts.store is self._shared.experts.store:
+            self._memory = state.memory
 
     def peak_accelerator_bytes(self) -> int | None:
         """The device's own figure, or (on CPU, which has none) the account of what the engine allocated."""
         measured = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         return measured or self._peak_bytes
+
+
+def moved(runtime: Runtime) -> Moved:
+    return Moved(runtime.experts.store.link.sent_bytes, runtime.experts.store.tier.counts)
+
+
+def new_draft_memory(runtime: Runtime, batch_shape: BatchShape) -> Any:
+    """What a FeatureDraft observes into; None for others, which make their own."""
+    watches = isinstance(runtime.draft, FeatureDraft)
+    return runtime.draft.new_memory(batch_shape.rows, batch_shape.positions) if watches else None

@@ -23,17 +23,17 @@ def roofline_figures(config: ModelConfig, plan: Plan, totals: Totals, hardware: 
     """
     if not totals.row_steps or not totals.decode_s:
         return {"floor_s": None, "fraction_of_floor": None, "binding_resource": None, "floor_parts_s": {}, "rates": {}}
-    item, dtype = DTYPE_BYTES[plan.dtype], plan.dtype
+    itemsize, dtype = DTYPE_BYTES[plan.dtype], plan.dtype
     new, context = totals.verified_tokens / totals.row_steps, totals.context / totals.row_steps
     load = Load(totals.row_steps / totals.steps, new, context)
-    flops, kv_bytes = {ACCELERATOR: costs.head(config, load.tokens, item).flops, CPU: 0.0}, 0.0
-    attends = CPU if plan.kv_tier == "host" else ACCELERATOR
+    flops, kv_bytes = {ACCELERATOR: costs.head(config, load.tokens, itemsize).flops, CPU: 0.0}, 0.0
+    attends = CPU if plan.cache_tier.on_host else ACCELERATOR
     for layer, sizes, moe in zip(config.layers, costs.layer_sizes(config), config.moe_index, strict=True):
-        attention = costs.attention(layer.attention, load, item, resource=attends)
+        attention = costs.attention(layer.attention, load, itemsize, resource=attends)
         flops[attends] += attention.flops
         kv_bytes += attention.bytes
-        flops[ACCELERATOR] += costs.projections(sizes.before + sizes.after, load, item).flops
-        flops[ACCELERATOR] += 0.0 if moe is None else costs.experts(config, load.tokens, 0, item).flops
+        flops[ACCELERATOR] += costs.projections(sizes.before + sizes.after, load, itemsize).flops
+        flops[ACCELERATOR] += 0.0 if moe is None else costs.experts(config, load.tokens, 0, itemsize).flops
     link_rate = plan.link_bytes_per_s or hardware.up_bytes_per_s
     cache_rate = hardware.dram_bytes_per_s if attends == CPU else hardware.accelerator_bytes_per_s
     seconds = {

@@ -19,11 +19,11 @@ from specmoe_jax.support.errors import PlanError
 from specmoe_jax.types import Tree
 
 
-class Item(NamedTuple):
-    """One micro-batch, or one chunk of some rows' prompts.
+class MicroBatch(NamedTuple):
+    """Some rows' new tokens, or one chunk of some rows' prompts: what a streamed pass takes through a layer at a time.
 
     tokens: [b, T] int32 at positions lengths[b] + t of the rows whose pages are table [b, P]; t >= num_new[b] is padding.
-    tree: of the new tokens, None for a chain. parked: its hidden states wait in host memory between the layers (prompts,
+    tree: of the new tokens, None for a chain. offloaded: its hidden states wait in host memory between the layers (prompts,
     of which there may be many).
     """
 
@@ -36,9 +36,9 @@ class Item(NamedTuple):
 
 
 class PromptChunk(NamedTuple):
-    """A prefill item and whose prompts it holds. rows: [b] int32, -1 for padding. following: [b, T], the token after each."""
+    """A chunk of prompts and whose they are. rows: [b] int32, -1 for padding. following: [b, T], the token after each."""
 
-    item: Item
+    micro_batch: MicroBatch
     rows: np.ndarray
     following: np.ndarray
 
@@ -84,7 +84,7 @@ def joined(state: State) -> State:
 
 
 def prompt_chunks(state: State) -> list[PromptChunk]:
-    """All tokens but the last of the joining rows' prompts, in items of one shape; prompts of similar length share an item.
+    """All tokens but the last of the joining rows' prompts, in micro-batches of one shape; prompts of similar length share them.
 
     The chunks of a row come in their order: each finds the ones before it in the cache.
     """
@@ -96,7 +96,7 @@ def prompt_chunks(state: State) -> list[PromptChunk]:
 
 
 def empty_chunk(state: State) -> PromptChunk:
-    """An item of the same shape in which every position is padding, to compile what real ones run."""
+    """A micro-batch of the same shape in which every position is padding, to compile what real ones run."""
     return _chunk(state, [], 0)
 
 
@@ -115,7 +115,7 @@ def _chunk(state: State, group: list[int], start: int) -> PromptChunk:
         piece = prompt[:-1][start : start + chunk]
         tokens[i, : len(piece)], following[i, : len(piece)] = piece, prompt[start + 1 : start + 1 + len(piece)]
         num_new[i], lengths[i] = len(piece), min(start, len(prompt) - 1)
-    return PromptChunk(Item(tokens, rows_of(state.kv, rows), lengths, num_new, offloaded=True), rows, following)
+    return PromptChunk(MicroBatch(tokens, rows_of(state.kv, rows), lengths, num_new, offloaded=True), rows, following)
 
 
 def rows_of(kv: HostKV, rows: np.ndarray) -> np.ndarray:

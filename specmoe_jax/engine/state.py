@@ -70,7 +70,8 @@ class ExpertMemory(NamedTuple):
 class HostKV(NamedTuple):
     """The KV cache of a streamed plan, paged in host memory: one cache of pages per layer, and which pages are whose.
 
-    chunk: positions of a prompt that one item of a pass takes in. staged: S of the rows in which prompts attend on the accelerator.
+    chunk: positions of a prompt that one micro-batch of a pass takes in. staged: S of the rows in which prompts attend on the
+    accelerator.
     """
 
     caches: tuple[PackedCache, ...]
@@ -99,7 +100,8 @@ class State(NamedTuple):
     rows in the cache. last_token: [B] int32, committed but not yet in the cache. generated: per row, the new
     tokens so far. finish_reasons: per row, None while it runs, "joining" until its prompt has been in a pass.
     adaptive_length: chooses the draft length, None if it is fixed.
-    draft_memory: what the draft keeps between steps.
+    draft_memory: what the draft keeps between steps. runtime: the engine.runtime.Runtime that it runs on; another job of the
+    engine may meanwhile have another one.
     """
 
     requests: tuple[Request | None, ...]
@@ -112,6 +114,7 @@ class State(NamedTuple):
     rows: SamplingRows
     adaptive_length: AdaptiveLength | None
     draft_memory: Any = None
+    runtime: Any = None
 
     @property
     def active(self) -> np.ndarray:

@@ -10,8 +10,8 @@ from specmoe_jax.engine import stages
 from specmoe_jax.engine.drafting import Drafted, draft, step_coupled_keys, step_keys
 from specmoe_jax.engine.drafts.accepted_path import accepted_path, compact_accepted_path
 from specmoe_jax.engine.drafts.split_draft import placed, rows_on_cpu
-from specmoe_jax.engine.flows.layer_passes import TargetPass, target_pass
-from specmoe_jax.engine.flows.streaming import fetched, streamed_target_pass
+from specmoe_jax.engine.flows.layer_passes import fetched
+from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.requests.finish import commit_tokens
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.scheduler import joined
@@ -39,58 +39,63 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
     The migration of SpecMoE happens inside `verify`, layer by layer: which experts a layer needs is known only
     when the layer before it has run.
     """
-    clock, sent, activations = [time.perf_counter()], [runtime.store.link.sent_bytes], runtime.activations.sent_bytes
-    below = runtime.store.tier.counts
+    clock, sent, activations = (
+        [time.perf_counter()],
+        [runtime.experts.store.link.sent_bytes],
+        runtime.context.activations.sent_bytes,
+    )
+    below = runtime.experts.store.tier.counts
+    active = state.active
     state, moves = placed(runtime, state)
     if length is None:
-        length = _length(runtime, state)
+        length = _length(runtime, state, active)
     if state.adaptive_length:
         state = state._replace(memory=state.memory._replace(resting=resting(state.adaptive_length, length)))
     with span("draft"):
         drafted = draft(runtime, state, length)
     clock.append(time.perf_counter())
-    if runtime.workers.spans is not None and length:
-        runtime.workers.spans.append(Span("draft", ACCELERATOR, -1, -1, clock[0], clock[1]))
-    sent.append(runtime.store.link.sent_bytes)
+    if runtime.context.workers.spans is not None and length:
+        runtime.context.workers.spans.append(Span("draft", ACCELERATOR, -1, -1, clock[0], clock[1]))
+    sent.append(runtime.experts.store.link.sent_bytes)
     with span("verify"):
         verified, result, sound, proposal = verify(runtime, state, drafted)
     clock.append(time.perf_counter())
-    sent.append(runtime.store.link.sent_bytes)
+    sent.append(runtime.experts.store.link.sent_bytes)
     with span("commit"):
         new_state, accepted, committed = commit(runtime, state, proposal, verified, result, sound, tokenizer)
     clock.append(time.perf_counter())
     with span("inform"):
         new_state = update_draft_features(runtime, new_state, verified, state.lengths, committed)
     clock.append(time.perf_counter())
-    if state.adaptive_length and state.active.any():
-        adaptive = observe(state.adaptive_length, length, accepted[state.active], clock[4] - clock[0])
+    if state.adaptive_length and active.any():
+        adaptive = observe(state.adaptive_length, length, accepted[active], clock[4] - clock[0])
         new_state = new_state._replace(adaptive_length=adaptive)
     guesses = drafted.prefetched + verified.info.prefetched
     return new_state, StepInfo(
         accepted=accepted,
         committed=committed,
-        active=state.active,
+        active=active,
         start=np.array([len(tokens) for tokens in state.generated]),
-        context=int(state.lengths[state.active].sum()),
+        context=int(state.lengths[active].sum()),
         drafted=length,
         draft_moves=moves,
         draft_on_cpu=rows_on_cpu(state),
         verify=verified.info,
         link_bytes=sent[2] - sent[0],
         draft_link_bytes=sent[1] - sent[0],
-        prefetch_bytes=guesses * runtime.expert_bytes,
-        prefetch_wasted_bytes=(guesses - verified.info.prefetch_hits) * runtime.expert_bytes,
-        activation_bytes=runtime.activations.sent_bytes - activations,
-        below=runtime.store.tier.counts.since(below),
+        prefetch_bytes=guesses * runtime.experts.expert_bytes,
+        prefetch_wasted_bytes=(guesses - verified.info.prefetch_hits) * runtime.experts.expert_bytes,
+        activation_bytes=runtime.context.activations.sent_bytes - activations,
+        below=runtime.experts.store.tier.counts.since(below),
         draft_s=clock[1] - clock[0] + clock[4] - clock[3],
         verify_s=clock[2] - clock[1],
         commit_s=clock[3] - clock[2],
     )
 
 
-def _length(runtime: Runtime, state: State) -> int:
+def _length(runtime: Runtime, state: State, active: np.ndarray) -> int:
     """Tokens to draft; none where all rows only join."""
-    if not state.active.any():
+    if not active.any():
         return 0
     return choose(state.adaptive_length) if state.adaptive_length else runtime.plan.draft_length or 0
 
@@ -120,24 +125,11 @@ def verify(runtime: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass
     proposal = drafted.proposal
     tokens = np.concatenate([state.last_token[:, None], np.asarray(proposal.tokens)], axis=1)  # [B, T]
     num_new = np.where(state.active, tokens.shape[1], 0).astype(np.int32)
-    nothing = np.zeros(state.memory.usage_scores.shape, np.int64)
-    if runtime.plan.expert_flow == "stream":
-        verified = streamed_target_pass(runtime, state._replace(kv=drafted.kv), drafted.memory, tokens, num_new, proposal.tree)
-        if verified.h is None:
-            none = np.zeros(len(num_new), np.int32)
-            return verified, AcceptResult(num_accepted=none, next_token=none), none, proposal
-    else:
-        verified = target_pass(
-            runtime,
-            drafted.memory,
-            drafted.kv,
-            tokens,
-            state.lengths,
-            num_new,
-            earlier=nothing,
-            predicted=drafted.predicted,
-            tree=proposal.tree,
-        )
+    before = state._replace(kv=drafted.kv, memory=drafted.memory)
+    verified = runtime.flow.run_pass(runtime, before, tokens, num_new, predicted=drafted.predicted, tree=proposal.tree)
+    if verified.h is None:
+        none = np.zeros(len(num_new), np.int32)
+        return verified, AcceptResult(num_accepted=none, next_token=none), none, proposal
     logits = stages.head(runtime.config.norm_eps, runtime.weights, verified.h)  # [B, T, V]
     finite = _finite_positions(logits)
     if proposal.tree is not None:
@@ -182,7 +174,9 @@ def commit(
         committed[row] = len(generated[row]) - len(state.generated[row])
         if generated[row]:
             last_token[row] = generated[row][-1]
-    usage_scores = runtime.draft_set.update(verified.memory.usage_scores, verified.counts, _committed_counts(verified, committed))
+    usage_scores = runtime.policies.draft_set.update(
+        verified.memory.usage_scores, verified.counts, _committed_counts(verified, committed)
+    )
     new_state = state._replace(
         kv=verified.kv,
         draft_memory=proposal.memory,
@@ -204,8 +198,10 @@ def update_draft_features(
     """
     memory = state.draft_memory
     for chunk, features in verified.prompts:
-        item = chunk.item
-        memory = runtime.draft.observe(memory, chunk.rows, chunk.following, fetched(features), item.lengths, item.num_new)
+        micro_batch = chunk.micro_batch
+        memory = runtime.draft.observe(
+            memory, chunk.rows, chunk.following, fetched(features), micro_batch.lengths, micro_batch.num_new
+        )
     if verified.features is not None:
         rows, width = len(state.requests), verified.features.shape[1]
         following = np.zeros((rows, width), np.int32)

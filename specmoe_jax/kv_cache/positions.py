@@ -1,7 +1,9 @@
-"""In which pieces positions are held and computed: pages of the host's cache, items of a prefill."""
+"""In which pieces positions are held and computed: pages of the host's cache, micro-batches of a prefill."""
 
-PREFILL_TOKENS = 512  # of one item of a streamed prefill: enough to use an accelerator, few enough to keep others waiting briefly
-ITEMS_AHEAD = 3  # prefill items whose activations are alive at a time: dispatch runs ahead (tests/engine/measure_memory.py)
+PREFILL_TOKENS = (
+    512  # of one micro-batch of a streamed prefill: enough to use an accelerator, few enough to keep others waiting briefly
+)
+CHUNKS_AHEAD = 3  # chunks of prompts whose activations are alive at a time: dispatch runs ahead (tests/engine/measure_memory.py)
 KV_PAGE = 64  # tokens of a page of the host's paged cache: whole blocks of the packed layout, half of one wasted per request
 
 
@@ -11,7 +13,7 @@ def pages_of(tokens: int) -> int:
 
 
 def prefill_rows(rows: int, chunk: int) -> int:
-    """Rows of one item of a streamed prefill in chunks of so many positions."""
+    """Rows of one micro-batch of a streamed prefill in chunks of so many positions."""
     return max(1, min(rows, PREFILL_TOKENS // chunk))
 
 

@@ -147,6 +147,6 @@ def to_host(block) -> jax.Array:
         if isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e):
             raise PinnedMemoryError(
                 f"the system refused {block.nbytes} bytes of pinned host memory; leave experts on disk with a smaller cache: "
-                f"--expert_tier=disk --host_memory_gib=...{_pool_limit()}"
+                f"expert_tier=disk and host_memory_bytes{_pool_limit()}"
             ) from e
         raise

@@ -180,12 +180,6 @@ def fill_block(pieces, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return block if dtype == "float32" else block.view(np.uint16)
 
 
-def expert_block(gate: np.ndarray, up: np.ndarray, down: np.ndarray, dtype: str) -> np.ndarray:
-    """The block [3, F, M] of a plain SwiGLU expert from its matrices in checkpoint layout ([F, M], [F, M], [M, F])."""
-    shape = (3, *gate.shape)
-    return fill_block(((gate_of, gate), (up_of, up), (down_of, down)), shape, dtype)
-
-
 def gate_of(block: np.ndarray) -> np.ndarray:
     """[F, M]."""
     return block[0]

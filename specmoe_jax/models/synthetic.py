@@ -16,6 +16,7 @@ from specmoe_jax.config.layer_config import LayerConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models import layers
 from specmoe_jax.models.model import Model, random_model, reference_attention
+from specmoe_jax.support.statistics import gini
 
 TOPIC = 256  # tokens of a topic, a cycle; longer than what a row generates in a measurement
 CONSTANT_SHARE = 0.3  # of an embedding's squared length: the direction that the routers' bias leans on
@@ -40,13 +41,6 @@ NLLB_SHAPED = ModelConfig(
     sliding_window=None,
     eos_token_ids=(),
 )
-
-
-def gini(counts: np.ndarray) -> float:
-    """Gini coefficient of expert counts [E]: 0 where all are used alike, near 1 where one is used alone."""
-    ordered = np.sort(np.asarray(counts, float))
-    size = len(ordered)
-    return float(2 * (np.arange(1, size + 1) * ordered).sum() / (size * ordered.sum()) - (size + 1) / size)
 
 
 def synthetic_model(

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-POLICIES = ("lru", "mru", "frequency")
+from specmoe_jax.offload.host_cache_policies import HostCachePolicy, Usage, eviction_order
 
 
-class DramCache(NamedTuple):
+class HostCache(NamedTuple):
     """present: [L, E] bool, experts in host memory or on their way into it. uses: [L, E], how often each was asked for.
 
     last_use: [L, E], the value of `clock` when it last was. clock: uses so far.
@@ -26,13 +26,13 @@ class Admission(NamedTuple):
     evicted: list[tuple[int, int]]
 
 
-def empty(num_layers: int, num_experts: int) -> DramCache:
+def empty(num_layers: int, num_experts: int) -> HostCache:
     """Nothing in host memory."""
     zeros = np.zeros((num_layers, num_experts), np.int64)
-    return DramCache(present=zeros > 0, uses=zeros, last_use=zeros, clock=0)
+    return HostCache(present=zeros > 0, uses=zeros, last_use=zeros, clock=0)
 
 
-def touch(cache: DramCache, keys: list[tuple[int, int]]) -> DramCache:
+def touch(cache: HostCache, keys: list[tuple[int, int]]) -> HostCache:
     """The cache after one use of each of these experts (layer, expert), present or not, in this order."""
     uses, last_use = cache.uses.copy(), cache.last_use.copy()
     for clock, key in enumerate(keys, cache.clock + 1):
@@ -42,18 +42,16 @@ def touch(cache: DramCache, keys: list[tuple[int, int]]) -> DramCache:
 
 
 def admit(
-    cache: DramCache, wanted: list[tuple[int, int]], *, capacity: int, policy: str, protected: np.ndarray
-) -> tuple[Admission, DramCache]:
+    cache: HostCache, wanted: list[tuple[int, int]], *, capacity: int, policy: HostCachePolicy, protected: np.ndarray
+) -> tuple[Admission, HostCache]:
     """Makes room for absent experts, in the order of `wanted`, until nothing more may be evicted.
 
-    policy: "lru" evicts the least recently used, "frequency" the least often used (then the least recently), "mru" the most
-    recently used, which a scan over everything needs last. Neither a wanted nor a `protected` [L, E] expert is evicted; so of more
-    wanted than `capacity` the first are admitted.
+    Neither a wanted nor a `protected` [L, E] expert is evicted; so of more wanted than `capacity` the first are admitted.
     """
     present, keep = cache.present.copy(), protected.copy()
     keep[tuple(np.transpose(wanted))] = True
     wanted = [key for key in dict.fromkeys(wanted) if not present[key]]
-    order = iter(_eviction_order(cache, policy, present & ~keep))
+    order = iter(eviction_order(policy, Usage(last=cache.last_use, count=cache.uses), present & ~keep))
     admitted, evicted, room = [], [], capacity - int(present.sum())
     for key in wanted:
         if room <= 0:
@@ -76,13 +74,4 @@ def by_expectation(predicted: np.ndarray, absent: np.ndarray, limit: int) -> lis
     """
     layers, experts = np.nonzero((predicted > 0) & absent)
     order = np.lexsort((experts, -predicted[layers, experts], layers))[:limit]
-    return list(zip(layers[order].tolist(), experts[order].tolist(), strict=True))
-
-
-def _eviction_order(cache: DramCache, policy: str, candidates: np.ndarray) -> list[tuple[int, int]]:
-    """Candidates [L, E], the first to go first; ties to the smaller layer and id."""
-    layers, experts = np.nonzero(candidates)
-    last_use, uses = cache.last_use[layers, experts], cache.uses[layers, experts]
-    keys = {"lru": (last_use,), "mru": (-last_use,), "frequency": (last_use, uses)}
-    order = np.lexsort(keys[policy])
     return list(zip(layers[order].tolist(), experts[order].tolist(), strict=True))

@@ -105,9 +105,8 @@ class ExpertStore:
 
         -> pool and what is now on its way, which `land` writes; waits for the oldest where there is no room for more.
         """
-        self.tier.request([(layer, expert) for layer, expert, _ in copies])
-        for layer, expert, slot in copies:
-            block = self.tier.block((layer, expert))
+        blocks = self.tier.blocks([(layer, expert) for layer, expert, _ in copies])
+        for (_, _, slot), block in zip(copies, blocks, strict=True):
             if self._room:
                 if len(arriving) >= self._room:
                     pool, arriving = self._finish_oldest(pool, arriving)
@@ -172,9 +171,8 @@ class ExpertStore:
         the engine's link thread.
         """
         start_s = time.perf_counter()
-        self.tier.request([(layer, expert) for expert in range(len(buffer))])
-        for expert in range(len(buffer)):
-            block = self.tier.block((layer, expert))
+        blocks = self.tier.blocks([(layer, expert) for expert in range(len(buffer))])
+        for expert, block in enumerate(blocks):
             arrival_s = self.link.occupy(block.nbytes, since_s=start_s)
             block = jax.block_until_ready(self._copy(block))  # not in the program: it would wait for the link
             buffer = _write_slot(buffer, block, np.int32(expert))

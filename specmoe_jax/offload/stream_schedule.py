@@ -1,11 +1,10 @@
 """What a streamed pass consists of: tasks on resources, and what each of them waits for (SpecMoEOff, 4.1 and 5.2). Pure.
 
 The engine executes this list (engine/flows/streaming.py) and the simulator times it (simulate.py): there is no second description.
-Per layer and item `pre_attention` -> queries, keys, values to the host -> attention on the CPU -> back -> `post_attention` ->
-experts, while the
-experts of a later layer stream into a free one of two or more buffers, unless they are pinned on the accelerator; the first
-layers' of the next pass stream through the drafting (one layer with two buffers, as in the paper; with more the link is busy
-for longer).
+Per layer and micro-batch: `pre_attention` -> queries, keys, values to the host -> attention on the CPU -> back ->
+`post_attention` -> experts, while the experts of a later layer stream into a free one of two or more buffers, unless they are
+pinned on the accelerator. The first layers' of the next pass stream through the drafting (one layer with two buffers, as in the
+paper; with more the link is busy for longer).
 """
 
 import functools
@@ -33,14 +32,14 @@ KINDS = tuple(_RESOURCE_OF)
 class Task(NamedTuple):
     """One piece of a pass. A resource does one task at a time: of those that can start the most urgent, in the order of the list.
 
-    item: the work item (a micro-batch, or a chunk of prompts), or for `stream` the chunk (an expert) of the layer.
+    micro_batch: its place in the pass; chunks of prompts are micro-batches too. Of `stream` the chunk (an expert) of the layer.
     after: places in the list of the tasks that must have ended; a negative place is one of the pass before, counted
     from its end.
     """
 
     kind: str
     layer: int
-    item: int
+    micro_batch: int
     after: tuple[int, ...]
 
     @property
@@ -72,65 +71,67 @@ class _Shape(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def pass_tasks(
     has_experts: tuple[bool, ...],
-    items: int,
+    micro_batches: int,
     chunks: int,
     buffers: int = 2,
     pinned: tuple[int, ...] = (),
     prompts: int = 0,
 ) -> tuple[Task, ...]:
-    """The tasks of one pass of `items` work items, in an order in which they can be issued one after the other.
+    """The tasks of one pass of so many micro-batches, in an order in which they can be issued one after the other.
 
     has_experts: per layer. chunks: pieces in which a layer's experts cross the link. buffers: 2 to the streamed layers. pinned:
-    layers whose experts stay on the accelerator, so nothing streams for them. prompts: so many of the last items are chunks of
-    prompts that attend on the accelerator (`attend_chunk`), while their keys and values go to the host (`store`, `append`). The
+    layers whose experts stay on the accelerator, so nothing streams for them. prompts: so many of the last micro-batches are chunks
+    of prompts that attend on the accelerator (`attend_chunk`), while their keys and values go to the host (`store`, `append`). The
     streams of the first buffers - 1 streamed layers are those of the next pass and come late in the list.
     """
     streamed = [layer for layer, has in enumerate(has_experts) if has and layer not in pinned]
-    decoding = items - prompts
-    shape = _Shape(has_experts, streamed, range(decoding), range(decoding, items), chunks, buffers)
+    decoding = micro_batches - prompts
+    shape = _Shape(has_experts, streamed, range(decoding), range(decoding, micro_batches), chunks, buffers)
     order = _order(shape)
     place = {key: i for i, key in enumerate(order)}
     return tuple(Task(*key, after=_after(key, place, shape)) for key in order)
 
 
 def _order(shape: _Shape) -> list[tuple[str, int, int]]:
-    """(kind, layer, item). A layer's stream is issued when the layer before has been handed to the CPU.
+    """(kind, layer, micro_batch). A layer's stream is issued when the layer before has been handed to the CPU.
 
-    A prompt's tasks of a layer are issued together, so that nothing of it is kept between; before those of the items that wait for
-    the CPU's attention.
+    A prompt's tasks of a layer are issued together, so that nothing of it is kept between; before those of the
+    micro-batches that wait for the CPU's attention.
     """
     head, streamed = ("pre_attention", "to_host", "attention"), shape.streamed
-    order = [(kind, 0, item) for item in shape.decoding for kind in ("embed", *head)]
+    order = [(kind, 0, micro_batch) for micro_batch in shape.decoding for kind in ("embed", *head)]
     for layer, has in enumerate(shape.has_experts):
         experts = ("experts",) if has else ()
         if layer in streamed:
             following = streamed[(streamed.index(layer) + shape.buffers - 1) % len(streamed)]
             order += [("stream", following, chunk) for chunk in range(shape.chunks)]
-        for item in shape.prompts:
+        for micro_batch in shape.prompts:
             kinds = (*(() if layer else ("embed",)), "pre_attention", "attend_chunk", "store", "append", "post_attention", *experts)
-            order += [(kind, layer, item) for kind in kinds]
-        for item in shape.decoding:
-            order += [(kind, layer, item) for kind in ("to_accelerator", "post_attention", *experts)]
-            order += [(kind, layer + 1, item) for kind in head] if layer + 1 < len(shape.has_experts) else []
+            order += [(kind, layer, micro_batch) for kind in kinds]
+        for micro_batch in shape.decoding:
+            order += [(kind, layer, micro_batch) for kind in ("to_accelerator", "post_attention", *experts)]
+            order += [(kind, layer + 1, micro_batch) for kind in head] if layer + 1 < len(shape.has_experts) else []
     return order
 
 
 def _after(key, place: dict, shape: _Shape) -> tuple[int, ...]:
-    kind, layer, item = key
+    kind, layer, micro_batch = key
     last = {True: "experts", False: "post_attention"}
     pieces = range(shape.chunks) if layer in shape.streamed else ()
-    attended = "attend_chunk" if item in shape.prompts else "to_accelerator"
+    attended = "attend_chunk" if micro_batch in shape.prompts else "to_accelerator"
     before = {
         "embed": lambda: (),
-        "pre_attention": lambda: (("embed", 0, item) if layer == 0 else (last[shape.has_experts[layer - 1]], layer - 1, item),),
-        "to_host": lambda: (("pre_attention", layer, item),),
-        "attention": lambda: (("to_host", layer, item),),
-        "to_accelerator": lambda: (("attention", layer, item),),
-        "post_attention": lambda: ((attended, layer, item),),
-        "attend_chunk": lambda: (("pre_attention", layer, item),),
-        "store": lambda: (("pre_attention", layer, item),),
-        "append": lambda: (("store", layer, item),),
-        "experts": lambda: (("post_attention", layer, item), *(("stream", layer, chunk) for chunk in pieces)),
+        "pre_attention": lambda: (
+            ("embed", 0, micro_batch) if layer == 0 else (last[shape.has_experts[layer - 1]], layer - 1, micro_batch),
+        ),
+        "to_host": lambda: (("pre_attention", layer, micro_batch),),
+        "attention": lambda: (("to_host", layer, micro_batch),),
+        "to_accelerator": lambda: (("attention", layer, micro_batch),),
+        "post_attention": lambda: ((attended, layer, micro_batch),),
+        "attend_chunk": lambda: (("pre_attention", layer, micro_batch),),
+        "store": lambda: (("pre_attention", layer, micro_batch),),
+        "append": lambda: (("store", layer, micro_batch),),
+        "experts": lambda: (("post_attention", layer, micro_batch), *(("stream", layer, chunk) for chunk in pieces)),
         "stream": lambda: _users_of_the_buffer(shape, layer),
     }
     places = [place[name] for name in before[kind]()]
@@ -142,4 +143,4 @@ def _after(key, place: dict, shape: _Shape) -> tuple[int, ...]:
 def _users_of_the_buffer(shape: _Shape, layer: int) -> tuple[tuple[str, int, int], ...]:
     """The experts of as many streamed layers before as there are buffers must have been computed."""
     user = shape.streamed[(shape.streamed.index(layer) - shape.buffers) % len(shape.streamed)]
-    return tuple(("experts", user, item) for item in (*shape.decoding, *shape.prompts))
+    return tuple(("experts", user, micro_batch) for micro_batch in (*shape.decoding, *shape.prompts))

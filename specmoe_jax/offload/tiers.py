@@ -1,6 +1,7 @@
 """Where the expert store takes its blocks from: host memory that holds all, or a disk with host memory as a cache above it."""
 
 import concurrent.futures
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 
 from specmoe_jax.models.model import to_host
 from specmoe_jax.offload import host_cache as cache
+from specmoe_jax.offload.host_cache_policies import HostCachePolicy
 
 READERS = 2  # demanded reads in flight; one more thread reads ahead
 
@@ -40,8 +42,9 @@ class Tier(Protocol):
     num_experts: int
     counts: "TierCounts"
 
-    def request(self, keys: list[tuple[int, int]]) -> None:
-        """Says which experts (layer, expert) are asked for next, so that their reads start together."""
+    def blocks(self, keys: list[tuple[int, int]]) -> Iterable[jax.Array]:
+        """The blocks of experts (layer, expert), each waited for when it is its turn; their reads start together."""
+        ...
 
     def block(self, key: tuple[int, int]) -> jax.Array:
         """The block of an expert; waits for the disk where it has to."""
@@ -64,8 +67,8 @@ class HostTier:
         self.num_layers, self.num_experts = len(experts), sum(map(len, experts))
         self._ready = np.ones((len(experts), len(experts[0])), bool)
 
-    def request(self, keys: list[tuple[int, int]]) -> None:
-        pass
+    def blocks(self, keys: list[tuple[int, int]]) -> list[jax.Array]:
+        return [self._experts[layer][expert] for layer, expert in keys]
 
     def block(self, key: tuple[int, int]) -> jax.Array:
         return self._experts[key[0]][key[1]]
@@ -78,7 +81,7 @@ class HostTier:
 
 
 class DiskTier:
-    """Experts on disk, the `capacity` most worthwhile of them in host memory (dram.py decides, this reads).
+    """Experts on disk, the `capacity` most worthwhile of them in host memory (host_cache.py decides, this reads).
 
     All decisions are taken by the calling thread, so a run repeats them; the threads only read. An evicted block lives on
     while a copy of it is under way, so the budget may be exceeded by what is on the link.
@@ -86,7 +89,7 @@ class DiskTier:
     this cache really comes from the disk.
     """
 
-    def __init__(self, files, *, capacity: int, policy: str, keep_pages: bool):
+    def __init__(self, files, *, capacity: int, policy: HostCachePolicy, keep_pages: bool):
         self._files, self._capacity, self._policy, self._keep_pages = files, capacity, policy, keep_pages
         self.shape, self.dtype, shape = files.block_shape, files.block_dtype, files.shape
         self.num_layers, self.num_experts, self.counts = shape[0], shape[0] * shape[1], TierCounts()
@@ -98,7 +101,12 @@ class DiskTier:
         if not keep_pages:
             files.drop_pages()
 
+    def blocks(self, keys: list[tuple[int, int]]) -> Iterable[jax.Array]:
+        self.request(keys)
+        return map(self.block, keys)
+
     def request(self, keys: list[tuple[int, int]]) -> None:
+        """Says which experts are asked for next, so that their reads start together."""
         self._cache = cache.touch(self._cache, keys)
         hits = sum(bool(self._cache.present[key]) for key in keys)
         self._count(hits=hits, misses=len(keys) - hits)

@@ -1,6 +1,6 @@
 """The packed KV cache: K in blocks of 16 tokens along the SIMD lanes, V in rows; float32, bfloat16 or int8; optionally paged.
 
-At one new token the layout decides: 1.1x over rows per head, 1.7x over rows per token (performance.md).
+At one new token the layout decides: 1.1x over rows per head, 1.7x over rows per token.
 """
 
 import dataclasses

@@ -11,23 +11,22 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.planner.measured.case import choosing
 from specmoe_jax.planner.routing import choice_probabilities, distinct
-from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload, chance_deviation
-
-# Where nothing was measured. self: less than what the papers report (0.913 on NLLB) and what the bundled model shows (0.8).
-ASSUMED_RATES = {"self": 0.6, "merged": 0.3, "model": 0.6, "ngram": 0.2}
+from specmoe_jax.planner.workload import Workload, chance_deviation
+from specmoe_jax.support.statistics import gini
 
 
 class Acceptance(NamedTuple):
     """rate: the probability that a drafted token is accepted if those before it were; of a tree, one of a level's. experts: N
-    that it was measured with. unlike: of Workload."""
+    that it was measured with. unlike: of Workload. assumed: not measured; the rate may then be a map, as Workload.acceptance."""
 
     rate: float
     experts: float | None = None
     unlike: float = 0.0
+    assumed: bool = False
 
 
 class Calibration(NamedTuple):
-    """acceptance: of the drafts that were measured; eagle_tree: a head's trees (search.tree).
+    """acceptance: of the drafts that were measured; eagle_tree: a head's trees (search_starts.tree).
     skew: Gini coefficient of the experts' counts; None: that of the workload.
 
     row_share, run_share: how much of an independent token's choice one more row makes, and one more position of a row.
@@ -43,16 +42,18 @@ class Calibration(NamedTuple):
     def workload(self, base: Workload, plan: Plan, config: ModelConfig) -> Workload:
         """The workload as this plan's draft meets it."""
         skew = base.skew_of(config) if self.skew is None else self.skew
-        if plan.draft == "none":
+        if not plan.drafting.drafts:
             return dataclasses.replace(base, skew=skew)
-        found = (plan.draft_tree_top_k and self.acceptance.get("eagle_tree")) or self.acceptance.get(plan.draft)
-        if found is None and plan.draft == "eagle":
-            return dataclasses.replace(base, skew=skew, acceptance=EAGLE_MIXTRAL)
-        found = found or Acceptance(ASSUMED_RATES.get(plan.draft, 0.5))
-        rate = found.rate
-        if plan.draft == "self" and found.experts:
-            rate = _with_experts(found, plan, config, skew)
-        return dataclasses.replace(base, skew=skew, acceptance=rate, unlike=found.unlike)
+        found = self.acceptance_of(plan, config, skew)
+        return dataclasses.replace(base, skew=skew, acceptance=found.rate, unlike=found.unlike)
+
+    def acceptance_of(self, plan: Plan, config: ModelConfig, skew: float) -> Acceptance:
+        """Of this plan's draft, measured or assumed."""
+        draft = plan.drafting
+        found = next((self.acceptance[name] for name in draft.variants(plan) if name in self.acceptance), None)
+        if found is None:
+            return Acceptance(draft.assumed_acceptance, assumed=True)
+        return found._replace(rate=draft.rate(found, plan, config, skew))
 
     def to_dict(self) -> dict:
         return self._asdict() | {"acceptance": {name: found._asdict() for name, found in self.acceptance.items()}}
@@ -69,25 +70,6 @@ class Calibration(NamedTuple):
 
 
 ASSUMED = Calibration(acceptance={}, skew=None, measured=False)
-
-
-def _with_experts(found: Acceptance, plan: Plan, config: ModelConfig, skew: float) -> float:
-    """The rate with another N: each choice that has to be substituted costs the same factor.
-
-    An assumption, exact at N = E (all accepted) and at the N that was measured.
-    """
-    probabilities = choice_probabilities(config.num_experts, config.experts_per_token, skew)
-    absent, measured = _absent(probabilities, _mean(plan.draft_experts)), _absent(probabilities, found.experts)
-    return max(found.rate, 1e-6) ** (absent / measured) if measured > 0 else found.rate
-
-
-def _absent(probabilities: tuple[float, ...], experts: float) -> float:
-    """Choices of a token that are not among the `experts` most popular ones."""
-    return sum(probabilities[round(experts) :])
-
-
-def _mean(value) -> float:
-    return sum(value) / len(value) if isinstance(value, tuple) else value
 
 
 def fitted_shares(config: ModelConfig, skew: float, seen: list[tuple[int, int, float]]) -> tuple[float, float]:
@@ -112,7 +94,5 @@ def unlike_rows(steps: np.ndarray, rate: float, length: int, tokens: int) -> flo
 
 def counted_skew(config: ModelConfig, counts: np.ndarray) -> float:
     """Gini coefficient of counts [L, E], the mean over layers, at most what the model's top-k allows."""
-    ordered = np.sort(counts, axis=1)
-    size = counts.shape[1]
-    gini = 2 * (ordered * np.arange(1, size + 1)).sum(1) / (size * np.maximum(ordered.sum(1), 1)) - (size + 1) / size
-    return float(np.clip(gini.mean(), 0.0, (1 - config.experts_per_token / size) * 0.999))
+    largest = (1 - config.experts_per_token / counts.shape[1]) * 0.999
+    return float(np.clip(gini(counts).mean(), 0.0, largest))

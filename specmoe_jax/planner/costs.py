@@ -34,7 +34,9 @@ class Cost(NamedTuple):
 
 
 class Load(NamedTuple):
-    """One work item: sequences, new positions of each, and positions in their caches (means, so they need not be whole).
+    """What a pass or a micro-batch works on: sequences, new positions of each, and positions in their caches.
+
+    They are means, so they need not be whole.
 
     source: positions that an encoder has read of each.
     """
@@ -100,27 +102,27 @@ def _sizes(weights: LayerWeights) -> LayerSizes:
     return LayerSizes(*(sum(spec.size for spec in group if spec) + up for group in (before, after)))
 
 
-def embed(config: ModelConfig, load: Load, item: int) -> Cost:
-    return Cost(ACCELERATOR, "dense", bytes=2 * load.tokens * config.hidden_size * item)
+def embed(config: ModelConfig, load: Load, itemsize: int) -> Cost:
+    return Cost(ACCELERATOR, "dense", bytes=2 * load.tokens * config.hidden_size * itemsize)
 
 
-def projections(size: int, load: Load, item: int, *, programs: int = 1) -> Cost:
-    """Matrices of `size` numbers applied to the item's tokens."""
-    return Cost(ACCELERATOR, "dense", 2 * size * load.tokens, size * item, programs)
+def projections(size: int, load: Load, itemsize: int, *, programs: int = 1) -> Cost:
+    """Matrices of `size` numbers applied to the load's tokens."""
+    return Cost(ACCELERATOR, "dense", 2 * size * load.tokens, size * itemsize, programs)
 
 
-def attention(config: AttentionConfig, load: Load, item: int, *, resource: str, programs: int = 1) -> Cost:
+def attention(config: AttentionConfig, load: Load, itemsize: int, *, resource: str, programs: int = 1) -> Cost:
     """Scores and mixture over the cache, which is read once for all new positions of a row and all heads of a KV group."""
     context = min(x for x in (load.context + load.new / 2, config.window, config.chunk) if x is not None)
     flops = 4 * load.tokens * context * config.num_heads * config.cache_dim
     operator = "cpu_attention" if resource == CPU else "attention"
-    return Cost(resource, operator, flops, load.rows * context * cache_row(config) * item, programs)
+    return Cost(resource, operator, flops, load.rows * context * cache_row(config) * itemsize, programs)
 
 
-def cross_attention(config: AttentionConfig, load: Load, item: int) -> Cost:
+def cross_attention(config: AttentionConfig, load: Load, itemsize: int) -> Cost:
     """Over what an encoder has read, on the accelerator. Its projections are counted with those after the attention."""
     flops = 4 * load.tokens * load.source * config.num_heads * config.head_dim
-    return Cost(ACCELERATOR, "attention", flops, load.rows * load.source * cache_row(config) * item, 0)
+    return Cost(ACCELERATOR, "attention", flops, load.rows * load.source * cache_row(config) * itemsize, 0)
 
 
 def expert_bytes(config: ModelConfig, plan: Plan) -> int:
@@ -134,12 +136,12 @@ def cache_row(config: AttentionConfig) -> int:
 
 
 def experts(
-    config: ModelConfig, tokens: float, distinct: float, item: int, *, expert_bytes: float | None = None, programs: int = 1
+    config: ModelConfig, tokens: float, distinct: float, itemsize: int, *, expert_bytes: float | None = None, programs: int = 1
 ) -> Cost:
-    """The chosen experts' FFN: every different one is read once. expert_bytes: where it is not `item` a number."""
-    one = config.expert_params * item if expert_bytes is None else expert_bytes
+    """The chosen experts' FFN: every different one is read once. expert_bytes: where it is not `itemsize` a number."""
+    one = config.expert_params * itemsize if expert_bytes is None else expert_bytes
     flops = 2 * config.experts.params * config.experts_per_token * tokens
-    moved = 2 * tokens * config.experts_per_token * config.hidden_size * item
+    moved = 2 * tokens * config.experts_per_token * config.hidden_size * itemsize
     return Cost(ACCELERATOR, "experts", flops, distinct * one + moved, programs)
 
 
@@ -148,46 +150,48 @@ def fetch(expert_bytes: float, count: float, *, operator: str = "stream", resour
     return Cost(resource, operator, bytes=count * expert_bytes, programs=max(round(count), 1) if count else 0)
 
 
-def queries_down(config: AttentionConfig, load: Load, item: int) -> Cost:
+def queries_down(config: AttentionConfig, load: Load, itemsize: int) -> Cost:
     """Queries, keys and values of the new positions to the host."""
     numbers = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    return Cost(DOWN, "copy", bytes=load.tokens * numbers * item)
+    return Cost(DOWN, "copy", bytes=load.tokens * numbers * itemsize)
 
 
-def keys_down(config: AttentionConfig, load: Load, item: int) -> Cost:
+def keys_down(config: AttentionConfig, load: Load, itemsize: int) -> Cost:
     """Keys and values of prompts that attend on the accelerator, to the host."""
-    return Cost(DOWN, "copy", bytes=load.tokens * cache_row(config) * item)
+    return Cost(DOWN, "copy", bytes=load.tokens * cache_row(config) * itemsize)
 
 
-def append(config: AttentionConfig, load: Load, item: int) -> Cost:
+def append(config: AttentionConfig, load: Load, itemsize: int) -> Cost:
     """Those into the host's cache: read and written."""
-    return Cost(CPU, "cpu_attention", bytes=2 * load.tokens * cache_row(config) * item)
+    return Cost(CPU, "cpu_attention", bytes=2 * load.tokens * cache_row(config) * itemsize)
 
 
-def attended_up(config: AttentionConfig, load: Load, item: int) -> Cost:
+def attended_up(config: AttentionConfig, load: Load, itemsize: int) -> Cost:
     """What the CPU's attention gives, back."""
-    return Cost(UP, "copy", bytes=load.tokens * config.num_heads * config.head_dim * item)
+    return Cost(UP, "copy", bytes=load.tokens * config.num_heads * config.head_dim * itemsize)
 
 
-def head(config: ModelConfig, tokens: float, item: int) -> Cost:
+def head(config: ModelConfig, tokens: float, itemsize: int) -> Cost:
     """Logits, float32, and the choice among them."""
     size = config.vocab_size * config.hidden_size
-    return Cost(ACCELERATOR, "dense", 2 * size * tokens, size * item + 2 * tokens * config.vocab_size * 4)
+    return Cost(ACCELERATOR, "dense", 2 * size * tokens, size * itemsize + 2 * tokens * config.vocab_size * 4)
 
 
-def task_cost(config: ModelConfig, task: Task, load: Load, *, distinct: float, chunks: int, item: int, expert_bytes: float) -> Cost:
-    """Of one task of a streamed pass (planner.pipeline). distinct: experts of a layer that the work item uses."""
+def task_cost(
+    config: ModelConfig, task: Task, load: Load, *, distinct: float, chunks: int, itemsize: int, expert_bytes: float
+) -> Cost:
+    """Of one task of a streamed pass (offload/stream_schedule.py). distinct: experts of a layer that the load uses."""
     layer, sizes = config.layers[task.layer], layer_sizes(config)[task.layer]
     return {
-        "embed": lambda: embed(config, load, item),
-        "pre_attention": lambda: projections(sizes.before, load, item),
-        "to_host": lambda: queries_down(layer.attention, load, item),
-        "attention": lambda: attention(layer.attention, load, item, resource=CPU),
-        "to_accelerator": lambda: attended_up(layer.attention, load, item),
-        "post_attention": lambda: projections(sizes.after, load, item),
-        "experts": lambda: experts(config, load.tokens, distinct, item, expert_bytes=expert_bytes),
+        "embed": lambda: embed(config, load, itemsize),
+        "pre_attention": lambda: projections(sizes.before, load, itemsize),
+        "to_host": lambda: queries_down(layer.attention, load, itemsize),
+        "attention": lambda: attention(layer.attention, load, itemsize, resource=CPU),
+        "to_accelerator": lambda: attended_up(layer.attention, load, itemsize),
+        "post_attention": lambda: projections(sizes.after, load, itemsize),
+        "experts": lambda: experts(config, load.tokens, distinct, itemsize, expert_bytes=expert_bytes),
         "stream": lambda: fetch(expert_bytes, config.num_experts / chunks),
-        "attend_chunk": lambda: attention(layer.attention, load, item, resource=ACCELERATOR),
-        "store": lambda: keys_down(layer.attention, load, item),
-        "append": lambda: append(layer.attention, load, item),
+        "attend_chunk": lambda: attention(layer.attention, load, itemsize, resource=ACCELERATOR),
+        "store": lambda: keys_down(layer.attention, load, itemsize),
+        "append": lambda: append(layer.attention, load, itemsize),
     }[task.kind]()

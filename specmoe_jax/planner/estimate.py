@@ -9,11 +9,11 @@ from specmoe_jax.config.plan import Plan
 from specmoe_jax.kv_cache.positions import pages_of
 from specmoe_jax.offload.stream_schedule import ACCELERATOR, CPU
 from specmoe_jax.planner.costs import Load
-from specmoe_jax.planner.drafts import draft_costs, draft_memory
+from specmoe_jax.planner.drafts.protocol import draft_costs
 from specmoe_jax.planner.hardware import Efficiency, Hardware
 from specmoe_jax.planner.memory.account import account, cache_positions
 from specmoe_jax.planner.memory.memory_account import MemoryAccount, PagedLoad
-from specmoe_jax.planner.passes import Setting, Timing, prefill_seconds, time_pass
+from specmoe_jax.planner.passes import Setting, Timing, time_pass
 from specmoe_jax.planner.simulate import Simulation
 from specmoe_jax.planner.workload import Workload
 
@@ -36,7 +36,7 @@ class Prediction(NamedTuple):
     rows: sequences that run at a time. interval: of tokens_per_s, None if not asked for. binding: the busiest resource.
     busy_s: of one iteration, by resource. floor_s: no schedule of the pass can be faster at the machine's peaks.
     naive_s: the iteration as the per-layer maximum sees it; None for passes that are not streamed. prefill_s: of all rows' prompts.
-    stragglers: of a job, the steps of the last of the rows to end, over a mean row's.
+    slowest_row_factor: how many times the steps of a mean row the slowest one takes: a batch runs until it has ended.
     """
 
     rows: int
@@ -53,7 +53,7 @@ class Prediction(NamedTuple):
     account: MemoryAccount
     naive_s: float | None
     simulation: Simulation | None
-    stragglers: float = 1.0
+    slowest_row_factor: float = 1.0
 
     @property
     def fraction_of_floor(self) -> float:
@@ -84,11 +84,11 @@ def predict(
         binding=_binding(timing.busy_s, hardware),
         busy_s=timing.busy_s,
         floor_s=timing.floor_s,
-        prefill_s=prefill_seconds(setting, workload.source_tokens if config.encoder else workload.prompt_tokens),
+        prefill_s=plan.flow.prefill_seconds(setting, workload.source_tokens if config.encoder else workload.prompt_tokens),
         account=own,
         naive_s=timing.simulation and timing.simulation.naive_s,
         simulation=timing.simulation,
-        stragglers=workload.stragglers(plan, rows),
+        slowest_row_factor=workload.slowest_row_factor(plan, rows),
     )
 
 
@@ -97,40 +97,34 @@ def needed(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Worklo
     plan = plan.resolved(accelerator_is_cpu=hardware.accelerator_is_cpu)
     if budgets:
         device, host = plan.device_memory_bytes, plan.host_memory_bytes
-        if plan.expert_flow == "stream" and device is None:  # the engine fills a budget that it is given, not the machine
-            plan = plan.replace(pinned_layers=plan.pinned_layers or 0)
+        plan = plan.flow.without_budget(plan) if device is None else plan
         plan = plan.replace(
             device_memory_bytes=int(hardware.accelerator_memory_bytes) if device is None else device,
             host_memory_bytes=int(hardware.host_memory_bytes) if host is None else host,
         )
     prompt, longest = _prompt(config, workload), _prompt(config, workload) + workload.new_tokens
     rows, positions = plan.batch_size, cache_positions(longest, plan)
+    one = plan.flow.paged_load(plan, [(prompt, workload.new_tokens)], 1)
     return account(
         config,
         plan,
         batch_rows=rows,
         positions=positions,
         source_positions=workload.source_tokens if config.encoder else 0,
-        draft=draft_memory(config, plan, head=workload.head, model=workload.draft_model),
-        paged=PagedLoad(pages=rows * _pages(plan, longest), prompt_tokens=rows * prompt),
+        draft=plan.drafting.memory(plan, config, head=workload.head, model=workload.draft_model),
+        paged=one and PagedLoad(*(rows * amount for amount in one)),
         accelerator_is_cpu=hardware.accelerator_is_cpu,
     )
 
 
 def running_rows(plan: Plan, own: MemoryAccount, workload: Workload) -> int:
-    """Sequences at a time: the batch, or as many as have pages in a streamed plan's cache."""
-    if plan.expert_flow != "stream":
-        return plan.batch_size
-    return min(plan.batch_size, own.kv_pages // _pages(plan, workload.prompt_tokens + workload.new_tokens))
+    """Sequences at a time: the batch, or as many as have pages in a paged cache."""
+    return plan.flow.running_rows(plan, own, workload.prompt_tokens + workload.new_tokens)
 
 
 def _prompt(config: ModelConfig, workload: Workload) -> int:
     """Positions that the decoder's cache holds before it writes."""
     return len(config.encoder.start) if config.encoder else workload.prompt_tokens
-
-
-def _pages(plan: Plan, longest: int) -> int:
-    return pages_of(longest + plan.lookahead)
 
 
 def _setting(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload, own: MemoryAccount, rows: int) -> Setting:
@@ -152,7 +146,7 @@ def _time(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workloa
     setting = _setting(config, plan, hardware, workload, own, rows)
     share = _cpu_share(plan, own, setting.load)
     of_draft = draft_costs(
-        config, plan, setting.load, skew=workload.skew_of(config), head=workload.head, model=workload.draft_model, cpu_share=share
+        plan, config, setting.load, skew=workload.skew_of(config), head=workload.head, model=workload.draft_model, cpu_share=share
     )
     return time_pass(setting, of_draft)
 

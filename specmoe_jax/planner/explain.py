@@ -1,4 +1,4 @@
-"""A prediction for people: what scripts/explain.py says. Pure: dictionaries with units in their names, and tables of them."""
+"""A prediction for people: what `specmoe explain` says. Pure: dictionaries with units in their names, and tables of them."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def explain(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workl
             "expert slots": ((own.num_slots + own.merged_slots) * own.expert_bytes - own.spare_expert_bytes) / GIB,
             "spare-expert cache": own.spare_expert_bytes / GIB,
             "experts on their way": own.moving_experts * own.expert_bytes / GIB,
-            "KV cache": (own.kv_bytes if own.kv_tier == "accelerator" else 0) / GIB,
+            "KV cache": own.accelerator_kv_bytes / GIB,
             "activations": own.activation_bytes / GIB,
             "staging of prompts": own.staging_bytes / GIB,
             "draft": own.draft_model_bytes / GIB,
@@ -56,7 +56,7 @@ def explain(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workl
         },
         "host_gib": {
             "experts, pinned": own.host_expert_bytes / GIB,
-            "KV cache": (own.kv_bytes if own.kv_tier == "host" else 0) / GIB,
+            "KV cache": own.host_kv_bytes / GIB,
             "draft's KV cache": own.host_draft_bytes / GIB,
             "hidden states of prompts": own.hidden_bytes / GIB,
             "all": own.host_bytes / GIB,

@@ -5,10 +5,13 @@ expert of a layer with a count above 0 once. `capacity` experts of any layer are
 at work is beside them, as in the engine.
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 
+from specmoe_jax.config.registry import HOST_CACHE_POLICIES
+from specmoe_jax.offload.host_cache_policies import HostCachePolicy, Usage, eviction_order
 from specmoe_jax.support.errors import PlanError
 
 
@@ -18,7 +21,7 @@ def replay(trace: np.ndarray, capacity: int) -> dict[str, int]:
         raise PlanError(f"a routing trace is [S, L, E] counts; got {trace.dtype} {list(trace.shape)}")
     if not 0 <= capacity <= trace.shape[1] * trace.shape[2]:
         raise PlanError(f"capacity is {capacity}; the trace has {trace.shape[1] * trace.shape[2]} experts")
-    return {"needed": int((trace > 0).sum())} | {name: policy(trace, capacity) for name, policy in POLICIES.items()}
+    return {"needed": int((trace > 0).sum())} | {name: policy(trace, capacity) for name, policy in policies().items()}
 
 
 def synthetic_trace(
@@ -43,47 +46,40 @@ def _visits(trace: np.ndarray):
             yield s, layer, np.flatnonzero(counts)
 
 
-def _keyed(trace: np.ndarray, capacity: int, eviction_priority: Callable[[dict], Callable]) -> int:
-    """Keeps what is worth most after each visit. worth: statistics -> key of an expert -> number."""
-    seen = {"last": {}, "uses": {}, "clock": 0}
-    kept, fetched, value = set(), 0, eviction_priority(seen)
-    for _, layer, ids in _visits(trace):
-        keys = [(layer, int(i)) for i in ids]
-        fetched += sum(key not in kept for key in keys)
-        for key in keys:
-            seen["clock"] += 1
-            seen["last"][key], seen["uses"][key] = seen["clock"], seen["uses"].get(key, 0) + 1
-        kept = set(sorted(kept.union(keys), key=value, reverse=True)[:capacity])
+def cached(trace: np.ndarray, capacity: int, policy: HostCachePolicy) -> int:
+    """Fetches of a cache that keeps, after each visit, what its policy evicts last of all that is there."""
+    shape = trace.shape[1:]
+    kept = np.zeros(shape, bool)
+    last, count, needed_next = (np.zeros(shape, np.int64) for _ in range(3))
+    usage = Usage(last=last, count=count, following=needed_next)  # which the loop writes into
+    fetched = clock = 0
+    for (_, layer, ids), following in zip(_visits(trace), _next_visits(trace), strict=True):
+        fetched += int((~kept[layer, ids]).sum())
+        kept[layer, ids] = True
+        last[layer, ids] = clock + 1 + np.arange(len(ids))
+        count[layer, ids] += 1
+        needed_next[layer, ids] = following
+        clock += len(ids)
+        for victim in eviction_order(policy, usage, kept)[: max(int(kept.sum()) - capacity, 0)]:
+            kept[victim] = False
     return fetched
 
 
-def _lru(trace: np.ndarray, capacity: int) -> int:
-    """Least recently used."""
-    return _keyed(trace, capacity, lambda seen: lambda key: seen["last"][key])
-
-
-def _frequency(trace: np.ndarray, capacity: int) -> int:
-    """Least often used, then least recently."""
-    return _keyed(trace, capacity, lambda seen: lambda key: (seen["uses"][key], seen["last"][key]))
-
-
-def _belady(trace: np.ndarray, capacity: int) -> int:
+def furthest_next_use(usage: Usage) -> tuple[np.ndarray, ...]:
     """The optimum (Belady 1966, with leave to keep nothing of a visit): what is needed soonest stays."""
-    visits = [(layer, ids) for _, layer, ids in _visits(trace)]
-    following: dict[tuple[int, int], int] = {}
-    after = []  # of each visit, when its experts are needed next
+    return (-np.asarray(usage.following),)
+
+
+def _next_visits(trace: np.ndarray) -> list[np.ndarray]:
+    """Of each visit, at which visit its experts are needed next; the number of visits where they never are."""
+    visits = list(_visits(trace))
+    following = np.full(trace.shape[1:], len(visits))
+    found = []
     for at in range(len(visits) - 1, -1, -1):
-        layer, ids = visits[at]
-        keys = [(layer, int(i)) for i in ids]
-        after.append({key: following.get(key, len(visits)) for key in keys})
-        following |= dict.fromkeys(keys, at)
-    kept: dict[tuple[int, int], int] = {}
-    fetched = 0
-    for soon in reversed(after):
-        fetched += sum(key not in kept for key in soon)
-        kept |= soon
-        kept = dict(sorted(kept.items(), key=lambda entry: entry[1])[:capacity])
-    return fetched
+        _, layer, ids = visits[at]
+        found.append(following[layer, ids])
+        following[layer, ids] = at
+    return found[::-1]
 
 
 def per_layer(trace: np.ndarray, capacity: int, counts_of: Callable[[int], np.ndarray], kept: np.ndarray | None = None) -> int:
@@ -127,12 +123,8 @@ def _nothing(trace: np.ndarray, capacity: int) -> int:
     return int((trace > 0).sum())
 
 
-POLICIES: dict[str, Callable[[np.ndarray, int], int]] = {
-    "on_demand": _nothing,
-    "lru": _lru,
-    "frequency": _frequency,
-    "hot_temporal": _hot_temporal,
-    "hot_global": _hot_global,
-    "static": _static,
-    "belady": _belady,
-}
+def policies() -> dict[str, Callable[[np.ndarray, int], int]]:
+    """What a trace is replayed against: nothing kept, every policy of the host cache, draft sets, and the two with hindsight."""
+    caches = {name: functools.partial(cached, policy=HOST_CACHE_POLICIES.description(name)) for name in HOST_CACHE_POLICIES}
+    sets = {"hot_temporal": _hot_temporal, "hot_global": _hot_global, "static": _static}
+    return {"on_demand": _nothing} | caches | sets | {"belady": functools.partial(cached, policy=furthest_next_use)}

@@ -9,7 +9,6 @@ from specmoe_jax.offload.stream_schedule import ACCELERATOR, CPU, UP
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import DISK, Cost, Load
 from specmoe_jax.planner.hardware import Hardware
-from specmoe_jax.planner.memory.account import pinned_experts
 
 
 class Roof(NamedTuple):
@@ -32,10 +31,6 @@ class Point(NamedTuple):
     def attainable(self) -> float:
         return min(self.roof.flops, self.intensity * self.roof.bytes_per_s)
 
-    @property
-    def bound_by(self) -> str:
-        return self.roof.level if self.attainable < self.roof.flops else f"{self.roof.unit} arithmetic"
-
 
 def roofs(hardware: Hardware, dtype: str) -> dict[str, Roof]:
     """By level. What crosses the link or comes from disk is computed on the accelerator."""
@@ -51,16 +46,14 @@ def roofs(hardware: Hardware, dtype: str) -> dict[str, Roof]:
 
 def points(config: ModelConfig, plan: Plan, hardware: Hardware, load: Load, *, skew: float) -> tuple[Point, ...]:
     """The operators of a layer with experts under a plan, and the attention as it would be with the cache moved over the link."""
-    item, index = DTYPE_BYTES[plan.dtype], config.moe_layers[0]
+    itemsize, index = DTYPE_BYTES[plan.dtype], config.moe_layers[0]
     layer, sizes = config.layers[index], costs.layer_sizes(config)[index]
     p = routing.choice_probabilities(config.num_experts, config.experts_per_token, skew)
     one = costs.expert_bytes(config, plan)
-    ffn = costs.experts(config, load.tokens, routing.distinct(p, load.tokens), item, expert_bytes=one)
-    crossing = float(config.num_experts)
-    if plan.expert_flow != "stream":
-        crossing = routing.missed(p, load.tokens, pinned_experts(config, plan)[0])
-    on_cpu = costs.attention(layer.attention, load, item, resource=CPU)
-    dense = costs.projections(sizes.before + sizes.after, load, item)
+    ffn = costs.experts(config, load.tokens, routing.distinct(p, load.tokens), itemsize, expert_bytes=one)
+    crossing = plan.flow.crossing_experts(config, plan, p, load.tokens)
+    on_cpu = costs.attention(layer.attention, load, itemsize, resource=CPU)
+    dense = costs.projections(sizes.before + sizes.after, load, itemsize)
     levels = roofs(hardware, plan.dtype)
 
     def at(operator: str, level: str, cost: Cost, num_bytes: float) -> list[Point]:
@@ -70,9 +63,9 @@ def points(config: ModelConfig, plan: Plan, hardware: Hardware, load: Load, *, s
         *at("experts", ACCELERATOR, ffn, ffn.bytes),
         *at("experts, brought", UP, ffn, costs.fetch(one, crossing).bytes),
         *at("projections", ACCELERATOR, dense, dense.bytes),
-        *at("attention", CPU if plan.kv_tier == "host" else ACCELERATOR, on_cpu, on_cpu.bytes),
+        *at("attention", CPU if plan.cache_tier.on_host else ACCELERATOR, on_cpu, on_cpu.bytes),
     ]
-    if plan.kv_tier == "host":
+    if plan.cache_tier.on_host:
         found += at("attention, cache moved", UP, on_cpu, on_cpu.bytes)
     if plan.expert_tier == "disk":
         found += at("experts, read", DISK, ffn, costs.fetch(one, crossing).bytes)

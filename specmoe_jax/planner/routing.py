@@ -12,6 +12,7 @@ import statistics
 import numpy as np
 
 from specmoe_jax.support.errors import PlanError
+from specmoe_jax.support.statistics import gini
 
 ASSUMED_SKEW = 0.4  # where nothing was measured; the papers' models: NLLB-MoE 0.84, Mixtral 0.32, Scout 0.59
 ASSUMED_SHARE = 0.6  # of the highest possible skew at most: where a token takes most of the experts, counts can hardly differ
@@ -38,7 +39,7 @@ def choice_probabilities(num_experts: int, per_token: int, skew: float) -> tuple
         raise PlanError(f"skew is {skew}; {per_token} of {num_experts} experts a token allow 0 to {highest:.3f}")
     normal = statistics.NormalDist()
     quantiles = np.array([normal.inv_cdf((i + 0.5) / num_experts) for i in reversed(range(num_experts))])
-    width = _bisect(lambda width: _gini(_included(np.exp(width * quantiles), per_token)) - skew, 0.0, 50.0)
+    width = _bisect(lambda width: gini(_included(np.exp(width * quantiles), per_token)) - skew, 0.0, 50.0)
     return tuple(_included(np.exp(width * quantiles), per_token).tolist())
 
 
@@ -64,12 +65,6 @@ def _included(popularity: np.ndarray, per_token: int) -> np.ndarray:
     share = popularity / popularity.max()
     rate = np.exp(_bisect(lambda log_rate: (1 - np.exp(-np.exp(log_rate) * share)).sum() - per_token, -60.0, 60.0))
     return 1 - np.exp(-rate * share)
-
-
-def _gini(ordered: np.ndarray) -> float:
-    """Of numbers in descending order."""
-    size = len(ordered)
-    return float(2 * (np.arange(size, 0, -1) * ordered).sum() / (size * ordered.sum()) - (size + 1) / size)
 
 
 def _bisect(rising, low: float, high: float) -> float:

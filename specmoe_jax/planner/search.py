@@ -12,14 +12,13 @@ from typing import NamedTuple
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
-from specmoe_jax.config.plan_fields import GATED_DRAFTS
-from specmoe_jax.config.presets import preset
+from specmoe_jax.config.registry import EXPERT_FLOWS
+from specmoe_jax.planner.drafts.protocol import described
+from specmoe_jax.planner.drafts.search_starts import SearchStart
 from specmoe_jax.planner.estimate import Prediction
+from specmoe_jax.planner.flows.protocol import ExpertFlow
 from specmoe_jax.support.errors import PlanError
 
-LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10)
-TREE_DEPTHS, TREE_TOP_K, TREE_NODES = (2, 3, 4, 6), 4, 2  # of drafted trees: depths, branches of a node, nodes kept a level
-MICRO_BATCHES = (1, 2, 4)
 LARGEST_BATCH = 1024
 WORTH_OF_A_DRAFT = 1.15  # acceptance differs from prompt to prompt
 EQUAL = 1.01  # closer predictions are one: then the smaller value is taken, shorter drafts and fewer pinned experts (with
@@ -55,15 +54,14 @@ def search(
 ) -> Found:
     """The fastest plan. evaluate: plan -> its prediction, raising PlanError for what does not fit or hold.
 
-    drafts: kinds to consider (the plan's, and eagle_tree), those whose acceptance is known or that are asked for. fixed: fields
-    of the plan that are given; a plan that contradicts them is not considered. Raises PlanError if no plan is left, with the
+    drafts: kinds to consider (a plan's, or eagle_tree for trees), those whose acceptance is known or that are asked for. fixed:
+    fields of the plan that are given; a plan that contradicts them is not considered. Raises PlanError if no plan is left, with the
     reason of the last one.
     """
     fixed = fixed or {}
     scan = _Scan(config, evaluate, requests, fixed)
-    starts = [
-        start for start in _starts(config, drafts) if start.plan.expert_flow == fixed.get("expert_flow", start.plan.expert_flow)
-    ]
+    flows = [fixed["expert_flow"]] if "expert_flow" in fixed else EXPERT_FLOWS
+    starts = _starts(config, [EXPERT_FLOWS.description(name) for name in flows], drafts)
     choices = [choice for start in starts if (choice := scan.largest_batch(start))]
     if not choices:
         raise PlanError(f"no plan fits: {scan.refusal}" if scan.refusal else "no plan was considered; give at least one draft")
@@ -74,62 +72,26 @@ def search(
 
 
 def _kind(plan: Plan) -> tuple:
-    return plan.expert_flow, plan.draft, bool(plan.cached_experts)
+    return plan.flow, plan.drafting.name, bool(plan.cached_experts)
 
 
 def _preference(choice: Choice) -> float:
     """Tokens/s, a little less for a plan with a draft, whose acceptance is an estimate too, and for one that moves experts."""
-    drafts = WORTH_OF_A_DRAFT if choice.plan.draft != "none" else 1.0
-    return choice.tokens_per_s / drafts / (WORTH if choice.plan.expert_flow != "resident" else 1.0)
+    drafts = WORTH_OF_A_DRAFT if choice.plan.drafting.drafts else 1.0
+    return choice.tokens_per_s / drafts / (1.0 if choice.plan.flow.all_resident else WORTH)
 
 
-def tree(depth: int) -> dict:
-    """The fields of a plan that drafts a tree of this depth."""
-    return {"draft_length": depth, "draft_tree_top_k": TREE_TOP_K, "draft_tree_tokens": TREE_NODES * depth}
-
-
-class _Start(NamedTuple):
-    """A family of plans: its first one, and the choices that are scanned in turn; each is (field, values in order).
-
-    A value that changes several fields at once is a dict.
-    """
-
-    plan: Plan
-    axes: tuple[tuple[str, tuple], ...]
-
-
-def _starts(config: ModelConfig, drafts: Sequence[str]) -> Iterator[_Start]:
+def _starts(config: ModelConfig, flows: Sequence[ExpertFlow], drafts: Sequence[str]) -> Iterator[SearchStart]:
     """Every combination of a flow and a draft that can run."""
-    experts = tuple(n for n in _halves(config.num_experts) if n < config.num_experts)
-    lengths = ("draft_length", LENGTHS)
-    flows = {
-        "resident": _Start(preset("resident", config), ()),
-        "on_demand": _Start(preset("on_demand", config), (("retain", (False, True)),)),
-        "caching": _Start(preset("caching", config), (("cached_experts", experts), ("retain", (False, True)))),
-        "stream": _Start(preset("streaming", config), (("micro_batches", MICRO_BATCHES),)),
-    }
-    for (name, start), draft in itertools.product(flows.items(), drafts):
-        if draft == "none":
+    families = itertools.chain.from_iterable(flow.search_starts(config) for flow in flows)
+    for family, (draft, trees) in itertools.product(families, map(described, drafts)):
+        start = draft.start(config, family, trees=trees)
+        if start is not None:
             yield start
-        elif draft in GATED_DRAFTS and name == "on_demand":
-            first = preset("specmoe", config).replace(draft=draft)
-            yield _Start(first, (("draft_experts", experts), lengths, ("retain", (False, True)), ("prefetch", ("none", "draft"))))
-        elif draft not in GATED_DRAFTS:
-            trees = draft == "eagle_tree"
-            kind = "eagle" if trees else draft
-            renamed = {"preset": "specmoeoff"} if (name, kind) == ("stream", "eagle") else {}
-            axis = ("draft_length", tuple(map(tree, TREE_DEPTHS))) if trees else lengths
-            first = start.plan.replace(draft=kind, **_changes("draft_length", axis[1][0]), **renamed)
-            yield _Start(first, (axis, *start.axes))
 
 
 def _changes(field: str, value) -> dict:
     return value if isinstance(value, dict) else {field: value}
-
-
-def _halves(count: int) -> tuple[int, ...]:
-    """1, 2, 3, 4, 6, 8, 12, ... up to count."""
-    return tuple(sorted({n for i in range(count.bit_length()) for n in (1 << i, 3 << i >> 1) if 1 <= n <= count}))
 
 
 class _Scan:
@@ -140,7 +102,7 @@ class _Scan:
         self.tried, self.refusal = 0, None
         self._score = functools.cache(self._score)
 
-    def largest_batch(self, start: _Start) -> Choice | None:
+    def largest_batch(self, start: SearchStart) -> Choice | None:
         """The best choice of a family: at the largest batch that fits, then at smaller ones while those are better."""
         if "batch_size" in self._fixed:
             return self._scan_axes(start, start.plan)
@@ -152,7 +114,7 @@ class _Scan:
             best, rows = found or best, rows // 2
         return best
 
-    def _scan_axes(self, start: _Start, plan: Plan) -> Choice | None:
+    def _scan_axes(self, start: SearchStart, plan: Plan) -> Choice | None:
         """One choice after the other, twice over where there are several, because they depend on each other."""
         best = self._first(start, plan)
         if best is None:
@@ -166,7 +128,7 @@ class _Scan:
                 break
         return best
 
-    def _first(self, start: _Start, plan: Plan) -> Choice | None:
+    def _first(self, start: SearchStart, plan: Plan) -> Choice | None:
         """The start as it is, or with the smallest values where that does not fit."""
         smallest = {k: v for field, values in start.axes if field not in self._fixed for k, v in _changes(field, values[0]).items()}
         return self._score(plan) or self._score(plan.replace(**smallest))
@@ -195,10 +157,5 @@ class _Scan:
         except PlanError as e:
             self.refusal = str(e)
             return None
-        if plan.expert_flow == "stream":  # rows are filled from the queue, so only the last ones end alone
-            rounds = self._requests / prediction.rows
-            full = rounds / (max(rounds, 1.0) - 1 + prediction.stragglers)
-        else:
-            batches = -(-self._requests // prediction.rows)
-            full = self._requests / (batches * prediction.rows) / prediction.stragglers
-        return Choice(plan, prediction, prediction.tokens_per_s * full)
+        share = plan.flow.busy_share(self._requests, prediction.rows, prediction.slowest_row_factor)
+        return Choice(plan, prediction, prediction.tokens_per_s * share)

@@ -22,7 +22,7 @@ class Span(NamedTuple):
 
     kind: str
     layer: int
-    item: int
+    micro_batch: int
     resource: str
     start_s: float
     end_s: float
@@ -44,7 +44,7 @@ class Simulation(NamedTuple):
 class _Node(NamedTuple):
     kind: str
     layer: int
-    item: int
+    micro_batch: int
     resource: str
     urgent: bool
     seconds: float
@@ -72,7 +72,7 @@ def simulate(
     busy_s = {name: sum(nodes[i].seconds for i in last if nodes[i].resource == name) for name in RESOURCES}
     hidden = min(max(busy_s[UP], busy_s[DOWN]), busy_s[ACCELERATOR] + busy_s[CPU] if accelerator_is_cpu else busy_s[ACCELERATOR])
     spans = [
-        Span(node.kind, node.layer, node.item, node.resource, start - begin_s, end - begin_s)
+        Span(node.kind, node.layer, node.micro_batch, node.resource, start - begin_s, end - begin_s)
         for node, start, end in zip(nodes, starts, ends, strict=True)
     ]
     critical, at = [], len(nodes) - 1
@@ -113,7 +113,7 @@ def _unroll(tasks: tuple[Task, ...], seconds: list[float], draft_s: float) -> li
             places = [start + place if place >= 0 else start - 1 + place for place in task.after]
             places += [start - 1] if task.kind == "embed" else []
             after = tuple(place for place in places if place >= 0)
-            nodes.append(_Node(task.kind, task.layer, task.item, task.resource, task.urgent, duration, after))
+            nodes.append(_Node(task.kind, task.layer, task.micro_batch, task.resource, task.urgent, duration, after))
         nodes.append(_Node(DRAFT, last_layer, 0, ACCELERATOR, True, draft_s, tuple(start + i for i in final)))
     return nodes
 

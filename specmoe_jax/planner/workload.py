@@ -74,7 +74,7 @@ class Workload:
         nodes = plan.draft_tree_tokens if isinstance(self.acceptance, tuple) else None
         return self.tokens_per_step(nodes or plan.draft_length or 0)
 
-    def stragglers(self, plan: Plan, rows: float) -> float:
+    def slowest_row_factor(self, plan: Plan, rows: float) -> float:
         """Steps until the last of `rows` rows that begin together has its tokens, over those of a mean row.
 
         What a row gets of a step is taken to be independent of the step before, its sum as normal, and rows to differ by `unlike`.

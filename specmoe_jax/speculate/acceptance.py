@@ -125,14 +125,6 @@ def residual(p: jax.Array, q: jax.Array) -> jax.Array:
     return jnp.where(some, rest / jnp.where(some, total, 1.0), p)
 
 
-def accepted_tokens(draft_tokens: jax.Array, result: AcceptResult) -> jax.Array:
-    """What a step commits, [B, N+1] int32: the accepted run, then the target's token, then -1."""
-    tokens = jnp.pad(draft_tokens.astype(jnp.int32), ((0, 0), (0, 1)), constant_values=-1)
-    column = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    run = result.num_accepted[:, None]
-    return jnp.where(column < run, tokens, jnp.where(column == run, result.next_token[:, None], -1))
-
-
 def finite_rows(target_logits: jax.Array) -> jax.Array:
     """Rows [B] whose logits [B, T, V] all give a distribution: no NaN, no +inf, and not -inf everywhere."""
     return jnp.all(finite_positions(target_logits), axis=-1)

@@ -22,11 +22,6 @@ def make_tree(parents: jax.Array, depth: int) -> Tree:
     return Tree(parents=parents, depths=jnp.sum(mask, axis=-1, dtype=jnp.int32) - 1, mask=mask)
 
 
-def chain_tree(batch: int, length: int) -> Tree:
-    """A tree without a branch: what verification does with it is what it does with a plain draft."""
-    return make_tree(jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length)), length)
-
-
 def rerank(tokens: jax.Array, scores: jax.Array, parents: jax.Array, keep: int) -> tuple[jax.Array, jax.Array]:
     """The best `keep` of C candidates by cumulative log-probability (Li et al. 2024, EAGLE-2, 4.2).
 

@@ -26,13 +26,13 @@ def trace(folder: str | None) -> Iterator[None]:
 
 
 class Span(NamedTuple):
-    """When a task of a streamed pass ran (offload/stream_schedule.py), in seconds of time.perf_counter. layer, item: -1 for
+    """When a task of a streamed pass ran (offload/stream_schedule.py), in seconds of time.perf_counter. layer, micro_batch: -1 for
     the draft."""
 
     kind: str
     lane: str
     layer: int
-    item: int
+    micro_batch: int
     start_s: float
     end_s: float
 
@@ -56,7 +56,7 @@ def write_lanes(spans: Sequence[Span], path: str | pathlib.Path) -> None:
             "tid": lanes[one.lane],
             "ts": (one.start_s - start_s) * 1e6,
             "dur": (one.end_s - one.start_s) * 1e6,
-            "args": {"layer": one.layer, "item": one.item},
+            "args": {"layer": one.layer, "item": one.micro_batch},
         }
         for one in spans
     ]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.support.statistics import gini
 from specmoe_jax.training import data, loop, model, self_draft
 
 BATCH_ROWS = 16
@@ -54,12 +55,6 @@ def evaluate_corpus(params: model.Params, tokens: np.ndarray, config: ModelConfi
     return float(nats), RoutingTotals(load=load, overlap=overlap, pairs=pairs)
 
 
-def gini(load: np.ndarray) -> float:
-    """0 for an even load, towards 1 when one expert has it all."""
-    ordered, n = np.sort(load), len(load)
-    return float(np.sum((2 * np.arange(1, n + 1) - n - 1) * ordered) / (n * np.sum(ordered)))
-
-
 def entropy_skewness(load: np.ndarray) -> float:
     """1 - H / log E of the shares of the load."""
     share = load / np.sum(load)
@@ -71,7 +66,7 @@ def routing_report(totals: RoutingTotals, active: int) -> dict:
     share = totals.load / totals.load.sum(axis=1, keepdims=True)  # [L, E]
     return {
         "load_share": share.round(4).tolist(),
-        "gini": [round(gini(row), 3) for row in totals.load],
+        "gini": [round(float(value), 3) for value in gini(totals.load)],
         "entropy_skewness": [round(entropy_skewness(row), 4) for row in totals.load],
         "overlap": (totals.overlap / totals.pairs / active).round(3).tolist(),
         "overlap_by_chance": (active * np.sum(share**2, axis=1)).round(3).tolist(),

@@ -11,7 +11,7 @@ from specmoe_jax.autotune.choose import Knowledge, evaluate, job_of
 from specmoe_jax.engine.figures import Totals
 from specmoe_jax.engine.roofline import predicted_figures, roofline_figures
 from specmoe_jax.models.eagle.network import random_head
-from specmoe_jax.planner.drafts import usual_head
+from specmoe_jax.planner.drafts.eagle import usual_head
 from specmoe_jax.planner.machines import machine
 from specmoe_jax.planner.measured.operators import WORK
 from specmoe_jax.planner.workload import Workload

@@ -15,8 +15,8 @@ from small_checkpoint_files import RAW_CONFIG, SEED, checkpoint_tensors, write_c
 from specmoe_jax.checkpoints import checkpoint_hash, load_config, load_model, memory, write_manifest
 from specmoe_jax.models.families.registry import parse_config
 from specmoe_jax.models.model import PINNED_LIMIT, random_model
-from specmoe_jax.models.spec import expert_block
 from specmoe_jax.support.errors import CheckpointError, RequestError
+from specmoe_jax.testing.oracles import expert_block
 
 CONFIG = parse_config(RAW_CONFIG)
 EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.w{}.weight"

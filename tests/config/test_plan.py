@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import types
+import typing
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import specmoe_jax as sm
+from specmoe_jax.config.plan_fields import fields_of_a_plan
 from specmoe_jax.config.presets import preset
+from specmoe_jax.support.units import GIB
 from specmoe_jax.testing import TINY
 
 NAMES = [field.name for field in dataclasses.fields(sm.Plan)]
@@ -44,8 +48,12 @@ def test_presets_fit_models_of_any_number_of_experts(name, experts):
 
 
 def test_unknown_preset():
-    with pytest.raises(sm.PlanError, match="preset is 'fast'; it must be one of resident, on_demand"):
-        preset("fast", TINY)
+    for ask in (lambda: preset("fast", TINY), lambda: sm.PRESETS["fast"]):
+        with pytest.raises(sm.PlanError, match="preset is 'fast'; it must be one of resident, on_demand"):
+            ask()
+    with pytest.raises(KeyError):
+        sm.PRESETS["fast"]
+    assert sm.PRESETS.get("fast") is None and "fast" not in sm.PRESETS
 
 
 # Each option that has no effect under the rest of the plan, and a part of what is said.
@@ -109,6 +117,77 @@ WRONG_VALUES = [
 @pytest.mark.parametrize(("changes", "said"), WRONG_VALUES)
 def test_wrong_values_are_refused(changes, said):
     assert said in refusal(plan(**changes))
+
+
+def of_its_type(spec, value):
+    """Whether a value is of a field's type, said a second time and from the annotations alone."""
+    hint = typing.get_type_hints(sm.Plan)[spec.name]
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    plain = {part for part in parts if isinstance(part, type)} | {
+        str for part in parts if typing.get_origin(part) is typing.Literal
+    }
+    if isinstance(value, tuple):
+        return any(typing.get_origin(part) is tuple for part in parts) and all(type(v) is int for v in value)
+    return type(value) in plain or (type(value) is int and float in plain)
+
+
+VALUES = (
+    st.none() | st.booleans() | st.integers(-3, 9) | st.floats() | st.text(max_size=5) | st.sampled_from(["false", "true", "0"])
+) | st.one_of(st.lists(st.integers()), st.tuples(st.text()), st.dictionaries(st.text(), st.integers(), max_size=1), st.binary())
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.sampled_from(list(fields_of_a_plan().values())), VALUES)
+@example(fields_of_a_plan()["deterministic_sampling"], "false")
+@example(fields_of_a_plan()["retain"], "false")
+@example(fields_of_a_plan()["retain"], 1)
+@example(fields_of_a_plan()["retain"], None)
+@example(fields_of_a_plan()["preset"], 3)
+@example(fields_of_a_plan()["draft_length"], True)
+def test_a_value_of_another_type_is_refused_in_every_field(spec, value):
+    if not of_its_type(spec, value):
+        said = refusal(plan("on_demand").replace(**{spec.name: value}))
+        assert said.startswith(f"{spec.name} is {value!r}; it must be {spec.expected}")
+
+
+@pytest.mark.parametrize("name", ["deterministic_sampling", "retain", "guard", "bypass_page_cache"])
+def test_a_switch_in_a_plan_file_is_true_or_false(name):
+    with pytest.raises(sm.PlanError, match=f"{name} is 'false'; it must be true or false"):
+        sm.Plan.from_json(json.dumps({"preset": "x", name: "false"}))
+
+
+def test_every_field_has_help_and_a_default_that_it_accepts():
+    for spec in fields_of_a_plan().values():
+        assert spec.info.help.endswith(".")
+        if spec.name != "preset":
+            assert spec.accepts(spec.default), spec.name
+
+
+# As a release before the version number wrote it.
+OLD_FILE = """{
+  "preset": "specmoe", "draft": "self", "draft_length": 4, "draft_experts": [2, 1, 2], "draft_tree_top_k": null,
+  "draft_tree_tokens": null, "draft_kv_bytes": null, "draft_set": null, "substitution": null, "guard": true,
+  "cached_experts": null, "prefetch": "none", "spare_slots": null, "retain": false, "expert_flow": "on_demand",
+  "expert_tier": "disk", "dram_policy": "lru", "bypass_page_cache": false, "kv_tier": "accelerator", "batch_size": 16,
+  "micro_batches": 1, "layer_buffers": 2, "pinned_layers": null, "prefill_chunk": 64, "prefill_attention": null,
+  "deterministic_sampling": false, "dtype": "float32", "expert_dtype": null, "device_memory_bytes": 1073741824.0,
+  "host_memory_bytes": 2147483648, "link_bytes_per_s": null, "synthetic_acceptance": null
+}"""
+
+
+def test_a_plan_file_of_before_is_read():
+    read = sm.Plan.from_json(OLD_FILE)
+    assert read == plan(
+        draft_experts=(2, 1, 2), guard=True, expert_tier="disk", dram_policy="lru",
+        device_memory_bytes=GIB, host_memory_bytes=2 * GIB,
+    )  # fmt: skip
+    assert json.loads(read.to_json()) == {"version": 1} | json.loads(OLD_FILE)
+
+
+@pytest.mark.parametrize("version", [2, 0, -1, None, "1", 1.0, True])
+def test_a_plan_file_of_a_later_release_is_refused(version):
+    with pytest.raises(sm.PlanError, match=f"version {version!r}; this release reads versions up to 1"):
+        sm.Plan.from_json(json.dumps({"preset": "x", "version": version}))
 
 
 def test_a_plan_has_no_other_fields():

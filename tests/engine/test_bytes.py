@@ -43,7 +43,7 @@ def test_a_step_sends_what_is_needed_and_not_resident(model, copied, name):
         assert info.verify.hits == sum(map(len, needed)) - missing
         routed = np.broadcast_to(info.active[None, :, None, None], info.verify.routing.shape)
         assert ((info.verify.routing >= 0) == routed).all()  # finished rows choose nothing
-    assert sum(size for size, _ in copied) == engine._resources.runtime.store.link.sent_bytes
+    assert sum(size for size, _ in copied) == engine._resources.runtime.experts.store.link.sent_bytes
     assert {size for size, _ in copied} == {model.expert_bytes}
     assert state.done
 
@@ -149,8 +149,8 @@ def test_every_streamed_byte_is_in_the_figures(model, copied, changes):
     for count in (2, 8):
         for event in engine.stream(PROMPTS[:count], GREEDY):
             if event.completion:
-                engine._resources.runtime.workers.link.submit(lambda: None).result()
-    engine._resources.runtime.workers.link.submit(lambda: None).result()
+                engine._resources.runtime.context.workers.link.submit(lambda: None).result()
+    engine._resources.runtime.context.workers.link.submit(lambda: None).result()
     stats = engine.stats()
     assert stats["link_bytes"] + stats["prefill_link_bytes"] == sum(size for size, _ in copied)
     assert stats["link_bytes"] == stats["expert_misses"] * model.expert_bytes

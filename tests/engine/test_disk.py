@@ -76,7 +76,7 @@ def test_what_is_read_is_what_was_missing(on_disk, experts):
     for _, _, info in steps(engine):
         assert info.below.hits + info.below.misses == info.verify.fetched
         assert info.below.disk_bytes == info.below.misses * on_disk.expert_bytes
-        assert len(engine._resources.runtime.store.tier._blocks) <= experts
+        assert len(engine._resources.runtime.experts.store.tier._blocks) <= experts
 
 
 def test_a_cache_for_all_reads_each_once(on_disk):
@@ -94,7 +94,7 @@ def test_the_cache_shrinks_beside_a_larger_batch(on_disk, resident):
     engine = sm.Engine(on_disk, disk_plan("on_demand", kv_tier="host").replace(host_memory_bytes=budget))
     for count, capacity in ((1, 14), (3, left), (1, left)):
         assert tokens_of(engine.generate(PROMPTS[:count], GREEDY)) == resident[:count]
-        assert engine._resources.runtime.store.tier._capacity == capacity
+        assert engine._resources.runtime.experts.store.tier._capacity == capacity
 
 
 def test_a_streamed_plan_runs_within_every_budget(on_disk, resident):
@@ -111,7 +111,7 @@ def test_a_stream_finds_most_of_a_cache_that_is_nearly_large_enough(on_disk):
     whole = check_job(on_disk, a_plan.replace(host_memory_bytes=1e12), PROMPTS, GREEDY)
     engine = sm.Engine(on_disk, a_plan.replace(host_memory_bytes=whole.host_bytes - 1))
     engine.generate(PROMPTS, GREEDY)
-    tier = engine._resources.runtime.store.tier
+    tier = engine._resources.runtime.experts.store.tier
     assert tier._capacity == tier.num_experts - 1
     assert tier.counts.hits > 0.7 * (tier.counts.hits + tier.counts.misses)
 
@@ -120,8 +120,8 @@ def test_every_read_of_a_streamed_job_is_in_the_figures(on_disk):
     """Also those of the link's thread between two steps."""
     engine = sm.Engine(on_disk, disk_plan("streaming", batch_size=3, experts=40))
     for _ in engine.stream(PROMPTS, GREEDY):
-        engine._resources.runtime.workers.link.submit(lambda: None).result()
-    stats, tier = engine.stats(), engine._resources.runtime.store.tier
+        engine._resources.runtime.context.workers.link.submit(lambda: None).result()
+    stats, tier = engine.stats(), engine._resources.runtime.experts.store.tier
     assert stats["disk_bytes"] + stats["prefill_disk_bytes"] == tier.counts.disk_bytes
     assert stats["dram_hits"] + stats["dram_misses"] <= tier.counts.hits + tier.counts.misses
 
@@ -192,5 +192,5 @@ def test_plan_and_model_must_agree(on_disk, model):
 
 
 def test_a_small_host_budget_names_the_disk(model):
-    with pytest.raises(sm.PlanError, match="--expert_tier=disk"):
+    with pytest.raises(sm.PlanError, match="expert_tier=disk"):
         sm.Engine(model, plan(host_memory_bytes=1000.0))

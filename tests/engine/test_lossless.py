@@ -1,4 +1,4 @@
-"""Speculation, offloading, tiers and waves change no token (design.md, contracts 1 and 2)."""
+"""Speculation, offloading, tiers and waves change no token."""
 
 import functools
 

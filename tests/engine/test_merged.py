@@ -54,8 +54,8 @@ def test_the_blocks_stay(model):
     """They are the same after every step, beside the slots that the residency plans know of."""
     engine, blocks = sm.Engine(model, merged()), None
     for _, state, _ in steps(engine):
-        slots = engine._resources.runtime.merged_slots
-        assert state.memory.residency.owner.size == slots.min() == engine._resources.runtime.slots.total
+        slots = engine._resources.runtime.experts.merged_slots
+        assert state.memory.residency.owner.size == slots.min() == engine._resources.runtime.experts.slots.total
         assert state.memory.pool.shape[0] == slots.max() + 1
         now = np.asarray(state.memory.pool)[slots]
         blocks = now if blocks is None else blocks

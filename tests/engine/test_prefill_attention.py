@@ -79,7 +79,7 @@ def test_only_keys_and_values_cross_and_the_lanes_say_so():
         spans = []
         engine = sm.Engine(tiny(), plan("streaming", batch_size=8, prefill_attention=where), spans=spans)
         engine.init(PROMPTS, GREEDY)
-        sent[where] = engine._resources.runtime.activations.sent_bytes
+        sent[where] = engine._resources.runtime.context.activations.sent_bytes
         lanes[where] = {(span.kind, span.lane) for span in spans if span.kind in ("attend_chunk", "append")}
     assert lanes == {"cpu": set(), "accelerator": {("attend_chunk", "accelerator"), ("append", "cpu attention")}}
     keys = 2 * TINY.num_kv_heads

@@ -54,8 +54,8 @@ def test_each_pass_brings_exactly_the_layers_that_are_not_pinned(pinned, buffers
 
 def settled_bytes(engine) -> int:
     """Expert bytes sent, when nothing is under way."""
-    engine._resources.runtime.workers.link.submit(lambda: None).result()
-    return engine._resources.runtime.store.link.sent_bytes
+    engine._resources.runtime.context.workers.link.submit(lambda: None).result()
+    return engine._resources.runtime.experts.store.link.sent_bytes
 
 
 @pytest.mark.parametrize("pinned", [0, 1, LAYERS])
@@ -76,7 +76,7 @@ def test_a_budget_is_filled_with_whole_layers():
     for extra in (0, LAYER - 1, LAYER, 5 * LAYER):
         engine = sm.Engine(tiny(), plan("streaming", batch_size=8, device_memory_bytes=least + extra))
         assert tokens_of(engine.generate(PROMPTS, GREEDY)) == expected()
-        seen.append(len(engine._resources.runtime.pinned_layers))
+        seen.append(len(engine._resources.runtime.experts.pinned_layers))
         assert engine.stats()["peak_accelerator_bytes"] <= least + extra
     assert seen == [0, 0, LAYERS, LAYERS]  # with two buffers of three layers, room for one more is room for all
 

@@ -1,10 +1,14 @@
 """A draft whose cache is split between accelerator and host: no token changes, nor what is drafted, nor does anything compile."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from engine_cases import plan, tokens_of
 
 import specmoe_jax as sm
+from specmoe_jax.engine.drafts.split_draft import SplitDraft
+from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.kv_cache.positions import KV_PAGE
 from specmoe_jax.models.eagle.network import head_bytes, position_bytes
 from specmoe_jax.testing import eagle_head
@@ -99,7 +103,7 @@ def test_the_account_is_what_is_made(model):
 
 
 def test_a_budget_below_a_page_is_refused(model):
-    with pytest.raises(sm.PlanError, match=r"one page of the draft's cache.*--draft_kv_gib="):
+    with pytest.raises(sm.PlanError, match=r"one page of the draft's cache.*draft_kv_bytes="):
         generate(model, split_plan(model, 0.5))
 
 
@@ -113,8 +117,10 @@ def test_a_budget_without_effect_is_refused(model, preset, changes):
 
 
 def test_a_job_leaves_nothing_of_its_draft_to_the_next(model):
-    """Each has a draft of its own, which knows the runtime: not that of the job before, which would know the one before it."""
+    """Each has a draft of its own, which knows the devices: not the runtime, which would know the draft of the job before."""
     engine = sm.Engine(model, split_plan(model, 1), draft_head=eagle_head(model))
     for _ in range(2):
         engine.generate(PROMPTS[:2], PARAMS[:2])
-    assert engine._resources.runtime.draft.runtime.draft is None
+    draft = engine._resources.runtime.draft
+    held = [getattr(draft, field.name) for field in dataclasses.fields(draft)]
+    assert isinstance(draft, SplitDraft) and not any(isinstance(value, Runtime | SplitDraft) for value in held)

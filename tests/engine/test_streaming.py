@@ -193,7 +193,7 @@ def test_every_interleaving_of_ends_and_refills_serves_each_request_once(data):
         for row in np.flatnonzero(state.joining):
             request = state.requests[row]
             served.append(request.id)
-            pieces = [(c.item, list(c.rows).index(row)) for c in prompt_chunks(state) if row in c.rows]
+            pieces = [(c.micro_batch, list(c.rows).index(row)) for c in prompt_chunks(state) if row in c.rows]
             taken = [int(t) for item, i in pieces for t in item.tokens[i, : item.num_new[i]]]
             assert tuple(taken) == request.token_ids[:-1]
             assert (table[row] >= 0).sum() == pages_of(len(request.token_ids) + 16 + 3)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from specmoe_jax.config.registry import HOST_CACHE_POLICIES
 from specmoe_jax.offload import host_cache as dram
 
 L, E = 3, 4
@@ -13,7 +14,7 @@ NONE = np.zeros((L, E), bool)
 
 
 def admit(cache, wanted, capacity, policy="lru", protected=NONE):
-    return dram.admit(cache, wanted, capacity=capacity, policy=policy, protected=protected)
+    return dram.admit(cache, wanted, capacity=capacity, policy=HOST_CACHE_POLICIES.executor(policy), protected=protected)
 
 
 def filled(keys, capacity, policy="lru"):
@@ -26,7 +27,7 @@ def filled(keys, capacity, policy="lru"):
 @given(
     requests=st.lists(st.lists(KEYS, max_size=6), max_size=12),
     capacity=st.integers(1, L * E),
-    policy=st.sampled_from(dram.POLICIES),
+    policy=st.sampled_from(list(HOST_CACHE_POLICIES)),
     protected=st.lists(KEYS, max_size=4),
 )
 def test_budget_and_bookkeeping(requests, capacity, policy, protected):
@@ -52,7 +53,7 @@ def test_budget_and_bookkeeping(requests, capacity, policy, protected):
             assert not (cache.present & ~kept & ~np.isin(np.arange(L * E), [l * E + e for l, e in wanted]).reshape(L, E)).any()
 
 
-@pytest.mark.parametrize("policy", dram.POLICIES)
+@pytest.mark.parametrize("policy", [*HOST_CACHE_POLICIES])
 def test_one_wanted_always_gets_in(policy):
     cache = filled([(0, e) for e in range(E)], 2, policy)
     for key in ((1, 0), (2, 3), (0, 0)):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specmoe_jax.config.plan_fields import DRAM_POLICIES
+from specmoe_jax.config.registry import HOST_CACHE_POLICIES
 from specmoe_jax.offload.tiers import DiskTier, HostTier
 
 L, E = 3, 4
@@ -37,7 +37,7 @@ class Files:
 
 
 def tier(capacity, policy="lru", files=None, keep_pages=True):
-    return DiskTier(files or Files(), capacity=capacity, policy=policy, keep_pages=keep_pages)
+    return DiskTier(files or Files(), capacity=capacity, policy=HOST_CACHE_POLICIES.executor(policy), keep_pages=keep_pages)
 
 
 def value(block):
@@ -61,7 +61,7 @@ def expected(*keys):
         max_size=10,
     ),
     capacity=st.integers(1, L * E),
-    policy=st.sampled_from(DRAM_POLICIES),
+    policy=st.sampled_from(list(HOST_CACHE_POLICIES)),
 )
 def test_every_block_is_the_right_one(rounds, capacity, policy):
     disk = tier(capacity, policy)

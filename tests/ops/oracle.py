@@ -91,7 +91,7 @@ def attend64(case: Case, k, v) -> tuple[np.ndarray, float, float]:
 
 
 def assert_accurate(case: Case, out, k, v) -> None:
-    """max error <= 4 * 2^-24 * (1 + max |logit|) * max |V| (performance.md), plus half an ulp where the output is bfloat16."""
+    """max error <= 4 * 2^-24 * (1 + max |logit|) * max |V|, plus half an ulp where the output is bfloat16."""
     want, top_logit, top_v = attend64(case, np.asarray(k, np.float32), np.asarray(v, np.float32))
     tolerance = 4 * EPS * (1 + top_logit) * top_v
     if out.dtype == jnp.bfloat16:

@@ -46,10 +46,10 @@ def measure(model, plan):
     times = collections.defaultdict(list)
     for span in spans:
         if first_s < span.start_s and span.end_s < last_s:
-            times[span.kind, span.layer, span.item].append(span.end_s - span.start_s)
+            times[span.kind, span.layer, span.micro_batch].append(span.end_s - span.start_s)
     found = simulate(
         pass_tasks(tuple(index is not None for index in model.config.moe_index), plan.micro_batches, 1),
-        lambda task: statistics.median(times.get((task.kind, task.layer, task.item), [0.0])),
+        lambda task: statistics.median(times.get((task.kind, task.layer, task.micro_batch), [0.0])),
         draft_s=statistics.median(info.draft_s + info.commit_s for _, _, info in steady),
     )
     return statistics.median(now - before for before, now, _ in steady), found

@@ -12,7 +12,7 @@ import specmoe_jax as sm
 from specmoe_jax.autotune.choose import Knowledge, choose, describe, evaluate, job_of
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import PRESETS, preset
-from specmoe_jax.planner.search import tree
+from specmoe_jax.planner.drafts.search_starts import tree
 
 
 class Setting(NamedTuple):
@@ -146,6 +146,6 @@ def speed(engine: sm.Engine, prompts: list[list[int]], new_tokens: int) -> float
 def evaluate_speed(config, plan: Plan, known: Knowledge) -> float:
     try:
         prediction = evaluate(config, plan, known)
-        return prediction.tokens_per_s / prediction.stragglers
+        return prediction.tokens_per_s / prediction.slowest_row_factor
     except sm.PlanError:
         return float("nan")

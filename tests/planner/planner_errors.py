@@ -13,7 +13,7 @@ from specmoe_jax.autotune.choose import Knowledge, describe, evaluate
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import preset
 from specmoe_jax.engine.state import StepInfo
-from specmoe_jax.planner.search import tree
+from specmoe_jax.planner.drafts.search_starts import tree
 
 ROUNDS = 3  # of every plan, in turn with those of the profile, because the machine's speed changes; the least disturbed counts
 STEPS, SETTLE, BUDGET_S = 24, 3, 1.5  # of a plan in a round; the first ones fill draft sets and are not counted

@@ -13,7 +13,9 @@ from specmoe_jax.models.spec import spec_leaves
 from specmoe_jax.offload.stream_schedule import ACCELERATOR, CPU, UP
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import Cost, Load, seconds
-from specmoe_jax.planner.drafts import draft_costs, model_memory, usual_head
+from specmoe_jax.planner.drafts.eagle import usual_head
+from specmoe_jax.planner.drafts.model import model_memory
+from specmoe_jax.planner.drafts.protocol import draft_costs
 from specmoe_jax.planner.hardware import Efficiency
 from specmoe_jax.planner.machines import machine
 from specmoe_jax.planner.memory.account import account
@@ -69,8 +71,8 @@ def test_drafts_cost_more_the_longer_they_are(draft):
 
     def spent(length):
         of = draft_costs(
-            MIXTRAL,
             plan.replace(draft_length=length),
+            MIXTRAL,
             Load(8, length + 1, 500),
             skew=0.3,
             head=None,
@@ -87,7 +89,7 @@ def test_a_tree_feeds_back_more_rows_than_a_chain():
     tree = chain.replace(draft_tree_top_k=4, draft_tree_tokens=5)
     load = Load(64, 6, 500)
     spent = [
-        sum(cost.flops for cost in draft_costs(MIXTRAL, plan, load, skew=0.3, head=None, model=None).costs)
+        sum(cost.flops for cost in draft_costs(plan, MIXTRAL, load, skew=0.3, head=None, model=None).costs)
         for plan in (chain, tree)
     ]
     assert spent[1] > spent[0]
@@ -99,7 +101,7 @@ def test_a_tree_feeds_back_more_rows_than_a_chain():
 def test_a_split_draft_attends_on_both_sides_at_once(share):
     plan = sm.PRESETS["specmoeoff"](MIXTRAL).replace(dtype="bfloat16")
     whole, split = (
-        draft_costs(MIXTRAL, plan, Load(64, 6, 1000), skew=0.3, head=None, model=None, cpu_share=part) for part in (0.0, share)
+        draft_costs(plan, MIXTRAL, Load(64, 6, 1000), skew=0.3, head=None, model=None, cpu_share=part) for part in (0.0, share)
     )
     here, there = ([pair[side] for pair in split.split] for side in (0, 1))
     cpu = [cost for chain in there for cost in chain if cost.resource == CPU]

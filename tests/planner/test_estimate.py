@@ -134,12 +134,12 @@ def test_the_last_row_ends_later_than_the_mean_one(rate, length, rows):
     ends = (runs.cumsum(axis=2) < wanted).sum(axis=2) + 1  # steps of each row
     drawn = ends.max(axis=1).mean() / ends.mean()
     work = Workload(new_tokens=wanted, acceptance=rate)
-    assert work.stragglers(Plan(preset="p", draft="ngram", draft_length=length), rows) == pytest.approx(drawn, rel=0.06)
-    assert work.stragglers(Plan(preset="p"), rows) == 1.0
+    assert work.slowest_row_factor(Plan(preset="p", draft="ngram", draft_length=length), rows) == pytest.approx(drawn, rel=0.06)
+    assert work.slowest_row_factor(Plan(preset="p"), rows) == 1.0
 
 
-def test_stragglers_of_a_map_are_those_of_the_rate_that_gives_it():
+def test_the_slowest_row_of_a_map_is_that_of_the_rate_that_gives_it():
     drafted = Plan(preset="p", draft="ngram", draft_length=4)
     rate = Workload(new_tokens=64, acceptance=0.6)
     table = Workload(new_tokens=64, acceptance=((4, rate.accepted(4)),))
-    assert table.stragglers(drafted, 8) == pytest.approx(rate.stragglers(drafted, 8), rel=1e-6)
+    assert table.slowest_row_factor(drafted, 8) == pytest.approx(rate.slowest_row_factor(drafted, 8), rel=1e-6)

@@ -48,10 +48,10 @@ def test_the_nearest_plan_fits_or_there_is_none(preset, dtype, batch, accelerato
     a_plan, hardware = plan(preset, dtype=dtype, batch_size=max(batch, 2)), with_memory(accelerator_gib, host_gib)
     found = nearest(MIXTRAL, a_plan, hardware, WORK)
     if refusal(MIXTRAL, a_plan, hardware, WORK) is None:
-        assert found.plan == a_plan and found.flags == () and problem(MIXTRAL, a_plan, hardware, WORK) is None
+        assert found.plan == a_plan and found.changes == () and problem(MIXTRAL, a_plan, hardware, WORK) is None
     elif found is not None:
         assert refusal(MIXTRAL, found.plan.validate(MIXTRAL), hardware, WORK) is None
-        assert found.flags and found.plan.batch_size <= a_plan.batch_size
+        assert found.changes and found.plan.batch_size <= a_plan.batch_size
     else:
         assert accelerator_gib < 8 or host_gib < 2  # weights, one expert; a row's cache and one expert
         assert "no plan near this one fits" in problem(MIXTRAL, a_plan, hardware, WORK)
@@ -59,22 +59,22 @@ def test_the_nearest_plan_fits_or_there_is_none(preset, dtype, batch, accelerato
 
 def test_a_smaller_batch_is_nearer_than_another_plan():
     found = nearest(MIXTRAL, plan("on_demand", batch_size=3000), with_memory(24, 200), WORK)
-    assert [flag.split("=")[0] for flag in found.flags] == ["--batch_size"]
+    assert [change.split("=")[0] for change in found.changes] == ["batch_size"]
 
 
 def test_where_no_batch_fits_the_dtype_changes_first():
     found = nearest(MIXTRAL, plan("on_demand", dtype="float32"), with_memory(24, 120), WORK)
-    assert found.flags == ("--dtype=bfloat16",)
+    assert found.changes == ("dtype=bfloat16",)
 
 
 def test_pinned_layers_are_given_up_first():
     found = nearest(MIXTRAL, plan("streaming", pinned_layers=16, batch_size=64), with_memory(24, 200), WORK)
-    assert found.flags == ("--pinned_layers=0",)
+    assert found.changes == ("pinned_layers=0",)
 
 
 def test_experts_stay_on_disk_where_host_memory_is_short():
     found = nearest(MIXTRAL, plan("on_demand"), with_memory(24, 50), WORK)
-    assert found.flags == ("--expert_tier=disk", "--host_memory_gib=50")
+    assert found.changes == ("expert_tier=disk", f"host_memory_bytes={50 * GIB}")
 
 
 def job(a_plan, rows, tokens):
@@ -130,7 +130,7 @@ def test_a_streamed_refusal_names_batch_and_context():
         PlanError, match=r"device memory of 11\.5 GiB .* short; .*the largest batch that fits at this context is"
     ) as e:
         accounted(MIXTRAL, a_plan, **job(a_plan, 20_000, 1000))
-    rows = int(str(e.value).split("--batch_size=")[1])
+    rows = int(str(e.value).split("batch_size=")[1])
     accounted(MIXTRAL, a_plan, **job(a_plan, rows, 1000))
     a_plan = plan("streaming", host_memory_bytes=85 * GIB)
     with pytest.raises(PlanError, match=r"host memory of 85\.0 GiB .* short; .*the longest context that fits is") as e:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from specmoe_jax.planner.replay import POLICIES, replay, synthetic_trace
+from specmoe_jax.planner.replay import policies, replay, synthetic_trace
 from specmoe_jax.planner.routing import choice_probabilities, distinct
 from specmoe_jax.support.errors import PlanError
 
@@ -40,7 +40,7 @@ def test_belady_is_the_optimum(trace, capacity):
     found = replay(trace, capacity)
     assert found["belady"] == optimum(trace, capacity)
     loaded = found["static"] + min(capacity, int((trace > 0).any(axis=0).sum()))  # its loading, once
-    assert all(found["belady"] <= found[name] <= found["needed"] for name in POLICIES if name != "static")
+    assert all(found["belady"] <= found[name] <= found["needed"] for name in policies() if name != "static")
     assert found["belady"] <= loaded
 
 
@@ -48,9 +48,9 @@ def test_belady_is_the_optimum(trace, capacity):
 @settings(max_examples=50, deadline=None)
 def test_with_room_for_all_everything_is_fetched_once(trace):
     found = replay(trace, trace.shape[1] * trace.shape[2])
-    assert found["lru"] == found["frequency"] == found["belady"] == int((trace > 0).any(axis=0).sum())
+    assert found["lru"] == found["mru"] == found["frequency"] == found["belady"] == int((trace > 0).any(axis=0).sum())
     nothing = replay(trace, 0)
-    assert {nothing[name] for name in POLICIES} == {nothing["needed"]}
+    assert {nothing[name] for name in policies()} == {nothing["needed"]}
 
 
 def test_hot_temporal_keeps_the_latest_and_hot_global_the_most():

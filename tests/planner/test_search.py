@@ -12,12 +12,13 @@ from specmoe_jax.autotune.choose import Knowledge, as_line, choose, evaluate, ma
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import PRESETS
 from specmoe_jax.planner.calibration import ASSUMED, Acceptance, Calibration, counted_skew, fitted_shares, unlike_rows
+from specmoe_jax.planner.drafts.search_starts import LENGTHS
 from specmoe_jax.planner.estimate import predict
 from specmoe_jax.planner.machines import machine
 from specmoe_jax.planner.measured.case import choosing
 from specmoe_jax.planner.measured.operators import WORK, LinearCost, Operators
 from specmoe_jax.planner.routing import choice_probabilities, distinct
-from specmoe_jax.planner.search import EQUAL, LENGTHS, WORTH, WORTH_OF_A_DRAFT, search
+from specmoe_jax.planner.search import EQUAL, WORTH, WORTH_OF_A_DRAFT, search
 from specmoe_jax.planner.workload import Workload, chance_deviation
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.testing import TINY, tiny
@@ -47,7 +48,7 @@ def test_none_of_all_plans_is_much_faster(link, rate, memory):
 
     found = search(TINY, speed, requests=8, drafts=("none", "ngram"), fixed={"batch_size": 8})
     predictions = [speed(plan) for plan in all_plans(8)]
-    best = max(prediction.tokens_per_s / prediction.stragglers for prediction in predictions)
+    best = max(prediction.tokens_per_s / prediction.slowest_row_factor for prediction in predictions)
     assert found.best.tokens_per_s >= best / WORTH**2 / WORTH_OF_A_DRAFT / EQUAL
     assert found.runner_up is not None and found.runner_up.plan != found.best.plan
 
@@ -147,8 +148,8 @@ def test_how_unlike_rows_are_is_found_again(unlike):
     assert unlike_rows(steps, rate, length, tokens) == pytest.approx(unlike, abs=0.05)
     plan = Plan(preset="p", draft="ngram", draft_length=length)
     known = Calibration({"ngram": Acceptance(rate, unlike=unlike)}, 0.3, True)
-    assert known.workload(WORK_LOAD, plan, TINY).stragglers(plan, 8) > (1.4 if unlike else 1.1)
-    assert known.workload(WORK_LOAD, plan, TINY).stragglers(plan, 1) == 1.0
+    assert known.workload(WORK_LOAD, plan, TINY).slowest_row_factor(plan, 8) > (1.4 if unlike else 1.1)
+    assert known.workload(WORK_LOAD, plan, TINY).slowest_row_factor(plan, 1) == 1.0
 
 
 def test_the_skew_is_that_of_the_counts():

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from specmoe_jax.config.sampling_params import SamplingParams
-from specmoe_jax.speculate.acceptance import accept, accept_greedy, accept_probability, accepted_tokens, finite_rows, residual
+from specmoe_jax.speculate.acceptance import accept, accept_greedy, accept_probability, finite_rows, residual
 from specmoe_jax.speculate.sampling import row_keys, sample, sampling_rows, transform_logits
+from specmoe_jax.testing.oracles import accepted_tokens
 from specmoe_jax.types import AcceptResult, SamplingRows
 
 V = 6

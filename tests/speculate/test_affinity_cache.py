@@ -89,10 +89,10 @@ def test_engines_use_it(demo, cache, computed):
 
 def test_an_engine_asks_once(demo, cache, monkeypatch):
     """Also when its pool is made anew for a larger batch."""
-    from specmoe_jax.engine import runtime
+    from specmoe_jax.engine.drafts import self_draft
 
     asked = []
-    monkeypatch.setattr(runtime, "affinity_table", lambda *args, **kwargs: asked.append(1) or affinity_table(*args, **kwargs))
+    monkeypatch.setattr(self_draft, "affinity_table", lambda *args, **kwargs: asked.append(1) or affinity_table(*args, **kwargs))
     engine = sm.Engine(demo, sm.PRESETS["specmoe"](demo.config).replace(prefill_chunk=1))
     for count in (1, 8):
         engine.generate(["Call me Ishmael."] * count, sm.SamplingParams(max_new_tokens=2))

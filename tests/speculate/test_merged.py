@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from specmoe_jax.models.spec import expert_block
 from specmoe_jax.speculate.drafts.merged import Groups, group_experts, merge
 from specmoe_jax.speculate.hot_experts.substitution import random_neighbours
+from specmoe_jax.testing.oracles import expert_block
 
 E = 6
 ORDER = random_neighbours(1, E)[0]

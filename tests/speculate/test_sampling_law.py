@@ -14,8 +14,9 @@ import pytest
 from scipy import stats
 
 from specmoe_jax.config.sampling_params import SamplingParams
-from specmoe_jax.speculate.acceptance import accept, accept_chances, accepted_tokens, next_distribution
+from specmoe_jax.speculate.acceptance import accept, accept_chances, next_distribution
 from specmoe_jax.speculate.sampling import Stream, row_keys, sample, sampling_rows, transform_logits
+from specmoe_jax.testing.oracles import accepted_tokens
 from specmoe_jax.types import SamplingRows
 
 V = 4

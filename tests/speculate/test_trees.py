@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_sampling_law import BOS, PARAMS, V, joint_law, p_value, reference_probs, table, target_law
 
 from specmoe_jax.speculate.sampling import row_keys, sampling_rows
-from specmoe_jax.speculate.trees import _walk, accept_tree, accept_tree_coupled, accept_tree_greedy, chain_tree, make_tree, rerank
+from specmoe_jax.speculate.trees import _walk, accept_tree, accept_tree_coupled, accept_tree_greedy, make_tree, rerank
 
 # parents of the nodes after the root
 SHAPES = {
@@ -51,7 +51,7 @@ def test_depths_and_mask_are_those_of_the_parents(parents):
 
 
 def test_a_chain_is_a_tree_without_branches():
-    tree = chain_tree(2, 3)
+    tree = make_tree(jnp.broadcast_to(jnp.arange(3, dtype=jnp.int32), (2, 3)), 3)
     np.testing.assert_array_equal(tree.depths, [[0, 1, 2, 3]] * 2)
     np.testing.assert_array_equal(tree.mask[0], np.tril(np.ones((4, 4), bool)))
 

@@ -1,1 +1,1 @@
-"""What a machine with one GPU is asked once (scripts/measure_gpu.py): each module gives rows, one dict a measurement."""
+"""What a machine with one GPU is asked once (specmoe measure_gpu): each module gives rows, one dict a measurement."""

@@ -1,4 +1,4 @@
-"""The parts of scripts/measure_gpu.py: name -> (folder, effort) -> rows. Each runs in a process of that script."""
+"""The parts of `specmoe measure_gpu`: name -> (folder, effort) -> rows. Each runs in a process of that command."""
 
 import functools
 import json
@@ -22,6 +22,7 @@ from specmoe_jax.jobs.prompts import read_prompts
 from specmoe_jax.models.model import PINNED_LIMIT, Model
 from specmoe_jax.models.synthetic import NLLB_SHAPED, synthetic_model, synthetic_prompts
 
+COMMAND = (sys.executable, "-m", "specmoe_jax", "measure_gpu")  # which runs a part in a process of its own
 SYSTEMS = ("on_demand", "caching", "specmoe", "streaming", "specmoeoff")
 FLAGS = (
     "",
@@ -68,7 +69,7 @@ def flag_rows(folder: pathlib.Path, effort: Effort) -> Iterator[dict]:
     for part, name, values in (("probe", "XLA_FLAGS", FLAGS), ("limit", PINNED_LIMIT, ("2",))):
         for number, value in enumerate(values):
             own = folder / f"{part}_{number}"
-            command = [sys.executable, sys.argv[0], f"--here={part}", f"--output={own}", f"--dry_run={effort.quick}"]
+            command = [*COMMAND, f"--here={part}", f"--output={own}", f"--dry_run={effort.quick}"]
             env = os.environ | {name: f"{os.environ.get(name, '')} {value}".strip() if name == "XLA_FLAGS" else value}
             done = subprocess.run(command, env=env, capture_output=True, text=True)
             path = own / f"{part}.json"
@@ -140,7 +141,7 @@ def peer_rows(folder: pathlib.Path, effort: Effort) -> Iterator[dict]:
 def test_rows(folder: pathlib.Path, effort: Effort) -> Iterator[dict]:
     """The suite once, on whatever device there is."""
     tests = ["tests/test_rooms.py"] if effort.quick else ["tests"]
-    root = pathlib.Path(sys.argv[0]).resolve().parents[1]
+    root = pathlib.Path(__file__).resolve().parents[3]  # of a checkout, the only place that has them
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=root, capture_output=True, text=True)
     yield {"question": "tests", "exit": done.returncode, "tail": done.stdout.splitlines()[-60:]}
 

@@ -24,7 +24,7 @@ from specmoe_jax.models.model import Model
 from specmoe_jax.models.synthetic import NLLB_SKEW
 from specmoe_jax.planner.calibration import ASSUMED, Acceptance
 from specmoe_jax.planner.estimate import Prediction, predict
-from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload
+from specmoe_jax.planner.workload import Workload
 from specmoe_jax.support import tracing
 from specmoe_jax.support.errors import UserError
 from specmoe_jax.support.timing import CompileCounter, Stopwatch
@@ -90,11 +90,11 @@ def chosen(model: Model, load: Load, link: dict, folder: pathlib.Path, budget_by
     fixed = {"dtype": model.dtype} | ({"device_memory_bytes": budget_bytes} if budget_bytes else {})
     found = choose(model.config, known, requests=max(load.batches), fixed=fixed, head=True)
     plan, row = found.best.plan, {"question": "planner", "chosen": as_line(found), "layers": model.config.num_layers}
-    if plan.draft == "self":
+    if plan.drafting.gated:
         plan = plan.replace(synthetic_acceptance=SELF_DRAFT_ACCEPTANCE, substitution="random", guard=False)
-    elif plan.draft == "eagle":
+    elif plan.drafting.given == "draft_head":
         plan = plan.replace(synthetic_acceptance=acceptance_of(plan.draft_length), guard=False)
-    head = random_head_of(model) if plan.draft == "eagle" else None
+    head = random_head_of(model) if plan.drafting.given == "draft_head" else None
     prompts, path = _random_prompts(model, plan.batch_size, load.prompt), folder / "planner_lanes.json"
     yield row | {"plan": dataclasses.asdict(plan)} | measure(model, plan, head, prompts, load, link["bytes_per_s"], path)
 
@@ -114,8 +114,8 @@ def _predicted(model: Model, plan: Plan, load: Load, prompt: int) -> Prediction 
     workload = _workload(model, load, prompt)
     if plan.synthetic_acceptance is not None:
         workload = dataclasses.replace(workload, acceptance=plan.synthetic_acceptance)
-    elif plan.draft == "eagle":
-        workload = dataclasses.replace(workload, acceptance=EAGLE_MIXTRAL)
+    elif plan.drafting.drafts:
+        workload = dataclasses.replace(workload, acceptance=plan.drafting.assumed_acceptance)
     try:
         return predict(model.config, plan, probe(), workload)
     except UserError as e:
@@ -153,7 +153,7 @@ def measure(
         inside = low <= figures["decode_tokens_per_s"] <= high
         done |= predicted_figures(predicted, totals) | {"interval": (low, high), "inside_interval": inside}
     del state, engine
-    if plan.expert_flow == "stream":
+    if plan.flow.workers:
         done["lanes_s"] = _lanes(model, plan, head, prompts, params, lanes)
     return figures | done
 

@@ -6,7 +6,7 @@ def card(title: str, licence: str | None, sizes, report) -> str:
     head = f"---\nlicense: {licence}\n---\n" if licence else ""
     return f"""{head}# Carved from {title}
 
-A mixture of experts in Qwen2-MoE format, cut out of a dense checkpoint by `scripts/carve_moe.py` of specmoe_jax.
+A mixture of experts in Qwen2-MoE format, cut out of a dense checkpoint by `specmoe carve` of specmoe_jax.
 **The routing is carved, not trained**: no weight was ever changed by a gradient. In each layer the {sizes.shared} neurons
 with the largest mean contribution are the shared expert, the others {sizes.experts} balanced clusters, of which a token takes
 {sizes.top_k}; the router is a ridge regression from the layer's input to how much each cluster adds. It is made to exercise an

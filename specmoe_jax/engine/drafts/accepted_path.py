@@ -8,7 +8,7 @@ import numpy as np
 
 from specmoe_jax.engine import stages
 from specmoe_jax.engine.drafting import step_coupled_keys, step_keys
-from specmoe_jax.engine.flows.layer_passes import TargetPass
+from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import HostKV, State
 from specmoe_jax.speculate.sampling import Stream
@@ -41,11 +41,9 @@ def compact_accepted_path(
 
     The draft's cache needs no such move: it is extended by the target's features of the committed tokens, over its own rows.
     """
-    where = (jnp.asarray(state.lengths), accepted.path, accepted.num_accepted)
-    if runtime.plan.kv_tier == "host":
-        where = jax.device_put(where, runtime.host)
+    where = runtime.cache_tier.beside_cache(runtime, (jnp.asarray(state.lengths), accepted.path, accepted.num_accepted))
     if isinstance(verified.kv, HostKV):
-        table = jax.device_put(verified.kv.pages.table, runtime.host)
+        table = jax.device_put(verified.kv.pages.table, runtime.context.host)
         kv = verified.kv._replace(caches=tuple(stages.keep_path_paged(cache, table, *where) for cache in verified.kv.caches))
     else:
         k, v = (tuple(stages.keep_path(cache, *where) for cache in caches) for caches in (verified.kv.k, verified.kv.v))

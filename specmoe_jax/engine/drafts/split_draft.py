@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.engine import stages
+from specmoe_jax.engine.context import DeviceContext
 from specmoe_jax.engine.runtime import Runtime, empty_pages
 from specmoe_jax.engine.state import State
 from specmoe_jax.kv_cache.page_table import Pages, grow, no_pages, release
@@ -46,11 +47,13 @@ class SplitMemory(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SplitDraft:
-    """speculate.eagle.EagleDraft with its cache in two places. pages: of the accelerator. host_pages: as many as the target has."""
+    """speculate.eagle.EagleDraft with its cache in two places. pages: of the accelerator. host_pages: as many as the target
+    has. lookahead: of the plan."""
 
     head: EagleHead
     tree: TreeShape | None
-    runtime: Runtime
+    context: DeviceContext
+    lookahead: int
     pages: int
     host_pages: int
 
@@ -62,12 +65,12 @@ class SplitDraft:
         attention, dtype = self.head.config.layer.attention, self.head.weights.fc.dtype
         pages = no_pages(rows, positions, self.pages)
         return SplitMemory(
-            here=empty_pages(attention, self.pages, dtype, self.runtime.device),
-            there=empty_pages(attention, self.host_pages, dtype, self.runtime.host),
+            here=empty_pages(attention, self.pages, dtype, self.context.device),
+            there=empty_pages(attention, self.host_pages, dtype, self.context.host),
             pages=pages,
             host_table=pages.table,
             split=no_split(rows),
-            feature=jnp.zeros((rows, self.head.config.hidden_size), dtype, device=self.runtime.device),
+            feature=jnp.zeros((rows, self.head.config.hidden_size), dtype, device=self.context.device),
         )
 
     def place(self, memory: SplitMemory, state: State) -> tuple[SplitMemory, int]:
@@ -76,7 +79,7 @@ class SplitDraft:
         requests = np.array([r.id if run else -1 for r, run in zip(state.requests, runs, strict=True)], np.int64)
         prompts = np.array([len(r.token_ids) if r else 0 for r in state.requests])
         limits = np.array([r.limit if r else 0 for r in state.requests])
-        lookahead = self.runtime.plan.lookahead
+        lookahead = self.lookahead
         tokens = np.where(runs, np.where(state.joining, prompts - 1, state.lengths) + lookahead, 0)
         most = np.where(runs, prompts + limits + lookahead, 0)
         pages, table = memory.pages, state.kv.pages.table
@@ -103,7 +106,7 @@ class SplitDraft:
         """target, consumed, with a row's pages of the source."""
         used = np.arange(len(of)) < pages_of(positions)
         values = _take(source, np.where(used, of, -1))
-        self.runtime.activations.send(values.num_bytes)
+        self.context.activations.send(values.num_bytes)
         return _put(target, np.where(used, to, -1), jax.device_put(values, target.v.device))
 
     def observe(self, memory: SplitMemory, rows, following, features, lengths, num_new) -> SplitMemory:
@@ -142,9 +145,9 @@ class SplitDraft:
         here, there = np.where(on_cpu, 0, num_new).astype(np.int32), np.where(on_cpu, num_new, 0).astype(np.int32)
         warms_up, going = not num_new.any(), None
         if warms_up or there.any():
-            inputs = self.runtime.to_host(projected[1:])
-            where = jax.device_put((_rows_of(memory.host_table, rows), lengths, there, tree), self.runtime.host)
-            going = self.runtime.workers.cpu.submit(self._attend_there, inputs, memory.there, where)
+            inputs = self.context.to_host(projected[1:])
+            where = jax.device_put((_rows_of(memory.host_table, rows), lengths, there, tree), self.context.host)
+            going = self.context.workers.cpu.submit(self._attend_there, inputs, memory.there, where)
         attended = [jnp.zeros_like(projected.q)] * 2
         if warms_up or here.any():
             layer, table = self.head.config.layer, _rows_of(memory.pages.table, rows)
@@ -152,17 +155,17 @@ class SplitDraft:
             memory = memory._replace(here=cache)
         if going is not None:
             out, cache = going.result()
-            attended[1] = self.runtime.to_accelerator(out)
+            attended[1] = self.context.to_accelerator(out)
             memory = memory._replace(there=cache)
         return memory, tuple(attended)
 
     def _attend_there(self, inputs, cache: PackedCache, where) -> tuple[jax.Array, PackedCache]:
         """In the CPU's lane."""
-        inputs, where = self.runtime.on_host(inputs), jax.block_until_ready(where)
+        inputs, where = self.context.on_host(inputs), jax.block_until_ready(where)
         start_s = time.perf_counter()
         done = jax.block_until_ready(stages.attend_paged(self.head.config.layer, *inputs, None, cache, *where))
-        if self.runtime.workers.spans is not None:
-            self.runtime.workers.spans.append(Span("draft attention", CPU, -1, -1, start_s, time.perf_counter()))
+        if self.context.workers.spans is not None:
+            self.context.workers.spans.append(Span("draft attention", CPU, -1, -1, start_s, time.perf_counter()))
         return done
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from specmoe_jax.config.layer_config import LayerConfig
 from specmoe_jax.engine import stages
-from specmoe_jax.kv_cache.positions import ITEMS_AHEAD
+from specmoe_jax.kv_cache.positions import CHUNKS_AHEAD
 
 
 class Staging:
@@ -21,9 +21,9 @@ class Staging:
     def attend(self, config: LayerConfig, projected, lengths: jax.Array, num_new: jax.Array) -> jax.Array:
         """projected: q, k, v and sinks of a chunk [b, T, ...]; the chunks of a layer come in their order. -> [b, T, H, D].
 
-        Waits for what was issued ITEMS_AHEAD calls ago: else a long prefill is issued, and allocated, all at once.
+        Waits for what was issued CHUNKS_AHEAD calls ago: else a long prefill is issued, and allocated, all at once.
         """
-        if len(self._ahead) == ITEMS_AHEAD:
+        if len(self._ahead) == CHUNKS_AHEAD:
             jax.block_until_ready(self._ahead.popleft())
         k = projected[1]
         shape = (len(k), config.attention.num_kv_heads, self._positions, config.attention.cache_dim)

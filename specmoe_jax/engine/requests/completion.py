@@ -31,7 +31,7 @@ class Completion:
 
 _NOT_FINITE = (
     "prompt {}: the logits of new token {} hold NaN or Inf; check the weights (load_model refuses such ones by default) "
-    "or compute in --dtype=float32"
+    "or compute in dtype=float32"
 )
 
 

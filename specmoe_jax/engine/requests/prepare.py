@@ -10,13 +10,11 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.state import Request
-from specmoe_jax.kv_cache.positions import pages_of
 from specmoe_jax.models.eagle.config import EagleConfig
 from specmoe_jax.models.model import Model
-from specmoe_jax.planner.drafts import draft_memory
 from specmoe_jax.planner.memory.account import cache_positions
 from specmoe_jax.planner.memory.fit import Memories, accounted, nearest, with_nearest
-from specmoe_jax.planner.memory.memory_account import MemoryAccount, PagedLoad
+from specmoe_jax.planner.memory.memory_account import DraftMemory, MemoryAccount, PagedLoad
 from specmoe_jax.planner.workload import Workload
 from specmoe_jax.support.errors import BudgetError, RequestError
 
@@ -51,22 +49,35 @@ def batch_shape_of(plan: Plan, requests: list[Request]) -> BatchShape:
     prompt = max(len(request.token_ids) for request in requests)
     longest = max(len(request.token_ids) + request.limit for request in requests)
     rows = min(plan.batch_size, len(requests))
-    streams = plan.expert_flow == "stream"
     source = max(len(request.source) for request in requests)
     return BatchShape(
-        rows=-(-rows // plan.micro_batches) * plan.micro_batches if streams else rows,
+        rows=plan.flow.batch_rows(plan, rows),
         positions=cache_positions(longest, plan),
         chunk=min(plan.prefill_chunk, 1 << max(prompt - 2, 0).bit_length()),
-        paged=_paged(plan, requests, rows) if streams else None,
+        paged=plan.flow.paged_load(plan, [(len(request.token_ids), request.limit) for request in requests], rows),
         source=source and max(8, 1 << (source - 1).bit_length()),
     )
 
 
-def _paged(plan: Plan, requests: list[Request], rows: int) -> PagedLoad:
-    """What any `rows` of the requests fill at most: they take each other's places in an order that is not known yet."""
-    pages = [pages_of(len(request.token_ids) + request.limit + plan.lookahead) for request in requests]
-    prompts = [len(request.token_ids) for request in requests]
-    return PagedLoad(pages=sum(sorted(pages)[-rows:]), prompt_tokens=sum(sorted(prompts)[-rows:]))
+def job_account(config: ModelConfig, plan: Plan, batch_shape: BatchShape, draft: DraftMemory) -> MemoryAccount:
+    """The memory that a job of these shapes takes, for the check before it and for the engine alike. Raises BudgetError."""
+    return accounted(
+        config,
+        plan,
+        batch_rows=batch_shape.rows,
+        positions=batch_shape.positions,
+        source_positions=batch_shape.source,
+        draft=draft,
+        paged=batch_shape.paged,
+        accelerator_is_cpu=accelerator_is_cpu(),
+    )
+
+
+def smallest_job(config: ModelConfig, plan: Plan) -> BatchShape:
+    """Of one request of one token that asks for one more: no job takes less."""
+    params, encoder = SamplingParams(max_new_tokens=1), config.encoder
+    start, source = ((0,), ()) if encoder is None else (encoder.start, (0,))
+    return batch_shape_of(plan, [Request(id=0, prompt=None, token_ids=start, params=params, limit=1, source=source)])
 
 
 def check_job(
@@ -82,16 +93,8 @@ def check_job(
     requests = make_requests(model, prompts, params)
     batch_shape = batch_shape_of(plan, requests)
     try:
-        return accounted(
-            model.config,
-            plan,
-            batch_rows=batch_shape.rows,
-            positions=batch_shape.positions,
-            source_positions=batch_shape.source,
-            draft=draft_memory(model.config, plan, head=draft_head, model=draft_model),
-            paged=batch_shape.paged,
-            accelerator_is_cpu=accelerator_is_cpu(),
-        )
+        memory = plan.drafting.memory(plan, model.config, head=draft_head, model=draft_model)
+        return job_account(model.config, plan, batch_shape, memory)
     except BudgetError as e:
         prompt = max(len(request.token_ids) for request in requests)
         longest = max(len(request.token_ids) + request.limit for request in requests)

@@ -36,7 +36,7 @@ def choosing(rows: float, new: float, row_share: float, run_share: float) -> flo
 
 def kept_experts(config: ModelConfig, plan: Plan, case: Case) -> float:
     """Experts of a layer that a pass finds on the accelerator: pinned, and with `retain` what free slots still hold."""
-    pinned = mean_pinned(plan) if plan.draft != "merged" else 0.0
+    pinned = mean_pinned(plan)
     if not plan.retain:
         return min(pinned, config.num_experts)
     free = case.slots - pinned_slots(config, plan) - distinct(case.probabilities, case.choosing(plan.tokens_per_pass))
@@ -44,10 +44,27 @@ def kept_experts(config: ModelConfig, plan: Plan, case: Case) -> float:
 
 
 def mean_pinned(plan: Plan) -> float:
-    """Experts of a layer that the plan keeps (draft=self, cached_experts) or drafts with (draft=merged)."""
-    value = plan.draft_experts or plan.cached_experts or 0
+    """Experts of a layer that the plan keeps between passes."""
+    value = plan.drafting.pinned_experts(plan)
     return sum(value) / len(value) if isinstance(value, tuple) else value
 
 
 def pinned_slots(config: ModelConfig, plan: Plan) -> float:
-    return 0 if plan.draft == "merged" else mean_pinned(plan) * config.num_moe_layers
+    return mean_pinned(plan) * config.num_moe_layers
+
+
+class MeasuredPass(NamedTuple):
+    """Seconds of a pass. naive_s: of it and the drafting, by the maximum over the resources layer by layer. link_s: of the experts.
+
+    misses: experts fetched.
+    """
+
+    verify_s: float
+    naive_s: float
+    link_s: float
+    misses: float
+
+
+def layer_work(rows: float, new: float, context: float) -> dict[str, float]:
+    """What the operators of a layer are linear in, for `new` positions of each row."""
+    return {"rows": rows, "tokens": rows * new, "read": rows * context, "scores": rows * new * context}

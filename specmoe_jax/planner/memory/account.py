@@ -4,11 +4,11 @@ import dataclasses
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
-from specmoe_jax.kv_cache.positions import ITEMS_AHEAD, KV_PAGE, PREFILL_TOKENS, pages_of
+from specmoe_jax.kv_cache.positions import KV_PAGE
 from specmoe_jax.models.experts import block_bytes
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
-from specmoe_jax.planner.memory.budgets import fit_device, fit_host, fit_pages, split_draft, streamed_layers, with_spare_experts
+from specmoe_jax.planner.memory.budgets import fit_device, fit_host, fit_pages, split_draft
 from specmoe_jax.planner.memory.footprint import (
     activation_bytes,
     attention_bytes,
@@ -18,7 +18,7 @@ from specmoe_jax.planner.memory.footprint import (
     staging_bytes,
     token_numbers,
 )
-from specmoe_jax.planner.memory.memory_account import DraftMemory, MemoryAccount, PagedLoad, arriving_experts
+from specmoe_jax.planner.memory.memory_account import DraftMemory, MemoryAccount, PagedLoad
 
 
 def account(
@@ -40,53 +40,45 @@ def account(
 
     The pool gets what the plan can use (pinned experts, and one layer's whole dispatch), or what the budget
     leaves. draft: what a separate draft model or head takes; a streamed plan's draft cache gets what is left beside all else, at
-    most plan.draft_kv_bytes, and where that is not all of it, pages in host memory too. paged: under expert_flow=stream, None
-    for rows that are all of the longest; where host memory is short the cache gets fewer pages, and so fewer rows run at a time.
+    most plan.draft_kv_bytes, and where that is not all of it, pages in host memory too. paged: of a flow with a paged cache,
+    None for rows that are all of the longest; where host memory is short the cache gets fewer pages, and so fewer rows run at
+    a time.
     Raises BudgetError with the shortage and the smallest budget that works (fit.accounted says what would fit, too).
     """
-    item = DTYPE_BYTES[plan.dtype]
-    passes = max(plan.tokens_per_pass, plan.prefill_chunk) * batch_rows  # tokens of the largest pass
-    streams = plan.expert_flow == "stream"
-    passes = plan.tokens_per_pass * batch_rows + ITEMS_AHEAD * PREFILL_TOKENS if streams else passes
-    if streams and paged is None:
-        paged = PagedLoad(pages=batch_rows * pages_of(positions), prompt_tokens=batch_rows * positions)
-    everything = config.num_expert_layers * config.num_experts
-    pinned_layers = plan.pinned_layers or 0
-    pinned = pinned_layers * config.num_experts if streams else sum(pinned_experts(config, plan))
-    dispatch = min(config.num_experts, passes * config.experts_per_token)
-    wanted = pinned + (0 if pinned == everything else dispatch)
-    wanted = streamed_layers(config, plan, pinned_layers) * config.num_experts if streams else wanted
-    cached = paged.pages * KV_PAGE if streams else batch_rows * positions
+    itemsize = DTYPE_BYTES[plan.dtype]
+    needs = plan.flow.memory(config, plan, batch_rows=batch_rows, positions=positions, paged=paged)
+    prompt_tokens = needs.paged.prompt_tokens if needs.paged else 0
     whole = MemoryAccount(
-        weight_bytes=sum(spec.size for spec in spec_leaves(family_of(config).weight_specs(config))) * item,
+        weight_bytes=sum(spec.size for spec in spec_leaves(family_of(config).weight_specs(config))) * itemsize,
         expert_bytes=block_bytes(dataclasses.replace(config.experts, packing=plan.expert_dtype), plan.dtype),
-        num_slots=wanted + _spare_slots(plan, dispatch),
-        wanted_slots=wanted,
-        pinned_slots=pinned,
-        merged_slots=config.num_moe_layers * (plan.draft_experts or 0) if plan.draft == "merged" else 0,
-        kv_bytes=cached * position_bytes(config, item),
+        num_slots=needs.wanted_slots + _spare_slots(plan, needs.dispatch),
+        wanted_slots=needs.wanted_slots,
+        pinned_slots=needs.pinned_slots,
+        merged_slots=plan.drafting.merged_slots(plan, config),
+        kv_bytes=needs.cached_positions * position_bytes(config, itemsize),
         activation_bytes=max(
-            activation_bytes(config, plan, batch_rows, passes, item), encoder_bytes(config, batch_rows, source_positions, item)
+            activation_bytes(config, plan, batch_rows, needs.pass_tokens, itemsize),
+            encoder_bytes(config, batch_rows, source_positions, itemsize),
         ),
-        host_experts=everything,
-        kv_tier=plan.kv_tier,
+        host_experts=config.num_expert_layers * config.num_experts,
+        kv_on_host=plan.cache_tier.on_host,
         draft_model_bytes=draft.fixed + batch_rows * draft.row,
         draft_kv_bytes=batch_rows * positions * draft.position,
-        kv_pages=paged.pages if streams else 0,
-        hidden_bytes=paged.prompt_tokens * (config.hidden_size + max(map(token_numbers, config.layers))) * item if streams else 0,
-        cross_bytes=sum(2 * batch_rows * source_positions * cross_row(layer) for layer in config.layers) * item,
-        staging_bytes=staging_bytes(config, plan, batch_rows, positions, item),
-        pinned_layers=pinned_layers,
+        kv_pages=needs.paged.pages if needs.paged else 0,
+        hidden_bytes=prompt_tokens * (config.hidden_size + max(map(token_numbers, config.layers))) * itemsize,
+        cross_bytes=sum(2 * batch_rows * source_positions * cross_row(layer) for layer in config.layers) * itemsize,
+        staging_bytes=staging_bytes(config, plan, batch_rows, positions, itemsize),
+        pinned_layers=needs.pinned_layers,
     )
     if not accelerator_is_cpu:
-        whole = whole._replace(moving_experts=_moving_experts(config, plan, whole.expert_bytes))
-        if plan.kv_tier == "accelerator":
+        whole = whole._replace(moving_experts=plan.flow.moving_experts(config, whole.expert_bytes) + 1)
+        if not plan.cache_tier.on_host:
             tokens = max(plan.tokens_per_pass, plan.prefill_chunk)
-            attention = attention_bytes(config, batch_rows, tokens, positions, item)
+            attention = attention_bytes(config, batch_rows, tokens, positions, itemsize)
             whole = whole._replace(activation_bytes=whole.activation_bytes + attention)
     whole = split_draft(whole, plan, KV_PAGE * draft.position)
     fitted = fit_device(fit_host(fit_pages(whole, plan, positions), plan), plan)
-    return with_spare_experts(fitted, config, plan) if streams else fitted
+    return plan.flow.fill_budget(fitted, config, plan)
 
 
 def cache_positions(longest: int, plan: Plan) -> int:
@@ -102,15 +94,10 @@ def cache_positions(longest: int, plan: Plan) -> int:
 
 def pinned_experts(config: ModelConfig, plan: Plan) -> tuple[int, ...]:
     """[L], experts of each layer that stay on the accelerator between passes."""
-    if plan.expert_flow == "resident":
+    if plan.flow.all_resident:
         return (config.num_experts,) * config.num_moe_layers
-    pinned = (plan.draft_experts if plan.draft == "self" else plan.cached_experts) or 0
+    pinned = plan.drafting.pinned_experts(plan)
     return pinned if isinstance(pinned, tuple) else (pinned,) * config.num_moe_layers
-
-
-def _moving_experts(config: ModelConfig, plan: Plan, expert_bytes: int) -> int:
-    on_their_way = {"resident": 0, "stream": 1}.get(plan.expert_flow, arriving_experts(expert_bytes, config.num_experts))
-    return on_their_way + 1
 
 
 def _spare_slots(plan: Plan, dispatch: int) -> int:

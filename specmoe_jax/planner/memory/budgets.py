@@ -1,23 +1,24 @@
-"""An account brought within the budgets of its plan: split draft caches, fewer pages and slots, spare experts, or a refusal."""
+"""An account brought within the budgets of its plan: split draft caches, fewer pages and slots, or a refusal."""
 
-from specmoe_jax.config.model_config import ModelConfig
+import math
+
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.kv_cache.positions import pages_of
 from specmoe_jax.planner.memory.memory_account import MemoryAccount
 from specmoe_jax.support.errors import BudgetError, PlanError
-from specmoe_jax.support.units import ceil_gib, size_text
+from specmoe_jax.support.units import size_text
 
 
 def split_draft(whole: MemoryAccount, plan: Plan, page_bytes: int) -> MemoryAccount:
     """With as much of a streamed plan's draft cache on the accelerator as may be there (SpecMoEOff 4), and room for the rest."""
-    if plan.draft != "eagle" or not whole.kv_pages or not page_bytes:
+    if not plan.drafting.splits_cache or not whole.kv_pages or not page_bytes:
         return whole
     room = whole.draft_kv_bytes
     if plan.draft_kv_bytes is not None:
         if plan.draft_kv_bytes < page_bytes:
             raise PlanError(
                 f"draft_kv_bytes is {plan.draft_kv_bytes}, less than one page of the draft's cache, {size_text(page_bytes)}; the "
-                f"smallest that works is --draft_kv_gib={ceil_gib(page_bytes)}"
+                f"smallest that works is draft_kv_bytes={math.ceil(page_bytes)}"
             )
         room = min(room, plan.draft_kv_bytes)
     if plan.device_memory_bytes is not None:
@@ -41,7 +42,7 @@ def fit_pages(whole: MemoryAccount, plan: Plan, positions: int) -> MemoryAccount
         raise BudgetError(
             f"host memory of {size_text(plan.host_memory_bytes)} is too small: experts take {size_text(beside)} and one request of "
             f"{positions} positions {size_text(one * page)}, {_short(beside + one * page, plan.host_memory_bytes)}; the "
-            f"smallest that works is --host_memory_gib={ceil_gib(beside + one * page)}"
+            f"smallest that works is host_memory_bytes={math.ceil(beside + one * page)}"
         )
     share = pages / whole.kv_pages
     return whole._replace(
@@ -61,7 +62,7 @@ def fit_host(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
         raise BudgetError(
             f"host memory of {size_text(plan.host_memory_bytes)} is too small: experts and KV cache need "
             f"{size_text(whole.host_bytes)}, {_short(whole.host_bytes, plan.host_memory_bytes)}; give "
-            f"--host_memory_gib={ceil_gib(whole.host_bytes)} or a smaller batch, or leave experts on disk: --expert_tier=disk"
+            f"host_memory_bytes={math.ceil(whole.host_bytes)} or a smaller batch, or leave experts on disk: expert_tier=disk"
         )
     cached = int(plan.host_memory_bytes - beside) // whole.expert_bytes
     if cached < 1:
@@ -69,7 +70,7 @@ def fit_host(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
         raise BudgetError(
             f"host memory of {size_text(plan.host_memory_bytes)} is too small to cache one expert of the disk tier"
             f"{' beside the KV cache' if beside else ''}, {_short(need, plan.host_memory_bytes)}; the smallest that works is "
-            f"--host_memory_gib={ceil_gib(need)}"
+            f"host_memory_bytes={math.ceil(need)}"
         )
     return whole._replace(host_experts=cached)
 
@@ -80,46 +81,20 @@ def fit_device(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
         return whole
     beside = whole.accelerator_bytes - whole.num_slots * whole.expert_bytes
     slots = int(plan.device_memory_bytes - beside) // whole.expert_bytes
-    # One free slot carries a dispatch, wave by wave; streaming needs both of its buffers.
-    smallest = whole.num_slots if plan.expert_flow == "stream" else min(whole.pinned_slots + 1, whole.num_slots)
+    smallest = plan.flow.smallest_slots(whole)
     if slots < smallest:
         need = beside + smallest * whole.expert_bytes
         raise BudgetError(
-            f"device memory of {size_text(plan.device_memory_bytes)} is too small for {_what_for(plan)}: weights, KV "
-            f"cache and activations take {size_text(beside)}, {smallest} expert slots {size_text(smallest * whole.expert_bytes)}, "
-            f"{_short(need, plan.device_memory_bytes)}; the smallest that works is --device_memory_gib={ceil_gib(need)}"
+            f"device memory of {size_text(plan.device_memory_bytes)} is too small for {plan.flow.what_needs_slots(plan)}: weights, "
+            f"KV cache and activations take {size_text(beside)}, {smallest} expert slots "
+            f"{size_text(smallest * whole.expert_bytes)}, "
+            f"{_short(need, plan.device_memory_bytes)}; the smallest that works is device_memory_bytes={math.ceil(need)}"
             + (", or fewer draft experts" if plan.draft_experts else "")
             + (", or fewer pinned layers" if plan.pinned_layers else "")
         )
     return whole._replace(num_slots=min(slots, whole.num_slots))
 
 
-def with_spare_experts(whole: MemoryAccount, config: ModelConfig, plan: Plan) -> MemoryAccount:
-    """What the budget leaves, filled with whole layers (SpecMoEOff, memory manager: spare memory to a static expert cache).
-
-    Whole layers, because a part of each would need a kernel of two pools, and an expert of every layer is more than a layer
-    where there are more layers than experts. Without a budget there is nothing to fill.
-    """
-    if plan.pinned_layers is not None or plan.device_memory_bytes is None:
-        return whole
-    beside = whole.accelerator_bytes - whole.num_slots * whole.expert_bytes
-    room = int(plan.device_memory_bytes - beside) // (config.num_experts * whole.expert_bytes)
-    pinned = config.num_moe_layers if room >= config.num_moe_layers else room - plan.layer_buffers
-    slots = streamed_layers(config, plan, pinned) * config.num_experts
-    return whole._replace(num_slots=slots, wanted_slots=slots, pinned_slots=pinned * config.num_experts, pinned_layers=pinned)
-
-
-def streamed_layers(config: ModelConfig, plan: Plan, pinned_layers: int) -> int:
-    """Layers of experts on the accelerator: the pinned ones and the buffers, which nobody needs when all are pinned."""
-    return pinned_layers + (plan.layer_buffers if pinned_layers < config.num_moe_layers else 0)
-
-
 def _short(need: float, budget: float) -> str:
     """The shortage."""
     return f"{size_text(need - budget)} short"
-
-
-def _what_for(plan: Plan) -> str:
-    if plan.expert_flow != "stream":
-        return "one layer's dispatch"
-    return f"{f'{plan.pinned_layers} pinned layers and ' if plan.pinned_layers else ''}{plan.layer_buffers} layers' experts"

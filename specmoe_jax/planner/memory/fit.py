@@ -29,10 +29,10 @@ class Memories(NamedTuple):
 
 
 class Nearest(NamedTuple):
-    """plan: fits. flags: what of the first plan it changes, as one would write it on a command line."""
+    """plan: fits. changes: what of the first plan it changes, as field=value."""
 
     plan: Plan
-    flags: tuple[str, ...]
+    changes: tuple[str, ...]
 
 
 def refusal(config: ModelConfig, plan: Plan, hardware: Hardware | Memories, workload: Workload) -> str | None:
@@ -45,7 +45,7 @@ def refusal(config: ModelConfig, plan: Plan, hardware: Hardware | Memories, work
     if rows < plan.batch_size:
         return (
             f"host memory holds the KV cache of {rows} of {plan.batch_size} requests at a time; the others would wait: "
-            f"give --batch_size={rows} or {(plan.batch_size - rows) * own.kv_bytes / max(rows, 1) / GIB:.1f} GiB more"
+            f"give batch_size={rows} or {(plan.batch_size - rows) * own.kv_bytes / max(rows, 1) / GIB:.1f} GiB more"
         )
     return None
 
@@ -105,8 +105,8 @@ def _advice(found: Fitting | None) -> str:
     if found is None:
         return "with this budget not even the shortest request fits"
     if found.tokens is None:
-        return f"the largest batch that fits at this context is --batch_size={found.rows}"
-    return f"no batch fits at this context: the longest context that fits is {found.tokens} tokens, of --batch_size={found.rows}"
+        return f"the largest batch that fits at this context is batch_size={found.rows}"
+    return f"no batch fits at this context: the longest context that fits is {found.tokens} tokens, of batch_size={found.rows}"
 
 
 def largest_batch(config: ModelConfig, plan: Plan, hardware: Hardware | Memories, workload: Workload) -> int:
@@ -130,7 +130,7 @@ def nearest(config: ModelConfig, plan: Plan, hardware: Hardware | Memories, work
             rows = 0 if _is_wrong(changed, config) else largest_batch(config, changed, hardware, workload)
             if rows:
                 found = changed.replace(batch_size=min(rows, plan.batch_size))
-                return Nearest(found, _flags(plan, found, config))
+                return Nearest(found, _changes(plan, found, config))
     return None
 
 
@@ -138,7 +138,7 @@ def with_nearest(refused: str, found: Nearest | None, *, where: str = "") -> str
     """A refusal and the plan to take instead. where: the machine that it fits."""
     if found is None:
         return f"{refused}; no plan near this one fits{where}"
-    return f"{refused}; the nearest that fits{where}: {' '.join(found.flags)}"
+    return f"{refused}; the nearest that fits{where}: {' '.join(found.changes)}"
 
 
 def _moves(config: ModelConfig, plan: Plan, hardware: Hardware | Memories) -> list[dict]:
@@ -147,9 +147,9 @@ def _moves(config: ModelConfig, plan: Plan, hardware: Hardware | Memories) -> li
     return [
         {"pinned_layers": 0} if plan.pinned_layers else {},
         {"dtype": "bfloat16"} if plan.dtype == "float32" else {},
-        {"draft_experts": config.experts_per_token} if plan.draft == "self" else {},
+        plan.drafting.smaller(config),
         on_demand if any(getattr(plan, name) != value for name, value in on_demand.items() if name != "preset") else {},
-        {"kv_tier": "host"} if plan.kv_tier == "accelerator" else {},
+        {} if plan.cache_tier.on_host else {"kv_tier": "host"},
         {"expert_tier": "disk", "host_memory_bytes": plan.host_memory_bytes or int(hardware.host_memory_bytes)}
         if plan.expert_tier == "host"
         else {},
@@ -175,13 +175,12 @@ def _is_wrong(plan: Plan, config: ModelConfig) -> bool:
     return False
 
 
-def _flags(before: Plan, after: Plan, config: ModelConfig) -> tuple[str, ...]:
+def _changes(before: Plan, after: Plan, config: ModelConfig) -> tuple[str, ...]:
     """What differs; of a new preset not what it sets itself."""
     names = [field.name for field in dataclasses.fields(Plan) if getattr(before, field.name) != getattr(after, field.name)]
     if "preset" in names:
         own = PRESETS[after.preset](config)
         names = [name for name in names if name == "preset" or getattr(after, name) != getattr(own, name)]
     values = {name: getattr(after, name) for name in names}
-    host = values.pop("host_memory_bytes", None)
-    gib = () if host is None else (f"--host_memory_gib={host / GIB:g}",)
-    return (*(f"--{name}={value}" for name, value in values.items()), *gib)
+    host = {name: values.pop(name) for name in ("host_memory_bytes",) if name in values}
+    return tuple(f"{name}={value:.0f}" if name in host else f"{name}={value}" for name, value in (values | host).items())

@@ -11,21 +11,21 @@ def _cache_row(layer: LayerConfig) -> int:
     return layer.attention.num_kv_heads * layer.attention.cache_dim
 
 
-def position_bytes(config: ModelConfig, item: int) -> int:
+def position_bytes(config: ModelConfig, itemsize: int) -> int:
     """Keys and values of one position of one row, in all layers."""
-    return 2 * sum(map(_cache_row, config.layers)) * item
+    return 2 * sum(map(_cache_row, config.layers)) * itemsize
 
 
-def activation_bytes(config: ModelConfig, plan: Plan, batch_rows: int, passes: int, item: int) -> int:
+def activation_bytes(config: ModelConfig, plan: Plan, batch_rows: int, passes: int, itemsize: int) -> int:
     """Largest live activations: residual, expert inputs and outputs of a pass, and the logits of a verification."""
     heads = max(token_numbers(layer) for layer in config.layers)
-    per_token = (2 * config.hidden_size + heads) * item
+    per_token = (2 * config.hidden_size + heads) * itemsize
     outputs = config.experts_per_token * config.hidden_size * 4
     logits = batch_rows * plan.tokens_per_pass * config.vocab_size * 4
     return passes * (per_token + outputs) + logits
 
 
-def attention_bytes(config: ModelConfig, rows: int, tokens: int, positions: int, item: int) -> int:
+def attention_bytes(config: ModelConfig, rows: int, tokens: int, positions: int, itemsize: int) -> int:
     """What attention in jnp holds beside the cache, of `tokens` new ones a row: scores in float32 and weights, or weights and V.
 
     XLA masks V into a copy of its own (a row that nobody attends may hold anything); as compiled for an H200.
@@ -33,16 +33,16 @@ def attention_bytes(config: ModelConfig, rows: int, tokens: int, positions: int,
     most = 0
     for layer in config.layers:
         scores, values = rows * tokens * layer.attention.num_heads * positions, rows * positions * _cache_row(layer)
-        most = max(most, (4 + item) * scores, item * (scores + values))
+        most = max(most, (4 + itemsize) * scores, itemsize * (scores + values))
     return most
 
 
-def staging_bytes(config: ModelConfig, plan: Plan, batch_rows: int, positions: int, item: int) -> int:
+def staging_bytes(config: ModelConfig, plan: Plan, batch_rows: int, positions: int, itemsize: int) -> int:
     """Of the longest prompts at the plan's chunk; shorter chunks are of prompts that are one chunk."""
     if plan.prefill_attention != "accelerator":
         return 0
     tokens = prefill_rows(batch_rows, plan.prefill_chunk) * staged_positions(positions, plan.prefill_chunk)
-    return 2 * max(tokens, PREFILL_TOKENS) * max(map(_cache_row, config.layers)) * item
+    return 2 * max(tokens, PREFILL_TOKENS) * max(map(_cache_row, config.layers)) * itemsize
 
 
 def cross_row(layer: LayerConfig) -> int:
@@ -50,13 +50,13 @@ def cross_row(layer: LayerConfig) -> int:
     return 0 if layer.cross is None else layer.cross.num_kv_heads * layer.cross.head_dim
 
 
-def encoder_bytes(config: ModelConfig, batch_rows: int, positions: int, item: int) -> int:
+def encoder_bytes(config: ModelConfig, batch_rows: int, positions: int, itemsize: int) -> int:
     """Largest live activations of the encoder: as of a pass, and scores in full (twice: themselves and their softmax)."""
     if config.encoder is None:
         return 0
     heads = max(layer.attention.num_heads for layer in config.encoder.layers)
     width = max(token_numbers(layer) for layer in config.encoder.layers)
-    per_token = (2 * config.hidden_size + width) * item + config.experts_per_token * config.hidden_size * 4
+    per_token = (2 * config.hidden_size + width) * itemsize + config.experts_per_token * config.hidden_size * 4
     return batch_rows * positions * (per_token + 2 * heads * positions * 4)
 
 

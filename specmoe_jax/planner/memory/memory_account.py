@@ -22,7 +22,7 @@ class MemoryAccount(NamedTuple):
     kv_bytes: int
     activation_bytes: int
     host_experts: int  # experts in host memory: all, or as many as the budget lets a disk tier cache
-    kv_tier: str
+    kv_on_host: bool
     draft_model_bytes: int = 0  # of a draft of its own: all but what the next two lines count
     draft_kv_bytes: int = 0  # its cache on the accelerator
     draft_pages: int = 0  # of that cache, where it is split; 0: whole rows
@@ -49,16 +49,22 @@ class MemoryAccount(NamedTuple):
         return self.pinned_slots * self.expert_bytes if self.pinned_layers else 0
 
     @property
+    def accelerator_kv_bytes(self) -> int:
+        return 0 if self.kv_on_host else self.kv_bytes
+
+    @property
+    def host_kv_bytes(self) -> int:
+        return self.kv_bytes if self.kv_on_host else 0
+
+    @property
     def accelerator_bytes(self) -> int:
-        kv = self.kv_bytes if self.kv_tier == "accelerator" else 0
         experts = (self.num_slots + self.merged_slots + self.moving_experts) * self.expert_bytes
         beside = self.draft_model_bytes + self.draft_kv_bytes + self.cross_bytes + self.staging_bytes
-        return self.weight_bytes + experts + kv + self.activation_bytes + beside
+        return self.weight_bytes + experts + self.accelerator_kv_bytes + self.activation_bytes + beside
 
     @property
     def host_bytes(self) -> int:
-        kv = self.kv_bytes if self.kv_tier == "host" else 0
-        return self.host_expert_bytes + kv + self.hidden_bytes + self.host_draft_bytes
+        return self.host_expert_bytes + self.host_kv_bytes + self.hidden_bytes + self.host_draft_bytes
 
 
 class PagedLoad(NamedTuple):

@@ -29,7 +29,7 @@ class SelfDraft:
 
 def choose_token(view: DraftView, position: int, logits: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """The drafted token [B] at a position of the step by the rows' parameters, and its distribution [B, V] if drawn."""
-    if view.rows.greedy:
+    if view.keys is None:  # all rows are greedy
         return _argmax(logits), None
     if view.coupled is not None:
         return _choose_coupled(view.coupled[:, position], logits, view.rows), None

@@ -1,0 +1,289 @@
+"""Generates text with a Mixture-of-Experts model whose experts stay in host memory.
+
+Example:
+    specmoe generate --prompt="Call me Ishmael." --preset=specmoe --max_new_tokens=64
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import sys
+
+from absl import flags
+
+from specmoe_jax.autotune import choose as planning
+from specmoe_jax.checkpoints import load_model
+from specmoe_jax.checkpoints.chat import sampling_defaults
+from specmoe_jax.checkpoints.eagle import bundled_head, head_config, head_path, load_head
+from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
+from specmoe_jax.checkpoints.tokenizer import Tokenizer
+from specmoe_jax.cli import common, plan_flags
+from specmoe_jax.cli.stats_table import table
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.plan_fields import DTYPES
+from specmoe_jax.config.presets import PRESETS, preset
+from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.engine.engine import Engine
+from specmoe_jax.engine.requests.completion import Completion, TokenEvent
+from specmoe_jax.engine.requests.incremental_text import IncrementalText
+from specmoe_jax.jobs import job as jobs
+from specmoe_jax.jobs.journal import Journal
+from specmoe_jax.jobs.prompts import Prompt, as_chat, read_prompts
+from specmoe_jax.jobs.watch import JobWatch
+from specmoe_jax.models.eagle.network import EagleHead
+from specmoe_jax.models.model import Model
+from specmoe_jax.support.atomic_files import check_writable, write_atomically
+from specmoe_jax.support.errors import PlanError, RequestError
+from specmoe_jax.support.progress import PROGRESS
+from specmoe_jax.support.timing import Stopwatch
+from specmoe_jax.support.tracing import trace, write_lanes
+
+SAMPLED_PROMPTS = 64  # whose lengths stand for all of a job's
+
+_MODEL = flags.DEFINE_string("model", "demo", '"demo" (bundled) or a directory with a Hugging Face checkpoint.')
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
+_PROMPTS = flags.DEFINE_string("prompts", None, "A file of prompts: .txt, one a line, or .jsonl.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Where finished requests go, as JSON lines; the same command goes on after an interruption. Default: stdout."
+)
+_PRESET = flags.DEFINE_enum(
+    "preset", None, ["auto", *PRESETS], "The plan; README.md says what each does. Default: auto, chosen for this machine and job."
+)
+_PLAN = flags.DEFINE_string("plan", None, "A plan as JSON, instead of a preset.")
+_DRAFT_MODEL = flags.DEFINE_string("draft_model", None, "A checkpoint of the same vocabulary (draft=model).")
+_DRAFT_HEAD = flags.DEFINE_string("draft_head", None, "An EAGLE head (draft=eagle); default: the bundled model's own.")
+_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Compute and weight type. Default float32, where exactness holds.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens per request at most.")
+_CHAT = flags.DEFINE_boolean("chat", False, "Prompts are messages of a user, put through the model's chat template (needs jinja2).")
+_TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy. Default: what the model's generation_config asks for, else 0.")
+_TOP_K = flags.DEFINE_integer("top_k", None, "Sample among the k most likely tokens; 0 is all. Default: the model's, else 0.")
+_TOP_P = flags.DEFINE_float("top_p", None, "Sample within the smallest set of this probability mass. Default: the model's, else 1.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
+_STOP = flags.DEFINE_multi_string("stop", [], "End a request at this text; may be repeated.")
+_IGNORE_EOS = flags.DEFINE_boolean("ignore_eos", False, "Go on after an end-of-sequence token.")
+_STREAM = flags.DEFINE_boolean("stream", False, "Print text as it is committed.")
+_RESTART = flags.DEFINE_boolean("restart", False, "Begin the job of --output anew instead of going on with it.")
+_STATS = flags.DEFINE_string("stats", None, "Where the figures of the run go, as JSON.")
+_METRICS_FILE = flags.DEFINE_string("metrics_file", None, "Where the figures so far go each second, in Prometheus' text format.")
+_PROGRESS = flags.DEFINE_enum("progress", "auto", PROGRESS, "Bars on a terminal, a log line each 10 s, or nothing.")
+_TRACE = flags.DEFINE_string(
+    "trace", None, "A folder for a profile of the generation (perfetto_trace.json.gz in it; lanes.json of a streamed plan)."
+)
+flags.adopt_module_key_flags(plan_flags)
+
+
+def main() -> None:
+    watch = Stopwatch()
+    if not (_PROMPT.value or _PROMPTS.value):
+        common.usage_error("no prompt; give --prompt=TEXT or --prompts=FILE")
+    if _RESTART.value and not _OUTPUT.value:
+        common.usage_error("--restart has no effect without --output; leave it out")
+    folder = checkpoint_path(_MODEL.value)
+    prompts = read_all_prompts(folder)
+    check_files()
+    if _DRAFT_HEAD.value:
+        head_path(_DRAFT_HEAD.value)  # says what is wrong before a weight is read
+    common.use_compile_cache()
+    if head := jobs.read_head(folder):
+        keep_bad = _OUTPUT.value is not None
+        if _CHAT.value:
+            prompts = as_chat(prompts, folder, head.tokenizer, keep_bad=keep_bad, must_work=len(_PROMPT.value))
+        how = {"keep_bad": keep_bad, "must_work": len(_PROMPT.value)}
+        if is_auto():  # a bad prompt is told before the machine is measured
+            jobs.check_before_loading(head, preset("resident", head.config), prompts, **how)
+        plan = make_plan(head, folder, prompts)
+        jobs.check_before_loading(head, plan, prompts, **how, **draft_configs(head, plan))
+    loading = Stopwatch()
+    model, changes, error = load(prompts)
+    draft_model = load_model(_DRAFT_MODEL.value, dtype=model.dtype, progress=_PROGRESS.value) if _DRAFT_MODEL.value else None
+    plan = plan.replace(**changes)
+    spans = [] if _TRACE.value and plan.flow.workers else None
+    options = {"draft_model": draft_model, "draft_head": read_head(model, plan), "progress": _PROGRESS.value, "spans": spans}
+    engine = Engine(model, plan, **options)
+    load_s = loading.seconds
+    with trace(_TRACE.value):
+        job = generate(engine, prompts)
+    if spans is not None:
+        write_lanes(spans, pathlib.Path(_TRACE.value) / "lanes.json")
+    stats = final_stats(engine, prompts) | error | {"load_s": load_s, "wall_s": watch.seconds, "requests": job.timings}
+    if _STATS.value:
+        write_atomically(_STATS.value, json.dumps(stats, indent=2) + "\n")
+    if job.timings:  # else there was nothing left to do
+        print(table(stats), file=sys.stderr)
+    if job.failed:
+        print(f'warning: {job.failed} of {len(prompts)} prompts have no answer; "error" in their records says why', file=sys.stderr)
+
+
+def read_head(model: Model, plan: Plan) -> EagleHead | None:
+    name = head_name(plan)
+    return load_head(name, model) if name else None
+
+
+def head_name(plan: Plan) -> str | None:
+    """The head of --draft_head, or the bundled one of the bundled model where the plan drafts with one."""
+    return _DRAFT_HEAD.value or (bundled_head(_MODEL.value) if plan.drafting.given == "draft_head" else None)
+
+
+def draft_configs(head: jobs.ModelHead, plan: Plan) -> dict:
+    """What is known of the plan's draft before it is loaded."""
+    name, folder = head_name(plan), _DRAFT_MODEL.value
+    return {
+        "draft_head": head_config(name, head.config) if name and plan.drafting.given == "draft_head" else None,
+        "draft_model": load_config(checkpoint_path(folder)) if folder and plan.drafting.given == "draft_model" else None,
+    }
+
+
+def check_files() -> None:
+    """Refuses files that cannot be written, or that would overwrite each other."""
+    read = {"--prompts": _PROMPTS.value, "--plan": _PLAN.value}
+    written = {"--output": _OUTPUT.value, "--stats": _STATS.value, "--metrics_file": _METRICS_FILE.value}
+    names = {os.path.realpath(path): flag for flag, path in read.items() if path is not None}
+    if _OUTPUT.value is not None:
+        names[os.path.realpath(f"{_OUTPUT.value}.journal")] = "the journal of --output"
+    for flag, path in written.items():
+        if path is None:
+            continue
+        check_writable(path)
+        if (file := os.path.realpath(path)) in names:
+            raise RequestError(f"{names[file]} and {flag} are both {path}; give two files")
+        names[file] = flag
+    if _TRACE.value and pathlib.Path(_TRACE.value).exists() and not pathlib.Path(_TRACE.value).is_dir():
+        raise RequestError(f"cannot write {_TRACE.value} (it is no folder); --trace takes a new folder or one that exists")
+
+
+def generate(engine: Engine, prompts: list[Prompt]) -> JobWatch:
+    """The job of --output, or the texts on stdout. -> what was told of it."""
+    shown = [IncrementalText(engine.model, prompt.params.stop) for prompt in prompts] if _STREAM.value else []
+
+    def watched(todo: dict[int, Prompt], failed: int) -> JobWatch:
+        limits = [prompt.params.max_new_tokens for prompt in todo.values()]
+        progress = "none" if _STREAM.value else _PROGRESS.value
+        return JobWatch(engine, limits, progress=progress, metrics_file=_METRICS_FILE.value, failed=failed)
+
+    def on_event(event: TokenEvent) -> None:
+        if shown:
+            print_piece(event, shown[event.id], several=len(prompts) > 1)
+
+    if not _OUTPUT.value:
+        todo = dict(enumerate(prompts))
+        with watched(todo, failed=0) as watch:
+            print_completions(list(jobs.completions(engine, todo, watch, on_event=on_event)))
+        return watch
+    reasons = jobs.refusals(engine.model, prompts, must_work=len(_PROMPT.value))
+    job = jobs.fingerprint(prompts, engine.plan, engine.model.path)
+    with contextlib.closing(Journal(_OUTPUT.value, job, restart=_RESTART.value)) as journal:
+        todo = jobs.record_errors(prompts, reasons, journal)
+        if done := len(prompts) - len(todo) - sum(map(bool, reasons)):
+            print(f"{done} of {len(prompts)} prompts were done before, {len(todo)} are left: {_OUTPUT.value}", file=sys.stderr)
+        with watched(todo, failed=sum(map(bool, reasons))) as watch:
+            jobs.run_job(engine, todo, journal, watch, on_event=on_event)
+    return watch
+
+
+def read_all_prompts(folder: pathlib.Path) -> list[Prompt]:
+    """Prompts of the flags and then of the file, with the sampling flags, or else the model's own wishes, as defaults."""
+    sampling = choose_sampling(sampling_defaults(folder))
+    if sampling["temperature"] == 0 and flags.FLAGS["seed"].present:
+        raise RequestError("--seed has no effect at temperature 0; set a temperature or leave it out")
+    if sampling["temperature"] == 0 and plan_flags.value("deterministic_sampling"):
+        raise RequestError("--deterministic_sampling has no effect at temperature 0; set a temperature or leave it out")
+    defaults = SamplingParams(
+        max_new_tokens=_MAX_NEW_TOKENS.value, seed=_SEED.value, stop=tuple(_STOP.value), ignore_eos=_IGNORE_EOS.value, **sampling
+    )
+    prompts = [Prompt(number, text, defaults) for number, text in enumerate(_PROMPT.value)]
+    if _PROMPTS.value:
+        prompts += read_prompts(_PROMPTS.value, defaults, keep_bad=_OUTPUT.value is not None)
+    return prompts
+
+
+def choose_sampling(wishes: dict[str, float | int]) -> dict[str, float | int]:
+    """Temperature, top_k and top_p: a flag, or what the model wishes, or greedy."""
+    if _TEMPERATURE.value == 0:
+        wishes = {}
+    given = {"temperature": _TEMPERATURE.value, "top_k": _TOP_K.value, "top_p": _TOP_P.value}
+    given = {name: value for name, value in given.items() if value is not None}
+    return {"temperature": 0.0, "top_k": 0, "top_p": 1.0} | wishes | given
+
+
+def load(prompts: list[Prompt]) -> tuple[Model, dict, dict]:
+    """The model, changes to its plan that make it fit, and what its quantised experts cost in logits, as figures.
+
+    The weights' types and the experts' place have to be known before the model is loaded; the plan is made after it.
+    """
+    plan = read_plan_file() if _PLAN.value else Plan(preset="")
+    dtype, expert_dtype = _DTYPE.value or plan.dtype, plan_flags.value("expert_dtype") or plan.expert_dtype
+    if expert_dtype:
+        options = {"dtype": dtype, "expert_dtype": expert_dtype, "prompts": prompts, "progress": _PROGRESS.value}
+        model, error = jobs.load_quantised(load_model, _MODEL.value, **options)
+        return model, {}, error
+    tier = plan_flags.value("expert_tier") or plan.expert_tier
+    return *jobs.load_that_fits(load_model, _MODEL.value, dtype=dtype, expert_tier=tier, progress=_PROGRESS.value), {}
+
+
+def read_plan_file() -> Plan:
+    if _PRESET.value is not None:
+        raise PlanError("both --plan and --preset are given; leave one out")
+    return common.read_plan(_PLAN.value)
+
+
+def final_stats(engine: Engine, prompts: list[Prompt]) -> dict:
+    """The figures of the run, with the floor of this machine and what the planner predicts of the plan."""
+    model, known = engine.model, None
+    with contextlib.suppress(PlanError):  # a plan that runs, though not within what the machine has at this moment
+        known = planning.know(model.config, model.dtype, model.path, job_of(model.tokenizer, prompts))
+        prediction = planning.evaluate(model.config, engine.plan, known)
+        return engine.stats(known.hardware, prediction)
+    return engine.stats(known and known.hardware)
+
+
+def make_plan(head: jobs.ModelHead, folder: pathlib.Path, prompts: list[Prompt]) -> Plan:
+    """The plan file, the preset or the planner's choice, with what is given as flags."""
+    overrides = {} if _DTYPE.value is None else {"dtype": _DTYPE.value}
+    if is_auto():
+        return auto_plan(head, folder, prompts, plan_flags.given() | overrides)
+    plan = read_plan_file() if _PLAN.value else preset(_PRESET.value, head.config)
+    return plan_flags.over(plan, **overrides)
+
+
+def is_auto() -> bool:
+    """Whether the planner chooses, which it does where nothing else was asked for."""
+    return _PLAN.value is None and (_PRESET.value or "auto") == "auto"
+
+
+def auto_plan(head: jobs.ModelHead, folder: pathlib.Path, prompts: list[Prompt], overrides: dict) -> Plan:
+    """What the planner predicts to be the fastest on this machine, told in a line."""
+    if _DRAFT_MODEL.value:
+        raise PlanError("--draft_model leaves the planner nothing to choose; name a preset, for example --preset=on_demand")
+    overrides |= {"draft": "eagle"} if _DRAFT_HEAD.value else {}
+    known = planning.know(
+        head.config, overrides.get("dtype", "float32"), folder, job_of(head.tokenizer, prompts), progress=_PROGRESS.value
+    )
+    has_head = bool(_DRAFT_HEAD.value or bundled_head(_MODEL.value))
+    found = planning.choose(head.config, known, requests=len(prompts), fixed=overrides, head=has_head)
+    by = "" if known.operators else ", by this machine's rates alone: specmoe plan measures the model"
+    print(f"auto: {planning.as_line(found)}{by}", file=sys.stderr)
+    return found.best.plan
+
+
+def job_of(tokenizer: Tokenizer | None, prompts: list[Prompt]) -> planning.Job:
+    """Lengths of the prompts that can be read, the first few of them."""
+    texts = [prompt.model_input for prompt in prompts[:SAMPLED_PROMPTS] if prompt.error is None]
+    return planning.job_of(tokenizer, texts, [prompt.params.max_new_tokens for prompt in prompts])
+
+
+def print_piece(event: TokenEvent, shown: IncrementalText, several: bool) -> None:
+    """Prints the text of one event; with several prompts, one line each with the number of the prompt."""
+    text = shown.push(event)
+    if several:
+        print(f"[{event.id}] {text!r}", flush=True)
+    else:
+        print(text, end="\n" if event.completion else "", flush=True)
+
+
+def print_completions(completions: list[Completion]) -> None:
+    """The texts, in the order of the prompts (--stream has printed them already)."""
+    for completion in sorted(completions, key=lambda completion: completion.id):
+        if not _STREAM.value:
+            between = "\n" if _CHAT.value else ""
+            print(f"[{completion.id}] {completion.prompt}{between}{completion.text}\n")

@@ -1,0 +1,67 @@
+"""The command `specmoe`: names of commands, the module of each, and what is told of them all."""
+
+import ast
+import importlib
+import importlib.util
+import pathlib
+import sys
+import types
+from typing import NoReturn
+
+from specmoe_jax.cli import common
+from specmoe_jax.support.version import __version__
+
+COMMANDS = {
+    "generate": "specmoe_jax.cli.generate",
+    "explain": "specmoe_jax.cli.explain",
+    "plan": "specmoe_jax.cli.plan",
+    "doctor": "specmoe_jax.cli.doctor",
+    "convert": "specmoe_jax.cli.convert",
+    "carve": "specmoe_jax.cli.carve",
+    "benchmark": "specmoe_jax.cli.measure.benchmark",
+    "benchmark_disk": "specmoe_jax.cli.measure.benchmark_disk",
+    "benchmark_kernels": "specmoe_jax.cli.measure.benchmark_kernels",
+    "measure_gpu": "specmoe_jax.cli.measure.measure_gpu",
+    "demo_data": "specmoe_jax.cli.train.demo_data",
+    "train_demo": "specmoe_jax.cli.train.train_demo",
+    "train_eagle": "specmoe_jax.cli.train.train_eagle",
+}
+
+
+def load_command(name: str) -> types.ModuleType:
+    """The module of a command; importing it defines its flags, so one process runs one command."""
+    return importlib.import_module(COMMANDS[name])
+
+
+def main() -> None:
+    """specmoe COMMAND --flags."""
+    name, *rest = sys.argv[1:] or [""]
+    if name in ("-h", "-help", "--help", "help"):
+        print(overview())
+    elif name == "--version":
+        print(f"specmoe_jax {__version__}")
+    elif name not in COMMANDS:
+        _unknown(name)
+    else:
+        sys.argv = [f"specmoe {name}", *rest]
+        common.run(load_command(name))
+
+
+def overview() -> str:
+    """Every command with the first line of what it says of itself."""
+    width = max(map(len, COMMANDS))
+    lines = (f"  {name:<{width}}  {_summary(module)}" for name, module in COMMANDS.items())
+    return "\n".join(["usage: specmoe COMMAND --flags, specmoe COMMAND --help, specmoe --version", "", "commands:", *lines])
+
+
+def _summary(module: str) -> str:
+    """Read from the source, since importing a command defines its flags."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    docstring = ast.get_docstring(ast.parse(pathlib.Path(spec.origin).read_text(encoding="utf-8")))
+    return (docstring or "").partition("\n")[0]
+
+
+def _unknown(name: str) -> NoReturn:
+    what = f"no command {name!r}" if name else "no command is given"
+    common.usage_error(f"{what}; the commands are {', '.join(COMMANDS)}; specmoe --help tells what each does")

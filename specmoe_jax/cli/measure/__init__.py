@@ -1,0 +1,1 @@
+"""Commands that measure: presets side by side, kernels, disks, a machine with a GPU."""

@@ -1,0 +1,82 @@
+"""Profiles this machine and a model's operators, and writes the plan that is predicted to be the fastest.
+
+Example:
+    specmoe plan --prompts=prompts.txt --requests=100 --output=plan.json
+    specmoe generate --prompts=prompts.txt --plan=plan.json
+"""
+
+import json
+import sys
+
+from absl import flags
+
+from specmoe_jax.autotune import choose as planning
+from specmoe_jax.autotune.calibrate import calibrate
+from specmoe_jax.autotune.probe import probe
+from specmoe_jax.autotune.profile import profile
+from specmoe_jax.checkpoints import load_model
+from specmoe_jax.checkpoints.eagle import bundled_head, load_head
+from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
+from specmoe_jax.cli import common, plan_flags
+from specmoe_jax.config.plan_fields import DTYPES
+from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.jobs.prompts import read_prompts
+from specmoe_jax.planner.calibration import Acceptance
+from specmoe_jax.planner.measured.operators import as_table
+from specmoe_jax.support.atomic_files import check_writable, write_atomically
+
+_MODEL = flags.DEFINE_string("model", "demo", '"demo" (bundled) or a directory with a Hugging Face checkpoint.')
+_PROMPTS = flags.DEFINE_string("prompts", None, "A .txt or .jsonl file: acceptance and routing are measured on its first prompts.")
+_DRAFT_HEAD = flags.DEFINE_string("draft_head", None, "An EAGLE head to consider; default: the bundled model's own.")
+_ACCEPTANCE = flags.DEFINE_float("acceptance", None, "Of the self-draft per token, given instead of measured.")
+_REQUESTS = flags.DEFINE_integer("requests", None, "Requests of the job; default: the prompts of --prompts, else 64.")
+_PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", None, "Tokens of a prompt; default: the mean of --prompts, else 128.")
+_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens of a request.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Compute and weight type.")
+_FRESH = flags.DEFINE_boolean("fresh", False, "Measure machine and operators again.")
+_OUTPUT = flags.DEFINE_string("output", None, "Where the plan goes, as JSON for generate.py --plan. Default: stdout.")
+flags.adopt_module_key_flags(plan_flags)
+
+
+def main() -> None:
+    if _OUTPUT.value:
+        check_writable(_OUTPUT.value)
+    common.use_compile_cache()
+    folder = checkpoint_path(_MODEL.value)
+    config = load_config(folder)
+    hardware = probe(fresh=_FRESH.value, progress=True)
+    operators = profile(config, _DTYPE.value, fresh=_FRESH.value, progress=True) if config.encoder is None else None
+    tell(f"{hardware.to_json()}\n" + (as_table(operators) if operators else "no operators were measured: the model has an encoder"))
+    limits = SamplingParams(max_new_tokens=_NEW_TOKENS.value)
+    prompts = [prompt.model_input for prompt in read_prompts(_PROMPTS.value, limits)] if _PROMPTS.value else []
+    head_name = _DRAFT_HEAD.value or bundled_head(_MODEL.value)
+    tokenizer = None
+    if prompts:
+        model = load_model(_MODEL.value, dtype=_DTYPE.value)
+        tokenizer = model.tokenizer
+        found = calibrate(model, prompts, limits, head=load_head(head_name, model) if head_name else None)
+        tell("acceptance per token: " + ", ".join(f"{name} {known.rate:.2f}" for name, known in found.acceptance.items()))
+    job = planning.job_of(tokenizer, prompts, [_NEW_TOKENS.value])
+    if _PROMPT_TOKENS.value or not prompts:
+        job = job._replace(prompt_tokens=_PROMPT_TOKENS.value or 128)
+    known = planning.know(config, _DTYPE.value, folder, job)
+    if _ACCEPTANCE.value is not None:
+        known = known._replace(calibration=given(known.calibration, _ACCEPTANCE.value))
+    requests = _REQUESTS.value or len(prompts) or planning.REQUESTS
+    fixed = plan_flags.given() | {"dtype": _DTYPE.value}
+    chosen = planning.choose(config, known, requests=requests, fixed=fixed, head=head_name is not None)
+    tell(f"{planning.as_line(chosen)} ({chosen.tried} plans)")
+    text = chosen.best.plan.to_json() + "\n"
+    if _OUTPUT.value:
+        write_atomically(_OUTPUT.value, text)
+    else:
+        print(json.dumps(json.loads(text)))
+
+
+def given(calibration, rate: float):
+    """With the self-draft's acceptance as it was given, whatever its experts."""
+    return calibration._replace(acceptance=calibration.acceptance | {"self": Acceptance(rate)}, measured=True)
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

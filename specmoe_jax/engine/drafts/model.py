@@ -1,0 +1,61 @@
+"""Another model as the draft: every expert resident, run through the target's own passes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.registry import EXPERT_FLOWS
+from specmoe_jax.engine import stages
+from specmoe_jax.engine.drafts.executors import executor_of
+from specmoe_jax.engine.drafts.protocol import DraftExecutor, DraftInputs
+from specmoe_jax.engine.runtime import build, new_cache
+from specmoe_jax.models.model import Model
+from specmoe_jax.planner.drafts.model import resident_plan
+from specmoe_jax.planner.memory.account import account
+from specmoe_jax.planner.memory.memory_account import DraftMemory
+from specmoe_jax.speculate.drafts.model_draft import ModelDraft, vocabulary_difference
+from specmoe_jax.support.errors import PlanError
+from specmoe_jax.types import KVCache
+
+
+class ModelExecutor(DraftExecutor):
+    def check(self, model: Model, inputs: DraftInputs) -> None:
+        """Refuses a model with an encoder, and one whose vocabulary is another than the target's."""
+        if inputs.draft_model.config.encoder is not None:
+            raise PlanError("the draft model is an encoder-decoder; draft=model is built for decoders alone")
+        difference = vocabulary_difference(model, inputs.draft_model)
+        if difference:
+            raise PlanError(f"the draft model cannot draft for this one: {difference}; give one of the same family")
+
+    def memory(self, model: Model, plan: Plan, inputs: DraftInputs) -> DraftMemory:
+        draft_model = inputs.draft_model
+        return plan.drafting.memory(plan.replace(dtype=draft_model.dtype), model.config, model=draft_model.config)
+
+    def make(self, model: Model, plan: Plan, inputs: DraftInputs) -> ModelDraft:
+        """Copies the draft model to the accelerator, in the dtype that it was loaded in."""
+        draft_model = inputs.draft_model
+        config, own = draft_model.config, resident_plan(draft_model.config, plan.replace(dtype=draft_model.dtype))
+        counted = account(config, own, batch_rows=1, positions=1)
+        runtime = build(draft_model, own, counted, None, executor=executor_of(own), earlier=None, progress=False)
+        flow = EXPERT_FLOWS.executor(own.flow.name)
+        memory, nothing = flow.first_memory(runtime), np.zeros((config.num_moe_layers, config.num_experts), np.int64)
+
+        def forward(kv: KVCache, tokens, lengths, num_new):
+            done = flow.target_pass(runtime, memory, kv, tokens, lengths, num_new, earlier=nothing, predicted=nothing)
+            return stages.head(config.norm_eps, runtime.weights, _last_new(done.h, num_new))[:, 0], done.kv
+
+        return ModelDraft(
+            forward=forward,
+            new_cache=lambda rows, positions: new_cache(config, rows, positions, draft_model.dtype, runtime.context.device),
+            chunk=plan.prefill_chunk,
+        )
+
+
+@jax.jit
+def _last_new(h: jax.Array, num_new: jax.Array) -> jax.Array:
+    """h [B, T, M] -> [B, 1, M], of the last new position; the first where there is none."""
+    return jnp.take_along_axis(h, jnp.maximum(num_new - 1, 0)[:, None, None], axis=1)
+
+
+DRAFT = ModelExecutor()

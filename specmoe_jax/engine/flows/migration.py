@@ -1,0 +1,150 @@
+"""The migration of experts within one layer of a pass: what is fetched, what stays, and the experts once they have arrived."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specmoe_jax.config.layer_config import LayerConfig
+from specmoe_jax.engine import stages
+from specmoe_jax.engine.runtime import Runtime
+from specmoe_jax.engine.state import ExpertMemory
+from specmoe_jax.offload import retained_experts
+from specmoe_jax.offload.residency import LayerPlan, plan_layer, plan_prefetch
+from specmoe_jax.offload.retained_experts import RetainedExperts
+from specmoe_jax.speculate.hot_experts.usage import count_choices
+from specmoe_jax.types import Routing
+
+NO_SLOTS = np.zeros(0, np.int32)
+
+
+class LayerInfo(NamedTuple):
+    """What one layer of a pass did: its plan, its routing ids [n, A], and what it prefetched for later layers."""
+
+    plan: LayerPlan
+    ids: np.ndarray
+    counts: np.ndarray
+    prefetched: int
+    prefetch_hits: int
+
+
+def migrate_and_compute(
+    runtime: Runtime, moe: int, memory: ExpertMemory, h, x, routing: Routing, earlier: np.ndarray, predicted: np.ndarray
+) -> tuple[jax.Array, ExpertMemory, LayerInfo]:
+    """Fetches what the moe-th layer with experts needs for its routing and computes its experts, wave by wave.
+
+    While its own misses travel, the link is also given the predicted misses of the layers after it, and the disk
+    those that are not in host memory.
+    """
+    ids = np.asarray(routing.ids)  # the host waits here: only now is known what must be fetched
+    counts = earlier + count_choices(ids, runtime.config.num_experts)
+    needed = np.zeros(runtime.config.num_experts, bool)
+    needed[ids[ids >= 0]] = True
+    # What is resident on a guess must not win the ties of the draft set: it costs acceptance (3.6 -> 2.9 tokens per step).
+    established = (memory.residency.slot_of[moe] >= 0) & ~memory.prefetched[moe]
+    keep = runtime.policies.keep(moe, memory.usage_scores[moe], counts, established, memory.resting)
+    eviction_priority = None
+    if memory.retained_experts is not None:
+        memory, eviction_priority = _revive(memory, memory.retained_experts, moe, needed | keep, counts)
+    plan, residency = plan_layer(memory.residency, moe, needed, keep, eviction_priority)
+    hits = int((memory.prefetched[moe] & needed).sum())
+    prefetched = memory.prefetched.copy()
+    prefetched[moe] = False
+    memory = memory._replace(residency=residency, prefetched=prefetched)
+    h, memory, ahead = execute(runtime, moe, plan, memory, h, x, routing, predicted)
+    return h, memory, LayerInfo(plan=plan, ids=ids, counts=counts, prefetched=ahead, prefetch_hits=hits)
+
+
+def execute(
+    runtime: Runtime, moe: int, plan: LayerPlan, memory: ExpertMemory, h, x, routing: Routing, predicted: np.ndarray
+) -> tuple[jax.Array, ExpertMemory, int]:
+    """Does what the plan says: per wave, copies and then the experts. -> h, memory, experts prefetched.
+
+    Which of the two forms runs is fixed by the memory account, so that nothing compiles after warm-up.
+    """
+    config = runtime.config.layers[runtime.config.moe_layers[moe]]
+    if memory.slots.single_wave:
+        (wave,) = plan.waves
+        memory = _fetch(runtime, memory, wave.fetch)
+        memory, ahead = prefetch(runtime, memory, predicted, first_layer=moe + 1, in_use=wave.slots)
+        memory = wait_for_copies(runtime, memory, wave.slots)
+        return stages.experts(config, h, x, routing, memory.pool, wave.slots), memory, ahead
+    return *execute_waves(runtime, config, plan, memory, h, x, routing), 0
+
+
+def execute_waves(runtime: Runtime, config: LayerConfig, plan: LayerPlan, memory: ExpertMemory, h, x, routing: Routing):
+    """Any number of waves, by one program. -> h, memory."""
+    outputs = jnp.zeros((*routing.ids.shape, x.shape[-1]), jnp.float32, device=runtime.context.device)
+    for wave in plan.waves:
+        memory = _fetch(runtime, memory, wave.fetch)
+        memory = wait_for_copies(runtime, memory, wave.slots)
+        outputs = stages.experts_wave(config, outputs, x, routing.ids, memory.pool, wave.slots)
+    return stages.combine(h, outputs, routing), memory
+
+
+def _fetch(runtime: Runtime, memory: ExpertMemory, copies) -> ExpertMemory:
+    """Starts the copies (layer, expert, slot)."""
+    retained = memory.retained_experts and retained_experts.after_copies(memory.retained_experts, copies)
+    pool, arriving = runtime.experts.store.fetch(memory.pool, copies, memory.arriving)
+    return memory._replace(pool=pool, arriving=arriving, retained_experts=retained)
+
+
+def wait_for_copies(runtime: Runtime, memory: ExpertMemory, slots: np.ndarray | None = None) -> ExpertMemory:
+    """With what was sent for in the pool: that of these slots (None: all). Waits for it."""
+    pool, arriving = runtime.experts.store.finish_copies(memory.pool, memory.arriving, slots)
+    return memory._replace(pool=pool, arriving=arriving)
+
+
+def _revive(
+    memory: ExpertMemory, retained: RetainedExperts, moe: int, wanted: np.ndarray, counts: np.ndarray
+) -> tuple[ExpertMemory, np.ndarray]:
+    """Takes wanted experts [E] of a layer with experts out of free slots. -> memory, the order in which slots are overwritten."""
+    retained = retained_experts.after_pass(retained, moe, counts)
+    of_layer = np.zeros(retained.usage.shape, bool)
+    of_layer[moe] = wanted
+    residency = retained_experts.revive(memory.residency, retained, of_layer, room=len(retained.holds))
+    return memory._replace(residency=residency, retained_experts=retained), retained_experts.eviction_priority(retained)
+
+
+def prefetch(
+    runtime: Runtime,
+    memory: ExpertMemory,
+    predicted: np.ndarray,
+    *,
+    first_layer: int,
+    in_use: np.ndarray = NO_SLOTS,
+    budget_s: float = float("inf"),
+) -> tuple[ExpertMemory, int]:
+    """Starts copies of predicted experts of layers >= first_layer into spare slots. -> memory, experts copied.
+
+    in_use: slots that the next computation reads. budget_s: seconds that the link may be busy from now on (known
+    for an emulated link only).
+    """
+    if runtime.plan.prefetch != "draft":
+        return memory, 0
+    ahead = np.zeros(memory.prefetched.shape, predicted.dtype)
+    ahead[first_layer : len(predicted)] = predicted[first_layer:]
+    pool, arriving = runtime.experts.store.finish_arrived(memory.pool, memory.arriving)
+    memory = memory._replace(pool=pool, arriving=arriving)
+    limit, residency, retained = (
+        runtime.experts.store.copies_within(budget_s, len(arriving)),
+        memory.residency,
+        memory.retained_experts,
+    )
+    if retained is not None:
+        room = int((residency.owner < 0).sum()) - memory.slots.dispatch
+        residency = retained_experts.revive(residency, retained, ahead > 0, room)
+    runtime.experts.store.tier.read_ahead(np.where(residency.slot_of < 0, ahead, 0))
+    copies, residency = plan_prefetch(
+        residency,
+        np.where(runtime.experts.store.tier.ready(), ahead, 0),
+        reserve=memory.slots.dispatch,
+        limit=limit,
+        in_use=in_use,
+        eviction_priority=None if retained is None else retained_experts.eviction_priority(retained),
+    )
+    prefetched = memory.prefetched.copy()
+    for layer, expert, _ in copies:
+        prefetched[layer, expert] = True
+    return _fetch(runtime, memory._replace(residency=residency, prefetched=prefetched), copies), len(copies)

@@ -1,0 +1,138 @@
+"""What the flows over a pool of expert slots share: prompts run before the first step, and batches one after the other."""
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.engine import figures as metrics
+from specmoe_jax.engine.flows import protocol
+from specmoe_jax.engine.flows.encode import encode
+from specmoe_jax.engine.flows.protocol import TargetPass
+from specmoe_jax.engine.prefill import prefill
+from specmoe_jax.engine.requests.completion import TokenEvent, step_events
+from specmoe_jax.engine.requests.prepare import BatchShape
+from specmoe_jax.engine.resources import moved, new_draft_memory
+from specmoe_jax.engine.runtime import Runtime
+from specmoe_jax.engine.session import Session
+from specmoe_jax.engine.state import ExpertMemory, Request, State, StepInfo
+from specmoe_jax.offload import retained_experts
+from specmoe_jax.offload.residency import empty, plan_layer
+from specmoe_jax.speculate.sampling import sampling_rows
+from specmoe_jax.support.progress import bar
+from specmoe_jax.support.timing import Stopwatch
+from specmoe_jax.support.tracing import span
+from specmoe_jax.types import Tree
+
+
+class PooledFlow(protocol.PooledFlow[Runtime, Session]):
+    """A flow adds `resident_slots`, `target_pass` and `encoder_experts`."""
+
+    def first_memory(self, runtime: Runtime) -> ExpertMemory:
+        """A new pool with what must always be there: all experts, or a first draft set per layer that decodes."""
+        shape = (runtime.config.num_expert_layers, runtime.config.num_experts)
+        pool = runtime.experts.store.new_pool(
+            runtime.experts.slots.total + (0 if runtime.experts.merged_slots is None else runtime.experts.merged_slots.size)
+        )
+        residency, none, arriving = empty(*shape, runtime.experts.slots.total), np.zeros(shape[1], bool), ()
+        usage_scores = np.zeros((runtime.config.num_moe_layers, shape[1]))
+        retained = retained_experts.nothing(*shape, runtime.experts.slots.total) if runtime.plan.retain else None
+        for layer in range(runtime.config.num_expert_layers):
+            decodes = layer < runtime.config.num_moe_layers
+            keep = (
+                runtime.policies.keep(layer, usage_scores[layer], usage_scores[layer], none)
+                if decodes
+                else np.full(shape[1], runtime.experts.resident_slots is not None)
+            )
+            plan, residency = plan_layer(residency, layer, none, keep)
+            for wave in plan.waves:
+                pool, arriving = runtime.experts.store.fetch(pool, wave.fetch, arriving)
+                retained = retained and retained_experts.after_copies(retained, wave.fetch)
+        pool, _ = runtime.experts.store.finish_copies(pool, arriving)
+        return ExpertMemory(
+            slots=runtime.experts.slots,
+            pool=pool,
+            residency=residency,
+            usage_scores=usage_scores,
+            prefetched=np.zeros(shape, bool),
+            retained_experts=retained,
+        )
+
+    def run_pass(
+        self, runtime: Runtime, state: State, tokens: np.ndarray, num_new: np.ndarray, *, predicted: np.ndarray, tree: Tree | None
+    ) -> TargetPass:
+        return self.target_pass(
+            runtime,
+            state.memory,
+            state.kv,
+            tokens,
+            state.lengths,
+            num_new,
+            earlier=np.zeros(state.memory.usage_scores.shape, np.int64),
+            predicted=predicted,
+            tree=tree,
+        )
+
+    def run(
+        self, session: Session, requests: list[Request], batch_shape: BatchShape, on_step: Callable[[StepInfo], None] | None
+    ) -> Iterator[TokenEvent]:
+        starts = range(0, len(requests), batch_shape.rows)
+        batches = (self._run_batch(session, requests[start : start + batch_shape.rows], batch_shape, on_step) for start in starts)
+        return itertools.chain.from_iterable(batches)
+
+    def _run_batch(self, session: Session, requests: list[Request], batch_shape: BatchShape, on_step) -> Iterator[TokenEvent]:
+        watch = Stopwatch()
+        state = self.init(session, requests, batch_shape)
+        on_demand = metrics.no_on_demand(session.model.config.num_moe_layers, session.model.config.num_experts)
+        try:
+            while not state.done:
+                state, info = session.counted_step(state)
+                session.figures.add_step(info)
+                if session.plan.flow.fetches_misses:
+                    on_demand = metrics.add_on_demand(on_demand, info)
+                    session.figures.set_running(on_demand)
+                if on_step is not None:
+                    on_step(info)
+                yield from step_events(session.model, state, info, dict.fromkeys((request.id for request in requests), watch))
+        finally:  # also of a batch that is given up
+            session.figures.end_batch(on_demand)
+        session.resources.put_back(state, batch_shape)
+
+    def init(self, session: Session, requests: list[Request], batch_shape: BatchShape) -> State:
+        watch = Stopwatch()
+        runtime, _ = job = session.resources.take(batch_shape)
+        before, memory = moved(runtime), session.resources.expert_memory(job)
+        kv = session.resources.new_cache(batch_shape)
+        padding = batch_shape.rows - len(requests)
+        rows: tuple[Request | None, ...] = (*requests, *[None] * padding)
+        prompts = [request.token_ids if request else () for request in rows]
+        if batch_shape.source:
+            memory, cross = encode(
+                self, runtime, memory, [request.source if request else () for request in rows], batch_shape.source
+            )
+            kv = kv._replace(cross=cross)
+        draft_memory = new_draft_memory(runtime, batch_shape)
+        with bar("prefill", max(map(len, prompts)) - 1, "position", mode=session.progress, leave=False) as shown, span("prefill"):
+            memory, kv, draft_memory, _ = prefill(
+                self, runtime, memory, kv, prompts, batch_shape.chunk, draft_memory, on_chunk=shown.update
+            )
+            jax.block_until_ready((kv, draft_memory))
+        session.figures.add_prefill(watch.seconds)
+        state = State(
+            requests=rows,
+            kv=kv,
+            memory=memory,
+            lengths=np.array([max(len(prompt) - 1, 0) for prompt in prompts], np.int32),
+            last_token=np.array([prompt[-1] if prompt else 0 for prompt in prompts], np.int32),
+            generated=((),) * len(rows),
+            finish_reasons=tuple(None if request else "padding" for request in rows),
+            rows=sampling_rows([request.params if request else SamplingParams() for request in rows]),
+            adaptive_length=session.resources.new_adaptive_length(batch_shape),
+            draft_memory=draft_memory,
+            runtime=runtime,
+        )
+        state = session.warm(state, batch_shape)
+        session.figures.add_prefill_bytes(before, moved(runtime))  # to warm up may change a draft set
+        return state

@@ -1,0 +1,115 @@
+"""What the engine asks of an expert flow and of the KV cache's tier. One module of this folder a flow; kv_tiers.py: the tiers."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol, TypeVar
+
+import jax
+import numpy as np
+
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.engine.requests.completion import TokenEvent
+from specmoe_jax.engine.requests.prepare import BatchShape
+from specmoe_jax.engine.scheduler import PromptChunk
+from specmoe_jax.engine.state import ExpertMemory, HostKV, PassInfo, Request, State, StepInfo
+from specmoe_jax.types import KVCache, Routing, Tree
+
+# The runtime and the session hold a flow, so they are parameters of it here: neither module imports the other.
+R = TypeVar("R", contravariant=True)
+S = TypeVar("S", contravariant=True)
+
+
+class TargetPass(NamedTuple):
+    """h: [B, T, M] after the last layer, None if all rows only joined. counts: [L, E] int64, how often each expert was chosen.
+
+    features: [B, T, M'], what the draft takes of the hidden states; None where it takes nothing. prompts: of a streamed pass,
+    the chunks that joined and their features.
+    """
+
+    h: jax.Array | None
+    kv: KVCache | HostKV
+    memory: ExpertMemory
+    counts: np.ndarray
+    info: PassInfo
+    features: jax.Array | None = None
+    prompts: tuple[tuple[PromptChunk, jax.Array], ...] = ()
+
+
+class ExpertFlow(Protocol[R, S]):
+    """How experts come to the accelerator, executed. R: Runtime. S: Session. planner/flows/ has the half before anything runs."""
+
+    def resident_slots(self, config: ModelConfig) -> np.ndarray | None:
+        """[L, E] int32, the slots of the experts where all stay for good, an encoder's layers last; else None."""
+        ...
+
+    def first_memory(self, runtime: R) -> ExpertMemory:
+        """Memory on the accelerator with what must always be there."""
+        ...
+
+    def run_pass(
+        self, runtime: R, state: State, tokens: np.ndarray, num_new: np.ndarray, *, predicted: np.ndarray, tree: Tree | None
+    ) -> TargetPass:
+        """The exact model over the tokens [B, T] of a step; rows t >= num_new[b] are padding. Consumes the state.
+
+        predicted: [L, E], choices that are expected of this pass (0 = none), worth a prefetch.
+        """
+        ...
+
+    def init(self, session: S, requests: list[Request], batch_shape: BatchShape) -> State:
+        """The state of one batch whose prompts have run, with compiled steps."""
+        ...
+
+    def run(
+        self, session: S, requests: list[Request], batch_shape: BatchShape, on_step: Callable[[StepInfo], None] | None
+    ) -> Iterator[TokenEvent]:
+        """All requests, as many at a time as the batch has rows."""
+        ...
+
+
+class PooledFlow(ExpertFlow[R, S], Protocol):
+    """A flow over a pool of slots, which runs prompts and encoders before the first step."""
+
+    def target_pass(
+        self,
+        runtime: R,
+        memory: ExpertMemory,
+        kv: KVCache,
+        tokens,
+        lengths,
+        num_new,
+        *,
+        earlier: np.ndarray,
+        predicted: np.ndarray,
+        tree: Tree | None = None,
+    ) -> TargetPass:
+        """The exact model over tokens [B, T] at positions lengths[b] + t, or + depth in a tree; rows t >= num_new[b] are padding.
+
+        earlier: [L, E], choices of the earlier chunks of the same prefill. predicted: as of run_pass. kv and the memory's pool are
+        consumed.
+        """
+        ...
+
+    def encoder_experts(
+        self, runtime: R, moe: int, memory: ExpertMemory, h: jax.Array, x: jax.Array, routing: Routing
+    ) -> tuple[jax.Array, ExpertMemory]:
+        """The experts of an encoder's layer over whole sequences. -> h, memory."""
+        ...
+
+
+class KvTier(Protocol[R]):
+    """Where the KV cache is and attention runs. kv_cache/tiers.py has the half before anything runs."""
+
+    def device(self, runtime: R) -> jax.Device:
+        """Of the cache."""
+        ...
+
+    def beside_cache(self, runtime: R, arrays):
+        """Arrays of the accelerator for a program over the cache."""
+        ...
+
+    def attention(self, runtime: R, layer: int, h, kv: KVCache, lengths, num_new, tree: Tree | None = None):
+        """Everything of a layer before its experts. -> h, x, routing, k, v."""
+        ...
+
+    def resident_layer(self, runtime: R, layer: int, h, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None):
+        """A layer that needs no copy of an expert, or has none (slots None). -> h, ids (None without experts), k, v."""
+        ...

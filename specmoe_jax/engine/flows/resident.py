@@ -1,0 +1,63 @@
+"""Every expert stays on the accelerator: a pass asks the host for nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.engine import stages
+from specmoe_jax.engine.flows.layer_passes import embed, features
+from specmoe_jax.engine.flows.pooled import PooledFlow
+from specmoe_jax.engine.flows.protocol import TargetPass
+from specmoe_jax.engine.runtime import Runtime
+from specmoe_jax.engine.state import ExpertMemory, PassInfo
+from specmoe_jax.types import KVCache, Routing, Tree
+
+NOTHING_FETCHED = PassInfo(hits=0, misses=0, fetched=0, waves=0, prefetched=0, prefetch_hits=0, routing=None)
+
+
+class ResidentFlow(PooledFlow):
+    def resident_slots(self, config: ModelConfig) -> np.ndarray:
+        order = np.arange(config.num_expert_layers * config.num_experts, dtype=np.int32)
+        return order.reshape(config.num_expert_layers, config.num_experts)
+
+    def target_pass(
+        self,
+        runtime: Runtime,
+        memory: ExpertMemory,
+        kv: KVCache,
+        tokens,
+        lengths,
+        num_new,
+        *,
+        earlier: np.ndarray,
+        predicted: np.ndarray,
+        tree: Tree | None = None,
+    ) -> TargetPass:
+        lengths, num_new = jnp.asarray(lengths), jnp.asarray(num_new)
+        h, watched = embed(runtime, tokens, lengths, tree), runtime.feature_layers
+        keys, values, inputs = [], [], {}
+        for layer, moe in enumerate(runtime.config.moe_index):
+            if layer in watched:
+                inputs[layer] = h
+            slots = None if moe is None else runtime.experts.resident_slots[moe]
+            h, _, k, v = runtime.cache_tier.resident_layer(runtime, layer, h, kv, lengths, num_new, memory.pool, slots, tree)
+            keys.append(k)
+            values.append(v)
+        return TargetPass(
+            h=h,
+            kv=kv._replace(k=tuple(keys), v=tuple(values)),
+            memory=memory,
+            counts=earlier,
+            info=NOTHING_FETCHED,
+            features=features(runtime, h, inputs),
+        )
+
+    def encoder_experts(
+        self, runtime: Runtime, moe: int, memory: ExpertMemory, h, x, routing: Routing
+    ) -> tuple[jax.Array, ExpertMemory]:
+        config = runtime.config.all_layers[runtime.config.expert_layers[moe]]
+        return stages.experts(config, h, x, routing, memory.pool, runtime.experts.resident_slots[moe]), memory
+
+
+FLOW = ResidentFlow()

@@ -1,0 +1,181 @@
+"""The experts of every layer cross the link once a pass (SpecMoEOff): one job, whose rows are filled from a queue."""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.engine.flows.protocol import ExpertFlow, TargetPass
+from specmoe_jax.engine.flows.streaming import StreamedPass, stream_pass
+from specmoe_jax.engine.requests.completion import TokenEvent, step_events
+from specmoe_jax.engine.requests.prepare import BatchShape
+from specmoe_jax.engine.resources import Moved, moved, new_draft_memory
+from specmoe_jax.engine.runtime import Runtime, empty_pages
+from specmoe_jax.engine.scheduler import MicroBatch, admit, empty_chunk, prompt_chunks, rows_of
+from specmoe_jax.engine.session import Session
+from specmoe_jax.engine.state import Buffers, ExpertMemory, HostKV, PassInfo, Request, State, StepInfo
+from specmoe_jax.kv_cache.page_table import Pages, no_pages
+from specmoe_jax.kv_cache.positions import KV_PAGE, staged_positions
+from specmoe_jax.offload.residency import empty
+from specmoe_jax.speculate.sampling import sampling_rows
+from specmoe_jax.support.errors import PlanError
+from specmoe_jax.support.timing import Stopwatch
+from specmoe_jax.types import Tree
+
+
+class StreamFlow(ExpertFlow[Runtime, Session]):
+    def resident_slots(self, config: ModelConfig) -> None:
+        return None
+
+    def first_memory(self, runtime: Runtime) -> ExpertMemory:
+        """No pool: the pinned layers and the layer buffers."""
+        shape = (runtime.config.num_expert_layers, runtime.config.num_experts)
+        return ExpertMemory(
+            slots=runtime.experts.slots,
+            pool=None,
+            residency=empty(*shape, 0),
+            usage_scores=np.zeros(shape),
+            prefetched=np.zeros(shape, bool),
+            buffers=_first_buffers(runtime),
+        )
+
+    def run_pass(
+        self, runtime: Runtime, state: State, tokens: np.ndarray, num_new: np.ndarray, *, predicted: np.ndarray, tree: Tree | None
+    ) -> TargetPass:
+        """The verification of all rows in micro-batches, and the prompts of the rows that join, in one pass.
+
+        A micro-batch without an active row is left out; if nothing is active nor joins, all run with padding alone, to be compiled.
+        """
+        idle, kv, memory = state.done, state.kv, state.memory
+        prompts = [empty_chunk(state)] if idle else prompt_chunks(state)
+        groups = np.split(np.arange(len(num_new), dtype=np.int32), runtime.plan.micro_batches)
+        running = [idle or bool(num_new[rows].any()) for rows in groups]
+        decoding = [
+            MicroBatch(
+                tokens[rows],
+                rows_of(kv, rows),
+                state.lengths[rows],
+                num_new[rows],
+                tree=tree and Tree(*(part[rows] for part in tree)),
+            )
+            for rows, runs in zip(groups, running, strict=True)
+            if runs
+        ]
+        micro_batches = decoding + [prompt.micro_batch for prompt in prompts]
+        if micro_batches:
+            done = stream_pass(runtime, memory.buffers, kv, micro_batches)
+        else:  # prompts of one token alone join: there is nothing to fill a cache with
+            done = StreamedPass(h=[], features=[], kv=kv, buffers=memory.buffers)
+        decoded = len(decoding)
+        watched = any(f is not None for f in done.features)
+        experts = runtime.config.num_experts if micro_batches else 0  # of a layer
+        hits = len(runtime.experts.pinned_layers) * experts
+        missed = runtime.config.num_moe_layers * experts - hits
+        return TargetPass(
+            h=_all_rows(runtime, done.h[:decoded], running),
+            kv=done.kv,
+            memory=memory._replace(buffers=done.buffers),
+            counts=np.zeros_like(memory.usage_scores, dtype=np.int64),
+            info=PassInfo(hits=hits, misses=missed, fetched=missed, waves=0, prefetched=0, prefetch_hits=0, routing=None),
+            features=_all_rows(runtime, done.features[:decoded], running) if watched else None,
+            prompts=tuple(zip(prompts, done.features[decoded:], strict=True)) if watched else (),
+        )
+
+    def init(self, session: Session, requests: list[Request], batch_shape: BatchShape) -> State:
+        """The prompts run through one step."""
+        state, _ = self._init_queue(session, requests, batch_shape)
+        state, waiting = admit(state, requests, session.plan.lookahead)
+        if waiting:
+            raise PlanError(f"{len(waiting)} of {len(requests)} prompts find no room in the KV cache; give more host memory")
+        return session.step(state)[0]
+
+    def run(
+        self, session: Session, requests: list[Request], batch_shape: BatchShape, on_step: Callable[[StepInfo], None] | None
+    ) -> Iterator[TokenEvent]:
+        """A streamed job: rows are filled from the queue as they become free. Steps in which all rows join count as prefill."""
+        (state, before), waiting, watches = self._init_queue(session, requests, batch_shape), tuple(requests), {}
+        now = moved(state.runtime)
+        session.figures.add_prefill_bytes(before, now)
+        while waiting or not state.done:
+            state, waiting = admit(state, waiting, session.plan.lookahead)
+            watches |= {state.requests[row].id: Stopwatch() for row in np.flatnonzero(state.joining)}
+            watch, before = Stopwatch(), now
+            state, info = session.counted_step(state)
+            now = moved(state.runtime)
+            info = info._replace(below=now.below.since(before.below))  # the link's thread reads between two steps too
+            if not info.active.any():
+                session.figures.add_prefill(watch.seconds)
+                session.figures.add_prefill_bytes(before, now)
+                continue
+            session.figures.add_step(info)
+            if on_step is not None:
+                on_step(info)
+            yield from step_events(session.model, state, info, watches)
+        session.resources.put_back(state, batch_shape)
+
+    def _init_queue(self, session: Session, requests: list[Request], batch_shape: BatchShape) -> tuple[State, Moved]:
+        """A compiled state with no request in its rows, and what had moved before its pool was made."""
+        runtime, account = job = session.resources.take(batch_shape)
+        before, memory = moved(runtime), session.resources.expert_memory(job)
+        pages = no_pages(batch_shape.rows, batch_shape.positions, account.kv_pages)
+        params = [request.params for request in requests]
+        state = State(
+            requests=(None,) * batch_shape.rows,
+            kv=_new_host_kv(runtime, pages, batch_shape.chunk),
+            memory=memory,
+            lengths=np.zeros(batch_shape.rows, np.int32),
+            last_token=np.zeros(batch_shape.rows, np.int32),
+            generated=((),) * batch_shape.rows,
+            finish_reasons=("padding",) * batch_shape.rows,
+            rows=sampling_rows([SamplingParams()] * batch_shape.rows),
+            adaptive_length=session.resources.new_adaptive_length(batch_shape),
+            draft_memory=new_draft_memory(runtime, batch_shape),
+            runtime=runtime,
+        )
+        for kind in {p.temperature == 0: p for p in params}.values():  # greedy and sampled batches run different programs
+            state = session.warm(state._replace(rows=sampling_rows([kind] * batch_shape.rows)), batch_shape)
+        return state, before
+
+
+def _first_buffers(runtime: Runtime) -> Buffers:
+    """The pinned layers, and the layer buffers: the first streamed layers are on their way into all but one of them."""
+    store, index = runtime.experts.store, runtime.config.moe_index
+    # In the link's thread, as every stream: a disk tier has one caller, and an abandoned job's may still be at it.
+    stay = [
+        runtime.context.workers.link.submit(store.stream, store.new_buffer(), store.send_for(index[layer]))
+        for layer in runtime.experts.pinned_layers
+    ]
+    pinned = tuple(stream.result() for stream in stay)
+    streamed = [moe for moe, layer in enumerate(runtime.config.moe_layers) if layer not in runtime.experts.pinned_layers]
+    if not streamed:
+        return Buffers(spare=None, readers=(), coming=(), pinned=pinned)
+    first = (streamed * runtime.plan.layer_buffers)[: runtime.plan.layer_buffers - 1]  # a model of one layer has two buffers too
+    coming = tuple(runtime.context.workers.link.submit(store.stream, store.new_buffer(), store.send_for(moe)) for moe in first)
+    return Buffers(spare=store.new_buffer(), readers=(), coming=coming, pinned=pinned)
+
+
+def _new_host_kv(runtime: Runtime, pages: Pages, chunk: int) -> HostKV:
+    """A paged cache of zeros in host memory, in the plan's dtype."""
+    # A chunk below the plan's is as long as the longest prompt.
+    staged = chunk if chunk < runtime.plan.prefill_chunk else staged_positions(pages.table.shape[1] * KV_PAGE, chunk)
+    caches = (
+        empty_pages(layer.attention, len(pages.free), runtime.plan.dtype, runtime.context.host) for layer in runtime.config.layers
+    )
+    return HostKV(caches=tuple(caches), pages=pages, chunk=chunk, staged=staged)
+
+
+def _all_rows(runtime: Runtime, pieces: list[jax.Array], running: list[bool]) -> jax.Array | None:
+    """The micro-batches in their order, zeros [b, ...] for those that were left out; None if all were."""
+    if not pieces:
+        return None
+    given, nothing = iter(pieces), np.zeros(pieces[0].shape, pieces[0].dtype)
+    return _rows([next(given) if runs else jax.device_put(nothing, runtime.context.device) for runs in running])
+
+
+_rows = jax.jit(lambda pieces: jnp.concatenate(pieces) if len(pieces) > 1 else pieces[0])
+
+
+FLOW = StreamFlow()

@@ -1,0 +1,13 @@
+"""A draft object of the user's: nothing is known of what it costs."""
+
+from specmoe_jax.planner.drafts.checks import TREE_FIELDS
+from specmoe_jax.planner.drafts.protocol import DraftDescription
+
+
+class CustomDraft(DraftDescription):
+    name = "custom"
+    fields = TREE_FIELDS
+    given = "draft"
+
+
+DRAFT = CustomDraft()

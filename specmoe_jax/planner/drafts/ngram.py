@@ -1,0 +1,17 @@
+"""Prompt lookup: its look-ups on the host are all that it costs."""
+
+from specmoe_jax.planner.drafts.protocol import DraftDescription
+
+
+class NgramDraft(DraftDescription):
+    name = "ngram"
+    assumed_acceptance = 0.2
+
+    def operator(self, *, trees: bool) -> str:
+        return "lookup"
+
+    def measured_seconds(self, plan, config, operators, case) -> float:
+        return operators.seconds("lookup", rows=case.rows, read=case.rows * case.context)
+
+
+DRAFT = NgramDraft()

@@ -1,0 +1,96 @@
+"""Experts are fetched when a router asks for them; those that a plan keeps are hits."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.presets import preset
+from specmoe_jax.planner import costs, routing
+from specmoe_jax.planner.costs import DISK, Cost
+from specmoe_jax.planner.drafts.search_starts import SearchStart, expert_counts
+from specmoe_jax.planner.flows.pooled import PooledFlow
+from specmoe_jax.planner.layer_costs import attention_block
+from specmoe_jax.planner.measured.case import Case, MeasuredPass, kept_experts, layer_work, pinned_slots
+from specmoe_jax.planner.measured.operators import Operators
+from specmoe_jax.planner.memory.account import pinned_experts
+from specmoe_jax.planner.memory.memory_account import arriving_experts
+from specmoe_jax.planner.passes import LayerCosts, Setting
+
+GATES_RIGHT = 0.8  # of a pass's misses, the share that the draft's gates foresee (prefetch=draft)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnDemandFlow(PooledFlow):
+    def moving_experts(self, config: ModelConfig, expert_bytes: int) -> int:
+        return arriving_experts(expert_bytes, config.num_experts)
+
+    def crossing_experts(self, config: ModelConfig, plan: Plan, probabilities: tuple[float, ...], tokens: float) -> float:
+        return routing.missed(probabilities, tokens, pinned_experts(config, plan)[0])
+
+    def layer_costs(self, setting: Setting, index: int, moe: int | None) -> LayerCosts:
+        config, load, itemsize = setting.config, setting.load, setting.itemsize
+        block: list[Cost] = attention_block(config, index, load, itemsize, tier=setting.plan.cache_tier)
+        if moe is None:
+            return LayerCosts(block)
+        missed = _missed(setting, moe)
+        used, one = routing.distinct(setting.probabilities, load.tokens), setting.account.expert_bytes
+        block.append(costs.experts(config, load.tokens, used, itemsize, expert_bytes=one, programs=_waves(setting, missed)))
+        return LayerCosts(block, [costs.fetch(one, missed), *_disk_reads(setting, missed)], missed, waits=True)
+
+    def measured_pass(
+        self, config: ModelConfig, plan: Plan, operators: Operators, case: Case, drafted_s: float, *, accelerator_is_cpu: bool
+    ) -> MeasuredPass:
+        """Layer by layer: attention, then the misses over the link, then the experts."""
+        new, layers = plan.tokens_per_pass, config.num_moe_layers
+        work = layer_work(case.rows, new, case.context)
+        tokens = case.choosing(new)
+        used = routing.distinct(case.probabilities, tokens)
+        misses = routing.missed(case.probabilities, tokens, kept_experts(config, plan, case))
+        expert_s = operators.expert_bytes / plan.link_bytes_per_s if plan.link_bytes_per_s else 0.0
+        ahead = 0.0  # of a layer's misses, those that arrive while drafting, in slots that no dispatch needs
+        if plan.prefetch == "draft" and expert_s:
+            spare = max(case.slots - case.wanted_slots, 0)
+            ahead = min(GATES_RIGHT * misses, drafted_s / expert_s / layers, spare / layers)
+        copied = misses - ahead
+        waves = max(1, math.ceil(used / max(case.slots - pinned_slots(config, plan), 1))) if case.slots < case.wanted_slots else 0
+        without_s = operators.seconds("on_demand_layer", blocks=used, misses=0, waves=waves, **work)
+        with_s = operators.seconds("on_demand_layer", blocks=used, misses=copied, waves=waves, **work)
+        link_s = misses * expert_s if expert_s else with_s - without_s
+        layer_s = max(with_s, without_s + copied * expert_s)
+        naive_s = max(without_s, link_s)
+        dense_s = (config.num_layers - layers) * operators.seconds("attention", **work)
+        return MeasuredPass(layers * layer_s + dense_s, drafted_s + layers * naive_s + dense_s, layers * link_s, layers * misses)
+
+    def search_starts(self, config: ModelConfig) -> Iterable[SearchStart]:
+        retain = ("retain", (False, True))
+        return (
+            SearchStart(preset("on_demand", config), (retain,)),
+            SearchStart(preset("caching", config), (("cached_experts", expert_counts(config.num_experts)), retain)),
+        )
+
+
+def _missed(setting: Setting, moe: int) -> float:
+    """Experts of a layer that cross the link in one pass. retain: the free slots hold experts of all layers in equal shares."""
+    resident = float(pinned_experts(setting.config, setting.plan)[moe])
+    if setting.plan.retain:
+        resident += max(setting.account.num_slots - setting.account.pinned_slots, 0) / setting.config.num_moe_layers
+    return routing.missed(setting.probabilities, setting.load.tokens, min(resident, setting.config.num_experts))
+
+
+def _waves(setting: Setting, missed: float) -> int:
+    free = max(setting.account.num_slots - setting.account.pinned_slots, 1)
+    return max(1, -(-round(missed) // free))
+
+
+def _disk_reads(setting: Setting, missed: float) -> list[Cost]:
+    """Of the missed experts those that are not in host memory, which keeps the most popular ones in equal shares of the layers."""
+    if setting.plan.expert_tier != "disk":
+        return []
+    held = setting.account.host_experts / setting.config.num_expert_layers
+    absent = min(routing.missed(setting.probabilities, setting.load.tokens, min(held, setting.config.num_experts)), missed)
+    return [costs.fetch(setting.account.expert_bytes, absent, operator="read", resource=DISK)]
+
+
+FLOW = OnDemandFlow("on_demand", all_resident=False, fetches_misses=True)

@@ -1,0 +1,82 @@
+"""What flows over a pool of expert slots share: whole rows of KV cache, and batches of requests one after the other."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.planner.costs import Load
+from specmoe_jax.planner.flows.protocol import FlowMemory
+from specmoe_jax.planner.memory.account import pinned_experts
+from specmoe_jax.planner.memory.memory_account import MemoryAccount, PagedLoad
+from specmoe_jax.planner.passes import LayerCosts, Setting, Timing, layer_by_layer
+
+
+@dataclasses.dataclass(frozen=True)
+class PooledFlow:
+    """The answers that the resident and the on_demand flow have in common; see protocol.ExpertFlow."""
+
+    name: str
+    all_resident: bool
+    fetches_misses: bool
+    workers: bool = False
+    host_cache_policy: str = "frequency"
+
+    def check(self, plan: Plan, config: ModelConfig) -> None:
+        """Nothing beyond what the table of a plan's fields says."""
+
+    def is_measured(self, plan: Plan) -> bool:
+        return not plan.cache_tier.on_host
+
+    def batch_rows(self, plan: Plan, rows: int) -> int:
+        return rows
+
+    def paged_load(self, plan: Plan, sizes: Sequence[tuple[int, int]], rows: int) -> PagedLoad | None:
+        return None
+
+    def running_rows(self, plan: Plan, account: MemoryAccount, tokens: int) -> int:
+        return plan.batch_size
+
+    def memory(self, config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int, paged: PagedLoad | None) -> FlowMemory:
+        tokens = max(plan.tokens_per_pass, plan.prefill_chunk) * batch_rows
+        dispatch = min(config.num_experts, tokens * config.experts_per_token)
+        pinned = sum(pinned_experts(config, plan))
+        return FlowMemory(
+            pass_tokens=tokens,
+            dispatch=dispatch,
+            pinned_slots=pinned,
+            wanted_slots=pinned + (0 if pinned == config.num_expert_layers * config.num_experts else dispatch),
+            cached_positions=batch_rows * positions,
+        )
+
+    def smallest_slots(self, account: MemoryAccount) -> int:
+        """One free slot carries a dispatch, wave by wave."""
+        return min(account.pinned_slots + 1, account.num_slots)
+
+    def what_needs_slots(self, plan: Plan) -> str:
+        return "one layer's dispatch"
+
+    def fill_budget(self, account: MemoryAccount, config: ModelConfig, plan: Plan) -> MemoryAccount:
+        return account
+
+    def without_budget(self, plan: Plan) -> Plan:
+        return plan
+
+    def prefill_seconds(self, setting: Setting, prompt_tokens: int) -> float:
+        """One chunk after the other."""
+        chunk = min(setting.plan.prefill_chunk, prompt_tokens)
+        load = Load(setting.load.rows, chunk, prompt_tokens / 2)
+        each = setting._replace(load=load, plan=setting.plan.replace(prefetch="none"))
+        return self.time_pass(each, 0.0).iteration_s * prompt_tokens / chunk
+
+    def time_pass(self, setting: Setting, draft_s: float) -> Timing:
+        return layer_by_layer(setting, draft_s, self.layer_costs)
+
+    def layer_costs(self, setting: Setting, index: int, moe: int | None) -> LayerCosts:
+        """Of a layer in a pass; moe: its place among those with experts."""
+        raise NotImplementedError
+
+    def busy_share(self, requests: int, rows: int, slowest_row_factor: float) -> float:
+        """Each batch runs until the last of its rows has ended."""
+        batches = -(-requests // rows)
+        return requests / (batches * rows) / slowest_row_factor

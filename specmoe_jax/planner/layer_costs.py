@@ -1,0 +1,37 @@
+"""Costs of a layer and of a resident pass, piece by piece in the order in which they run, for the target and for drafts. Pure."""
+
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.kv_cache.tiers import KvTier
+from specmoe_jax.offload.stream_schedule import ACCELERATOR, CPU
+from specmoe_jax.planner import costs
+from specmoe_jax.planner.costs import Cost, Load
+
+
+def resident_pass(
+    config: ModelConfig, load: Load, distinct: float, itemsize: int, *, tier: KvTier, expert_bytes: float | None = None
+) -> tuple[Cost, ...]:
+    """All layers and the head without a copy of an expert. distinct: experts of a layer that are used."""
+    found = [costs.embed(config, load, itemsize)]
+    for index in range(config.num_layers):
+        found += attention_block(config, index, load, itemsize, tier=tier)
+        if config.moe_index[index] is not None:
+            programs = int(tier.on_host)
+            found.append(costs.experts(config, load.tokens, distinct, itemsize, expert_bytes=expert_bytes, programs=programs))
+    return (*found, costs.head(config, load.tokens, itemsize))
+
+
+def attention_block(config: ModelConfig, index: int, load: Load, itemsize: int, *, tier: KvTier) -> list[Cost]:
+    """A layer up to its router: one program with a cache on the accelerator, else three and two copies."""
+    layer, sizes = config.layers[index], costs.layer_sizes(config)[index]
+    on_cpu = tier.on_host
+    attend = costs.attention(layer.attention, load, itemsize, resource=CPU if on_cpu else ACCELERATOR, programs=int(on_cpu))
+    around = [costs.queries_down(layer.attention, load, itemsize)], [costs.attended_up(layer.attention, load, itemsize)]
+    before, after = around if on_cpu else ([], [])
+    return [
+        costs.projections(sizes.before, load, itemsize),
+        *before,
+        attend,
+        *after,
+        *([costs.cross_attention(layer.cross, load, itemsize)] if layer.cross else []),
+        costs.projections(sizes.after, load, itemsize, programs=int(on_cpu)),
+    ]

@@ -1,0 +1,77 @@
+"""The benchmark's tables on tiny sizes: every table runs, its figures agree with each other, and all are stamped."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+import specmoe_jax as sm
+from specmoe_jax.benchmarks import plots, specmoe
+from specmoe_jax.benchmarks.rounds import Case, Job, compare
+from specmoe_jax.models.synthetic import NLLB_SHAPED, TOPIC, synthetic_model, synthetic_prompts
+from specmoe_jax.support.statistics import gini
+from specmoe_jax.testing import TINY
+from tests.cli.benchmark_tables import check_table
+
+PROMPTS = tuple((7 * i % 250, 3, i) for i in range(4))
+LINK = 1e9
+
+
+@pytest.fixture(scope="module")
+def setting(model):
+    return specmoe.Setting(
+        model=model,
+        link_bytes_per_s=LINK,
+        acceptance=0.5,
+        experts=2,
+        length=2,
+        batches=(1, 4),
+        job=lambda batch: Job(prompts=PROMPTS[:batch], rounds=2, tokens=2),
+        quick=True,
+    )
+
+
+@pytest.mark.parametrize("table", [name for name in specmoe.TABLES if name != "batches"])
+def test_every_table_runs_and_is_stamped(setting, table, tmp_path):
+    rows = specmoe.TABLES[table](setting._replace(batches=(4,)))
+    check_table(rows)
+
+
+def test_batches_and_growth(setting, tmp_path):
+    rows = specmoe.with_growth(specmoe.batches(setting))
+    assert rows["on_demand @ 1"]["bytes_growth"] == rows["specmoe @ 1"]["bytes_growth"] == 1
+    on_demand = rows["on_demand @ 4"]
+    assert on_demand["bytes_growth"] > 1 and on_demand["tokens_per_step"] == 1
+    least, most = rows["specmoe @ 4"]["ratios"]["link_bytes_per_token"][1:]
+    assert least <= rows["specmoe @ 4"]["link_bytes_per_token"] / on_demand["link_bytes_per_token"] <= most
+    assert "oracle_prefetch" in rows["overlap @ 4"]["synthetic"] and "oracle_prefetch" not in on_demand["synthetic"]
+    pytest.importorskip("matplotlib")
+    plots.save({"suite": "specmoe", "model": "tiny", "tables": {"batches": rows}}, tmp_path)
+    assert (tmp_path / "specmoe_tiny_batches.png").stat().st_size > 1000
+
+
+def test_nobody_finishes_while_measuring(model):
+    plan = sm.PRESETS["specmoe"](TINY).replace(draft_experts=2, draft_length=3, synthetic_acceptance=0.8)
+    row = compare(model, [Case("specmoe", plan)], Job(prompts=PROMPTS, rounds=3, tokens=3))["specmoe"]
+    assert row["new_tokens"] == pytest.approx(row["tokens_per_step"] * row["steps"] * len(PROMPTS))
+
+
+def test_the_synthetic_model_is_as_skewed_as_asked_and_counts():
+    config = dataclasses.replace(NLLB_SHAPED, num_layers=2, num_experts=32)
+    model = synthetic_model(config, skew=0.6)
+    assert model.synthetic == ("synthetic_routing",)
+    prompts = synthetic_prompts(config, 32, 17)
+    engine = sm.Engine(model, sm.PRESETS["on_demand"](config).replace(batch_size=32))
+    counts = np.zeros((2, 32))
+
+    def count(info):
+        for layer, ids in enumerate(info.verify.routing):
+            counts[layer] += np.bincount(ids.ravel(), minlength=32)
+
+    completions = engine.generate(prompts, sm.SamplingParams(max_new_tokens=16), on_step=count)
+    assert [gini(row) for row in counts] == pytest.approx([0.6, 0.6], abs=0.06)
+    assert "synthetic_routing" in engine.stats()["synthetic"]
+    for prompt, completion in zip(prompts, completions, strict=True):
+        text = (*prompt, *completion.token_ids)
+        assert all(b == (a + 1 if (a + 1) % TOPIC else a + 1 - TOPIC) for a, b in itertools.pairwise(text))

@@ -1,0 +1,156 @@
+"""scripts/explain.py on headers alone: quick, with the memory that the engine itself accounts for, and refusals that help."""
+
+import json
+import re
+import shlex
+import types
+
+import numpy as np
+import pytest
+
+from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
+from specmoe_jax.config.presets import PRESETS
+from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.engine.requests import prepare as requests
+from specmoe_jax.engine.requests.prepare import check_job
+from specmoe_jax.planner.machines import machine
+from specmoe_jax.support.units import GIB
+from tests.planner.synthetic_headers import CONFIGS, write_headers
+
+PROMPT, NEW = 512, 128
+
+
+@pytest.fixture(scope="module")
+def headers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("headers")
+    return {name: write_headers(folder / name, raw) for name, raw in CONFIGS.items()}
+
+
+def shown(ran):
+    assert ran.code == 0, ran.err
+    return json.loads(ran.out)
+
+
+@pytest.mark.parametrize("preset", ["specmoe", "streaming"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_memory_is_the_engines_own_account(explain, headers, name, preset, monkeypatch):
+    """The engine's account of such a job, from requests of these lengths; no weight is read: there is none behind the headers."""
+    config = load_config(headers[name])
+    if preset == "streaming" and config.encoder is not None:
+        pytest.skip("expert_flow=stream is for decoders alone")
+    found = shown(
+        explain(f"--model={headers[name]}", "--hardware=h200", f"--preset={preset}", "--batch_size=8", "--skew=0.3", "--json")
+    )
+    plan = PRESETS[preset](config).replace(dtype="bfloat16", batch_size=8).resolved(accelerator_is_cpu=False)
+    model = types.SimpleNamespace(config=config, tokenizer=None)
+    monkeypatch.setattr(requests, "accelerator_is_cpu", lambda: False)  # as on a machine with an H200
+    own = check_job(model, plan, [(5,) * PROMPT] * 8, SamplingParams(max_new_tokens=NEW))
+    assert found["accelerator_gib"]["all"] == pytest.approx(own.accelerator_bytes / GIB, rel=0.02)
+    assert found["host_gib"]["all"] == pytest.approx(own.host_bytes / GIB, rel=0.02)
+    assert found["host_gib"]["experts, pinned"] == pytest.approx(own.host_expert_bytes / GIB)
+    low, high = found["tokens_per_s_interval"]
+    assert low < found["tokens_per_s"] < high and found["largest_batch"] >= 8 and found["load_s"] > 0
+
+
+def test_stored_bytes_are_those_of_the_files(explain, headers):
+    """MXFP4 takes a quarter of bfloat16 on disk, and as much as it in memory."""
+    found = shown(explain(f"--model={headers['gpt_oss_120b']}", "--hardware=h200", "--json"))
+    assert found["disk_gib"] == pytest.approx((headers["gpt_oss_120b"] / "model.safetensors").stat().st_size / GIB, rel=1e-3)
+    assert found["disk_gib"] < found["host_gib"]["experts, pinned"] / 3
+
+
+REFUSED = {
+    "device memory": ("mixtral_8x7b", "--hardware=l4 --preset=specmoe --batch_size=4096 --host_memory_gib=200"),
+    "device memory of 15": ("mixtral_8x7b", "--hardware=t4 --preset=resident --host_memory_gib=200"),
+    "host memory of 48": ("mixtral_8x7b", "--hardware=tpu_v5e --preset=on_demand"),
+    "host memory holds": ("mixtral_8x7b", "--hardware=a30 --preset=streaming --batch_size=4000"),
+    "2 layers' experts": ("gpt_oss_120b", "--hardware=l4 --preset=streaming --host_memory_gib=300 --device_memory_gib=10"),
+}
+
+
+@pytest.mark.parametrize("says", REFUSED)
+def test_a_refusal_names_resource_shortage_and_a_plan_that_works(explain, headers, says):
+    name, arguments = REFUSED[says]
+    given = [f"--model={headers[name]}", *arguments.split()]
+    ran = explain(*given)
+    assert ran.code == 1 and says in ran.err and ran.err.count("\n") == 1
+    assert re.search(r"[GM]iB (short|more)", ran.err)
+    flags = shlex.split(ran.err.split("the nearest that fits ")[1].split(": ", 1)[1])
+    assert explain(*given, *flags).code == 0
+
+
+def test_where_nothing_fits_it_says_what_would(explain, headers):
+    ran = explain(f"--model={headers['mixtral_8x7b']}", "--hardware=a30", "--device_memory_gib=1")
+    assert ran.code == 1 and "no plan near this one fits A30" in ran.err and "GiB there" in ran.err
+
+
+def test_the_twin_shows_presets_and_policies(explain, headers, tmp_path):
+    trace = np.random.default_rng(0).integers(0, 3, (20, 4, 8))
+    np.save(tmp_path / "trace.npy", trace)
+    found = shown(
+        explain(
+            f"--model={headers['mixtral_8x7b']}", "--hardware=h100", "--simulate", "--json", f"--trace={tmp_path / 'trace.npy'}",
+            "--cache_experts=8", "--acceptance=eagle_mixtral", "--draft_length=5",
+        )
+    )  # fmt: skip
+    assert set(found["presets"]) == set(PRESETS) - {"overlap"}
+    assert found["presets"]["specmoe"]["bytes x on_demand"] < 1
+    cache = found["cache"]
+    assert cache["experts_needed"] == (trace > 0).sum()
+    table = explain("--model=demo", "--hardware=h100", "--simulate").out.splitlines()
+    assert any("tokens_per_s" in line and "binding_resource" in line for line in table)
+    assert all(cache["fetched, belady"] <= cache[f"fetched, {name}"] for name in ("lru", "frequency", "hot_temporal"))
+
+
+def test_a_config_alone_is_enough(explain, headers, tmp_path):
+    (tmp_path / "spec").mkdir()
+    (tmp_path / "spec" / "config.json").write_text((headers["qwen3_30b_a3b"] / "config.json").read_text())
+    (tmp_path / "mine.json").write_text(machine("l4").replace(name="mine", host_memory_bytes=2e11).to_json())
+    ran = explain(f"--model={tmp_path / 'spec'}", f"--hardware={tmp_path / 'mine.json'}")
+    assert ran.code == 0, ran.err
+    assert "binding_resource" in ran.out and "mine" in ran.out and "disk_gib" in ran.out
+
+
+def test_without_a_machine_it_is_this_one(explain, explain_script, monkeypatch):
+    mine = machine("l4").replace(name="mine", measured=True)
+    monkeypatch.setattr(explain_script, "probe", lambda **_: mine)
+    found = shown(explain("--model=demo", "--json"))
+    assert found["machine"] == "mine" and not any("data sheets" in said for said in found["assumptions"])
+
+
+def test_every_field_of_a_plan_that_generate_takes_can_be_asked_about(explain, explain_script, generate_script):
+    named = {spec.flag for spec in explain_script.plan_flags.FIELDS.values()}
+    assert named <= set(generate_script.flags.FLAGS) & set(explain_script.flags.FLAGS)
+    asked = ("--model=demo", "--hardware=a30", "--preset=streaming", "--batch_size=4", "--json")
+    two, three = (shown(explain(*asked, f"--layer_buffers={count}"))["accelerator_gib"]["all"] for count in (2, 3))
+    config = load_config(checkpoint_path("demo"))
+    assert (three - two) * GIB == pytest.approx(config.num_experts * config.expert_params * 2)  # bfloat16
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--hardware=abacus"], "known are a30"),
+        (["--hardware=no/such.json"], "cannot read the hardware"),
+        (["--hardware=a30", "--acceptance=often"], "probability"),
+        (["--hardware=a30", "--preset=on_demand", "--gantt=x.png"], "streaming or specmoeoff"),
+        (["--hardware=a30", "--simulate", "--trace=nothing.npy"], "cannot read the trace"),
+        (["--hardware=a30", "--draft=ngram", "--prefetch=draft"], "prefetch=draft has no effect"),
+        (["--hardware=a30", "--skew=0.9"], "experts a token allow"),
+        (["--hardware=a30", "--trace=x.npy"], "--trace has no effect without --simulate"),
+        (["--hardware=a30", "--simulate", "--gantt=x.png"], "--gantt has no effect with --simulate"),
+    ],
+)
+def test_wrong_usage_is_one_line(explain, arguments, says):
+    ran = explain("--model=demo", *arguments)
+    assert ran.code in (1, 2) and says in ran.err and ran.err.count("\n") == 1
+
+
+def test_pictures(explain, tmp_path):
+    pytest.importorskip("matplotlib")
+    ran = explain(
+        "--model=demo", "--hardware=a30", "--preset=streaming", "--batch_size=8", f"--roofline={tmp_path / 'roofline.png'}",
+        f"--gantt={tmp_path / 'pass.png'}",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in ("roofline.png", "pass.png"))

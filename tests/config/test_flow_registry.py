@@ -1,0 +1,81 @@
+"""Every registered expert flow and KV tier offers both of its halves, and nothing else in the package looks at their names."""
+
+import ast
+import inspect
+import pathlib
+
+import pytest
+
+import specmoe_jax
+from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.registry import EXPERT_FLOWS, KV_TIERS, Choice
+from specmoe_jax.engine.flows import protocol as executors
+from specmoe_jax.planner.flows import protocol as descriptions
+from specmoe_jax.support.errors import PlanError
+
+PACKAGE = pathlib.Path(specmoe_jax.__file__).parent
+OWNERS = ("flows", "drafts", "config")  # folders that may read the names
+
+
+def asked(protocol: type) -> set[str]:
+    """Names of what a protocol asks for."""
+    found = set()
+    for base in protocol.__mro__:
+        if base.__module__.startswith("specmoe_jax."):
+            found |= set(base.__annotations__) | {name for name, value in vars(base).items() if inspect.isfunction(value)}
+    return {name for name in found if not name.startswith("_")}
+
+
+def signature(function) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+@pytest.mark.parametrize("name", list(EXPERT_FLOWS))
+def test_a_flow_has_both_halves(name):
+    flow, executor = EXPERT_FLOWS.description(name), EXPERT_FLOWS.executor(name)
+    assert flow.name == name
+    protocol = executors.PooledFlow if hasattr(executor, "target_pass") else executors.ExpertFlow
+    for half, asks in ((flow, descriptions.ExpertFlow), (executor, protocol)):
+        for member in asked(asks):
+            assert hasattr(half, member), f"{half} lacks {member}"
+            if callable(getattr(asks, member, None)):
+                assert signature(getattr(half, member)) == signature(getattr(asks, member)), member
+                assert getattr(half, member).__module__ != asks.__module__, f"{half} does not implement {member}"
+
+
+@pytest.mark.parametrize("name", list(KV_TIERS))
+def test_a_tier_has_both_halves(name):
+    tier, executor = KV_TIERS.description(name), KV_TIERS.executor(name)
+    assert tier.name == name and isinstance(tier.on_host, bool)
+    for member in asked(executors.KvTier):
+        assert signature(getattr(executor, member)) == signature(getattr(executors.KvTier, member)), member
+
+
+def test_what_is_asked_is_found():
+    assert {"name", "check", "time_pass"} <= asked(descriptions.ExpertFlow)
+    assert {"run_pass", "target_pass"} <= asked(executors.PooledFlow)
+
+
+def test_a_plan_knows_its_flow_and_tier():
+    plan = Plan(preset="p", expert_flow="stream", kv_tier="host")
+    assert plan.flow is EXPERT_FLOWS.description("stream") and plan.cache_tier is KV_TIERS.description("host")
+
+
+def test_a_flow_can_be_added():
+    own = Choice("specmoe_jax.planner.flows.resident:FLOW", "specmoe_jax.engine.flows.resident:FLOW")
+    EXPERT_FLOWS.register("own", own)
+    try:
+        assert Plan(preset="p", expert_flow="own").flow.all_resident
+    finally:
+        EXPERT_FLOWS.unregister("own")
+    with pytest.raises(PlanError, match="expert_flow is 'own'; it must be one of resident, on_demand, stream"):
+        Plan(preset="p", expert_flow="own").flow  # noqa: B018 (raises)
+
+
+@pytest.mark.parametrize("field", ["expert_flow", "kv_tier"])
+def test_only_the_owners_read_the_names(field):
+    for path in PACKAGE.rglob("*.py"):
+        if set(path.relative_to(PACKAGE).parts) & set(OWNERS):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.Attribute) and node.attr == field), f"{path}:{node.lineno} reads {field}"

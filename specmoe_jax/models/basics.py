@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specmoe_jax import ops
 from specmoe_jax.config.layer_config import Rope
 
 
@@ -34,15 +35,8 @@ def sinusoids(positions: jax.Array, dim: int) -> jax.Array:
 
 
 def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., in] times weight [out, in], the layout of checkpoints; accumulates in float32."""
-    y = jax.lax.dot_general(
-        x,
-        weight,
-        (((x.ndim - 1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    return y.astype(x.dtype)
+    """x [..., in] times weight [out, in], the layout of checkpoints, in x's dtype; accumulates in float32."""
+    return ops.dense_product(x, weight).astype(x.dtype)
 
 
 def rope(x: jax.Array, positions: jax.Array, config: Rope | None) -> jax.Array:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from specmoe_jax import ops
 from specmoe_jax.config.layer_config import AttentionConfig, Embedding, Head, LayerConfig
 from specmoe_jax.models import latent
 from specmoe_jax.models.attention import scores_and_values, within
@@ -109,7 +110,7 @@ def final_norm(norm_eps: float, weights: Weights, h: jax.Array) -> jax.Array:
 
 def output(matrix: jax.Array, x: jax.Array) -> jax.Array:
     """Logits [..., V] float32 of x [..., M] by an output matrix [V, M]."""
-    return linear(x.astype(jnp.float32), matrix.astype(jnp.float32))
+    return ops.dense_product(x, matrix)
 
 
 def output_matrix(weights: Weights) -> jax.Array:

@@ -96,7 +96,7 @@ DEFINED = {"draft", "draft_length", "device_memory_gib", "link_gbps", "guard", "
         ("the smallest that works is device_memory_bytes=1073741825", "the smallest that works is --device_memory_gib=1.000001"),
         ("link_bytes_per_s=1000000000.0 has no effect", "--link_gbps=1 has no effect"),
         ("guard=True adapts the length; leave out guard", "--guard adapts the length; leave out guard"),
-        ("draft=model and draft_model go together", "--draft=model and --draft_model go together"),
+        ("draft=model and draft_model go together", "--draft=model and --draft_model=DIR go together"),
         ("draft_experts=(2, 1) has", "--draft_experts=(2, 1) has"),
         ("cannot read /a/batch_size=3/draft_length", "cannot read /a/batch_size=3/draft_length"),
         ("a draft and 'batch_size'", "a draft and 'batch_size'"),

@@ -9,7 +9,7 @@ import numpy as np
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.flows.protocol import ExpertFlow, TargetPass
-from specmoe_jax.engine.flows.streaming import StreamedPass, stream_pass
+from specmoe_jax.engine.flows.stream_pass import StreamedPass, stream_pass
 from specmoe_jax.engine.requests.completion import TokenEvent, step_events
 from specmoe_jax.engine.requests.prepare import BatchShape
 from specmoe_jax.engine.requests.status import EMPTY

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -36,7 +37,9 @@ struct Pool {
   char* get(int64_t want) {
     if (want > bytes) {
       std::free(data);
+      bytes = 0;
       data = static_cast<char*>(std::aligned_alloc(4096, (want + 4095) / 4096 * 4096));
+      if (data == nullptr) throw std::bad_alloc();
       std::memset(data, 1, want);
       bytes = want;
     }

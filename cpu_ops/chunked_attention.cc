@@ -3,29 +3,14 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <thread>
 #include <vector>
 
-namespace specmoe {
+#include "scratch.h"
 
-float* thread_scratch(int slot, int64_t floats) {
-  struct Buffer {
-    float* data = nullptr;
-    int64_t size = 0;
-    ~Buffer() { std::free(data); }
-  };
-  thread_local Buffer buffers[4];
-  Buffer& b = buffers[slot];
-  if (b.size < floats) {
-    std::free(b.data);
-    b.size = (floats + 1023) / 1024 * 1024;
-    b.data = static_cast<float*>(std::aligned_alloc(64, b.size * sizeof(float)));
-  }
-  return b.data;
-}
+namespace specmoe {
 
 namespace {
 
@@ -105,7 +90,7 @@ struct Job {
     zero_rows(r, k);
     const int64_t rows = r.num_new * G;
     if (rows == 0) return;
-    float* p = thread_scratch(0, 2 * state_floats);
+    float* p = thread_scratch(Scratch::kAttentionStates, 2 * state_floats);
     AttentionState total = AttentionState::at(p, rows, args.D), part = AttentionState::at(p + state_floats, rows, args.D);
     clear(total, rows, args.D);
     for (int64_t c = 0; c < chunks_of(r); ++c) {
@@ -116,12 +101,28 @@ struct Job {
   }
 };
 
+struct ChunkTask {
+  const AttentionRequest* r;
+  int64_t k, c;
+  bool last;
+};
+
+// What a thread keeps from call to call, so that in a steady state nothing is allocated.
+struct Plan {
+  std::vector<AttentionRequest> requests;
+  std::vector<int64_t> order;
+  std::vector<ChunkTask> tasks;
+  std::vector<char> done;
+};
+
 // Chunks of all heads, in order, shared by the threads; whoever completes the next in order merges it. `slots` partial results
 // exist at once, so memory does not grow with the sequence; a thread that is too far ahead waits for a chunk that somebody is
 // working on.
 class Split {
  public:
-  Split(const Job& job, int threads) : job_(job), slots_(4 * threads), done_(slots_, 0) {
+  Split(const Job& job, int threads, Plan& plan) : job_(job), slots_(4 * threads), tasks_(plan.tasks), done_(plan.done) {
+    tasks_.clear();
+    done_.assign(slots_, 0);
     for (const AttentionRequest& r : job.requests) {
       for (int64_t k = 0; k < job.args.K; ++k) {
         job.zero_rows(r, k);
@@ -130,14 +131,27 @@ class Split {
         for (int64_t c = 0; c < n; ++c) tasks_.push_back({&r, k, c, c + 1 == n});
       }
     }
-    p_ = thread_scratch(0, (slots_ + 1) * job.state_floats);
+    p_ = thread_scratch(Scratch::kAttentionStates, (slots_ + 1) * job.state_floats);
   }
 
   int64_t size() const { return tasks_.size(); }
 
   void operator()(int64_t i) {
-    while (frontier_.load(std::memory_order_acquire) <= i - slots_) std::this_thread::yield();
-    const Task& t = tasks_[i];
+    try {
+      compute(i);
+    } catch (...) {
+      failed_.store(true, std::memory_order_release);
+      throw;
+    }
+  }
+
+ private:
+  void compute(int64_t i) {
+    while (frontier_.load(std::memory_order_acquire) <= i - slots_) {
+      if (failed_.load(std::memory_order_acquire)) return;  // the chunk that this one waits for never comes
+      std::this_thread::yield();
+    }
+    const ChunkTask& t = tasks_[i];
     AttentionState part = state(1 + i % slots_, *t.r);
     job_.chunk(*t.r, t.k, t.c, part);
     std::lock_guard<std::mutex> lock(mutex_);
@@ -150,19 +164,12 @@ class Split {
     frontier_.store(f, std::memory_order_release);
   }
 
- private:
-  struct Task {
-    const AttentionRequest* r;
-    int64_t k, c;
-    bool last;
-  };
-
   AttentionState state(int64_t slot, const AttentionRequest& r) {
     return AttentionState::at(p_ + slot * job_.state_floats, r.num_new * job_.G, job_.args.D);
   }
 
   void merge(int64_t i) {
-    const Task& t = tasks_[i];
+    const ChunkTask& t = tasks_[i];
     const int64_t rows = t.r->num_new * job_.G;
     AttentionState total = state(0, *t.r), part = state(1 + i % slots_, *t.r);
     if (t.c == 0) clear(total, rows, job_.args.D);
@@ -172,30 +179,37 @@ class Split {
 
   const Job& job_;
   int64_t slots_;
-  std::vector<Task> tasks_;
-  std::vector<char> done_;
+  std::vector<ChunkTask>& tasks_;
+  std::vector<char>& done_;
   float* p_;
   std::mutex mutex_;
   std::atomic<int64_t> frontier_{0};
+  std::atomic<bool> failed_{false};
 };
 
 }  // namespace
 
 void chunked_attention(const AttentionArgs& args, const KernelTable& kernels, Parallel& parallel) {
-  std::vector<AttentionRequest> requests;
-  requests.reserve(args.B);
+  thread_local Plan own;
+  Plan& plan = own;  // the tasks run on other threads, which have plans of their own
+  std::vector<AttentionRequest>& requests = plan.requests;
+  requests.clear();
   for (int64_t b = 0; b < args.B; ++b) requests.push_back(make_request(args, b));
   const int64_t G = args.H / args.K, max_rows = args.T * G;
   const Job job{args, kernels, requests, G, max_rows, AttentionState::floats(max_rows, args.D)};
   if (args.B * args.K < 4 * parallel.threads() && parallel.threads() > 1) {
-    Split split(job, parallel.threads());
+    Split split(job, parallel.threads(), plan);
     parallel.for_each(split.size(), split);
     return;
   }
   // Longest first: the last heads to be claimed are then the shortest, and no thread is left alone with a long one.
-  std::vector<int64_t> order(args.B);
+  std::vector<int64_t>& order = plan.order;
+  order.resize(args.B);
   for (int64_t b = 0; b < args.B; ++b) order[b] = b;
-  std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return requests[x].total > requests[y].total; });
+  std::sort(order.begin(), order.end(), [&](int64_t x, int64_t y) {
+    const int64_t lx = requests[x].total, ly = requests[y].total;
+    return lx != ly ? lx > ly : x < y;
+  });
   auto task = [&](int64_t i) { job.head(requests[order[i / args.K]], i % args.K); };
   parallel.for_each(args.B * args.K, task);
 }

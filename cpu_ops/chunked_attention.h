@@ -7,7 +7,7 @@
 
 namespace specmoe {
 
-enum class DType { kF32, kBF16, kI8 };
+enum class DType { kF32, kBF16, kI8, kI4 };
 
 // Tokens whose scores are held at once. 64 x 128 floats of K are 32 KiB, which the L1 of the machines in mind (32 to 48 KiB) just
 // holds while all query rows pass over it; one row's mask over the tile is one 64-bit word.
@@ -59,8 +59,5 @@ struct AttentionState {
 };
 
 void chunked_attention(const AttentionArgs& args, const KernelTable& kernels, Parallel& parallel);
-
-// A 64-byte aligned buffer of this thread, kept between calls; slot keeps two users apart.
-float* thread_scratch(int slot, int64_t floats);
 
 }  // namespace specmoe

@@ -1,7 +1,7 @@
 // XLA FFI face of chunked_attention: checks, then the call.
 #include "chunked_attention.h"
-#include "isa.h"
-#include "xla_parallel.h"
+
+#include "handler.h"
 
 namespace ffi = xla::ffi;
 
@@ -16,7 +16,7 @@ ffi::ErrorOr<DType> storage(ffi::DataType t, const char* what) {
       ffi::Error::InvalidArgument(std::string("chunked_attention: ") + what + " has a dtype that is not supported"));
 }
 
-ffi::Error wrong(const std::string& what) { return ffi::Error::InvalidArgument("chunked_attention: " + what); }
+ffi::Error wrong(const char* what) { return wrong_argument("chunked_attention", what); }
 
 #define SPECMOE_ASSIGN(target, expr)               \
   {                                                \
@@ -34,8 +34,13 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k_new, ffi
   const auto qd = q.dimensions(), vd = v_cache->dimensions(), kn = k_new.dimensions();
   if (qd.size() != 4 || kn.size() != 4 || vd.size() != 4) return wrong("q, k_new and v_cache must have 4 dimensions");
   AttentionArgs a{};
-  a.B = qd[0], a.T = qd[1], a.H = qd[2], a.D = qd[3], a.K = kn[2];
-  a.rows = vd[0], a.S = vd[2];
+  a.B = qd[0];
+  a.T = qd[1];
+  a.H = qd[2];
+  a.D = qd[3];
+  a.K = kn[2];
+  a.rows = vd[0];
+  a.S = vd[2];
   const auto td = table.dimensions();
   a.pages = td.size() == 2 ? td[1] : 0;
   a.table = a.pages > 0 ? table.typed_data() : nullptr;
@@ -48,19 +53,23 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k_new, ffi
   SPECMOE_ASSIGN(a.new_type, storage(k_new.element_type(), "k_new"));
   SPECMOE_ASSIGN(a.out_type, storage(out->element_type(), "out"));
   SPECMOE_ASSIGN(a.cache_type, storage(k_cache->element_type(), "k_cache"));
-  a.q = q.untyped_data(), a.k_new = k_new.untyped_data(), a.v_new = v_new.untyped_data();
-  a.lengths = lengths.typed_data(), a.num_new = num_new.typed_data();
+  a.q = q.untyped_data();
+  a.k_new = k_new.untyped_data();
+  a.v_new = v_new.untyped_data();
+  a.lengths = lengths.typed_data();
+  a.num_new = num_new.typed_data();
   a.mask = mask.element_count() == 0 ? nullptr : static_cast<const uint8_t*>(mask.untyped_data());
   a.mask_per_request = mask.dimensions().size() == 3;
-  a.k_cache = k_cache->untyped_data(), a.v_cache = v_cache->untyped_data();
-  a.k_scale = static_cast<float*>(k_scale->untyped_data()), a.v_scale = static_cast<float*>(v_scale->untyped_data());
+  a.k_cache = k_cache->untyped_data();
+  a.v_cache = v_cache->untyped_data();
+  a.k_scale = static_cast<float*>(k_scale->untyped_data());
+  a.v_scale = static_cast<float*>(v_scale->untyped_data());
   a.out = out->untyped_data();
-  a.scale = scale, a.softcap = softcap, a.window = window;
-  const KernelTable* kernels = isa_table(std::string(isa));
-  if (kernels == nullptr) return wrong("this machine or build has no kernels named " + std::string(isa));
-  XlaParallel parallel(pool, threads);
-  chunked_attention(a, *kernels, parallel);
-  return ffi::Error::Success();
+  a.scale = scale;
+  a.softcap = softcap;
+  a.window = window;
+  return run_kernel("chunked_attention", pool, threads, isa,
+                    [&](const KernelTable& table, Parallel& parallel) { chunked_attention(a, table, parallel); });
 }
 
 }  // namespace

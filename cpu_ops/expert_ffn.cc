@@ -4,6 +4,8 @@
 #include <cstring>
 #include <vector>
 
+#include "scratch.h"
+
 namespace specmoe {
 namespace {
 
@@ -11,70 +13,36 @@ namespace {
 // single expert feeds all cores. Few rows take up to eight times as much, since each unit waits for its first weights.
 constexpr int64_t kTaskBytes = 128 * 1024, kFewTaskBytes = 1024 * 1024;
 
-void float_rows(const FfnArgs& a, float* rows) {
-  const int64_t ld = padded(a.M);
+float value(const FfnArgs& a, int64_t i) {
+  if (a.x_type == DType::kF32) return static_cast<const float*>(a.x)[i];
+  const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(a.x)[i]) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// Where column m stands in split order.
+int64_t split(int64_t m, int lanes) {
+  const int64_t inside = m % (2 * lanes);
+  return m - inside + inside % 2 * lanes + inside / 2;
+}
+
+void float_rows(const FfnArgs& a, int lanes, float* rows) {
+  const int64_t ld = row_floats(a);
   for (int64_t i = 0; i < a.n; ++i) {
     float* to = rows + i * ld;
-    for (int64_t m = 0; m < a.M; ++m) {
-      if (a.x_type == DType::kF32) {
-        to[m] = static_cast<const float*>(a.x)[i * a.M + m];
-      } else {
-        const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(a.x)[i * a.M + m]) << 16;
-        std::memcpy(&to[m], &bits, 4);
-      }
+    std::fill(to + a.M / (2 * lanes) * (2 * lanes), to + ld, 0.0f);
+    if (a.w_type == DType::kI4) {
+      for (int64_t m = 0; m < a.M; ++m) to[split(m, lanes)] = value(a, i * a.M + m);
+    } else {
+      for (int64_t m = 0; m < a.M; ++m) to[m] = value(a, i * a.M + m);
     }
-    std::fill(to + a.M, to + ld, 0.0f);
   }
 }
 
-// A stable counting sort of the pairs by slot; pairs without an expert get zeros.
-std::vector<FfnGroup> group_by_slot(const FfnArgs& a, std::vector<int32_t>& pairs) {
-  const int64_t P = a.n * a.A;
-  std::vector<int32_t> start(a.R + 1, 0);
-  for (int64_t p = 0; p < P; ++p) {
-    const int32_t s = a.slots[p];
-    if (s >= 0 && s < a.R)
-      ++start[s + 1];
-    else
-      std::memset(a.y + p * a.M, 0, a.M * sizeof(float));
-  }
-  std::vector<FfnGroup> groups;
-  for (int64_t s = 0; s < a.R; ++s) {
-    const int64_t first = start[s], count = start[s + 1];
-    start[s + 1] += start[s];
-    if (count > 0) groups.push_back({s, count, pairs.data() + first, nullptr, nullptr});
-  }
-  for (int64_t p = 0; p < P; ++p) {
-    const int32_t s = a.slots[p];
-    if (s >= 0 && s < a.R) pairs[start[s]++] = static_cast<int32_t>(p);
-  }
-  return groups;
-}
-
-int64_t task_width(int64_t bytes_per_unit, int64_t multiple, int64_t bytes = kTaskBytes) {
-  return std::max<int64_t>(1, bytes / bytes_per_unit / multiple) * multiple;
-}
-
-int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
-
-bool is_few(const FfnGroup& g) { return g.count <= kFewRows; }
-
-// Gives the groups their buffers behind the float rows, all in one scratch buffer.
-void place(FfnArgs& a, std::vector<FfnGroup>& groups) {
-  const int64_t blocks = parts(a.F, kHiddenBlock);
-  int64_t floats = a.n * padded(a.M);
-  std::vector<int64_t> at;
-  for (const FfnGroup& g : groups) {
-    at.push_back(floats);
-    floats += g.count * padded(a.F) + (is_few(g) ? blocks * g.count * padded(a.M) : 0);
-  }
-  float* scratch = thread_scratch(2, floats);
-  a.rows = scratch;
-  for (size_t i = 0; i < groups.size(); ++i) {
-    groups[i].hidden = scratch + at[i];
-    groups[i].partial = groups[i].hidden + groups[i].count * padded(a.F);
-  }
-  float_rows(a, scratch);
+int64_t weight_row_bytes(const FfnArgs& a) {
+  if (a.w_type == DType::kI4) return groups_of(a.M) * (kGroup / 2 + 2);
+  return a.M * (a.w_type == DType::kF32 ? 4 : a.w_type == DType::kBF16 ? 2 : 1);
 }
 
 // Output columns [begin, end) of a group: all hidden units, or one block of them where rows are few.
@@ -83,30 +51,104 @@ struct OutputTask {
   int64_t block, begin, end;
 };
 
-std::vector<OutputTask> output_tasks(const FfnArgs& a, const std::vector<FfnGroup>& groups, int threads) {
-  const int64_t item = a.w_type == DType::kF32 ? 4 : 2, blocks = parts(a.F, kHiddenBlock), G = groups.size();
-  const int64_t strip = std::min<int64_t>(512, task_width(a.F * item, 64));
+// Who does what in a call. A thread keeps its own from call to call, so that in a steady state nothing is allocated.
+struct Plan {
+  std::vector<int32_t> pairs, start;
+  std::vector<int64_t> at;
+  std::vector<FfnGroup> groups;
+  std::vector<OutputTask> tasks;
+  std::vector<const FfnGroup*> few;
+};
+
+// A stable counting sort of the pairs by slot; pairs without an expert get zeros.
+void group_by_slot(const FfnArgs& a, Plan& plan) {
+  const int64_t P = a.n * a.A;
+  std::vector<int32_t>&start = plan.start, &pairs = plan.pairs;
+  start.assign(a.R + 1, 0);
+  pairs.resize(P);
+  plan.groups.clear();
+  for (int64_t p = 0; p < P; ++p) {
+    const int32_t s = a.slots[p];
+    if (s >= 0 && s < a.R)
+      ++start[s + 1];
+    else
+      std::memset(a.y + p * a.M, 0, a.M * sizeof(float));
+  }
+  for (int64_t s = 0; s < a.R; ++s) {
+    const int64_t first = start[s], count = start[s + 1];
+    start[s + 1] += start[s];
+    if (count > 0) plan.groups.push_back({s, count, pairs.data() + first, nullptr, nullptr});
+  }
+  for (int64_t p = 0; p < P; ++p) {
+    const int32_t s = a.slots[p];
+    if (s >= 0 && s < a.R) pairs[start[s]++] = static_cast<int32_t>(p);
+  }
+}
+
+int64_t task_width(int64_t bytes_per_unit, int64_t multiple, int64_t bytes = kTaskBytes) {
+  return std::max<int64_t>(1, bytes / bytes_per_unit / multiple) * multiple;
+}
+
+int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+
+// Whether a group has partial sums: where rows are few, and always with 4-bit weights, whose columns are in split order.
+bool is_few(const FfnArgs& a, const FfnGroup& g) { return g.count <= kFewRows || a.w_type == DType::kI4; }
+
+// Gives the groups their buffers behind the float rows, all in one scratch buffer.
+void place(FfnArgs& a, int lanes, Plan& plan) {
+  const int64_t blocks = parts(a.F, hidden_block(a));
+  int64_t floats = a.n * row_floats(a);
+  plan.at.clear();
+  for (const FfnGroup& g : plan.groups) {
+    plan.at.push_back(floats);
+    floats += g.count * padded(a.F) + (is_few(a, g) ? blocks * g.count * row_floats(a) : 0);
+  }
+  float* scratch = thread_scratch(Scratch::kFfnCall, floats);
+  a.rows = scratch;
+  for (size_t i = 0; i < plan.groups.size(); ++i) {
+    FfnGroup& g = plan.groups[i];
+    g.hidden = scratch + plan.at[i];
+    g.partial = g.hidden + g.count * padded(a.F);
+  }
+  float_rows(a, lanes, scratch);
+}
+
+void plan_output(const FfnArgs& a, Plan& plan, int threads) {
+  const int64_t blocks = parts(a.F, hidden_block(a)), G = plan.groups.size();
+  const int64_t strip = std::min<int64_t>(512, task_width(std::max<int64_t>(1, a.F * weight_row_bytes(a) / a.M), 64));
   // Blocks are read as they lie; only where there are fewer than four a thread are they cut, into runs of at least 256 columns.
   const int64_t cuts = parts(4 * threads, std::max<int64_t>(1, G * blocks));
   const int64_t run = std::max<int64_t>(256, parts(parts(a.M, cuts), 64) * 64);
-  std::vector<OutputTask> tasks;
-  for (const FfnGroup& g : groups) {
-    const int64_t width = is_few(g) ? run : strip;
-    for (int64_t b = 0; b < (is_few(g) ? blocks : 1); ++b) {
-      for (int64_t m = 0; m < a.M; m += width) tasks.push_back({&g, b, m, std::min(a.M, m + width)});
+  plan.tasks.clear();
+  plan.few.clear();
+  for (const FfnGroup& g : plan.groups) {
+    if (is_few(a, g)) plan.few.push_back(&g);
+    const int64_t width = is_few(a, g) ? run : strip;
+    for (int64_t b = 0; b < (is_few(a, g) ? blocks : 1); ++b) {
+      for (int64_t m = 0; m < a.M; m += width) plan.tasks.push_back({&g, b, m, std::min(a.M, m + width)});
     }
   }
-  return tasks;
 }
 
-void add_partials(const FfnArgs& a, const FfnGroup& g) {
-  const int64_t ld = padded(a.M), blocks = parts(a.F, kHiddenBlock);
+// y of the rows of a group from its partial sums, of which the first is overwritten.
+void add_partials(const FfnArgs& a, int lanes, const FfnGroup& g) {
+  const int64_t ld = row_floats(a), blocks = parts(a.F, hidden_block(a)), used = a.w_type == DType::kI4 ? ld : a.M;
+  const char* scales = static_cast<const char*>(a.blocks) + g.slot * a.expert_bytes + code_bytes(DType::kI8, a.F, a.M) + 2 * a.F * 4;
   for (int64_t r = 0; r < g.count; ++r) {
-    float* y = a.y + g.pairs[r] * a.M;
-    std::fill(y, y + a.M, 0.0f);
-    for (int64_t b = 0; b < blocks; ++b) {
+    float *y = a.y + g.pairs[r] * a.M, *sum = g.partial + r * ld;
+    for (int64_t b = 1; b < blocks; ++b) {
       const float* p = g.partial + (b * g.count + r) * ld;
-      for (int64_t m = 0; m < a.M; ++m) y[m] += p[m];
+      for (int64_t m = 0; m < used; ++m) sum[m] += p[m];
+    }
+    if (a.w_type == DType::kI4) {
+      for (int64_t m = 0; m < a.M; ++m) y[m] = sum[split(m, lanes)];
+    } else {
+      std::copy(sum, sum + a.M, y);
+    }
+    for (int64_t m = 0; a.w_type == DType::kI8 && m < a.M; ++m) {
+      float scale;
+      std::memcpy(&scale, scales + m * 4, 4);
+      y[m] *= scale;
     }
   }
 }
@@ -115,38 +157,35 @@ void add_partials(const FfnArgs& a, const FfnGroup& g) {
 
 void expert_ffn(const FfnArgs& given, const KernelTable& kernels, Parallel& parallel) {
   FfnArgs a = given;
-  std::vector<int32_t> pairs(a.n * a.A);
-  std::vector<FfnGroup> groups = group_by_slot(a, pairs);
-  place(a, groups);
-  const int64_t G = groups.size(), item = a.w_type == DType::kF32 ? 4 : 2;
+  thread_local Plan own;
+  Plan& plan = own;  // the tasks run on other threads, which have plans of their own
+  group_by_slot(a, plan);
+  place(a, kernels.lanes, plan);
+  plan_output(a, plan, parallel.threads());
+  const int64_t G = plan.groups.size(), row_bytes = weight_row_bytes(a);
 
   // Widths decide who computes an element, never how, so they may depend on the shapes.
-  const int64_t share = 2 * a.F * a.M * item * G / (16 * parallel.threads());
+  const int64_t share = 2 * a.F * row_bytes * G / (16 * parallel.threads());
   const bool few_rows = a.n * a.A <= kFewRows * G;
   const int64_t bytes = few_rows ? std::clamp<int64_t>(share, kTaskBytes, kFewTaskBytes) : kTaskBytes;
-  const int64_t fw = task_width(2 * a.M * item, kBlock, bytes), f_tasks = parts(a.F, fw);
+  const int64_t fw = task_width(2 * row_bytes, kBlock, bytes), f_tasks = parts(a.F, fw);
   auto hidden = [&](int64_t i) {
     const int64_t f = i % f_tasks * fw;
-    kernels.ffn_hidden(a, groups[i / f_tasks], f, std::min(a.F, f + fw));
+    kernels.ffn_hidden(a, plan.groups[i / f_tasks], f, std::min(a.F, f + fw));
   };
   parallel.for_each(G * f_tasks, hidden);
 
-  const std::vector<OutputTask> tasks = output_tasks(a, groups, parallel.threads());
   auto output = [&](int64_t i) {
-    const OutputTask& t = tasks[i];
-    if (is_few(*t.g))
+    const OutputTask& t = plan.tasks[i];
+    if (is_few(a, *t.g))
       kernels.ffn_partial(a, *t.g, t.block, t.begin, t.end);
     else
       kernels.ffn_output(a, *t.g, t.begin, t.end);
   };
-  parallel.for_each(tasks.size(), output);
+  parallel.for_each(plan.tasks.size(), output);
 
-  std::vector<const FfnGroup*> few;
-  for (const FfnGroup& g : groups) {
-    if (is_few(g)) few.push_back(&g);
-  }
-  auto add = [&](int64_t i) { add_partials(a, *few[i]); };
-  if (!few.empty()) parallel.for_each(few.size(), add);
+  auto add = [&](int64_t i) { add_partials(a, kernels.lanes, *plan.few[i]); };
+  if (!plan.few.empty()) parallel.for_each(plan.few.size(), add);
 }
 
 }  // namespace specmoe

@@ -8,17 +8,38 @@ namespace specmoe {
 
 struct FfnArgs {
   int64_t n, A, M, F, R;  // tokens, choices of each, model dim, hidden dim, resident slots
-  DType x_type, w_type;   // float32 or bfloat16
+  DType x_type, w_type;   // x: float32 or bfloat16; weights also kI8 and kI4
   const void* x;          // [n, M]
-  const void* blocks;     // [R, 3, F, M]: gate, up, down transposed
+  const void* blocks;     // [R] experts of expert_bytes: gate, up, down transposed, each [F, M]; if packed, their scales behind
+  int64_t expert_bytes;
   const int32_t* slots;   // [n, A]; outside [0, R): no expert, zeros
   float* y;               // [n, A, M]
-  const float* rows;      // [n, padded(M)], x as float
+  const float* rows;      // [n, row_floats(a)], x as float
   float* hidden;          // pairs * padded(F)
 };
 
 // Hidden units summed in one go before they are added to y: keeps 256 x 64 weights in the L1 while all rows pass.
 constexpr int64_t kHiddenBlock = 256;
+// What 32 neighbours in a row of 4-bit weights share: a bfloat16 scale. Their codes are 16 bytes, the even one of two low.
+constexpr int64_t kGroup = 32;
+inline int64_t groups_of(int64_t M) { return (M + kGroup - 1) / kGroup; }
+
+// Packed experts, see models/packing.py. kI8: float32 scales [F] of gate, [F] of up, [M] of down. kI4: bfloat16 [3, F, groups].
+inline int64_t code_bytes(DType type, int64_t F, int64_t M) { return 3 * F * (type == DType::kI8 ? M : groups_of(M) * kGroup / 2); }
+inline int64_t packed_expert_bytes(DType type, int64_t F, int64_t M) {
+  return code_bytes(type, F, M) + (type == DType::kI8 ? (2 * F + M) * 4 : 3 * F * groups_of(M) * 2);
+}
+
+// Floats of a row of x, and of a row of partial sums. With 4-bit weights each run of two registers is in split order, the even
+// columns before the odd ones: so a register of codes falls apart into two of weights without a shuffle.
+inline int64_t row_floats(const FfnArgs& a) { return a.w_type == DType::kI4 ? groups_of(a.M) * kGroup : padded(a.M); }
+
+// Hidden units of one partial sum. 4-bit experts keep the partial sums of all rows: at most eight, or they would fill the memory.
+inline int64_t hidden_block(const FfnArgs& a) {
+  const int64_t eighth = (a.F + 7) / 8;
+  return a.w_type == DType::kI4 && eighth > kHiddenBlock ? eighth : kHiddenBlock;
+}
+
 // Rows of one expert up to which its products wait for memory more than for arithmetic; one register tile on every machine.
 constexpr int64_t kFewRows = 4;
 

@@ -52,7 +52,7 @@ std::vector<std::string> isa_names() {
   return names;
 }
 
-const KernelTable* isa_table(const std::string& name) {
+const KernelTable* isa_table(std::string_view name) {
   static const std::vector<const KernelTable*> found = tables();
   if (name == "auto") return found.front();
   for (const KernelTable* t : found) {

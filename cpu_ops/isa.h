@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace specmoe {
@@ -11,9 +12,11 @@ struct AttentionRequest;
 struct AttentionState;
 struct FfnArgs;
 struct FfnGroup;
+struct ProductArgs;
 
 struct KernelTable {
   const char* name;
+  int lanes;  // floats of a register
   // Attends request `r`, KV head `k`, to the cache positions [begin, end) inside one chunk; appends the new tokens among them
   // first.
   void (*attention_chunk)(const AttentionArgs&, const AttentionRequest& r, int64_t k, int64_t begin, int64_t end, AttentionState&);
@@ -22,6 +25,9 @@ struct KernelTable {
   void (*ffn_hidden)(const FfnArgs&, const FfnGroup&, int64_t f_begin, int64_t f_end);
   void (*ffn_output)(const FfnArgs&, const FfnGroup&, int64_t m_begin, int64_t m_end);
   void (*ffn_partial)(const FfnArgs&, const FfnGroup&, int64_t block, int64_t m_begin, int64_t m_end);
+  int64_t (*product_row_floats)(const ProductArgs&);
+  void (*product_gather)(const ProductArgs&, float* rows);
+  void (*product_range)(const ProductArgs&, int64_t begin, int64_t end);  // rows [begin, end) of W
   double (*fma_peak)(int64_t iterations);               // flops done; for the benchmark's own limits
   double (*read_sum)(const void* data, int64_t bytes);  // a pure read; for the benchmark's own limits
 };
@@ -29,6 +35,6 @@ struct KernelTable {
 // Names of the tables this CPU can run, best first.
 std::vector<std::string> isa_names();
 // The table of that name; "auto" is the best one. nullptr when this build or this CPU has none.
-const KernelTable* isa_table(const std::string& name);
+const KernelTable* isa_table(std::string_view name);
 
 }  // namespace specmoe

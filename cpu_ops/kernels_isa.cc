@@ -1,7 +1,9 @@
 // All kernels for one instruction set: SPECMOE_ISA names it and the compile flags choose it.
 #include "chunked_attention.h"
 #include "expert_ffn.h"
+#include "few_rows_product.h"
 #include "isa.h"
+#include "scratch.h"
 #include "simd.h"
 
 #define SPECMOE_TEXT2(x) #x
@@ -18,6 +20,8 @@ struct Rows {
 
 #include "chunked_attention_kernel.inc"
 #include "expert_ffn_kernel.inc"
+#include "expert_ffn_4bit_kernel.inc"
+#include "few_rows_product_kernel.inc"
 
 double fma_peak(int64_t iterations) {
   constexpr int kChains = kLanes == 16 || kLanes == 4 ? 24 : 12;  // beyond latency x width of any core, within its registers
@@ -51,8 +55,8 @@ double read_sum(const void* data, int64_t bytes) {
 
 const KernelTable& table() {
   static const KernelTable t = {
-      SPECMOE_TEXT(SPECMOE_ISA), attention_chunk, attention_merge, attention_finish, ffn_hidden, ffn_output, ffn_partial, fma_peak,
-      read_sum};
+      SPECMOE_TEXT(SPECMOE_ISA), kLanes, attention_chunk, attention_merge, attention_finish, ffn_hidden, ffn_output, ffn_partial,
+      product_row_floats, product_gather, product_range, fma_peak, read_sum};
   return t;
 }
 

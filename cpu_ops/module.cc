@@ -9,6 +9,8 @@
 extern "C" {
 XLA_FFI_Error* specmoe_chunked_attention(XLA_FFI_CallFrame*);
 XLA_FFI_Error* specmoe_expert_ffn(XLA_FFI_CallFrame*);
+XLA_FFI_Error* specmoe_packed_expert_ffn(XLA_FFI_CallFrame*);
+XLA_FFI_Error* specmoe_few_rows_product(XLA_FFI_CallFrame*);
 }
 
 namespace py = pybind11;
@@ -20,6 +22,8 @@ PYBIND11_MODULE(_cpu_ops, m) {
     py::dict d;
     d["specmoe_chunked_attention"] = py::capsule(reinterpret_cast<void*>(&specmoe_chunked_attention));
     d["specmoe_expert_ffn"] = py::capsule(reinterpret_cast<void*>(&specmoe_expert_ffn));
+    d["specmoe_packed_expert_ffn"] = py::capsule(reinterpret_cast<void*>(&specmoe_packed_expert_ffn));
+    d["specmoe_few_rows_product"] = py::capsule(reinterpret_cast<void*>(&specmoe_few_rows_product));
     return d;
   });
   m.def("read_bandwidth", &specmoe::read_bandwidth, py::arg("isa"), py::arg("bytes"), py::arg("threads"),

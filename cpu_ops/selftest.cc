@@ -1,5 +1,5 @@
-// Small odd shapes on exactly sized, misaligned heap buffers, on every instruction set of the machine. Meant for the sanitizers:
-//   cmake -S cpu_ops -B build/sanitize -DSPECMOE_SANITIZE=ON && cmake --build build/sanitize && build/sanitize/selftest
+// Small odd shapes on exactly sized, misaligned heap buffers, on every instruction set of the machine:
+//   cmake -S cpu_ops -B build/sanitize -DSPECMOE_SANITIZE=ON && cmake --build build/sanitize && ctest --test-dir build/sanitize
 #include <atomic>
 #include <cmath>
 #include <cstdio>
@@ -71,12 +71,31 @@ double attention(const KernelTable& kernels, const Shape& s, DType type, bool pa
     }
   }
   for (int64_t i = 0; i < k_scale.size; ++i) k_scale[i] = v_scale[i] = 0.01f;
-  for (int64_t b = 0; b < s.B; ++b) lengths[b] = b == 0 ? s.S - s.T : b % (s.S - s.T + 1), num_new[b] = s.T;
+  for (int64_t b = 0; b < s.B; ++b) {
+    lengths[b] = b == 0 ? s.S - s.T : b % (s.S - s.T + 1);
+    num_new[b] = s.T;
+  }
   AttentionArgs a{};
-  a.B = s.B, a.T = s.T, a.H = s.H, a.K = s.K, a.D = s.D, a.S = S, a.rows = s.B;
-  a.q_type = a.new_type = a.out_type = DType::kF32, a.cache_type = type, a.packed = packed;
-  a.q = q.data, a.k_new = k_new.data, a.v_new = v_new.data, a.lengths = lengths.data, a.num_new = num_new.data;
-  a.k_cache = k.data, a.v_cache = v.data, a.k_scale = k_scale.data, a.v_scale = v_scale.data, a.out = out.data;
+  a.B = s.B;
+  a.T = s.T;
+  a.H = s.H;
+  a.K = s.K;
+  a.D = s.D;
+  a.S = S;
+  a.rows = s.B;
+  a.q_type = a.new_type = a.out_type = DType::kF32;
+  a.cache_type = type;
+  a.packed = packed;
+  a.q = q.data;
+  a.k_new = k_new.data;
+  a.v_new = v_new.data;
+  a.lengths = lengths.data;
+  a.num_new = num_new.data;
+  a.k_cache = k.data;
+  a.v_cache = v.data;
+  a.k_scale = k_scale.data;
+  a.v_scale = v_scale.data;
+  a.out = out.data;
   a.scale = 1 / std::sqrt(static_cast<float>(s.D));
   Threads parallel(s.threads);
   chunked_attention(a, kernels, parallel);
@@ -111,8 +130,18 @@ double ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, bool bf1
   for (int64_t i = 0; i < h.size; ++i) h[i] = 0x3f80;
   for (int64_t i = 0; i < n * A; ++i) slots[i] = static_cast<int32_t>(i % 4) - 1;
   FfnArgs a{};
-  a.n = n, a.A = A, a.M = M, a.F = F, a.R = R, a.x_type = DType::kF32, a.w_type = bf16 ? DType::kBF16 : DType::kF32;
-  a.x = x.data, a.blocks = bf16 ? static_cast<void*>(h.data) : w.data, a.slots = slots.data, a.y = y.data;
+  a.n = n;
+  a.A = A;
+  a.M = M;
+  a.F = F;
+  a.R = R;
+  a.x_type = DType::kF32;
+  a.w_type = bf16 ? DType::kBF16 : DType::kF32;
+  a.expert_bytes = 3 * F * M * (bf16 ? 2 : 4);
+  a.x = x.data;
+  a.blocks = bf16 ? static_cast<void*>(h.data) : w.data;
+  a.slots = slots.data;
+  a.y = y.data;
   Threads parallel(threads);
   expert_ffn(a, kernels, parallel);
   for (int64_t i = 0; i < y.size; ++i) {

@@ -55,7 +55,10 @@ struct F32 {
   typedef float type;
   static constexpr bool kSplitPair = false;
   static SPECMOE_INLINE vf load(const float* p) { return load_as<vf>(p); }
-  static SPECMOE_INLINE void load_pair(const float* p, vf& a, vf& b) { a = load(p), b = load(p + kLanes); }
+  static SPECMOE_INLINE void load_pair(const float* p, vf& a, vf& b) {
+    a = load(p);
+    b = load(p + kLanes);
+  }
 };
 struct BF16 {
   typedef uint16_t type;
@@ -63,7 +66,8 @@ struct BF16 {
   static SPECMOE_INLINE vf load(const uint16_t* p) { return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16); }
   static SPECMOE_INLINE void load_pair(const uint16_t* p, vf& a, vf& b) {
     const vu raw = load_as<vu>(p);
-    a = (vf)(raw << 16), b = (vf)(raw & 0xffff0000u);
+    a = (vf)(raw << 16);
+    b = (vf)(raw & 0xffff0000u);
   }
 };
 struct I8 {
@@ -78,7 +82,10 @@ struct I8 {
     return __builtin_convertvector(__builtin_convertvector(load_as<vb>(p), vi), vf);
 #endif
   }
-  static SPECMOE_INLINE void load_pair(const int8_t* p, vf& a, vf& b) { a = load(p), b = load(p + kLanes); }
+  static SPECMOE_INLINE void load_pair(const int8_t* p, vf& a, vf& b) {
+    a = load(p);
+    b = load(p + kLanes);
+  }
 };
 // bfloat16 K against bfloat16 queries, two products an instruction; V as BF16.
 struct BF16Dot : BF16 {};

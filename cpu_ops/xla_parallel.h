@@ -1,6 +1,7 @@
 // Parallel over XLA's own thread pool.
 #pragma once
 #include <atomic>
+#include <exception>
 #include <memory>
 #include <thread>
 
@@ -23,7 +24,7 @@ class XlaParallel final : public Parallel {
   int threads() const override { return threads_; }
 
   void run(int64_t n, void (*fn)(void*, int64_t), void* ctx) override {
-    auto work = std::make_shared<Work>();
+    auto work = std::make_shared<Work>();  // not on the stack, nor reused: a helper that starts late still looks at it
     work->n = n;
     work->fn = fn;
     work->ctx = ctx;
@@ -35,6 +36,7 @@ class XlaParallel final : public Parallel {
     for (int spin = 0; work->done.load(std::memory_order_acquire) < n; ++spin) {
       if (spin > 64) std::this_thread::yield();
     }
+    if (work->failed.load(std::memory_order_acquire)) std::rethrow_exception(work->error);
   }
 
  private:
@@ -43,10 +45,21 @@ class XlaParallel final : public Parallel {
     int64_t n = 0;
     void (*fn)(void*, int64_t) = nullptr;
     void* ctx = nullptr;
+    std::atomic<bool> failed{false};
+    std::exception_ptr error;  // written by whoever sets `failed`, read when all are done
+
     void claim_loop() {
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) {
-        fn(ctx, i);
+        if (!failed.load(std::memory_order_relaxed)) attempt(i);
         done.fetch_add(1, std::memory_order_release);
+      }
+    }
+
+    void attempt(int64_t i) noexcept {
+      try {
+        fn(ctx, i);
+      } catch (...) {
+        if (!failed.exchange(true, std::memory_order_acq_rel)) error = std::current_exception();
       }
     }
   };

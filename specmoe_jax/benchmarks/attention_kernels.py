@@ -12,6 +12,7 @@ import numpy as np
 from specmoe_jax import ops
 from specmoe_jax.benchmarks import kernel_peers
 from specmoe_jax.benchmarks.cold_rounds import Rounds, Work, row
+from specmoe_jax.ops.xla.attention import rows
 
 REF_TOKENS = 16384  # requests x length up to which the jnp form is timed: beyond it takes seconds
 SHORTEST, LONGEST = 64, 4096  # of a ragged batch
@@ -85,6 +86,13 @@ def packed(s: Shape, S: int, lengths) -> Own:
     return Own(ops.chunked_attention_packed, q, k_new, v_new, (ops.pack_cache(k, v),), lengths)
 
 
+def without_kernels(q, k_new, v_new, k_cache, v_cache, lengths):
+    """What runs where the compiled kernels do not."""
+    num_new = jnp.full_like(lengths, q.shape[1])
+    arrays = (q, k_new, v_new, k_cache, v_cache, lengths, num_new, None, None)
+    return rows(*arrays, scale=q.shape[3] ** -0.5, window=None, softcap=None, chunk=None)
+
+
 def variants(s: Shape, L: int, threads: int) -> dict[str, Callable[[], Callable]]:
     """Makers of what is timed at uniform length L; a peer's raises ImportError, OSError or AttributeError if it does not load."""
     q, k_new, v_new, k, v, lengths = inputs(s, L + s.n, [L] * s.B)
@@ -101,7 +109,7 @@ def variants(s: Shape, L: int, threads: int) -> dict[str, Callable[[], Callable]
         "vllm": lambda: kernel_peers.Vllm(q, k, v, k_new, v_new),
     }
     if s.B * L <= REF_TOKENS:
-        makers["ref"] = lambda: own(ops.chunked_attention_ref, k + 0, v + 0)
+        makers["ref"] = lambda: own(without_kernels, k + 0, v + 0)
     return makers
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from specmoe_jax.ops import _ffi
+from specmoe_jax.ops.cpu import _ffi
 
 FLUSH_BYTES = 1 << 27  # read between any two calls: beyond the L3 of the machines in mind
 MIN_ROUNDS = 3

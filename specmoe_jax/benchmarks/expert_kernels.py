@@ -10,7 +10,10 @@ import numpy as np
 
 from specmoe_jax import ops
 from specmoe_jax.benchmarks.cold_rounds import Rounds, Work, row
-from specmoe_jax.ops.experts_ref import block_ffn
+from specmoe_jax.config.layer_config import ExpertConfig
+from specmoe_jax.models.experts import block_function, expert_ffn
+from specmoe_jax.models.packing import pack, packed_bytes
+from specmoe_jax.ops.xla.experts import block_ffn, tiles
 
 CHOICES = 2  # experts of a token
 PAIRS_TOKENS, DENSE_TOKENS = 8, 64  # up to which pairs, from which dense can be the best form
@@ -65,11 +68,8 @@ def ffn_rows(s: Layers, tokens: list[int], rounds: Rounds):
     """One row for each number of tokens; shares count the weights of the experts that are needed, once a layer."""
     blocks = weights(s)
     for n in tokens:
-        rng = np.random.default_rng(n)
-        x = jnp.asarray(rng.standard_normal((n, s.M), np.float32))
-        chosen = np.array([[rng.choice(s.experts, CHOICES, replace=False) for _ in range(n)] for _ in range(s.calls)])
-        slots = jnp.asarray(chosen + s.experts * np.arange(s.calls)[:, None, None], jnp.int32)
-        forms = {"kernel": ops.expert_ffn, "tiles": ops.expert_ffn_ref}
+        x, slots = inputs(s, n)
+        forms = {"kernel": ops.expert_ffn, "tiles": functools.partial(tiles, ffn=None)}
         if n <= PAIRS_TOKENS:
             forms["pairs"] = pairs
         if n >= DENSE_TOKENS:
@@ -79,6 +79,33 @@ def ffn_rows(s: Layers, tokens: list[int], rounds: Rounds):
         case = {"case": f"expert_ffn {s.calls} x {s.experts} of {s.M} x {s.F} n={n}", **s._asdict(), "tokens": n}
         figures = row(case | {"weight_bytes": blocks.nbytes, "bytes_read": work.num_bytes}, calls, work, rounds)
         yield figures | {"best_xla": min(figures["times_slower"], key=figures["times_slower"].get)}
+
+
+def packed_rows(s: Layers, tokens: list[int], rounds: Rounds):
+    """`ffn_rows` for experts of 8 and of 4 bits: decoded in registers, beside unpacked tile by tile."""
+    rng = np.random.default_rng(0)
+    block = rng.standard_normal((3, s.F, s.M), np.float32) / np.float32(s.M**0.5)
+    for kind in ("int8", "int4"):
+        config = ExpertConfig(hidden=s.F, model=s.M, packing=kind)
+        blocks = jnp.asarray(np.tile(pack(config, block), (s.calls * s.experts, 1)))
+        forms = {
+            "kernel": functools.partial(expert_ffn, config),
+            "tiles": functools.partial(tiles, ffn=block_function(config)),
+        }
+        for n in tokens:
+            x, slots = inputs(s, n)
+            calls = {name: _ready(jax.jit(functools.partial(through_layers, f)), x, blocks, slots) for name, f in forms.items()}
+            work = Work(len(np.unique(slots)) * packed_bytes(config), 6 * s.calls * n * CHOICES * s.F * s.M)
+            case = {"case": f"{kind} {s.calls} x {s.experts} of {s.M} x {s.F} n={n}", **s._asdict(), "tokens": n, "packing": kind}
+            yield row(case | {"weight_bytes": blocks.nbytes, "bytes_read": work.num_bytes}, calls, work, rounds)
+
+
+def inputs(s: Layers, n: int) -> tuple[jax.Array, jax.Array]:
+    """x [n, M] and the slots [calls, n, CHOICES] of a random routing."""
+    rng = np.random.default_rng(n)
+    x = jnp.asarray(rng.standard_normal((n, s.M), np.float32))
+    chosen = np.array([[rng.choice(s.experts, CHOICES, replace=False) for _ in range(n)] for _ in range(s.calls)])
+    return x, jnp.asarray(chosen + s.experts * np.arange(s.calls)[:, None, None], jnp.int32)
 
 
 def _ready(f, *args):

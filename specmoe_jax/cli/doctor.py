@@ -8,7 +8,7 @@ import sys
 import jax
 
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
-from specmoe_jax.ops import _ffi
+from specmoe_jax.ops.cpu import _ffi
 from specmoe_jax.support.errors import UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "safetensors", "tokenizers", "orbax-checkpoint", "optax", "tqdm")

@@ -14,7 +14,8 @@ from specmoe_jax.models import attention as attentions
 from specmoe_jax.models import encoder, layers, prefill_attention
 from specmoe_jax.models import experts as ffn
 from specmoe_jax.models.spec import LayerWeights
-from specmoe_jax.ops import PackedCache, attention_ref, packed
+from specmoe_jax.ops import PackedCache, packed
+from specmoe_jax.ops.xla.attention import append
 from specmoe_jax.speculate.hot_experts.substitution import DistinctSlots, MaskedSlots, choose_distinct
 from specmoe_jax.types import CrossCache, Routing, Tree
 
@@ -149,7 +150,7 @@ def keep_path(cache: jax.Array, lengths: jax.Array, path: jax.Array, num_accepte
     """
     with jax.named_scope("keep_path"):
         rows = jnp.take_along_axis(cache, (lengths[:, None] + path)[:, None, :, None], axis=2)  # [B, K, depth, D]
-        return attention_ref.append(cache, rows.swapaxes(1, 2), lengths + 1, num_accepted)
+        return append(cache, rows.swapaxes(1, 2), lengths + 1, num_accepted)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -139,7 +139,7 @@ def verify(runtime: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass
     if verified.h is None:
         none = np.zeros(len(num_new), np.int32)
         return verified, AcceptResult(num_accepted=none, next_token=none), none, proposal
-    logits = stages.head(runtime.config.norm_eps, runtime.weights, verified.h)  # [B, T, V]
+    logits = stages.head(runtime.config.head, runtime.weights, verified.h)  # [B, T, V]
     finite = _finite_positions(logits)
     if proposal.tree is not None:
         return compact_accepted_path(runtime, state, verified, proposal, accepted_path(runtime, state, proposal, logits), finite)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specmoe_jax import ops
 from specmoe_jax.config.layer_config import Rope
 
 
@@ -34,28 +35,25 @@ def sinusoids(positions: jax.Array, dim: int) -> jax.Array:
 
 
 def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., in] times weight [out, in], the layout of checkpoints; accumulates in float32."""
-    y = jax.lax.dot_general(
-        x,
-        weight,
-        (((x.ndim - 1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    return y.astype(x.dtype)
+    """x [..., in] times weight [out, in], the layout of checkpoints, in x's dtype; accumulates in float32."""
+    return ops.dense_product(x, weight).astype(x.dtype)
 
 
 def rope(x: jax.Array, positions: jax.Array, config: Rope | None) -> jax.Array:
-    """Rotates the pairs of x [B, T, heads, D] by positions [B, T] int32, logical (per row). None: no positions."""
+    """Rotates the pairs of x [B, T, heads, D] by positions [B, T] int32, logical (per row). None: no positions.
+
+    What a partial rotary config leaves out, the end of each head, is kept.
+    """
     if config is None:
         return x
     angle = positions[..., None].astype(jnp.float32) * jnp.asarray(config.frequencies, jnp.float32)  # [B, T, D/2]
     cos, sin = (config.scale * f(angle)[:, :, None] for f in (jnp.cos, jnp.sin))
     x32 = x.astype(jnp.float32)
-    x1, x2 = (x32[..., ::2], x32[..., 1::2]) if config.interleaved else jnp.split(x32, 2, axis=-1)
+    rotated, kept = jnp.split(x32, [2 * len(config.frequencies)], axis=-1)
+    x1, x2 = (rotated[..., ::2], rotated[..., 1::2]) if config.interleaved else jnp.split(rotated, 2, axis=-1)
     pairs = (x1 * cos - x2 * sin, x2 * cos + x1 * sin)
     # An interleaved rotation may leave its halves apart: queries and keys are permuted alike, and scores do not see it.
-    return jnp.concatenate(pairs, axis=-1).astype(x.dtype)
+    return jnp.concatenate((*pairs, kept), axis=-1).astype(x.dtype)
 
 
 def affine(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:

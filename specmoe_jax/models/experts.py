@@ -9,18 +9,20 @@ from specmoe_jax import ops
 from specmoe_jax.config.layer_config import ExpertConfig
 from specmoe_jax.models.packing import packed_bytes, unpack, without_packing
 from specmoe_jax.models.spec import DTYPE_BYTES
-from specmoe_jax.ops.experts_ref import block_ffn, expert_ffn_ref
 from specmoe_jax.ops.products import as_float32, einsum
+from specmoe_jax.ops.xla.experts import block_ffn
 
 
 def expert_ffn(config: ExpertConfig, x: jax.Array, pool: jax.Array, slots: jax.Array) -> jax.Array:
     """Experts pool[slots[i, a]] on x[i], unweighted: x [n, M], pool [R, *block_shape], slots [n, A] -> [n, A, M] float32.
 
-    A slot of -1 gives zeros. The C++ kernel knows plain SwiGLU of weights that are not packed; the rest runs in jnp, tile by tile.
+    A slot of -1 gives zeros.
     """
-    if config.activation == "swiglu" and not config.biased and config.packing is None:
+    if config.activation != "swiglu" or config.biased:
+        return ops.expert_ffn(x, pool, slots, ffn=block_function(config))
+    if config.packing is None:
         return ops.expert_ffn(x, pool, slots)
-    return expert_ffn_ref(x, pool, slots, ffn=block_function(config))
+    return ops.expert_ffn(x, pool, slots, ffn=block_function(config), packing=config.packing, hidden=config.hidden)
 
 
 def block_bytes(config: ExpertConfig, dtype: str) -> int:

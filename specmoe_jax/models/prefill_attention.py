@@ -1,65 +1,15 @@
-"""Attention of one chunk of prompts on the accelerator, over the keys and values of the chunks before it.
+"""Attention of one chunk of prompts on the accelerator, over the keys and values of the chunks before it."""
 
-An online softmax over blocks of keys (FlashAttention, Dao et al. 2022, in jnp): no matrix of scores over the whole prompt. Own
-code, because jax.nn.dot_product_attention takes a causal chunk behind others as a full mask only, and its fused form no float32.
-"""
-
-import jax
 import jax.numpy as jnp
 
+from specmoe_jax import ops
 from specmoe_jax.config.layer_config import AttentionConfig
-from specmoe_jax.models.attention import allowed
-from specmoe_jax.ops.products import einsum
 
 
 def attend_chunk(config: AttentionConfig, q, k, v, sinks, k_rows, v_rows, lengths, num_new):
-    """Writes k, v [B, T, K, D] into the staged rows [B, K, S, cache_dim] and attends q [B, T, H, D] to them.
-
-    S: a multiple of T. lengths [B] int32: all rows with new tokens are at the same multiple of T, as the chunks of prompts are.
-    sinks: [H] or None. -> attended [B, T, H, D] and the rows. Rows t >= num_new[b] give zeros; what is beyond a row's own tokens
-    in the staged rows is undefined and attended by nobody.
-    """
-    dim, missing = config.head_dim, config.cache_dim - config.head_dim
+    """`ops.prefill_attention` of a layer, over staged rows [B, K, S, cache_dim]. -> attended [B, T, H, D] and the rows."""
+    missing = config.cache_dim - config.head_dim
     q, k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, missing))) for a in (q, k, v))
-    start = jnp.max(jnp.where(num_new > 0, lengths, 0))
-    k_rows, v_rows = (
-        jax.lax.dynamic_update_slice_in_dim(rows, new.swapaxes(1, 2).astype(rows.dtype), start, axis=2)
-        for rows, new in ((k_rows, k), (v_rows, v))
-    )
-    out = _online_softmax(config, q, sinks, k_rows, v_rows, lengths, num_new, start)
-    valid = jnp.arange(q.shape[1]) < num_new[:, None]
-    return jnp.where(valid[..., None, None], out, 0)[..., :dim].astype(q.dtype), k_rows, v_rows
-
-
-def _online_softmax(config: AttentionConfig, q, sinks, k_rows, v_rows, lengths, num_new, start) -> jax.Array:
-    """-> [B, T, H, cache_dim] float32. Blocks are as long as the chunk of queries; what lies before a window is skipped."""
-    batch, length, heads, dim = q.shape
-    groups = k_rows.shape[1]
-    grouped = q.reshape(batch, length, groups, heads // groups, dim)
-    positions = lengths[:, None] + jnp.arange(length)
-
-    def block(j, carry):
-        top, total, mixed = carry
-        columns = j * length + jnp.arange(length)
-        keys, values = (jax.lax.dynamic_slice_in_dim(rows, j * length, length, axis=2) for rows in (k_rows, v_rows))
-        own = columns < (lengths + num_new)[:, None]  # 0 * NaN of another request's left-over row is still NaN
-        values = jnp.where(own[:, None, :, None], values, 0)
-        scores = config.scale * einsum("btkgd,bksd->bkgts", grouped, keys)
-        scores = jnp.where(allowed(config, positions, columns)[:, None, None], scores, -jnp.inf)
-        higher = jnp.maximum(top, scores.max(-1))
-        finite = jnp.where(jnp.isfinite(higher), higher, 0)
-        p, kept = jnp.exp(scores - finite[..., None]), jnp.exp(top - finite)
-        mixed = kept[..., None] * mixed + einsum("bkgts,bksd->bkgtd", p.astype(values.dtype), values)
-        return higher, kept * total + p.sum(-1), mixed
-
-    shape = (batch, groups, heads // groups, length)
-    if sinks is None:
-        top, total = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32)
-    else:  # a sink is one more score per head that has no value
-        top = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(groups, -1, 1), shape)
-        total = jnp.ones(shape, jnp.float32)
-    first = 0 if config.window is None else jnp.maximum(start - config.window + 1, 0) // length
-    carry = (top, total, jnp.zeros((*shape, dim), jnp.float32))
-    _, total, mixed = jax.lax.fori_loop(first, start // length + 1, block, carry)
-    out = mixed / jnp.where(total == 0, 1, total)[..., None]  # [B, K, H / K, T, D]
-    return jnp.moveaxis(out, 3, 1).reshape(q.shape)
+    options = {"sinks": sinks, "scale": config.scale, "window": config.window, "chunk": config.chunk}
+    out, *rows = ops.prefill_attention(q, k, v, k_rows, v_rows, lengths, num_new, **options)
+    return out[..., : config.head_dim], *rows

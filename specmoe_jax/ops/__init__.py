@@ -1,18 +1,18 @@
-"""Kernels behind one Python face, each with its jnp twin. Imports nothing of the package but types and config."""
+"""The operations that are worth more than one implementation. Imports nothing of the package but support, config and types.
 
-from specmoe_jax.ops._ffi import isas
-from specmoe_jax.ops.attention import MAX_NEW, chunked_attention
-from specmoe_jax.ops.attention_ref import chunked_attention_ref
+`reference/`: from the definition, slow, for tests. `xla/`: what an accelerator runs, and a CPU where no compiled kernel fits.
+`cpu/`: the compiled kernels. Which of them runs is decided in `dispatch`.
+"""
+
+from specmoe_jax.ops.attention import chunked_attention, chunked_attention_packed, masked_attention, prefill_attention
+from specmoe_jax.ops.cpu._ffi import isas
+from specmoe_jax.ops.cpu.attention import MAX_NEW
+from specmoe_jax.ops.dense import dense_product
 from specmoe_jax.ops.experts import expert_ffn
-from specmoe_jax.ops.experts_ref import expert_ffn_ref
-from specmoe_jax.ops.packed import (
-    PackedCache,
-    chunked_attention_packed,
-    chunked_attention_packed_ref,
-    empty_cache,
-    pack_cache,
-    unpack_cache,
-)
+from specmoe_jax.ops.packed import PackedCache, empty_cache, pack_cache, unpack_cache
+from specmoe_jax.ops.reference.attention import chunked_attention_packed_ref, chunked_attention_ref
+from specmoe_jax.ops.reference.dense import dense_product_ref
+from specmoe_jax.ops.reference.experts import expert_ffn_ref
 
 __all__ = [
     "MAX_NEW",
@@ -21,10 +21,14 @@ __all__ = [
     "chunked_attention_packed",
     "chunked_attention_packed_ref",
     "chunked_attention_ref",
+    "dense_product",
+    "dense_product_ref",
     "empty_cache",
     "expert_ffn",
     "expert_ffn_ref",
     "isas",
+    "masked_attention",
     "pack_cache",
+    "prefill_attention",
     "unpack_cache",
 ]

@@ -1,36 +1,33 @@
-"""expert_ffn: the chosen experts of each token, through the C++ kernel where the platform is a CPU."""
+"""The chosen experts of each token: what is accepted, and what is asked of every implementation."""
 
-import jax
+from collections.abc import Callable
+
 import jax.numpy as jnp
 
-from specmoe_jax.ops import _check, _ffi
-from specmoe_jax.ops.experts_ref import expert_ffn_ref
+from specmoe_jax.ops import _check, dispatch
 
 WEIGHTS = (jnp.float32, jnp.bfloat16, jnp.uint16)
 
 
-def expert_ffn(x, blocks, slots, *, activation="swiglu"):
-    """SwiGLU of expert blocks[slots[i, a]] on x[i], for every token i and choice a, unweighted.
+def expert_ffn(x, blocks, slots, *, activation="swiglu", ffn: Callable | None = None, packing: str | None = None, hidden=None):
+    """Expert blocks[slots[i, a]] on x[i], for every token i and choice a, unweighted.
 
-    x [n, M] float32 or bfloat16; blocks [R, 3, F, M]: gate, up and down transposed, each [F, M], in float32, bfloat16 or uint16
-    that holds bfloat16 bits; slots [n, A] int32, -1 (or beyond R) for a choice without an expert, which gives zeros.
-    Returns y [n, A, M] float32. Rows of one slot are done together and its weights are read once; each (token, choice) is bit for
-    bit independent of the other rows and of the thread count within one instruction set. Lowered for another platform than the CPU,
-    this is expert_ffn_ref.
+    x [n, M] float32 or bfloat16; blocks [R, 3, F, M]: gate, up and down transposed of a SwiGLU, each [F, M], in float32, bfloat16
+    or uint16 that holds bfloat16 bits; slots [n, A] int32, -1 (or beyond R) for a choice without an expert, which gives zeros.
+    ffn: (x [n, M], one block) -> [n, M] float32, for experts that are not plain SwiGLU; blocks then have its shape.
+    packing: "int8" or "int4" where blocks [R, bytes] uint8 are SwiGLUs of `hidden` hidden units packed by models/packing.py;
+    `ffn`, which unpacks, is then for platforms without a kernel that decodes them.
+    Returns y [n, A, M] float32. Rows of one slot are done together and its weights are read once; by the compiled kernel each pair
+    of token and choice is bit for bit independent of the other rows and of the thread count within one instruction set.
     """
     op = "expert_ffn"
     _check.that(op, activation == "swiglu", f"activation is {activation!r}, only 'swiglu' exists")
     _check.array(op, "x", x, (None, None), _check.FLOATS)
     n, M = x.shape
-    _check.array(op, "blocks", blocks, (None, 3, None, M), WEIGHTS)
+    _check.that(op, packing is None or (ffn is not None and hidden is not None), "packing needs ffn and hidden")
+    if ffn is None:
+        _check.array(op, "blocks", blocks, (None, 3, None, M), WEIGHTS)
     _check.array(op, "slots", slots, (n, None), (jnp.int32,))
     if slots.size == 0:
         return jnp.zeros((*slots.shape, M), jnp.float32)
-    if _ffi.module() is None:
-        return expert_ffn_ref(x, blocks, slots)
-
-    def kernel(x, blocks, slots):
-        shape = jax.ShapeDtypeStruct((n, slots.shape[1], M), jnp.float32)
-        return jax.ffi.ffi_call("specmoe_expert_ffn", shape, vmap_method="sequential")(x, blocks, slots, **_ffi.choice())
-
-    return jax.lax.platform_dependent(x, blocks, slots, cpu=kernel, default=expert_ffn_ref)
+    return dispatch.call(op, x, blocks, slots, ffn=ffn, packing=packing, hidden=hidden)

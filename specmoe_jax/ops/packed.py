@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specmoe_jax.ops import _check, _ffi
-from specmoe_jax.ops.attention import MAX_NEW, check_new, kernel_call, no_scales
-from specmoe_jax.ops.attention_ref import append, attend, attended
+from specmoe_jax.ops import _check
 
 BLOCK = 16  # tokens of one K block: one AVX-512 register of 4-byte units; kBlock in cpu_ops/chunked_attention.h
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8)
@@ -42,6 +40,10 @@ class PackedCache:
     @property
     def num_bytes(self) -> int:
         return sum(x.size * x.dtype.itemsize for x in (self.k, self.v, self.k_scale, self.v_scale))
+
+
+def no_scales() -> tuple[jax.Array, jax.Array]:
+    return jnp.zeros((0,), jnp.float32), jnp.zeros((0,), jnp.float32)
 
 
 def pack_rows(k: jax.Array) -> jax.Array:
@@ -94,119 +96,55 @@ def pack_cache(k_cache: jax.Array, v_cache: jax.Array, dtype=None) -> PackedCach
     return PackedCache(k=pack_rows(k), v=v, k_scale=ks, v_scale=vs)
 
 
+def row_parts(cache: PackedCache) -> list[jax.Array]:
+    """The cache as rows [rows, K, S, ...]: k and v, of an int8 cache also their scales with a last axis of 1."""
+    scales = [cache.k_scale[..., None], cache.v_scale[..., None]] if cache.dtype == jnp.int8 else []
+    return [unpack_rows(cache.k), cache.v, *scales]
+
+
+def new_parts(cache: PackedCache, k_new: jax.Array, v_new: jax.Array) -> list[jax.Array]:
+    """What an append adds to `row_parts`, of new keys and values [B, T, K, D]."""
+    if cache.dtype != jnp.int8:
+        return [k_new, v_new]
+    (k, k_scale), (v, v_scale) = quantise(k_new), quantise(v_new)
+    return [k, v, k_scale[..., None], v_scale[..., None]]
+
+
+def floats_of(parts: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """k and v of `row_parts` as attention multiplies them."""
+    return (parts[0], parts[1]) if len(parts) == 2 else (parts[0] * parts[2], parts[1] * parts[3])
+
+
+def from_row_parts(parts: list[jax.Array]) -> PackedCache:
+    scales = [x[..., 0] for x in parts[2:]] or no_scales()
+    return PackedCache(pack_rows(parts[0]), parts[1], *scales)
+
+
+def capacities(cache: PackedCache, table: jax.Array | None, B: int) -> jax.Array:
+    """Tokens [B] that each request's rows hold; its pages end at its first entry outside [0, rows)."""
+    if table is None:
+        return jnp.full((B,), cache.shape[2])
+    return jnp.cumprod((table >= 0) & (table < cache.shape[0]), axis=1).sum(1) * cache.shape[2]
+
+
 def unpack_cache(cache: PackedCache, S: int | None = None) -> tuple[jax.Array, jax.Array]:
     """Row caches [rows, K, S, D] of the first S tokens; int8 becomes float32 times its scale."""
-    k, v = unpack_rows(cache.k), cache.v
-    if cache.dtype == jnp.int8:
-        k, v = k * cache.k_scale[..., None], v * cache.v_scale[..., None]
+    k, v = floats_of(row_parts(cache))
     return k[:, :, :S], v[:, :, :S]
 
 
-def _check_cache(op, cache, B, K, D, table) -> None:
-    rows, _, S, _ = cache.shape
-    _check.array(op, "cache.v", cache.v, (None if table is not None else B, K, None, D), DTYPES)
-    u = 4 // cache.dtype.itemsize
-    _check.array(op, "cache.k", cache.k, (rows, K, S // BLOCK, D // u, BLOCK, u), (cache.dtype,))
-    scales = (rows, K, S) if cache.dtype == jnp.int8 else (0,)
-    _check.array(op, "cache.k_scale", cache.k_scale, scales, (jnp.float32,))
-    _check.array(op, "cache.v_scale", cache.v_scale, scales, (jnp.float32,))
-    if table is not None:
-        _check.array(op, "block_table", table, (B, None), (jnp.int32,))
-
-
-def chunked_attention_packed(
-    q, k_new, v_new, cache, lengths, *, block_table=None, tree_mask=None, scale=None, window=None, softcap=None, num_new=None
-):
-    """chunked_attention over a PackedCache; returns (out, cache'), the cache in place when it is donated. T is at most 64.
-
-    block_table [B, P] int32: token s of request b lives in cache row block_table[b, s // S] (pages of S tokens); a request's
-    capacity ends at its first entry outside [0, rows). No page that is written may be shared. An int8 cache is quantised on append.
-    """
-    op = "chunked_attention_packed"
-    B, T, _, K, D = check_new(op, q, k_new, v_new, lengths, tree_mask, num_new)
-    _check.that(op, T <= MAX_NEW, f"at most {MAX_NEW} new tokens a call, got T {T}")
-    _check_cache(op, cache, B, K, D, block_table)
-    options = dict(scale=scale, window=window, softcap=softcap)
-    num_new = jnp.full((B,), T, jnp.int32) if num_new is None else num_new
-    extra = {"tree_mask": tree_mask, "block_table": block_table}
-    extra = {name: x for name, x in extra.items() if x is not None}
-
-    def kernel(q, k_new, v_new, cache, lengths, num_new, extra):
-        caches = (cache.k, cache.v, cache.k_scale, cache.v_scale)
-        mask, table = extra.get("tree_mask"), extra.get("block_table")
-        out, *caches = kernel_call(q, k_new, v_new, lengths, num_new, mask, table, caches, **options)
-        return out, PackedCache(*caches)
-
-    def reference(q, k_new, v_new, cache, lengths, num_new, extra):
-        return chunked_attention_packed_ref(q, k_new, v_new, cache, lengths, num_new=num_new, **extra, **options)
-
-    args = (q, k_new, v_new, cache, lengths, num_new, extra)
-    if _ffi.module() is None:
-        return reference(*args)
-    return jax.lax.platform_dependent(*args, cpu=kernel, default=reference)
-
-
-def _gather_pages(x: jax.Array, table: jax.Array) -> jax.Array:
-    """[rows, K, S, ...] -> [B, K, P * S, ...]"""
+def gather_pages(x: jax.Array, table: jax.Array) -> jax.Array:
+    """The pages that table [B, P] names, one behind the other: [rows, K, S, ...] -> [B, K, P * S, ...]."""
     pages = jnp.moveaxis(x[jnp.clip(table, 0, x.shape[0] - 1)], 1, 2)  # [B, K, P, S, ...]
     return pages.reshape(*pages.shape[:2], -1, *pages.shape[4:])
 
 
-def _scatter_pages(x: jax.Array, rows: jax.Array, table: jax.Array) -> jax.Array:
+def scatter_pages(x: jax.Array, rows: jax.Array, table: jax.Array) -> jax.Array:
+    """x with the pages that table [B, P] names replaced by rows [B, K, P * S, ...]; entries outside [0, rows of x) are left out."""
     B, P = table.shape
     pages = jnp.moveaxis(rows.reshape(B, rows.shape[1], P, x.shape[2], *rows.shape[3:]), 2, 1)
     valid = (table >= 0) & (table < x.shape[0])
     return x.at[jnp.where(valid, table, x.shape[0])].set(pages, mode="drop")
-
-
-def chunked_attention_packed_ref(
-    q, k_new, v_new, cache, lengths, *, block_table=None, tree_mask=None, scale=None, window=None, softcap=None, num_new=None
-):
-    """As chunked_attention_packed, in jnp only: unpack, append, attend, pack."""
-    B, T, _, D = q.shape
-    parts = [unpack_rows(cache.k), cache.v]
-    new = [k_new, v_new]
-    if cache.dtype == jnp.int8:
-        parts += [cache.k_scale[..., None], cache.v_scale[..., None]]
-        (k8, ks), (v8, vs) = quantise(k_new), quantise(v_new)
-        new = [k8, v8, ks[..., None], vs[..., None]]
-    S = cache.shape[2]
-    rows = parts
-    if block_table is not None:
-        valid = (block_table >= 0) & (block_table < cache.shape[0])
-        capacity = jnp.cumprod(valid, axis=1).sum(1) * S
-        S = S * block_table.shape[1]
-        rows = [_gather_pages(x, block_table) for x in parts]
-    else:
-        capacity = jnp.full((B,), S)
-    lengths = jnp.clip(lengths, 0, capacity).astype(jnp.int32)
-    num_new = jnp.full((B,), T, jnp.int32) if num_new is None else jnp.clip(num_new, 0, T).astype(jnp.int32)
-    written = jnp.minimum(num_new, capacity - lengths).astype(jnp.int32)
-    rows = [append(x, n, lengths, written) for x, n in zip(rows, new, strict=True)]
-    k, v = rows[:2]
-    if cache.dtype == jnp.int8:
-        k, v = k * rows[2], v * rows[3]
-    mask = attended(tree_mask, lengths, num_new, T, S, window) & (jnp.arange(S) < capacity[:, None, None])
-    out = attend(q, k, v, mask, scale=D**-0.5 if scale is None else scale, softcap=softcap)
-    if block_table is not None:
-        rows = [_scatter_pages(x, r, block_table) for x, r in zip(parts, rows, strict=True)]
-    scales = [x[..., 0] for x in rows[2:]] or list(no_scales())
-    return out, PackedCache(pack_rows(rows[0]), rows[1], *scales)
-
-
-def gather(cache: PackedCache, table: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Row caches k and v [B, K, P * S, D] of the pages that table [B, P] names; what an entry outside [0, rows) holds is undefined.
-
-    For attention that no kernel knows; a float cache only.
-    """
-    _check.that("gather", cache.dtype != jnp.int8, "an int8 cache has no float rows; use unpack_cache")
-    return _gather_pages(unpack_rows(cache.k), table), _gather_pages(cache.v, table)
-
-
-def scatter(cache: PackedCache, table: jax.Array, k: jax.Array, v: jax.Array) -> PackedCache:
-    """The cache with the pages that table [B, P] names replaced by row caches k and v [B, K, P * S, D]."""
-    rows = _scatter_pages(unpack_rows(cache.k), k, table), _scatter_pages(cache.v, v, table)
-    return dataclasses.replace(cache, k=pack_rows(rows[0]), v=rows[1])
 
 
 def take_pages(cache: PackedCache, pages: jax.Array) -> PackedCache:

@@ -13,6 +13,7 @@ import pytest
 
 from specmoe_jax import ops
 from specmoe_jax.benchmarks import attention_kernels, cold_rounds, expert_kernels
+from specmoe_jax.ops.xla.experts import tiles
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "benchmark_kernels.py"
 SMALL = ["--batch=2", "--heads=2,1,16", "--dtype=float32", "--new_tokens=2", "--length=64", "--rounds=3", "--threads=1"]
@@ -25,18 +26,26 @@ def kernels():
 
 
 def test_every_table_runs():
-    flags = [*SMALL, "--only=rows,one_by_one,ref", "--layers=2:4:16:8", "--tokens=1,64"]
+    flags = [*SMALL, "--only=rows,one_by_one,ref", "--layers=2:4:16:8", "--tokens=1,64", "--matrices=24:16", "--dense_rows=3"]
     done = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["not_measured"] == {}
-    assert [row["table"] for row in report["rows"]] == ["attention", "ffn", "ffn", "overhead", "overhead", "ragged"]
+    assert [row["table"] for row in report["rows"]] == [
+        "attention",
+        *["ffn"] * 2,
+        *["packed"] * 4,
+        "dense",
+        *["overhead"] * 2,
+        "ragged",
+    ]
     for row in report["rows"]:
         for name, difference in row.get("max_difference", {}).items():
             assert difference < 1e-4, (row["case"], name)
-    attention, one_token, many, call, append, ragged = report["rows"]
+    attention, one_token, many, *packed, dense, call, append, ragged = report["rows"]
     assert set(attention["ms"]) == {"packed", "rows", "one_by_one", "ref"}
     assert set(one_token["times_slower"]) == {"tiles", "pairs"} and set(many["times_slower"]) == {"tiles", "dense"}
+    assert [row["packing"] for row in packed] == ["int8", "int8", "int4", "int4"] and dense["rows"] == 3
     assert one_token["bytes_read"] == 2 * 2 * 6 * 16 * 8  # two experts in each of two layers
     assert call["calls"] == attention_kernels.CALLS and set(append["ms"]) == {"no_append", "append"}
     assert ragged["length_sum"] == 64 + 4096
@@ -56,7 +65,7 @@ def test_the_forms_of_xla_are_exact(form):
     forms = {
         "pairs": expert_kernels.pairs,
         "dense": functools.partial(expert_kernels.dense, experts=4),
-        "tiles": ops.expert_ffn_ref,
+        "tiles": functools.partial(tiles, ffn=None),
     }
     blocks = expert_kernels.weights(layers)
     run = lambda f: jax.jit(functools.partial(expert_kernels.through_layers, f))(x, blocks, slots)  # noqa: E731

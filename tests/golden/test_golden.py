@@ -13,7 +13,7 @@ from specmoe_jax.checkpoints.loader import BUNDLED
 from specmoe_jax.models import layers
 from specmoe_jax.models.families.registry import parse_config
 from specmoe_jax.models.model import random_model, reference_attention
-from specmoe_jax.ops.experts_ref import block_ffn
+from specmoe_jax.ops.xla.experts import block_ffn
 
 TOLERANCE = 1e-4
 REGENERATE = "run: python tests/golden/regenerate.py"

@@ -3,6 +3,7 @@
 import pytest
 
 from specmoe_jax import ops
+from specmoe_jax.ops import dispatch
 
 
 def pytest_generate_tests(metafunc):
@@ -22,3 +23,10 @@ def isa(request, monkeypatch):
 def kernels():
     if not ops.isas():
         pytest.skip("the compiled kernels are not usable here")
+
+
+@pytest.fixture
+def xla_alone(monkeypatch):
+    """Every op by what an accelerator runs."""
+    for kernel, variants in dispatch.KERNELS.items():
+        monkeypatch.setitem(dispatch.KERNELS, kernel, {"xla": variants["xla"]})

@@ -63,20 +63,58 @@ def test_int8_agrees_with_float64_on_what_is_stored(isa, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ref_agrees_with_float64(name):
+def test_the_reference_agrees_with_float64(name):
     case = make_case(4, **CASES[name])
     assert_accurate(case, *run(case, ops.chunked_attention_ref))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, jnp.int8], ids=["f32", "bf16", "i8"])
-def test_caches_of_kernel_and_ref_are_equal(kernels, dtype):
-    case = make_case(5, **CASES["ragged"])
+@pytest.mark.parametrize("name", CASES)
+def test_xla_agrees_with_float64(xla_alone, name):
+    case = make_case(4, **CASES[name])
+    assert_accurate(case, *run(case))
+
+
+def assert_packed_agrees_with_the_reference(dtype, **changes):
+    case = make_case(5, **CASES["ragged"] | changes)
     q, k_new, v_new, k, v, lengths = case.args
     args = q, k_new, v_new, ops.pack_cache(k, v, dtype), lengths
     got, want = ops.chunked_attention_packed(*args, **case.options), ops.chunked_attention_packed_ref(*args, **case.options)
     np.testing.assert_allclose(got[0], want[0], atol=4e-6)
     for name in ("k", "v", "k_scale", "v_scale"):
         np.testing.assert_array_equal(np.asarray(getattr(got[1], name)), np.asarray(getattr(want[1], name)))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, jnp.int8], ids=["f32", "bf16", "i8"])
+def test_caches_of_kernel_and_reference_are_equal(kernels, dtype):
+    assert_packed_agrees_with_the_reference(dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, jnp.int8], ids=["f32", "bf16", "i8"])
+def test_caches_of_xla_and_reference_are_equal(xla_alone, dtype):
+    assert_packed_agrees_with_the_reference(dtype)
+
+
+@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
+@pytest.mark.parametrize("chunk", [None, 12, 500])
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["plain", "sinks"])
+def test_sinks_and_chunks_agree_with_the_reference(with_sinks, chunk, tree):
+    sinks = jnp.asarray([0.5, -1.0, 2.0, 0.0]) if with_sinks else None
+    case = make_case(11, B=3, T=6, H=4, K=2, D=16, S=64, lengths=[0, 9, 40], tree=tree, sinks=sinks, chunk=chunk, window=30)
+    for got, want in zip(run(case), run(case, ops.chunked_attention_ref), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-6)
+    q, k_new, v_new, k, v, lengths = case.args
+    args = q, k_new, v_new, ops.pack_cache(k, v), lengths
+    got, want = (op(*args, **case.options) for op in (ops.chunked_attention_packed, ops.chunked_attention_packed_ref))
+    np.testing.assert_allclose(got[0], want[0], atol=2e-6)
+    np.testing.assert_array_equal(got[1].k, want[1].k)
+
+
+def test_a_sink_takes_its_share_of_the_attention():
+    case = make_case(12, B=1, T=1, H=2, K=1, D=8, S=16, lengths=[3])
+    sinks = jnp.asarray([-jnp.inf, 1e4], jnp.float32)
+    out = np.asarray(ops.chunked_attention(*case.args, sinks=sinks)[0])
+    np.testing.assert_allclose(out[:, :, 0], ops.chunked_attention(*case.args)[0][:, :, 0], atol=1e-6)
+    assert not out[:, :, 1].any()
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, jnp.int8], ids=["f32", "bf16", "i8"])

@@ -48,6 +48,19 @@ def test_kernel_and_ref_agree_with_float64(isa, name, weights):
         assert np.all(np.abs(np.asarray(jax.jit(lambda *a, op=op: op(*a))(*args)) - want) <= 8 * 2.0**-24 * bound)
 
 
+@pytest.mark.parametrize("weights", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_tiles_agree_with_float64(xla_alone, name, weights):
+    args = make(1, *SHAPES[name], weights)
+    want, bound = ffn64(*args)
+    assert np.all(np.abs(np.asarray(jax.jit(ops.expert_ffn)(*args)) - want) <= 8 * 2.0**-24 * bound)
+
+
+def test_tiles_read_bits_and_no_unused_slots(xla_alone):
+    test_bits_in_uint16_are_bfloat16(None)
+    test_no_expert_gives_zeros_and_unused_slots_are_not_read(None)
+
+
 def test_bits_in_uint16_are_bfloat16(isa):
     x, blocks, slots = make(2, 5, 2, 4, 64, 48, jnp.bfloat16, jnp.bfloat16)
     bits = jax.lax.bitcast_convert_type(blocks, jnp.uint16)

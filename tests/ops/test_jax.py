@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from specmoe_jax import ops
-from specmoe_jax.ops import _ffi
+from specmoe_jax.ops.cpu import _ffi
 from tests.ops.oracle import make_case
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from specmoe_jax import ops
 from specmoe_jax.benchmarks.gpu.timing import seconds
-from specmoe_jax.ops.experts_ref import block_ffn, in_tiles
+from specmoe_jax.ops.xla.experts import block_ffn, in_tiles
 
 FULL = {"shapes": ((8, 4096, 14336, 2), (128, 2048, 768, 8)), "tokens": (8, 64, 512, 2048, 8192), "matrix": 8192}
 SMALL = {"shapes": ((4, 64, 128, 2),), "tokens": (8,), "matrix": 256}

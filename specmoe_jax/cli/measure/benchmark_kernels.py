@@ -12,27 +12,29 @@ import jax.numpy as jnp
 from absl import flags
 
 from specmoe_jax import ops
-from specmoe_jax.benchmarks import attention_kernels, expert_kernels
+from specmoe_jax.benchmarks import attention_kernels, dense_kernels, expert_kernels
 from specmoe_jax.benchmarks.attention_kernels import Shape
 from specmoe_jax.benchmarks.cold_rounds import Rounds, row
 from specmoe_jax.benchmarks.expert_kernels import Layers
 from specmoe_jax.cli import common
 from specmoe_jax.support.errors import UserError
 
-TABLES = ("attention", "ffn", "overhead", "ragged")
+TABLES = ("attention", "ffn", "packed", "dense", "overhead", "ragged")
 _TABLES = flags.DEFINE_list("tables", list(TABLES), f"of {', '.join(TABLES)}")
 _B = flags.DEFINE_list("batch", ["8"], "requests")
 _L = flags.DEFINE_list("length", ["2048"], "cached tokens of each request")
 _N = flags.DEFINE_list("new_tokens", ["1", "4", "8"], "new tokens of each request")
-_DTYPE = flags.DEFINE_list("dtype", ["bfloat16", "float32"], "of queries and cache")
+_DTYPE = flags.DEFINE_list("dtype", ["bfloat16", "float32"], "of queries and cache, and of the dense table")
 _HEADS = flags.DEFINE_list("heads", ["32", "8", "128"], "query heads, KV heads, head dim (Mixtral)")
 _ONLY = flags.DEFINE_list("only", [], "variants of the attention table to time besides the packed kernel (default: all)")
 _LAYERS = flags.DEFINE_list(
     "layers",
     ["64:16:256:128", "8:8:512:1024", "2:2:4096:3584", "1:2:4096:14336"],
-    "of the ffn table, layers:experts:model:hidden; all weights of one are in memory (the last one: 0.7 GB)",
+    "of the tables ffn and packed, layers:experts:model:hidden; all weights of one are in memory (the last one: 0.7 GB)",
 )
-_TOKENS = flags.DEFINE_list("tokens", ["1", "8", "64", "512"], "of the ffn table")
+_TOKENS = flags.DEFINE_list("tokens", ["1", "8", "64", "512"], "of the tables ffn and packed")
+_MATRICES = flags.DEFINE_list("matrices", ["512:1024", "2048:1024", "1024:2048", "32768:1024"], "of the dense table, out:in")
+_DENSE_ROWS = flags.DEFINE_list("dense_rows", ["1", "4", "16", "32", "64"], "of the dense table")
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "timed rounds of a row")
 _SECONDS = flags.DEFINE_float("seconds", 40, "rows that would take longer have fewer rounds, at least three")
 _THREADS = flags.DEFINE_integer("threads", os.cpu_count(), "threads of the limits and of the peers")
@@ -77,6 +79,18 @@ def ffn_rows(rounds, missing):
         yield from expert_kernels.ffn_rows(Layers(*(int(x) for x in spec.split(":"))), integers(_TOKENS), rounds)
 
 
+def packed_rows(rounds, missing):
+    for spec in _LAYERS.value:
+        yield from expert_kernels.packed_rows(Layers(*(int(x) for x in spec.split(":"))), integers(_TOKENS), rounds)
+
+
+def dense_rows(rounds, missing):
+    for dtype in map(jnp.dtype, _DTYPE.value):
+        for spec in _MATRICES.value:
+            matrix = dense_kernels.Matrix(*(int(x) for x in spec.split(":")))
+            yield from dense_kernels.dense_rows(matrix, dtype, integers(_DENSE_ROWS), rounds)
+
+
 def overhead_rows(rounds, missing):
     for s in shapes([1], [1]):
         yield attention_kernels.overhead(s, rounds)
@@ -90,7 +104,14 @@ def ragged_rows(rounds, missing):
         yield attention_kernels.ragged(s, rounds)
 
 
-ROWS = {"attention": attention_rows, "ffn": ffn_rows, "overhead": overhead_rows, "ragged": ragged_rows}
+ROWS = {
+    "attention": attention_rows,
+    "ffn": ffn_rows,
+    "packed": packed_rows,
+    "dense": dense_rows,
+    "overhead": overhead_rows,
+    "ragged": ragged_rows,
+}
 
 
 def show(figures) -> None:

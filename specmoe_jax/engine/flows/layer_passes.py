@@ -81,4 +81,4 @@ def _forward(runtime: Runtime, pool, slots, kv: KVCache, tokens, lengths, active
         keys.append(k)
         values.append(v)
         choices += [] if moe is None else [ids]
-    return stages.head(runtime.config.norm_eps, runtime.weights, h)[:, 0], kv._replace(k=tuple(keys), v=tuple(values)), choices
+    return stages.head(runtime.config.head, runtime.weights, h)[:, 0], kv._replace(k=tuple(keys), v=tuple(values)), choices

@@ -119,7 +119,8 @@ class _Run:
             spans.append(Span(task.kind, task.resource, task.layer, task.micro_batch, start_s, time.perf_counter()))
 
     def _embed(self, task: Task) -> None:
-        self._keep(task, stages.embed(self.runtime.weights, jnp.asarray(self.micro_batches[task.micro_batch].tokens)))
+        tokens = jnp.asarray(self.micro_batches[task.micro_batch].tokens)
+        self._keep(task, stages.embed(self.runtime.weights, tokens, config=self.runtime.config.embedding))
 
     def _pre_attention(self, task: Task) -> None:
         start_s = time.perf_counter()

@@ -12,8 +12,6 @@ import numpy as np
 
 from specmoe_jax.support.errors import UserError
 
-TARGETS = ("specmoe_chunked_attention", "specmoe_expert_ffn")
-
 
 class Unusable(Exception):
     """Why the compiled kernels cannot be used."""

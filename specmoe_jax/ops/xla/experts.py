@@ -1,4 +1,4 @@
-"""expert_ffn in jnp: what the kernel is checked against, and what runs where there is no kernel."""
+"""expert_ffn in tiles: pairs sorted by slot, tiles of rows, a loop over the tiles that exist (exact, no ragged_dot)."""
 
 import functools
 
@@ -45,22 +45,15 @@ def tile_plan(slots: jax.Array, R: int, rows: int) -> tuple[jax.Array, jax.Array
     return tile_slot, pair_of.reshape(Q, rows), tiles.sum()
 
 
-def expert_ffn_ref(x, blocks, slots, *, activation="swiglu", ffn=block_ffn):
-    """As expert_ffn, in jnp only: pairs sorted by slot, tiles of rows, a loop over the tiles that exist (exact, no ragged_dot).
-
-    ffn: (x [n, M], one block) -> [n, M] float32, for experts that are not plain SwiGLU; blocks then have what shape it takes.
-
-    A result does not depend on batch mates as far as XLA's matrix product treats the rows of one tile shape alike.
-    """
-    if activation != "swiglu":
-        raise ValueError(f"expert_ffn: activation is {activation!r}, only 'swiglu' exists")
-    tiles, pairs = functools.partial(in_tiles, ffn), slots.size
-    on_cpu = functools.partial(tiles, 8 if pairs <= SMALL_PAIRS else 32)
-    return jax.lax.platform_dependent(x, blocks, slots, cpu=on_cpu, default=functools.partial(tiles, accelerator_rows(pairs)))
+def tiles(x, blocks, slots, *, ffn=None, packing=None, hidden=None):
+    """ops.expert_ffn. A result is independent of batch mates as far as XLA's product treats the rows of one tile shape alike."""
+    form, pairs = functools.partial(in_tiles, block_ffn if ffn is None else ffn), slots.size
+    on_cpu = functools.partial(form, 8 if pairs <= SMALL_PAIRS else 32)
+    return jax.lax.platform_dependent(x, blocks, slots, cpu=on_cpu, default=functools.partial(form, accelerator_rows(pairs)))
 
 
 def in_tiles(ffn, rows: int, x, blocks, slots):
-    """expert_ffn_ref in tiles of so many rows, each of one slot."""
+    """`tiles` of so many rows, each of one slot."""
     n, A = slots.shape
     M, R, P = x.shape[1], blocks.shape[0], n * A
     tile_slot, pair_of, num_tiles = tile_plan(slots.reshape(-1), R, rows)

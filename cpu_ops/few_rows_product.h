@@ -1,0 +1,20 @@
+// y = x W^T for few rows of x, where reading W is what takes the time. Plain pointers and shapes; no XLA, no Python.
+#pragma once
+#include <cstdint>
+
+#include "chunked_attention.h"
+
+namespace specmoe {
+
+struct ProductArgs {
+  int64_t n, M, N;       // rows, columns of W, rows of W
+  DType x_type, w_type;  // float32 or bfloat16
+  const void* x;         // [n, M]
+  const void* w;         // [N, M]
+  float* y;              // [n, N]
+  const float* rows;     // x as the kernel reads it, of which it says how many floats a row has
+};
+
+void few_rows_product(const ProductArgs& args, const KernelTable& kernels, Parallel& parallel);
+
+}  // namespace specmoe

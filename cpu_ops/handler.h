@@ -1,0 +1,36 @@
+// What all FFI handlers share.
+#pragma once
+#include <exception>
+#include <new>
+#include <string>
+#include <string_view>
+
+#include "isa.h"
+#include "xla/ffi/api/ffi.h"
+#include "xla_parallel.h"
+
+namespace specmoe {
+
+inline xla::ffi::Error wrong_argument(const char* op, std::string_view what) {
+  return xla::ffi::Error::InvalidArgument(std::string(op) + ": " + std::string(what));
+}
+
+// Runs `kernel(table, parallel)` on the instruction set of that name. XLA calls handlers through C: no exception may leave them.
+template <typename Kernel>
+xla::ffi::Error run_kernel(const char* op, xla::ffi::ThreadPool& pool, int64_t threads, std::string_view isa, const Kernel& kernel) {
+  const KernelTable* table = isa_table(isa);
+  if (table == nullptr) return wrong_argument(op, "this machine or build has no kernels named " + std::string(isa));
+  try {
+    XlaParallel parallel(pool, threads);
+    kernel(*table, parallel);
+    return xla::ffi::Error::Success();
+  } catch (const std::bad_alloc&) {
+    return xla::ffi::Error(xla::ffi::ErrorCode::kResourceExhausted, std::string(op) + ": out of host memory");
+  } catch (const std::exception& e) {
+    return xla::ffi::Error::Internal(std::string(op) + ": " + e.what());
+  } catch (...) {
+    return xla::ffi::Error::Internal(std::string(op) + ": unknown exception");
+  }
+}
+
+}  // namespace specmoe

@@ -1,0 +1,44 @@
+"""dense_product with cold weights: the kernel for few rows beside XLA's product, on either side of the crossover."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specmoe_jax.benchmarks.cold_rounds import Rounds, Work, row
+from specmoe_jax.ops.cpu import dense
+from specmoe_jax.ops.xla import dense as xla
+
+CALL_BYTES = 1 << 26  # weights of one program: its matrices are multiplied in turn, so that what a call costs does not show
+
+
+class Matrix(NamedTuple):
+    """W [N, M]."""
+
+    N: int
+    M: int
+
+
+def products(form, x, weights):
+    """x [n, M] times each of weights [calls, N, M] -> [calls]: a sum of each, so that results take no time."""
+    return jax.lax.map(lambda w: form(x, w).sum(), weights)
+
+
+def dense_rows(s: Matrix, dtype: jnp.dtype, rows: list[int], rounds: Rounds):
+    """One row for each number of rows of x."""
+    calls = max(1, CALL_BYTES // (s.N * s.M * dtype.itemsize))
+    values = np.random.default_rng(0).standard_normal(1_000_003, np.float32)
+    weights = jnp.asarray(np.resize(values, (calls, s.N, s.M)), dtype)
+    for n in rows:
+        x = jnp.asarray(np.resize(values, (n, s.M)), dtype)
+        forms = {"kernel": dense.product, "xla": xla.product}
+        jitted = {name: jax.jit(functools.partial(products, form)) for name, form in forms.items()}
+        variants = {name: _ready(f, x, weights) for name, f in jitted.items()}
+        case = {"case": f"dense {dtype} {s.N} x {s.M} n={n}", **s._asdict(), "dtype": str(dtype), "rows": n, "calls": calls}
+        yield row(case, variants, Work(weights.nbytes, 2 * calls * n * s.N * s.M), rounds)
+
+
+def _ready(f, *args):
+    return lambda: jax.block_until_ready(f(*args))

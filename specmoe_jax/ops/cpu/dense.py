@@ -1,0 +1,32 @@
+"""dense_product by the compiled kernel for few rows."""
+
+import jax
+import jax.numpy as jnp
+
+from specmoe_jax.ops.cpu import _ffi
+from specmoe_jax.ops.xla import dense as xla
+
+# Where XLA's own product is as fast (Zen 4, two cores, benchmark_kernels.py --tables=dense): from about 128 rows of 1,024 or 2,048
+# columns on, where rows outgrow the L2, and for matrices that take no longer than the call itself.
+FEW_ROWS = 32
+CACHED = 1 << 18  # elements of x that may be more rows than those
+LEAST_BYTES = 1 << 16
+
+
+def fits(x: jax.Array, weight: jax.Array) -> bool:
+    """Few rows, of a matrix that is worth a call."""
+    few = 0 < x.size and (x.size <= CACHED or x.size <= FEW_ROWS * x.shape[-1])
+    return few and weight.size * weight.dtype.itemsize >= LEAST_BYTES and _ffi.module() is not None
+
+
+@jax.custom_jvp
+def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    shape = jax.ShapeDtypeStruct((x.size // x.shape[-1], weight.shape[0]), jnp.float32)
+    call = jax.ffi.ffi_call("specmoe_few_rows_product", shape, vmap_method="sequential")
+    return call(x.reshape(-1, x.shape[-1]), weight, **_ffi.choice()).reshape(*x.shape[:-1], weight.shape[0])
+
+
+@product.defjvp
+def _differentiate(primals, tangents):
+    (x, weight), (dx, dweight) = primals, tangents
+    return product(x, weight), xla.product(dx, weight) + xla.product(x, dweight)

@@ -1,0 +1,32 @@
+"""expert_ffn by the compiled kernels: plain SwiGLU of weights in float32, bfloat16, or packed to 8 or 4 bits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specmoe_jax.ops.cpu import _ffi
+
+BITS = {"int8": 8, "int4": 4}
+
+
+def fits_plain(*arrays, ffn, packing, hidden) -> bool:
+    """Blocks that are not packed."""
+    return ffn is None and packing is None and _ffi.module() is not None
+
+
+def plain(x, blocks, slots, *, ffn, packing, hidden):
+    return _call("specmoe_expert_ffn", x, blocks, slots)
+
+
+def fits_packed(*arrays, ffn, packing, hidden) -> bool:
+    """Blocks that are packed in a way that the kernel decodes."""
+    return packing in BITS and _ffi.module() is not None
+
+
+def packed(x, blocks, slots, *, ffn, packing, hidden):
+    return _call("specmoe_packed_expert_ffn", x, blocks, slots, bits=np.int64(BITS[packing]), hidden=np.int64(hidden))
+
+
+def _call(target: str, x, blocks, slots, **attributes):
+    shape = jax.ShapeDtypeStruct((*slots.shape, x.shape[1]), jnp.float32)
+    return jax.ffi.ffi_call(target, shape, vmap_method="sequential")(x, blocks, slots, **attributes, **_ffi.choice())

@@ -1,0 +1,14 @@
+"""dense_product as one product of XLA's."""
+
+import jax
+import jax.numpy as jnp
+
+from specmoe_jax.ops.products import einsum
+
+
+def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """ops.dense_product. bfloat16 times bfloat16 is left as it is: no copy on an accelerator, and half the time of float32 for many
+    rows on a CPU that has such an instruction."""
+    if x.dtype == weight.dtype == jnp.bfloat16:
+        return jnp.einsum("...m,nm->...n", x, weight, preferred_element_type=jnp.float32)
+    return einsum("...m,nm->...n", x, weight)

@@ -1,0 +1,87 @@
+"""dense_product: the kernel for few rows and XLA's product against float64; a row depends on itself alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from specmoe_jax import ops
+from specmoe_jax.ops.cpu import dense
+from specmoe_jax.ops.xla import dense as xla
+
+F32, BF16 = jnp.float32, jnp.bfloat16
+DTYPES = {"f32": (F32, F32), "bf16": (BF16, BF16), "mixed": (F32, BF16)}
+SHAPES = {"one": (1, 1, 1), "odd": (5, 77, 203), "wide": (3, 9, 4100), "rows": (32, 130, 96), "many_rows": (70, 33, 64)}
+
+
+def make(seed, n, N, M, x_dtype, w_dtype):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(size=(n, M)), x_dtype), jnp.asarray(rng.normal(size=(N, M)), w_dtype)
+
+
+@pytest.fixture(params=["kernel", "xla", "reference"])
+def form(request):
+    if request.param == "kernel" and not ops.isas():
+        pytest.skip("the compiled kernels are not usable here")
+    return {"kernel": dense.product, "xla": xla.product, "reference": ops.dense_product_ref}[request.param]
+
+
+def assert_accurate(form, x, weight):
+    """Summing M products in float32, in any order: M roundings of sums that are at most the sum of magnitudes."""
+    a, b = np.asarray(x, np.float64), np.asarray(weight, np.float64)
+    error = np.abs(np.asarray(jax.jit(lambda *args: form(*args))(x, weight)) - a @ b.T)
+    assert np.all(error <= (4 + np.sqrt(x.shape[1])) * 2.0**-24 * (np.abs(a) @ np.abs(b).T))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_form_agrees_with_float64(form, shape, dtypes):
+    assert_accurate(form, *make(1, *SHAPES[shape], *DTYPES[dtypes]))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_every_instruction_set_agrees_with_float64(isa, dtypes):
+    for shape in SHAPES.values():
+        assert_accurate(dense.product, *make(2, *shape, *DTYPES[dtypes]))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_a_row_depends_on_itself_alone(isa, monkeypatch, dtypes):
+    x, weight = make(3, 32, 4001, 72, *DTYPES[dtypes])
+    whole = np.asarray(dense.product(x, weight))
+    for n in (1, 2, 5, 13):
+        for i in (0, 17):
+            np.testing.assert_array_equal(dense.product(x[i : i + n], weight), whole[i : i + n])
+    monkeypatch.setenv("SPECMOE_THREADS", "1")
+    np.testing.assert_array_equal(jax.jit(lambda *a: dense.product(*a))(x, weight), whole)
+
+
+def test_few_rows_of_a_large_matrix_take_the_kernel(kernels):
+    def takes_it(n, N, M):
+        text = jax.jit(lambda *a: ops.dense_product(*a)).lower(jnp.ones((n, 1, M)), jnp.ones((N, M))).as_text()
+        return "specmoe_few_rows_product" in text
+
+    wide = dense.CACHED // dense.FEW_ROWS * 2  # columns
+    assert takes_it(1, 256, 256) and takes_it(dense.CACHED // 256, 256, 256) and takes_it(dense.FEW_ROWS, 2, wide)
+    assert not takes_it(dense.CACHED // 256 + 1, 256, 256) and not takes_it(dense.FEW_ROWS + 1, 2, wide)
+    assert not takes_it(1, 8, 256) and not takes_it(0, 256, 256)
+
+
+def test_what_is_not_finite_stays_in_its_row(isa):
+    x, weight = make(4, 3, 40, 50, F32, F32)
+    out = np.asarray(dense.product(x.at[1, 3].set(np.nan), weight))
+    assert np.isfinite(out[[0, 2]]).all() and np.isnan(out[1]).all()
+
+
+def test_the_kernel_has_the_derivatives_of_the_product(kernels):
+    x, weight = make(5, 4, 30, 20, F32, F32)
+    got, want = (jax.grad(lambda x, w, f=f: jnp.sum(f(x, w) ** 2), argnums=(0, 1))(x, weight) for f in (dense.product, xla.product))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match=r"weight has shape \(4, 3\), wanted \[any, 5\]"):
+        ops.dense_product(jnp.ones((2, 5)), jnp.ones((4, 3)))
+    with pytest.raises(TypeError, match="weight has dtype int32, wanted float32 or bfloat16"):
+        ops.dense_product(jnp.ones((2, 5)), jnp.ones((4, 5), jnp.int32))

@@ -1,0 +1,71 @@
+"""Packed experts decoded by the kernel: against float64 of exactly what the bytes stand for, and independent of batch mates."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from specmoe_jax import ops
+from specmoe_jax.config.layer_config import ExpertConfig
+from specmoe_jax.models import packing
+from specmoe_jax.models.experts import block_function, expert_ffn
+from tests.ops.test_experts import ffn64
+
+SHAPES = {
+    "one_token": (1, 2, 4, 64, 32),
+    "odd": (9, 2, 5, 200, 77),
+    "tiny": (3, 1, 1, 3, 1),
+    "two_model_blocks": (7, 2, 3, 1030, 300),
+    "many_rows": (70, 2, 3, 48, 40),
+    "many_hidden": (5, 1, 2, 40, 2300),
+}
+
+
+def config_of(kind, M, F) -> ExpertConfig:
+    return ExpertConfig(model=M, hidden=F, packing=kind)
+
+
+def make(seed, kind, n, A, R, M, F, x_dtype=jnp.float32):
+    """x, packed blocks [R, bytes], slots, and the blocks that the bytes stand for."""
+    config, rng = config_of(kind, M, F), np.random.default_rng(seed)
+    x = jnp.asarray(rng.normal(size=(n, M)), x_dtype)
+    weights = (rng.normal(size=(R, 3, F, M)) / np.sqrt(M)).astype(np.float32)
+    blocks = np.stack([packing.pack(config, block) for block in weights])
+    exact = np.stack([np.asarray(packing.unpack(config, jnp.asarray(block))) for block in blocks])
+    return config, (x, jnp.asarray(blocks), jnp.asarray(rng.integers(-1, R, size=(n, A)), jnp.int32)), exact
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_kernel_agrees_with_float64_on_exact_decoding(isa, name, kind):
+    config, (x, blocks, slots), exact = make(1, kind, *SHAPES[name])
+    want, bound = ffn64(x, jnp.asarray(exact), slots)
+    got = jax.jit(lambda *a: expert_ffn(config, *a))(x, blocks, slots)
+    assert np.all(np.abs(np.asarray(got) - want) <= 8 * 2.0**-24 * bound)
+    reference = ops.expert_ffn_ref(x, blocks, slots, ffn=block_function(config))
+    assert np.all(np.abs(np.asarray(reference) - want) <= 8 * 2.0**-24 * bound)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_the_kernel_is_what_runs(kernels, kind):
+    config, args, _ = make(2, kind, *SHAPES["odd"])
+    assert "specmoe_packed_expert_ffn" in jax.jit(lambda *a: expert_ffn(config, *a)).lower(*args).as_text()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_pair_depends_on_itself_alone(isa, monkeypatch, kind):
+    config, (x, blocks, slots), _ = make(3, kind, 40, 2, 3, 136, 90, jnp.bfloat16)
+    y = expert_ffn(config, x, blocks, slots)
+    for n in (1, 2, 7):
+        for i in (0, 11):
+            np.testing.assert_array_equal(expert_ffn(config, x[i : i + n], blocks, slots[i : i + n]), y[i : i + n])
+    order = np.random.default_rng(0).permutation(40)
+    np.testing.assert_array_equal(expert_ffn(config, x[order], blocks, slots[order]), y[order])
+    monkeypatch.setenv("SPECMOE_THREADS", "1")
+    np.testing.assert_array_equal(jax.jit(lambda *a: expert_ffn(config, *a))(x, blocks, slots), y)
+
+
+def test_packing_needs_what_unpacks():
+    _, (x, blocks, slots), _ = make(4, "int8", *SHAPES["odd"])
+    with pytest.raises(ValueError, match="packing needs ffn and hidden"):
+        ops.expert_ffn(x, blocks, slots, packing="int8")

@@ -27,15 +27,19 @@ class _Text(html.parser.HTMLParser):
             self.parts.append("\n\n" if tag[0] in "ph" else "\n")
 
     def handle_data(self, text):
-        if not self.skipped:
-            self.parts.append(text if self.kept else re.sub(r"\s+", " ", text))
+        if self.skipped:
+            return
+        if not self.kept:
+            text = re.sub(r"\s+", " ", text)
+            text = text.lstrip() if not self.parts or self.parts[-1].endswith("\n") else text
+        self.parts.append(text)
 
 
 def from_html(page: str) -> str:
     parser = _Text()
     parser.feed(page)
     text = re.sub(r"[ \t]+\n", "\n", "".join(parser.parts)).replace("¶", "").replace("\xa0", " ")
-    return re.sub(r"\n{3,}", "\n\n", re.sub(r"\n ", "\n", text)).strip()
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 def unwrapped(paragraph: str) -> str:

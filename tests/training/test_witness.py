@@ -206,7 +206,9 @@ def test_every_document_is_on_one_side_of_the_split():
 
 def test_pairs_of_each_kind_of_source():
     assert list(pairs.from_wordnet("bier, litter (noun): a coffin")) == ["Question: What is bier?\nAnswer: a coffin"]
-    assert list(pairs.from_factbook("Chile\nClimate: temperate")) == ["Question: What is the climate of Chile?\nAnswer: temperate"]
+    climate = "temperate; desert in north; Mediterranean in central region; cool and damp in south"
+    (found,) = pairs.from_factbook(f"Chile\nClimate: {climate}\ntotal: 3")
+    assert found == f"Question: What is the climate of Chile?\nAnswer: {climate}"
     code = 'def f(a, b=1):\n    """Adds two numbers that are given, and returns what comes out of it, if anything."""\n'
     (found,) = pairs.from_code(code)
     assert found.startswith("Question: What does `f(a, b=1)` do in Python?\nAnswer: Adds two numbers")

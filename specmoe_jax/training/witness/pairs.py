@@ -31,12 +31,11 @@ def from_wordnet(document: str):
 
 
 def from_factbook(document: str):
-    country = document.split("\n", 1)[0]
-    if len(country) > 40 or ":" in country:
-        return
-    for line in document.splitlines()[1:]:
-        name, _, text = line.partition(": ")
-        if text and len(name) < 50:
+    country, *fields = document.split("\n")
+    for field in fields:
+        name, _, text = field.partition(": ")
+        # Shorter texts are figures, whose names ("total", "male") say nothing alone.
+        if country and ":" not in country and len(text) > 60 and len(name) < 50:
             yield pair(f"What is the {name[0].lower() + name[1:]} of {country}?", text)
 
 
@@ -76,8 +75,8 @@ MAKERS = {
     "other_documentation": from_headings,
     "python_code": from_code,
 }
-# Of what a maker finds: a second copy of WordNet would be too much of it.
-SHARES = {"wordnet": 0.4, "factbook": 0.5}
+# Of what a maker finds, one unless named: a second copy of WordNet would be too much of it.
+SHARES = {"wordnet": 0.4}
 
 
 def make(training: dict[str, list[str]], seed: int) -> list[str]:

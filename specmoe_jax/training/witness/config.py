@@ -7,7 +7,7 @@ import dataclasses
 class WitnessConfig:
     """The sizes of the model; letters as in types.py. Layer 0 is dense, all others are mixtures of experts."""
 
-    vocab_size: int = 6144  # V
+    vocab_size: int = 5120  # V
     hidden_size: int = 256  # M
     num_layers: int = 8  # L, without the MTP layer
     num_heads: int = 4  # H
@@ -44,11 +44,11 @@ class RecipeConfig:
     batch_size: int = 16
     length: int = 512
     optimizer: str = "muon"
-    learning_rate: float = 4e-3
+    learning_rate: float = 3e-3
     warmup_steps: int = 100
     stable_steps: int = 100_000  # where the constant phase ends; without decay steps, where the run ends
     decay_steps: int = 0
-    weight_decay: float = 0.02
+    weight_decay: float = 0.05
     capacity_factor: float = 1.5  # rows of an expert in training, relative to an even load
     bias_rate: float = 1e-3  # step of the router's balancing bias
     mtp_weight: float = 0.3

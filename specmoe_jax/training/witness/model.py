@@ -226,7 +226,9 @@ def hidden_states(params: Params, bias: jax.Array, tokens: jax.Array, config: Wi
     return rms_norm(x, params.norm, config.norm_eps), routings
 
 
-def mtp_states(params: Params, bias: jax.Array, hidden: jax.Array, following: jax.Array, config: WitnessConfig, capacity_factor=None):
+def mtp_states(
+    params: Params, bias: jax.Array, hidden: jax.Array, following: jax.Array, config: WitnessConfig, capacity_factor=None
+):
     """States from which the head predicts the token after `following`. hidden [B, T, M], of positions 0 to T - 1;
     following [B, T] int32, the tokens of positions 1 to T -> [B, T, M], Routing."""
     mtp, eps = params.mtp, config.norm_eps

@@ -46,7 +46,11 @@ def from_devil(document: str):
 
 def from_headings(document: str):
     """reStructuredText: an underlined title and the first paragraphs of prose under it."""
-    for found in re.finditer(r"^(\S[^\n]{8,80})\n[=\-~^\"'*+#]{8,}\n+((?:(?![^\n]*\n[=\-~^]{4,})[A-Z`:*][^\n]+\n?(?:\S[^\n]*\n)*\n?){1,3})", document, re.MULTILINE):
+    for found in re.finditer(
+        r"^(\S[^\n]{8,80})\n[=\-~^\"'*+#]{8,}\n+((?:(?![^\n]*\n[=\-~^]{4,})[A-Z`:*][^\n]+\n?(?:\S[^\n]*\n)*\n?){1,3})",
+        document,
+        re.MULTILINE,
+    ):
         title, text = re.sub(r":\w+:`~?([^`]*)`", r"\1", found[1]).strip("`* "), found[2]
         if not text.startswith("..") and len(text) > 80:
             yield pair(title if title.endswith("?") else f"Explain: {title}.", text)

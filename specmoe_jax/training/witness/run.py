@@ -134,7 +134,10 @@ def train(config: WitnessConfig, recipe: RecipeConfig, work_dir: pathlib.Path, t
         state = restore(begin, state)
     log, stop, began_s = work_dir / "log.jsonl", Stop(), time.monotonic()
     last_step, saved_s = recipe.stable_steps + recipe.decay_steps, time.monotonic()
-    with open_checkpoints(folder) as manager, bar("train", last_step, "step", mode=rhythm.progress, initial=int(state.step)) as shown:
+    with (
+        open_checkpoints(folder) as manager,
+        bar("train", last_step, "step", mode=rhythm.progress, initial=int(state.step)) as shown,
+    ):
 
         def save():
             if manager.latest_step() != int(state.step):

@@ -38,7 +38,17 @@ def repeated_share(tokens: np.ndarray, size: int = 8) -> float:
     return 1.0 - len(set(grams)) / len(grams)
 
 
-def report(params, bias, prompts: list[str], tokenizer: pathlib.Path, *, config, count: int, temperature: float, seed: int = 0) -> dict:
+def beginnings(held_out: pathlib.Path, count: int, size: int = 160) -> list[str]:
+    """The first words of held-out documents, as many of each corpus as go around."""
+    files = sorted(held_out.glob("*.txt"))
+    documents = [path.read_text().split("\f") for path in files]
+    chosen = [documents[i % len(files)][(i // len(files)) % len(documents[i % len(files)])] for i in range(count)]
+    return [text[:size].rsplit(" ", 1)[0] for text in chosen]
+
+
+def report(
+    params, bias, prompts: list[str], tokenizer: pathlib.Path, *, config, count: int, temperature: float, seed: int = 0
+) -> dict:
     """Continuations of `count` tokens as text, and the mean share of repeated 8-grams."""
     coder = tokenizers.Tokenizer.from_file(str(tokenizer))
     encoded = [coder.encode(prompt, add_special_tokens=False).ids for prompt in prompts]

@@ -113,7 +113,7 @@ def routing_report(totals: Totals, active: int) -> dict:
 def summary(
     params, bias, held_out: dict[str, np.ndarray], sizes, *, config, length: int, limit: int = 0, capacity_factor=None
 ) -> dict:
-    """Bits per byte by corpus, over those of the first bundled model, and over all bytes. `limit`: tokens of a corpus, 0 for all."""
+    """Bits per byte by corpus, over those of the first model, and over all bytes. `limit`: tokens of a corpus, 0 for all."""
     run = functools.partial(corpus_totals, sizes=sizes, config=config, length=length, capacity_factor=capacity_factor)
     by_corpus = {name: run(params, bias, tokens[: limit or None]) for name, tokens in held_out.items()}
     everything, first = add(by_corpus.values()), [by_corpus[name] for name in sources.FIRST if name in by_corpus]

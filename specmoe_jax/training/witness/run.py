@@ -65,7 +65,7 @@ def newest_step(folder: pathlib.Path) -> int | None:
 
 
 def restore(folder: pathlib.Path, like: loop.TrainState) -> loop.TrainState:
-    """The newest checkpoint under `folder`; `like` is a state, or its shapes."""
+    """The newest checkpoint under `folder`; `like` has its shapes."""
     with open_checkpoints(folder) as manager:
         return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(like))
 
@@ -128,10 +128,11 @@ def train(config: WitnessConfig, recipe: RecipeConfig, work_dir: pathlib.Path, t
     work_dir.mkdir(parents=True, exist_ok=True)
     check_run(work_dir, config, recipe)
     folder, origin, recipe = phase(work_dir, recipe)
-    state = loop.init_state(config, recipe)
     begin = folder if newest_step(folder) is not None else origin
-    if begin is not None:
-        state = restore(begin, state)
+    if begin is None:
+        state = loop.init_state(config, recipe)
+    else:
+        state = restore(begin, jax.eval_shape(lambda: loop.init_state(config, recipe)))
     log, stop, began_s = work_dir / "log.jsonl", Stop(), time.monotonic()
     last_step, saved_s = recipe.stable_steps + recipe.decay_steps, time.monotonic()
     with (

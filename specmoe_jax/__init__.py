@@ -2,7 +2,7 @@
 
 from specmoe_jax import ops, speculate
 from specmoe_jax.autotune.choose import make_plan
-from specmoe_jax.checkpoints import load_head, load_model
+from specmoe_jax.checkpoints import load_head, load_model, load_mtp
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import PRESETS
@@ -28,6 +28,7 @@ __all__ = [
     "__version__",
     "load_head",
     "load_model",
+    "load_mtp",
     "make_plan",
     "ops",
     "random_model",

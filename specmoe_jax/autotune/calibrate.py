@@ -13,6 +13,7 @@ from specmoe_jax.engine.drafts.protocol import DraftInputs
 from specmoe_jax.engine.engine import Engine
 from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model
+from specmoe_jax.models.mtp import MtpHead
 from specmoe_jax.planner.calibration import Acceptance, Calibration, counted_skew, fitted_shares, unlike_rows
 from specmoe_jax.planner.workload import acceptance_rate
 from specmoe_jax.speculate.hot_experts.usage import count_choices
@@ -21,10 +22,17 @@ from specmoe_jax.support.cache_files import read_cached, write_cached
 ROWS, NEW_TOKENS, LENGTH = 8, 32, 4
 
 
-def calibrate(model: Model, prompts: Sequence, params: SamplingParams, *, head: EagleHead | None = None) -> Calibration:
+def calibrate(
+    model: Model,
+    prompts: Sequence,
+    params: SamplingParams,
+    *,
+    head: EagleHead | None = None,
+    mtp_head: MtpHead | None = None,
+) -> Calibration:
     """Runs at most ROWS prompts for NEW_TOKENS tokens; the result is kept for this checkpoint.
 
-    The self-draft's and a head's rates (its trees' too) are those of real drafts; of prompt lookup
+    The self-draft's, a head's (its trees' too) and the model's own layer's rates are those of real drafts; of prompt lookup
     those that it would have had on the texts.
     """
     prompts = list(prompts[:ROWS])
@@ -47,11 +55,13 @@ def calibrate(model: Model, prompts: Sequence, params: SamplingParams, *, head: 
     done = engine.generate(prompts, limited, on_step=on_step)
     acceptance = {plan.drafting.name: _acceptance(_rate(engine.stats()), steps)._replace(experts=plan.draft_experts)}
     acceptance |= _rates_on_texts(model, prompts, done)
-    inputs = DraftInputs(draft_head=head)
+    inputs = DraftInputs(draft_head=head, mtp_head=mtp_head)
     resident = preset("resident", model.config).replace(batch_size=plan.batch_size, dtype=plan.dtype)
     runs = [run for name in DRAFTS for run in DRAFTS.executor(name).calibration_runs(inputs, LENGTH).items()]
     for name, fields in runs:
-        own = Engine(model, resident.replace(**fields), **inputs._asdict())
+        own_plan = resident.replace(**fields)
+        given = own_plan.drafting.given
+        own = Engine(model, own_plan, **({given: getattr(inputs, given)} if given else {}))
         steps[:] = 0
         own.generate(prompts, limited, on_step=count)
         acceptance[name] = _acceptance(_rate(own.stats()), steps)

@@ -45,7 +45,7 @@ class OperatorBench:
     def _runtime(self, plan: Plan):
         rows = max(ROWS)
         needed = account(self.config, plan.replace(batch_size=rows), batch_rows=rows, positions=self.positions)
-        return build(self.model, plan, needed, None, earlier=None, progress=False)
+        return build(self.model, plan, needed, None, progress=False)
 
     def attention(self, rows: int, new: int, length: int) -> Sample:
         kv, (h, lengths, num_new) = self._cache(rows), self._inputs(rows, new, length)
@@ -93,7 +93,7 @@ class OperatorBench:
         drafted = np.zeros((rows, new - 1), np.int32)
 
         def call():
-            logits = stages.head(self.config.norm_eps, self.model.weights, h)
+            logits = stages.head(self.config.head, self.model.weights, h)
             return jax.device_get((_accept(drafted, logits), _finite(logits)))
 
         return self._sample(call, rows, new)
@@ -104,7 +104,7 @@ class OperatorBench:
         def call():
             out = token
             for _ in range(CHAIN):
-                logits = stages.head(self.config.norm_eps, self.model.weights, stages.embed(self.model.weights, out))
+                logits = stages.head(self.config.head, self.model.weights, stages.embed(self.model.weights, out))
                 out = _argmax(logits)
             return out
 

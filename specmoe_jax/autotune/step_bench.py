@@ -150,7 +150,7 @@ def _ran(model: Model, case: Case, infos: list[StepInfo]) -> Ran:
         "items": case.fields.get("micro_batches", 1),
         "waves": 0.0 if case.slots is None else middle(lambda info: info.verify.waves) / layers,
     }
-    whole_s, draft_s = middle(lambda info: info.draft_s + info.verify_s + info.commit_s), middle(lambda info: info.draft_s)
+    whole_s, draft_s = middle(lambda info: info.step_s), middle(lambda info: info.drafting_s)
     commit_s = middle(lambda info: info.commit_s)
     return Ran(case, work, draft_s, max(whole_s - draft_s - commit_s, 1e-6), commit_s)
 

@@ -8,6 +8,7 @@ from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE, Checkpoint, S
 from specmoe_jax.checkpoints.header import quote_list
 from specmoe_jax.checkpoints.tensors import ExpertSource, Piece, whole
 from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.models.families.naming import mtp_prefixes
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.spec import Layout, Part, TensorSpec, spec_leaves
 from specmoe_jax.support.errors import CheckpointError
@@ -17,10 +18,14 @@ BLOCK_PREFIX, PADDING_PREFIX = "specmoe.expert.", "specmoe.padding."
 
 
 class Inventory(NamedTuple):
-    """weights: canonical name -> tensor, for every spec of the family. experts: [i][expert], of the i-th layer that has any."""
+    """weights: canonical name -> tensor, for every spec of the family. experts: [i][expert], of the i-th layer that has any.
+
+    left_out: stored names of other parts of the model (a vision tower, layers for further tokens).
+    """
 
     weights: dict[str, StoredTensor]
     experts: tuple[tuple[ExpertSource, ...], ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -49,16 +54,33 @@ def take_inventory(config: ModelConfig, checkpoint: Checkpoint) -> Inventory:
         raise CheckpointError(
             f"config.json: {config.num_expert_layers} layers of {config.num_experts} experts; at most {MAX_EXPERTS} experts in all"
         )
-    names = Names(checkpoint, canonical=family_of(config).canonical_name, tied=config.tie_embeddings)
+    names = Names(checkpoint, canonical=_without_mtp(config), tied=config.tie_embeddings)
     weights = {spec.name: names.take(spec) for spec in spec_leaves(family_of(config).weight_specs(config))}
     names.raise_if_missing()  # the router's shape has now confirmed the number of experts that is counted to next
     experts = tuple(
-        tuple(_expert(config, names, moe, expert) for expert in range(config.num_experts))
+        tuple(expert_source(config, names, moe, expert) for expert in range(config.num_experts))
         for moe in range(config.num_expert_layers)
     )
     names.raise_if_missing()
     names.raise_if_unused()
-    return Inventory(weights=weights, experts=experts)
+    return Inventory(weights=weights, experts=experts, left_out=names.left_out)
+
+
+def further_prefixes(config: ModelConfig) -> tuple[str, ...]:
+    """What the names of tensors of layers for further tokens begin with: the family's, and of the converted format."""
+    blocks = (f"{BLOCK_PREFIX}{config.num_expert_layers + i}." for i in range(config.mtp_layers))
+    return (*mtp_prefixes(config), *blocks)
+
+
+def _without_mtp(config: ModelConfig) -> Callable[[str], str | None]:
+    """Canonical names of the model alone: what its layers for further tokens hold is a draft's (checkpoints/mtp.py)."""
+    prefixes, canonical = further_prefixes(config), family_of(config).canonical_name
+
+    def of(name: str) -> str | None:
+        own = canonical(name)
+        return None if own is None or own.startswith(prefixes) else own
+
+    return of
 
 
 class Names:
@@ -70,6 +92,7 @@ class Names:
     def __init__(self, checkpoint: Checkpoint, *, canonical: Callable[[str], str | None] = str, tied: bool = False):
         self._file, self._tied = _file(checkpoint), tied
         used = {name: tensor for name, tensor in checkpoint.tensors.items() if canonical(name) is not None}
+        self.left_out = tuple(name for name in checkpoint.tensors if name not in used)
         self._tensors = {canonical(name): tensor for name, tensor in used.items()}
         self._missing: dict[str, None] = {}  # an ordered set
         self._unused = {name for name in self._tensors if not name.startswith(PADDING_PREFIX)}
@@ -79,6 +102,10 @@ class Names:
 
     def has(self, name: str) -> bool:
         return name in self._tensors
+
+    def holds(self, spec: TensorSpec) -> bool:
+        """Whether there is a tensor of this name and shape."""
+        return self.has(spec.name) and self._tensors[spec.name].entry.shape == spec.shape
 
     def take(self, spec: TensorSpec, *, packed: bool = False, integers: tuple[str, ...] = ()) -> StoredTensor | None:
         """The tensor of a spec; None, and remembered as missing, when there is none. Raises for a wrong shape or dtype.
@@ -123,8 +150,8 @@ class Names:
             )
 
 
-def _expert(config: ModelConfig, names: Names, moe: int, expert: int) -> ExpertSource | None:
-    """Our block where the checkpoint has it, else one of the family's layouts."""
+def expert_source(config: ModelConfig, names: Names, moe: int, expert: int) -> ExpertSource | None:
+    """Of the moe-th layer that has experts: our block where the checkpoint has it, else one of the family's layouts."""
     shape = config.experts.block_shape
     if names.has(block_name(moe, expert)):
         block = names.take(TensorSpec(block_name(moe, expert), shape))
@@ -135,7 +162,13 @@ def _expert(config: ModelConfig, names: Names, moe: int, expert: int) -> ExpertS
 
 
 def _stored_layout(names: Names, layouts: tuple[Layout, ...]) -> Layout:
-    """The usual layout, unless there is a tensor that only another one has."""
+    """The first layout that is there whole; else the usual one, unless there is a tensor that only another one has.
+
+    Two layouts may share their names and differ in shapes (Qwen3-VL-MoE: published [in, out], saved by newer writers [out, in]).
+    """
+    for layout in layouts:
+        if all(names.holds(part.spec) for part in layout):
+            return layout
     usual = {part.name for part in layouts[0]}
     for layout in layouts[1:]:
         if any(names.has(part.name) for part in layout if part.name not in usual):

@@ -10,7 +10,7 @@ from specmoe_jax.checkpoints import manifest
 from specmoe_jax.checkpoints.conversion import orbax_parts
 from specmoe_jax.checkpoints.disk import DiskExperts
 from specmoe_jax.checkpoints.files import open_checkpoint, read_json
-from specmoe_jax.checkpoints.header import quote
+from specmoe_jax.checkpoints.header import quote, quote_list
 from specmoe_jax.checkpoints.inventory import Inventory, take_inventory
 from specmoe_jax.checkpoints.memory import check_memory
 from specmoe_jax.checkpoints.tensors import READERS, TARGET_DTYPES, HostBlocks, read_tensor
@@ -21,7 +21,7 @@ from specmoe_jax.models.families.registry import family_of, parse_config
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import Weights, map_specs
 from specmoe_jax.support.errors import CheckpointError, PinnedMemoryError, RequestError
-from specmoe_jax.support.progress import bar
+from specmoe_jax.support.progress import bar, note
 
 BUNDLED = {"demo": pathlib.Path(__file__).parent / "demo"}
 
@@ -62,6 +62,9 @@ def load_model(
     on_disk = expert_tier == "disk"
     if not on_disk:
         check_memory(inventory, dtype, str(path_or_name))
+    if inventory.left_out:
+        parts = sorted({".".join(name.split(".")[:3]) for name in inventory.left_out})
+        note(f"load: {len(inventory.left_out)} tensors of other parts are left out: {quote_list(parts)}", mode=progress)
     if verify:
         with bar("verify", inventory.bytes, "B", mode=progress, scale=True) as shown:
             manifest.verify(checkpoint, shown.update)
@@ -121,7 +124,7 @@ def load_model_tokenizer(path: pathlib.Path, config: ModelConfig) -> Tokenizer |
 def _read_weights(config: ModelConfig, inventory: Inventory, dtype: str, check_finite: bool, shown) -> Weights:
     def weight(spec):
         tensor = inventory.weights[spec.name]
-        array = jax.device_put(read_tensor(tensor, dtype, check_finite=check_finite))
+        array = jax.device_put(read_tensor(tensor, spec.in_dtype(dtype), check_finite=check_finite))
         shown.update(tensor.entry.bytes)
         return array
 

@@ -10,27 +10,33 @@ import numpy as np
 
 from specmoe_jax.checkpoints.conversion import orbax_parts
 from specmoe_jax.checkpoints.files import NUMPY_DTYPES, Checkpoint, open_checkpoint, read_bytes
-from specmoe_jax.checkpoints.inventory import PADDING_PREFIX, block_name, take_inventory
+from specmoe_jax.checkpoints.inventory import PADDING_PREFIX, Inventory, block_name, take_inventory
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.manifest import checkpoint_hash
+from specmoe_jax.checkpoints.mtp import find_mtp, holds_mtp
 from specmoe_jax.checkpoints.tensors import TARGET_DTYPES, read_expert, read_tensor
 from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.models.families.registry import family_of
+from specmoe_jax.models.mtp import weight_specs
+from specmoe_jax.models.spec import TensorSpec, spec_leaves
 from specmoe_jax.support.errors import CheckpointError, RequestError
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """weight: array of a canonical name. expert: block [3, F, M] of (layer, expert); both finite, in `dtype`.
+    """weight: array of a spec. expert: block [3, F, M] of (layer, expert); both finite, in `dtype` or the spec's own.
 
-    hash: id of the checkpoint, so that a conversion is not resumed with another.
+    hash: id of the checkpoint, so that a conversion is not resumed with another. mtp: whether the layer for further tokens is
+    there; its experts then follow those of the last layer.
     """
 
     path: pathlib.Path
     config: ModelConfig
     dtype: str
     hash: str
-    weight: Callable[[str], np.ndarray]
+    weight: Callable[[TensorSpec], np.ndarray]
     expert: Callable[[int, int], np.ndarray]
+    mtp: bool
 
 
 def open_source(model: str, dtype: str | None) -> Source:
@@ -45,7 +51,11 @@ def open_source(model: str, dtype: str | None) -> Source:
 
 def _safetensors_source(path: pathlib.Path, dtype: str | None) -> Source:
     config, checkpoint = load_config(path), open_checkpoint(path)
-    inventory, dtype = take_inventory(config, checkpoint), dtype or _stored_dtype(checkpoint)
+    inventory, dtype = take_inventory(config, checkpoint), dtype or _stored_dtype(config, checkpoint)
+    mtp = holds_mtp(config, checkpoint)
+    if mtp:
+        further = find_mtp(path, config)
+        inventory = Inventory(weights=inventory.weights | further.weights, experts=(*inventory.experts, further.experts))
 
     @functools.lru_cache(maxsize=1)  # the Hugging Face layout asks for the three matrices of an expert one by one
     def expert(layer: int, expert: int) -> np.ndarray:
@@ -57,32 +67,43 @@ def _safetensors_source(path: pathlib.Path, dtype: str | None) -> Source:
         config=config,
         dtype=dtype,
         hash=checkpoint_hash(path),
-        weight=lambda name: read_tensor(inventory.weights[name], dtype, check_finite=True),
+        weight=lambda spec: read_tensor(inventory.weights[spec.name], spec.in_dtype(dtype), check_finite=True),
         expert=expert,
+        mtp=mtp,
     )
 
 
 def _orbax_source(path: pathlib.Path, dtype: str | None) -> Source:
     stored, hashes = orbax_parts.read_description(path)
+    config = load_config(path)
     part = functools.lru_cache(maxsize=1)(lambda index: orbax_parts.verified(path, index, hashes))
 
-    def array(index: int, name: str) -> np.ndarray:
+    def array(index: int, name: str, keep: str | None = None) -> np.ndarray:
         arrays = part(index)
         if name not in arrays:
             raise CheckpointError(f"{orbax_parts.part_name(index, 0)}: tensor {name}: missing that config.json asks for")
-        return arrays[name].astype(TARGET_DTYPES[dtype or stored])
+        return arrays[name].astype(TARGET_DTYPES[keep or dtype or stored])
 
     return Source(
         path=path,
-        config=load_config(path),
+        config=config,
         dtype=dtype or stored,
         hash=hashlib.sha256(read_bytes(path / orbax_parts.DESCRIPTION_FILE)).hexdigest(),
-        weight=lambda name: array(0, name),
+        weight=lambda spec: array(0, spec.name, spec.keep),
         expert=lambda layer, expert: array(layer + 1, block_name(layer, expert)),
+        mtp=config.mtp_layers > 0 and block_name(config.num_expert_layers, 0) in hashes,
     )
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> str:
+def all_specs(config: ModelConfig, *, mtp: bool) -> list[TensorSpec]:
+    """Of everything but the experts; mtp: those of the layer for further tokens, too."""
+    return spec_leaves(family_of(config).weight_specs(config)) + (spec_leaves(weight_specs(config)) if mtp else [])
+
+
+def _stored_dtype(config: ModelConfig, checkpoint: Checkpoint) -> str:
     """The narrowest compute dtype that loses nothing of what is stored (of float64, which no model needs, it does)."""
-    names = {t.entry.dtype for name, t in checkpoint.tensors.items() if not name.startswith(PADDING_PREFIX)}
+    family = family_of(config)
+    kept = {spec.name for spec in all_specs(config, mtp=config.mtp_layers == 1) if spec.keep}
+    weights = (t for name, t in checkpoint.tensors.items() if not name.startswith(PADDING_PREFIX))
+    names = {t.entry.dtype for t in weights if family.canonical_name(t.entry.name) not in kept}
     return "bfloat16" if {NUMPY_DTYPES[name] for name in names} == {NUMPY_DTYPES["BF16"]} else "float32"

@@ -9,7 +9,7 @@ from specmoe_jax.support.units import GIB, ceil_gib
 
 # Flags in other units than their fields, by how they end: what one of the flag is in the field's unit.
 SCALES = {"_gib": GIB, "_gbps": 1e9}
-ENGINE_ARGUMENTS = ("draft_model", "draft_head")  # arguments of Engine that are flags of the same name
+ENGINE_ARGUMENTS = ("draft_model", "draft_head")  # arguments of Engine that are flags of the same name and take a directory
 _VALUE = r"\([^)]*\)|[\w.+-]*\w"
 
 
@@ -25,7 +25,7 @@ def with_flags(text: str, defined: Container[str]) -> str:
     that are no words of English, which have an underscore.
     """
     known = {name: spec.flag or name for name, spec in fields_of_a_plan().items()} | {name: name for name in ENGINE_ARGUMENTS}
-    known = {name: flag for name, flag in known.items() if flag in defined and name != "preset"}
+    known = {name: flag for name, flag in known.items() if flag in defined}
     if not known:
         return text
     names = "|".join(sorted(known, key=len, reverse=True))
@@ -35,7 +35,8 @@ def with_flags(text: str, defined: Container[str]) -> str:
 
 def _as_flag(name: str, value: str | None, known: dict[str, str]) -> str:
     if value is None:
-        return f"--{known[name]}" if "_" in name else name
+        place = "=DIR" if name in ENGINE_ARGUMENTS else ""
+        return f"--{known[name]}{place}" if "_" in name else name
     if value in ("True", "False"):
         return f"--{'' if value == 'True' else 'no'}{known[name]}"
     spec = fields_of_a_plan().get(name)

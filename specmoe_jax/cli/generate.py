@@ -17,6 +17,7 @@ from specmoe_jax.checkpoints import load_model
 from specmoe_jax.checkpoints.chat import sampling_defaults
 from specmoe_jax.checkpoints.eagle import bundled_head, head_config, head_path, load_head
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
+from specmoe_jax.checkpoints.mtp import find_mtp, load_mtp
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.cli import common, plan_flags
 from specmoe_jax.cli.stats_table import table
@@ -94,12 +95,16 @@ def main() -> None:
             jobs.check_before_loading(head, preset("resident", head.config), prompts, **how)
         plan = make_plan(head, folder, prompts)
         jobs.check_before_loading(head, plan, prompts, **how, **draft_configs(head, plan))
+        if plan.drafting.given == "mtp_head":
+            find_mtp(folder, head.config)
     loading = Stopwatch()
     model, changes, error = load(prompts)
     draft_model = load_model(_DRAFT_MODEL.value, dtype=model.dtype, progress=_PROGRESS.value) if _DRAFT_MODEL.value else None
     plan = plan.replace(**changes)
     spans = [] if _TRACE.value and plan.flow.workers else None
-    options = {"draft_model": draft_model, "draft_head": read_head(model, plan), "progress": _PROGRESS.value, "spans": spans}
+    given = {"draft_model": draft_model, "draft_head": read_head(model, plan)}
+    given |= {"mtp_head": load_mtp(model)} if plan.drafting.given == "mtp_head" else {}
+    options = given | {"progress": _PROGRESS.value, "spans": spans}
     engine = Engine(model, plan, **options)
     load_s = loading.seconds
     with trace(_TRACE.value):

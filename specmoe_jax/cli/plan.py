@@ -16,7 +16,9 @@ from specmoe_jax.autotune.probe import probe
 from specmoe_jax.autotune.profile import profile
 from specmoe_jax.checkpoints import load_model
 from specmoe_jax.checkpoints.eagle import bundled_head, load_head
+from specmoe_jax.checkpoints.files import open_checkpoint
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
+from specmoe_jax.checkpoints.mtp import holds_mtp, load_mtp
 from specmoe_jax.cli import common, plan_flags
 from specmoe_jax.config.plan_fields import DTYPES
 from specmoe_jax.config.sampling_params import SamplingParams
@@ -54,7 +56,9 @@ def main() -> None:
     if prompts:
         model = load_model(_MODEL.value, dtype=_DTYPE.value)
         tokenizer = model.tokenizer
-        found = calibrate(model, prompts, limits, head=load_head(head_name, model) if head_name else None)
+        own_layer = load_mtp(model) if holds_mtp(config, open_checkpoint(folder)) else None
+        head = load_head(head_name, model) if head_name else None
+        found = calibrate(model, prompts, limits, head=head, mtp_head=own_layer)
         tell("acceptance per token: " + ", ".join(f"{name} {known.rate:.2f}" for name, known in found.acceptance.items()))
     job = planning.job_of(tokenizer, prompts, [_NEW_TOKENS.value])
     if _PROMPT_TOKENS.value or not prompts:

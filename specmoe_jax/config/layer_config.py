@@ -11,8 +11,9 @@ import math
 class Rope:
     """Rotary positions (Su et al. 2021) as numbers; every scaling rule ends in frequencies and a factor (models/rope.py).
 
-    frequencies: radians per position of each rotated pair. scale: multiplies cos and sin. interleaved: pairs are
-    (2i, 2i + 1) instead of (i, i + half).
+    frequencies: radians per position of each rotated pair; where they are fewer than half a head, the rest of the head
+    stays as it is (partial rotary). scale: multiplies cos and sin. interleaved: pairs are (2i, 2i + 1) instead of
+    (i, i + half).
     """
 
     frequencies: tuple[float, ...]
@@ -45,6 +46,8 @@ class AttentionConfig:
     scale: of the scores. window: attend the last so many positions. chunk: attend only positions of one's own chunk
     of so many (Llama-4). l2_norm: of queries and keys, after the rotation. temperature: (floor, scale) of queries
     that grow with their position (Llama-4). latent: then K = 1 and D is what the cache holds, rank + rope.
+    qkv_bias, qk_norm: whether the layer has biases of queries, keys and values, and norms of queries and keys, where its
+    family leaves that open.
     """
 
     num_heads: int
@@ -57,6 +60,8 @@ class AttentionConfig:
     l2_norm: bool = False
     temperature: tuple[float, float] | None = None
     latent: Latent | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
     @property
     def cache_dim(self) -> int:
@@ -68,9 +73,10 @@ class AttentionConfig:
 class RouterConfig:
     """E, A and the rule (models/routing.py).
 
-    rule: "softmax" or "sigmoid". renormalise: the chosen weights sum to 1. scaling: multiplies them. groups: (groups,
-    groups chosen) where the choice is limited to the best groups. on_input: weights multiply what goes into the
-    expert instead of what comes out.
+    rule: "softmax" or "sigmoid". choice_bias: experts are chosen by their score plus a bias of their own, which the
+    weights do not contain (DeepSeek-V3). renormalise: the chosen weights sum to 1. scaling: multiplies them. groups:
+    (groups, groups chosen) where the choice is limited to the best groups, ranked by the sum of their `group_best` best
+    scores. on_input: weights multiply what goes into the expert instead of what comes out.
     """
 
     num_experts: int
@@ -79,6 +85,8 @@ class RouterConfig:
     renormalise: bool = False
     scaling: float = 1.0
     groups: tuple[int, int] | None = None
+    group_best: int = 1
+    choice_bias: bool = False
     on_input: bool = False
 
 
@@ -123,7 +131,8 @@ class LayerConfig:
     """A layer. router and experts are None where the layer has a dense MLP alone.
 
     mlp_hidden: width of the dense MLP or of the shared expert, None where there is neither. cross: attention to what an
-    encoder has read, between the self-attention and the rest.
+    encoder has read, between the self-attention and the rest. residual_scale: multiplies what attention and MLP add to the
+    residual (Granite); experts have it in their router's scaling.
     """
 
     attention: AttentionConfig
@@ -132,14 +141,26 @@ class LayerConfig:
     norm_eps: float
     mlp_hidden: int | None = None
     cross: AttentionConfig | None = None
+    residual_scale: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Embedding:
-    """Token embeddings times `scale` plus sinusoidal positions (NLLB). Positions count from pad_id + 1; pad_id has none."""
+    """Token embeddings times `scale`, and where there is a pad_id plus sinusoidal positions (NLLB), which begin at pad_id + 1.
+
+    pad_id itself has none.
+    """
 
     scale: float
-    pad_id: int
+    pad_id: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """Final norm and logits. divisor: of the logits (Granite)."""
+
+    norm_eps: float
+    divisor: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,16 @@
 import dataclasses
 import functools
 
-from specmoe_jax.config.layer_config import AttentionConfig, Embedding, EncoderConfig, ExpertConfig, LayerConfig, Rope, RouterConfig
+from specmoe_jax.config.layer_config import (
+    AttentionConfig,
+    Embedding,
+    EncoderConfig,
+    ExpertConfig,
+    Head,
+    LayerConfig,
+    Rope,
+    RouterConfig,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,8 +43,10 @@ class ModelConfig:
     sliding_window: int | None = None
     eos_token_ids: tuple[int, ...]
     query_rank: int | None = None  # of compressed queries (DeepSeek-V2)
+    mtp_layers: int = 0  # that predict further tokens, stored after the last layer; a checkpoint may lack them
     layer_configs: tuple[LayerConfig, ...] | None = None
     embedding: Embedding | None = None
+    logits_divisor: float = 1.0
     encoder: EncoderConfig | None = None
 
     @functools.cached_property
@@ -52,6 +63,10 @@ class ModelConfig:
     def moe_index(self) -> tuple[int | None, ...]:
         """Of each layer its place among those that have experts; None for a dense one."""
         return tuple(self.moe_layers.index(i) if i in self.moe_layers else None for i in range(self.num_layers))
+
+    @property
+    def head(self) -> Head:
+        return Head(norm_eps=self.norm_eps, divisor=self.logits_divisor)
 
     @property
     def num_moe_layers(self) -> int:

@@ -36,8 +36,8 @@ class PlanFields:
     preset: str = field(dataclasses.MISSING, "The preset that the plan began as.", flag=None)
     draft: str = field(
         "none",
-        "What drafts: hot experts of the model itself (self), merged ones, an EAGLE head, prompt lookup (ngram), another model, "
-        "or a draft given to Engine (custom).",
+        "What drafts: hot experts of the model itself (self), merged ones, an EAGLE head, the layer that the model ships for "
+        "further tokens (mtp), prompt lookup (ngram), another model, or a draft given to Engine (custom).",
         choices=DRAFTS,
     )
     draft_length: int | None = field(None, "Tokens drafted per step; the depth of a tree.", unit="tokens", by_draft=True)

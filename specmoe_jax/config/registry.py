@@ -85,6 +85,7 @@ DRAFTS = Registry(
         "self": _draft("self_draft"),
         "merged": _draft("merged"),
         "eagle": _draft("eagle"),
+        "mtp": _draft("mtp"),
         "ngram": _draft("ngram"),
         "model": _draft("model"),
         "custom": _draft("custom"),

@@ -1,19 +1,16 @@
 """The draft's half of a step: proposes tokens, and uses the idle link for what its gates say will be needed."""
 
-import time
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from specmoe_jax.engine.flows.layer_passes import draft_forward
-from specmoe_jax.engine.flows.migration import prefetch, wait_for_copies
+from specmoe_jax.engine.flows.layer_passes import ResidentForward
+from specmoe_jax.engine.flows.migration import wait_for_copies
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, HostKV, State
 from specmoe_jax.kv_cache.positions import KV_PAGE
 from specmoe_jax.speculate.drafts.protocol import DraftView
-from specmoe_jax.speculate.hot_experts.substitution import DraftSlots
-from specmoe_jax.speculate.hot_experts.usage import count_choices
 from specmoe_jax.speculate.sampling import Stream, coupled_keys, row_keys
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.types import KVCache, Proposal
@@ -29,48 +26,20 @@ class Drafted(NamedTuple):
     prefetched: int
 
 
-class _Forward:
-    """What a draft calls to run the resident model. Holds, for one draft, the pool that prefetches change.
-
-    The draft set itself does not change meanwhile: its slot tables are fixed when the draft starts, and
-    prefetches go to free slots only.
-    """
-
-    def __init__(self, runtime: Runtime, memory: ExpertMemory, slots: list[DraftSlots], active: np.ndarray, length: int):
-        self.memory, self.prefetched = memory, 0
-        self.predicted = np.zeros((runtime.config.num_moe_layers, runtime.config.num_experts), np.int64)
-        self._runtime, self._slots, self._active, self._length = runtime, slots, active, length
-        self._calls, self._start_s = 0, time.perf_counter()
-
-    def __call__(self, kv: KVCache, tokens, lengths) -> tuple[jax.Array, KVCache]:
-        logits, kv, choices = draft_forward(self._runtime, self.memory.pool, self._slots, kv, tokens, lengths, self._active)
-        self._calls += 1
-        if self._runtime.plan.prefetch == "draft":
-            self._prefetch(choices)
-        return logits, kv
-
-    def _prefetch(self, choices: list[jax.Array]) -> None:
-        """Sends what fits into the time that the rest of the draft will probably take."""
-        self.predicted += np.stack([count_choices(np.asarray(ids), self._runtime.config.num_experts) for ids in choices])
-        elapsed_s = time.perf_counter() - self._start_s
-        remaining_s = elapsed_s / self._calls * (self._length - self._calls)
-        self.memory, copied = prefetch(self._runtime, self.memory, self.predicted, first_layer=0, budget_s=remaining_s)
-        self.prefetched += copied
-
-
 def draft(runtime: Runtime, state: State, length: int) -> Drafted:
     """`length` tokens per row, none for length 0. Blocks until they are there. Consumes the state's buffers."""
     if length == 0:
         nothing = Proposal(tokens=np.zeros((len(state.requests), 0), np.int32), probs=None, memory=state.draft_memory)
         return Drafted(nothing, state.kv, state.memory, np.zeros(state.memory.usage_scores.shape, np.int64), 0)
-    forward = _forward(runtime, state, length)
+    active = state.active
+    forward = _forward(runtime, state, active, length)
     view = DraftView(
         length=length,
         positions=_positions(state.kv),
         kv=state.kv,
         lengths=state.lengths,
         last_token=state.last_token,
-        active=state.active,
+        active=active,
         ids=np.array([-1 if request is None else request.id for request in state.requests]),
         history=tuple(
             () if request is None else request.token_ids + tokens
@@ -90,12 +59,12 @@ def draft(runtime: Runtime, state: State, length: int) -> Drafted:
     return Drafted(proposal, kv, forward.memory, forward.predicted, forward.prefetched)
 
 
-def _forward(runtime: Runtime, state: State, length: int) -> _Forward | None:
+def _forward(runtime: Runtime, state: State, active: np.ndarray, length: int) -> ResidentForward | None:
     """None for a draft that does not run the target."""
     slots = runtime.executor.slots(runtime, state.memory)
     if slots is None:
         return None
-    return _Forward(runtime, wait_for_copies(runtime, state.memory), slots, state.active, length)
+    return ResidentForward(runtime, wait_for_copies(runtime, state.memory), slots, active, length)
 
 
 def check_proposed(proposed: object, *, rows: int) -> None:

@@ -16,6 +16,7 @@ from specmoe_jax.engine.step import step
 from specmoe_jax.engine.validation import validate_inputs
 from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model
+from specmoe_jax.models.mtp import MtpHead
 from specmoe_jax.planner.estimate import Prediction
 from specmoe_jax.planner.hardware import Hardware
 from specmoe_jax.speculate.drafts.protocol import Draft
@@ -30,6 +31,7 @@ class Engine:
     draft: an own implementation of speculate.Draft, for plans with draft="custom".
     draft_model: a smaller model of the same vocabulary, for plans with draft="model".
     draft_head: an EAGLE head of this model (checkpoints.load_head), for plans with draft="eagle".
+    mtp_head: the model's own layer for further tokens (checkpoints.load_mtp), for plans with draft="mtp".
     draft_set: an own policy of which experts stay (speculate.DraftSetPolicy), for plans with draft="self" that name none.
     Any number of streams and states may be open at a time; each takes the memory of a job, and a plan's budgets are of one job.
     progress: bars of affinity, compilation and prefill; a mode of progress.bar.
@@ -44,6 +46,7 @@ class Engine:
         draft: Draft | None = None,
         draft_model: Model | None = None,
         draft_head: EagleHead | None = None,
+        mtp_head: MtpHead | None = None,
         draft_set: DraftSetPolicy | None = None,
         progress: str | bool = False,
         spans: list[Span] | None = None,
@@ -51,7 +54,7 @@ class Engine:
         if not isinstance(plan, Plan):
             raise PlanError(f"plan is {plan!r}; give a Plan, for example PRESETS['specmoe'](model.config)")
         self.model, self.plan = model, resolved(plan.validate(model.config))
-        inputs = DraftInputs(draft=draft, draft_model=draft_model, draft_head=draft_head)
+        inputs = DraftInputs(draft=draft, draft_model=draft_model, draft_head=draft_head, mtp_head=mtp_head)
         validate_inputs(model, plan, inputs, draft_set=draft_set, spans=spans)
         self._figures = EngineFigures(model, self.plan, draft_set=draft_set.name if draft_set else self.plan.draft_set)
         self._resources = EngineResources(model, self.plan, inputs, draft_set=draft_set, progress=progress, spans=spans)

@@ -48,7 +48,7 @@ def add_step(totals: Totals, info) -> Totals:
     longest = max(info.drafted + 1, len(totals.accepted_at_least))
     at_least = tuple(int((accepted >= j).sum()) for j in range(longest))
     before = (*totals.accepted_at_least, *[0] * (longest - len(totals.accepted_at_least)))
-    step_s, full = info.draft_s + info.verify_s + info.commit_s, bool(info.active.all())
+    step_s, full = info.step_s, bool(info.active.all())
     return totals._replace(
         steps=totals.steps + 1,
         full_tokens=totals.full_tokens + full * int(info.committed.sum()),
@@ -58,7 +58,7 @@ def add_step(totals: Totals, info) -> Totals:
         verified_tokens=totals.verified_tokens + int(info.active.sum()) * (info.drafted + 1),
         context=totals.context + info.context,
         decode_s=totals.decode_s + step_s,
-        draft_s=totals.draft_s + info.draft_s,
+        draft_s=totals.draft_s + info.drafting_s,
         verify_s=totals.verify_s + info.verify_s,
         link_bytes=totals.link_bytes + info.link_bytes,
         draft_link_bytes=totals.draft_link_bytes + info.draft_link_bytes,

@@ -77,7 +77,7 @@ class EngineResources:
         if not fits or self._too_big(needed):
             self._memory = None
             how = {"draft_set": self._draft_set, "earlier": self._shared, "progress": self._progress, "spans": self._spans}
-            self._shared = build(self._model, self._plan, needed, self._draft, executor=self._executor, **how)
+            self._shared = build(self._model, self._plan, needed, self._draft, **how)
             self.account = needed
         draft = self._executor.for_job(self._draft, self._shared, needed)
         self.runtime = self._shared if draft is self._draft else dataclasses.replace(self._shared, draft=draft)

@@ -13,6 +13,7 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.registry import EXPERT_FLOWS, HOST_CACHE_POLICIES, KV_TIERS
 from specmoe_jax.engine.context import DeviceContext, make_context
+from specmoe_jax.engine.drafts.executors import executor_of
 from specmoe_jax.engine.drafts.protocol import DraftExecutor
 from specmoe_jax.engine.flows.protocol import ExpertFlow, KvTier
 from specmoe_jax.engine.state import PoolSlots
@@ -86,9 +87,8 @@ def build(
     account: MemoryAccount,
     draft: Draft | None,
     *,
-    executor: DraftExecutor,
-    draft_set: DraftSetPolicy | None,
-    earlier: "Runtime | None",
+    draft_set: DraftSetPolicy | None = None,
+    earlier: "Runtime | None" = None,
     progress: str | bool,
     spans: list[Span] | None = None,
 ) -> Runtime:
@@ -98,7 +98,7 @@ def build(
     earlier: one of the same model and plan, whose neighbours need not be found again. progress: a bar while finding them.
     spans: see Workers.
     """
-    context, flow = make_context(spans), EXPERT_FLOWS.executor(plan.flow.name)
+    context, flow, executor = make_context(spans), EXPERT_FLOWS.executor(plan.flow.name), executor_of(plan)
     policies = _policies(model, plan, draft_set, executor, earlier, progress)  # map experts, so before a tier drops pages
     return Runtime(
         config=model.config,

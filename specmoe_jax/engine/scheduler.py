@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.engine.requests.status import DECODING, PREFILLING
 from specmoe_jax.engine.state import HostKV, Request, State
 from specmoe_jax.kv_cache.page_table import admit as admit_pages
 from specmoe_jax.kv_cache.page_table import release
@@ -44,12 +45,12 @@ class PromptChunk(NamedTuple):
 
 
 def admit(state: State, waiting: Sequence[Request], lookahead: int) -> tuple[State, tuple[Request, ...]]:
-    """Gives free rows to waiting requests, first come first served, while there are pages. -> state, who still waits.
+    """Gives free rows to waiting requests, first come first served, while there are pages. -> state, requests that still wait.
 
-    overshoot: positions that a pass may write beyond a request's last token. A row that gets a request joins: the next pass
+    lookahead: positions that a pass may write beyond a request's last token. A row that gets a request joins: the next pass
     fills its cache, and from then on it generates. Raises PlanError when nothing runs and the first one does not fit.
     """
-    requests, generated, reasons = list(state.requests), list(state.generated), list(state.finish_reasons)
+    requests, generated, statuses = list(state.requests), list(state.generated), list(state.statuses)
     lengths, last_token, pages = state.lengths.copy(), state.last_token.copy(), state.kv.pages
     waiting, running = list(waiting), state.active | state.joining
     for row in np.flatnonzero(~running & (pages.table[:, 0] >= 0)):
@@ -59,7 +60,7 @@ def admit(state: State, waiting: Sequence[Request], lookahead: int) -> tuple[Sta
         if given is None:
             break
         pages, request = given, waiting.pop(0)
-        requests[row], generated[row], reasons[row] = request, (), "joining"
+        requests[row], generated[row], statuses[row] = request, (), PREFILLING
         lengths[row], last_token[row] = 0, request.token_ids[-1]
         running[row] = True
     if waiting and not running.any():
@@ -67,7 +68,7 @@ def admit(state: State, waiting: Sequence[Request], lookahead: int) -> tuple[Sta
     filled = state._replace(
         requests=tuple(requests),
         generated=tuple(generated),
-        finish_reasons=tuple(reasons),
+        statuses=tuple(statuses),
         lengths=lengths,
         last_token=last_token,
         kv=state.kv._replace(pages=pages),
@@ -79,8 +80,8 @@ def admit(state: State, waiting: Sequence[Request], lookahead: int) -> tuple[Sta
 def joined(state: State) -> State:
     """After the pass that filled their caches: the rows that joined generate from now on."""
     lengths = np.where(state.joining, [max(len(_prompt(request)) - 1, 0) for request in state.requests], state.lengths)
-    reasons = tuple(None if reason == "joining" else reason for reason in state.finish_reasons)
-    return state._replace(lengths=lengths.astype(np.int32), finish_reasons=reasons)
+    statuses = tuple(DECODING if status is PREFILLING else status for status in state.statuses)
+    return state._replace(lengths=lengths.astype(np.int32), statuses=statuses)
 
 
 def prompt_chunks(state: State) -> list[PromptChunk]:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.engine.requests.status import Phase, Status
 from specmoe_jax.kv_cache.page_table import Pages
 from specmoe_jax.offload.residency import Residency
 from specmoe_jax.offload.retained_experts import RetainedExperts
@@ -98,7 +99,7 @@ class State(NamedTuple):
 
     requests: B, the rows of the batch; None pads the batch to its compiled size. lengths: [B] int32, committed
     rows in the cache. last_token: [B] int32, committed but not yet in the cache. generated: per row, the new
-    tokens so far. finish_reasons: per row, None while it runs, "joining" until its prompt has been in a pass.
+    tokens so far. statuses: per row, where its request is.
     adaptive_length: chooses the draft length, None if it is fixed.
     draft_memory: what the draft keeps between steps. runtime: the engine.runtime.Runtime that it runs on; another job of the
     engine may meanwhile have another one.
@@ -110,7 +111,7 @@ class State(NamedTuple):
     lengths: np.ndarray
     last_token: np.ndarray
     generated: tuple[tuple[int, ...], ...]
-    finish_reasons: tuple[str | None, ...]
+    statuses: tuple[Status, ...]
     rows: SamplingRows
     adaptive_length: AdaptiveLength | None
     draft_memory: Any = None
@@ -119,12 +120,12 @@ class State(NamedTuple):
     @property
     def active(self) -> np.ndarray:
         """[B] bool, rows that still generate."""
-        return np.array([reason is None for reason in self.finish_reasons])
+        return np.array([status.phase is Phase.DECODING for status in self.statuses])
 
     @property
     def joining(self) -> np.ndarray:
         """[B] bool, rows whose prompt the next pass takes in (expert_flow=stream)."""
-        return np.array([reason == "joining" for reason in self.finish_reasons])
+        return np.array([status.phase is Phase.PREFILLING for status in self.statuses])
 
     @property
     def done(self) -> bool:
@@ -160,6 +161,7 @@ class StepInfo(NamedTuple):
     prefetch_bytes, prefetch_wasted_bytes: those sent on a guess, and the wrong ones among them.
     below: what the tier below the link did in this step.
     activation_bytes: queries, keys, values and attention outputs between accelerator and host (kv_tier=host).
+    draft_s: seconds of proposing tokens; features_s: of showing the draft the target's hidden states of what was committed.
     """
 
     accepted: np.ndarray
@@ -178,5 +180,15 @@ class StepInfo(NamedTuple):
     activation_bytes: int
     below: TierCounts
     draft_s: float
+    features_s: float
     verify_s: float
     commit_s: float
+
+    @property
+    def drafting_s(self) -> float:
+        """Seconds that the draft took: to propose, and to take in the target's features."""
+        return self.draft_s + self.features_s
+
+    @property
+    def step_s(self) -> float:
+        return self.drafting_s + self.verify_s + self.commit_s

@@ -1,7 +1,7 @@
 """One step of every row: draft, verify (which migrates layer by layer), commit."""
 
-import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from specmoe_jax.engine.drafts.split_draft import placed, rows_on_cpu
 from specmoe_jax.engine.flows.layer_passes import fetched
 from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.requests.finish import commit_tokens
+from specmoe_jax.engine.requests.status import EMPTY, finished
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.scheduler import joined
 from specmoe_jax.engine.state import State, StepInfo
@@ -21,6 +22,7 @@ from specmoe_jax.speculate.acceptance import accept, accept_coupled, accept_gree
 from specmoe_jax.speculate.adaptive_length import choose, observe, resting
 from specmoe_jax.speculate.hot_experts.usage import count_choices
 from specmoe_jax.speculate.sampling import Stream
+from specmoe_jax.support.timing import Laps
 from specmoe_jax.support.tracing import Span, span
 from specmoe_jax.types import AcceptResult, Proposal
 
@@ -34,16 +36,12 @@ _finite_positions = jax.jit(finite_positions)
 def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None) -> tuple[State, StepInfo]:
     """Every active row gets between 1 and N + 1 tokens. Consumes the state.
 
-    length: N, tokens to draft; None: what the state's guard chooses, or the plan says.
+    length: N, tokens to draft; None: what the state's adaptive length chooses, or the plan says.
 
     The migration of SpecMoE happens inside `verify`, layer by layer: which experts a layer needs is known only
     when the layer before it has run.
     """
-    clock, sent, activations = (
-        [time.perf_counter()],
-        [runtime.experts.store.link.sent_bytes],
-        runtime.context.activations.sent_bytes,
-    )
+    laps, before = Laps(), _sent(runtime)
     below = runtime.experts.store.tier.counts
     active = state.active
     state, moves = placed(runtime, state)
@@ -53,24 +51,24 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
         state = state._replace(memory=state.memory._replace(resting=resting(state.adaptive_length, length)))
     with span("draft"):
         drafted = draft(runtime, state, length)
-    clock.append(time.perf_counter())
+    interval_s = laps.lap("draft")
     if runtime.context.workers.spans is not None and length:
-        runtime.context.workers.spans.append(Span("draft", ACCELERATOR, -1, -1, clock[0], clock[1]))
-    sent.append(runtime.experts.store.link.sent_bytes)
+        runtime.context.workers.spans.append(Span("draft", ACCELERATOR, -1, -1, *interval_s))
+    after_draft = _sent(runtime)
     with span("verify"):
         verified, result, sound, proposal = verify(runtime, state, drafted)
-    clock.append(time.perf_counter())
-    sent.append(runtime.experts.store.link.sent_bytes)
+    laps.lap("verify")
+    after_pass = _sent(runtime)
     with span("commit"):
         new_state, accepted, committed = commit(runtime, state, proposal, verified, result, sound, tokenizer)
-    clock.append(time.perf_counter())
-    with span("inform"):
+    laps.lap("commit")
+    with span("update draft features"):
         new_state = update_draft_features(runtime, new_state, verified, state.lengths, committed)
-    clock.append(time.perf_counter())
+    laps.lap("features")
     if state.adaptive_length and active.any():
-        adaptive = observe(state.adaptive_length, length, accepted[active], clock[4] - clock[0])
+        adaptive = observe(state.adaptive_length, length, accepted[active], sum(laps.seconds.values()))
         new_state = new_state._replace(adaptive_length=adaptive)
-    guesses = drafted.prefetched + verified.info.prefetched
+    guesses, expert_bytes = drafted.prefetched + verified.info.prefetched, runtime.experts.expert_bytes
     return new_state, StepInfo(
         accepted=accepted,
         committed=committed,
@@ -81,16 +79,28 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
         draft_moves=moves,
         draft_on_cpu=rows_on_cpu(state),
         verify=verified.info,
-        link_bytes=sent[2] - sent[0],
-        draft_link_bytes=sent[1] - sent[0],
-        prefetch_bytes=guesses * runtime.experts.expert_bytes,
-        prefetch_wasted_bytes=(guesses - verified.info.prefetch_hits) * runtime.experts.expert_bytes,
-        activation_bytes=runtime.context.activations.sent_bytes - activations,
+        link_bytes=after_pass.experts - before.experts,
+        draft_link_bytes=after_draft.experts - before.experts,
+        prefetch_bytes=guesses * expert_bytes,
+        prefetch_wasted_bytes=(guesses - verified.info.prefetch_hits) * expert_bytes,
+        activation_bytes=_sent(runtime).activations - before.activations,
         below=runtime.experts.store.tier.counts.since(below),
-        draft_s=clock[1] - clock[0] + clock[4] - clock[3],
-        verify_s=clock[2] - clock[1],
-        commit_s=clock[3] - clock[2],
+        draft_s=laps.seconds["draft"],
+        features_s=laps.seconds["features"],
+        verify_s=laps.seconds["verify"],
+        commit_s=laps.seconds["commit"],
     )
+
+
+class _Sent(NamedTuple):
+    """Bytes sent over the link so far."""
+
+    experts: int
+    activations: int
+
+
+def _sent(runtime: Runtime) -> _Sent:
+    return _Sent(experts=runtime.experts.store.link.sent_bytes, activations=runtime.context.activations.sent_bytes)
 
 
 def _length(runtime: Runtime, state: State, active: np.ndarray) -> int:
@@ -104,10 +114,9 @@ def warm_up(runtime: Runtime, state: State, *, on_step: Callable[[], object] = l
     """Compiles what the steps will run, by steps of every draft length in which no row is active.
 
     Such a step routes, fetches and commits nothing; only the buffers move on. What it taught the adaptive length and the usage
-    scores is
-    dropped. on_step: called after each.
+    scores is dropped. on_step: called after each.
     """
-    idle = state._replace(finish_reasons=("idle",) * len(state.requests), adaptive_length=None)
+    idle = state._replace(statuses=(EMPTY,) * len(state.requests), adaptive_length=None)
     for length in state.adaptive_length.lengths if state.adaptive_length else (runtime.plan.draft_length or 0,):
         idle, _ = step(runtime, idle, None, length=length)
         on_step()
@@ -130,7 +139,7 @@ def verify(runtime: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass
     if verified.h is None:
         none = np.zeros(len(num_new), np.int32)
         return verified, AcceptResult(num_accepted=none, next_token=none), none, proposal
-    logits = stages.head(runtime.config.norm_eps, runtime.weights, verified.h)  # [B, T, V]
+    logits = stages.head(runtime.config.head, runtime.weights, verified.h)  # [B, T, V]
     finite = _finite_positions(logits)
     if proposal.tree is not None:
         return compact_accepted_path(runtime, state, verified, proposal, accepted_path(runtime, state, proposal, logits), finite)
@@ -159,17 +168,17 @@ def commit(
     committed [B].
     """
     drafted, rows = np.asarray(proposal.tokens), len(state.requests)
-    generated, reasons = list(state.generated), list(state.finish_reasons)
+    generated, statuses = list(state.generated), list(state.statuses)
     accepted, committed = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
     last_token = state.last_token.copy()
     for row in np.flatnonzero(state.active):
         run = (*drafted[row, : result.num_accepted[row]].tolist(), int(result.next_token[row]))
         broken, run = len(run) > sound[row], run[: sound[row]]
-        generated[row], reasons[row] = commit_tokens(
+        generated[row], reason = commit_tokens(
             state.requests[row], state.generated[row], run, runtime.config.eos_token_ids, tokenizer
         )
-        if broken and reasons[row] is None:
-            reasons[row] = "error"
+        if reason is not None or broken:
+            statuses[row] = finished(reason or "error")
         accepted[row] = min(result.num_accepted[row], sound[row])
         committed[row] = len(generated[row]) - len(state.generated[row])
         if generated[row]:
@@ -184,7 +193,7 @@ def commit(
         lengths=state.lengths + committed,
         last_token=last_token,
         generated=tuple(generated),
-        finish_reasons=tuple(reasons),
+        statuses=tuple(statuses),
     )
     return joined(new_state) if new_state.joining.any() else new_state, accepted, committed
 

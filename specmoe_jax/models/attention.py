@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from specmoe_jax import ops
 from specmoe_jax.config.layer_config import AttentionConfig
-from specmoe_jax.types import Tree
+from specmoe_jax.types import KVCache, Tree
 
 
 def attend(config: AttentionConfig, q, k, v, sinks, k_cache, v_cache, lengths, num_new, tree: Tree | None = None):
@@ -20,6 +20,21 @@ def attend(config: AttentionConfig, q, k, v, sinks, k_cache, v_cache, lengths, n
         q, k, v, k_cache, v_cache, lengths, num_new=num_new, tree_mask=mask, sinks=sinks, **_options(config)
     )
     return out[..., : config.head_dim], *caches
+
+
+def attend_rows(config: AttentionConfig, q, k, v, kv: KVCache, rows, lengths, num_new) -> tuple[jax.Array, KVCache]:
+    """`attend` of b sequences to one layer of B rows of cache, of which `rows` [b] int32 are theirs; another number is padding.
+
+    q, k, v [b, T, ..., D]; lengths, num_new [b]. -> attended [b, T, H, D] and the cache.
+    """
+    held = kv.k[0].shape[0]
+    rows = jnp.where((rows >= 0) & (rows < held), rows, held)
+
+    def spread(a: jax.Array) -> jax.Array:  # the cache stays where it is; only the new rows move to their places
+        return jnp.zeros((held, *a.shape[1:]), a.dtype).at[rows].set(a, mode="drop")
+
+    attended, k_cache, v_cache = attend(config, *map(spread, (q, k, v)), None, kv.k[0], kv.v[0], spread(lengths), spread(num_new))
+    return attended.at[rows].get(mode="fill", fill_value=0), KVCache(k=(k_cache,), v=(v_cache,))
 
 
 def attend_paged(

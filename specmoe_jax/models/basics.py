@@ -40,16 +40,20 @@ def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def rope(x: jax.Array, positions: jax.Array, config: Rope | None) -> jax.Array:
-    """Rotates the pairs of x [B, T, heads, D] by positions [B, T] int32, logical (per row). None: no positions."""
+    """Rotates the pairs of x [B, T, heads, D] by positions [B, T] int32, logical (per row). None: no positions.
+
+    What a partial rotary config leaves out, the end of each head, is kept.
+    """
     if config is None:
         return x
     angle = positions[..., None].astype(jnp.float32) * jnp.asarray(config.frequencies, jnp.float32)  # [B, T, D/2]
     cos, sin = (config.scale * f(angle)[:, :, None] for f in (jnp.cos, jnp.sin))
     x32 = x.astype(jnp.float32)
-    x1, x2 = (x32[..., ::2], x32[..., 1::2]) if config.interleaved else jnp.split(x32, 2, axis=-1)
+    rotated, kept = jnp.split(x32, [2 * len(config.frequencies)], axis=-1)
+    x1, x2 = (rotated[..., ::2], rotated[..., 1::2]) if config.interleaved else jnp.split(rotated, 2, axis=-1)
     pairs = (x1 * cos - x2 * sin, x2 * cos + x1 * sin)
     # An interleaved rotation may leave its halves apart: queries and keys are permuted alike, and scores do not see it.
-    return jnp.concatenate(pairs, axis=-1).astype(x.dtype)
+    return jnp.concatenate((*pairs, kept), axis=-1).astype(x.dtype)
 
 
 def affine(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:

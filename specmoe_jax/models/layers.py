@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from specmoe_jax import ops
-from specmoe_jax.config.layer_config import AttentionConfig, Embedding, LayerConfig
+from specmoe_jax.config.layer_config import AttentionConfig, Embedding, Head, LayerConfig
 from specmoe_jax.models import latent
 from specmoe_jax.models.attention import scores_and_values, within
 from specmoe_jax.models.basics import affine, heads, linear, norm, rms_norm, rope, sinusoids
@@ -14,12 +14,15 @@ from specmoe_jax.types import CrossCache, Routing
 
 
 def embed(weights: Weights, token_ids: jax.Array, positions: jax.Array | None = None, config: Embedding | None = None) -> jax.Array:
-    """[B, T] int32 -> [B, T, M]; scaled and with sinusoids of `positions` [B, T] where the config says so."""
+    """[B, T] int32 -> [B, T, M]; scaled, and with sinusoids of `positions` [B, T], where the config says so."""
     h = weights.embed[token_ids]
     if config is None:
         return h
+    h = h * jnp.asarray(config.scale, h.dtype)
+    if config.pad_id is None:
+        return h
     places = sinusoids(positions + config.pad_id + 1, h.shape[-1])
-    return h * jnp.asarray(config.scale, h.dtype) + jnp.where(token_ids[..., None] == config.pad_id, 0, places).astype(h.dtype)
+    return h + jnp.where(token_ids[..., None] == config.pad_id, 0, places).astype(h.dtype)
 
 
 def pre_attention(
@@ -61,16 +64,16 @@ def post_attention(
     """
     if config.attention.latent is not None:
         attended = latent.values(config.attention, weights, attended)
-    h = h + affine(attended.reshape(*h.shape[:2], -1), weights.o, weights.o_bias)
+    h = h + config.residual_scale * affine(attended.reshape(*h.shape[:2], -1), weights.o, weights.o_bias)
     if config.cross is not None:
         h = h + _cross_attention(config, weights.cross, h, cross)
     x = norm(h, weights.post_norm, weights.post_norm_bias, config.norm_eps)
     if weights.mlp is not None:
-        h = h + _gated(mlp(weights.mlp, x), x, weights.shared_gate)
+        h = h + config.residual_scale * _gated(mlp(weights.mlp, x), x, weights.shared_gate)
     x = x.reshape(-1, x.shape[-1])  # [n, M]
     if config.router is None:
         return h, x, None
-    return h, *_routed(config, x, route(config.router, x, weights.router, weights.router_bias, valid.reshape(-1)))
+    return h, *_routed(config, x, _route(config, weights, x, valid.reshape(-1)))
 
 
 def mlp(weights: MlpWeights, x: jax.Array) -> jax.Array:
@@ -85,7 +88,7 @@ def reroute(config: LayerConfig, weights: LayerWeights, x: jax.Array, routing: R
 
     Where weights are on the input (Llama-4), x keeps that of the first routing: a draft may.
     """
-    again = route(config.router, x, weights.router, weights.router_bias, routing.ids[:, 0] >= 0, allowed)
+    again = _route(config, weights, x, routing.ids[:, 0] >= 0, allowed)
     return again._replace(weights=routing.weights) if config.router.on_input else again
 
 
@@ -95,9 +98,9 @@ def combine(h: jax.Array, expert_outputs: jax.Array, routing: Routing) -> jax.Ar
     return h + mixed.reshape(h.shape).astype(h.dtype)
 
 
-def head(norm_eps: float, weights: Weights, h: jax.Array) -> jax.Array:
+def head(config: Head, weights: Weights, h: jax.Array) -> jax.Array:
     """Final norm and output matrix. h [B, T, M] -> logits [B, T, V] float32."""
-    return output(output_matrix(weights), final_norm(norm_eps, weights, h))
+    return output(output_matrix(weights), final_norm(config.norm_eps, weights, h)) / config.divisor
 
 
 def final_norm(norm_eps: float, weights: Weights, h: jax.Array) -> jax.Array:
@@ -149,6 +152,10 @@ def _tempered(config: AttentionConfig, q: jax.Array, positions: jax.Array) -> ja
 def _gated(y: jax.Array, x: jax.Array, gate: jax.Array | None) -> jax.Array:
     """The shared expert's output y, times sigmoid(gate x) where the family has that gate [1, M] (Qwen2-MoE)."""
     return y if gate is None else y * jax.nn.sigmoid(linear(x, gate))
+
+
+def _route(config: LayerConfig, weights: LayerWeights, x: jax.Array, valid: jax.Array, allowed: jax.Array | None = None) -> Routing:
+    return route(config.router, x, weights.router, weights.router_bias, valid, allowed, weights.choice_bias)
 
 
 def _routed(config: LayerConfig, x: jax.Array, routing: Routing) -> tuple[jax.Array, Routing]:

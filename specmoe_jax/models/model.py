@@ -55,7 +55,7 @@ class Model:
         h = layers.embed(self.weights, token_ids, _positions(token_ids), self.config.embedding)
         for i, (config, weights) in enumerate(zip(self.config.layers, self.weights.layers, strict=True)):
             h = _reference_layer(config, weights, self._blocks(i), h, cross[i])
-        return layers.head(self.config.norm_eps, self.weights, h)
+        return layers.head(self.config.head, self.weights, h)
 
     def _encoded(self, source, lengths) -> list[CrossCache]:
         """What each decoder layer attends of the sources."""
@@ -117,7 +117,7 @@ def random_model(config: ModelConfig, *, seed: int = 0, dtype: str = "float32", 
 
     return Model(
         config=config,
-        weights=map_specs(lambda spec: jnp.asarray(random_tensor(spec, seed), dtype), family.weight_specs(config)),
+        weights=map_specs(lambda spec: jnp.asarray(random_tensor(spec, seed), spec.in_dtype(dtype)), family.weight_specs(config)),
         experts=tuple(blocks(layer) for layer in config.expert_layers),
         tokenizer=tokenizer,
         dtype=dtype,

@@ -8,17 +8,17 @@ from specmoe_jax.models.families.config_json import flag, number, show, size
 from specmoe_jax.support.errors import CheckpointError
 
 
-def read_rope(raw: dict, dim: int, *, default_theta: float, interleaved: bool = False) -> Rope:
-    """The Rope of heads with `dim` rotated numbers. Raises CheckpointError for a rope_type that is not built.
+def read_rope(raw: dict, dim: int, *, default_theta: float, interleaved: bool = False, rotated: float | None = None) -> Rope:
+    """The Rope of heads with `dim` numbers. Raises CheckpointError for a rope_type that is not built.
 
     Newer configs hold rope_parameters {rope_theta, rope_type, ...}; older ones rope_theta, and rope_scaling where scaled.
+    rotated: the share of each head that the family rotates where partial_rotary_factor does not say; None: all, always.
     """
     parameters = parameters_of(raw)
     kind = rope_type(raw)
     if not isinstance(kind, str) or kind not in _RULES:
         raise CheckpointError(f"config.json: rope_type is {show(kind)}; built are {', '.join(_RULES)}")
-    if parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
-        raise CheckpointError("config.json: partial_rotary_factor is not 1; heads are built rotated in full")
+    dim = _rotated_dim(parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor")), dim, rotated)
     theta = number(parameters, "rope_theta", number(raw, "rope_theta", default_theta))
     if theta <= 1:
         raise CheckpointError(f"config.json: rope_theta is {theta}; it must be above 1")
@@ -26,6 +26,21 @@ def read_rope(raw: dict, dim: int, *, default_theta: float, interleaved: bool = 
         parameters = parameters | {"original_max_position_embeddings": size(raw, "max_position_embeddings")}
     frequencies, scale = _RULES[kind](parameters, theta, dim)
     return Rope(frequencies=frequencies, scale=scale, interleaved=interleaved)
+
+
+def _rotated_dim(factor: float | None, dim: int, default: float | None) -> int:
+    """How many numbers of a head are rotated, an even number, from the front."""
+    if default is None:
+        if factor not in (None, 1.0):
+            raise CheckpointError("config.json: partial_rotary_factor is not 1; heads are built rotated in full")
+        return dim
+    factor = default if factor is None else factor
+    rotated = int(dim * number({"partial_rotary_factor": factor}, "partial_rotary_factor", default))
+    if not 0 < rotated <= dim or rotated % 2:
+        raise CheckpointError(
+            f"config.json: partial_rotary_factor is {show(factor)}; of heads of {dim} it must leave an even number, at least 2"
+        )
+    return rotated
 
 
 def parameters_of(raw: dict) -> dict:

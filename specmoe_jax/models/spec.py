@@ -23,10 +23,19 @@ class TensorSpec(NamedTuple):
     name: str
     shape: tuple[int, ...]
     init: str = "normal"  # or "ones": what random test weights hold
+    keep: str | None = None  # a dtype that it is kept in, whatever the compute dtype
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    def in_dtype(self, dtype: str) -> str:
+        """The dtype in memory of a model that computes in `dtype`."""
+        return self.keep or dtype
+
+    def bytes(self, dtype: str) -> int:
+        """In memory, of a model that computes in `dtype`."""
+        return self.size * DTYPE_BYTES[self.in_dtype(dtype)]
 
 
 class Part(NamedTuple):
@@ -91,7 +100,8 @@ class LayerWeights:
     o: TensorSpec | jax.Array  # [M, H * D]
     post_norm: TensorSpec | jax.Array  # [M]
     router: TensorSpec | jax.Array | None = None  # [E, M]
-    router_bias: TensorSpec | jax.Array | None = None  # [E]
+    router_bias: TensorSpec | jax.Array | None = None  # [E], of the logits
+    choice_bias: TensorSpec | jax.Array | None = None  # [E], of the choice alone; float32 whatever the compute dtype
     q_bias: TensorSpec | jax.Array | None = None
     k_bias: TensorSpec | jax.Array | None = None
     v_bias: TensorSpec | jax.Array | None = None

@@ -1,6 +1,6 @@
 """What a streamed pass consists of: tasks on resources, and what each of them waits for (SpecMoEOff, 4.1 and 5.2). Pure.
 
-The engine executes this list (engine/flows/streaming.py) and the simulator times it (simulate.py): there is no second description.
+The engine executes this list (engine/flows/stream_pass.py) and the simulator times it (simulate.py): no second description.
 Per layer and micro-batch: `pre_attention` -> queries, keys, values to the host -> attention on the CPU -> back ->
 `post_attention` -> experts, while the experts of a later layer stream into a free one of two or more buffers, unless they are
 pinned on the accelerator. The first layers' of the next pass stream through the drafting (one layer with two buffers, as in the

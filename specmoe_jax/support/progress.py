@@ -30,6 +30,12 @@ class _LogLines(tqdm.tqdm):
         return True
 
 
+def note(text: str, *, mode: str | bool) -> None:
+    """A line on standard error where a bar of this mode would be seen."""
+    if mode == "log" or (mode in ("auto", True) and sys.stderr.isatty()):
+        tqdm.tqdm.write(text, file=sys.stderr)
+
+
 def bar(
     name: str, total: int | None, unit: str, *, mode: str | bool, leave: bool = True, scale: bool = False, initial: int = 0
 ) -> tqdm.tqdm:

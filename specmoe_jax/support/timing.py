@@ -49,3 +49,17 @@ class Stopwatch:
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self._start
+
+
+class Laps:
+    """Consecutive intervals by name; each begins where the one before it ended. seconds: of each so far."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last_s = time.perf_counter()
+
+    def lap(self, name: str) -> tuple[float, float]:
+        """Ends an interval. -> its start and end in seconds of time.perf_counter."""
+        start_s, self._last_s = self._last_s, time.perf_counter()
+        self.seconds[name] = self._last_s - start_s
+        return start_s, self._last_s

@@ -53,6 +53,53 @@ RAW_CONFIGS = {
         "n_group": None, "topk_group": None, "norm_topk_prob": False, "routed_scaling_factor": 1.5, "attention_bias": False,
         "mlp_bias": False, "rms_norm_eps": 1e-6, "rope_parameters": _YARN | {"mscale": 0.707, "mscale_all_dim": 0.9},
     },
+    # Two of three groups of three experts; compressed queries; the first layer dense.
+    "deepseek_v3": _COMMON
+    | {
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_size": 40, "intermediate_size": 56,
+        "moe_intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 5, "num_key_value_heads": 5,
+        "n_routed_experts": 9, "n_shared_experts": 2, "num_experts_per_tok": 3, "first_k_dense_replace": 1, "kv_lora_rank": 20,
+        "q_lora_rank": 14, "qk_nope_head_dim": 12, "qk_rope_head_dim": 6, "v_head_dim": 10, "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid", "n_group": 3, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+        "attention_bias": False, "rms_norm_eps": 1e-6, "rope_interleave": True, "num_nextn_predict_layers": 1,
+        "rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+    # Values wider than the keys without positions; the second layer dense by its type.
+    "glm4_moe_lite": _COMMON
+    | {
+        "architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite", "hidden_size": 40, "intermediate_size": 56,
+        "moe_intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 5, "num_key_value_heads": 5,
+        "n_routed_experts": 7, "n_shared_experts": 1, "num_experts_per_tok": 2, "kv_lora_rank": 20, "q_lora_rank": 14,
+        "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 14, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+        "routed_scaling_factor": 1.8, "attention_bias": False, "rms_norm_eps": 1e-5, "rope_interleave": True,
+        "mlp_layer_types": ["sparse", "dense", "sparse"], "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+    # Six of twelve numbers of a head rotated; biases and norms of queries and keys; the first of three layers dense.
+    "glm4_moe": _COMMON
+    | {
+        "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "hidden_size": 40, "intermediate_size": 56,
+        "moe_intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12,
+        "n_routed_experts": 7, "n_shared_experts": 2, "num_experts_per_tok": 3, "first_k_dense_replace": 1, "n_group": 1,
+        "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.5, "use_qk_norm": True, "attention_bias": True,
+        "rms_norm_eps": 1e-5, "num_nextn_predict_layers": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+    },
+    # Four of twelve numbers of a head rotated.
+    "minimax_m2": _COMMON
+    | {
+        "architectures": ["MiniMaxM2ForCausalLM"], "model_type": "minimax_m2", "hidden_size": 40, "intermediate_size": 24,
+        "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12, "num_local_experts": 7,
+        "num_experts_per_tok": 3, "rotary_dim": 4, "rms_norm_eps": 1e-6, "use_qk_norm": True, "qk_norm_type": "per_layer",
+        "use_routing_bias": True, "scoring_func": "sigmoid", "shared_intermediate_size": 0, "rope_theta": 5e6,
+    },
+    "granite_moe": _COMMON
+    | {
+        "architectures": ["GraniteMoeForCausalLM"], "model_type": "granitemoe", "hidden_size": 48, "intermediate_size": 24,
+        "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "num_local_experts": 7,
+        "num_experts_per_tok": 3, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4,
+        "logits_scaling": 0.7, "attention_bias": False, "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1.5e6},
+    },
     "gpt_oss": _COMMON
     | {
         "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 64, "intermediate_size": 32,
@@ -75,6 +122,28 @@ RAW_CONFIGS = {
     },
 }  # fmt: skip
 
+WITH_TOWERS = {
+    # A text part under text_config, its names prefixed; the tower is of the smallest sizes that its reference takes.
+    "qwen3_vl_moe": {
+        "architectures": ["Qwen3VLMoeForConditionalGeneration"], "model_type": "qwen3_vl_moe", "tie_word_embeddings": False,
+        "text_config": _COMMON
+        | {
+            "model_type": "qwen3_vl_moe_text", "hidden_size": 40, "intermediate_size": 56, "moe_intermediate_size": 24,
+            "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12, "num_experts": 7,
+            "num_experts_per_tok": 3, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [1],
+            "rms_norm_eps": 1e-6, "attention_bias": False,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 5e6, "mrope_section": [2, 2, 2], "mrope_interleaved": True,
+            },
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl_moe_vision", "depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2,
+            "patch_size": 2, "spatial_merge_size": 1, "temporal_patch_size": 1, "out_hidden_size": 40,
+            "num_position_embeddings": 4, "deepstack_visual_indexes": [0],
+        },
+    },
+}  # fmt: skip
+
 ENCODER_DECODERS = {
     # Every other layer of the decoder has experts, the second of three in the encoder.
     "nllb_moe": {
@@ -90,4 +159,4 @@ ENCODER_DECODERS = {
 @functools.cache
 def tiny_family(name: str, dtype: str = "float32") -> Model:
     """The same random model for the same name and dtype; made once a process. No tokenizer."""
-    return random_model(parse_config((RAW_CONFIGS | ENCODER_DECODERS)[name]), seed=0, dtype=dtype)
+    return random_model(parse_config((RAW_CONFIGS | WITH_TOWERS | ENCODER_DECODERS)[name]), seed=0, dtype=dtype)

@@ -6,39 +6,17 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
+from family_files import stored_tensors, write
 
 from specmoe_jax.checkpoints import load_model
 from specmoe_jax.checkpoints.conversion.convert import convert
 from specmoe_jax.checkpoints.mxfp4 import decode
-from specmoe_jax.models.families.registry import family_of, parse_config
-from specmoe_jax.models.spec import random_tensor, spec_leaves
+from specmoe_jax.models.families.registry import parse_config
 from specmoe_jax.support.errors import CheckpointError
-from specmoe_jax.testing.families import ENCODER_DECODERS, RAW_CONFIGS, tiny_family
+from specmoe_jax.testing.families import ENCODER_DECODERS, RAW_CONFIGS, WITH_TOWERS, tiny_family
 
-ALL = RAW_CONFIGS | ENCODER_DECODERS
+ALL = RAW_CONFIGS | WITH_TOWERS | ENCODER_DECODERS
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-
-
-def stored_tensors(model, layout: int) -> dict[str, np.ndarray]:
-    """Every tensor of `tiny_family`, experts in the family's given layout, read back out of the model's blocks."""
-    config, family = model.config, family_of(model.config)
-    tensors = {spec.name: random_tensor(spec, 0) for spec in spec_leaves(family.weight_specs(config))}
-    for moe, layer in enumerate(config.expert_layers):
-        for expert in range(config.num_experts):
-            for part in family.expert_layouts(config, layer, expert)[layout]:
-                values = part.view(np.asarray(model.experts[moe][expert]))
-                target = tensors.setdefault(part.name, np.zeros(part.spec.shape, np.float32))
-                target = target if part.index is None else target[part.index]
-                target[...] = values.reshape(target.shape)
-    return tensors
-
-
-def write(path, raw: dict, tensors: dict[str, np.ndarray]):
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(raw))
-    safetensors.numpy.save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, path / "model.safetensors")
-    return path
 
 
 def assert_same(model, other):
@@ -46,7 +24,8 @@ def assert_same(model, other):
     jax.tree.map(np.testing.assert_array_equal, model.experts, other.experts)
 
 
-LAYOUTS = [(family, i) for family in ALL for i in range({"llama4": 1, "gpt_oss": 1, "nllb_moe": 1}.get(family, 2))]
+NUM_LAYOUTS = {"llama4": 1, "gpt_oss": 1, "nllb_moe": 1, "qwen3_vl_moe": 3}
+LAYOUTS = [(family, i) for family in ALL for i in range(NUM_LAYOUTS.get(family, 2))]
 
 
 @pytest.mark.parametrize(("family", "layout"), LAYOUTS)
@@ -66,15 +45,31 @@ def test_conversion_there_and_back(family, tmp_path):
     assert_same(load_model(str(back)), model)
 
 
-def test_text_part_beside_a_vision_part(tmp_path):
-    """Llama-4 as it is published: under text_config, names prefixed, the vision part left alone."""
-    model = tiny_family("llama4")
-    tensors = {f"language_model.{name}": t for name, t in stored_tensors(model, 0).items()}
-    tensors["vision_model.class_embedding"] = np.zeros(3, np.float32)
-    tensors["multi_modal_projector.linear_1.weight"] = np.zeros((2, 2), np.float32)
-    text = {key: value for key, value in RAW_CONFIGS["llama4"].items() if key != "architectures"}
-    raw = {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "text_config": text}
-    assert_same(load_model(str(write(tmp_path / "checkpoint", raw, tensors))), model)
+WRAPPED = {
+    "llama4": ("Llama4ForConditionalGeneration", "language_model.{}", ("vision_model.a", "multi_modal_projector.linear_1.weight")),
+    "deepseek_v3": ("KimiK25ForConditionalGeneration", "language_model.{}", ("vision_tower.a", "mm_projector.linear_1.weight")),
+    "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", "model.language_model.{}", ("model.visual.patch_embed.proj.weight",)),
+}
+
+
+@pytest.mark.parametrize("family", WRAPPED)
+def test_text_part_beside_a_vision_part(family, tmp_path, capsys):
+    """As it is published: under text_config, names prefixed, the vision part left out with a word."""
+    architecture, prefix, others = WRAPPED[family]
+    model = tiny_family(family)
+    tensors = {}
+    for name, tensor in stored_tensors(model, 0).items():
+        inner = name.removeprefix("model.") if prefix.startswith("model.") else name
+        tensors[name if name == inner and prefix.startswith("model.") else prefix.format(inner)] = tensor
+    tensors |= {name: np.zeros((2, 2), np.float32) for name in others}
+    text = {key: value for key, value in ALL[family].get("text_config", ALL[family]).items() if key != "architectures"}
+    raw = {"architectures": [architecture], "model_type": "outer", "text_config": text}
+    path = write(tmp_path / "checkpoint", raw, tensors)
+    assert_same(load_model(str(path)), model)
+    assert capsys.readouterr().err == ""
+    load_model(str(path), progress="log")
+    found = capsys.readouterr().err
+    assert found.startswith(f"load: {len(others)} tensors of other parts are left out: {sorted(others)[0].rsplit('.', 1)[0][:12]}")
 
 
 def pack(codes: np.ndarray) -> np.ndarray:
@@ -125,6 +120,22 @@ REFUSALS = (
     ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}, "n_group 4"),
     ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True"),
     ("deepseek_v2", {"qk_rope_head_dim": 5}, "qk_rope_head_dim is 5"),
+    ("deepseek_v3", {"topk_method": "group_limited_greedy"}, "topk_method is 'group_limited_greedy'; this family is built with"),
+    ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'; this family is built with 'sigmoid'"),
+    ("deepseek_v3", {"n_group": 9, "topk_group": 4}, "n_group 9 and topk_group 4 do not fit 9 experts"),
+    ("deepseek_v3", {"n_group": None}, "n_group is None"),
+    ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq is 2"),
+    ("deepseek_v3", {"num_nextn_predict_layers": 5000}, "num_nextn_predict_layers is 5000"),
+    ("glm4_moe_lite", {"mlp_layer_types": ["dense"]}, "mlp_layer_types is ['dense']; this family is built with 3 of dense, sparse"),
+    ("glm4_moe", {"rope_parameters": {"partial_rotary_factor": 0.3}}, "partial_rotary_factor is 0.3; of heads of 12 it must"),
+    ("glm4_moe", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor is 1.5"),
+    ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1"),
+    ("minimax_m2", {"rotary_dim": 14}, "of heads of 12 it must leave an even number"),
+    ("minimax_m2", {"qk_norm_type": "per_head"}, "qk_norm_type is 'per_head'"),
+    ("minimax_m2", {"use_routing_bias": False}, "use_routing_bias is False"),
+    ("granite_moe", {"residual_multiplier": 0}, "residual_multiplier is 0.0; it must be above 0"),
+    ("granite_moe", {"attention_bias": True}, "attention_bias is True"),
+    ("qwen3_vl_moe", {"text_config": None}, "this version runs MixtralForCausalLM"),
     ("gpt_oss", {"quantization_config": {"quant_method": "awq"}}, "quant_method is 'awq'"),
     ("gpt_oss", {"layer_types": ["linear_attention"] * 3}, "layer_types is"),
     ("llama4", {"num_experts_per_tok": 2}, "num_experts_per_tok is 2; this family is built with 1"),
@@ -146,6 +157,39 @@ REFUSALS = (
     ("nllb_moe", {"decoder_start_token_id": 131}, "decoder_start_token_id is 131; it must be an id of the vocabulary"),
     ("nllb_moe", {"tie_word_embeddings": False}, "tie_word_embeddings is False"),
 )
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_layers_for_further_tokens_are_left_alone(family, tmp_path):
+    """As published, after the last layer and with copies of the embedding; without the key in config.json they are refused."""
+    model, tensors = tiny_family(family), stored_tensors(tiny_family(family), 0)
+    prefix = f"model.layers.{model.config.num_layers}"
+    names = ("enorm.weight", "eh_proj.weight", "embed_tokens.weight", "mlp.experts.0.up_proj.weight", "shared_head.head.weight")
+    tensors |= {f"{prefix}.{name}": np.zeros((2, 2), np.float32) for name in names}
+    assert_same(load_model(str(write(tmp_path / "checkpoint", ALL[family], tensors))), model)
+    without = ALL[family] | {"num_nextn_predict_layers": 0}
+    with pytest.raises(CheckpointError, match=rf"5 tensors that this model does not use: {prefix}\.eh_proj"):
+        load_model(str(write(tmp_path / "unknown", without, tensors)))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "minimax_m2"])
+def test_the_choice_bias_stays_float32(family, tmp_path):
+    """Beside bfloat16 weights, in memory and after a conversion: rounded, it would choose other experts."""
+    model = tiny_family(family)
+    tensors = {
+        name: tensor if name.endswith("e_score_correction_bias") else tensor.astype(ml_dtypes.bfloat16)
+        for name, tensor in stored_tensors(model, 0).items()
+    }
+    path = write(tmp_path / "checkpoint", ALL[family], tensors)
+    mapped = convert(str(path), tmp_path / "mapped", to="specmoe")
+    assert json.loads((mapped / "config.json").read_text())["dtype"] == "bfloat16"
+    back = convert(str(mapped), tmp_path / "back", to="huggingface")
+    for folder in (path, mapped, back):
+        loaded = load_model(str(folder), dtype="bfloat16")
+        for ours, theirs in zip(loaded.weights.layers, model.weights.layers, strict=True):
+            if theirs.choice_bias is not None:
+                np.testing.assert_array_equal(ours.choice_bias, theirs.choice_bias, strict=True)
+            assert ours.input_norm.dtype == ml_dtypes.bfloat16
 
 
 @pytest.mark.parametrize(("family", "changes", "message"), REFUSALS, ids=lambda value: value if isinstance(value, str) else None)

@@ -1,9 +1,11 @@
 """The console command: `specmoe COMMAND`, `python -m specmoe_jax COMMAND` and scripts/*.py are one thing."""
 
+import importlib
 import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -63,11 +65,22 @@ def test_the_three_ways_are_one(start):
     assert (wrong.returncode, wrong.stderr) == (2, "error: no prompt; give --prompt=TEXT or --prompts=FILE\n")
 
 
+WITHOUT = """
+import runpy, sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name == {missing!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Hidden())
+sys.path.insert(0, {scripts!r})
+runpy.run_path({scripts!r} + "/generate.py", run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize("missing", ["jax", "specmoe_jax"])
-def test_a_script_without_its_packages_says_so_in_one_line(missing, tmp_path):
-    hide = f"import sys; sys.modules[{missing!r}] = None; sys.path.insert(0, {str(ROOT / 'scripts')!r})"
-    run = f"import runpy; runpy.run_path({str(ROOT / 'scripts/generate.py')!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", f"{hide}; {run}"], capture_output=True, text=True, timeout=300)
+def test_a_script_without_its_packages_says_so_in_one_line(missing):
+    code = WITHOUT.format(missing=missing, scripts=str(ROOT / "scripts"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert f"has no package {missing}" in done.stderr and "pip install" in done.stderr
 
@@ -83,7 +96,7 @@ DEFINED = {"draft", "draft_length", "device_memory_gib", "link_gbps", "guard", "
         ("the smallest that works is device_memory_bytes=1073741825", "the smallest that works is --device_memory_gib=1.000001"),
         ("link_bytes_per_s=1000000000.0 has no effect", "--link_gbps=1 has no effect"),
         ("guard=True adapts the length; leave out guard", "--guard adapts the length; leave out guard"),
-        ("draft=model and draft_model go together", "--draft=model and --draft_model go together"),
+        ("draft=model and draft_model go together", "--draft=model and --draft_model=DIR go together"),
         ("draft_experts=(2, 1) has", "--draft_experts=(2, 1) has"),
         ("cannot read /a/batch_size=3/draft_length", "cannot read /a/batch_size=3/draft_length"),
         ("a draft and 'batch_size'", "a draft and 'batch_size'"),
@@ -92,3 +105,10 @@ DEFINED = {"draft", "draft_length", "device_memory_gib", "link_gbps", "guard", "
 )
 def test_fields_become_the_flags_that_a_command_has(said, told):
     assert with_flags(said, DEFINED) == told
+
+
+def test_the_project_names_the_command_and_ships_its_types():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, _, name = project["scripts"]["specmoe"].partition(":")
+    assert getattr(importlib.import_module(module), name) is main.main
+    assert (pathlib.Path(specmoe_jax.__file__).parent / "py.typed").exists()

@@ -50,11 +50,11 @@ def test_same_text_as_without_a_draft(generate, checkpoint, head, model, tmp_pat
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--draft=eagle",), "--draft_head=DIR go together"),
+        (("--draft=eagle",), "--draft=eagle and --draft_head=DIR go together"),
         (("--draft=eagle", "--draft_head=no/such/head"), "no such directory"),
-        (("--draft_head=HEAD",), "--draft_head=DIR go together"),
+        (("--draft_head=HEAD",), "--draft=eagle and --draft_head=DIR go together"),
         (("--draft=eagle", "--draft_head=demo"), "another model"),
-        (TREE, "draft_tree_top_k=3 has no effect with draft=self"),
+        (TREE, "--draft_tree_top_k=3 has no effect with --draft=self"),
         (("--draft=eagle", "--draft_head=HEAD", "--draft_tree_top_k=3"), "give both"),
     ],
 )

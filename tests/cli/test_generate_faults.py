@@ -10,7 +10,8 @@ import weakref
 import pytest
 
 from specmoe_jax.checkpoints import loader, tensors
-from specmoe_jax.engine import engine as engine_generate
+from specmoe_jax.engine import session
+from specmoe_jax.engine.flows import pooled
 from specmoe_jax.jobs import job as jobs
 from specmoe_jax.models.model import to_host
 from specmoe_jax.speculate.hot_experts import affinity_cache
@@ -32,9 +33,9 @@ HALVES = (signal.SIGTERM, signal.SIGINT)
 PHASES = {
     "load": (tensors.HostBlocks, "__call__", 4),
     "affinity": (affinity_cache, "expert_distances", 1),
-    "compile": (engine_generate, "warm_up", 0),
-    "prefill": (engine_generate, "prefill", 1),
-    "decode": (engine_generate, "step", 4),
+    "compile": (session, "warm_up", 0),
+    "prefill": (pooled, "prefill", 1),
+    "decode": (session, "step", 4),
     "between requests": (jobs, "record", 4),
 }
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from specmoe_jax import PRESETS, Engine, SamplingParams
-from specmoe_jax.testing.families import ENCODER_DECODERS, RAW_CONFIGS, tiny_family
+from specmoe_jax.testing.families import ENCODER_DECODERS, RAW_CONFIGS, WITH_TOWERS, tiny_family
 
 PROMPTS = ((5, 99, 3, 17, 64, 8, 2, 120, 44, 9, 31), (77, 6, 30))  # ragged; longer than the windows and chunks
 NEW_TOKENS = 9
-FAMILIES = (*RAW_CONFIGS, *ENCODER_DECODERS)
+FAMILIES = (*RAW_CONFIGS, *WITH_TOWERS, *ENCODER_DECODERS)
 PARAMS = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
 
 

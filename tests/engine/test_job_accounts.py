@@ -8,7 +8,6 @@ from specmoe_jax.engine.requests.prepare import check_job
 from specmoe_jax.models.eagle.network import head_bytes
 from specmoe_jax.planner.drafts.eagle import usual_head
 from specmoe_jax.support.errors import UserError
-from specmoe_jax.support.units import GIB
 from specmoe_jax.testing import eagle_head, write_tiny
 
 PARAMS = sm.SamplingParams(max_new_tokens=20)
@@ -54,11 +53,11 @@ def test_the_smallest_budget_that_is_accepted_runs(model, given):
         sm.Engine(model, short, **inputs).generate(PROMPTS, PARAMS)
 
 
-def least_host_gib(check) -> float:
+def least_host_bytes(check) -> int:
     """The smallest host memory that a refusal names."""
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError, match=r"host_memory_bytes=\d+") as refused:
         check()
-    return float(str(refused.value).split("--host_memory_gib=")[1].split(";")[0].split()[0].rstrip(".,"))
+    return int(str(refused.value).split("host_memory_bytes=")[1].split(";")[0])
 
 
 def test_an_engine_is_built_where_its_job_was_accepted(tmp_path):
@@ -66,7 +65,7 @@ def test_an_engine_is_built_where_its_job_was_accepted(tmp_path):
     write_tiny(tmp_path)
     model = sm.load_model(str(tmp_path), expert_tier="disk")
     a_plan = plan("streaming", batch_size=2, expert_tier="disk", host_memory_bytes=1)
-    gib = least_host_gib(lambda: check_job(model, a_plan, PROMPTS, PARAMS))
-    tight = a_plan.replace(host_memory_bytes=gib * GIB)
+    least = least_host_bytes(lambda: check_job(model, a_plan, PROMPTS, PARAMS))
+    tight = a_plan.replace(host_memory_bytes=least)
     check_job(model, tight, PROMPTS, PARAMS)
     assert len(sm.Engine(model, tight).generate(PROMPTS, PARAMS)) == len(PROMPTS)

@@ -7,6 +7,7 @@ from engine_cases import GREEDY, PROMPTS, SAMPLED, ScriptedDraft, plan, run, tok
 from hypothesis import strategies as st
 
 import specmoe_jax as sm
+from specmoe_jax.engine.requests.status import EMPTY, finished
 from specmoe_jax.engine.scheduler import admit, joined, prompt_chunks
 from specmoe_jax.engine.state import HostKV, Request, State
 from specmoe_jax.kv_cache.page_table import no_pages
@@ -167,7 +168,7 @@ def _state(rows: int, num_pages: int, longest: int) -> State:
         lengths=np.zeros(rows, np.int32),
         last_token=np.zeros(rows, np.int32),
         generated=((),) * rows,
-        finish_reasons=("padding",) * rows,
+        statuses=(EMPTY,) * rows,
         rows=sampling_rows([GREEDY] * rows),
         adaptive_length=None,
     )
@@ -200,5 +201,5 @@ def test_every_interleaving_of_ends_and_refills_serves_each_request_once(data):
         state = joined(state)
         running = np.flatnonzero(state.active)
         ending = data.draw(st.sets(st.sampled_from(running.tolist()), min_size=1))
-        state = state._replace(finish_reasons=tuple("stop" if i in ending else r for i, r in enumerate(state.finish_reasons)))
+        state = state._replace(statuses=tuple(finished("stop") if i in ending else s for i, s in enumerate(state.statuses)))
     assert served == sorted(served) == list(range(len(prompts)))

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specmoe_jax.models.model import to_host
@@ -19,6 +19,7 @@ def tier():
     return HostTier((tuple(to_host(np.full(SHAPE, 1 + expert, np.float32)) for expert in range(EXPERTS)),))
 
 
+@settings(deadline=None)  # the first copies compile
 @given(room=st.integers(1, 3), steps=st.lists(st.tuples(st.lists(copies, max_size=5), st.lists(st.integers(0, SLOTS - 1)))))
 def test_what_has_landed_is_what_was_last_sent(tier, room, steps):
     store, wanted = ExpertStore(tier, Link(), room=room), np.zeros(SLOTS)

@@ -154,7 +154,7 @@ def test_pages_are_dropped_only_when_asked():
 def test_host_tier_is_always_ready():
     experts = tuple(tuple(np.full((3, 2, 2), l * E + e, np.float32) for e in range(E)) for l in range(L))
     host = HostTier(experts)
-    host.request([(0, 0)])
+    assert [value(block) for block in host.blocks([(0, 0), (2, 1)])] == [[0], [9]]
     host.read_ahead(expected((0, 0)))
     assert host.ready().all() and host.num_experts == L * E and host.counts == (0, 0, 0)
     assert value(host.block((2, 1))) == [9]

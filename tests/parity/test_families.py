@@ -6,7 +6,7 @@ import safetensors.numpy
 
 from specmoe_jax.checkpoints import load_model
 from specmoe_jax.checkpoints.mxfp4 import decode
-from specmoe_jax.testing.families import RAW_CONFIGS
+from specmoe_jax.testing.families import RAW_CONFIGS, WITH_TOWERS
 
 REASON = "the reference implementation is not installed: pip install '.[parity]'"
 torch = pytest.importorskip("torch", reason=REASON)
@@ -21,8 +21,9 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
+PLAIN = {"rope_type": "default", "rope_theta": 5e4}
 VARIANTS = (
-    *((family, {}) for family in RAW_CONFIGS),
+    *((family, {}) for family in RAW_CONFIGS | WITH_TOWERS),
     ("mixtral", {"rope_parameters": LLAMA3}),
     ("mixtral", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     ("qwen3_moe", {"rope_parameters": YARN, "norm_topk_prob": False}),
@@ -33,24 +34,42 @@ VARIANTS = (
     ("deepseek_v2", {"q_lora_rank": 14, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
     ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2, "tie_word_embeddings": True}),
     ("deepseek_v2", {"rope_parameters": RAW_CONFIGS["deepseek_v2"]["rope_parameters"] | {"mscale": 1.0, "mscale_all_dim": 0}}),
+    ("deepseek_v3", {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}),
+    (
+        "deepseek_v3",
+        {"rope_interleave": False, "norm_topk_prob": False, "rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
+    ),
+    ("glm4_moe_lite", {"mlp_layer_types": None, "q_lora_rank": None, "tie_word_embeddings": True}),
+    ("glm4_moe", {"use_qk_norm": False, "first_k_dense_replace": 2, "routed_scaling_factor": 2.5}),
+    ("glm4_moe", {"attention_bias": False, "rope_parameters": YARN | {"partial_rotary_factor": 0.34}, "norm_topk_prob": False}),
+    ("minimax_m2", {"rotary_dim": 12, "tie_word_embeddings": True}),
+    ("granite_moe", {"tie_word_embeddings": True, "logits_scaling": 6.0, "residual_multiplier": 0.22}),
     ("gpt_oss", {"sliding_window": 50, "tie_word_embeddings": True}),
     ("gpt_oss", {"layer_types": ["full_attention"] * 3, "swiglu_limit": 7.0}),
     ("llama4", {"no_rope_layers": [1, 1, 1, 1], "use_qk_norm": False, "tie_word_embeddings": True}),
     ("llama4", {"attention_chunk_size": 50, "attn_temperature_tuning": False, "moe_layers": [0, 1, 2, 3]}),
 )
-FUSED = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "deepseek_v2")
+FUSED = (
+    "mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm4_moe", "minimax_m2",
+    "granite_moe",
+)  # fmt: skip
 
 
 def write(path, family: str, changes: dict, *, original: bool = True):
     """A random model of transformers, saved by transformers, large enough in weights that every part matters."""
     torch.manual_seed(0)
-    raw = {key: value for key, value in (RAW_CONFIGS[family] | changes).items() if key != "architectures"}
+    raw = {key: value for key, value in ((RAW_CONFIGS | WITH_TOWERS)[family] | changes).items() if key != "architectures"}
     config = transformers.AutoConfig.for_model(**raw, initializer_range=0.15)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    config.get_text_config().initializer_range = 0.15
+    kind = transformers.AutoModelForImageTextToText if family in WITH_TOWERS else transformers.AutoModelForCausalLM
+    model = kind.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name or "bias" in name or "sinks" in name:  # which start as ones, zeros or not at all
                 weight.copy_(float("norm" in name) + 0.3 * torch.randn_like(weight))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.randn_like(buffer))
     model.save_pretrained(path, save_original_format=original)
     return model
 

@@ -50,7 +50,7 @@ def measure(model, plan):
     found = simulate(
         pass_tasks(tuple(index is not None for index in model.config.moe_index), plan.micro_batches, 1),
         lambda task: statistics.median(times.get((task.kind, task.layer, task.micro_batch), [0.0])),
-        draft_s=statistics.median(info.draft_s + info.commit_s for _, _, info in steady),
+        draft_s=statistics.median(info.drafting_s + info.commit_s for _, _, info in steady),
     )
     return statistics.median(now - before for before, now, _ in steady), found
 

@@ -57,7 +57,7 @@ def errors(model, rounds: Rounds, known: Knowledge) -> dict:
     for plan, seen in zip(rounds.plans, rounds.seen, strict=True):
         infos = min(seen, key=median_step)
         step_s = median_step(infos)
-        draft_s = statistics.median(info.draft_s for info in infos)
+        draft_s = statistics.median(info.drafting_s for info in infos)
         context = statistics.mean(info.context / max(info.active.sum(), 1) for info in infos)
         at = dataclasses.replace(known.workload, prompt_tokens=max(round(context) - 1, 1), new_tokens=2)
         fine = evaluate(model.config, plan, known._replace(workload=at))
@@ -87,7 +87,7 @@ def errors(model, rounds: Rounds, known: Knowledge) -> dict:
 
 
 def median_step(infos: list[StepInfo]) -> float:
-    return statistics.median(info.draft_s + info.verify_s + info.commit_s for info in infos)
+    return statistics.median(info.step_s for info in infos)
 
 
 def spread(values: list[float]) -> dict:

@@ -4,6 +4,7 @@ import pytest
 
 import specmoe_jax as sm
 from specmoe_jax.config.registry import DRAFTS
+from specmoe_jax.models.families.registry import parse_config
 from specmoe_jax.planner.calibration import ASSUMED, Acceptance, Calibration
 from specmoe_jax.planner.costs import Load
 from specmoe_jax.planner.drafts.protocol import described, draft_costs
@@ -17,6 +18,7 @@ from specmoe_jax.planner.memory.fit import nearest
 from specmoe_jax.planner.search import search
 from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload
 from specmoe_jax.testing import TINY
+from specmoe_jax.testing.families import RAW_CONFIGS
 
 UNKNOWN = sm.PRESETS["on_demand"](TINY).replace(draft="typo", draft_length=2)
 LOAD = Load(2, 3, 10)
@@ -81,6 +83,19 @@ def test_a_search_starts_with_plans_that_hold(name):
     for preset in ("resident", "on_demand", "caching", "streaming"):
         flow = SearchStart(sm.PRESETS[preset](TINY), ())
         start = DRAFTS.description(name).start(TINY, flow)
-        assert (start is None) == (DRAFTS.description(name).gated and preset != "on_demand")
+        gated = DRAFTS.description(name).gated and preset != "on_demand"
+        assert (start is None) == (gated or name == "mtp")  # which this model has no layer for
         if start is not None:
             assert start.plan.validate(TINY).draft == name and start.plan.expert_flow == flow.plan.expert_flow
+
+
+def test_a_models_own_layer_drafts_where_it_has_one():
+    config = parse_config(RAW_CONFIGS["deepseek_v3"])
+    start = DRAFTS.description("mtp").start(config, SearchStart(sm.PRESETS["on_demand"](config), ()))
+    plan = start.plan.validate(config)
+    assert plan.draft == "mtp" and not DRAFTS.description("mtp").is_measured
+    spent = [sum(c.flops for c in draft_costs(plan.replace(draft_length=n), config, LOAD, skew=0.3).costs) for n in (1, 2, 3)]
+    assert 0 < spent[1] - spent[0] == pytest.approx(spent[2] - spent[1], rel=0.05)
+    assert predict(config, plan, machine("a30"), Workload(skew=0.1)).tokens_per_s > 0
+    with pytest.raises(sm.PlanError, match="needs a model with one layer for further tokens"):
+        plan.validate(parse_config(RAW_CONFIGS["glm4_moe_lite"]))

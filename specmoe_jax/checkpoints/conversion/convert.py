@@ -23,11 +23,12 @@ from specmoe_jax.checkpoints.files import MAX_INDEX_BYTES, StoredTensor, read_he
 from specmoe_jax.checkpoints.header import quote
 from specmoe_jax.checkpoints.inventory import PADDING_PREFIX, block_name
 from specmoe_jax.checkpoints.manifest import MANIFEST_FILE, manifest_json, tensor_hash
-from specmoe_jax.checkpoints.source import Source, open_source
+from specmoe_jax.checkpoints.source import Source, all_specs, open_source
 from specmoe_jax.checkpoints.tensors import TARGET_DTYPES
+from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.families.registry import family_of
+from specmoe_jax.models.mtp import extended
 from specmoe_jax.models.spec import Part as ExpertPart
-from specmoe_jax.models.spec import spec_leaves
 from specmoe_jax.support.errors import CheckpointError, RequestError
 from specmoe_jax.support.progress import bar
 
@@ -82,28 +83,28 @@ def convert(model: str, output: pathlib.Path, *, to: str, dtype: str | None = No
 
 
 def _parts(source: Source, to: str) -> list[Part]:
-    config, dtype = source.config, TARGET_DTYPES[source.dtype]
-    specs = spec_leaves(family_of(config).weight_specs(config))
-    groups = [[Output(s.name, dtype, s.shape, lambda s=s: source.weight(s.name)) for s in specs]]
+    config = extended(source.config) if source.mtp else source.config
+    specs = all_specs(source.config, mtp=source.mtp)
+    groups = [[Output(s.name, TARGET_DTYPES[s.in_dtype(source.dtype)], s.shape, lambda s=s: source.weight(s)) for s in specs]]
     for moe in range(config.num_expert_layers):
-        groups.append(_stored_experts(source, moe) if to == "huggingface" else _blocks(source, moe))
+        groups.append(_stored_experts(source, config, moe) if to == "huggingface" else _blocks(source, config, moe))
     if to == "specmoe":
         groups = [padded(group, PADDING_PREFIX) for group in groups]
     return [Part(_FORMATS[to].part_name(i, len(groups)), group) for i, group in enumerate(groups)]
 
 
-def _blocks(source: Source, moe: int) -> list[Output]:
-    """Each expert of the moe-th layer that has any, as it lies in memory."""
-    config, dtype = source.config, TARGET_DTYPES[source.dtype]
+def _blocks(source: Source, config: ModelConfig, moe: int) -> list[Output]:
+    """Each expert of the moe-th layer that has any, as it lies in memory. config: with the layer for further tokens, if any."""
+    dtype = TARGET_DTYPES[source.dtype]
     return [
         Output(block_name(moe, e), dtype, config.experts.block_shape, lambda e=e: source.expert(moe, e))
         for e in range(config.num_experts)
     ]
 
 
-def _stored_experts(source: Source, moe: int) -> list[Output]:
+def _stored_experts(source: Source, config: ModelConfig, moe: int) -> list[Output]:
     """The same experts in the layout that is published: a tensor a matrix, or one tensor for all experts."""
-    config, outputs = source.config, {}
+    outputs = {}
     layouts = [family_of(config).expert_layouts(config, config.expert_layers[moe], e)[0] for e in range(config.num_experts)]
     for expert, layout in enumerate(layouts):
         for part in layout:

@@ -10,6 +10,7 @@ from specmoe_jax.support.errors import PlanError
 _INPUTS = {
     "draft": ("draft object", "draft=custom and an object with propose(view) go together"),
     "draft_model": ("draft model", "draft=model and draft_model go together"),
+    "mtp_head": ("layer for further tokens", "draft=mtp and mtp_head=checkpoints.load_mtp(model) go together"),
     "draft_head": ("draft head", "draft=eagle and draft_head go together"),
 }
 

@@ -7,7 +7,6 @@ import numpy as np
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.registry import EXPERT_FLOWS
 from specmoe_jax.engine import stages
-from specmoe_jax.engine.drafts.executors import executor_of
 from specmoe_jax.engine.drafts.protocol import DraftExecutor, DraftInputs
 from specmoe_jax.engine.runtime import build, new_cache
 from specmoe_jax.models.model import Model
@@ -37,13 +36,13 @@ class ModelExecutor(DraftExecutor):
         draft_model = inputs.draft_model
         config, own = draft_model.config, resident_plan(draft_model.config, plan.replace(dtype=draft_model.dtype))
         counted = account(config, own, batch_rows=1, positions=1)
-        runtime = build(draft_model, own, counted, None, executor=executor_of(own), earlier=None, progress=False)
+        runtime = build(draft_model, own, counted, None, progress=False)
         flow = EXPERT_FLOWS.executor(own.flow.name)
         memory, nothing = flow.first_memory(runtime), np.zeros((config.num_moe_layers, config.num_experts), np.int64)
 
         def forward(kv: KVCache, tokens, lengths, num_new):
             done = flow.target_pass(runtime, memory, kv, tokens, lengths, num_new, earlier=nothing, predicted=nothing)
-            return stages.head(config.norm_eps, runtime.weights, _last_new(done.h, num_new))[:, 0], done.kv
+            return stages.head(config.head, runtime.weights, _last_new(done.h, num_new))[:, 0], done.kv
 
         return ModelDraft(
             forward=forward,

@@ -11,6 +11,7 @@ from specmoe_jax.config.plan import Plan
 from specmoe_jax.engine.state import ExpertMemory
 from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model
+from specmoe_jax.models.mtp import MtpHead
 from specmoe_jax.planner.memory.memory_account import DraftMemory, MemoryAccount
 from specmoe_jax.speculate.drafts.protocol import Draft
 from specmoe_jax.speculate.hot_experts.substitution import DraftSlots
@@ -22,6 +23,7 @@ class DraftInputs(NamedTuple):
     draft: Draft | None = None
     draft_model: Model | None = None
     draft_head: EagleHead | None = None
+    mtp_head: MtpHead | None = None
 
 
 class DraftExecutor(Protocol):

@@ -24,7 +24,7 @@ from specmoe_jax.models.eagle.network import EagleHead, Projected
 from specmoe_jax.offload.stream_schedule import CPU
 from specmoe_jax.ops import PackedCache, packed
 from specmoe_jax.speculate.drafts.draft_split import DraftSplit, no_split, plan_draft_split
-from specmoe_jax.speculate.drafts.eagle import draft_chain, known, remember
+from specmoe_jax.speculate.drafts.eagle import draft_chain, head_logits, known, remember
 from specmoe_jax.speculate.drafts.eagle_tree import TreeShape, branch, forest, harvest, sprout
 from specmoe_jax.speculate.drafts.protocol import DraftView
 from specmoe_jax.support.tracing import Span
@@ -133,7 +133,7 @@ class SplitDraft:
             memory, attended = self._attend(memory, projected, rows, at, num_new)
             return _advance(self.head, projected.h, attended)
 
-        tokens, probs = draft_chain(self.head, view, feature, advance)
+        tokens, probs = draft_chain(head_logits(self.head, feature), view, feature, advance)
         return Proposal(tokens=tokens, probs=probs, memory=memory), view.kv
 
     def _attend(self, memory: SplitMemory, projected: Projected, rows, lengths, num_new, tree: Tree | None = None):

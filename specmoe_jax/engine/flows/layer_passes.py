@@ -1,11 +1,18 @@
 """What the passes of all flows share: the embedding, what a draft observes, and the draft's own pass."""
 
+import time
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from specmoe_jax.engine import stages
+from specmoe_jax.engine.flows.migration import prefetch
 from specmoe_jax.engine.runtime import Runtime
+from specmoe_jax.engine.state import ExpertMemory
 from specmoe_jax.speculate.drafts.protocol import FeatureDraft
+from specmoe_jax.speculate.hot_experts.substitution import DraftSlots
+from specmoe_jax.speculate.hot_experts.usage import count_choices
 from specmoe_jax.types import KVCache, Tree
 
 
@@ -31,9 +38,36 @@ def fetched(h: jax.Array) -> jax.Array:
     return h if h.sharding.memory_kind == "device" else jax.device_put(h, jax.memory.Space.Device)
 
 
-def draft_forward(
-    runtime: Runtime, pool, slots, kv: KVCache, tokens, lengths, active
-) -> tuple[jax.Array, KVCache, list[jax.Array]]:
+class ResidentForward:
+    """What a draft calls to run the resident model. Holds, for one draft, the pool that prefetches change.
+
+    The draft set itself does not change meanwhile: its slot tables are fixed when the draft starts, and
+    prefetches go to free slots only.
+    """
+
+    def __init__(self, runtime: Runtime, memory: ExpertMemory, slots: list[DraftSlots], active: np.ndarray, length: int):
+        self.memory, self.prefetched = memory, 0
+        self.predicted = np.zeros((runtime.config.num_moe_layers, runtime.config.num_experts), np.int64)
+        self._runtime, self._slots, self._active, self._length = runtime, slots, active, length
+        self._calls, self._start_s = 0, time.perf_counter()
+
+    def __call__(self, kv: KVCache, tokens, lengths) -> tuple[jax.Array, KVCache]:
+        logits, kv, choices = _forward(self._runtime, self.memory.pool, self._slots, kv, tokens, lengths, self._active)
+        self._calls += 1
+        if self._runtime.plan.prefetch == "draft":
+            self._prefetch(choices)
+        return logits, kv
+
+    def _prefetch(self, choices: list[jax.Array]) -> None:
+        """Sends what fits into the time that the rest of the draft will probably take."""
+        self.predicted += np.stack([count_choices(np.asarray(ids), self._runtime.config.num_experts) for ids in choices])
+        elapsed_s = time.perf_counter() - self._start_s
+        remaining_s = elapsed_s / self._calls * (self._length - self._calls)
+        self.memory, copied = prefetch(self._runtime, self.memory, self.predicted, first_layer=0, budget_s=remaining_s)
+        self.prefetched += copied
+
+
+def _forward(runtime: Runtime, pool, slots, kv: KVCache, tokens, lengths, active) -> tuple[jax.Array, KVCache, list[jax.Array]]:
     """One token per row through resident experts only. tokens [B]; slots: per layer, how to substitute.
 
     -> logits [B, V], kv, and per layer with experts those [B, A] that the router chose, resident or not.
@@ -47,4 +81,4 @@ def draft_forward(
         keys.append(k)
         values.append(v)
         choices += [] if moe is None else [ids]
-    return stages.head(runtime.config.norm_eps, runtime.weights, h)[:, 0], kv._replace(k=tuple(keys), v=tuple(values)), choices
+    return stages.head(runtime.config.head, runtime.weights, h)[:, 0], kv._replace(k=tuple(keys), v=tuple(values)), choices

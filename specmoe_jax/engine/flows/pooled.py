@@ -14,6 +14,7 @@ from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.prefill import prefill
 from specmoe_jax.engine.requests.completion import TokenEvent, step_events
 from specmoe_jax.engine.requests.prepare import BatchShape
+from specmoe_jax.engine.requests.status import DECODING, EMPTY
 from specmoe_jax.engine.resources import moved, new_draft_memory
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.session import Session
@@ -127,7 +128,7 @@ class PooledFlow(protocol.PooledFlow[Runtime, Session]):
             lengths=np.array([max(len(prompt) - 1, 0) for prompt in prompts], np.int32),
             last_token=np.array([prompt[-1] if prompt else 0 for prompt in prompts], np.int32),
             generated=((),) * len(rows),
-            finish_reasons=tuple(None if request else "padding" for request in rows),
+            statuses=tuple(DECODING if request else EMPTY for request in rows),
             rows=sampling_rows([request.params if request else SamplingParams() for request in rows]),
             adaptive_length=session.resources.new_adaptive_length(batch_shape),
             draft_memory=draft_memory,

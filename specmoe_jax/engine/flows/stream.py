@@ -9,9 +9,10 @@ import numpy as np
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.flows.protocol import ExpertFlow, TargetPass
-from specmoe_jax.engine.flows.streaming import StreamedPass, stream_pass
+from specmoe_jax.engine.flows.stream_pass import StreamedPass, stream_pass
 from specmoe_jax.engine.requests.completion import TokenEvent, step_events
 from specmoe_jax.engine.requests.prepare import BatchShape
+from specmoe_jax.engine.requests.status import EMPTY
 from specmoe_jax.engine.resources import Moved, moved, new_draft_memory
 from specmoe_jax.engine.runtime import Runtime, empty_pages
 from specmoe_jax.engine.scheduler import MicroBatch, admit, empty_chunk, prompt_chunks, rows_of
@@ -129,7 +130,7 @@ class StreamFlow(ExpertFlow[Runtime, Session]):
             lengths=np.zeros(batch_shape.rows, np.int32),
             last_token=np.zeros(batch_shape.rows, np.int32),
             generated=((),) * batch_shape.rows,
-            finish_reasons=("padding",) * batch_shape.rows,
+            statuses=(EMPTY,) * batch_shape.rows,
             rows=sampling_rows([SamplingParams()] * batch_shape.rows),
             adaptive_length=session.resources.new_adaptive_length(batch_shape),
             draft_memory=new_draft_memory(runtime, batch_shape),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from specmoe_jax.models import layers
-from specmoe_jax.models.attention import attend
+from specmoe_jax.models.attention import attend, attend_rows
 from specmoe_jax.models.basics import affine, rms_norm
 from specmoe_jax.models.eagle.config import EagleConfig, EagleWeights, weight_specs
 from specmoe_jax.models.model import Model
@@ -102,17 +102,8 @@ def forward(
     that their caches hold, and new ones. -> predicted features [b, T, M] and the cache with their keys and values.
     """
     h, q, k, v = project(head, tokens, feature, lengths)
-    held = kv.k[0].shape[0]
-    rows = jnp.where((rows >= 0) & (rows < held), rows, held)
-
-    def spread(a: jax.Array) -> jax.Array:  # the cache stays where it is; only the new rows move to their places
-        return jnp.zeros((held, *a.shape[1:]), a.dtype).at[rows].set(a, mode="drop")
-
-    attended, k_cache, v_cache = attend(
-        head.config.layer.attention, *map(spread, (q, k, v)), None, kv.k[0], kv.v[0], spread(lengths), spread(num_new)
-    )
-    attended = attended.at[rows].get(mode="fill", fill_value=0)
-    return finish(head, h, attended), KVCache(k=(k_cache,), v=(v_cache,))
+    attended, kv = attend_rows(head.config.layer.attention, q, k, v, kv, rows, lengths, num_new)
+    return finish(head, h, attended), kv
 
 
 def forward_tree(

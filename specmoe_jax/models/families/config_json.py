@@ -35,6 +35,14 @@ def number(raw: dict, key: str, default: float) -> float:
     return float(value)
 
 
+def positive(raw: dict, key: str, default: float) -> float:
+    """A finite number above 0; the default where it is absent or null."""
+    value = number(raw, key, default)
+    if value <= 0:
+        raise CheckpointError(f"config.json: {key} is {value}; it must be above 0")
+    return value
+
+
 def flag(raw: dict, key: str, default: bool = False) -> bool:
     """A truth value; the default where it is absent or null."""
     value = raw.get(key)
@@ -63,11 +71,16 @@ def layer_numbers(raw: dict, key: str) -> tuple[int, ...]:
 
 def layer_types(raw: dict, count: int, known: tuple[str, ...]) -> tuple[str, ...] | None:
     """One of the known names for each layer; None where the config leaves it out."""
-    value = raw.get("layer_types")
+    return named_layers(raw, "layer_types", count, known)
+
+
+def named_layers(raw: dict, key: str, count: int, known: tuple[str, ...]) -> tuple[str, ...] | None:
+    """`layer_types` of any key."""
+    value = raw.get(key)
     if value is None:
         return None
     if not isinstance(value, list) or len(value) != count or any(name not in known for name in value):
-        raise CheckpointError(f"config.json: layer_types is {show(value)}; this family is built with {count} of {', '.join(known)}")
+        raise CheckpointError(f"config.json: {key} is {show(value)}; this family is built with {count} of {', '.join(known)}")
     return tuple(value)
 
 

@@ -1,14 +1,11 @@
 """DeepSeek-V2 and V2-Lite (DeepSeek-AI 2024): latent attention, first layers dense, shared experts as one ungated MLP."""
 
-import dataclasses
-
-from specmoe_jax.config.layer_config import AttentionConfig, Latent, RouterConfig
+from specmoe_jax.config.layer_config import RouterConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.families import naming
-from specmoe_jax.models.families.config_json import num_layers, number, require, show, size
-from specmoe_jax.models.families.parse import model_config
-from specmoe_jax.models.rope import parameters_of, read_rope, rope_type, yarn_mscale
-from specmoe_jax.models.spec import LayerWeights, TensorSpec, Weights
+from specmoe_jax.models.families.config_json import number, require, show, size
+from specmoe_jax.models.families.parse import first_dense, latent_attention, limited_to_groups, model_config, query_rank
+from specmoe_jax.models.spec import LayerWeights, Weights
 from specmoe_jax.support.errors import CheckpointError
 
 ARCHITECTURE = "DeepseekV2ForCausalLM"
@@ -22,19 +19,19 @@ def parse_config(raw: dict) -> ModelConfig:
     for key in ("attention_bias", "mlp_bias", "norm_topk_prob"):
         require(raw, key, False)
     require(raw, "moe_layer_freq", 1)
-    dense = raw.get("first_k_dense_replace") and range(min(size(raw, "first_k_dense_replace"), num_layers(raw)))
+    dense = first_dense(raw, default=0)
     expert_hidden, shared = size(raw, "moe_intermediate_size"), size(raw, "n_shared_experts")
     return model_config(
         raw,
         family="deepseek_v2",
-        attention=_attention(raw),
+        attention=latent_attention(raw),
         router=_router(raw),
         expert_hidden=expert_hidden,
         shared_hidden=shared * expert_hidden,
-        dense=frozenset(dense or ()),
+        dense=dense,
         dense_hidden=size(raw, "intermediate_size") if dense else None,
         default_eps=1e-6,
-        query_rank=size(raw, "q_lora_rank") if raw.get("q_lora_rank") is not None else None,
+        query_rank=query_rank(raw),
     )
 
 
@@ -45,26 +42,6 @@ def weight_specs(config: ModelConfig) -> Weights:
 
 def canonical_name(name: str) -> str:
     return name
-
-
-def _attention(raw: dict) -> AttentionConfig:
-    """One latent KV head for all; yarn sharpens the scores beside scaling the rotation."""
-    parts = {"nope": "qk_nope_head_dim", "rope": "qk_rope_head_dim", "value": "v_head_dim", "rank": "kv_lora_rank"}
-    latent = Latent(**{part: size(raw, key) for part, key in parts.items()})
-    if latent.rope % 2:
-        raise CheckpointError(f"config.json: qk_rope_head_dim is {latent.rope}; rotary embeddings need an even number")
-    scale = (latent.nope + latent.rope) ** -0.5
-    all_dim = number(parameters_of(raw), "mscale_all_dim", 0)
-    if rope_type(raw) != "default" and all_dim:
-        scale *= yarn_mscale(number(parameters_of(raw), "factor", 1), all_dim) ** 2
-    return AttentionConfig(
-        num_heads=size(raw, "num_attention_heads"),
-        num_kv_heads=1,
-        head_dim=latent.rank + latent.rope,
-        scale=scale,
-        rope=read_rope(raw, latent.rope, default_theta=1e4, interleaved=True),
-        latent=latent,
-    )
 
 
 def _router(raw: dict) -> RouterConfig:
@@ -80,33 +57,9 @@ def _router(raw: dict) -> RouterConfig:
     )
     if method == "greedy":
         return router
-    groups, chosen = size(raw, "n_group"), size(raw, "topk_group")
-    if router.num_experts % groups or chosen > groups or router.experts_per_token > chosen * router.num_experts // groups:
-        raise CheckpointError(
-            f"config.json: n_group {groups} and topk_group {chosen} do not fit {router.num_experts} experts,"
-            f" {router.experts_per_token} a token"
-        )
-    return dataclasses.replace(router, groups=(groups, chosen))
+    return limited_to_groups(raw, router, best=1)
 
 
 def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights:
-    kind, hidden = config.layers[layer], config.hidden_size
-    latent, num_heads, rank = kind.attention.latent, kind.attention.num_heads, config.query_rank
-    prefix = f"model.layers.{layer}"
-    attention = f"{prefix}.self_attn"
-    q_name, q_input = ("q_proj", hidden) if rank is None else ("q_b_proj", rank)
-    return LayerWeights(
-        input_norm=naming.norm_spec(f"{prefix}.input_layernorm", hidden),
-        post_norm=naming.norm_spec(f"{prefix}.post_attention_layernorm", hidden),
-        q_a=None if rank is None else TensorSpec(f"{attention}.q_a_proj.weight", (rank, hidden)),
-        q_a_norm=None if rank is None else naming.norm_spec(f"{attention}.q_a_layernorm", rank),
-        q=TensorSpec(f"{attention}.{q_name}.weight", (num_heads * (latent.nope + latent.rope), q_input)),
-        k=None,
-        v=None,
-        kv_a=TensorSpec(f"{attention}.kv_a_proj_with_mqa.weight", (latent.rank + latent.rope, hidden)),
-        kv_a_norm=naming.norm_spec(f"{attention}.kv_a_layernorm", latent.rank),
-        kv_b=TensorSpec(f"{attention}.kv_b_proj.weight", (num_heads * (latent.nope + latent.value), latent.rank)),
-        o=TensorSpec(f"{attention}.o_proj.weight", (hidden, num_heads * latent.value)),
-        router=naming.router_spec(config, layer),
-        mlp=naming.mlp_specs(config, layer, "mlp" if kind.router is None else "mlp.shared_experts"),
-    )
+    router, mlp = naming.router_spec(config, layer), naming.shared_expert_specs(config, layer)
+    return naming.latent_specs(config, layer, router=router, mlp=mlp)

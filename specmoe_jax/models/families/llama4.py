@@ -21,7 +21,7 @@ from specmoe_jax.models.spec import LayerWeights, Layout, Weights
 from specmoe_jax.support.errors import CheckpointError
 
 ARCHITECTURE = "Llama4ForCausalLM"
-WITH_VISION = "Llama4ForConditionalGeneration"
+WRAPPERS = ("Llama4ForConditionalGeneration",)
 
 
 def parse_config(raw: dict) -> ModelConfig:

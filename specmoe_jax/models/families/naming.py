@@ -18,6 +18,11 @@ def model_specs(config: ModelConfig, layer_specs) -> Weights:
     )
 
 
+def mtp_prefixes(config: ModelConfig) -> tuple[str, ...]:
+    """What the names of layers that predict further tokens begin with: they are counted on after the last layer."""
+    return tuple(f"model.layers.{config.num_layers + i}." for i in range(config.mtp_layers))
+
+
 def attention_specs(config: ModelConfig, layer: int, *, qkv_bias: bool = False, o_bias: bool = False, **others) -> LayerWeights:
     """The two norms and the projections under their usual names; `others` are further fields of LayerWeights."""
     attention, hidden = config.layers[layer].attention, config.hidden_size
@@ -59,6 +64,41 @@ def router_spec(config: ModelConfig, layer: int, module: str = "mlp.gate") -> Te
     return None if router is None else TensorSpec(name, (router.num_experts, config.hidden_size))
 
 
+def choice_bias_spec(config: ModelConfig, layer: int, module: str = "mlp.gate") -> TensorSpec | None:
+    """[E], of the router's choice; None for a dense layer. Published in float32 beside bfloat16 weights, and kept so."""
+    router = config.layers[layer].router
+    name = f"model.layers.{layer}.{module}.e_score_correction_bias"
+    return None if router is None else TensorSpec(name, (router.num_experts,), keep="float32")
+
+
+def latent_specs(config: ModelConfig, layer: int, **others) -> LayerWeights:
+    """The two norms and the projections of latent attention; `others` are further fields of LayerWeights."""
+    kind, hidden = config.layers[layer], config.hidden_size
+    latent, num_heads, rank = kind.attention.latent, kind.attention.num_heads, config.query_rank
+    prefix = f"model.layers.{layer}"
+    attention = f"{prefix}.self_attn"
+    q_name, q_input = ("q_proj", hidden) if rank is None else ("q_b_proj", rank)
+    return LayerWeights(
+        input_norm=norm_spec(f"{prefix}.input_layernorm", hidden),
+        post_norm=norm_spec(f"{prefix}.post_attention_layernorm", hidden),
+        q_a=None if rank is None else TensorSpec(f"{attention}.q_a_proj.weight", (rank, hidden)),
+        q_a_norm=None if rank is None else norm_spec(f"{attention}.q_a_layernorm", rank),
+        q=TensorSpec(f"{attention}.{q_name}.weight", (num_heads * (latent.nope + latent.rope), q_input)),
+        k=None,
+        v=None,
+        kv_a=TensorSpec(f"{attention}.kv_a_proj_with_mqa.weight", (latent.rank + latent.rope, hidden)),
+        kv_a_norm=norm_spec(f"{attention}.kv_a_layernorm", latent.rank),
+        kv_b=TensorSpec(f"{attention}.kv_b_proj.weight", (num_heads * (latent.nope + latent.value), latent.rank)),
+        o=TensorSpec(f"{attention}.o_proj.weight", (hidden, num_heads * latent.value)),
+        **others,
+    )
+
+
+def shared_expert_specs(config: ModelConfig, layer: int) -> MlpWeights | None:
+    """The MLP of a dense layer, or the shared experts of another as one ungated MLP (DeepSeek's names)."""
+    return mlp_specs(config, layer, "mlp" if config.layers[layer].router is None else "mlp.shared_experts")
+
+
 def mlp_specs(config: ModelConfig, layer: int, module: str) -> MlpWeights | None:
     """A dense MLP or shared expert; None for a layer without."""
     width, hidden = config.layers[layer].mlp_hidden, config.hidden_size
@@ -86,12 +126,14 @@ def separate_layout(experts: ExpertConfig, prefix: str, gate: str, up: str, down
     )
 
 
-def fused_layout(experts: ExpertConfig, num_experts: int, prefix: str, expert: int) -> Layout:
+def fused_layout(
+    experts: ExpertConfig, num_experts: int, prefix: str, expert: int, names: tuple[str, str] = ("gate_up_proj", "down_proj")
+) -> Layout:
     """All experts of a layer in two tensors, as newer writers may fuse them; gate is the first half of gate_up."""
     hidden, model = experts.hidden, experts.model
     return (
-        Part(TensorSpec(f"{prefix}.gate_up_proj", (num_experts, 2 * hidden, model)), gate_up_of, expert),
-        Part(TensorSpec(f"{prefix}.down_proj", (num_experts, model, hidden)), down_of, expert),
+        Part(TensorSpec(f"{prefix}.{names[0]}", (num_experts, 2 * hidden, model)), gate_up_of, expert),
+        Part(TensorSpec(f"{prefix}.{names[1]}", (num_experts, model, hidden)), down_of, expert),
     )
 
 

@@ -49,7 +49,7 @@ def account(
     needs = plan.flow.memory(config, plan, batch_rows=batch_rows, positions=positions, paged=paged)
     prompt_tokens = needs.paged.prompt_tokens if needs.paged else 0
     whole = MemoryAccount(
-        weight_bytes=sum(spec.size for spec in spec_leaves(family_of(config).weight_specs(config))) * itemsize,
+        weight_bytes=sum(spec.bytes(plan.dtype) for spec in spec_leaves(family_of(config).weight_specs(config))),
         expert_bytes=block_bytes(dataclasses.replace(config.experts, packing=plan.expert_dtype), plan.dtype),
         num_slots=needs.wanted_slots + _spare_slots(plan, needs.dispatch),
         wanted_slots=needs.wanted_slots,

@@ -70,17 +70,17 @@ class EagleDraft(NamedTuple):
             logits, feature, kv = _next(self.head, token, feature, kv, at, num_new)
             return logits, feature
 
-        tokens, probs = draft_chain(self.head, view, feature, advance)
+        tokens, probs = draft_chain(head_logits(self.head, feature), view, feature, advance)
         return Proposal(tokens=tokens, probs=probs, memory=memory._replace(kv=kv)), view.kv
 
 
-def draft_chain(head: EagleHead, view: DraftView, feature: jax.Array, advance: Callable) -> tuple[jax.Array, jax.Array | None]:
+def draft_chain(logits: jax.Array, view: DraftView, feature: jax.Array, advance: Callable) -> tuple[jax.Array, jax.Array | None]:
     """Feeds the head its own predictions. -> tokens [B, N], and their distributions [B, N, V] where they were drawn.
 
-    feature: [B, M], after the last committed token but one. advance: (token [B], feature, lengths) -> logits [B, V], feature,
-    by one further row of the head.
+    logits, feature: [B, V] and [B, M], after the last committed token but one. advance: (token [B], feature, lengths) ->
+    logits [B, V], feature, by one further row of the head.
     """
-    logits, tokens, probs = head_logits(head, feature), [], []
+    tokens, probs = [], []
     for position in range(view.length):
         if position:
             logits, feature = advance(tokens[-1], feature, view.lengths + np.int32(position - 1))

@@ -19,24 +19,30 @@ import transformers
 
 from specmoe_jax.models.families.registry import family_of, parse_config
 from specmoe_jax.models.spec import random_tensor, spec_leaves
-from specmoe_jax.testing.families import ENCODER_DECODERS, RAW_CONFIGS
+from specmoe_jax.testing.families import ENCODER_DECODERS, RAW_CONFIGS, WITH_TOWERS
 
 FOLDER = pathlib.Path(__file__).parent
+ALL = RAW_CONFIGS | WITH_TOWERS | ENCODER_DECODERS
 SHAPES = ((1, 9), (2, 17))  # [B, T], the second longer than every window and chunk
 
 
 def write_checkpoint(name: str, path: pathlib.Path) -> None:
     """`tiny_family(name)` as a Hugging Face directory."""
-    raw = (RAW_CONFIGS | ENCODER_DECODERS)[name]
+    raw = ALL[name]
     config = parse_config(raw)
     family = family_of(config)
     specs = spec_leaves(family.weight_specs(config))
     for layer in config.expert_layers:
         for expert in range(config.num_experts):
             specs += [part.spec for part in family.expert_layouts(config, layer, expert)[0]]
-    tensors = {spec.name: random_tensor(spec, 0) for spec in specs}
+    tensors = {_published(name, spec.name): random_tensor(spec, 0) for spec in specs}
     (path / "config.json").write_text(json.dumps(raw))
     safetensors.numpy.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def _published(family: str, name: str) -> str:
+    """The name that the reference knows a tensor by, where its text part is one of two."""
+    return name.replace("model.", "model.language_model.", 1) if family in WITH_TOWERS else name
 
 
 def golden(name: str) -> dict[str, np.ndarray]:
@@ -44,15 +50,16 @@ def golden(name: str) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(name, pathlib.Path(folder))
         kind = transformers.AutoModelForSeq2SeqLM if name in ENCODER_DECODERS else transformers.AutoModelForCausalLM
+        kind = transformers.AutoModelForImageTextToText if name in WITH_TOWERS else kind
         load = kind.from_pretrained
         model, loaded = load(folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
-    if any(loaded.values()):
+    if any(key for keys in loaded.values() for key in keys if not str(key).startswith("model.visual.")):  # left at random
         raise SystemExit(f"error: {name}: transformers did not take every tensor: {loaded}")
     if name in ENCODER_DECODERS:
         return translated(model)
     rng, arrays = np.random.default_rng(0), {}
     for i, shape in enumerate(SHAPES):
-        arrays[f"prompt{i}"] = rng.integers(0, model.config.vocab_size, shape).astype(np.int32)
+        arrays[f"prompt{i}"] = rng.integers(0, model.config.get_text_config().vocab_size, shape).astype(np.int32)
         with torch.no_grad():
             token_ids = torch.from_numpy(arrays[f"prompt{i}"].astype(np.int64))
             arrays[f"logits{i}"] = model.eval()(token_ids, use_cache=False).logits.numpy()
@@ -74,7 +81,7 @@ def translated(model) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    for name in sys.argv[1:] or RAW_CONFIGS | ENCODER_DECODERS:
+    for name in sys.argv[1:] or ALL:
         target = FOLDER / f"{name}.npz"
         temporary = target.with_suffix(".partial.npz")
         np.savez_compressed(temporary, **golden(name))

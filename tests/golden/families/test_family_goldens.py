@@ -5,13 +5,13 @@ import pathlib
 import numpy as np
 import pytest
 
-from specmoe_jax.testing.families import ENCODER_DECODERS, RAW_CONFIGS, tiny_family
+from specmoe_jax.testing.families import ENCODER_DECODERS, RAW_CONFIGS, WITH_TOWERS, tiny_family
 
 TOLERANCE = 1e-4
 
 
 @pytest.mark.parametrize("prompt", [0, 1])
-@pytest.mark.parametrize("family", RAW_CONFIGS)
+@pytest.mark.parametrize("family", RAW_CONFIGS | WITH_TOWERS)
 def test_logits(family, prompt):
     """A miss after a change of the tiny models: run python tests/golden/families/regenerate.py."""
     with np.load(pathlib.Path(__file__).parent / f"{family}.npz") as kept:

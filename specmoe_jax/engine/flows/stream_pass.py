@@ -1,6 +1,6 @@
 """A pass that streams every layer's experts and attends on the CPU (SpecMoEOff, 4.1): executes offload/stream_schedule.py.
 
-Three lanes: this thread issues the accelerator's work, one worker runs the CPU attention, one brings the experts. Each task
+Three workers: this thread issues the accelerator's work, one worker runs the CPU attention, one brings the experts. Each task
 waits for what its entry in the list says; on a CPU without an accelerator all of them share the cores, and only the link is hidden.
 """
 
@@ -119,7 +119,8 @@ class _Run:
             spans.append(Span(task.kind, task.resource, task.layer, task.micro_batch, start_s, time.perf_counter()))
 
     def _embed(self, task: Task) -> None:
-        self._keep(task, stages.embed(self.runtime.weights, jnp.asarray(self.micro_batches[task.micro_batch].tokens)))
+        tokens = jnp.asarray(self.micro_batches[task.micro_batch].tokens)
+        self._keep(task, stages.embed(self.runtime.weights, tokens, config=self.runtime.config.embedding))
 
     def _pre_attention(self, task: Task) -> None:
         start_s = time.perf_counter()

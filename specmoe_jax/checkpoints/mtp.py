@@ -1,0 +1,88 @@
+"""The layer for further tokens out of the target's own checkpoint: every tensor expected, none left over."""
+
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from specmoe_jax.checkpoints.files import Checkpoint, StoredTensor, open_checkpoint
+from specmoe_jax.checkpoints.inventory import Names, expert_source, further_prefixes
+from specmoe_jax.checkpoints.tensors import ExpertSource, read_expert, read_tensor
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.models import mtp
+from specmoe_jax.models.families.naming import mtp_prefixes
+from specmoe_jax.models.families.registry import family_of
+from specmoe_jax.models.model import Model
+from specmoe_jax.models.mtp import MtpHead
+from specmoe_jax.models.spec import TensorSpec, map_specs, spec_leaves
+from specmoe_jax.support.errors import CheckpointError
+
+COPIES = ("embed_tokens.weight", "shared_head.head.weight")  # of the target's matrices, stored again beside the layer
+
+
+class MtpTensors(NamedTuple):
+    """weights: by name of the spec; experts: one source each. Headers alone have been read."""
+
+    weights: dict[str, StoredTensor]
+    experts: tuple[ExpertSource, ...]
+
+
+def find_mtp(path: pathlib.Path, config: ModelConfig) -> MtpTensors:
+    """The layer's tensors in a directory. Raises CheckpointError, one line, where there is none, or not all of it."""
+    names = _names(config, open_checkpoint(path))
+    stored = {spec.name: names.take(spec) for spec in spec_leaves(mtp.weight_specs(config))}
+    whole = mtp.extended(config)
+    experts = tuple(expert_source(whole, names, whole.num_expert_layers - 1, expert) for expert in range(whole.num_experts))
+    names.raise_if_missing()
+    names.raise_if_unused()
+    return MtpTensors(weights=stored, experts=experts)
+
+
+def holds_mtp(config: ModelConfig, checkpoint: Checkpoint) -> bool:
+    """Whether there is any tensor of the layer that config.json names."""
+    return config.mtp_layers > 0 and any(map(_own_names(config), checkpoint.tensors))
+
+
+def load_mtp(model: Model) -> MtpHead:
+    """The layer of a model that was loaded from a directory, in its dtype, all experts on the accelerator.
+
+    Raises CheckpointError as `find_mtp`.
+    """
+    if model.path is None:
+        raise CheckpointError("this model is not a checkpoint as it was loaded, and draft=mtp takes its layer from one")
+    found = find_mtp(model.path, model.config)
+
+    def weight(spec: TensorSpec) -> jax.Array:
+        return jax.device_put(read_tensor(found.weights[spec.name], spec.in_dtype(model.dtype), check_finite=True))
+
+    blocks = [jax.device_put(read_expert(source, model.dtype, check_finite=True)) for source in found.experts]
+    return mtp.attach(model, map_specs(weight, mtp.weight_specs(model.config)), jnp.stack(blocks))
+
+
+def _names(config: ModelConfig, checkpoint: Checkpoint) -> Names:
+    """The layer's tensors alone."""
+    if config.mtp_layers == 0:
+        raise CheckpointError("config.json: num_nextn_predict_layers is 0; draft=mtp needs a layer that predicts further tokens")
+    if config.mtp_layers > 1:
+        raise CheckpointError(f"config.json: num_nextn_predict_layers is {config.mtp_layers}; draft=mtp is built for 1")
+
+    own = _own_names(config)
+    if not holds_mtp(config, checkpoint):
+        raise CheckpointError(
+            f"{checkpoint.path}: holds no tensor {mtp_prefixes(config)[0]}*, which draft=mtp needs; many conversions leave that "
+            "layer out: take a checkpoint as published, or another draft"
+        )
+    return Names(checkpoint, canonical=own)
+
+
+def _own_names(config: ModelConfig) -> Callable[[str], str | None]:
+    """A stored name -> the specs' name of it; None for what is not the layer's, or a copy of the target's."""
+    prefixes, canonical = further_prefixes(config), family_of(config).canonical_name
+
+    def own(name: str) -> str | None:
+        found = canonical(name)
+        return found if found is not None and found.startswith(prefixes) and not found.endswith(COPIES) else None
+
+    return own

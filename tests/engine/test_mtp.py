@@ -1,0 +1,166 @@
+"""The target's own layer for further tokens as a draft: no token changes in any flow, and every proposal is the layer's own."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from engine_cases import tokens_of
+
+from specmoe_jax import PRESETS, CheckpointError, Engine, PlanError, SamplingParams, load_mtp
+from specmoe_jax.autotune.calibrate import calibrate
+from specmoe_jax.models import mtp
+from specmoe_jax.models.model import Model
+from specmoe_jax.models.spec import DTYPE_BYTES
+from specmoe_jax.planner.costs import cache_row
+from specmoe_jax.speculate.drafts.mtp import MtpDraft
+from specmoe_jax.testing import TINY
+from specmoe_jax.testing.families import tiny_family
+from specmoe_jax.types import KVCache
+
+FAMILIES = ("glm4_moe", "deepseek_v3")
+PROMPTS = [(5,), (5, 99, 3, 17, 64, 8, 2, 120, 44, 9, 31), (77, 6, 30), (1, 2, 3, 4, 5)]
+GREEDY = SamplingParams(max_new_tokens=10, ignore_eos=True)
+SAMPLED = SamplingParams(max_new_tokens=10, ignore_eos=True, temperature=0.9, seed=3)
+
+
+def generated(model: Model, preset: str, params=GREEDY, prompts=PROMPTS, **changes):
+    """Tokens of each prompt, and the figures."""
+    plan = PRESETS[preset](model.config).replace(**{"batch_size": 4, "prefill_chunk": 4} | changes)
+    given = {"mtp_head": mtp.random_head(model)} if plan.draft == "mtp" else {}
+    engine = Engine(model, plan, **given)
+    return tokens_of(engine.generate(prompts, params)), engine.stats()
+
+
+CASES = {
+    "on demand": {"preset": "on_demand"},
+    "one token": {"preset": "on_demand", "draft_length": 1},
+    "resident": {"preset": "resident"},
+    "caching": {"preset": "caching"},
+    "host cache": {"preset": "on_demand", "kv_tier": "host"},
+    "guard": {"preset": "resident", "guard": True},
+    "rows that change": {"preset": "on_demand", "batch_size": 3, "prefill_chunk": 2},
+    "streaming": {"preset": "streaming", "micro_batches": 2},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lossless(family, case):
+    model = tiny_family(family)
+    want, _ = generated(model, "resident")
+    tokens, stats = generated(model, **{"draft": "mtp", "draft_length": 3} | CASES[case])
+    assert tokens == want
+    assert stats["draft_link_bytes"] == stats["compilations_after_warmup"] == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_deterministic_sampling_is_the_same_with_and_without(family):
+    model, changes = tiny_family(family), {"params": SAMPLED, "deterministic_sampling": True}
+    drafted, _ = generated(model, "on_demand", draft="mtp", draft_length=3, **changes)
+    assert drafted == generated(model, "on_demand", **changes)[0]
+
+
+def test_sampled_rows_run_and_repeat():
+    """True distributions are handed over, draws repeat."""
+    runs = [generated(tiny_family("glm4_moe"), "on_demand", SAMPLED, draft="mtp", draft_length=3) for _ in range(2)]
+    assert runs[0][0] == runs[1][0]
+    assert runs[0][1]["compilations_after_warmup"] == 0
+
+
+def test_bfloat16_runs():
+    model = tiny_family("deepseek_v3", "bfloat16")
+    tokens, stats = generated(model, "on_demand", draft="mtp", draft_length=2, dtype="bfloat16")
+    assert all(len(row) == GREEDY.max_new_tokens for row in tokens)
+    assert stats["compilations_after_warmup"] == 0
+
+
+class Watched(MtpDraft):
+    """Notes what is proposed after which history."""
+
+    def propose(self, view):
+        proposal, kv = super().propose(view)
+        self.seen.append((view.history, view.active, np.asarray(proposal.tokens)))
+        return proposal, kv
+
+
+def own_proposal(head, model: Model, text: tuple[int, ...], length: int) -> list[int]:
+    """Tokens after a text, from the reference forward's states in one pass of the layer, then row by row."""
+    plain = model.weights.replace(lm_head=jnp.eye(model.config.hidden_size))
+    padded = np.zeros((1, 32), np.int32)  # of one length, so that it compiles once
+    padded[0, : len(text)] = text
+    states = dataclasses.replace(model, weights=plain).logits(padded)  # against the identity: after the final norm
+    attention, known = head.config.attention, len(text) - 1
+    cache = jnp.zeros((1, attention.num_kv_heads, 40, attention.cache_dim))
+    kv, rows = KVCache(k=(cache,), v=(cache,)), jnp.zeros(1, jnp.int32)
+    following = jnp.asarray(np.roll(padded, -1, axis=1))
+    states, kv = FORWARD(head, following, states, kv, rows, jnp.array([0]), jnp.array([known]))
+    state, found = states[:, known - 1], []
+    for at in range(known, known + length):
+        found.append(int(mtp.logits(head, state)[0].argmax()))
+        states, kv = FORWARD(head, jnp.array([found[-1:]]), state[:, None], kv, rows, jnp.array([at]), jnp.array([1]))
+        state = states[:, 0]
+    return found
+
+
+FORWARD = jax.jit(mtp.forward)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_proposal_is_the_layers_own(family):
+    """Whatever was accepted before: its cache is that of the committed text, with the target's states."""
+    model = tiny_family(family)
+    head, length = mtp.random_head(model), 3
+    Watched.seen = []
+    plan = PRESETS["on_demand"](model.config).replace(draft="custom", draft_length=length, prefill_chunk=4, batch_size=4)
+    engine = Engine(model, plan, draft=Watched(head))
+    engine.generate(PROMPTS, GREEDY)
+    checked = 0
+    for history, active, tokens in Watched.seen[1:]:  # the first was the warm-up's
+        for row in np.flatnonzero(active):
+            if len(history[row]) > 1:  # before that there is no state to start from
+                assert tokens[row].tolist() == own_proposal(head, model, history[row], length)
+                checked += 1
+    assert checked > 20
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_its_bytes_are_in_the_memory_account(family):
+    """Weights, all experts, its cache and its state; nothing of it crosses the link."""
+    model = tiny_family(family)
+    head = mtp.random_head(model)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((head.weights, head.experts)))
+    assert mtp.head_bytes(model.config, "float32") == held
+    _, alone = generated(model, "on_demand", prompts=PROMPTS[1:2], draft="ngram", draft_length=3)
+    _, both = generated(model, "on_demand", prompts=PROMPTS[1:2], draft="mtp", draft_length=3)
+    item = DTYPE_BYTES["float32"]
+    more = held + item * (64 * cache_row(head.config.attention) + model.config.hidden_size)
+    assert both["peak_accelerator_bytes"] - alone["peak_accelerator_bytes"] == more
+
+
+def test_refused():
+    model = tiny_family("glm4_moe")
+    plan = PRESETS["on_demand"](model.config).replace(draft="mtp", draft_length=3)
+    with pytest.raises(PlanError, match=r"layer for further tokens not given; draft=mtp and mtp_head=checkpoints\.load_mtp"):
+        Engine(model, plan)
+    with pytest.raises(PlanError, match="layer for further tokens given"):
+        Engine(model, plan.replace(draft="ngram"), mtp_head=mtp.random_head(model))
+    other = dataclasses.replace(model, weights=model.weights.replace(embed=model.weights.embed + 0))
+    with pytest.raises(PlanError, match="of another model"):
+        Engine(other, plan, mtp_head=mtp.random_head(model))
+    with pytest.raises(PlanError, match="needs a model with one layer for further tokens, this one has 0"):
+        plan.validate(TINY)
+    with pytest.raises(PlanError, match="draft_tree_top_k=2 has no effect with draft=mtp"):
+        plan.replace(draft_tree_top_k=2, draft_tree_tokens=4).validate(model.config)
+    with pytest.raises(CheckpointError, match="not a checkpoint as it was loaded"):
+        load_mtp(model)
+
+
+def test_a_calibration_measures_it():
+    """Beside the others, each run given what its draft needs alone; the search then has it among its choices."""
+    model = tiny_family("glm4_moe")
+    found = calibrate(model, PROMPTS[1:3], SamplingParams(), mtp_head=mtp.random_head(model))
+    assert 0 <= found.acceptance["mtp"].rate < 1
+    plan = PRESETS["on_demand"](model.config).replace(draft="mtp", draft_length=2)
+    assert found.acceptance_of(plan, model.config, found.skew) == found.acceptance["mtp"]

@@ -1,0 +1,63 @@
+"""Published configs: they parse, their rotary frequencies and the account of their memory are the reference's."""
+
+import numpy as np
+import pytest
+
+from specmoe_jax import PRESETS
+from specmoe_jax.models.families.registry import parse_config
+from specmoe_jax.planner.memory.account import account
+from tests.parity.published_configs import PUBLISHED
+
+REASON = "the reference implementation is not installed: pip install '.[parity]'"
+torch = pytest.importorskip("torch", reason=REASON)
+transformers = pytest.importorskip("transformers", reason=REASON)
+SAME_AS = {"kimi_k2": "deepseek_v3"}  # model types of published files that the reference reads under another name
+
+
+def reference_config(raw: dict):
+    """Of the text part."""
+    text = raw.get("text_config", raw)
+    text = {key: value for key, value in text.items() if key not in ("architectures", "model_type")} | {
+        "model_type": SAME_AS.get(text["model_type"], text["model_type"])
+    }
+    return transformers.AutoConfig.for_model(**text)
+
+
+def on_meta(raw: dict) -> dict[str, torch.Tensor]:
+    """What is stored of the text part, by name: parameters, and the biases of the choice, which are buffers."""
+    config = reference_config(raw)
+    with torch.device("meta"):
+        if config.model_type == "qwen3_vl_moe_text":
+            outer = transformers.AutoConfig.for_model("qwen3_vl_moe", text_config=config.to_dict())
+            model = transformers.AutoModelForImageTextToText.from_config(outer)
+        else:
+            model = transformers.AutoModelForCausalLM.from_config(config)
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    return {name: tensor for name, tensor in (dict(model.named_parameters()) | buffers).items() if ".visual." not in name}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_account_is_the_references_size(name):
+    raw, stated = PUBLISHED[name]
+    config, theirs = parse_config(raw), on_meta(raw)
+    plan = PRESETS["on_demand"](config).replace(dtype="bfloat16", batch_size=1)
+    counted = account(config, plan, batch_rows=1, positions=64)
+    ours = counted.weight_bytes + counted.host_expert_bytes
+    biases = sum(t.numel() for key, t in theirs.items() if key.endswith("e_score_correction_bias"))
+    assert ours == 2 * (sum(t.numel() for t in theirs.values()) + biases)  # bfloat16; these in float32
+    assert ours == pytest.approx(2 * stated, rel=0.02)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_rotary_frequencies(name):
+    raw, _ = PUBLISHED[name]
+    config, rope = reference_config(raw), parse_config(raw).layers[0].attention.rope
+    kind = config.rope_parameters["rope_type"]
+    if kind == "default":
+        share = config.rope_parameters.get("partial_rotary_factor", 1.0)
+        dim = int((getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) * share)
+        theirs, scale = 1 / config.rope_parameters["rope_theta"] ** (np.arange(0, dim, 2) / dim), 1.0
+    else:
+        theirs, scale = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+    np.testing.assert_allclose(rope.frequencies, np.asarray(theirs), rtol=1e-6)
+    assert rope.scale == pytest.approx(scale)

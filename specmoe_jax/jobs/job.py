@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from specmoe_jax.checkpoints.loader import load_config, load_model_tokenizer
 from specmoe_jax.checkpoints.manifest import checkpoint_hash
+from specmoe_jax.checkpoints.published.advice import check_form, tokenizer_advice
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
@@ -23,7 +24,7 @@ from specmoe_jax.jobs.prompts import Prompt
 from specmoe_jax.jobs.watch import JobWatch
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.quantised import logit_error, quantise
-from specmoe_jax.support.errors import PinnedMemoryError, RequestError
+from specmoe_jax.support.errors import CheckpointError, PinnedMemoryError, RequestError
 
 SAMPLE_PROMPTS, SAMPLE_TOKENS = 8, 64  # on which quantised experts are compared with exact ones
 RECORDS_AT_ONCE = 1000  # error records to an fsync: one each took 10,000 of them 10 seconds
@@ -38,11 +39,18 @@ class ModelHead(NamedTuple):
 
 
 def read_head(path: pathlib.Path) -> ModelHead | None:
-    """Config and tokenizer of a checkpoint directory; None where there is no config, which load_model explains."""
+    """Config and tokenizer of a checkpoint directory; None where there is no config, which load_model explains.
+
+    Raises CheckpointError with what to do for a directory in another form.
+    """
+    check_form(path)
     if not (path / "config.json").is_file():
         return None
     config = load_config(path)
-    return ModelHead(config=config, tokenizer=load_model_tokenizer(path, config))
+    tokenizer = load_model_tokenizer(path, config)
+    if tokenizer is None and (advice := tokenizer_advice(path)):  # prompts of a job are texts
+        raise CheckpointError(advice)
+    return ModelHead(config=config, tokenizer=tokenizer)
 
 
 def load_quantised(

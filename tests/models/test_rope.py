@@ -15,7 +15,8 @@ SCOUT = {
 
 
 def rope(**changes) -> Rope:
-    return read_rope({"rope_theta": 5e5, "rope_scaling": SCOUT | changes, "max_position_embeddings": 10485760}, 128, default_theta=1e4)
+    raw = {"rope_theta": 5e5, "rope_scaling": SCOUT | changes, "max_position_embeddings": 10485760}
+    return read_rope(raw, 128, default_theta=1e4)
 
 
 def test_equal_factors_are_a_step():

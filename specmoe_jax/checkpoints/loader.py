@@ -15,6 +15,7 @@ from specmoe_jax.checkpoints.inventory import Inventory, check_copies, take_inve
 from specmoe_jax.checkpoints.memory import check_memory
 from specmoe_jax.checkpoints.published import hub
 from specmoe_jax.checkpoints.published.advice import check_form, gguf_advice
+from specmoe_jax.checkpoints.published.quantisation import check_quantisation
 from specmoe_jax.checkpoints.tensors import READERS, TARGET_DTYPES, HostBlocks, read_tensor
 from specmoe_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from specmoe_jax.config.model_config import ModelConfig
@@ -61,6 +62,7 @@ def load_model(
     config = load_config(path)
     tokenizer = load_model_tokenizer(path, config)
     checkpoint = open_checkpoint(path)
+    check_quantisation(path, config, checkpoint)
     inventory = take_inventory(config, checkpoint)
     on_disk = expert_tier == "disk"
     if not on_disk:

@@ -15,6 +15,7 @@ from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.manifest import hash_of
 from specmoe_jax.checkpoints.mtp import find_mtp, holds_mtp
 from specmoe_jax.checkpoints.published.advice import check_form
+from specmoe_jax.checkpoints.published.quantisation import check_quantisation
 from specmoe_jax.checkpoints.published.torch_files import has_torch_files, open_torch_checkpoint
 from specmoe_jax.checkpoints.tensors import TARGET_DTYPES, read_expert, read_tensor
 from specmoe_jax.config.model_config import ModelConfig
@@ -56,6 +57,7 @@ def open_source(model: str, dtype: str | None) -> Source:
 
 def _source(path: pathlib.Path, checkpoint: Checkpoint, dtype: str | None) -> Source:
     config = load_config(path)
+    check_quantisation(path, config, checkpoint)
     inventory, dtype = take_inventory(config, checkpoint), dtype or _stored_dtype(config, checkpoint)
     check_copies(inventory)
     mtp = holds_mtp(config, checkpoint)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 
+from specmoe_jax.checkpoints.published.advice import tokenizer_advice
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.sampling_params import SamplingParams
@@ -144,7 +145,9 @@ def refusal(model: Model, index: int, prompt: str, params: SamplingParams) -> st
 def _request(model: Model, index: int, prompt: str | Sequence[int], params: SamplingParams) -> Request:
     text = prompt if isinstance(prompt, str) else None
     if (text is not None or params.stop) and model.tokenizer is None:
-        raise RequestError(f"prompt {index} needs a tokenizer and the model has none; give token ids and no stop strings")
+        advice = tokenizer_advice(getattr(model, "path", None))
+        told = f" ({advice})" if advice else ""
+        raise RequestError(f"prompt {index} needs a tokenizer and the model has none; give token ids and no stop strings{told}")
     if text == "":  # also where the tokenizer would put a token of its own before it
         raise RequestError(f"prompt {index} is empty; give at least one character")
     token_ids = tuple(model.tokenizer.encode(text)) if text is not None else _token_ids(index, prompt)

@@ -61,6 +61,7 @@ def load_model(
     check_form(path)
     config = load_config(path)
     tokenizer = load_model_tokenizer(path, config)
+    config = with_end_tokens(config, tokenizer)
     checkpoint = open_checkpoint(path)
     check_quantisation(path, config, checkpoint)
     inventory = take_inventory(config, checkpoint)
@@ -128,6 +129,11 @@ def load_model_tokenizer(path: pathlib.Path, config: ModelConfig) -> Tokenizer |
             " this tokenizer is of another model"
         )
     return tokenizer
+
+
+def with_end_tokens(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+    """The config with the end-of-sequence token that only the tokenizer's own config names."""
+    return config if tokenizer is None else dataclasses.replace(config, eos_token_ids=tokenizer.eos_token_ids)
 
 
 def _read_weights(config: ModelConfig, inventory: Inventory, dtype: str, check_finite: bool, shown) -> Weights:

@@ -57,6 +57,11 @@ class Checkpoint:
     metadata: dict[str, str]
 
     @property
+    def bytes(self) -> int:
+        """Those of the tensors."""
+        return sum(tensor.entry.bytes for tensor in self.tensors.values())
+
+    @property
     def files(self) -> list[pathlib.Path]:
         """The files with weights, sorted."""
         return sorted({tensor.path for tensor in self.tensors.values()})

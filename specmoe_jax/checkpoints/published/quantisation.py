@@ -78,9 +78,9 @@ def from_headers(checkpoint: Checkpoint) -> Quantisation | None:
 def check_quantisation(path: pathlib.Path, config: ModelConfig, checkpoint: Checkpoint | None = None) -> None:
     """Raises CheckpointError, which names the form and its size on disk, unless the weights are plain or decoded when loaded."""
     found = read_quantisation(path, checkpoint)
-    if found is None or (found.loads and _has_packed_layout(config)):
+    if found is None or is_decoded(found, config):
         return
-    size = stored_bytes(path, config, found) if checkpoint is None else sum(t.entry.bytes for t in checkpoint.tensors.values())
+    size = stored_bytes(path, config, found) if checkpoint is None else checkpoint.bytes
     bits = "" if found.bits is None else f", {found.bits:.3g} bits a weight"
     on_disk = "" if size is None else f", {size / GIB:.3g} GiB on disk"
     raise CheckpointError(
@@ -128,9 +128,10 @@ def _is_quantised(spec: TensorSpec, skipped: Collection[str], *, expert: bool = 
     return True
 
 
-def _has_packed_layout(config: ModelConfig) -> bool:
+def is_decoded(quantisation: Quantisation, config: ModelConfig) -> bool:
+    """Whether a load decodes weights of this form of this family."""
     layouts = family_of(config).expert_layouts(config, config.expert_layers[0], 0)
-    return any(part.scales is not None for layout in layouts for part in layout)
+    return quantisation.loads and any(part.scales is not None for layout in layouts for part in layout)
 
 
 def _fp8(raw: dict, source: str) -> Quantisation:

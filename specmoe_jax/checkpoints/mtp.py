@@ -29,7 +29,10 @@ class MtpTensors(NamedTuple):
 
 
 def find_mtp(path: pathlib.Path, config: ModelConfig, checkpoint: Checkpoint | None = None) -> MtpTensors:
-    """The layer's tensors in a directory, or in the checkpoint that was opened there. Raises CheckpointError, one line, where there is none, or not all of it."""
+    """The layer's tensors in a directory, or in the checkpoint that was opened there.
+
+    Raises CheckpointError, one line, where there is none, or not all of it.
+    """
     names = _names(config, checkpoint or open_checkpoint(path))
     stored = {spec.name: names.take(spec) for spec in spec_leaves(mtp.weight_specs(config))}
     whole = mtp.extended(config)

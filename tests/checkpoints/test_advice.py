@@ -22,8 +22,8 @@ def emptied(path, *files):
 
 
 FORMS = [
-    (("pytorch_model.bin",), "convert_checkpoint.py --model="),
-    (("pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"), "convert_checkpoint.py --model="),
+    (("pytorch_model.bin",), "specmoe convert --model="),
+    (("pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"), "specmoe convert --model="),
     (("model-Q4_K_M.gguf",), "model-Q4_K_M.gguf: GGUF is not loaded; download the model's own repository"),
     (("consolidated.00.pth",), "consolidated.00.pth is torch's format under a name of its own"),
     (("model-00001-of-00002.safetensors",), "neither model.safetensors nor model.safetensors.index.json: is the download complete"),

@@ -18,6 +18,8 @@ from specmoe_jax.testing.families import RAW_CONFIGS, tiny_family
 BASES = {
     "mixtral": "MixtralModel", "qwen3_moe": "Qwen3MoeModel", "qwen2_moe": "Qwen2MoeModel", "olmoe": "OlmoeModel",
     "deepseek_v2": "DeepseekV2Model", "gpt_oss": "GptOssModel", "llama4": "Llama4TextModel", "nllb_moe": "NllbMoeModel",
+    "deepseek_v3": "DeepseekV3Model", "glm4_moe": "Glm4MoeModel", "glm4_moe_lite": "Glm4MoeLiteModel",
+    "granite_moe": "GraniteMoeModel", "minimax_m2": "MiniMaxM2Model",
 }  # fmt: skip
 
 
@@ -52,7 +54,7 @@ def test_an_output_matrix_that_was_left_out_is_told(tmp_path):
         load_model(str(write(tmp_path / "base", ALL["mixtral"] | {"architectures": ["MixtralModel"]}, tensors)))
 
 
-@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("family", ALL)
 def test_model_type_where_no_class_is_named(family):
     named = parse_config(ALL[family])
     for empty in ({}, {"architectures": None}, {"architectures": []}):
@@ -61,7 +63,17 @@ def test_model_type_where_no_class_is_named(family):
 
 
 def test_every_family_is_here():
-    assert set(BASES) <= set(FAMILIES)
+    assert set(ALL) == set(FAMILIES)
+    assert set(BASES) == set(FAMILIES) - {"qwen3_vl_moe"}  # whose text part is a base class by itself
+
+
+TYPES = [("kimi_k2", "deepseek_v3"), ("granitemoe", "granite_moe"), ("llama4_text", "llama4")]
+
+
+@pytest.mark.parametrize(("model_type", "family"), TYPES)
+def test_other_model_types(model_type, family):
+    raw = {key: value for key, value in ALL[family].items() if key != "architectures"} | {"model_type": model_type}
+    assert parse_config(raw).family == family
 
 
 def test_an_unknown_model_type_is_named():
@@ -160,7 +172,7 @@ def test_half_precision_of_torch_is_kept(tmp_path):
 
 
 def test_loading_torch_files_says_the_command(tmp_path):
-    with pytest.raises(CheckpointError, match=r"convert_checkpoint.py --model=.*nllb --output=NEW_DIR --format=specmoe"):
+    with pytest.raises(CheckpointError, match=r"specmoe convert --model=.*nllb --output=NEW_DIR --format=specmoe"):
         load_model(str(published_nllb(tmp_path)))
 
 

@@ -7,7 +7,7 @@ from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE
 from specmoe_jax.checkpoints.published.torch_files import has_torch_files
 from specmoe_jax.support.errors import CheckpointError
 
-CONVERT = "python scripts/convert_checkpoint.py --model={} --output=NEW_DIR --format=specmoe"
+CONVERT = "specmoe convert --model={} --output=NEW_DIR --format=specmoe"
 VOCABULARIES = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "tiktoken.model", "qwen.tiktoken", "vocab.json")
 
 
@@ -40,7 +40,7 @@ def gguf_advice(file: pathlib.Path) -> str:
     """What to do with a GGUF file."""
     return (
         f"{file.name}: GGUF is not loaded; download the model's own repository (config.json, *.safetensors, tokenizer.json). "
-        "A dense GGUF can be carved into experts: scripts/carve_moe.py"
+        "A dense GGUF can be carved into experts: specmoe carve"
     )
 
 

@@ -56,17 +56,20 @@ def parse_config(raw: dict) -> ModelConfig:
     classes = raw.get("architectures") or []
     named = [name for name in classes if isinstance(name, str)] if isinstance(classes, list) else []
     for key, family in FAMILIES.items():
+        text = {"tie_word_embeddings": raw.get("tie_word_embeddings")} | raw["text_config"] if _has_text_part(raw, family) else None
         if any(name in _class_names(family) for name in named) or (not classes and _model_type(raw) == key):
-            return family.parse_config(_text_part(raw, family))
+            return family.parse_config(text or raw)
+        if text and any(name in wrappers(family) for name in named):
+            return family.parse_config(text)
     known = ", ".join(name for family in FAMILIES.values() for name in (family.ARCHITECTURE, *wrappers(family)))
     got = f"architectures is {show(classes)}" if classes else f"no architectures, and model_type is {show(raw.get('model_type'))}"
     raise CheckpointError(f"config.json: {got}; this version runs {known}")
 
 
 def _class_names(family: ModuleType) -> tuple[str, ...]:
-    """The class with the output matrix, the base class that some checkpoints were saved from, and those with other parts."""
+    """The class with the output matrix, and the base class that some checkpoints were saved from."""
     stem = family.ARCHITECTURE.removesuffix("ForCausalLM").removesuffix("ForConditionalGeneration")
-    return family.ARCHITECTURE, f"{stem}Model", f"{stem}TextModel", *wrappers(family)
+    return family.ARCHITECTURE, f"{stem}Model", f"{stem}TextModel"
 
 
 def _model_type(raw: dict) -> str | None:
@@ -76,8 +79,6 @@ def _model_type(raw: dict) -> str | None:
     return OTHER_TYPES.get(key, key)
 
 
-def _text_part(raw: dict, family: ModuleType) -> dict:
-    """The config of the language model, which has an object of its own beside other parts."""
-    if not wrappers(family) or not isinstance(raw.get("text_config"), dict):
-        return raw
-    return {"tie_word_embeddings": raw.get("tie_word_embeddings")} | raw["text_config"]
+def _has_text_part(raw: dict, family: ModuleType) -> bool:
+    """Whether the config of the language model is an object of its own, beside other parts."""
+    return bool(wrappers(family)) and isinstance(raw.get("text_config"), dict)

@@ -70,9 +70,8 @@ def expert_layouts(config: ModelConfig, layer: int, expert: int) -> tuple[Layout
     return (naming.transposed_layout(config.experts, config.num_experts, prefix, expert),)
 
 
-def canonical_name(name: str) -> str | None:
-    """Without the prefix that the text part has beside a vision part; None for that other part."""
-    return None if name.startswith(("vision_model.", "multi_modal_projector.")) else name.removeprefix("language_model.")
+def canonical_name(name: str) -> str:
+    return name
 
 
 def _rotated_layers(raw: dict, count: int) -> frozenset[int]:

@@ -9,9 +9,9 @@ from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE, Checkpoint, S
 from specmoe_jax.checkpoints.header import quote_list
 from specmoe_jax.checkpoints.tensors import ExpertSource, Piece, check_copy, whole
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.models.families.naming import mtp_prefixes
-from specmoe_jax.models.families.published_names import BUFFERS, HEAD, spelling_of
 from specmoe_jax.models.families.registry import family_of
+from specmoe_jax.models.published.naming import mtp_prefixes
+from specmoe_jax.models.published.published_names import BUFFERS, HEAD, spelling_of
 from specmoe_jax.models.spec import Layout, Part, TensorSpec, spec_leaves
 from specmoe_jax.support.errors import CheckpointError
 

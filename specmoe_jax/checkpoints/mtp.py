@@ -12,9 +12,9 @@ from specmoe_jax.checkpoints.inventory import Names, canonical_names, expert_sou
 from specmoe_jax.checkpoints.tensors import ExpertSource, read_expert, read_tensor
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models import mtp
-from specmoe_jax.models.families.naming import mtp_prefixes
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.mtp import MtpHead
+from specmoe_jax.models.published.naming import mtp_prefixes
 from specmoe_jax.models.spec import TensorSpec, map_specs, spec_leaves
 from specmoe_jax.support.errors import CheckpointError
 

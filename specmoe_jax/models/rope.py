@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 from specmoe_jax.config.layer_config import Rope
-from specmoe_jax.models.families.config_json import flag, number, show, size
+from specmoe_jax.models.published.config_json import flag, number, show, size
 from specmoe_jax.support.errors import CheckpointError
 
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from specmoe_jax.checkpoints.files import Checkpoint, read_json
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.models.families.config_json import show
 from specmoe_jax.models.families.registry import family_of
+from specmoe_jax.models.published.config_json import show
 from specmoe_jax.models.spec import TensorSpec, spec_leaves
 from specmoe_jax.support.errors import CheckpointError
 from specmoe_jax.support.units import GIB

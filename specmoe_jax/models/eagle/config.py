@@ -8,9 +8,9 @@ from flax import struct
 
 from specmoe_jax.config.layer_config import LayerConfig
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.models.families import config_json as read
-from specmoe_jax.models.families.naming import norm_spec
-from specmoe_jax.models.families.parse import grouped_attention
+from specmoe_jax.models.published import config_json as read
+from specmoe_jax.models.published.naming import norm_spec
+from specmoe_jax.models.published.parse import grouped_attention
 from specmoe_jax.models.spec import LayerWeights, MlpWeights, TensorSpec
 from specmoe_jax.support.errors import CheckpointError
 

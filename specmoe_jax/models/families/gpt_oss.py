@@ -6,9 +6,9 @@ import numpy as np
 
 from specmoe_jax.config.layer_config import AttentionConfig, RouterConfig
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.models.families import naming
-from specmoe_jax.models.families.config_json import layer_types, num_layers, number, require, size
-from specmoe_jax.models.families.parse import grouped_attention, model_config
+from specmoe_jax.models.published import naming
+from specmoe_jax.models.published.config_json import layer_types, num_layers, number, require, size
+from specmoe_jax.models.published.parse import grouped_attention, model_config
 from specmoe_jax.models.spec import LayerWeights, Layout, Part, TensorSpec, Weights, down_bias_of, outer_of
 
 ARCHITECTURE = "GptOssForCausalLM"

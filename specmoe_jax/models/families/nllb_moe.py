@@ -4,7 +4,7 @@ import math
 
 from specmoe_jax.config.layer_config import AttentionConfig, Embedding, EncoderConfig, ExpertConfig, LayerConfig, RouterConfig
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.models.families import config_json as read
+from specmoe_jax.models.published import config_json as read
 from specmoe_jax.models.spec import (
     CrossWeights,
     EncoderWeights,

@@ -1,43 +1,30 @@
 """The families that can be run, by the class that config.json names, or by its model_type where it names none."""
 
+import importlib
 from types import ModuleType
 
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.models.families import (
-    deepseek_v2,
-    deepseek_v3,
-    glm4_moe,
-    glm4_moe_lite,
-    gpt_oss,
-    granite_moe,
-    llama4,
-    minimax_m2,
-    mixtral,
-    nllb_moe,
-    olmoe,
-    qwen2_moe,
-    qwen3_moe,
-    qwen3_vl_moe,
-)
-from specmoe_jax.models.families.config_json import show
+from specmoe_jax.models.published.config_json import show
 from specmoe_jax.support.errors import CheckpointError
 
-FAMILIES: dict[str, ModuleType] = {
-    "mixtral": mixtral,
-    "qwen3_moe": qwen3_moe,
-    "qwen2_moe": qwen2_moe,
-    "olmoe": olmoe,
-    "deepseek_v2": deepseek_v2,
-    "deepseek_v3": deepseek_v3,
-    "glm4_moe": glm4_moe,
-    "glm4_moe_lite": glm4_moe_lite,
-    "minimax_m2": minimax_m2,
-    "granite_moe": granite_moe,
-    "qwen3_vl_moe": qwen3_vl_moe,
-    "gpt_oss": gpt_oss,
-    "llama4": llama4,
-    "nllb_moe": nllb_moe,
-}
+# One line a family: its module in this folder. Where two families could read a config, the first one does.
+_MODULES = (
+    "mixtral",
+    "qwen3_moe",
+    "qwen2_moe",
+    "olmoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "minimax_m2",
+    "granite_moe",
+    "qwen3_vl_moe",
+    "gpt_oss",
+    "llama4",
+    "nllb_moe",
+)
+FAMILIES: dict[str, ModuleType] = {name: importlib.import_module(f"{__package__}.{name}") for name in _MODULES}
 OTHER_TYPES = {"granitemoe": "granite_moe", "kimi_k2": "deepseek_v3", "kimi_k25": "deepseek_v3"}  # model_type -> family
 
 

@@ -31,7 +31,8 @@ class PackedCache:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """rows, K, S, D"""
-        return self.v.shape
+        rows, heads, tokens, dim = self.v.shape
+        return rows, heads, tokens, dim
 
     @property
     def dtype(self):

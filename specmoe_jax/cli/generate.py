@@ -15,10 +15,10 @@ from absl import flags
 
 from specmoe_jax.autotune import choose as planning
 from specmoe_jax.checkpoints import load_model
-from specmoe_jax.checkpoints.chat import sampling_defaults
 from specmoe_jax.checkpoints.eagle import bundled_head, head_config, head_path, load_head
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.mtp import find_mtp, load_mtp
+from specmoe_jax.checkpoints.published.generation_config import sampling_defaults
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.cli import common, plan_flags
 from specmoe_jax.cli.stats_table import table
@@ -89,9 +89,9 @@ def main() -> None:
     common.use_compile_cache()
     if head := jobs.read_head(folder):
         keep_bad = _OUTPUT.value is not None
-        if _CHAT.value:
-            prompts = as_chat(prompts, folder, head.tokenizer, keep_bad=keep_bad, must_work=len(_PROMPT.value))
         how = {"keep_bad": keep_bad, "must_work": len(_PROMPT.value)}
+        if _CHAT.value or any(prompt.conversation for prompt in prompts):
+            prompts = as_chat(prompts, folder, head.tokenizer, every=_CHAT.value, **how)
         if is_auto():  # a bad prompt is told before the machine is measured
             jobs.check_before_loading(head, preset("resident", head.config), prompts, **how)
         plan = make_plan(head, folder, prompts)
@@ -160,7 +160,7 @@ def check_files() -> None:
 
 def generate(engine: Engine, prompts: list[Prompt]) -> JobWatch:
     """The job of --output, or the texts on stdout. -> what was told of it."""
-    shown = [IncrementalText(engine.model, prompt.params.stop) for prompt in prompts] if _STREAM.value else []
+    shown = [IncrementalText(engine.model, prompt.params.stop, prompt.model_input) for prompt in prompts] if _STREAM.value else []
 
     def watched(todo: dict[int, Prompt], failed: int) -> JobWatch:
         limits = [prompt.params.max_new_tokens for prompt in todo.values()]

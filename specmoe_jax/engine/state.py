@@ -21,7 +21,8 @@ from specmoe_jax.types import KVCache, SamplingRows
 class Request(NamedTuple):
     """One prompt with its parameters. limit: new tokens it may get (max_new_tokens, or what the window leaves).
 
-    token_ids: what the decoder begins with. source: what the encoder reads, empty without one.
+    token_ids: what the decoder begins with. source: what the encoder reads, empty without one. stop_ids: stop strings of
+    params that are special tokens, which no text shows.
     """
 
     id: int
@@ -30,6 +31,7 @@ class Request(NamedTuple):
     params: SamplingParams
     limit: int
     source: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = ()
 
 
 class PoolSlots(NamedTuple):

@@ -20,10 +20,10 @@ from specmoe_jax.models import layers
 from specmoe_jax.models.attention import attend_rows
 from specmoe_jax.models.basics import linear, rms_norm
 from specmoe_jax.models.experts import block_bytes, expert_ffn
-from specmoe_jax.models.families.naming import mtp_prefixes, norm_spec
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.packing import without_packing
+from specmoe_jax.models.published.naming import mtp_prefixes, norm_spec
 from specmoe_jax.models.spec import LayerWeights, Layout, Leaf, TensorSpec, map_specs, random_block, random_tensor, spec_leaves
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.types import KVCache

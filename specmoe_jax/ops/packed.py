@@ -31,8 +31,8 @@ class PackedCache:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """rows, K, S, D"""
-        rows, heads, tokens, dim = self.v.shape
-        return rows, heads, tokens, dim
+        rows, K, S, D = self.v.shape
+        return rows, K, S, D
 
     @property
     def dtype(self):

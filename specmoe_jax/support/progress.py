@@ -34,7 +34,7 @@ class _LogLines(tqdm.tqdm):
 def note(text: str, *, mode: str | bool) -> None:
     """A line on standard error where a bar of this mode would be seen."""
     if mode == "log" or (mode in ("auto", True) and sys.stderr.isatty()):
-        print(text, file=sys.stderr)
+        tqdm.tqdm.write(text, file=sys.stderr)
 
 
 def bar(

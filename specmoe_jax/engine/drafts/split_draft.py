@@ -211,7 +211,7 @@ _harvest = jax.jit(harvest, static_argnums=(0, 1))
 
 @jax.jit
 def _project_observed(head: EagleHead, following, features, lengths) -> Projected:
-    feature = eagle.fuse(head.weights, features.astype(head.weights.fc.dtype))
+    feature = eagle.fuse(head, features.astype(head.weights.fc.dtype))
     return eagle.project(head, following, feature, lengths)
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from specmoe_jax.checkpoints.channels import split_channels
 from specmoe_jax.engine.requests.finish import final_text
 from specmoe_jax.engine.state import Request, State, StepInfo
 from specmoe_jax.models.model import Model
@@ -27,6 +28,11 @@ class Completion:
     finish_reason: str
     num_prompt_tokens: int
     error: str | None = None
+
+    @property
+    def channels(self) -> dict[str, str]:
+        """What gpt-oss thought ("analysis") and answered ("final"), apart; {} of a text without channels."""
+        return split_channels(self.text)
 
 
 _NOT_FINITE = (
@@ -58,11 +64,11 @@ def step_events(model: Model, state: State, info: StepInfo, watches: dict[int, S
 
 
 def _completion(model: Model, request: Request, tokens: tuple[int, ...], reason: str) -> Completion:
-    tokenizer, eos = model.tokenizer, model.config.eos_token_ids
+    tokenizer, ends = model.tokenizer, model.config.eos_token_ids + request.stop_ids
     return Completion(
         id=request.id,
         prompt=request.prompt,
-        text="" if tokenizer is None else final_text(tokens, request.params.stop, eos, tokenizer),
+        text="" if tokenizer is None else final_text(tokens, request.params.stop, ends, tokenizer, request.token_ids),
         token_ids=tokens,
         finish_reason=reason,
         num_prompt_tokens=len(request.source or request.token_ids),

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from specmoe_jax.checkpoints.published.advice import tokenizer_advice
+from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.sampling_params import SamplingParams
@@ -153,10 +155,13 @@ def refusal(model: Reader, index: int, prompt: str | Sequence[int], params: Samp
 def _request(model: Reader, index: int, prompt: str | Sequence[int], params: SamplingParams) -> Request:
     text = prompt if isinstance(prompt, str) else None
     if (text is not None or params.stop) and model.tokenizer is None:
-        raise RequestError(f"prompt {index} needs a tokenizer and the model has none; give token ids and no stop strings")
+        advice = tokenizer_advice(getattr(model, "path", None))
+        told = f" ({advice})" if advice else ""
+        raise RequestError(f"prompt {index} needs a tokenizer and the model has none; give token ids and no stop strings{told}")
     if text == "":  # also where the tokenizer would put a token of its own before it
         raise RequestError(f"prompt {index} is empty; give at least one character")
     token_ids = tuple(model.tokenizer.encode(prompt)) if isinstance(prompt, str) else _token_ids(index, prompt)
+    stop_ids = _stop_ids(index, model.tokenizer, params.stop)
     window, vocab = model.config.max_positions, model.config.vocab_size
     if not token_ids:
         raise RequestError(f"prompt {index} is empty; give at least one token")
@@ -170,12 +175,24 @@ def _request(model: Reader, index: int, prompt: str | Sequence[int], params: Sam
     encoder = model.config.encoder
     if encoder is None:
         limit = min(params.max_new_tokens, window - len(token_ids))
-        return Request(id=index, prompt=text, token_ids=token_ids, params=params, limit=limit)
+        return Request(id=index, prompt=text, token_ids=token_ids, params=params, limit=limit, stop_ids=stop_ids)
     assert model.config.embedding is not None  # it has an encoder
     if model.config.embedding.pad_id in token_ids:
         raise RequestError(f"prompt {index} holds the padding token {model.config.embedding.pad_id}; leave it out")
     limit = min(params.max_new_tokens, window - len(encoder.start))
-    return Request(id=index, prompt=text, token_ids=encoder.start, params=params, limit=limit, source=token_ids)
+    return Request(id=index, prompt=text, token_ids=encoder.start, params=params, limit=limit, source=token_ids, stop_ids=stop_ids)
+
+
+def _stop_ids(index: int, tokenizer, stop: tuple[str, ...]) -> tuple[int, ...]:
+    """Ids of the stop strings that are special tokens. Raises RequestError for one that holds more than such a token."""
+    if not isinstance(tokenizer, Tokenizer) or tokenizer.shows_special:  # where texts show them they are found there
+        return ()
+    ids = {string: tokenizer.special_id(string) for string in stop}
+    for string, found in ids.items():
+        if found is None and (token := tokenizer.special_in(string)):
+            said = f"prompt {index}: stop {string!r} holds the special token {token} beside other text"
+            raise RequestError(f"{said}; give {token} alone")
+    return tuple(found for found in ids.values() if found is not None)
 
 
 def _checked_ids(ids: Sequence[int], count: int) -> list[int]:

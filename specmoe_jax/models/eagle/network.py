@@ -41,9 +41,15 @@ class Grown(NamedTuple):
     tree: Tree
 
 
-def fuse(weights: EagleWeights[jax.Array], features: jax.Array) -> jax.Array:
+def fuse(head: EagleHead, features: jax.Array) -> jax.Array:
     """What a head makes of the target's features [..., M']: themselves, or EAGLE-3's mixture of three -> [..., M]."""
-    return features if weights.hidden_norm is None else affine(features, weights.fc, weights.fc_bias)
+    config, weights = head.config, head.weights
+    if not config.fused:
+        return features
+    if config.norm_before_fc:
+        assert weights.fc_norm is not None
+        features = rms_norm(features, weights.fc_norm, config.layer.norm_eps)
+    return affine(features, weights.fc, weights.fc_bias)
 
 
 def layer_input(head: EagleHead, tokens: jax.Array, feature: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -54,8 +60,9 @@ def layer_input(head: EagleHead, tokens: jax.Array, feature: jax.Array) -> tuple
         return h, h
     eps = config.layer.norm_eps
     assert weights.layer.input_norm is not None and weights.hidden_norm is not None
-    normed = (rms_norm(embedded, weights.layer.input_norm, eps), rms_norm(feature, weights.hidden_norm, eps))
-    return feature, jnp.concatenate(normed, axis=-1)
+    normed = rms_norm(feature, weights.hidden_norm, eps)
+    x = jnp.concatenate([rms_norm(embedded, weights.layer.input_norm, eps), normed], axis=-1)
+    return normed if config.norm_before_residual else feature, x
 
 
 class Projected(NamedTuple):
@@ -91,7 +98,9 @@ def project_tree(head: EagleHead, tokens: jax.Array, feature: jax.Array, grown: 
 def finish(head: EagleHead, h: jax.Array, attended: jax.Array) -> jax.Array:
     """The layer after its attention: h [B, T, M], of attended [B, T', H, D] the last T -> predicted features [B, T, M]."""
     new = h.shape[1]
-    return layers.post_attention(head.config.layer, head.weights.layer, h, attended[:, -new:], jnp.ones(h.shape[:2], bool))[0]
+    config, weights = head.config, head.weights
+    out = layers.post_attention(config.layer, weights.layer, h, attended[:, -new:], jnp.ones(h.shape[:2], bool))[0]
+    return rms_norm(out, weights.norm, config.layer.norm_eps) if config.norm_output else out
 
 
 def forward(
@@ -124,7 +133,8 @@ def logits(head: EagleHead, feature: jax.Array) -> jax.Array:
     if weights.lm_head is None:
         return layers.output(head.output, feature)
     assert weights.norm is not None  # an EAGLE-3 head
-    own = layers.output(weights.lm_head, rms_norm(feature, weights.norm, head.config.layer.norm_eps))
+    normed = feature if head.config.norm_output else rms_norm(feature, weights.norm, head.config.layer.norm_eps)
+    own = layers.output(weights.lm_head, normed)
     return jnp.full((*own.shape[:-1], len(head.embed)), -jnp.inf).at[..., weights.to_target].set(own)
 
 

@@ -62,7 +62,8 @@ def module():
 
 def isas() -> list[str]:
     """Instruction sets of the kernels that this machine can run, best first; empty without the extension."""
-    return loaded.isas() if (loaded := module()) is not None else []
+    loaded = module()
+    return [] if loaded is None else loaded.isas()
 
 
 def choice() -> dict:
@@ -73,18 +74,18 @@ def choice() -> dict:
     return {"isa": isa, "threads": np.int64(os.environ.get("SPECMOE_THREADS", "0"))}
 
 
-def _needed():
-    """The compiled module, where a caller has asked for `module` before."""
+def _required():
     loaded = module()
-    assert loaded is not None
+    if loaded is None:
+        raise UserError("the compiled kernels are not usable here; reinstall specmoe_jax with a C++ compiler on the machine")
     return loaded
 
 
 def read_bandwidth(num_bytes: int, threads: int) -> float:
     """Bytes per second of a pure read, in this process (benchmarks)."""
-    return _needed().read_bandwidth("auto", num_bytes, threads)
+    return _required().read_bandwidth("auto", num_bytes, threads)
 
 
 def fma_peak(threads: int) -> float:
     """Float32 flop/s of independent fused multiply-adds, in this process (benchmarks)."""
-    return _needed().fma_peak("auto", threads)
+    return _required().fma_peak("auto", threads)

@@ -97,7 +97,7 @@ def draft_chain(logits: jax.Array, view: DraftView, feature: jax.Array, advance:
 def _observe(head: EagleHead, memory: EagleMemory, rows, following, features, lengths, num_new) -> EagleMemory:
     """See speculate.draft.FeatureDraft."""
     with jax.named_scope("eagle_observe"):
-        feature = eagle.fuse(head.weights, features.astype(head.weights.fc.dtype))
+        feature = eagle.fuse(head, features.astype(head.weights.fc.dtype))
         predicted, kv = eagle.forward(head, following, feature, memory.kv, rows, lengths, num_new)
         return EagleMemory(kv=kv, feature=remember(memory.feature, predicted, rows, num_new))
 

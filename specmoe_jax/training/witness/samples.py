@@ -1,0 +1,64 @@
+"""Continuations of held-out prompts, and how much they repeat themselves."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+
+from specmoe_jax.training.witness import model
+from specmoe_jax.training.witness.config import WitnessConfig
+
+
+@functools.partial(jax.jit, static_argnames=("config", "count"))
+def continued(params, bias, tokens, lengths, key, temperature, *, config: WitnessConfig, count: int) -> jax.Array:
+    """Each row's `count` next tokens; at temperature 0 the likeliest. The key is consumed.
+
+    tokens [B, S] int32, room for `count` behind the prompts; lengths [B] of the prompts -> [B, count]. The whole row is computed
+    anew for each token: a few hundred positions need no cache.
+    """
+
+    def one(carry, key):
+        tokens, at = carry
+        hidden = model.hidden_states(params, bias, tokens, config, 4.0)[0]
+        last = jnp.take_along_axis(hidden, (at - 1)[:, None, None], axis=1)[:, 0] @ params.head  # [B, V]
+        drawn = jax.random.categorical(key, last / jnp.maximum(temperature, 1e-6))
+        token = jnp.where(temperature > 0, drawn, jnp.argmax(last, axis=-1))
+        return (tokens.at[jnp.arange(len(at)), at].set(token), at + 1), token
+
+    _, drawn = jax.lax.scan(one, (tokens, lengths), jax.random.split(key, count))
+    return drawn.T
+
+
+def repeated_share(tokens: np.ndarray, size: int = 8) -> float:
+    """Share of the n-grams of a continuation that it holds already. tokens [n]."""
+    grams = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
+    return 1.0 - len(set(grams)) / len(grams)
+
+
+def beginnings(held_out: pathlib.Path, count: int, size: int = 160) -> list[str]:
+    """The first words of held-out documents, as many of each corpus as go around."""
+    files = sorted(held_out.glob("*.txt"))
+    documents = [path.read_text().split("\f") for path in files]
+    chosen = [documents[i % len(files)][(i // len(files)) % len(documents[i % len(files)])] for i in range(count)]
+    return [text[:size].rsplit(" ", 1)[0] for text in chosen]
+
+
+def report(
+    params, bias, prompts: list[str], tokenizer: pathlib.Path, *, config, count: int, temperature: float, seed: int = 0
+) -> dict:
+    """Continuations of `count` tokens as text, and the mean share of repeated 8-grams."""
+    coder = tokenizers.Tokenizer.from_file(str(tokenizer))
+    encoded = [coder.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
+    rows = np.zeros((len(encoded), max(map(len, encoded)) + count), np.int32)
+    for row, ids in zip(rows, encoded, strict=True):
+        row[: len(ids)] = ids
+    lengths = jnp.array([len(ids) for ids in encoded])
+    drawn = continued(params, bias, rows, lengths, jax.random.key(seed), jnp.float32(temperature), config=config, count=count)
+    drawn = np.asarray(drawn)
+    return {
+        "repeated_8_grams": round(float(np.mean([repeated_share(row) for row in drawn])), 4),
+        "texts": [{"prompt": p, "continuation": coder.decode(row.tolist())} for p, row in zip(prompts, drawn, strict=True)],
+    }

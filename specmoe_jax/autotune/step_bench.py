@@ -52,7 +52,7 @@ class Case(NamedTuple):
         return self.plan("float32").drafting.operator(trees=self.is_tree)
 
     def plan(self, dtype: str) -> Plan:
-        return Plan(preset="probe", dtype=dtype, batch_size=self.rows, **self.fields)
+        return Plan(preset="probe", batch_size=self.rows, **self.fields).replace(dtype=dtype)
 
 
 class Ran(NamedTuple):

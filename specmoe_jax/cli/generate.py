@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -109,7 +110,7 @@ def main() -> None:
     load_s = loading.seconds
     with trace(_TRACE.value):
         job = generate(engine, prompts)
-    if spans is not None:
+    if spans is not None and _TRACE.value:
         write_lanes(spans, pathlib.Path(_TRACE.value) / "lanes.json")
     stats = final_stats(engine, prompts) | error | {"load_s": load_s, "wall_s": watch.seconds, "requests": job.timings}
     if _STATS.value:
@@ -176,6 +177,7 @@ def generate(engine: Engine, prompts: list[Prompt]) -> JobWatch:
             print_completions(list(jobs.completions(engine, todo, watch, on_event=on_event)))
         return watch
     reasons = jobs.refusals(engine.model, prompts, must_work=len(_PROMPT.value))
+    assert engine.model.path is not None  # it was loaded
     job = jobs.fingerprint(prompts, engine.plan, engine.model.path)
     with contextlib.closing(Journal(_OUTPUT.value, job, restart=_RESTART.value)) as journal:
         todo = jobs.record_errors(prompts, reasons, journal)
@@ -202,7 +204,7 @@ def read_all_prompts(folder: pathlib.Path) -> list[Prompt]:
     return prompts
 
 
-def choose_sampling(wishes: dict[str, float | int]) -> dict[str, float | int]:
+def choose_sampling(wishes: dict[str, float | int]) -> dict[str, Any]:
     """Temperature, top_k and top_p: a flag, or what the model wishes, or greedy."""
     if _TEMPERATURE.value == 0:
         wishes = {}
@@ -227,6 +229,7 @@ def load(prompts: list[Prompt]) -> tuple[Model, dict, dict]:
 
 
 def read_plan_file() -> Plan:
+    assert _PLAN.value is not None
     if _PRESET.value is not None:
         raise PlanError("both --plan and --preset are given; leave one out")
     return common.read_plan(_PLAN.value)
@@ -247,7 +250,7 @@ def make_plan(head: jobs.ModelHead, folder: pathlib.Path, prompts: list[Prompt])
     overrides = {} if _DTYPE.value is None else {"dtype": _DTYPE.value}
     if is_auto():
         return auto_plan(head, folder, prompts, plan_flags.given() | overrides)
-    plan = read_plan_file() if _PLAN.value else preset(_PRESET.value, head.config)
+    plan = read_plan_file() if _PLAN.value else preset(_PRESET.value or "", head.config)
     return plan_flags.over(plan, **overrides)
 
 

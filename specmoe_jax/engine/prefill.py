@@ -42,7 +42,7 @@ def prefill(
         done = flow.target_pass(runtime, memory, kv, tokens, lengths, num_new, earlier=totals, predicted=nothing)
         memory, kv, totals = done.memory, done.kv, done.counts
         if done.features is not None:
-            draft_memory = runtime.draft.observe(draft_memory, every_row, following, done.features, lengths, num_new)
+            draft_memory = runtime.feature_draft.observe(draft_memory, every_row, following, done.features, lengths, num_new)
         infos.append(done.info)
         on_chunk(int(num_new.max()))
     usage_scores = runtime.policies.draft_set.update(memory.usage_scores, totals, totals)

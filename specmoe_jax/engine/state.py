@@ -1,7 +1,7 @@
 """What a generation is made of between two steps, and what a step tells about itself."""
 
 import concurrent.futures
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -69,6 +69,12 @@ class ExpertMemory(NamedTuple):
     resting: bool = False
     arriving: tuple[Arriving, ...] = ()
 
+    @property
+    def own_pool(self) -> jax.Array:
+        """Of a flow that has one."""
+        assert self.pool is not None
+        return self.pool
+
 
 class HostKV(NamedTuple):
     """The KV cache of a streamed plan, paged in host memory: one cache of pages per layer, and which pages are whose.
@@ -96,7 +102,10 @@ class Buffers(NamedTuple):
     pinned: tuple[jax.Array, ...] = ()
 
 
-class State(NamedTuple):
+Cache = TypeVar("Cache", bound=KVCache | HostKV)
+
+
+class State(NamedTuple, Generic[Cache]):
     """All that the next step needs. Arrays on the accelerator are donated: a state is used once.
 
     requests: B, the rows of the batch; None pads the batch to its compiled size. lengths: [B] int32, committed
@@ -108,7 +117,7 @@ class State(NamedTuple):
     """
 
     requests: tuple[Request | None, ...]
-    kv: KVCache | HostKV
+    kv: Cache
     memory: ExpertMemory
     lengths: np.ndarray
     last_token: np.ndarray

@@ -122,10 +122,10 @@ def refusals(model: Model | ModelHead, prompts: list[Prompt], *, must_work: int 
 
 def record_errors(prompts: list[Prompt], reasons: list[str | None], journal: Journal) -> dict[int, Prompt]:
     """Writes a record with finish_reason "error" for each prompt with a reason. -> numbered prompts still to do."""
-    refused = [index for index, reason in enumerate(reasons) if reason and index not in journal.done]
+    refused = [(index, reason) for index, reason in enumerate(reasons) if reason and index not in journal.done]
     for start in range(0, len(refused), RECORDS_AT_ONCE):
-        indices = refused[start : start + RECORDS_AT_ONCE]
-        journal.append(*(error_record(index, prompts[index], reasons[index]) for index in indices))
+        some = refused[start : start + RECORDS_AT_ONCE]
+        journal.append(*(error_record(index, prompts[index], reason) for index, reason in some))
     return {index: prompt for index, prompt in enumerate(prompts) if index not in journal.done}
 
 

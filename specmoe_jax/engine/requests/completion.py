@@ -57,6 +57,7 @@ def step_events(model: Model, state: State, info: StepInfo, watches: dict[int, S
     """What one step gave the rows that were active in it. watches: by request id, since the prefill of each began."""
     for row in np.flatnonzero(info.active):
         request, tokens, reason = state.requests[row], state.generated[row], state.statuses[row].reason
+        assert request is not None  # the row is active
         new = tokens[info.start[row] :]
         completion = None if reason is None else _completion(model, request, tokens, reason)
         yield TokenEvent(id=request.id, token_ids=new, completion=completion, elapsed_s=watches[request.id].seconds)

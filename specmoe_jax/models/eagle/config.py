@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection
+from typing import Generic
 
 import jax
 from flax import struct
@@ -11,7 +12,7 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.published import config_json as read
 from specmoe_jax.models.published.naming import norm_spec
 from specmoe_jax.models.published.parse import grouped_attention
-from specmoe_jax.models.spec import LayerWeights, MlpWeights, TensorSpec
+from specmoe_jax.models.spec import LayerWeights, Leaf, MlpWeights, TensorSpec
 from specmoe_jax.support.errors import CheckpointError
 
 AUX_LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
@@ -49,16 +50,16 @@ class EagleConfig:
 
 
 @struct.dataclass
-class EagleWeights:
+class EagleWeights(Generic[Leaf]):
     """Leaves are TensorSpecs or arrays. EAGLE-1 has the first three, EAGLE-3 all but the bias."""
 
-    fc: TensorSpec | jax.Array  # [M, 2M]; EAGLE-3: [M, 3M]
-    fc_bias: TensorSpec | jax.Array | None  # [M]
-    layer: LayerWeights  # EAGLE-3: projections from 2M, input_norm is the embedding's
-    hidden_norm: TensorSpec | jax.Array | None = None  # [M]
-    norm: TensorSpec | jax.Array | None = None  # [M]
-    lm_head: TensorSpec | jax.Array | None = None  # [V', M]
-    fc_norm: TensorSpec | jax.Array | None = None  # [3M], where norm_before_fc
+    fc: Leaf  # [M, 2M]; EAGLE-3: [M, 3M]
+    fc_bias: Leaf | None  # [M]
+    layer: LayerWeights[Leaf]  # EAGLE-3: projections from 2M, input_norm is the embedding's
+    hidden_norm: Leaf | None = None  # [M]
+    norm: Leaf | None = None  # [M]
+    lm_head: Leaf | None = None  # [V', M]
+    fc_norm: Leaf | None = None  # [3M], where norm_before_fc
     to_target: jax.Array | None = None  # [V'] int32, the target's id of each draft id; read from d2t, so no spec
 
 
@@ -122,7 +123,7 @@ def _feature_layers(raw: dict, target: ModelConfig) -> tuple[int, ...]:
     return chosen
 
 
-def weight_specs(config: EagleConfig) -> EagleWeights:
+def weight_specs(config: EagleConfig) -> EagleWeights[TensorSpec]:
     """Names and shapes of the published files (`canonical_name`); d2t and t2d of EAGLE-3 are integers and read apart."""
     hidden, prefix = config.hidden_size, "midlayer" if config.fused else "layers.0"
     inner = 2 * hidden if config.fused else hidden
@@ -132,13 +133,14 @@ def weight_specs(config: EagleConfig) -> EagleWeights:
         layer=_layer_specs(config, prefix, inner),
         hidden_norm=norm_spec("midlayer.hidden_norm", hidden) if config.fused else None,
         norm=norm_spec("norm", hidden) if config.fused else None,
-        lm_head=TensorSpec("lm_head.weight", (config.draft_vocab_size, hidden)) if config.fused else None,
+        lm_head=None if config.draft_vocab_size is None else TensorSpec("lm_head.weight", (config.draft_vocab_size, hidden)),
         fc_norm=norm_spec("input_norm", 3 * hidden) if config.norm_before_fc else None,
     )
 
 
-def _layer_specs(config: EagleConfig, prefix: str, inner: int) -> LayerWeights:
+def _layer_specs(config: EagleConfig, prefix: str, inner: int) -> LayerWeights[TensorSpec]:
     attention, hidden, width = config.layer.attention, config.hidden_size, config.layer.mlp_hidden
+    assert width is not None  # a head's layer is dense
     q, kv = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
 
     def spec(name: str, *shape: int) -> TensorSpec:

@@ -29,7 +29,10 @@ class EagleMemory(NamedTuple):
 
 def tree_shape(plan: Plan) -> TreeShape | None:
     """That of a plan, None where it drafts a chain."""
-    return None if plan.draft_tree_tokens is None else TreeShape(top_k=plan.draft_tree_top_k, tokens=plan.draft_tree_tokens)
+    if plan.draft_tree_tokens is None:
+        return None
+    assert plan.draft_tree_top_k is not None
+    return TreeShape(top_k=plan.draft_tree_top_k, tokens=plan.draft_tree_tokens)
 
 
 class EagleDraft(NamedTuple):

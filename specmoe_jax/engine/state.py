@@ -154,8 +154,9 @@ class StepInfo(NamedTuple):
 
     accepted: [B], drafted tokens accepted (0 for finished rows). committed: [B], tokens the row got.
     active: [B] bool at the start of the step. start: [B], tokens that the row had generated before it. context: positions in
-    the caches of all active rows. draft_moves: rows whose draft cache changed sides before the step; draft_on_cpu: active rows
-    whose draft attended on the CPU (a draft cache that is split, speculate/drafts/draft_split.py).
+    the caches of all active rows. drafted: tokens of a chain, the depth of a tree. positions: verified of each active row, the last
+    token and everything drafted. draft_moves: rows whose draft cache changed sides before the step; draft_on_cpu: active rows whose
+    draft attended on the CPU (a draft cache that is split, speculate/drafts/draft_split.py).
     link_bytes: expert bytes sent for over the link in this step (a streamed layer may cross it a little later); draft_link_bytes:
     those sent for while drafting (prefetches).
     prefetch_bytes, prefetch_wasted_bytes: those sent on a guess, and the wrong ones among them.
@@ -170,6 +171,7 @@ class StepInfo(NamedTuple):
     start: np.ndarray
     context: int
     drafted: int
+    positions: int
     draft_moves: int
     draft_on_cpu: int
     verify: PassInfo

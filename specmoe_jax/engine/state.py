@@ -48,12 +48,11 @@ class ExpertMemory(NamedTuple):
 
     slots: what the pool was made for; it is the state's, because an engine may meanwhile serve a batch of another size.
     pool: [R, 3, F, M] slots on the accelerator, donated by every copy. residency: what is in them.
-    votes: [L, E], the memory of the draft-set policy. prefetched: [L, E] bool, resident on a guess; an encoder's layers are in it
-    and in the residency, not among the votes. leftovers: what
-    free slots still hold, None where the plan does not retain it. groups: [L, E] int32, the slot of the merged block that
-    stands for each expert under draft=merged, else None. buffers: under expert_flow=stream, which has no pool, else None.
-    resting: whether adaptive drafting pauses in this step. arriving: what of the residency is on its way beside the pool
-    still; whoever reads slots lands them first.
+    usage_scores: [L, E], the memory of the draft-set policy. prefetched: [L, E] bool, resident on a guess; an encoder's layers are
+    in it and in the residency, not in the usage scores. retained_experts: what free slots still hold, None where the plan does not
+    retain it. groups: [L, E] int32, the slot of the merged block that stands for each expert under draft=merged, else None.
+    buffers: under expert_flow=stream, which has no pool, else None. resting: whether adaptive drafting pauses in this step.
+    arriving: what of the residency is still on its way to the pool; `ExpertStore.finish_copies` comes before any read of its slots.
     """
 
     slots: PoolSlots
@@ -85,7 +84,8 @@ class Buffers(NamedTuple):
     """The layers of experts [E, 3, F, M] of a streamed plan on the accelerator, between two passes.
 
     spare: free once `readers` are computed; None where every layer is pinned. coming: give the other buffers, when the first
-    streamed layers have arrived in them. pinned: the spare-expert cache, one for each of `Runtime.pinned_layers`; never written.
+    streamed layers have arrived in them. pinned: the spare-expert cache, one for each of
+    `ExpertPlaces.pinned_layers`; never written.
     """
 
     spare: jax.Array | None
@@ -137,7 +137,7 @@ class PassInfo(NamedTuple):
 
     hits, misses: needed experts resident or not, over all layers. fetched: experts copied. waves: rounds.
     prefetched: experts copied on a guess while drafting and in the pass; prefetch_hits: those that were needed.
-    routing: [L, B, T, A] int32 ids, -1 for padding; None under the resident flow, which never asks the host.
+    routing: [L, B, T, A] int32 ids, -1 for padding; None under the resident and the streamed flow, which ask no router.
     """
 
     hits: int

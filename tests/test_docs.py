@@ -53,6 +53,7 @@ def test_python_blocks(page, known_families, capsys, monkeypatch, tmp_path):
     run_all(sources, page)
 
 
+@pytest.mark.slow
 def test_the_notebook(monkeypatch):
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
@@ -70,6 +71,7 @@ def test_the_notebook_is_kept_without_outputs():
         assert cell.get("outputs", []) == [] and cell.get("execution_count") is None
 
 
+@pytest.mark.slow
 def test_commands_of_the_tutorial(tmp_path):
     """In an empty folder, with a prompts file as it describes one."""
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The sea", "id": "first"}\n{"prompt": ""}\n')

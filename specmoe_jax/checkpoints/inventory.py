@@ -197,18 +197,14 @@ def expert_source(config: ModelConfig, names: Names, moe: int, expert: int) -> E
 
 
 def _stored_layout(names: Names, layouts: tuple[Layout, ...]) -> Layout:
-    """The first layout that is there whole; else the usual one, unless there is a tensor that only another one has.
+    """The usual layout, unless there is a tensor that only another one has; of several, the first that is there whole.
 
     Two layouts may share their names and differ in shapes (Qwen3-VL-MoE: published [in, out], saved by newer writers [out, in]).
     """
-    for layout in layouts:
-        if all(names.holds(part.spec) for part in layout):
-            return layout
     usual = {part.name for part in layouts[0]}
-    for layout in layouts[1:]:
-        if any(names.has(part.name) for part in layout if part.name not in usual):
-            return layout
-    return layouts[0]
+    others = [layout for layout in layouts if any(names.has(part.name) for part in layout if part.name not in usual)]
+    candidates = others or layouts
+    return next((layout for layout in candidates if all(names.holds(part.spec) for part in layout)), candidates[0])
 
 
 def _piece(names: Names, part: Part) -> Piece | None:

@@ -28,8 +28,12 @@ class Plan(PlanFields):
             raise PlanError(f"a plan has no field {', '.join(unknown)}; its fields are {', '.join(field_names())}")
         return dataclasses.replace(self, **changes)
 
+    def to_dict(self) -> dict:
+        """The JSON form, with its version."""
+        return {"version": VERSION} | dataclasses.asdict(self)
+
     def to_json(self) -> str:
-        return json.dumps({"version": VERSION} | dataclasses.asdict(self), indent=2)
+        return json.dumps(self.to_dict(), indent=2)
 
     @staticmethod
     def from_json(text: str) -> "Plan":

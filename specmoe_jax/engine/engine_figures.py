@@ -1,6 +1,5 @@
 """What an engine has done since it was made, counted, and the figures of it."""
 
-import dataclasses
 import resource
 
 from specmoe_jax.config.plan import Plan
@@ -78,7 +77,7 @@ class EngineFigures:
             "peak_accelerator_bytes": peak_accelerator_bytes,
             "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "draft_set": self._draft_set,
-            "plan": dataclasses.asdict(self._plan),
+            "plan": self._plan.to_dict(),
         }
 
     def _on_demand_bytes(self) -> int:

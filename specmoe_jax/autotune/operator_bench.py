@@ -1,4 +1,4 @@
-"""Times the engine's compiled pieces alone and warm, a few shapes each (profiling.py)."""
+"""Times the engine's compiled pieces alone and warm, a few shapes each (profile.py)."""
 
 import functools
 import statistics

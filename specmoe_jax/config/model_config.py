@@ -56,7 +56,7 @@ class ModelConfig:
 
     @functools.cached_property
     def moe_layers(self) -> tuple[int, ...]:
-        """Layers that have experts. Residency, votes and expert stores count these only, from 0."""
+        """Layers that have experts. Residency, usage scores and expert stores count these only, from 0."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.router is not None)
 
     @functools.cached_property

@@ -25,7 +25,7 @@ def prefill(
     """All tokens of each prompt but its last, which is the input of the first step.
 
     prompts: B token tuples, ragged; an empty one is a padding row. The draft set after the prefill is chosen
-    by the votes of the whole prompt, not of its last chunk. draft_memory: of a FeatureDraft, which observes every chunk.
+    by the routing of the whole prompt, not of its last chunk. draft_memory: of a FeatureDraft, which observes every chunk.
     on_chunk: called with the positions of each chunk done.
     """
     counts = np.array([max(len(prompt) - 1, 0) for prompt in prompts], np.int32)

@@ -76,6 +76,7 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
         start=np.array([len(tokens) for tokens in state.generated]),
         context=int(state.lengths[active].sum()),
         drafted=length,
+        positions=drafted.proposal.tokens.shape[1] + 1,
         draft_moves=moves,
         draft_on_cpu=rows_on_cpu(state),
         verify=verified.info,

@@ -103,7 +103,7 @@ class ExpertStore:
     ) -> tuple[jax.Array, tuple[Arriving, ...]]:
         """Starts the copies (layer, expert, slot), in that order. The pool is consumed (donated).
 
-        -> pool and what is now on its way, which `land` writes; waits for the oldest where there is no room for more.
+        -> pool and what is now on its way, which `finish_copies` writes; waits for the oldest where there is no room for more.
         """
         blocks = self.tier.blocks([(layer, expert) for layer, expert, _ in copies])
         for (_, _, slot), block in zip(copies, blocks, strict=True):

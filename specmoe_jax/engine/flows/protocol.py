@@ -1,4 +1,7 @@
-"""What the engine asks of an expert flow and of the KV cache's tier. One module of this folder a flow; kv_tiers.py: the tiers."""
+"""What the engine asks of an expert flow and of the KV cache's tier.
+
+The flows are resident.py, on_demand.py and stream.py; the tiers are in kv_tiers.py. The other modules are parts of them.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar

@@ -95,7 +95,7 @@ def draft_chain(logits: jax.Array, view: DraftView, feature: jax.Array, advance:
 
 @functools.partial(jax.jit, donate_argnums=1)
 def _observe(head: EagleHead, memory: EagleMemory, rows, following, features, lengths, num_new) -> EagleMemory:
-    """See speculate.draft.FeatureDraft."""
+    """See speculate.drafts.protocol.FeatureDraft."""
     with jax.named_scope("eagle_observe"):
         feature = eagle.fuse(head, features.astype(head.weights.fc.dtype))
         predicted, kv = eagle.forward(head, following, feature, memory.kv, rows, lengths, num_new)

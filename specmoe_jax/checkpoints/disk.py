@@ -13,7 +13,7 @@ from specmoe_jax.support.errors import PlanError
 
 
 @dataclasses.dataclass(frozen=True)
-class DiskExperts(Sequence):
+class DiskExperts(Sequence["DiskLayer"]):
     """The experts of a model in the place of Model.experts: `experts[layer][expert]` brings the block when it is asked for.
 
     Such a block is mapped where the layout allows it (convert.py), else read and converted, and not kept. The files must
@@ -69,7 +69,7 @@ class DiskExperts(Sequence):
 
 
 @dataclasses.dataclass(frozen=True)
-class DiskLayer(Sequence):
+class DiskLayer(Sequence[jax.Array]):
     """One layer of DiskExperts."""
 
     sources: tuple[ExpertSource, ...]

@@ -1,5 +1,6 @@
 """A directory with an EAGLE head -> EagleHead: every tensor expected, none left over (other engines lose fc.bias silently)."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -52,9 +53,10 @@ def load_head(path_or_name: str, model: Model) -> EagleHead:
     if embedding is not None:
         _check_embedding(embedding, model)
     weights = _read(stored, model.dtype)
-    if config.fused:
+    if config.draft_vocab_size is not None:
         ids = np.arange(config.draft_vocab_size, dtype=np.int32)
-        weights = weights.replace(to_target=jnp.asarray(ids if tables is None else _to_target(*tables, model.config.vocab_size)))
+        table = ids if tables is None else _to_target(tables["d2t"], tables["t2d"], model.config.vocab_size)
+        weights = dataclasses.replace(weights, to_target=jnp.asarray(table))
     return eagle.attach(config, weights, model)
 
 
@@ -92,7 +94,7 @@ def head_path(path_or_name: str) -> pathlib.Path:
     return path
 
 
-def _read(stored, dtype: str) -> EagleWeights:
+def _read(stored, dtype: str) -> EagleWeights[jax.Array]:
     def read(tensor: StoredTensor) -> jax.Array:
         return jax.device_put(read_tensor(tensor, dtype, check_finite=True))
 
@@ -114,12 +116,13 @@ def _check_embedding(tensor: StoredTensor, model: Model) -> None:
         )
 
 
-def _tables(names: Names, config: EagleConfig, vocab_size: int) -> tuple[StoredTensor | None, ...] | None:
+def _tables(names: Names, config: EagleConfig, vocab_size: int) -> dict[str, StoredTensor] | None:
     """d2t and t2d, by name and shape; neither where the head has the whole vocabulary and the file leaves them out."""
     if config.draft_vocab_size == vocab_size and not (names.has("d2t") or names.has("t2d")):
         return None
-    shapes = {"d2t": config.draft_vocab_size, "t2d": vocab_size}
-    return tuple(names.take(TensorSpec(name, (size,)), integers=tuple(INTEGERS)) for name, size in shapes.items())
+    assert config.draft_vocab_size is not None  # an EAGLE-3 head
+    specs = TensorSpec("d2t", (config.draft_vocab_size,)), TensorSpec("t2d", (vocab_size,))
+    return names.take_all(specs, integers=tuple(INTEGERS))
 
 
 def _to_target(d2t: StoredTensor, t2d: StoredTensor, vocab_size: int) -> np.ndarray:

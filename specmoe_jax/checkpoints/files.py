@@ -163,7 +163,7 @@ class Reader:
 
     def read_into(self, out: np.ndarray, first: int) -> None:
         """Fills a contiguous array with `out.nbytes` bytes of the tensor, from its byte `first` on."""
-        target = memoryview(out.reshape(-1).view(np.uint8))
+        target = out.reshape(-1).view(np.uint8).data
         try:
             self._file.seek(self._tensor.entry.start + first)
             while target.nbytes:

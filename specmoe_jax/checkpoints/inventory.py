@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE, Checkpoint, StoredTensor
@@ -62,16 +62,15 @@ def take_inventory(config: ModelConfig, checkpoint: Checkpoint) -> Inventory:
         )
     specs = family_of(config).weight_specs(config)
     names = Names(checkpoint, canonical=_without_mtp(config, checkpoint))
-    weights = {spec.name: names.take(spec) for spec in spec_leaves(specs)}
+    weights = names.take_all(spec_leaves(specs))
     names.raise_if_missing()  # the router's shape has now confirmed the number of experts that is counted to next
-    experts = tuple(
-        tuple(expert_source(config, names, moe, expert) for expert in range(config.num_experts))
-        for moe in range(config.num_expert_layers)
-    )
+    experts = tuple(layer_sources(config, names, moe) for moe in range(config.num_expert_layers))
     names.raise_if_missing()
-    copies = tuple(names.take_copy(name, specs.embed) for name in _copies_of_embedding(config) if names.has(name))
+    copies = names.take_all(specs.embed._replace(name=name) for name in _copies_of_embedding(config) if names.has(name))
     names.raise_if_unused()
-    return Inventory(weights=weights, experts=experts, left_out=names.left_out, copies=copies, embedding=specs.embed.name)
+    return Inventory(
+        weights=weights, experts=experts, left_out=names.left_out, copies=tuple(copies.values()), embedding=specs.embed.name
+    )
 
 
 def check_copies(inventory: Inventory) -> None:
@@ -121,15 +120,15 @@ class Names:
 
     def __init__(self, checkpoint: Checkpoint, *, canonical: Callable[[str], str | None] = str):
         self._file = _file(checkpoint)
-        used = {name: tensor for name, tensor in checkpoint.tensors.items() if canonical(name) is not None}
+        used = {name: own for name in checkpoint.tensors if (own := canonical(name)) is not None}
         self.left_out = tuple(name for name in checkpoint.tensors if name not in used and not name.endswith(BUFFERS))
         if len(used) < len(checkpoint.tensors):
             _log.debug("%s: not used on purpose: %s", self._file, quote_list(sorted(set(checkpoint.tensors) - set(used)), 1 << 20))
-        self._tensors = {canonical(name): tensor for name, tensor in used.items()}
+        self._tensors = {own: checkpoint.tensors[name] for name, own in used.items()}
         self._missing: dict[str, None] = {}  # an ordered set
         self._unused = {name for name in self._tensors if not name.startswith(PADDING_PREFIX)}
         if len(self._tensors) < len(used):
-            twice = [name for name in used if canonical(name) != name and canonical(name) in used]
+            twice = [name for name, own in used.items() if own != name and own in used]
             raise CheckpointError(f"{self._file}: tensor {quote_list(twice)}: stored under two names; expected one")
 
     def has(self, name: str) -> bool:
@@ -163,9 +162,10 @@ class Names:
             raise CheckpointError(f"{tensor.where}: dtype is {tensor.entry.dtype}; MXFP4 is stored as U8")
         return tensor
 
-    def take_copy(self, name: str, spec: TensorSpec) -> StoredTensor | None:
-        """A tensor that repeats the one of a spec, under another name."""
-        return self.take(spec._replace(name=name))
+    def take_all(self, specs: Iterable[TensorSpec], *, integers: tuple[str, ...] = ()) -> dict[str, StoredTensor]:
+        """By name the tensors of those specs that have one; the others are remembered as missing."""
+        taken = {spec.name: self.take(spec, integers=integers) for spec in specs}
+        return {name: tensor for name, tensor in taken.items() if tensor is not None}
 
     def raise_if_missing(self) -> None:
         if self._missing:
@@ -185,15 +185,22 @@ class Names:
             )
 
 
+def layer_sources(config: ModelConfig, names: Names, moe: int) -> tuple[ExpertSource, ...]:
+    """Of the moe-th layer that has experts, those experts of which nothing is missing."""
+    sources = [expert_source(config, names, moe, expert) for expert in range(config.num_experts)]
+    return tuple(source for source in sources if source is not None)
+
+
 def expert_source(config: ModelConfig, names: Names, moe: int, expert: int) -> ExpertSource | None:
     """Of the moe-th layer that has experts: our block where the checkpoint has it, else one of the family's layouts."""
     shape = config.experts.block_shape
     if names.has(block_name(moe, expert)):
         block = names.take(TensorSpec(block_name(moe, expert), shape))
+        assert block is not None
         return ExpertSource(pieces=((whole(block), lambda block: block),), block_shape=shape, mapped=True)
     layout = _stored_layout(names, family_of(config).expert_layouts(config, config.expert_layers[moe], expert))
-    pieces = [(_piece(names, part), part.view) for part in layout]
-    return None if any(piece is None for piece, _ in pieces) else ExpertSource(pieces=tuple(pieces), block_shape=shape)
+    pieces = tuple((piece, part.view) for part in layout if (piece := _piece(names, part)) is not None)
+    return None if len(pieces) < len(layout) else ExpertSource(pieces=pieces, block_shape=shape)
 
 
 def _stored_layout(names: Names, layouts: tuple[Layout, ...]) -> Layout:
@@ -209,12 +216,13 @@ def _stored_layout(names: Names, layouts: tuple[Layout, ...]) -> Layout:
 
 def _piece(names: Names, part: Part) -> Piece | None:
     """What a part says of a stored tensor; None when it is missing."""
-    packed = part.scales is not None
-    tensor = names.take(part.spec, packed=packed)
-    scales = names.take(part.scales, packed=True) if packed else None
-    if tensor is None or (packed and scales is None):
+    tensor = names.take(part.spec, packed=part.scales is not None)
+    if part.scales is None:
+        return None if tensor is None else _entry(tensor, part.index)
+    scales = names.take(part.scales, packed=True)
+    if tensor is None or scales is None:
         return None
-    return _entry(tensor, part.index)._replace(scales=_entry(scales, part.index) if packed else None)
+    return _entry(tensor, part.index)._replace(scales=_entry(scales, part.index))
 
 
 def _entry(tensor: StoredTensor, index: int | None) -> Piece:

@@ -136,7 +136,7 @@ def with_end_tokens(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelCo
     return config if tokenizer is None else dataclasses.replace(config, eos_token_ids=tokenizer.eos_token_ids)
 
 
-def _read_weights(config: ModelConfig, inventory: Inventory, dtype: str, check_finite: bool, shown) -> Weights:
+def _read_weights(config: ModelConfig, inventory: Inventory, dtype: str, check_finite: bool, shown) -> Weights[jax.Array]:
     check_copies(inventory)
 
     def weight(spec):
@@ -177,6 +177,7 @@ def force_first_token(config: ModelConfig, token_id: int) -> ModelConfig:
     """The config of an encoder-decoder that begins with this token (forced_bos_token_id: the target language)."""
     if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < config.vocab_size:
         raise CheckpointError(f"forced_bos_token_id is {quote(str(token_id))}; expected 0 to {config.vocab_size - 1}")
+    assert config.encoder is not None
     encoder = dataclasses.replace(config.encoder, start=(config.encoder.start[0], token_id))
     return dataclasses.replace(config, encoder=encoder)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from specmoe_jax.checkpoints.files import Checkpoint, StoredTensor, open_checkpoint
-from specmoe_jax.checkpoints.inventory import Names, canonical_names, expert_source, further_prefixes
+from specmoe_jax.checkpoints.inventory import Names, canonical_names, further_prefixes, layer_sources
 from specmoe_jax.checkpoints.tensors import ExpertSource, read_expert, read_tensor
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models import mtp
@@ -34,9 +34,9 @@ def find_mtp(path: pathlib.Path, config: ModelConfig, checkpoint: Checkpoint | N
     Raises CheckpointError, one line, where there is none, or not all of it.
     """
     names = _names(config, checkpoint or open_checkpoint(path))
-    stored = {spec.name: names.take(spec) for spec in spec_leaves(mtp.weight_specs(config))}
+    stored = names.take_all(spec_leaves(mtp.weight_specs(config)))
     whole = mtp.extended(config)
-    experts = tuple(expert_source(whole, names, whole.num_expert_layers - 1, expert) for expert in range(whole.num_experts))
+    experts = layer_sources(whole, names, whole.num_expert_layers - 1)
     names.raise_if_missing()
     names.raise_if_unused()
     return MtpTensors(weights=stored, experts=experts)

@@ -183,6 +183,7 @@ def _convert(out: np.ndarray, chunk: np.ndarray) -> None:
 
 def _fill_mxfp4(out: np.ndarray, piece: Piece) -> None:
     """Reads and decodes codes and scales into `out` of as many values, in order."""
+    assert piece.scales is not None
     _, groups, group_bytes = piece.shape
     inner = math.prod(out.shape[1:-1])  # stored rows to an entry of the first axis
     entries = max(1, CHUNK_BYTES // (4 * math.prod(out.shape[1:])))

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ class Model:
 
     config: ModelConfig
     weights: Weights[jax.Array]
-    experts: tuple[tuple[jax.Array, ...], ...]
+    experts: Sequence[Sequence[jax.Array]]
     tokenizer: Any
     dtype: str
     synthetic: tuple[str, ...] = ()

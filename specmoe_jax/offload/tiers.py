@@ -1,7 +1,7 @@
 """Where the expert store takes its blocks from: host memory that holds all, or a disk with host memory as a cache above it."""
 
 import concurrent.futures
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -64,7 +64,7 @@ class HostTier:
 
     counts = TierCounts()
 
-    def __init__(self, experts: tuple[tuple[jax.Array, ...], ...]):
+    def __init__(self, experts: Sequence[Sequence[jax.Array]]):
         self._experts = experts
         self.shape, self.dtype = experts[0][0].shape, experts[0][0].dtype
         self.num_layers, self.num_experts = len(experts), sum(map(len, experts))

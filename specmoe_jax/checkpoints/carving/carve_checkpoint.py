@@ -152,20 +152,23 @@ def _write_layers(
     for layer in tqdm.trange(config.num_layers, desc="carve", unit="layer", disable=None if progress else True):
         names = specs.layers[layer]
         weights = map_specs(lambda spec: _dense_tensor(dense, spec), _attention_of(names))
-        mlp = MlpWeights(*(dense.tensor(f"model.layers.{layer}.mlp.{name}_proj.weight") for name in ("gate", "up", "down")))
+        mlp: MlpWeights[np.ndarray] = MlpWeights(
+            *(dense.tensor(f"model.layers.{layer}.mlp.{name}_proj.weight") for name in ("gate", "up", "down"))
+        )
         inputs = [[attend(weights, h) for h in text] for text in texts]  # (residual [B, T, M], the MLP's input)
         x = np.concatenate([np.asarray(x).reshape(-1, config.hidden_size) for _, x in inputs[0]])
         carved = carve(x, np.asarray(_hidden(mlp, x)), mlp.down, sizes)
         owners |= _write(folder, layer + 1, config, _layer_tensors(config, layer, names, weights, mlp, carved, sizes), dtype)
-        texts = [[h + layers.mlp(mlp, x) for h, x in text] for text in inputs]
+        mlp_arrays = jax.tree.map(jnp.asarray, mlp)
+        texts = [[h + layers.mlp(mlp_arrays, x) for h, x in text] for text in inputs]
     write_index(folder, owners, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
     norm, head = dense.tensor(specs.final_norm.name), dense.tensor(outer[-1].name) if specs.lm_head else embed
     ends = zip(texts[1], _batches(measured), strict=True)
     return perplexity(np.asarray(_losses(config.norm_eps, norm, head, h, tokens)) for h, tokens in ends)
 
 
-def _attention_of(names: LayerWeights) -> LayerWeights:
-    return names.replace(router=None, mlp=None, shared_gate=None)
+def _attention_of(names: LayerWeights[TensorSpec]) -> LayerWeights[TensorSpec]:
+    return dataclasses.replace(names, router=None, mlp=None, shared_gate=None)
 
 
 def _dense_tensor(dense: DenseModel, spec: TensorSpec) -> np.ndarray:
@@ -174,7 +177,7 @@ def _dense_tensor(dense: DenseModel, spec: TensorSpec) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _attend(config: LayerConfig, weights: LayerWeights, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _attend(config: LayerConfig, weights: LayerWeights[jax.Array], h: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Attention of a dense layer over whole sequences h [B, T, M]. -> the residual after it, the input of its MLP."""
     config = dataclasses.replace(config, router=None, experts=None)
     batch, length, _ = h.shape
@@ -185,8 +188,9 @@ def _attend(config: LayerConfig, weights: LayerWeights, h: jax.Array) -> tuple[j
 
 
 @jax.jit
-def _hidden(mlp: MlpWeights, x: jax.Array) -> jax.Array:
+def _hidden(mlp: MlpWeights[jax.Array], x: jax.Array) -> jax.Array:
     """[n, N], the activations of the neurons."""
+    assert mlp.gate is not None
     return jax.nn.silu(layers.linear(x, mlp.gate)) * layers.linear(x, mlp.up)
 
 
@@ -199,7 +203,8 @@ def _layer_tensors(
     config: ModelConfig, layer: int, names: LayerWeights, weights: LayerWeights, mlp: MlpWeights, carved: Carved, sizes: Sizes
 ) -> dict[str, np.ndarray]:
     """Every tensor of a carved layer under its name in the checkpoint."""
-    arrays = weights.replace(
+    arrays = dataclasses.replace(
+        weights,
         router=carved.router,
         mlp=_cut(mlp, carved.shared, times=2),
         shared_gate=np.zeros((1, config.hidden_size), np.float32),
@@ -212,8 +217,9 @@ def _layer_tensors(
     return tensors
 
 
-def _cut(mlp: MlpWeights, neurons: np.ndarray, *, times: float) -> MlpWeights:
+def _cut(mlp: MlpWeights[np.ndarray], neurons: np.ndarray, *, times: float) -> MlpWeights[np.ndarray]:
     """The MLP of these neurons alone; `times` undoes the weight that its output gets."""
+    assert mlp.gate is not None
     return MlpWeights(gate=mlp.gate[neurons], up=mlp.up[neurons], down=mlp.down[:, neurons] * np.float32(times))
 
 
@@ -230,7 +236,7 @@ def _write(folder: pathlib.Path, part: int, config: ModelConfig, tensors: dict[s
 
 def _perplexity_of_written(folder: pathlib.Path, dtype: str, measured: np.ndarray) -> float:
     model = load_model(str(folder), dtype=dtype)
-    return perplexity(np.asarray(token_losses(model.logits(batch), batch)) for batch in _batches(measured))
+    return perplexity(np.asarray(token_losses(model.logits(batch), jnp.asarray(batch))) for batch in _batches(measured))
 
 
 def _batches(tokens: np.ndarray) -> list[np.ndarray]:

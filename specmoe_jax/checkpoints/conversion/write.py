@@ -7,7 +7,7 @@ import os
 import pathlib
 import struct
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -86,7 +86,8 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _header(outputs: list[Output], metadata: dict[str, str]) -> bytes:
-    entries, at = {"__metadata__": metadata}, 0
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    at = 0
     for output in outputs:
         entries[output.name] = {
             "dtype": STORED_NAMES[output.dtype],

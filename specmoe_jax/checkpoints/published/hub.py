@@ -49,7 +49,7 @@ def download(name: str) -> pathlib.Path:
             f"model {name}: no such directory, and not in {cache_folder()}; pip install specmoe_jax[hub] lets it be downloaded"
         ) from None
     try:
-        files = [file.rfilename for file in huggingface_hub.HfApi().model_info(name).siblings]
+        files = [file.rfilename for file in huggingface_hub.HfApi().model_info(name).siblings or []]
         return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=[*SIDE_FILES, *weight_files(files)]))
     except Exception as e:  # whatever a network, a disk or a server does
         raise CheckpointError(f"model {name}: no such directory, and its download failed: {_reason(name, e)}") from None

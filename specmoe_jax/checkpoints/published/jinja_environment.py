@@ -19,13 +19,13 @@ def compile_template(source: str):
 
 def _environment():
     try:
-        import jinja2
-        from jinja2.ext import loopcontrols
+        from jinja2 import nodes
+        from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
         raise RequestError("a chat template needs jinja2; install it: pip install specmoe_jax[chat]") from None
 
-    class Generation(jinja2.ext.Extension):
+    class Generation(Extension):
         """{% generation %} marks the answers, which training asks for; here it changes nothing."""
 
         tags = {"generation"}  # noqa: RUF012 (Jinja's own form)
@@ -33,7 +33,7 @@ def _environment():
         def parse(self, parser):
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
+            return nodes.Scope(body, lineno=line)
 
     options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [loopcontrols, Generation]}
     environment = ImmutableSandboxedEnvironment(**options)

@@ -47,7 +47,7 @@ def read_quantisation(path: pathlib.Path, checkpoint: Checkpoint | None = None) 
 
 def from_config(raw: dict) -> Quantisation | None:
     """What a config.json says, of itself or of its text part."""
-    text = raw.get("text_config") if isinstance(raw.get("text_config"), dict) else {}
+    text = _object(raw, "text_config")
     keys = ("quantization_config", "compression_config")
     found = next((holder[key] for holder in (raw, text) for key in keys if holder.get(key)), None)
     if found is None:
@@ -92,23 +92,30 @@ def check_quantisation(path: pathlib.Path, config: ModelConfig, checkpoint: Chec
 def stored_bytes(path: pathlib.Path, config: ModelConfig, quantisation: Quantisation | None) -> int | None:
     """What the weights take on disk by config.json alone; None where it leaves open how many bits a quantised weight takes."""
     raw = read_json(path / "config.json")
-    text = raw.get("text_config") if isinstance(raw.get("text_config"), dict) else {}
+    text = _object(raw, "text_config")
     named = raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
     plain = TYPE_BYTES.get(str(named).removeprefix("torch."), 2)
-    if quantisation is not None and quantisation.bits is None:
+    bits = None if quantisation is None else quantisation.bits
+    if quantisation is not None and bits is None:
         return None
-    total, bits = 0.0, None if quantisation is None else quantisation.bits
+    total, quantised = 0.0, plain if bits is None else bits / 8
     specs = spec_leaves(family_of(config).weight_specs(config))
     for spec in specs:
         packed = quantisation is not None and _is_quantised(spec, quantisation.skipped)
-        total += spec.size * (bits / 8 if packed else plain)
+        total += spec.size * (quantised if packed else plain)
     for layer in config.expert_layers:
         parts = family_of(config).expert_layouts(config, layer, 0)[0]
         for part in parts:
             share = config.num_experts if part.index is None else 1
             packed = quantisation is not None and _is_quantised(part.spec, quantisation.skipped, expert=part.index is not None)
-            total += share * part.spec.size * (bits / 8 if packed else plain)
+            total += share * part.spec.size * (quantised if packed else plain)
     return int(total)
+
+
+def _object(raw: dict, key: str) -> dict:
+    """What stands under a key, where it is an object; else an empty one."""
+    found = raw.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def _is_quantised(spec: TensorSpec, skipped: Collection[str], *, expert: bool = False) -> bool:
@@ -160,7 +167,7 @@ def _awq(raw: dict, source: str) -> Quantisation:
 
 def _compressed(raw: dict, source: str) -> Quantisation:
     """compressed-tensors: the weights of the first group of layers, and how they are laid out."""
-    groups = raw.get("config_groups") if isinstance(raw.get("config_groups"), dict) else {}
+    groups = _object(raw, "config_groups")
     weights = next((g["weights"] for g in groups.values() if isinstance(g, dict) and isinstance(g.get("weights"), dict)), {})
     layout = str(raw.get("format"))
     scale = 8 if "fp4" in layout else 16  # bits of a group's scale

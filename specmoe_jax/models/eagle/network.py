@@ -100,7 +100,10 @@ def finish(head: EagleHead, h: jax.Array, attended: jax.Array) -> jax.Array:
     new = h.shape[1]
     config, weights = head.config, head.weights
     out = layers.post_attention(config.layer, weights.layer, h, attended[:, -new:], jnp.ones(h.shape[:2], bool))[0]
-    return rms_norm(out, weights.norm, config.layer.norm_eps) if config.norm_output else out
+    if not config.norm_output:
+        return out
+    assert weights.norm is not None
+    return rms_norm(out, weights.norm, config.layer.norm_eps)
 
 
 def forward(

@@ -5,7 +5,7 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.published import naming
 from specmoe_jax.models.published.config_json import number, require, show, size
 from specmoe_jax.models.published.parse import first_dense, latent_attention, limited_to_groups, model_config, query_rank
-from specmoe_jax.models.spec import LayerWeights, Weights
+from specmoe_jax.models.spec import LayerWeights, TensorSpec, Weights
 from specmoe_jax.support.errors import CheckpointError
 
 ARCHITECTURE = "DeepseekV2ForCausalLM"
@@ -35,7 +35,7 @@ def parse_config(raw: dict) -> ModelConfig:
     )
 
 
-def weight_specs(config: ModelConfig) -> Weights:
+def weight_specs(config: ModelConfig) -> Weights[TensorSpec]:
     """Specs of everything but the routed experts, in checkpoint names."""
     return naming.model_specs(config, _layer_specs)
 
@@ -60,6 +60,6 @@ def _router(raw: dict) -> RouterConfig:
     return limited_to_groups(raw, router, best=1)
 
 
-def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights:
+def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights[TensorSpec]:
     router, mlp = naming.router_spec(config, layer), naming.shared_expert_specs(config, layer)
     return naming.latent_specs(config, layer, router=router, mlp=mlp)

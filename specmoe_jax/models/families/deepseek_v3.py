@@ -4,7 +4,7 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.published import naming
 from specmoe_jax.models.published.config_json import require, size
 from specmoe_jax.models.published.parse import biased_router, first_dense, latent_attention, model_config, mtp_layers, query_rank
-from specmoe_jax.models.spec import LayerWeights, Weights
+from specmoe_jax.models.spec import LayerWeights, TensorSpec, Weights
 
 ARCHITECTURE = "DeepseekV3ForCausalLM"
 WRAPPERS = ("KimiK25ForConditionalGeneration",)
@@ -38,7 +38,7 @@ def latent_model(raw: dict, *, family: str, dense: frozenset[int], scaling: floa
     )
 
 
-def weight_specs(config: ModelConfig) -> Weights:
+def weight_specs(config: ModelConfig) -> Weights[TensorSpec]:
     """Specs of everything but the routed experts, in checkpoint names."""
     return naming.model_specs(config, _layer_specs)
 
@@ -48,7 +48,7 @@ def canonical_name(name: str) -> str | None:
     return None if name.startswith(("vision_tower.", "mm_projector.")) else name.removeprefix("language_model.")
 
 
-def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights:
+def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights[TensorSpec]:
     return naming.latent_specs(
         config,
         layer,

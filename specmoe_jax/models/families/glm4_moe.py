@@ -4,7 +4,7 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.published import naming
 from specmoe_jax.models.published.config_json import flag, require, size
 from specmoe_jax.models.published.parse import biased_router, first_dense, grouped_attention, model_config, mtp_layers
-from specmoe_jax.models.spec import LayerWeights, Weights
+from specmoe_jax.models.spec import LayerWeights, TensorSpec, Weights
 
 ARCHITECTURE = "Glm4MoeForCausalLM"
 
@@ -30,7 +30,7 @@ def parse_config(raw: dict) -> ModelConfig:
     )
 
 
-def weight_specs(config: ModelConfig) -> Weights:
+def weight_specs(config: ModelConfig) -> Weights[TensorSpec]:
     """Specs of everything but the routed experts, in checkpoint names."""
     return naming.model_specs(config, _layer_specs)
 
@@ -39,7 +39,7 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights:
+def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights[TensorSpec]:
     attention = config.layers[layer].attention
     norms = naming.qk_norm_specs(config, layer, full=False) if attention.qk_norm else {}
     return naming.attention_specs(

@@ -47,7 +47,7 @@ def parse_config(raw: dict) -> ModelConfig:
     )
 
 
-def weight_specs(config: ModelConfig) -> Weights:
+def weight_specs(config: ModelConfig) -> Weights[TensorSpec]:
     """Specs of everything but the experts, in checkpoint names."""
     return naming.model_specs(config, _layer_specs)
 
@@ -106,7 +106,7 @@ def _packed_part(name: str, shape: tuple[int, int, int], view, expert: int) -> P
     )
 
 
-def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights:
+def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights[TensorSpec]:
     prefix, num_heads = f"model.layers.{layer}", config.layers[layer].attention.num_heads
     return naming.attention_specs(
         config,

@@ -7,7 +7,7 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.published import naming
 from specmoe_jax.models.published.config_json import positive, require, size
 from specmoe_jax.models.published.parse import grouped_attention, model_config
-from specmoe_jax.models.spec import LayerWeights, Layout, Weights
+from specmoe_jax.models.spec import LayerWeights, Layout, TensorSpec, Weights
 
 ARCHITECTURE = "GraniteMoeForCausalLM"
 
@@ -43,7 +43,7 @@ def parse_config(raw: dict) -> ModelConfig:
     )
 
 
-def weight_specs(config: ModelConfig) -> Weights:
+def weight_specs(config: ModelConfig) -> Weights[TensorSpec]:
     """Specs of everything but the experts, in checkpoint names."""
     return naming.model_specs(config, _layer_specs)
 
@@ -62,5 +62,5 @@ def canonical_name(name: str) -> str:
     return name.replace(".block_sparse_moe.router.weight", ".block_sparse_moe.router.layer.weight")
 
 
-def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights:
+def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights[TensorSpec]:
     return naming.attention_specs(config, layer, router=naming.router_spec(config, layer, "block_sparse_moe.router.layer"))

@@ -17,7 +17,7 @@ from specmoe_jax.models.published.config_json import (
     window,
 )
 from specmoe_jax.models.published.parse import grouped_attention, model_config
-from specmoe_jax.models.spec import LayerWeights, Layout, Weights
+from specmoe_jax.models.spec import LayerWeights, Layout, TensorSpec, Weights
 from specmoe_jax.support.errors import CheckpointError
 
 ARCHITECTURE = "Llama4ForCausalLM"
@@ -59,7 +59,7 @@ def parse_config(raw: dict) -> ModelConfig:
     )
 
 
-def weight_specs(config: ModelConfig) -> Weights:
+def weight_specs(config: ModelConfig) -> Weights[TensorSpec]:
     """Specs of everything but the routed experts, in checkpoint names."""
     return naming.model_specs(config, _layer_specs)
 
@@ -100,7 +100,7 @@ def _moe_layers(raw: dict, count: int) -> frozenset[int]:
     return frozenset(layers)
 
 
-def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights:
+def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights[TensorSpec]:
     dense = config.layers[layer].router is None
     return naming.attention_specs(
         config,

@@ -6,7 +6,7 @@ from specmoe_jax.models.families import mixtral
 from specmoe_jax.models.published import naming
 from specmoe_jax.models.published.config_json import require, size
 from specmoe_jax.models.published.parse import grouped_attention, model_config
-from specmoe_jax.models.spec import LayerWeights, Weights
+from specmoe_jax.models.spec import LayerWeights, TensorSpec, Weights
 
 ARCHITECTURE = "MiniMaxM2ForCausalLM"
 
@@ -41,7 +41,7 @@ def parse_config(raw: dict) -> ModelConfig:
     )
 
 
-def weight_specs(config: ModelConfig) -> Weights:
+def weight_specs(config: ModelConfig) -> Weights[TensorSpec]:
     """Specs of everything but the experts, in checkpoint names."""
     return naming.model_specs(config, _layer_specs)
 
@@ -51,7 +51,7 @@ def canonical_name(name: str) -> str:
     return mixtral.canonical_name(name).replace(".mlp.e_score", ".block_sparse_moe.e_score")
 
 
-def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights:
+def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights[TensorSpec]:
     return naming.attention_specs(
         config,
         layer,

@@ -54,7 +54,7 @@ def config_json(config: ModelConfig, dtype: str) -> dict:
     }
 
 
-def weight_specs(config: ModelConfig) -> Weights:
+def weight_specs(config: ModelConfig) -> Weights[TensorSpec]:
     """Specs of everything but the experts, in checkpoint names."""
     return naming.model_specs(config, _layer_specs)
 
@@ -78,5 +78,5 @@ def canonical_name(name: str) -> str:
     return name.replace(".mlp.gate.", ".block_sparse_moe.gate.")  # the router's, where experts are fused
 
 
-def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights:
+def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights[TensorSpec]:
     return naming.attention_specs(config, layer, router=naming.router_spec(config, layer, "block_sparse_moe.gate"))

@@ -72,10 +72,11 @@ def parse_config(raw: dict) -> ModelConfig:
     )
 
 
-def weight_specs(config: ModelConfig) -> Weights:
+def weight_specs(config: ModelConfig) -> Weights[TensorSpec]:
     """Specs of everything but the experts, in checkpoint names."""
     hidden = config.hidden_size
     decoder = tuple(_layer_specs(config, i) for i in range(config.num_layers))
+    assert config.encoder is not None
     encoder = tuple(_layer_specs(config, config.num_layers + i) for i in range(len(config.encoder.layers)))
     norms = {name: _affine_specs(f"model.{name}.layer_norm", (hidden,), "ones") for name in ("decoder", "encoder")}
     return Weights(
@@ -154,7 +155,7 @@ def _layer_prefix(config: ModelConfig, layer: int) -> str:
     return f"model.decoder.layers.{layer}" if own else f"model.encoder.layers.{layer - config.num_layers}"
 
 
-def _layer_specs(config: ModelConfig, index: int) -> LayerWeights:
+def _layer_specs(config: ModelConfig, index: int) -> LayerWeights[TensorSpec]:
     prefix, layer, hidden = _layer_prefix(config, index), config.all_layers[index], config.hidden_size
     input_norm, input_norm_bias = _affine_specs(f"{prefix}.self_attn_layer_norm", (hidden,), "ones")
     post_norm, post_norm_bias = _affine_specs(f"{prefix}.ff_layer_norm", (hidden,), "ones")
@@ -177,12 +178,12 @@ def _projections(module: str, hidden: int) -> dict[str, TensorSpec]:
     return specs
 
 
-def _cross_specs(prefix: str, hidden: int) -> CrossWeights:
+def _cross_specs(prefix: str, hidden: int) -> CrossWeights[TensorSpec]:
     norm, norm_bias = _affine_specs(f"{prefix}.cross_attention_layer_norm", (hidden,), "ones")
     return CrossWeights(norm=norm, norm_bias=norm_bias, **_projections(f"{prefix}.cross_attention", hidden))
 
 
-def _mlp_specs(module: str, width: int, hidden: int) -> MlpWeights:
+def _mlp_specs(module: str, width: int, hidden: int) -> MlpWeights[TensorSpec]:
     up, up_bias = _affine_specs(f"{module}.fc1", (width, hidden))
     down, down_bias = _affine_specs(f"{module}.fc2", (hidden, width))
     return MlpWeights(gate=None, up=up, up_bias=up_bias, down=down, down_bias=down_bias)

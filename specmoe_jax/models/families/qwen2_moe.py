@@ -42,7 +42,7 @@ def parse_config(raw: dict) -> ModelConfig:
     )
 
 
-def weight_specs(config: ModelConfig) -> Weights:
+def weight_specs(config: ModelConfig) -> Weights[TensorSpec]:
     """Specs of everything but the routed experts, in checkpoint names."""
     return naming.model_specs(config, _layer_specs)
 
@@ -62,7 +62,7 @@ def _sliding_layers(raw: dict) -> frozenset[int]:
     return frozenset(i for i, kind in enumerate(types) if kind == "sliding_attention")
 
 
-def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights:
+def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights[TensorSpec]:
     if config.layers[layer].router is None:
         return naming.attention_specs(config, layer, qkv_bias=True, mlp=naming.mlp_specs(config, layer, "mlp"))
     return naming.attention_specs(

@@ -5,7 +5,7 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.published import naming
 from specmoe_jax.models.published.config_json import flag, require, size, window
 from specmoe_jax.models.published.parse import dense_layers, grouped_attention, model_config
-from specmoe_jax.models.spec import LayerWeights, Weights
+from specmoe_jax.models.spec import LayerWeights, TensorSpec, Weights
 
 ARCHITECTURE = "Qwen3MoeForCausalLM"
 
@@ -34,7 +34,7 @@ def parse_config(raw: dict) -> ModelConfig:
     )
 
 
-def weight_specs(config: ModelConfig) -> Weights:
+def weight_specs(config: ModelConfig) -> Weights[TensorSpec]:
     """Specs of everything but the routed experts, in checkpoint names."""
     return naming.model_specs(config, _layer_specs)
 
@@ -43,7 +43,7 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights:
+def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights[TensorSpec]:
     return naming.attention_specs(
         config,
         layer,

@@ -63,7 +63,7 @@ def _model_type(raw: dict) -> str | None:
     """The key of the family that model_type names."""
     model_type = raw.get("model_type")
     key = model_type.replace("-", "_").removesuffix("_text") if isinstance(model_type, str) else None
-    return OTHER_TYPES.get(key, key)
+    return None if key is None else OTHER_TYPES.get(key, key)
 
 
 def _has_text_part(raw: dict, family: ModuleType) -> bool:

@@ -1,5 +1,7 @@
 """Tensor names that families share, as specs: attention, MLPs and the layouts in which experts are stored."""
 
+from typing import Any
+
 import numpy as np
 
 from specmoe_jax.config.layer_config import ExpertConfig
@@ -7,7 +9,7 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.spec import LayerWeights, Layout, MlpWeights, Part, TensorSpec, Weights, down_of, gate_of, up_of
 
 
-def model_specs(config: ModelConfig, layer_specs) -> Weights:
+def model_specs(config: ModelConfig, layer_specs) -> Weights[TensorSpec]:
     """Specs of everything but the routed experts. layer_specs: (config, layer) -> LayerWeights."""
     vocab_by_model = (config.vocab_size, config.hidden_size)
     return Weights(
@@ -23,7 +25,9 @@ def mtp_prefixes(config: ModelConfig) -> tuple[str, ...]:
     return tuple(f"model.layers.{config.num_layers + i}." for i in range(config.mtp_layers))
 
 
-def attention_specs(config: ModelConfig, layer: int, *, qkv_bias: bool = False, o_bias: bool = False, **others) -> LayerWeights:
+def attention_specs(
+    config: ModelConfig, layer: int, *, qkv_bias: bool = False, o_bias: bool = False, **others
+) -> LayerWeights[TensorSpec]:
     """The two norms and the projections under their usual names; `others` are further fields of LayerWeights."""
     attention, hidden = config.layers[layer].attention, config.hidden_size
     prefix = f"model.layers.{layer}"
@@ -47,7 +51,7 @@ def attention_specs(config: ModelConfig, layer: int, *, qkv_bias: bool = False, 
     )
 
 
-def qk_norm_specs(config: ModelConfig, layer: int, *, full: bool) -> dict[str, TensorSpec]:
+def qk_norm_specs(config: ModelConfig, layer: int, *, full: bool) -> dict[str, Any]:
     """Norms of queries and keys: over one head, or over the whole projection."""
     attention, prefix = config.layers[layer].attention, f"model.layers.{layer}.self_attn"
     q_heads, k_heads = (attention.num_heads, attention.num_kv_heads) if full else (1, 1)
@@ -71,10 +75,11 @@ def choice_bias_spec(config: ModelConfig, layer: int, module: str = "mlp.gate") 
     return None if router is None else TensorSpec(name, (router.num_experts,), keep="float32")
 
 
-def latent_specs(config: ModelConfig, layer: int, **others) -> LayerWeights:
+def latent_specs(config: ModelConfig, layer: int, **others) -> LayerWeights[TensorSpec]:
     """The two norms and the projections of latent attention; `others` are further fields of LayerWeights."""
     kind, hidden = config.layers[layer], config.hidden_size
     latent, num_heads, rank = kind.attention.latent, kind.attention.num_heads, config.query_rank
+    assert latent is not None
     prefix = f"model.layers.{layer}"
     attention = f"{prefix}.self_attn"
     q_name, q_input = ("q_proj", hidden) if rank is None else ("q_b_proj", rank)
@@ -94,12 +99,12 @@ def latent_specs(config: ModelConfig, layer: int, **others) -> LayerWeights:
     )
 
 
-def shared_expert_specs(config: ModelConfig, layer: int) -> MlpWeights | None:
+def shared_expert_specs(config: ModelConfig, layer: int) -> MlpWeights[TensorSpec] | None:
     """The MLP of a dense layer, or the shared experts of another as one ungated MLP (DeepSeek's names)."""
     return mlp_specs(config, layer, "mlp" if config.layers[layer].router is None else "mlp.shared_experts")
 
 
-def mlp_specs(config: ModelConfig, layer: int, module: str) -> MlpWeights | None:
+def mlp_specs(config: ModelConfig, layer: int, module: str) -> MlpWeights[TensorSpec] | None:
     """A dense MLP or shared expert; None for a layer without."""
     width, hidden = config.layers[layer].mlp_hidden, config.hidden_size
     if width is None:

@@ -34,10 +34,11 @@ def _forward(hidden, head, targets):
 
     def add(carry, block):
         nats, of_head = carry
-        more, of_hidden, more_of_head = _block(*block, head)
+        rows_of_hidden, rows_of_targets = block
+        more, of_hidden, more_of_head = _block(rows_of_hidden, rows_of_targets, head)
         return (nats + more, of_head + more_of_head), of_hidden
 
-    (nats, of_head), of_hidden = jax.lax.scan(add, (0.0, jnp.zeros_like(head)), blocks)
+    (nats, of_head), of_hidden = jax.lax.scan(add, (jnp.zeros((), head.dtype), jnp.zeros_like(head)), blocks)
     scale = 1.0 / len(targets)
     return nats * scale, (of_hidden.reshape(hidden.shape), of_head, scale)
 

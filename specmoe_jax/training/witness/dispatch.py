@@ -5,6 +5,7 @@ CPU backend runs on one thread; but a token has at most A slots and a slot at mo
 the other direction, and no scatter is left.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -48,7 +49,7 @@ def spread(x: jax.Array, slots: Slots) -> jax.Array:
 @jax.custom_vjp
 def collect(rows: jax.Array, slots: Slots) -> jax.Array:
     """The sum of each token's slots. [E * C, M] -> [n, M]."""
-    return sum(_take(rows, slots.slots[:, a]) for a in range(slots.slots.shape[1]))
+    return functools.reduce(jnp.add, (_take(rows, slots.slots[:, a]) for a in range(slots.slots.shape[1])))
 
 
 spread.defvjp(lambda x, slots: (spread(x, slots), slots), lambda slots, grad: (collect(grad, slots), None))

@@ -3,7 +3,7 @@
 import functools
 import json
 import pathlib
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +17,21 @@ from specmoe_jax.training.witness.config import WitnessConfig
 ROWS = 8  # of a batch; the last one is filled with rows that do not count
 
 
-class Totals(NamedTuple):
+Array = TypeVar("Array", jax.Array, np.ndarray)
+
+
+class Totals(NamedTuple, Generic[Array]):
     """Sums over evaluated tokens. load [L, E]: choices; shared [L]: choices that the token before made too; mtp_hits: tokens
     after the next that the MTP layer's argmax names; pairs: tokens that have one before them; tokens, nats, num_bytes."""
 
-    nats: np.ndarray
-    mtp_nats: np.ndarray
-    mtp_hits: np.ndarray
-    load: np.ndarray
-    shared: np.ndarray
-    pairs: np.ndarray
-    tokens: np.ndarray
-    num_bytes: np.ndarray
+    nats: Array
+    mtp_nats: Array
+    mtp_hits: Array
+    load: Array
+    shared: Array
+    pairs: Array
+    tokens: Array
+    num_bytes: Array
 
 
 def token_bytes(tokenizer: pathlib.Path) -> np.ndarray:
@@ -40,7 +43,9 @@ def token_bytes(tokenizer: pathlib.Path) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity_factor"))
-def batch_totals(params, bias, inputs, targets, sizes, *, config: WitnessConfig, capacity_factor: float | None) -> Totals:
+def batch_totals(
+    params, bias, inputs, targets, sizes, *, config: WitnessConfig, capacity_factor: float | None
+) -> Totals[jax.Array]:
     """inputs, targets [B, T], targets below 0 do not count; sizes [V] bytes of a token."""
     valid = targets >= 0
     following = jnp.maximum(targets, 0)
@@ -64,7 +69,9 @@ def batch_totals(params, bias, inputs, targets, sizes, *, config: WitnessConfig,
     )
 
 
-def corpus_totals(params, bias, tokens: np.ndarray, sizes, *, config: WitnessConfig, length: int, capacity_factor=None) -> Totals:
+def corpus_totals(
+    params, bias, tokens: np.ndarray, sizes, *, config: WitnessConfig, length: int, capacity_factor=None
+) -> Totals[np.ndarray]:
     """Every token but the first of a corpus, in windows of `length` without overlap. tokens [n]."""
     inputs, targets = data.held_out_windows(tokens, length)
     missing = -len(inputs) % ROWS
@@ -75,11 +82,11 @@ def corpus_totals(params, bias, tokens: np.ndarray, sizes, *, config: WitnessCon
     return Totals(*(np.sum([np.asarray(p, np.float64) for p in field], axis=0) for field in zip(*parts, strict=True)))
 
 
-def add(totals) -> Totals:
-    return Totals(*(sum(field) for field in zip(*totals, strict=True)))
+def add(totals) -> Totals[np.ndarray]:
+    return Totals._make(sum(field) for field in zip(*totals, strict=True))
 
 
-def bits_per_byte(totals: Totals) -> float:
+def bits_per_byte(totals: Totals[np.ndarray]) -> float:
     return float(totals.nats / np.log(2) / totals.num_bytes)
 
 

@@ -10,6 +10,7 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
@@ -30,14 +31,14 @@ def _named(weights, names: dict[str, str], prefix: str) -> dict[str, np.ndarray]
     return {f"{prefix}{name}.weight": np.asarray(getattr(weights, field)).T for field, name in names.items()}
 
 
-def layer_tensors(prefix: str, layer: model.Layer, bias: np.ndarray) -> dict[str, np.ndarray]:
+def layer_tensors(prefix: str, layer: model.Layer, bias: jax.Array) -> dict[str, np.ndarray]:
     tensors = _named(layer, _NORMS, prefix) | _named(layer.attention, _ATTENTION, prefix + "self_attn.")
     if isinstance(layer.ffn, model.Mlp):
         return tensors | _named(layer.ffn, _MLP, prefix + "mlp.")
     tensors[prefix + "mlp.gate.weight"] = np.asarray(layer.ffn.router).T
     tensors[prefix + "mlp.gate.e_score_correction_bias"] = np.asarray(bias)
     for index in range(layer.ffn.routed.w_gate.shape[0]):
-        expert = model.Mlp(*(np.asarray(w[index]) for w in layer.ffn.routed))
+        expert = model.Mlp._make(np.asarray(w[index]) for w in layer.ffn.routed)
         tensors |= _named(expert, _MLP, f"{prefix}mlp.experts.{index}.")
     return tensors | _named(layer.ffn.shared, _MLP, prefix + "mlp.shared_experts.")
 
@@ -69,7 +70,7 @@ def from_tensors(tensors: dict[str, np.ndarray], config: WitnessConfig) -> tuple
         else:
             experts = [read(model.Mlp, _MLP, f"{prefix}mlp.experts.{e}.") for e in range(config.num_experts)]
             shared = read(model.Mlp, _MLP, prefix + "mlp.shared_experts.")
-            stacked = jax.tree.map(lambda *ws: np.stack(ws), *experts)
+            stacked = jax.tree.map(lambda *ws: jnp.stack(ws), *experts)
             ffn = model.Experts(router=_array(tensors[prefix + "mlp.gate.weight"]), routed=stacked, shared=shared)
         norms = {field: _array(tensors[f"{prefix}{name}.weight"]) for field, name in _NORMS.items()}
         return model.Layer(**norms, attention=read(model.Attention, _ATTENTION, prefix + "self_attn."), ffn=ffn)
@@ -77,18 +78,18 @@ def from_tensors(tensors: dict[str, np.ndarray], config: WitnessConfig) -> tuple
     last = f"model.layers.{config.num_layers}."
     mtp = {field: _array(tensors[f"{last}{name}.weight"]) for field, name in _MTP.items()}
     params = model.Params(
-        embedding=np.asarray(tensors["model.embed_tokens.weight"], np.float32),
+        embedding=jnp.asarray(np.asarray(tensors["model.embed_tokens.weight"], np.float32)),
         layers=tuple(layer(i) for i in range(config.num_layers)),
         norm=_array(tensors["model.norm.weight"]),
         head=_array(tensors["lm_head.weight"]),
         mtp=model.Mtp(layer=layer(config.num_layers), **mtp),
     )
     biases = [tensors[f"model.layers.{i}.mlp.gate.e_score_correction_bias"] for i in range(1, config.num_layers + 1)]
-    return jax.tree.map(jax.numpy.asarray, params), jax.numpy.asarray(np.stack(biases))
+    return params, jnp.asarray(np.stack(biases))
 
 
-def _array(tensor: np.ndarray) -> np.ndarray:
-    return np.asarray(tensor, np.float32).T
+def _array(tensor: np.ndarray) -> jax.Array:
+    return jnp.asarray(np.asarray(tensor, np.float32).T)
 
 
 def config_json(config: WitnessConfig, dtype: str) -> dict:

@@ -1,12 +1,14 @@
 """Loss, optimiser and one training step."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
+from specmoe_jax.training.loop import updated
 from specmoe_jax.training.witness import cross_entropy, model
 from specmoe_jax.training.witness.config import RecipeConfig, WitnessConfig
 
@@ -40,7 +42,7 @@ def learning_rate(recipe: RecipeConfig) -> optax.Schedule:
     return optax.join_schedules([stable, decay], [end])
 
 
-def matrix_axes(params: model.Params):
+def matrix_axes(params: Any) -> Any:
     """Which leaves Muon orthogonalises, and over which axes: projections and experts. None leaves the others to Adam."""
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     names = {"wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down", "projection"}
@@ -80,6 +82,7 @@ def loss_fn(params: model.Params, bias: jax.Array, batch: jax.Array, config: Wit
     rows = max(1, round(recipe.mtp_share * batch.shape[0]))
     ahead, routing = model.mtp_states(params, bias, hidden[:rows], batch[:rows, 1:-1], config, factor)
     mtp_loss = mean_nats(ahead, params.head, batch[:rows, 2:])
+    assert routing is not None  # the MTP layer has experts
     loads = jnp.stack([r.load for r in (*routings, routing)])
     even = jnp.mean(loads, axis=1, keepdims=True)
     dropped = sum(r.dropped for r in (*routings, routing)) / jnp.sum(loads)
@@ -87,9 +90,14 @@ def loss_fn(params: model.Params, bias: jax.Array, batch: jax.Array, config: Wit
     return loss + recipe.mtp_weight * mtp_loss, (loads, info)
 
 
-def balanced(bias: jax.Array, loads: jax.Array, rate: jax.Array) -> jax.Array:
+def balanced(bias: jax.Array, loads: jax.Array, rate: ArrayLike) -> jax.Array:
     """The bias of busy experts falls, that of idle ones rises, by `rate` (Wang et al. 2024, Alg. 1). bias, loads [L, E]."""
     return bias + rate * jnp.sign(jnp.mean(loads, axis=1, keepdims=True) - loads)
+
+
+def _averaged(new: Any, average: Any, share: jax.Array) -> Any:
+    """The average with `share` of what is new; optax's types know no trees of tuples."""
+    return optax.incremental_update(new, average, share)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "recipe"))
@@ -108,8 +116,7 @@ def init_state(config: WitnessConfig, recipe: RecipeConfig) -> TrainState:
 def train_step(state: TrainState, batch: jax.Array, *, config: WitnessConfig, recipe: RecipeConfig) -> tuple[TrainState, StepInfo]:
     """One update. batch [B, T + 2] int32; the old state's buffers are given up."""
     grads, (loads, info) = jax.grad(loss_fn, has_aux=True)(state.params, state.bias, batch, config, recipe)
-    updates, opt_state = make_optimizer(recipe).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state = updated(make_optimizer(recipe), grads, state.opt_state, state.params)
     # The bias comes to rest with the learning rate; the average is short at first, or it would remember the random start.
     rate = recipe.bias_rate * learning_rate(recipe)(state.step) / recipe.learning_rate
     keep = jnp.minimum(recipe.ema_decay, (1.0 + state.step) / (10.0 + state.step))
@@ -118,6 +125,6 @@ def train_step(state: TrainState, batch: jax.Array, *, config: WitnessConfig, re
         params=params,
         bias=balanced(state.bias, loads, rate),
         opt_state=opt_state,
-        ema=optax.incremental_update(params, state.ema, 1.0 - keep),
+        ema=_averaged(params, state.ema, 1.0 - keep),
     )
     return new, info

@@ -121,7 +121,7 @@ def _slice(engine: Engine, state, job: Job):
 
     Of a streamed plan the first step does not count: what was on its way while the others ran arrived for nothing.
     """
-    if engine.plan.flow.workers and not state.done:
+    if engine.plan.flow.streams_layers and not state.done:
         state, _ = engine.step(state)
     totals, goal = metrics.Totals(), job.tokens * len(job.prompts)
     while not state.done and (totals.new_tokens < goal or totals.steps < job.steps):

@@ -52,11 +52,8 @@ class Plan(PlanFields):
         return plan
 
     def resolved(self, *, accelerator_is_cpu: bool) -> "Plan":
-        """With what it leaves to the machine. accelerator_is_cpu: the accelerator is the CPU, where its own kernel attends
-        faster."""
-        if self.expert_flow != "stream" or self.prefill_attention is not None:
-            return self
-        return self.replace(prefill_attention="cpu" if accelerator_is_cpu else "accelerator")
+        """With what it leaves to the machine."""
+        return self.flow.resolved(self, accelerator_is_cpu=accelerator_is_cpu)
 
     def validate(self, config: ModelConfig) -> "Plan":
         """Returns itself, or raises PlanError naming the field, its value and what would work."""

@@ -24,7 +24,7 @@ EXPERT_DTYPES: tuple[str, ...] = typing.get_args(ExpertDtype)
 
 # The choices that give other fields a meaning.
 DRAFT_PREFETCH = Needs(lambda plan: plan.prefetch == "draft", "with prefetch={plan.prefetch}")
-STREAM = Needs(lambda plan: plan.flow.workers, "with expert_flow={plan.expert_flow}")
+STREAM = Needs(lambda plan: plan.flow.streams_layers, "with expert_flow={plan.expert_flow}")
 MOVING = Needs(lambda plan: not plan.flow.all_resident, "where every expert is resident")
 DISK = Needs(lambda plan: plan.expert_tier == "disk", "where every expert is in host memory")
 

@@ -43,8 +43,12 @@ class Registry:
         del self._choices[name]
 
     def description(self, name: str) -> Any:
-        """The pure half. Raises PlanError for an unknown name."""
-        return _load(self._choice(name).description)
+        """The pure half. Raises PlanError for an unknown name, and for a half that goes by another one."""
+        found = _load(self._choice(name).description)
+        own_name = getattr(found, "name", name)  # policies are functions, which have none
+        if own_name != name:
+            raise PlanError(f"{self.field}={name} is registered with a description named {own_name!r}; give both one name")
+        return found
 
     def executor(self, name: str) -> Any:
         """The half that runs. Raises PlanError for an unknown name."""

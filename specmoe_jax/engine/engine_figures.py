@@ -59,7 +59,7 @@ class EngineFigures:
         figures = metrics.figures(
             self.totals,
             self._plan,
-            on_demand_bytes=self._on_demand_bytes() if self._plan.flow.fetches_misses else None,
+            on_demand_bytes=self._on_demand_bytes() if self._plan.flow.tells_routing else None,
             link_bytes_per_s=self._plan.link_bytes_per_s,
             model_stamps=self._model.synthetic,
         )

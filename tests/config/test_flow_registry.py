@@ -1,6 +1,7 @@
 """Every registered expert flow and KV tier offers both of its halves, and nothing else in the package looks at their names."""
 
 import ast
+import dataclasses
 import inspect
 import pathlib
 
@@ -14,7 +15,9 @@ from specmoe_jax.planner.flows import protocol as descriptions
 from specmoe_jax.support.errors import PlanError
 
 PACKAGE = pathlib.Path(specmoe_jax.__file__).parent
-OWNERS = ("flows", "drafts", "config")  # folders that may read the names
+OWNERS = ("flows", "drafts")  # folders that may read the names
+FIELDS = ("config/plan_fields.py",)  # which looks the objects up
+OWN = dataclasses.replace(EXPERT_FLOWS.description("resident"), name="own")
 
 
 def asked(protocol: type) -> set[str]:
@@ -62,8 +65,7 @@ def test_a_plan_knows_its_flow_and_tier():
 
 
 def test_a_flow_can_be_added():
-    own = Choice("specmoe_jax.planner.flows.resident:FLOW", "specmoe_jax.engine.flows.resident:FLOW")
-    EXPERT_FLOWS.register("own", own)
+    EXPERT_FLOWS.register("own", Choice(f"{__name__}:OWN", "specmoe_jax.engine.flows.resident:FLOW"))
     try:
         assert Plan(preset="p", expert_flow="own").flow.all_resident
     finally:
@@ -72,10 +74,30 @@ def test_a_flow_can_be_added():
         Plan(preset="p", expert_flow="own").flow  # noqa: B018 (raises)
 
 
+def test_a_description_goes_by_the_registered_name():
+    EXPERT_FLOWS.register("other", Choice(f"{__name__}:OWN", "specmoe_jax.engine.flows.resident:FLOW"))
+    try:
+        with pytest.raises(PlanError, match="expert_flow=other is registered with a description named 'own'; give both one name"):
+            Plan(preset="p", expert_flow="other").flow  # noqa: B018 (raises)
+    finally:
+        EXPERT_FLOWS.unregister("other")
+
+
 @pytest.mark.parametrize("field", ["expert_flow", "kv_tier"])
 def test_only_the_owners_read_the_names(field):
     for path in PACKAGE.rglob("*.py"):
-        if set(path.relative_to(PACKAGE).parts) & set(OWNERS):
+        inside = path.relative_to(PACKAGE)
+        if set(inside.parts) & set(OWNERS) or inside.as_posix() in FIELDS:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             assert not (isinstance(node, ast.Attribute) and node.attr == field), f"{path}:{node.lineno} reads {field}"
+
+
+@pytest.mark.parametrize("field", ["expert_flow", "kv_tier", "draft"])
+def test_nothing_compares_the_names_of_a_plan(field):
+    """A message may say a name; what depends on it is asked of the object that goes by it. `draft` is also what a Runtime holds."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for side in (node.left, *node.comparators) if isinstance(node, ast.Compare) else ():
+                read = isinstance(side, ast.Attribute) and side.attr == field
+                assert not read, f"{path}:{node.lineno} compares {field}"

@@ -98,7 +98,7 @@ class PooledFlow(protocol.PooledFlow[Runtime, Session]):
             while not state.done:
                 state, info = session.counted_step(state)
                 session.figures.add_step(info)
-                if session.plan.flow.fetches_misses:
+                if session.plan.flow.tells_routing:
                     on_demand = metrics.add_on_demand(on_demand, info)
                     session.figures.set_running(on_demand)
                 if on_step is not None:

@@ -32,7 +32,7 @@ class EagleDraft(DraftDescription):
     def check(self, plan: Plan, config: ModelConfig) -> None:
         check_decoder(plan, config)
         super().check(plan, config)
-        if plan.draft_kv_bytes is not None and not plan.flow.workers:
+        if plan.draft_kv_bytes is not None and not plan.flow.streams_layers:
             raise PlanError(
                 f"draft_kv_bytes={plan.draft_kv_bytes} has no effect with draft=eagle and expert_flow={plan.expert_flow}; "
                 "leave it out"
@@ -102,7 +102,7 @@ class EagleDraft(DraftDescription):
     def start(self, config: ModelConfig, flow: SearchStart, *, trees: bool = False) -> SearchStart:
         lengths = tuple(map(tree, TREE_DEPTHS)) if trees else LENGTHS
         first = tree(TREE_DEPTHS[0]) if trees else {"draft_length": LENGTHS[0]}
-        paper = {"preset": "specmoeoff"} if flow.plan.flow.workers else {}
+        paper = {"preset": "specmoeoff"} if flow.plan.flow.streams_layers else {}
         return SearchStart(flow.plan.replace(draft=self.name, **first, **paper), (("draft_length", lengths), *flow.axes))
 
 

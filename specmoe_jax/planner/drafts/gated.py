@@ -33,7 +33,7 @@ class GatedDraft(DraftDescription):
             raise PlanError(
                 f"draft={self.name} has no effect with expert_flow=resident, where every expert is at hand; use on_demand"
             )
-        if not plan.flow.fetches_misses:
+        if not plan.flow.keeps_experts:
             raise PlanError(
                 f"draft={self.name} needs experts that stay on the accelerator, expert_flow={plan.flow.name} keeps none; "
                 "use on_demand"
@@ -75,7 +75,7 @@ class GatedDraft(DraftDescription):
         return length * (choice_s + dense_s) + operators.seconds("self_draft", **work)
 
     def start(self, config: ModelConfig, flow: SearchStart, *, trees: bool = False) -> SearchStart | None:
-        if not flow.plan.flow.fetches_misses or flow.plan.cached_experts:
+        if not flow.plan.flow.keeps_experts or flow.plan.cached_experts:
             return None
         own = (("draft_experts", expert_counts(config.num_experts)), ("draft_length", LENGTHS))
         return SearchStart(preset("specmoe", config).replace(draft=self.name), (*own, *flow.axes, ("prefetch", ("none", "draft"))))
@@ -88,7 +88,7 @@ def _mean_experts(plan: Plan) -> float:
 
 def _waited(config: ModelConfig, plan: Plan, operators: Operators, case: Case) -> float:
     """Whether the pass before waited for the link so long that the cores went to sleep; between 0 and 1 where it is not clear."""
-    if not plan.link_bytes_per_s or not plan.flow.fetches_misses:
+    if not plan.link_bytes_per_s or not plan.flow.keeps_experts:
         return 0.0
     misses = routing.missed(case.probabilities, case.choosing(plan.tokens_per_pass), kept_experts(config, plan, case))
     return min(misses * operators.expert_bytes / plan.link_bytes_per_s / ASLEEP_S, 1.0)

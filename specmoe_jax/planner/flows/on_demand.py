@@ -93,4 +93,4 @@ def _disk_reads(setting: Setting, missed: float) -> list[Cost]:
     return [costs.fetch(setting.account.expert_bytes, absent, operator="read", resource=DISK)]
 
 
-FLOW = OnDemandFlow("on_demand", all_resident=False, fetches_misses=True)
+FLOW = OnDemandFlow("on_demand", all_resident=False, keeps_experts=True, tells_routing=True)

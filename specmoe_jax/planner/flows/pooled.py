@@ -18,12 +18,17 @@ class PooledFlow:
 
     name: str
     all_resident: bool
-    fetches_misses: bool
+    keeps_experts: bool
+    tells_routing: bool
+    streams_layers: bool = False
     workers: bool = False
     host_cache_policy: str = "frequency"
 
     def check(self, plan: Plan, config: ModelConfig) -> None:
         """Nothing beyond what the table of a plan's fields says."""
+
+    def resolved(self, plan: Plan, *, accelerator_is_cpu: bool) -> Plan:
+        return plan
 
     def is_measured(self, plan: Plan) -> bool:
         return not plan.cache_tier.on_host

@@ -32,19 +32,27 @@ class FlowMemory(NamedTuple):
 class ExpertFlow(Protocol):
     """How experts come to the accelerator, described. Pure.
 
-    all_resident: every expert stays there. fetches_misses: the host waits for each router and fetches what is missing. workers: a
-    pass runs in worker threads beside the engine's own, whose tasks can be traced as spans. host_cache_policy: which experts a host
-    cache keeps (expert_tier=disk) where the plan does not say.
+    all_resident: every expert stays there. keeps_experts: of each layer some may stay between passes, and the host waits for each
+    router and fetches those that are missing. tells_routing: a pass reports its routing, from which follows what plain decoding
+    would have fetched. streams_layers: the experts of whole layers cross the link in every pass. workers: a pass runs in worker
+    threads beside the engine's own, whose tasks can be traced as spans. host_cache_policy: which experts a host cache keeps
+    (expert_tier=disk) where the plan does not say.
     """
 
     name: str
     all_resident: bool
-    fetches_misses: bool
+    keeps_experts: bool
+    tells_routing: bool
+    streams_layers: bool
     workers: bool
     host_cache_policy: str
 
     def check(self, plan: Plan, config: ModelConfig) -> None:
         """Raises PlanError for what does not go together with this flow."""
+        ...
+
+    def resolved(self, plan: Plan, *, accelerator_is_cpu: bool) -> Plan:
+        """The plan with what it leaves to the machine."""
         ...
 
     def is_measured(self, plan: Plan) -> bool:

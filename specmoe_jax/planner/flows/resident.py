@@ -49,4 +49,4 @@ class ResidentFlow(PooledFlow):
         return (SearchStart(preset("resident", config), ()),)
 
 
-FLOW = ResidentFlow("resident", all_resident=True, fetches_misses=False)
+FLOW = ResidentFlow("resident", all_resident=True, keeps_experts=False, tells_routing=False)

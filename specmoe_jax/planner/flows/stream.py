@@ -28,7 +28,9 @@ MICRO_BATCHES = (1, 2, 4)  # that the search tries
 class StreamFlow:
     name: str = "stream"
     all_resident: bool = False
-    fetches_misses: bool = False
+    keeps_experts: bool = False
+    tells_routing: bool = False
+    streams_layers: bool = True
     workers: bool = True
     host_cache_policy: str = "mru"  # layers are read in turn, so what was used last is needed last
 
@@ -54,6 +56,12 @@ class StreamFlow:
             raise PlanError(
                 f"micro_batches={plan.micro_batches} of batch_size={plan.batch_size} rows; give at most as many as rows"
             )
+
+    def resolved(self, plan: Plan, *, accelerator_is_cpu: bool) -> Plan:
+        """Prompts attend on the accelerator, unless it is the CPU, whose own kernel attends faster."""
+        if plan.prefill_attention is not None:
+            return plan
+        return plan.replace(prefill_attention="cpu" if accelerator_is_cpu else "accelerator")
 
     def is_measured(self, plan: Plan) -> bool:
         return True

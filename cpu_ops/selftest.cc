@@ -6,12 +6,15 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <random>
 #include <thread>
 #include <vector>
 
 #include "chunked_attention.h"
 #include "expert_ffn.h"
+#include "few_rows_product.h"
+#include "scratch.h"
 
 namespace specmoe {
 namespace {
@@ -150,6 +153,128 @@ double ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, bool bf1
   return 0;
 }
 
+// Experts whose codes are all the same, so that every output is the same number for its row.
+double packed_ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, DType type, int threads) {
+  const int64_t R = 2, bytes = packed_expert_bytes(type, F, M), codes = code_bytes(type, F, M);
+  const float code = 3, scale = 0.25f / static_cast<float>(M);  // exact in bfloat16 where M is a power of two
+  Exact<uint8_t> blocks(R * bytes);
+  for (int64_t r = 0; r < R; ++r) {
+    uint8_t* expert = blocks.data + r * bytes;
+    std::memset(expert, type == DType::kI8 ? 3 : 0xbb, codes);
+    for (int64_t i = codes; i < bytes; i += type == DType::kI8 ? 4 : 2) {
+      uint32_t bits;
+      std::memcpy(&bits, &scale, 4);
+      bits >>= type == DType::kI8 ? 0 : 16;
+      std::memcpy(expert + i, &bits, type == DType::kI8 ? 4 : 2);
+    }
+  }
+  Exact<float> x(n * M), y(n * M);
+  Exact<int32_t> slots(n);
+  for (int64_t i = 0; i < x.size; ++i) x[i] = draw();
+  for (int64_t i = 0; i < n; ++i) slots[i] = static_cast<int32_t>(i % R);
+  FfnArgs a{};
+  a.n = n;
+  a.A = 1;
+  a.M = M;
+  a.F = F;
+  a.R = R;
+  a.x_type = DType::kF32;
+  a.w_type = type;
+  a.expert_bytes = bytes;
+  a.x = x.data;
+  a.blocks = blocks.data;
+  a.slots = slots.data;
+  a.y = y.data;
+  Threads parallel(threads);
+  expert_ffn(a, kernels, parallel);
+  double worst = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    double sum = 0;
+    for (int64_t m = 0; m < M; ++m) sum += static_cast<double>(x[i * M + m]);
+    const double gate = sum * code * scale, want = gate / (1 + std::exp(-gate)) * gate * code * scale * static_cast<double>(F);
+    for (int64_t m = 0; m < M; ++m) worst = std::fmax(worst, std::fabs(y[i * M + m] - want) / (1 + std::fabs(want)));
+  }
+  return worst;
+}
+
+double product(const KernelTable& kernels, int64_t n, int64_t N, int64_t M, DType x_type, DType w_type, int threads) {
+  const auto fill = [](Exact<char>& to, DType type) {
+    for (int64_t i = 0; i < to.size; i += type == DType::kF32 ? 4 : 2) {
+      const float f = draw();
+      uint32_t bits;
+      std::memcpy(&bits, &f, 4);
+      bits >>= type == DType::kF32 ? 0 : 16;
+      std::memcpy(to.data + i, &bits, type == DType::kF32 ? 4 : 2);
+    }
+  };
+  const auto value = [](const Exact<char>& from, DType type, int64_t i) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, from.data + i * (type == DType::kF32 ? 4 : 2), type == DType::kF32 ? 4 : 2);
+    bits <<= type == DType::kF32 ? 0 : 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return static_cast<double>(f);
+  };
+  const int64_t x_item = x_type == DType::kF32 ? 4 : 2, w_item = w_type == DType::kF32 ? 4 : 2;
+  Exact<char> x(n * M * x_item, x_item), w(N * M * w_item, w_item);
+  Exact<float> y(n * N);
+  fill(x, x_type);
+  fill(w, w_type);
+  ProductArgs a{};
+  a.n = n;
+  a.M = M;
+  a.N = N;
+  a.x_type = x_type;
+  a.w_type = w_type;
+  a.x = x.data;
+  a.w = w.data;
+  a.y = y.data;
+  Threads parallel(threads);
+  few_rows_product(a, kernels, parallel);
+  double worst = 0;
+  for (int64_t i = 0; i < n * N; ++i) {
+    double sum = 0;
+    for (int64_t m = 0; m < M; ++m) sum += value(x, x_type, i / N * M + m) * value(w, w_type, i % N * M + m);
+    worst = std::fmax(worst, std::fabs(sum - y[i]));
+  }
+  return worst;
+}
+
+// A call that fails says so, leaves no thread waiting, and the next one works.
+int failing() {
+  struct : Parallel {
+    int threads() const override { return 1; }
+    void run(int64_t, void (*)(void*, int64_t), void*) override { throw std::bad_alloc(); }
+  } none;
+  const KernelTable& kernels = *isa_table("auto");
+  float x[4] = {1, 1, 1, 1}, w[3 * 4 * 4] = {}, y[4];
+  int32_t slot = 0;
+  FfnArgs a{};
+  a.n = 1;
+  a.A = 1;
+  a.M = 4;
+  a.F = 4;
+  a.R = 1;
+  a.expert_bytes = sizeof w;
+  a.x = x;
+  a.blocks = w;
+  a.slots = &slot;
+  a.y = y;
+  try {
+    expert_ffn(a, kernels, none);
+    return 1;
+  } catch (const std::bad_alloc&) {
+  }
+  try {
+    thread_scratch(Scratch::kFfnCall, int64_t{1} << 60);
+    return 1;
+  } catch (const std::bad_alloc&) {
+  }
+  Threads parallel(1);
+  expert_ffn(a, kernels, parallel);
+  return y[0] != 0;
+}
+
 }  // namespace
 }  // namespace specmoe
 
@@ -176,6 +301,18 @@ int main() {
       for (bool bf16 : {false, true}) failures += ffn(kernels, n, 3 + 16 * n, 5 + 8 * n, bf16, n % 2 + 1) != 0;
     }
   }
+  for (const auto& isa : isa_names()) {
+    const KernelTable& kernels = *isa_table(isa);
+    for (int64_t n : {1, 3, 5, 30}) {
+      for (DType type : {DType::kI8, DType::kI4}) {
+        for (int64_t M : {1, 8, 64, 256}) failures += !(packed_ffn(kernels, n, M, 5 + 80 * n, type, n % 2 + 1) <= 1e-4);
+      }
+      for (DType x : {DType::kF32, DType::kBF16}) {
+        for (DType w : {DType::kF32, DType::kBF16}) failures += !(product(kernels, n, 7 * n, 13 + 9 * n, x, w, n % 2 + 1) <= 1e-3);
+      }
+    }
+  }
+  failures += failing();
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

@@ -25,6 +25,9 @@ COMMANDS = {
     "demo_data": "specmoe_jax.cli.train.demo_data",
     "train_demo": "specmoe_jax.cli.train.train_demo",
     "train_eagle": "specmoe_jax.cli.train.train_eagle",
+    "witness_data": "specmoe_jax.cli.train.witness_data",
+    "train_witness": "specmoe_jax.cli.train.train_witness",
+    "evaluate_witness": "specmoe_jax.cli.train.evaluate_witness",
 }
 
 

@@ -31,7 +31,8 @@ class PackedCache:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """rows, K, S, D"""
-        return self.v.shape
+        rows, K, S, D = self.v.shape
+        return rows, K, S, D
 
     @property
     def dtype(self):

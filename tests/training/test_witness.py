@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from specmoe_jax.errors import UserError
+from specmoe_jax.support.errors import UserError
 from specmoe_jax.training.witness import (
     attention,
     corpus,

@@ -20,8 +20,8 @@ class Unusable(Exception):
 def runtime_api() -> tuple[int, int]:
     """XLA FFI API version of the installed jaxlib, from the header it ships."""
     text = (Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text()
-    major, minor = (int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", text).group(1)) for part in ("MAJOR", "MINOR"))
-    return major, minor
+    found = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", text))
+    return int(found["MAJOR"]), int(found["MINOR"])
 
 
 def check_api(built: tuple[int, int], runtime: tuple[int, int]) -> None:
@@ -62,7 +62,8 @@ def module():
 
 def isas() -> list[str]:
     """Instruction sets of the kernels that this machine can run, best first; empty without the extension."""
-    return module().isas() if module() is not None else []
+    loaded = module()
+    return [] if loaded is None else loaded.isas()
 
 
 def choice() -> dict:
@@ -73,11 +74,18 @@ def choice() -> dict:
     return {"isa": isa, "threads": np.int64(os.environ.get("SPECMOE_THREADS", "0"))}
 
 
+def _required():
+    loaded = module()
+    if loaded is None:
+        raise UserError("the compiled kernels are not usable here; reinstall specmoe_jax with a C++ compiler on the machine")
+    return loaded
+
+
 def read_bandwidth(num_bytes: int, threads: int) -> float:
     """Bytes per second of a pure read, in this process (benchmarks)."""
-    return module().read_bandwidth("auto", num_bytes, threads)
+    return _required().read_bandwidth("auto", num_bytes, threads)
 
 
 def fma_peak(threads: int) -> float:
     """Float32 flop/s of independent fused multiply-adds, in this process (benchmarks)."""
-    return module().fma_peak("auto", threads)
+    return _required().fma_peak("auto", threads)

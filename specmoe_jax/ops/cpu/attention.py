@@ -18,9 +18,9 @@ def fits(*arrays, chunk, **options) -> bool:
 def rows(q, k_new, v_new, k_cache, v_cache, lengths, num_new, tree_mask, sinks, *, chunk, **options):
     outs, caches, T = [], (k_cache, v_cache, *no_scales()), q.shape[1]
     for start in range(0, max(T, 1), MAX_NEW):  # a chain longer than one call: each piece finds the ones before it in the cache
-        new = [x[:, start : start + MAX_NEW] for x in (q, k_new, v_new)]
+        q_part, k_part, v_part = (x[:, start : start + MAX_NEW] for x in (q, k_new, v_new))
         before = jnp.minimum(num_new, start) if start else 0
-        out, *caches = _call(*new, lengths + before, num_new - before, tree_mask, None, caches, **options)
+        out, *caches = _call(q_part, k_part, v_part, lengths + before, num_new - before, tree_mask, None, caches, **options)
         outs.append(out)
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1), *caches[:2]
 

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from specmoe_jax.errors import UserError
-from specmoe_jax.progress import bar
+from specmoe_jax.support.errors import UserError
+from specmoe_jax.support.progress import bar
 from specmoe_jax.training import data
 from specmoe_jax.training.witness import evaluate, loop
 from specmoe_jax.training.witness.config import RecipeConfig, WitnessConfig

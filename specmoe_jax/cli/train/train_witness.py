@@ -1,0 +1,47 @@
+"""Trains the fine-grained MoE, resumes, and exports it as a Hugging Face glm4_moe checkpoint with its MTP layer.
+
+    specmoe witness_data
+    specmoe train_witness                        # constant learning rate, until stopped; again: goes on
+    specmoe train_witness --decay_steps=2000 --export_dir=DIR   # finishes a copy of the newest checkpoint
+
+The order of the batches depends on the seed and the step alone. SIGTERM ends a run after the step in progress, saved.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+from absl import flags
+
+from specmoe_jax.support.cache_files import cache_folder
+from specmoe_jax.support.progress import PROGRESS
+from specmoe_jax.training.witness import export, run
+from specmoe_jax.training.witness.config import RecipeConfig, WitnessConfig
+
+FLAGS = flags.FLAGS
+HOME = cache_folder() / "training"
+flags.DEFINE_string("data_dir", str(HOME / "witness_data"), "what specmoe witness_data wrote")
+flags.DEFINE_string("work_dir", str(HOME / "witness"), "checkpoints and log of this run")
+flags.DEFINE_string("export_dir", None, "where the finished checkpoint goes as a glm4_moe directory; none: no export")
+flags.DEFINE_enum("export_dtype", "bfloat16", ["bfloat16", "float32"], "of the exported weights")
+flags.DEFINE_enum("progress", "auto", PROGRESS, "a bar on a terminal, a log line each 10 s, or nothing")
+
+DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+for group, what in ((WitnessConfig, "size of the model"), (RecipeConfig, "recipe"), (run.Rhythm, "rhythm of the run")):
+    for field in dataclasses.fields(group):
+        if field.name != "progress":
+            DEFINE[field.type](field.name, field.default, f"{what}: field of {group.__name__}")
+
+
+def read(group):
+    """The frozen configuration that the flags describe."""
+    return group(**{field.name: FLAGS[field.name].value for field in dataclasses.fields(group)})
+
+
+def main() -> None:
+    jax.config.update("jax_compilation_cache_dir", str(HOME / "xla"))  # a step compiles for a minute
+    data_dir, config = pathlib.Path(FLAGS.data_dir), read(WitnessConfig)
+    state = run.train(config, read(RecipeConfig), pathlib.Path(FLAGS.work_dir), run.read_texts(data_dir), read(run.Rhythm))
+    if FLAGS.export_dir:
+        folder, tokenizer = pathlib.Path(FLAGS.export_dir), data_dir / "tokenizer.json"
+        export.write_checkpoint(folder, state.ema, state.bias, config, tokenizer=tokenizer, dtype=FLAGS.export_dtype)

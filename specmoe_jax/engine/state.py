@@ -1,4 +1,4 @@
-"""What a generation is made of between two steps, and what a step tells about itself."""
+"""The state of a generation between two steps, and the diagnostics of a step."""
 
 import concurrent.futures
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -35,7 +35,7 @@ class Request(NamedTuple):
 
 
 class PoolSlots(NamedTuple):
-    """How a pool's slots are meant. total: R. dispatch: those that a layer's dispatch can count on.
+    """The purpose of a pool's slots. total: R. dispatch: those that a layer's dispatch can count on.
 
     single_wave: whether every dispatch of the batch that the pool was made for fits into them at once.
     """
@@ -46,7 +46,7 @@ class PoolSlots(NamedTuple):
 
 
 class ExpertMemory(NamedTuple):
-    """Where the experts are, and what the next draft set will be chosen by.
+    """Where the experts are, and the usage scores that choose the next draft set.
 
     slots: what the pool was made for; it is the state's, because an engine may meanwhile serve a batch of another size.
     pool: [R, 3, F, M] slots on the accelerator, donated by every copy. residency: what is in them.

@@ -23,7 +23,7 @@ class PooledFlow:
     host_cache_policy: str = "frequency"
 
     def check(self, plan: Plan, config: ModelConfig) -> None:
-        """Nothing beyond what the table of a plan's fields says."""
+        """No checks beyond the table of a plan's fields."""
 
     def is_measured(self, plan: Plan) -> bool:
         return not plan.cache_tier.on_host

@@ -41,7 +41,7 @@ def migrate_and_compute(
     counts = earlier + count_choices(ids, runtime.config.num_experts)
     needed = np.zeros(runtime.config.num_experts, bool)
     needed[ids[ids >= 0]] = True
-    # What is resident on a guess must not win the ties of the draft set, which would cost acceptance.
+    # Speculatively prefetched experts lose ties in the draft set: winning them would cost acceptance.
     established = (memory.residency.slot_of[moe] >= 0) & ~memory.prefetched[moe]
     keep = runtime.policies.keep(moe, memory.usage_scores[moe], counts, established, memory.resting)
     eviction_priority = None

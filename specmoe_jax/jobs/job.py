@@ -77,9 +77,8 @@ def load_quantised(
 def load_that_fits(load: Callable[..., Model], name: str, *, dtype: str, expert_tier: str, progress: str) -> tuple[Model, dict]:
     """A model, and the changes to its plan that make it fit; none if pinned memory for all experts is available.
 
-    Where the system refuses it, experts stay on disk and host memory becomes a cache of them, with a warning. The cache takes a part
-    of the available memory, as others need some too. load: load_model. Raises PinnedMemoryError where
-    there is no room for a cache either.
+    Where the system refuses it, experts stay on disk and host memory becomes a cache of them, with a warning. It takes a
+    part of the available memory, as others need some too. load: load_model. Raises PinnedMemoryError without room for a cache.
     """
     try:
         return load(name, dtype=dtype, expert_tier=expert_tier, progress=progress), {}

@@ -8,7 +8,7 @@ from specmoe_jax.config.plan_fields import fields_of_a_plan
 PAGE = pathlib.Path(__file__).parents[2] / "docs/plan.md"
 HEAD = """# Fields of a plan
 
-The fields of `specmoe_jax.Plan` and of a plan file, and the flags of `specmoe generate`, `specmoe plan` and `specmoe explain`, whose
+The fields of `specmoe_jax.Plan` and of a plan file, and the flags of `specmoe generate`, `plan` and `explain`, whose
 names give their units. A field that has no effect given the others is an error. Generated from `specmoe_jax/config/plan_fields.py`.
 
 | Field | Flag | Values | Default | |

@@ -1,6 +1,6 @@
 """The tiny model of the package for every test that needs one, the two tiers of the suite, and what workers share.
 
-Quick tier (`pytest`): of each parametrised test the first and the last case, without tests marked `slow`.
+Quick tier (`pytest`): of each parametrised test the first case, without tests marked `slow`.
 Everything: `pytest --tier=all`, or naming files or tests on the command line.
 """
 
@@ -38,7 +38,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--tier",
         choices=("quick", "rest", "all"),
-        help="quick: the first and the last case of each parametrised test, none marked slow; rest: the others. Default: quick for "
+        help="quick: the first case of each parametrised test, none marked slow; rest: the others. Default: quick for "
         "the whole suite, all for files or tests that are named.",
     )
 
@@ -72,7 +72,7 @@ def pytest_collection_modifyitems(config, items):
     chosen = {
         case.nodeid
         for own in cases.values()
-        for case in ((own[0], own[-1]) if own[0].get_closest_marker("every_case") is None else own)
+        for case in (own[:1] if own[0].get_closest_marker("every_case") is None else own)
         if case.get_closest_marker("slow") is None
     }
     wanted = config.option.tier == "quick"

@@ -52,7 +52,8 @@ def imports(path: pathlib.Path) -> set[str]:
 
 
 ABOVE_THE_ROOMS = (PACKAGE / "__init__.py", PACKAGE / "__main__.py")
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path not in ABOVE_THE_ROOMS)
+STUDIES = PACKAGE / "benchmarks" / "studies"  # programs that a person runs by hand
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path not in ABOVE_THE_ROOMS and STUDIES not in path.parents)
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
@@ -106,3 +107,8 @@ def test_a_command_imports_no_other():
     for command in COMMANDS.values():
         path = PACKAGE.parent / f"{command.replace('.', '/')}.py"
         assert not imports(path) & (set(COMMANDS.values()) - {command})
+
+
+def test_no_room_imports_a_study():
+    for path in FILES:
+        assert not any(name.startswith("specmoe_jax.benchmarks.studies.") for name in imports(path))

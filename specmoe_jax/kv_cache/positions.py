@@ -9,7 +9,9 @@ Count = TypeVar("Count", int, np.ndarray)
 PREFILL_TOKENS = (
     512  # of one micro-batch of a streamed prefill: enough to use an accelerator, few enough to keep others waiting briefly
 )
-CHUNKS_AHEAD = 3  # chunks of prompts whose activations are alive at a time: dispatch runs ahead (tests/engine/measure_memory.py)
+CHUNKS_AHEAD = (
+    3  # chunks of prompts whose activations are alive at a time: dispatch runs ahead (benchmarks/studies/measure_memory.py)
+)
 KV_PAGE = 64  # tokens of a page of the host's paged cache: whole blocks of the packed layout, half of one wasted per request
 
 

@@ -22,6 +22,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(probe, "SIZE", {"cpu": 16, "other": 16})
 
 
+@pytest.mark.slow
 def test_measured_once_a_machine(quick, tmp_path):
     first = probe.probe()
     assert first.measured and first.accelerator_is_cpu and first.disk_bytes_per_s > 0

@@ -21,6 +21,7 @@ PARAMS = sm.SamplingParams(max_new_tokens=6, ignore_eos=True)
 KNOWN = Knowledge(hardware=machine("a30").replace(accelerator_is_cpu=True), workload=Workload(prompt_tokens=8, new_tokens=6))
 
 
+@pytest.mark.slow
 def test_every_operator_is_measured_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(profiling, "SHAPES", ((1, 1), (2, 1), (2, 3), (4, 2)))
@@ -38,6 +39,7 @@ def test_every_operator_is_measured_once(monkeypatch, tmp_path):
     assert profiling.cached_profile(TINY, "bfloat16") is None
 
 
+@pytest.mark.slow
 def test_a_heads_chains_and_trees_are_calibrated(monkeypatch):
     monkeypatch.setattr(calibrate, "NEW_TOKENS", 5)
     head = random_head(usual_head(TINY), tiny())

@@ -89,6 +89,7 @@ def test_report_is_the_perplexity_of_the_third_lines(carved, dense):
     assert report.dense == pytest.approx(perplexity([token_losses(dense_model(model.config).logits(tokens), tokens)]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_engine_gives_the_same_tokens_with_and_without_speculation(carved):
     model, _ = carved[SOME]
     params = sm.SamplingParams(max_new_tokens=12, ignore_eos=True)

@@ -192,6 +192,7 @@ def run_script(*arguments):
     return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_script(small_checkpoint, tmp_path):
     model, output = f"--model={small_checkpoint}", f"--output={tmp_path / 'result'}"
     done = run_script(model, output, "--format=specmoe")

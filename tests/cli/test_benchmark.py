@@ -32,6 +32,7 @@ def setting(model):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", [name for name in specmoe.TABLES if name != "batches"])
 def test_every_table_runs_and_is_stamped(setting, table, tmp_path):
     rows = specmoe.TABLES[table](setting._replace(batches=(4,)))
@@ -57,6 +58,7 @@ def test_nobody_finishes_while_measuring(model):
     assert row["new_tokens"] == pytest.approx(row["tokens_per_step"] * row["steps"] * len(PROMPTS))
 
 
+@pytest.mark.slow
 def test_the_synthetic_model_is_as_skewed_as_asked_and_counts():
     config = dataclasses.replace(NLLB_SHAPED, num_layers=2, num_experts=32)
     model = synthetic_model(config, skew=0.6)

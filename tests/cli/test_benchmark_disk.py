@@ -5,9 +5,12 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "benchmark_disk.py"
 
 
+@pytest.mark.slow
 def test_one_short_round():
     flags = ["--rounds=1", "--tokens=2", "--batches=1", "--policies=frequency"]
     done = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True, check=True)

@@ -25,6 +25,7 @@ def kernels():
         pytest.skip("the compiled kernels are not usable here")
 
 
+@pytest.mark.slow
 def test_every_table_runs():
     flags = [*SMALL, "--only=rows,one_by_one,ref", "--layers=2:4:16:8", "--tokens=1,64", "--matrices=24:16", "--dense_rows=3"]
     done = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True, timeout=300)

@@ -45,6 +45,7 @@ def test_pinned_layers_take_memory_and_send_less(setting):
     assert one["link_bytes_per_step"] == pytest.approx(2 / 3 * none["link_bytes_per_step"], rel=0.3)
 
 
+@pytest.mark.slow
 def test_whole_jobs_count_prefill_and_every_token(setting):
     rows = specmoeoff.output_lengths(setting)
     for row in rows.values():

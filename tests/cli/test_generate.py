@@ -48,6 +48,7 @@ def test_a_run_of_the_main_job(run_script, checkpoint, tmp_path, expected):
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_codes_of_a_process(run_script, checkpoint):
     ran = run_script("generate.py", f"--model={checkpoint}", "--prompt=")
     assert (ran.code, ran.out) == (1, "")

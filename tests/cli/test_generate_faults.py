@@ -91,7 +91,7 @@ def test_a_stop_in_each_phase_can_be_resumed(job, tmp_path, monkeypatch, phase, 
 
 
 def test_a_disk_that_fills(job, tmp_path):
-    """A file size limit stands for the full disk (a real one, small, is filled by tests/engine/full_disk.py)."""
+    """A file size limit stands for the full disk (a real one, small, is filled by specmoe_jax/benchmarks/studies/full_disk.py)."""
     assert job().code == 0
     whole = lines(tmp_path / "o.jsonl")
     (tmp_path / "o.jsonl").unlink()

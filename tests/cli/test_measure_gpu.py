@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
 
+
+@pytest.mark.slow
 def test_a_dry_run_of_some_parts_and_only_the_missing_ones_again(run_script, tmp_path):
     flags = [f"--output={tmp_path}", "--dry_run"]
     parts = ("ffn", "overlap", "mixtral_streaming", "mixtral_planner")

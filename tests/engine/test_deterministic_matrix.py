@@ -69,6 +69,7 @@ def test_the_same_file(model, expected, tmp_path, name, batch_size, resumed):
     assert run_job(model, plan, tmp_path / "out.jsonl") == expected
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_file(model, expected, tmp_path, monkeypatch):
     """The equality above is not that of a constant."""
     prompt = PROMPTS[9]

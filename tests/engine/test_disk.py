@@ -65,6 +65,7 @@ def test_tokens_are_those_of_the_resident_model(on_disk, resident, case):
     assert stats["prefill_disk_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_sampled_tokens(on_disk, model):
     assert run(on_disk, disk_plan(), params=SAMPLED)[0] == run(model, plan(), params=SAMPLED)[0]
 

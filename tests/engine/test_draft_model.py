@@ -58,6 +58,7 @@ def test_the_target_itself_is_always_accepted(model, params):
     np.testing.assert_allclose(stats["acceptance_by_position"], 1.0, atol=0.02 if params is SAMPLED else 0)
 
 
+@pytest.mark.slow
 def test_its_cache_is_that_of_the_committed_text(model, near):
     """Every proposal is what the draft model says without a cache, whatever was accepted before."""
     engine = sm.Engine(model, drafting(length=3), draft_model=near)

@@ -78,6 +78,7 @@ def test_sampled_rows_run_and_repeat(model, head):
     assert stats["compilations_after_warmup"] == 0
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_mates_or_on_the_request_before(model, head):
     """Ordinary sampling too: a head's proposals come from the row alone, so its draws do."""
     alone = [run(model, drafting(), [prompt], SAMPLED, draft_head=head)[0] for prompt in PROMPTS[:1]]

@@ -25,6 +25,7 @@ def expected():
     return tokens_of(Engine(MODEL, PRESETS["resident"](MODEL.config).replace(batch_size=3)).generate(PROMPTS, PARAMS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 2}, {"draft": "ngram"}], ids=str)
 def test_batches_and_drafts(changes, expected):
     plan = SPECMOE.replace(**changes)

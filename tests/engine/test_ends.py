@@ -73,6 +73,7 @@ def test_limits_of_each_row(model, resident):
     assert tokens == [row[: p.max_new_tokens] for row, p in zip(resident, params, strict=True)]
 
 
+@pytest.mark.slow
 def test_stop_string_across_tokens(model, resident):
     """The stop string begins in one token and ends in the next; the text is cut before it."""
     lettered = dataclasses.replace(model, tokenizer=Letters())
@@ -88,6 +89,7 @@ def test_stop_string_across_tokens(model, resident):
             assert stop in Letters().decode(done.token_ids) and stop not in Letters().decode(done.token_ids[:-1])
 
 
+@pytest.mark.slow
 def test_prompt_of_one_token_and_of_the_whole_window(model):
     """Window - 1 prompt tokens leave room for one; a window of them for none."""
     window = TINY.max_positions

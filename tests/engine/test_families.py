@@ -57,6 +57,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equality(family, case):
@@ -86,6 +87,7 @@ def test_every_pass_counts_the_layers_that_have_experts(family):
     assert stats["expert_misses"] == NEW_TOKENS * model.config.num_moe_layers * model.config.experts_per_token
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_near_float32(family):
     """Weights, caches and blocks in bfloat16: logits within its rounding, and generation runs."""

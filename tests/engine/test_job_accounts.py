@@ -35,6 +35,7 @@ GIVEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", GIVEN)
 def test_the_smallest_budget_that_is_accepted_runs(model, given):
     """One byte less is refused by both, with the same shortage."""

@@ -134,6 +134,7 @@ def test_waves(model, resident, slots, kv_tier):
                 assert info.verify.waves == sum(-(-count // slots) for count in misses)
 
 
+@pytest.mark.slow
 def test_one_engine_many_batches(model, resident):
     """Smaller and larger batches, last one padded, on one engine: pool, residency and shapes are carried over."""
     engine = sm.Engine(model, plan(draft_length=3, draft_experts=2, batch_size=3))
@@ -141,6 +142,7 @@ def test_one_engine_many_batches(model, resident):
         assert tokens_of(engine.generate(PROMPTS[:count], GREEDY)) == resident[:count]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_tier", TIERS)
 def test_one_engine_many_batches_within_a_budget(model, resident, kv_tier):
     """What a batch leaves to the pool depends on its size; a pool of an earlier batch must not be taken for it."""

@@ -69,6 +69,7 @@ def test_sampled_rows_run_and_repeat():
     assert runs[0][1]["compilations_after_warmup"] == 0
 
 
+@pytest.mark.slow
 def test_bfloat16_runs():
     model = tiny_family("deepseek_v3", "bfloat16")
     tokens, stats = generated(model, "on_demand", draft="mtp", draft_length=2, dtype="bfloat16")
@@ -107,6 +108,7 @@ def own_proposal(head, model: Model, text: tuple[int, ...], length: int) -> list
 FORWARD = jax.jit(mtp.forward)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_proposal_is_the_layers_own(family):
     """Whatever was accepted before: its cache is that of the committed text, with the target's states."""
@@ -157,6 +159,7 @@ def test_refused():
         load_mtp(model)
 
 
+@pytest.mark.slow
 def test_a_calibration_measures_it():
     """Beside the others, each run given what its draft needs alone; the search then has it among its choices."""
     model = tiny_family("glm4_moe")

@@ -19,6 +19,7 @@ def expected(model, prompts, params=PARAMS):
     return dict(enumerate(tokens_of(sm.Engine(model, plan("resident", batch_size=16)).generate(prompts, params))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["small first", "large first"])
 def test_pinned_layers_of_two_streams(model, order):
     """Alone the short job has room to pin every layer, nine long rows leave none."""
@@ -27,6 +28,7 @@ def test_pinned_layers_of_two_streams(model, order):
     check_interleaved(model, sm.Engine(model, a_plan), jobs if order == "small first" else jobs[::-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["small first", "large first"])
 def test_a_whole_and_a_split_draft_cache(model, order):
     a_plan = plan("streaming", batch_size=2, draft="eagle", draft_length=1, draft_kv_bytes=33000)

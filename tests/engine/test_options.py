@@ -46,6 +46,7 @@ def test_options_change_no_token(model, resident, name):
     assert (stats["draft_link_bytes"] > 0) <= (OPTIONS[name].prefetch == "draft")
 
 
+@pytest.mark.slow
 def test_a_larger_batch_in_a_pool_of_the_same_size():
     """What a small batch let be prefetched would leave a larger one's dispatch too few free slots."""
     config = dataclasses.replace(TINY, num_experts=64, experts_per_token=1, expert_hidden=400)
@@ -60,6 +61,7 @@ def test_a_larger_batch_in_a_pool_of_the_same_size():
         assert tokens_of(engine.generate(prompts[:count], GREEDY)) == expected
 
 
+@pytest.mark.slow
 def test_a_guard_goes_on_with_what_earlier_batches_taught_it(model):
     engine, seen = sm.Engine(model, plan(**DRAFTING, batch_size=4, guard=True)), []
     prompts = [tuple(range(1, 9))] * 8
@@ -68,6 +70,7 @@ def test_a_guard_goes_on_with_what_earlier_batches_taught_it(model):
     assert engine.init(prompts[:2], GREEDY).adaptive_length.step == 0  # other rows: steps of another duration
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_tier", ["accelerator", "host"])
 def test_deterministic_sampling_is_the_same_with_any_plan(model, kv_tier):
     """The stronger mode: sampled tokens, too, do not depend on speculation, batch mates or batch size."""
@@ -85,6 +88,7 @@ def first_difference(a, b):
     return next((i for i, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1]), None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_tier", ["accelerator", "host"])
 def test_bfloat16_differs_only_where_two_tokens_are_nearly_equal(kv_tier):
     """Exactness holds in float32; in bfloat16 two correct runs may part where the two best logits are within its rounding."""

@@ -38,6 +38,7 @@ def test_mates_that_end_earlier(model, together):
     assert tokens == [text[:limit] for text, limit in zip(together, limits, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "a_plan",
     [plan("on_demand"), plan("resident"), plan(draft_length=3, draft_experts=TINY.num_experts)],

@@ -47,6 +47,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_lossless_and_compiled_once(model, expected, case):
     pages, changes = CASES[case]
@@ -57,6 +58,7 @@ def test_lossless_and_compiled_once(model, expected, case):
     assert sum(info.draft_on_cpu for info in infos) == round(stats["draft_cpu_row_share"] * sum(i.active.sum() for i in infos))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tree", [{}, {"draft_tree_top_k": 2, "draft_tree_tokens": 5}], ids=["chain", "tree"])
 def test_what_is_drafted_is_what_it_was(model, tree):
     """Whatever is where, the same is accepted at each position; and rows really change sides, few times each."""
@@ -116,6 +118,7 @@ def test_a_budget_without_effect_is_refused(model, preset, changes):
         plan(preset, draft_kv_bytes=1e6, **changes).validate(model.config)
 
 
+@pytest.mark.slow
 def test_a_job_leaves_nothing_of_its_draft_to_the_next(model):
     """Each has a draft of its own, which knows the devices: not the runtime, which would know the draft of the job before."""
     engine = sm.Engine(model, split_plan(model, 1), draft_head=eagle_head(model))

@@ -65,6 +65,7 @@ def test_partly_right_drafts_are_exact_in_micro_batches(expected):
     assert engine.stats()["tokens_per_step"] > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches, rows", [(1, 8), (2, 8), (3, 3)])
 def test_an_eagle_head_drafts_for_rows_that_come_and_go(expected, micro_batches, rows):
     changes = {"batch_size": rows, "micro_batches": micro_batches, "draft_length": 3, "prefill_chunk": 8}

@@ -59,6 +59,7 @@ def test_scripted_acceptance_in_a_streamed_pass(model, resident, micro_batches, 
     assert engine.stats()["compilations_after_warmup"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED])
 def test_an_eagle_tree_in_a_streamed_pass(model, params):
     changes = {"batch_size": 3, "draft_length": 3, "draft_tree_top_k": 2, "draft_tree_tokens": 5}
@@ -67,6 +68,7 @@ def test_an_eagle_tree_in_a_streamed_pass(model, params):
     assert run(model, a_plan, params=params, draft_head=eagle_head(model))[0] == want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", RAW_CONFIGS)
 def test_families(family):
     """Windows, chunks, sinks, latents: positions by depth and the ancestor mask in every attention."""
@@ -82,6 +84,7 @@ def test_families(family):
     assert engine.stats()["tokens_per_step"] > 1.5
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_embeds_positions_by_depth():
     """NLLB adds sinusoids to its embeddings, so a node's position counts before the first layer."""
     model = tiny_family("nllb_moe")
@@ -113,6 +116,7 @@ def test_eagle_trees_are_lossless(model, resident, case):
     assert stats["compilations_after_warmup"] == stats["draft_link_bytes"] == 0
 
 
+@pytest.mark.slow
 def test_deterministic_sampling_is_the_same_with_and_without(model):
     plain = run(model, plan("on_demand", deterministic_sampling=True), params=SAMPLED)[0]
     a_plan = tree_plan(draft="eagle", deterministic_sampling=True)
@@ -138,6 +142,7 @@ class WatchedTree(Watched):
         return proposal._replace(tokens=scripted.tokens, tree=scripted.tree), kv
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True], ids=["eagle1", "eagle3"])
 def test_every_tree_is_the_published_networks(model, resident, fused):
     """Nodes, parents and order of a tree against the cacheless oracle, after steps that accepted any path."""
@@ -223,6 +228,7 @@ def test_refused(changes, said):
         tree_plan(draft="eagle").replace(**changes).validate(TINY)
 
 
+@pytest.mark.slow
 def test_rows_for_growing_it_are_in_the_cache(model):
     """Wide trees at the end of the longest sequence still find room."""
     a_plan = tree_plan(draft="eagle", depth=5, top_k=12, tokens=12)

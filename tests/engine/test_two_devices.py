@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from engine_cases import SAMPLED, plan, run
 
 from specmoe_jax import ops
@@ -18,6 +19,7 @@ from specmoe_jax.testing import tiny
 TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
 
 
+@pytest.mark.slow
 def test_no_program_mixes_the_devices_and_no_copy_is_implicit():
     script = pathlib.Path(__file__).with_name("two_devices.py")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=os.environ | TWO_DEVICES, timeout=300)

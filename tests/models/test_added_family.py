@@ -81,6 +81,7 @@ def invented(tmp_path, monkeypatch):
     sys.modules.pop("invented_family")
 
 
+@pytest.mark.slow
 def test_it_runs_in_every_flow(invented):
     model = random_model(registry.parse_config(RAW))
     changes = {"resident": {}, "on_demand": {"kv_tier": "host"}, "specmoe": {"draft_length": 3, "draft_experts": 2}}

@@ -2,6 +2,7 @@
 
 import ml_dtypes
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,6 +31,7 @@ def steps(config: ExpertConfig, core: np.ndarray) -> np.ndarray:
     return np.concatenate(columns, axis=2) / 7
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(config=CONFIGS, seed=st.integers(0, 1 << 30), half=st.booleans())
 def test_round_trip(config, seed, half):

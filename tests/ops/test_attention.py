@@ -94,6 +94,7 @@ def test_caches_of_xla_and_reference_are_equal(xla_alone, dtype):
     assert_packed_agrees_with_the_reference(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
 @pytest.mark.parametrize("chunk", [None, 12, 500])
 @pytest.mark.parametrize("with_sinks", [False, True], ids=["plain", "sinks"])

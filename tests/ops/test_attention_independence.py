@@ -56,6 +56,7 @@ def test_capacity_changes_nothing(isa):
     np.testing.assert_array_equal(ops.chunked_attention(q, k_new, v_new, *wider, lengths)[0], out)
 
 
+@pytest.mark.slow
 def test_more_than_64_tokens_give_the_bits_of_pieces(isa):
     case = make_case(5, B=2, T=130, H=2, K=1, D=16, S=200, lengths=[0, 9], num_new=jnp.array([130, 70], jnp.int32))
     q, k_new, v_new, k, v, lengths = case.args

@@ -56,6 +56,7 @@ def test_tiles_agree_with_float64(xla_alone, name, weights):
     assert np.all(np.abs(np.asarray(jax.jit(ops.expert_ffn)(*args)) - want) <= 8 * 2.0**-24 * bound)
 
 
+@pytest.mark.slow
 def test_tiles_read_bits_and_no_unused_slots(xla_alone):
     test_bits_in_uint16_are_bfloat16(None)
     test_no_expert_gives_zeros_and_unused_slots_are_not_read(None)

@@ -106,6 +106,7 @@ print(len([w for w in caught if "specmoe_jax.ops" in str(w.message)]), [str(w.me
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["missing", "newer", "ref"])
 def test_the_fallback_warns_once(how):
     break_it = {

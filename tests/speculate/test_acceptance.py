@@ -105,6 +105,7 @@ def test_greedy_paths_agree(logits, drafted):
 # Sampling: cases with one possible outcome.
 
 
+@pytest.mark.slow
 def test_a_draft_equal_to_the_target_is_always_accepted():
     logits = jax.random.normal(KEY, (500, 4, V)) * 3
     rows = sampling_rows([SamplingParams(temperature=0.8, top_p=0.9)] * 500)
@@ -173,6 +174,7 @@ def test_accepted_tokens():
 # Rows are independent.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [True, False])
 def test_rows_do_not_depend_on_their_batch_mates(batch, told):
     keys, tokens, probs, target, rows = batch

@@ -77,6 +77,7 @@ def test_a_cache_that_cannot_be_written(demo, cache):
     assert affinity_table(demo).shape == (4, 16, 16)
 
 
+@pytest.mark.slow
 def test_engines_use_it(demo, cache, computed):
     plan = sm.PRESETS["specmoe"](demo.config)
     params = sm.SamplingParams(max_new_tokens=4)

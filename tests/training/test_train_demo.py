@@ -115,6 +115,7 @@ def test_resume_equals_one_run_and_export_has_hugging_face_names(corpus, tmp_pat
     assert np.sum(report["routing"]["load_share"][0]) == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_exported_logits_equal_transformers(corpus, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -162,6 +163,7 @@ def test_stand_ins_keep_residents_and_take_the_nearest():
     np.testing.assert_array_equal(self_draft.stand_ins(jnp.asarray([False, True, True]), distances), [1, 1, 2])
 
 
+@pytest.mark.slow
 def test_a_draft_with_every_expert_resident_is_always_accepted():
     params = model.init_params(jax.random.key(3), TINY, common_experts=True)
     tokens = jax.random.randint(jax.random.key(4), (2, 64), 0, VOCAB)

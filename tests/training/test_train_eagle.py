@@ -31,6 +31,7 @@ def batch(seed=0):
     return rng.integers(0, TINY.vocab_size, (2, 12)).astype(np.int32), features
 
 
+@pytest.mark.slow
 def test_the_training_form_is_the_cached_form():
     head, (following, features) = eagle_head(tiny()), batch()
     kv = EagleDraft(head).new_memory(2, 16).kv

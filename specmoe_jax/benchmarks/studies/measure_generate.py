@@ -1,6 +1,6 @@
 """Speed of the resident preset against transformers' generate on the bundled model; not collected by pytest.
 
-    python tests/parity/measure_generate.py
+    python -m specmoe_jax.benchmarks.studies.measure_generate
 Interleaved rounds in one process, float32, greedy, 32 prompt tokens and 64 new ones; the median of the paired ratios.
 """
 

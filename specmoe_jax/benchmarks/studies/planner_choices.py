@@ -6,10 +6,9 @@ import sys
 import time
 from typing import NamedTuple
 
-from planner_heads import head_of
-
 import specmoe_jax as sm
 from specmoe_jax.autotune.choose import Knowledge, choose, describe, evaluate, job_of
+from specmoe_jax.benchmarks.studies.planner_heads import head_of
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import PRESETS, preset
 from specmoe_jax.planner.drafts.search_starts import tree

@@ -6,10 +6,9 @@ import statistics
 import sys
 import time
 
-from planner_heads import head_of
-
 import specmoe_jax as sm
 from specmoe_jax.autotune.choose import Knowledge, describe, evaluate
+from specmoe_jax.benchmarks.studies.planner_heads import head_of
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import preset
 from specmoe_jax.engine.state import StepInfo

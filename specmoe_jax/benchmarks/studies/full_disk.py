@@ -2,7 +2,7 @@
 
 Needs the right to mount (run it as root in a container); not a test that pytest collects. The caches of the run (affinity,
 compiled programs), its output, figures and metrics are all on the small disk, so that it fills in whatever phase writes:
-    python tests/engine/full_disk.py --folder=/tmp/small_disk
+    python -m specmoe_jax.benchmarks.studies.full_disk --folder=/tmp/small_disk
 """
 
 import argparse
@@ -12,7 +12,6 @@ import pathlib
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).parents[2]
 SIZES_KIB = (16, 64, 256, 1024, 2048, 3072)
 TEXTS = [f"Call me Ishmael, said number {i}." for i in range(60)]
 
@@ -20,7 +19,9 @@ TEXTS = [f"Call me Ishmael, said number {i}." for i in range(60)]
 def run(folder: pathlib.Path, prompts: pathlib.Path) -> subprocess.CompletedProcess:
     command = [
         sys.executable,
-        str(ROOT / "scripts" / "generate.py"),
+        "-m",
+        "specmoe_jax",
+        "generate",
         f"--prompts={prompts}",
         f"--output={folder / 'out.jsonl'}",
         f"--stats={folder / 'stats.json'}",

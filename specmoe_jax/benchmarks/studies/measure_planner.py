@@ -1,7 +1,7 @@
 """How wrong the planner is on this machine: errors over plans unseen in fitting, and its choices against a measured sweep.
 
-    python tests/planner/measure_planner.py errors --output=errors.json
-    python tests/planner/measure_planner.py choices --output=choices.json
+    python -m specmoe_jax.benchmarks.studies.measure_planner errors --output=errors.json
+    python -m specmoe_jax.benchmarks.studies.measure_planner choices --output=choices.json
 
 On idle cores only. The bundled model; link rates are emulated. The last line is one JSON document.
 """
@@ -13,8 +13,6 @@ import random
 import sys
 
 import jax
-from planner_choices import SETTINGS, choices
-from planner_errors import Rounds, errors, unseen_plans
 
 import specmoe_jax
 import specmoe_jax as sm
@@ -22,6 +20,8 @@ from specmoe_jax.autotune.calibrate import calibrate
 from specmoe_jax.autotune.choose import Job, know
 from specmoe_jax.autotune.probe import probe
 from specmoe_jax.autotune.profile import profile
+from specmoe_jax.benchmarks.studies.planner_choices import SETTINGS, choices
+from specmoe_jax.benchmarks.studies.planner_errors import Rounds, errors, unseen_plans
 from specmoe_jax.checkpoints.eagle import bundled_head, load_head
 from specmoe_jax.planner.measured.operators import as_table
 from specmoe_jax.support.cache_files import cache_folder

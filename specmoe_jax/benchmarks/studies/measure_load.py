@@ -1,6 +1,6 @@
 """Load rate and peak memory of a synthetic checkpoint against a sequential read of the same files in the same run.
 
-    python tests/checkpoints/measure_load.py [--gigabytes=2] [--runs=3] [--folder=DIR]
+    python -m specmoe_jax.benchmarks.studies.measure_load [--gigabytes=2] [--runs=3] [--folder=DIR]
 
 Every read and every load starts with the files dropped from the page cache; each load is a process of its own. The last
 line of the output is one JSON document with the medians. Other work on the machine slows a load more than a read, which
@@ -19,12 +19,12 @@ import time
 
 import ml_dtypes
 import numpy as np
-from small_checkpoint_files import RAW_CONFIG
 
 from specmoe_jax.checkpoints.conversion.convert import convert
 from specmoe_jax.checkpoints.conversion.write import Output, write_safetensors
 from specmoe_jax.models.families.registry import family_of, parse_config
 from specmoe_jax.models.spec import spec_leaves
+from specmoe_jax.testing.families import RAW_CONFIGS
 
 SIZES = {
     "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 5, "num_attention_heads": 16,
@@ -53,7 +53,7 @@ print(json.dumps({"load_s": load_s, "load_cpu_s": load_cpu_s, "weight_bytes": we
 def write_checkpoint(path: pathlib.Path, gigabytes: float) -> None:
     """Random bfloat16 weights of about that size in one file, as published checkpoints are laid out."""
     experts = max(2, round(gigabytes * 1e9 / BYTES_PER_EXPERT_INDEX))
-    raw = RAW_CONFIG | SIZES | {"num_local_experts": experts}
+    raw = RAW_CONFIGS["mixtral"] | SIZES | {"num_local_experts": experts}
     config = parse_config(raw)
     specs = spec_leaves(family_of(config).weight_specs(config))
     for layer in range(config.num_layers):

@@ -1,15 +1,16 @@
 """By hand: the speed-up of speculation on SpecMoEOff's machines, as docs/planner.md has it; arithmetic alone.
 
-PYTHONPATH=. python tests/planner/twin_tables.py
+python -m specmoe_jax.benchmarks.studies.simulator_tables
 """
 
 import specmoe_jax as sm
+from specmoe_jax.benchmarks.gpu.shapes import mixtral_8x7b
 from specmoe_jax.planner.estimate import predict
 from specmoe_jax.planner.machines import machine
 from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload
 from specmoe_jax.support.units import GIB
-from tests.planner.planner_cases import MIXTRAL
 
+MIXTRAL = mixtral_8x7b(32)
 BESIDE_BYTES, TOKEN_BYTES = 90 * GIB, 128 * 1024  # what reproduces both batches of the paper at 566 + 1024 tokens
 LENGTHS = (2, 3, 4, 5, 6, 8)
 

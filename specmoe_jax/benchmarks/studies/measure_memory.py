@@ -1,6 +1,6 @@
 """The memory account of a streamed plan against what the process really takes; run by hand:
 
-    python tests/engine/measure_memory.py --gib=1.5
+    python -m specmoe_jax.benchmarks.studies.measure_memory --gib=1.5
 
 Host and accelerator are the same memory on a CPU, so the process's peak is held against the sum of both accounts; the
 accelerator's part is told apart by what JAX holds alive in device memory, without the KV pages and the queries, keys and

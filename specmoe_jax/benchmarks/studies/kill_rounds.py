@@ -3,7 +3,7 @@
 Counts every token that any of the runs committed, so that it also tells how much work a kill costs.
 
 Not a test that pytest collects (minutes); run it by hand:
-    python tests/engine/kill_rounds.py --rounds=50 --requests=200
+    python -m specmoe_jax.benchmarks.studies.kill_rounds --rounds=50 --requests=200
 """
 
 import argparse
@@ -18,13 +18,16 @@ import sys
 import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).parents[2]
+import specmoe_jax as sm
+
+HELD_OUT = pathlib.Path(sm.__file__).parent / "checkpoints" / "demo" / "held_out.txt"
 
 
 def command(folder: pathlib.Path, output: str, batch_size: int) -> list[str]:
     return [
         sys.executable,
-        __file__,
+        "-m",
+        "specmoe_jax.benchmarks.studies.kill_rounds",
         f"--count={folder / output}.tokens",
         f"--prompts={folder / 'prompts.jsonl'}",
         f"--output={folder / output}",
@@ -45,10 +48,8 @@ def counted(count_file: str, arguments: list[str]) -> None:
         return state, info
 
     Engine.step = counted_step
-    script = ROOT / "scripts" / "generate.py"
-    sys.path.insert(0, str(script.parent))
-    sys.argv = [str(script), *arguments]
-    runpy.run_path(str(script), run_name="__main__")
+    sys.argv = ["specmoe", "generate", *arguments]
+    runpy.run_module("specmoe_jax", run_name="__main__")
 
 
 def tokens_of(path: pathlib.Path) -> int:
@@ -56,7 +57,7 @@ def tokens_of(path: pathlib.Path) -> int:
 
 
 def prompts(folder: pathlib.Path, count: int) -> None:
-    held_out = (ROOT / "specmoe_jax/checkpoints/demo/held_out.txt").read_text(encoding="utf-8").splitlines()
+    held_out = HELD_OUT.read_text(encoding="utf-8").splitlines()
     texts = [line for line in held_out if line.strip()]
     records = [{"id": f"r{i}", "prompt": texts[i % len(texts)][: 20 + i % 60], "max_new_tokens": 16 + i % 48} for i in range(count)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -1,6 +1,6 @@
 """By hand: the simulator given the engine's own task times, against the engine's iterations. How right is the schedule alone?
 
-    python tests/planner/measure_simulator.py
+    python -m specmoe_jax.benchmarks.studies.measure_simulator
 Streamed plans of the bundled model, the link emulated or not. What the engine does not time (embedding, copies of activations, the
 head, acceptance) takes nothing here, so the smallest iterations come out short.
 """

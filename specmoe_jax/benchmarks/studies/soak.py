@@ -1,7 +1,7 @@
 """Serves a fixed queue of requests again and again: memory stays, nothing compiles, throughput stays.
 
 Not a test that pytest collects (half an hour); run it by hand:
-    python tests/engine/soak.py --minutes=30
+    python -m specmoe_jax.benchmarks.studies.soak --minutes=30
 The last line is one JSON document. Throughput is also given per second of processor time, which other work on the same
 cores disturbs less than the wall clock.
 """

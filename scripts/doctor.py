@@ -1,4 +1,4 @@
-"""Checks the installation: versions, the C++ kernels, devices, memory kinds, the bundled model. Says what is missing."""
+"""Checks the installation and lists what is missing: versions, the C++ kernels, devices, memory kinds, the bundled model."""
 
 from _run import run
 

@@ -1,4 +1,4 @@
-"""What a checkpoint will do on a machine: memory, batch, speed, what binds. Reads config.json and headers, never a weight.
+"""Predicts a checkpoint on a machine: memory, batch, speed, bottleneck. Reads config.json and headers, never a weight.
 
 Examples:
     python scripts/explain.py --model=DIR --hardware=a30 --preset=specmoeoff --batch_size=64

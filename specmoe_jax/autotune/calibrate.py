@@ -1,4 +1,4 @@
-"""A short run on the user's prompts: how much of each draft is accepted, and how skewed the routing is (SpecMoEOff 5.3, step 3)."""
+"""A short run on the user's prompts: the acceptance of each draft, and the skew of the routing (SpecMoEOff 5.3, step 3)."""
 
 import itertools
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def calibrate(
     """Runs at most ROWS prompts for NEW_TOKENS tokens; the result is kept for this checkpoint.
 
     The self-draft's, a head's (its trees' too) and the model's own layer's rates are those of real drafts; of prompt lookup
-    those that it would have had on the texts.
+    those that it would have reached on the texts.
     """
     prompts = list(prompts[:ROWS])
     plan = preset("specmoe", model.config).replace(batch_size=len(prompts), draft_length=LENGTH, dtype=model.dtype)

@@ -1,4 +1,4 @@
-"""Chooses a plan for a model on a machine: what was measured of both goes into the planner's search."""
+"""Chooses a plan for a model on a machine: the measurements of both feed the planner's search."""
 
 import pathlib
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ from specmoe_jax.planner.workload import Workload
 from specmoe_jax.support.errors import PlanError
 
 SAFE_SHARE = 0.95  # of an accelerator's memory; the compiler's scratch is not in the account
-REQUESTS = 64  # where nobody says how many there will be
+REQUESTS = 64  # if the number is not given
 DRAFT_FIELDS = ("draft_length", "draft_experts", "draft_set", "substitution", "guard", "synthetic_acceptance")
 
 
 class Knowledge(NamedTuple):
-    """What plans are predicted from. operators: of this machine, None to go by the hardware's rates."""
+    """The inputs of a prediction. operators: of this machine, None to predict from the hardware's rates."""
 
     hardware: Hardware
     workload: Workload
@@ -68,7 +68,7 @@ def know(config: ModelConfig, dtype: str, path: pathlib.Path | None, job: Job, *
 
 
 def as_line(found: Found) -> str:
-    """For people: the plan's main choices, its prediction, what binds, and the runner-up."""
+    """For people: the plan's main choices, its prediction, the bottleneck, and the runner-up."""
     best = found.best
     text = f"{describe(best.plan)}: about {best.tokens_per_s:,.0f} tokens/s predicted, bound by the {best.prediction.binding}"
     if found.runner_up is not None:
@@ -77,7 +77,7 @@ def as_line(found: Found) -> str:
 
 
 def describe(plan: Plan) -> str:
-    """The choices of a plan that differ from doing nothing, as flags would say them."""
+    """The non-default choices of a plan, as flags."""
     shown = (
         "draft",
         "draft_length",
@@ -124,11 +124,11 @@ def choose(
 ) -> Found:
     """The best plan and the runner-up. fixed: fields of the plan that are given. head: whether an EAGLE head is at hand.
 
-    Drafts are considered where their acceptance was measured or where they are asked for; the self-draft also where not all
-    experts fit on the accelerator; with the guard, which ends drafting that does not pay. Raises PlanError if nothing fits.
+    Drafts are considered if their acceptance was measured or they are requested, the self-draft also if not all experts fit on
+    the accelerator; all with an adaptive length, which ends drafting that does not pay. Raises PlanError if nothing fits.
     """
     fixed = dict(fixed or {})
-    if not known.hardware.accelerator_is_cpu:  # a plan without a limit takes all that it can use
+    if not known.hardware.accelerator_is_cpu:  # a plan without a limit uses all the memory that it can
         fixed.setdefault("device_memory_bytes", int(known.hardware.accelerator_memory_bytes * SAFE_SHARE))
 
     def run(drafts) -> Found:
@@ -148,7 +148,7 @@ def choose(
 
 
 def _unmeasured() -> tuple[str, ...]:
-    """Drafts to consider though nothing was measured of them."""
+    """Drafts to consider without a measurement."""
     return tuple(name for name in DRAFTS if DRAFTS.description(name).tried_unmeasured)
 
 
@@ -158,7 +158,7 @@ def _given(name: str) -> tuple[str, ...]:
 
 
 def _guarded(found: Found) -> Found:
-    """With the guard where the plan drafts a chain: it adapts the length, down to none, to what the job really accepts."""
+    """With an adaptive length if the plan drafts a chain: it follows the acceptance of the job, down to no draft."""
     if not found.best.plan.drafting.drafts or found.best.plan.draft_tree_top_k:
         return found
     return found._replace(best=found.best._replace(plan=found.best.plan.replace(guard=True)))

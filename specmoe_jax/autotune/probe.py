@@ -1,4 +1,4 @@
-"""What this machine can do, measured: the rates of Hardware, each the median of a few short runs with its spread.
+"""The measured rates of this machine: those of Hardware, each the median of a few short runs with its spread.
 
 Effects: runs programs on the accelerator, writes and removes one file for the disk, keeps the result in the cache folder.
 """
@@ -89,7 +89,7 @@ def _measure(device: Device, progress: str | bool) -> Hardware:
         task_s=task.seconds,
         sync_s=sync.seconds,
         copy_s=copy.seconds / CHAIN,
-        step_s=5 * sync.seconds,  # acceptance, requests, bookkeeping: what a step of the engine takes is in its operators
+        step_s=5 * sync.seconds,  # acceptance, requests, bookkeeping: the time of the engine's step is in its operators
         accelerator_is_cpu=on_cpu,
         overlap=overlap,
         measured=True,
@@ -221,7 +221,7 @@ def _disk() -> Measured:
 
 
 def _host_memory() -> float:
-    """What the system says is to be had."""
+    """The memory that the system reports as available."""
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
         return float(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
@@ -229,7 +229,7 @@ def _host_memory() -> float:
 
 
 def _accelerator_memory(device: Device) -> float:
-    """What the runtime may take; without an accelerator that is host memory too."""
+    """The memory that the runtime may use; without an accelerator that is host memory too."""
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return float(limit) if limit else _host_memory()
 

@@ -19,7 +19,7 @@ from specmoe_jax.planner.measured.operators import Operators, Sample, fit
 from specmoe_jax.support.cache_files import machine_key, read_cached, write_cached
 from specmoe_jax.support.progress import bar
 
-VERSION = 7  # of what is kept
+VERSION = 7  # of the file format
 MOST_BYTES = 1 << 28  # of the experts of a layer; of larger ones fewer are made
 MOST_LAYERS = 8  # as many as the model has, where their experts take twice that; at least two, to run one after the other
 
@@ -45,12 +45,12 @@ def profile(
 
 
 def cached_profile(config: ModelConfig, dtype: str) -> Operators | None:
-    """What an earlier run measured, None if none did."""
+    """The measurement of an earlier run, None without one."""
     return Operators.from_dict(read_cached("operators", _key(config, dtype)) or {})
 
 
 def _key(config: ModelConfig, dtype: str) -> str:
-    """Of what the programs depend on."""
+    """A key of everything that the programs depend on."""
     small = _small(config)
     shape = hashlib.sha256(repr((small.layers, config.vocab_size, config.hidden_size, config.num_experts)).encode()).hexdigest()
     return machine_key("operators", VERSION, shape, dtype, jax.__version__, jax.devices()[0].device_kind)
@@ -64,7 +64,7 @@ def _measure(config: ModelConfig, dtype: str, progress: str | bool, on_round: Ca
         first = _alone(bench)
         shown.update()
         ran = step_bench.run(model, cases, on_case=shown.update, on_round=on_round)
-        second = _alone(bench)  # what disturbs only adds time, so the quicker one counts
+        second = _alone(bench)  # disturbances only add time, so the quicker one counts
         shown.update()
     quicker = {name: [min(pair, key=lambda s: s.seconds) for pair in zip(first[name], second[name], strict=True)] for name in first}
     costs = {name: fit(name, samples) for name, samples in quicker.items()}

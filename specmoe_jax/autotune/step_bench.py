@@ -1,7 +1,7 @@
 """Times steps of the real engine over a small model, for the planner's operators (profile.py).
 
-What runs between a step's programs (dispatch, the host's plans, workers that are woken, caches that went cold) is most of a small
-model's time and in no operator alone, so layers and drafts are measured where they run: as the share that they have of a step.
+What runs between a step's programs (dispatch, the host's planning, the wake-up of workers, cold caches) is most of a small
+model's time and in no operator alone, so layers and drafts are measured in place, as their share of a step.
 """
 
 import statistics
@@ -25,14 +25,14 @@ from specmoe_jax.planner.memory.account import account, cache_positions
 ROWS = (1, 4, 16, 32, 64)  # batches
 LENGTHS = (48, 320)  # of the prompts; the long ones of LONG_ROWS alone, whose prefill is quick
 LONG_ROWS = (1, 16)
-ROUNDS = 3  # of each plan, with the others in between; the least disturbed one counts, because what disturbs only adds time
+ROUNDS = 3  # of each plan, with the others in between; the fastest one counts, because disturbances only add time
 STEPS, SETTLE, LEAST, BUDGET_S = 10, 2, 3, 0.5  # of a plan in a round
 NEW_TOKENS = 128  # of a row at most
 LAYER_ON_LINK_S = 0.02  # that a layer's experts take on the emulated link, behind which cores go to sleep
 
 
 class Case(NamedTuple):
-    """A plan's fields beside the batch, and the tokens of each prompt. group: what the steps are to tell. slots: of the expert
+    """A plan's fields beside the batch, and the tokens of each prompt. group: the quantity to measure. slots: of the expert
     pool, None for as many as the plan wants.
     """
 
@@ -174,7 +174,7 @@ def fit_steps(config: ModelConfig, ran: list[Ran], alone: dict[str, LinearCost])
 
 
 def _layer(config: ModelConfig, one: Ran, alone: dict[str, LinearCost], step: LinearCost) -> Sample:
-    """A layer's share of what is neither draft nor head nor what every step takes."""
+    """A layer's share of a step without draft, head and fixed costs."""
     layers_s = one.pass_s + one.commit_s - alone["head"](**one.work) - step(**one.work)
     blocks = one.work["blocks"] or _used(config, one.work["tokens"])
     return Sample(one.work | {"blocks": blocks}, max(layers_s / config.num_layers, 1e-6))

@@ -65,7 +65,7 @@ def batches(s: Setting) -> dict:
 
 
 def retain(s: Setting) -> dict:
-    """Leftovers of the dispatch slots, for every system: what they give without speculation, and speculation beside them."""
+    """Retained experts for every system, without and with speculation."""
     rows = {}
     for batch in s.ends(s.batches):
         cases = [

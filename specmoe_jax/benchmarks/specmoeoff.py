@@ -193,9 +193,9 @@ def draft_memory(s: Setting) -> dict:
 
 
 def breakdown(s: Setting) -> dict:
-    """Table 3: one iteration in parts, against its floor and the plain sum of the parts.
+    """Table 3: one iteration in parts, against its bound and the plain sum of the parts.
 
-    compute: the same plan without an emulated link, so what the cores need. The floor is max(link, compute), because CPU and
+    compute: the same plan without an emulated link, so what the cores need. The bound is max(link, compute), because CPU and
     accelerator are the same cores here; on a machine with an accelerator it is the longest lane.
     """
     cases = s.both(s.largest, s.length)

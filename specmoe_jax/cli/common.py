@@ -1,4 +1,4 @@
-"""What every command does the same way: flags with exit code 2, user errors as one line, the compile cache."""
+"""The shared behaviour of all commands: flags with exit code 2, user errors as one line, the compile cache."""
 
 import functools
 import os
@@ -32,7 +32,7 @@ def usage_error(message: str) -> NoReturn:
 
 
 def read_plan(path: str) -> Plan:
-    """A plan file. Raises UserError that names the file; what is wrong in it is named by field, as it stands there."""
+    """A plan file. Raises UserError that names the file; its errors name fields, as the file does."""
     try:
         return Plan.from_json(pathlib.Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as e:
@@ -49,7 +49,7 @@ def use_compile_cache() -> None:
 
 
 def check_platforms(named: str | None) -> None:
-    """Says what is wrong with JAX_PLATFORMS, where it is set, before JAX does so in many lines."""
+    """Reports an invalid JAX_PLATFORMS in one line, before JAX does so in many."""
     if not named:
         return
     if "cpu" not in named.split(","):
@@ -78,7 +78,7 @@ def parse(argv: list[str], *, command: types.ModuleType) -> list[str]:
 
 
 class Stopped(BaseException):
-    """SIGTERM or Ctrl-C: not an Exception, so that nothing on the way mistakes it for a failure of its own."""
+    """SIGTERM or Ctrl-C: not an Exception, so that no handler on the way mistakes it for a failure."""
 
     def __init__(self, signal_number: int):
         self.signal = signal.Signals(signal_number)
@@ -89,10 +89,10 @@ def _stop(signal_number: int, _frame) -> None:
 
 
 def guarded(main: Callable[[], None]) -> None:
-    """Calls `main()`; what a person can mend is one line that names flags."""
+    """Calls `main()`; an error that the user can fix is one line that names flags."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
-    logging.set_verbosity(logging.WARNING)  # at INFO, JAX tells which accelerators are lacking, Orbax ten lines a checkpoint
+    logging.set_verbosity(logging.WARNING)  # at INFO, JAX lists missing accelerators, Orbax writes ten lines per checkpoint
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         raise_pinned_limit()

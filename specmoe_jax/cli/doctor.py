@@ -1,4 +1,4 @@
-"""Checks the installation: versions, the C++ kernels, devices, memory kinds, the bundled model. Says what is missing."""
+"""Checks the installation and lists what is missing: versions, the C++ kernels, devices, memory kinds, the bundled model."""
 
 import importlib.metadata
 import importlib.util
@@ -40,7 +40,7 @@ def check_package(name: str) -> tuple[str, bool, str]:
 
 
 def check_kernels() -> tuple[str, bool, str]:
-    """The C++ extension is optional: without it everything runs on jnp twins, slower, after one warning."""
+    """The C++ extension is optional: without it everything runs on jnp, slower, after one warning."""
     isas = _ffi.isas()
     return "C++ kernels", bool(isas), f"instruction sets {', '.join(isas)}" if isas else "not usable (see the warning)"
 

@@ -1,4 +1,4 @@
-"""What a checkpoint will do on a machine: memory, batch, speed, what binds. Reads config.json and headers, never a weight.
+"""Predicts a checkpoint on a machine: memory, batch, speed, bottleneck. Reads config.json and headers, never a weight.
 
 Examples:
     specmoe explain --model=DIR --hardware=a30 --preset=specmoeoff --batch_size=64
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def check_flags() -> None:
-    """Refuses pictures of no plan, and settings of a simulation that is not made."""
+    """Refuses pictures without a plan, and simulation settings without a simulation."""
     if _SIMULATE.value:
         idle, advice = (_ROOFLINE, _GANTT), "with --simulate; leave it out"
     else:
@@ -135,7 +135,7 @@ def read_headers(folder: pathlib.Path) -> Checkpoint | None:
 
 
 def form_of(quantisation: Quantisation, config: ModelConfig) -> str:
-    """How the weights are stored, and what becomes of them."""
+    """How the weights are stored, and whether they can be loaded."""
     bits = "" if quantisation.bits is None else f", {quantisation.bits:.3g} bits a weight"
     loads = "decoded when loaded" if is_decoded(quantisation, config) else "which this version does not load"
     return f"{quantisation.words}{bits}, {loads}"

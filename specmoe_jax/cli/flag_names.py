@@ -1,4 +1,4 @@
-"""Messages of the library name the fields of a plan; those of a command name its flags. Here one becomes the other."""
+"""Translates messages: the library names the fields of a plan, a command names its flags."""
 
 import re
 from collections.abc import Container

@@ -115,7 +115,7 @@ def main() -> None:
     stats = final_stats(engine, prompts) | error | {"load_s": load_s, "wall_s": watch.seconds, "requests": job.timings}
     if _STATS.value:
         write_atomically(_STATS.value, json.dumps(stats, indent=2) + "\n")
-    if job.timings:  # else there was nothing left to do
+    if job.timings:  # else nothing was left to do
         print(table(stats), file=sys.stderr)
     if job.failed:
         print(f'warning: {job.failed} of {len(prompts)} prompts have no answer; "error" in their records says why', file=sys.stderr)
@@ -189,7 +189,7 @@ def generate(engine: Engine, prompts: list[Prompt]) -> JobWatch:
 
 
 def read_all_prompts(folder: pathlib.Path) -> list[Prompt]:
-    """Prompts of the flags and then of the file, with the sampling flags, or else the model's own wishes, as defaults."""
+    """Prompts of the flags and then of the file, with the sampling flags, or else the model's own defaults."""
     sampling = choose_sampling(sampling_defaults(folder))
     if sampling["temperature"] == 0 and flags.FLAGS["seed"].present:
         raise RequestError("--seed has no effect at temperature 0; set a temperature or leave it out")
@@ -205,7 +205,7 @@ def read_all_prompts(folder: pathlib.Path) -> list[Prompt]:
 
 
 def choose_sampling(wishes: dict[str, float | int]) -> dict[str, Any]:
-    """Temperature, top_k and top_p: a flag, or what the model wishes, or greedy."""
+    """Temperature, top_k and top_p: a flag, or the model's default, or greedy."""
     if _TEMPERATURE.value == 0:
         wishes = {}
     given = {"temperature": _TEMPERATURE.value, "top_k": _TOP_K.value, "top_p": _TOP_P.value}
@@ -214,7 +214,7 @@ def choose_sampling(wishes: dict[str, float | int]) -> dict[str, Any]:
 
 
 def load(prompts: list[Prompt]) -> tuple[Model, dict, dict]:
-    """The model, changes to its plan that make it fit, and what its quantised experts cost in logits, as figures.
+    """The model, changes to its plan that make it fit, and the logit error of its quantised experts, as figures.
 
     The weights' types and the experts' place have to be known before the model is loaded; the plan is made after it.
     """
@@ -236,7 +236,7 @@ def read_plan_file() -> Plan:
 
 
 def final_stats(engine: Engine, prompts: list[Prompt]) -> dict:
-    """The figures of the run, with the floor of this machine and what the planner predicts of the plan."""
+    """The figures of the run, with the roofline bound of this machine and the planner's prediction."""
     model, known = engine.model, None
     with contextlib.suppress(PlanError):  # a plan that runs, though not within what the machine has at this moment
         known = planning.know(model.config, model.dtype, model.path, job_of(model.tokenizer, prompts))
@@ -255,12 +255,12 @@ def make_plan(head: jobs.ModelHead, folder: pathlib.Path, prompts: list[Prompt])
 
 
 def is_auto() -> bool:
-    """Whether the planner chooses, which it does where nothing else was asked for."""
+    """Whether the planner chooses, the default."""
     return _PLAN.value is None and (_PRESET.value or "auto") == "auto"
 
 
 def auto_plan(head: jobs.ModelHead, folder: pathlib.Path, prompts: list[Prompt], overrides: dict) -> Plan:
-    """What the planner predicts to be the fastest on this machine, told in a line."""
+    """The plan that the planner predicts to be the fastest on this machine, reported in a line."""
     if _DRAFT_MODEL.value:
         raise PlanError("--draft_model leaves the planner nothing to choose; name a preset, for example --preset=on_demand")
     overrides |= {"draft": "eagle"} if _DRAFT_HEAD.value else {}

@@ -1,4 +1,4 @@
-"""The command `specmoe`: names of commands, the module of each, and what is told of them all."""
+"""The command `specmoe`: names and modules of the commands, and their overview."""
 
 import ast
 import importlib

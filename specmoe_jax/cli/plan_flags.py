@@ -15,7 +15,7 @@ FIELDS = {name: spec for name, spec in fields_of_a_plan().items() if spec.flag i
 
 
 def _help(spec: FieldSpec) -> str:
-    """The field's, in the words of a command; a flag that is left out leaves the plan's own value."""
+    """The field's help in the words of a command; without the flag the plan's own value holds."""
     names = {other.flag for other in FIELDS.values() if other.flag}
     return with_flags(spec.info.help + (f" Default: {spec.info.none}." if spec.info.none else ""), names)
 

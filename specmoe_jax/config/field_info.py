@@ -1,4 +1,4 @@
-"""What is known of a field of a plan: the metadata from which its checks, its flag, --help and the reading of JSON derive."""
+"""The metadata of a plan's fields, from which their checks, flags, --help and JSON reading derive."""
 
 import dataclasses
 import functools
@@ -55,7 +55,7 @@ class FieldSpec(NamedTuple):
 
     @property
     def expected(self) -> str:
-        """What its value must be, for messages."""
+        """The expected value, for messages."""
         if self.choices is not None:
             return f"one of {', '.join(self.choices)}"
         if self.type is bool:

@@ -14,7 +14,7 @@ from specmoe_jax.types import Device
 class Workers(NamedTuple):
     """The workers of a streamed plan beside the engine's own thread, one thread each; they start with their first task.
 
-    spans: where it is noted when each task ran, None where nobody wants to know.
+    spans: receives the time of each task; None to record nothing.
     """
 
     cpu: concurrent.futures.ThreadPoolExecutor
@@ -34,10 +34,10 @@ class DeviceContext:
     workers: Workers
 
     def to_host(self, arrays):
-        """Starts the copy of activations into host memory; what is to compute with them there takes them through `on_host`.
+        """Starts the copy of activations into host memory; a computation there obtains them through `on_host`.
 
         From an accelerator of its own they go to pinned memory, since a copy to the CPU device blocks this thread until the
-        accelerator has come so far.
+        accelerator has computed them.
         """
         self.activations.send(sum(array.nbytes for array in jax.tree.leaves(arrays)))
         return jax.device_put(arrays, self.host if self.device == self.host else self.pinned_sharding)

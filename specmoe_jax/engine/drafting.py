@@ -1,4 +1,4 @@
-"""The draft's half of a step: proposes tokens, and uses the idle link for what its gates say will be needed."""
+"""The draft's half of a step: proposes tokens, and prefetches over the idle link the experts that its gates predict."""
 
 from typing import NamedTuple
 
@@ -69,7 +69,7 @@ def _forward(runtime: Runtime, state: State, active: np.ndarray, length: int) ->
 
 
 def check_proposed(proposed: object, *, rows: int) -> None:
-    """Raises PlanError for what a draft object returned and no step can verify."""
+    """Raises PlanError for a proposal that no step can verify."""
     if not (isinstance(proposed, tuple) and len(proposed) == 2 and isinstance(proposed[0], Proposal)):
         raise PlanError(f"the draft object proposed a {type(proposed).__name__}; propose(view) returns (Proposal, kv)")
     tokens = proposed[0].tokens

@@ -28,11 +28,11 @@ from specmoe_jax.support.tracing import Span
 class Engine:
     """Generates with a model under a plan. Raises PlanError at construction for a plan that cannot run.
 
-    draft: an own implementation of speculate.Draft, for plans with draft="custom".
+    draft: a custom implementation of speculate.Draft, for plans with draft="custom".
     draft_model: a smaller model of the same vocabulary, for plans with draft="model".
     draft_head: an EAGLE head of this model (checkpoints.load_head), for plans with draft="eagle".
     mtp_head: the model's own layer for further tokens (checkpoints.load_mtp), for plans with draft="mtp".
-    draft_set: an own policy of which experts stay (speculate.DraftSetPolicy), for plans with draft="self" that name none.
+    draft_set: a custom policy of which experts stay (speculate.DraftSetPolicy), for plans with draft="self" that name none.
     Any number of streams and states may be open at a time; each takes the memory of a job, and a plan's budgets are of one job.
     progress: bars of affinity, compilation and prefill; a mode of progress.bar.
     spans: a list that gets the time of every task of a streamed plan (tracing.write_lanes); costs a little of the overlap.
@@ -105,7 +105,7 @@ class Engine:
     def stats(self, hardware: Hardware | None = None, prediction: Prediction | None = None) -> dict:
         """The figures of everything generated so far, units in the names.
 
-        hardware: this machine as probed, for the floor; without it that of an emulated link alone is told. prediction: of
-        this plan, to stand beside what was measured.
+        hardware: this machine as probed, for the roofline bound; without it only an emulated link is known. prediction: of
+        this plan, reported beside the measurement.
         """
         return self._figures.figures(hardware, prediction, self._resources.peak_accelerator_bytes())

@@ -1,4 +1,4 @@
-"""What an engine has done since it was made, counted, and the figures of it."""
+"""Counters of an engine since it was made, and the figures derived from them."""
 
 import resource
 
@@ -14,7 +14,7 @@ from specmoe_jax.support.timing import CompileCounter
 
 
 class EngineFigures:
-    """recompiled: compilations inside steps that count, where none should be. running: of the batch under way, None between two.
+    """recompiled: compilations inside timed steps, which should be none. running: of the current batch, None between batches.
 
     draft_set: the name of its policy; None for the plan's default.
     """
@@ -32,7 +32,7 @@ class EngineFigures:
         self.totals = metrics.add_step(self.totals, info)
 
     def add_compilations(self, since: int) -> None:
-        """Those of a step in which there should be none. since: `compiles.count` before it."""
+        """Compilations during a step, which should be none. since: `compiles.count` before it."""
         self.recompiled += self.compiles.count - since
 
     def add_prefill(self, seconds: float) -> None:
@@ -42,11 +42,11 @@ class EngineFigures:
         self.warm_up_s += seconds
 
     def set_running(self, on_demand: metrics.OnDemand) -> None:
-        """What plain decoding of the batch under way would have fetched so far."""
+        """What plain decoding of the current batch would have fetched so far."""
         self.running = on_demand
 
     def end_batch(self, on_demand: metrics.OnDemand) -> None:
-        """Keeps what plain decoding of a batch would have fetched."""
+        """Adds what plain decoding of a finished batch would have fetched."""
         self._on_demand_experts, self.running = self._on_demand_experts + on_demand.experts, None
 
     def add_prefill_bytes(self, before: Moved, after: Moved) -> None:

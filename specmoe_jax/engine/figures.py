@@ -173,7 +173,7 @@ def figures(
 
 
 def _synthetic(plan: Plan) -> list[str]:
-    """What of these figures is not this machine's or this model's."""
+    """The emulated or synthetic inputs of these figures, which are not this machine's or this model's."""
     stamps = {
         "link_bytes_per_s": plan.link_bytes_per_s is not None,
         "synthetic_acceptance": plan.synthetic_acceptance is not None,

@@ -1,4 +1,4 @@
-"""What an engine keeps from one job to the next: the pool with its account, the runtime, and the draft lengths that were learnt."""
+"""What an engine keeps from one job to the next: the pool with its account, the runtime, and the learnt draft lengths."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -22,14 +22,14 @@ from specmoe_jax.types import KVCache
 
 
 class Moved(NamedTuple):
-    """Expert bytes sent for over the link, and what the tier below it did, since a runtime was made."""
+    """Expert bytes sent for over the link, and the counts of the tier below it, since a runtime was made."""
 
     link_bytes: int
     below: TierCounts
 
 
 class Job(NamedTuple):
-    """What one job runs on as long as it runs, whatever the engine's other jobs take meanwhile."""
+    """The resources of one job for its whole run, independent of the engine's other jobs."""
 
     runtime: Runtime
     account: MemoryAccount
@@ -97,7 +97,7 @@ class EngineResources:
         return (budget is not None and needed.num_slots < held.num_slots) or needed.host_experts < held.host_experts
 
     def new_adaptive_length(self, batch_shape: BatchShape) -> AdaptiveLength | None:
-        """With what an earlier batch of these rows and positions taught it: the first steps are paid once."""
+        """With the estimates of an earlier batch of these rows and positions, so that the first trials are paid for once."""
         if not self._plan.guard:
             return None
         assert self._plan.draft_length is not None  # a guard is of a draft

@@ -1,4 +1,4 @@
-"""How far a run was from the fastest that the machine allows: the floor of its passes, and the share that was reached. Pure.
+"""How far a run was from the machine's limit: the roofline bound of its passes, and the share of it that was reached. Pure.
 
 Floor of a pass = max(expert bytes / link rate, KV bytes / memory rate, FFN flops / accelerator peak, attention flops / CPU peak).
 It counts what the run really verified, fetched and read; what was drafted is not in it, as a perfect draft would be free.
@@ -60,7 +60,7 @@ def roofline_figures(config: ModelConfig, plan: Plan, totals: Totals, hardware: 
 
 
 def predicted_figures(prediction, totals: Totals) -> dict:
-    """What planner.Prediction said of a step, to stand beside what was measured."""
+    """The planner's prediction of a step, reported beside the measurement."""
     return {
         "predicted": {
             "step_s": prediction.iteration_s,

@@ -35,7 +35,7 @@ from specmoe_jax.types import Device, KVCache
 class ExpertPlaces(NamedTuple):
     """Where experts come from and the slots that they go to.
 
-    resident_slots: [L, E] int32 where all stay for good, else None; an encoder's layers last. slots: of the pools that are made
+    resident_slots: [L, E] int32 where all stay for good, else None; an encoder's layers last. slots: of the pools made
     for this account. merged_slots: [L, K] int32, further slots for a draft's own experts, None without any. pinned_layers: whose
     experts stay beside a stream. expert_bytes: of one expert on the link.
     """
@@ -100,7 +100,7 @@ def build(
 ) -> Runtime:
     """The runtime of a plan whose account fits. Copies the weights (not the experts) to the accelerator.
 
-    draft_set: a policy of the user's, None for the plan's.
+    draft_set: a custom policy, None for the plan's.
     earlier: one of the same model and plan, whose neighbours need not be found again. progress: a bar while finding them.
     spans: see Workers.
     """

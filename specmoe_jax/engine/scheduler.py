@@ -1,6 +1,6 @@
-"""Who takes the place of a request that ended, and the chunks of its prompt. Pure: a state in, a state out.
+"""Continuous batching: a waiting request takes over a finished row, and its prompt is split into chunks. Pure.
 
-A long job so keeps its batch (SpecMoEOff serves a fixed batch; its tail is cut from the paper's figures). The prompts of
+A long job thus keeps its batch full (SpecMoEOff serves a fixed batch and excludes its tail from the figures). The prompts of
 new requests run through the pass in which the others decode, so they cost no expert bytes of their own.
 """
 
@@ -37,7 +37,7 @@ class MicroBatch(NamedTuple):
 
 
 class PromptChunk(NamedTuple):
-    """A chunk of prompts and whose they are. rows: [b] int32, -1 for padding. following: [b, T], the token after each."""
+    """A chunk of prompts and their rows. rows: [b] int32, -1 for padding. following: [b, T], the token after each."""
 
     micro_batch: MicroBatch
     rows: np.ndarray

@@ -28,7 +28,7 @@ class Session:
         return step(state.runtime, state, self.model.tokenizer)
 
     def counted_step(self, state: State) -> tuple[State, StepInfo]:
-        """One in which nothing should compile any more."""
+        """A step during which nothing should compile."""
         compiled = self.figures.compiles.count
         state, info = self.step(state)
         self.figures.add_compilations(since=compiled)

@@ -1,4 +1,4 @@
-"""What a generation is made of between two steps, and what a step tells about itself."""
+"""The state of a generation between two steps, and the diagnostics of a step."""
 
 import concurrent.futures
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -35,7 +35,7 @@ class Request(NamedTuple):
 
 
 class PoolSlots(NamedTuple):
-    """How a pool's slots are meant. total: R. dispatch: those that a layer's dispatch can count on.
+    """The purpose of a pool's slots. total: R. dispatch: those that a layer's dispatch can count on.
 
     single_wave: whether every dispatch of the batch that the pool was made for fits into them at once.
     """
@@ -46,11 +46,11 @@ class PoolSlots(NamedTuple):
 
 
 class ExpertMemory(NamedTuple):
-    """Where the experts are, and what the next draft set will be chosen by.
+    """Where the experts are, and the usage scores that choose the next draft set.
 
     slots: what the pool was made for; it is the state's, because an engine may meanwhile serve a batch of another size.
     pool: [R, 3, F, M] slots on the accelerator, donated by every copy. residency: what is in them.
-    usage_scores: [L, E], the memory of the draft-set policy. prefetched: [L, E] bool, resident on a guess; an encoder's layers are
+    usage_scores: [L, E], the memory of the draft-set policy. prefetched: [L, E] bool, resident by prefetch; an encoder's layers are
     in it and in the residency, not in the usage scores. retained_experts: what free slots still hold, None where the plan does not
     retain it. groups: [L, E] int32, the slot of the merged block that stands for each expert under draft=merged, else None.
     buffers: under expert_flow=stream, which has no pool, else None. resting: whether adaptive drafting pauses in this step.
@@ -147,7 +147,7 @@ class PassInfo(NamedTuple):
     """What one pass of the target through all layers did.
 
     hits, misses: needed experts resident or not, over all layers. fetched: experts copied. waves: rounds.
-    prefetched: experts copied on a guess while drafting and in the pass; prefetch_hits: those that were needed.
+    prefetched: experts copied speculatively while drafting and in the pass; prefetch_hits: those that were needed.
     routing: [L, B, T, A] int32 ids, -1 for padding; None under the resident and the streamed flow, which ask no router.
     """
 
@@ -170,7 +170,7 @@ class StepInfo(NamedTuple):
     draft attended on the CPU (a draft cache that is split, speculate/drafts/draft_split.py).
     link_bytes: expert bytes sent for over the link in this step (a streamed layer may cross it a little later); draft_link_bytes:
     those sent for while drafting (prefetches).
-    prefetch_bytes, prefetch_wasted_bytes: those sent on a guess, and the wrong ones among them.
+    prefetch_bytes, prefetch_wasted_bytes: those sent speculatively, and the unused ones among them.
     below: what the tier below the link did in this step.
     activation_bytes: queries, keys, values and attention outputs between accelerator and host (kv_tier=host).
     draft_s: seconds of proposing tokens; features_s: of showing the draft the target's hidden states of what was committed.

@@ -114,7 +114,7 @@ def _length(runtime: Runtime, state: State, active: np.ndarray) -> int:
 def warm_up(runtime: Runtime, state: State, *, on_step: Callable[[], object] = lambda: None) -> State:
     """Compiles what the steps will run, by steps of every draft length in which no row is active.
 
-    Such a step routes, fetches and commits nothing; only the buffers move on. What it taught the adaptive length and the usage
+    Such a step routes, fetches and commits nothing; only the buffers move on. Its effect on the adaptive length and the usage
     scores is dropped. on_step: called after each.
     """
     idle = state._replace(statuses=(EMPTY,) * len(state.requests), adaptive_length=None)

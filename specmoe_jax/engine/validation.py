@@ -1,4 +1,4 @@
-"""What an engine is given beside its plan: whether it agrees with it."""
+"""Checks that the inputs of an engine agree with its plan."""
 
 from specmoe_jax.checkpoints.disk import DiskExperts
 from specmoe_jax.config.plan import Plan

@@ -1,4 +1,4 @@
-"""A job: many prompts, one output file, and a record for each prompt whatever becomes of it."""
+"""A job: many prompts, one output file, and a record for every prompt, served or not."""
 
 import dataclasses
 import gc
@@ -30,11 +30,11 @@ from specmoe_jax.support.errors import CheckpointError, PinnedMemoryError, Reque
 
 SAMPLE_PROMPTS, SAMPLE_TOKENS = 8, 64  # on which quantised experts are compared with exact ones
 RECORDS_AT_ONCE = 1000  # error records to an fsync: one each took 10,000 of them 10 seconds
-CACHE_SHARE = 0.75  # of the pinned memory that was to be had, where not all experts got some
+CACHE_SHARE = 0.75  # of the available pinned memory, if it does not hold all experts
 
 
 class ModelHead(NamedTuple):
-    """What is known of a model before a weight is read."""
+    """The parts of a model that are known before a weight is read."""
 
     config: ModelConfig
     tokenizer: Tokenizer | None
@@ -75,11 +75,10 @@ def load_quantised(
 
 
 def load_that_fits(load: Callable[..., Model], name: str, *, dtype: str, expert_tier: str, progress: str) -> tuple[Model, dict]:
-    """A model, and the changes to its plan that make it fit; none where pinned memory for all experts is to be had.
+    """A model, and the changes to its plan that make it fit; none if pinned memory for all experts is available.
 
-    Where the system refuses it, experts stay on disk and host memory becomes a cache of them, with a warning: of a part
-    of what was to be had, because whatever else runs needs some too. load: load_model. Raises PinnedMemoryError where
-    there is no room for a cache either.
+    Where the system refuses it, experts stay on disk and host memory becomes a cache of them, with a warning. It takes a
+    part of the available memory, as others need some too. load: load_model. Raises PinnedMemoryError without room for a cache.
     """
     try:
         return load(name, dtype=dtype, expert_tier=expert_tier, progress=progress), {}
@@ -151,7 +150,7 @@ def completions(
 
 
 def fingerprint(prompts: list[Prompt], plan: Plan, model: pathlib.Path) -> dict:
-    """What the finished requests of a job depend on.
+    """Everything that the finished requests of a job depend on.
 
     Batch size and the rest of the plan are not in it: greedy and deterministic sampling do not depend on them, and
     ordinary sampling keeps its distribution.

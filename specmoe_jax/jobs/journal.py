@@ -1,4 +1,4 @@
-"""Jobs that `kill -9` cannot lose: finished requests are appended to the output and stay, whatever happens after.
+"""Jobs that `kill -9` cannot lose: finished requests are appended to the output and survive whatever follows.
 
 The output file itself says which requests are done; the journal beside it says which job it belongs to and carries
 the lock. A line that was being written when the process died is cut off at the next start.
@@ -55,7 +55,7 @@ class Journal:
         self.done |= {record["index"] for record in records}
 
     def close(self) -> None:
-        """Ends the job's hold on its output."""
+        """Releases the job's lock on its output."""
         self._file.close()
         self._journal.close()
 
@@ -66,7 +66,7 @@ class Journal:
             raise RequestError(f"another process writes {self._path}; wait for it or choose another --output") from e
 
     def _claim(self, fingerprint: dict) -> None:
-        """Writes what the job is, or compares it with what is written. A torn first write counts as none."""
+        """Writes the job's identity, or compares it with the file's. A torn first write counts as none."""
         self._journal.seek(0)
         try:
             written = json.loads(self._journal.read())
@@ -101,7 +101,7 @@ class Journal:
         return end, done
 
     def _cut(self) -> None:
-        """Takes back a line that was written in part."""
+        """Removes a partially written line."""
         try:
             os.ftruncate(self._file.fileno(), self._end)
         except OSError:
@@ -110,7 +110,7 @@ class Journal:
 
 @contextlib.contextmanager
 def _writing(path: pathlib.Path) -> Iterator[None]:
-    """What the system refuses before the job has begun, as one line."""
+    """A system error before the job has begun, as one line."""
     try:
         yield
     except OSError as e:

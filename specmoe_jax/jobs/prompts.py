@@ -82,7 +82,7 @@ def as_chat(
 def read_prompts(path: str, defaults: SamplingParams, *, keep_bad: bool = False) -> list[Prompt]:
     """Reads a .txt or .jsonl file. Raises RequestError naming the line.
 
-    keep_bad: a line that is no prompt becomes a Prompt with an `error` instead, as a long job wants it.
+    keep_bad: an invalid line becomes a Prompt with an `error` instead, as long jobs need.
 
     Text: empty lines are skipped, the id is the number of the prompt. JSON lines: objects with `prompt` or `messages`, and
     optionally `id`, `system`, `tools`, `documents`, options of the chat template and any field of SamplingParams; or requests in

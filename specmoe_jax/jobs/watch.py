@@ -1,4 +1,4 @@
-"""What is told of a job while it runs: a bar, a metrics file, and how long each request took."""
+"""The progress of a running job: a bar, a metrics file, and the time of each request."""
 
 import time
 from collections.abc import Iterable
@@ -44,7 +44,7 @@ class JobWatch:
         try:
             self._write()
         except RequestError:
-            if kind is None:  # else what ended the job is what matters
+            if kind is None:  # else the error that ended the job matters
                 raise
 
     def on_step(self, info: StepInfo) -> None:

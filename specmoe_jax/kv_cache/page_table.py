@@ -1,6 +1,6 @@
 """Which pages of the host's KV cache belong to which row. Pure: a request gets its pages when it is admitted, and gives them back.
 
-Host memory is so taken by what the requests of a batch can fill, not by the longest of them times the rows.
+Host memory is thus sized by what the requests of a batch can fill, not by the longest of them times the rows.
 """
 
 from typing import NamedTuple

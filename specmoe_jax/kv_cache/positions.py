@@ -1,4 +1,4 @@
-"""In which pieces positions are held and computed: pages of the host's cache, micro-batches of a prefill."""
+"""The units in which positions are stored and computed: pages of the host's cache, micro-batches of a prefill."""
 
 from typing import TypeVar
 

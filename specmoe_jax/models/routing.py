@@ -21,7 +21,7 @@ def route(
     """Scores in float32, the best A experts of each token and their weights.
 
     x: [n, M]; router: [E, M]; bias, choice_bias: [E]; valid: [n] bool. Tokens that are not valid get the ids -1 and the
-    weights 0, so that they neither fetch nor vote for an expert. Ties go to the smaller id. allowed: [E] bool, the experts
+    weights 0, so that they neither fetch nor count for an expert. Ties go to the smaller id. allowed: [E] bool, the experts
     to choose among; where they are fewer than the top-k, the others chosen have weight 0.
     """
     logits = jnp.einsum("nm,em->ne", x.astype(jnp.float32), router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)

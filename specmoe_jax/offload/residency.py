@@ -1,4 +1,4 @@
-"""Which expert is in which slot, and what a layer's pass has to move. Pure: integers in, integers out.
+"""Which expert is in which slot, and the copies of a layer's pass. Pure: integers in, integers out.
 
 The accelerator holds one pool of R equal slots for all layers. A layer's pass may need more experts than
 there are free slots, so its plan is a sequence of waves: fetch some experts, compute them, free them.
@@ -55,7 +55,7 @@ def plan_layer(
     """
     slot_of, owner = residency.slot_of.copy(), residency.owner.copy()
     resident = slot_of[layer] >= 0
-    # Needed ones first: what is fetched only to be kept must not delay a computation.
+    # Needed ones first: a fetch only for the next draft set must not delay a computation.
     misses = np.flatnonzero(needed & ~resident)
     queue = [*misses, *np.flatnonzero(keep & ~needed & ~resident)]
     waves, computed = [], ~needed
@@ -100,7 +100,7 @@ def plan_prefetch(
     predicted: [L, E] int, how often each expert is expected to be chosen, 0 = not. Within a layer the most
     expected come first. reserve: slots that stay free for the dispatch of a layer. limit: copies at most. in_use: slots
     of the layer that is about to be computed: its plan has freed them already, and overwriting one now would give
-    silently wrong weights. What is prefetched is a resident of its layer until that layer's pass frees it.
+    silently wrong weights. A prefetched expert is a resident of its layer until that layer's pass frees it.
     """
     free = np.flatnonzero(residency.owner < 0)
     room = min(len(free) - reserve, limit)

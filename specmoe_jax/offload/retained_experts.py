@@ -1,4 +1,4 @@
-"""What free slots still hold: a freed expert stays usable until its slot is overwritten, the least used first. Pure.
+"""Retained experts: a freed expert stays usable until its slot is overwritten, the least used first. Pure.
 
 Beyond the paper: a pool must hold one layer's whole dispatch, and most passes of small batches need a fraction of it.
 """
@@ -9,7 +9,7 @@ import numpy as np
 
 from specmoe_jax.offload.residency import Residency
 
-DECAY = 0.9  # weight of the past per pass: what was chosen ten passes ago counts a third
+DECAY = 0.9  # weight of the past per pass: a choice ten passes ago counts a third
 
 
 class RetainedExperts(NamedTuple):

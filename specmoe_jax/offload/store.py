@@ -19,7 +19,7 @@ class Link:
     """Host-to-accelerator link. With `bytes_per_s` it is slowed to that rate by a virtual clock.
 
     Emulation: every copy occupies the link for bytes / rate after the copies before it; `wait` sleeps to the
-    arrival. Paced by deadline, so the real copy runs inside the time that it is said to take.
+    arrival. Paced by deadline, so the real copy runs within the emulated time.
     oracle: MoE-Overlap's link, on which a copy may have started when the computation before it did.
     """
 
@@ -55,7 +55,7 @@ class Link:
 
     @property
     def backlog_s(self) -> float:
-        """Seconds until the link is free; 0 on a real link, which does not tell."""
+        """Seconds until the link is free; 0 on a real link, where it is unknown."""
         return max(self._free_at_s - time.perf_counter(), 0.0)
 
     def wait(self, arrival_s: float) -> None:
@@ -137,7 +137,7 @@ class ExpertStore:
         return pool, arriving
 
     def finish_arrived(self, pool: jax.Array, arriving: tuple[Arriving, ...]) -> tuple[jax.Array, tuple[Arriving, ...]]:
-        """Writes what is there already; waits for nothing. Consumes the pool."""
+        """Writes the copies that have arrived; never waits. Consumes the pool."""
         while arriving and _is_ready(arriving[0].block):
             pool, arriving = self._finish_oldest(pool, arriving)
         return pool, arriving
@@ -167,7 +167,7 @@ class ExpertStore:
     def stream(self, buffer: jax.Array, layer: int) -> jax.Array:
         """Copies all experts of a layer (`send_for`) into a buffer (donated), expert by expert; returns when they have arrived.
 
-        Each chunk waits for the one before, so what is more urgent on the link waits for one expert at most. Runs in
+        Each chunk waits for the one before, so a more urgent transfer waits for one expert at most. Runs in
         the engine's link thread.
         """
         start_s = time.perf_counter()
@@ -183,7 +183,7 @@ class ExpertStore:
 
     def copies_within(self, budget_s: float, under_way: int = 0) -> int:
         """Experts that can be sent for now, `under_way` being so already: those that arrive within `budget_s`, for which there is
-        room. Without an emulated rate there is no telling when they arrive.
+        room. Without an emulated rate arrivals are unknown.
         """
         most = self._room - under_way if self._room else self.tier.num_experts
         if self.link.bytes_per_s is None or budget_s == float("inf"):

@@ -1,6 +1,6 @@
-"""What a streamed pass consists of: tasks on resources, and what each of them waits for (SpecMoEOff, 4.1 and 5.2). Pure.
+"""The tasks of a streamed pass on their resources, and their dependencies (SpecMoEOff, 4.1 and 5.2). Pure.
 
-The engine executes this list (engine/flows/stream_pass.py) and the simulator times it (simulate.py): no second description.
+The engine executes this list (engine/flows/stream_pass.py) and the simulator times it (simulate.py): one description.
 Per layer and micro-batch: `pre_attention` -> queries, keys, values to the host -> attention on the CPU -> back ->
 `post_attention` -> experts, while the experts of a later layer stream into a free one of two or more buffers, unless they are
 pinned on the accelerator. The first layers' of the next pass stream through the drafting (one layer with two buffers, as in the
@@ -58,7 +58,7 @@ def spread(layers: tuple[int, ...], count: int) -> tuple[int, ...]:
 
 
 class _Shape(NamedTuple):
-    """What a pass is made of, as `pass_tasks` takes it. streamed: layers whose experts cross the link."""
+    """The shape of a pass, as arguments of `pass_tasks`. streamed: layers whose experts cross the link."""
 
     has_experts: tuple[bool, ...]
     streamed: list[int]
@@ -136,7 +136,7 @@ def _after(key, place: dict, shape: _Shape) -> tuple[int, ...]:
     }
     places = [place[name] for name in before[kind]()]
     here = place[key]
-    # What is written later in the list than its user belongs to the pass before.
+    # A task later in the list than its user belongs to the pass before.
     return tuple(i if i < here else i - len(place) for i in places)
 
 

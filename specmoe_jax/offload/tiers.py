@@ -26,7 +26,7 @@ class TierCounts(NamedTuple):
         return TierCounts(*map(sum, zip(self, more, strict=True)))
 
     def since(self, before: "TierCounts") -> "TierCounts":
-        """What was counted after `before`."""
+        """The counts since `before`."""
         return TierCounts(*(now - then for now, then in zip(self, before, strict=True)))
 
 
@@ -88,8 +88,8 @@ class DiskTier:
 
     All decisions are taken by the calling thread, so a run repeats them; the threads only read. An evicted block lives on
     while a copy of it is under way, so the budget may be exceeded by what is on the link.
-    files: checkpoints.disk.DiskExperts. keep_pages: False has the system forget what was read, so that what is not in
-    this cache really comes from the disk.
+    files: checkpoints.disk.DiskExperts. keep_pages: False drops the pages that were read, so that a miss of
+    this cache really reads the disk.
     """
 
     def __init__(self, files, *, capacity: int, policy: HostCachePolicy, keep_pages: bool):
@@ -109,7 +109,7 @@ class DiskTier:
         return map(self.block, keys)
 
     def request(self, keys: list[tuple[int, int]]) -> None:
-        """Says which experts are asked for next, so that their reads start together."""
+        """Announces the experts to be read next, so that their reads start together."""
         self._cache = cache.touch(self._cache, keys)
         hits = sum(bool(self._cache.present[key]) for key in keys)
         self._count(hits=hits, misses=len(keys) - hits)
@@ -119,7 +119,7 @@ class DiskTier:
 
     def block(self, key: tuple[int, int]) -> jax.Array:
         if self._failed(key):
-            self._forget(key)  # it is read again: what was in the way may be gone
+            self._forget(key)  # it is read again: the obstacle may be gone
         while key not in self._blocks:  # more were requested than fit, or all room was taken by reads in flight
             self._admit([key], self._reading(), self._demanded)
             if key not in self._blocks:

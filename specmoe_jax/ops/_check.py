@@ -1,4 +1,4 @@
-"""Shapes and dtypes of kernel arguments: refused with a message that says what was got and what was wanted."""
+"""Shapes and dtypes of kernel arguments: refused with a message that gives the value and the expected one."""
 
 import jax.numpy as jnp
 

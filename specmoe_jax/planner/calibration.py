@@ -1,4 +1,4 @@
-"""What a plan depends on beside sizes: how much of each draft is accepted, and how skewed the routing is. Pure."""
+"""Model behaviour that a plan depends on: the acceptance of each draft, and the skew of the routing. Pure."""
 
 import dataclasses
 import itertools
@@ -40,7 +40,7 @@ class Calibration(NamedTuple):
     run_share: float = 1.0
 
     def workload(self, base: Workload, plan: Plan, config: ModelConfig) -> Workload:
-        """The workload as this plan's draft meets it."""
+        """The workload under this plan's draft."""
         skew = base.skew_of(config) if self.skew is None else self.skew
         if not plan.drafting.drafts:
             return dataclasses.replace(base, skew=skew)

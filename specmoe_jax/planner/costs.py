@@ -1,4 +1,4 @@
-"""What each piece of a pass takes, as functions of shapes (SpecMoEOff, Table 1, and everything else the engine does). Pure.
+"""The cost of each operation of a pass as a function of shapes (SpecMoEOff, Table 1, and everything else the engine does). Pure.
 
 Flops count a multiplication and an addition as two (the paper's table counts the attention's as one). Sizes of projections are
 those of the family's own tensors, whatever the family; norms, biases and softmax are left out.
@@ -23,7 +23,7 @@ DISK = "disk"
 class Cost(NamedTuple):
     """flops and bytes of the resource's memory (for the link and the disk: bytes that cross it), and how many programs or copies.
 
-    operator: whose efficiency holds, one of hardware.OPERATORS.
+    operator: whose efficiency applies, one of hardware.OPERATORS.
     """
 
     resource: str
@@ -34,7 +34,7 @@ class Cost(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What a pass or a micro-batch works on: sequences, new positions of each, and positions in their caches.
+    """The load of a pass or a micro-batch: sequences, new positions of each, and positions in their caches.
 
     They are means, so they need not be whole.
 
@@ -167,7 +167,7 @@ def append(config: AttentionConfig, load: Load, itemsize: int) -> Cost:
 
 
 def attended_up(config: AttentionConfig, load: Load, itemsize: int) -> Cost:
-    """What the CPU's attention gives, back."""
+    """The outputs of the CPU's attention, back."""
     return Cost(UP, "copy", bytes=load.tokens * config.num_heads * config.head_dim * itemsize)
 
 

@@ -1,4 +1,4 @@
-"""What a plan will do on a machine: time, bytes, memory, what binds. Pure numbers; nothing is run, no weight is read."""
+"""The prediction of a plan on a machine: time, bytes, memory, bottleneck. Pure numbers; nothing is run, no weight is read."""
 
 import dataclasses
 import math
@@ -47,9 +47,9 @@ class Prediction(NamedTuple):
     """Of the decoding in its steady state.
 
     rows: sequences that run at a time. interval: of tokens_per_s, None if not asked for. binding: the busiest resource.
-    busy_s: of one iteration, by resource. floor_s: no schedule of the pass can be faster at the machine's peaks.
-    naive_s: the iteration as the per-layer maximum sees it; None for passes that are not streamed. prefill_s: of all rows' prompts.
-    slowest_row_factor: how many times the steps of a mean row the slowest one takes: a batch runs until it has ended.
+    busy_s: of one iteration, by resource. floor_s: roofline bound of the pass at the machine's peaks.
+    naive_s: the iteration by the per-layer maximum; None for passes that are not streamed. prefill_s: of all rows' prompts.
+    slowest_row_factor: steps of the slowest row over those of a mean row, because a batch runs until its last row ends.
     """
 
     rows: int
@@ -76,7 +76,7 @@ class Prediction(NamedTuple):
 def predict(
     config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload, *, budgets: bool = True, interval: bool = True
 ) -> Prediction:
-    """The prediction of a plan. budgets: what the plan does not limit, the machine's memories do; False: only the plan does.
+    """The prediction of a plan. budgets: the machine's memories limit what the plan does not; False: only the plan does.
 
     Raises PlanError for a plan that does not hold for the model or does not fit.
     """
@@ -178,7 +178,7 @@ def _binding(busy_s: dict[str, float], hardware: Hardware) -> str:
 
 
 def _interval(config, plan, hardware, workload, own, rows, timing: Timing, tokens: float) -> tuple[float, float]:
-    """Each rate lowered by its spread in turn; the changes of the iteration are added in squares, the same up and down."""
+    """Each rate lowered by its spread in turn; the changes of the iteration are added in quadrature, the same up and down."""
     changes = []
     for name in _UNCERTAIN:
         if name.endswith(("float32", "bfloat16")) and not name.endswith(plan.dtype):

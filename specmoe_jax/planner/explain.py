@@ -1,4 +1,4 @@
-"""A prediction for people: what `specmoe explain` says. Pure: dictionaries with units in their names, and tables of them."""
+"""The output of `specmoe explain`. Pure: dictionaries with units in their names, and tables of them."""
 
 from typing import Any
 
@@ -88,7 +88,7 @@ def _speed(found: Prediction) -> dict[str, Any]:
 
 
 def presets(config: ModelConfig, plans: dict[str, Plan], hardware: Hardware, workload: Workload) -> dict[str, Any]:
-    """Every plan beside each other; of one that does not fit, why, and what it would do if it did."""
+    """All plans side by side; for one that does not fit, the reason, and its prediction if it did."""
     table = {}
     for name, plan in plans.items():
         try:
@@ -130,7 +130,7 @@ def caches(
 
 
 def assumptions(config: ModelConfig, hardware: Hardware, workload: Workload) -> list[str]:
-    """What of it nobody measured."""
+    """The assumed inputs of a prediction."""
     found = [f"routing: independent tokens of skew {workload.skew_of(config):.3g}", "acceptance: given, not measured"]
     return found if hardware.measured else [f"machine: data sheets and assumed efficiencies ({hardware.name})", *found]
 

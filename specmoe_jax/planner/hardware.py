@@ -1,7 +1,7 @@
 """What a machine can do, as numbers: rates, memories, fixed costs, and how much of a peak each kind of operator reaches. Pure.
 
 `machines.py` holds known machines as data; the probe measures the one at hand. Rates are decimal (1 GB/s = 1e9 bytes/s), memories
-bytes. A rate times an efficiency is what is expected of an operator; a rate alone is a peak.
+bytes. A rate is a peak; a rate times an efficiency is the expected rate of an operator.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ OPERATORS = (
 class Efficiency(NamedTuple):
     """An operator's duration is max(flops / (peak * compute), bytes / (rate * memory)) + overhead_s. Shares are in (0, 1.5].
 
-    Above 1: what was probed as the peak was not (caches, for example).
+    Above 1: the probed peak was too low (caches, for example).
     """
 
     compute: float = 1.0

@@ -1,8 +1,8 @@
 """Known machines as data, none of them measured by this project.
 
 `a30` and `4090d`: the table of SpecMoEOff (arXiv 2508.21706), whose link and DRAM rates are the authors'. The others: data sheets
-of the accelerator (dense peaks, without sparsity) beside a host that is ASSUMED, as no data sheet says which host a card is in;
-cloud instances differ. Where no rate of the link was published, it is 0.8 of the one-way peak of its PCIe generation.
+of the accelerator (dense peaks, without sparsity) with an ASSUMED host, because no data sheet says which host a card is in;
+cloud instances differ. If no link rate was published, it is 0.8 of the one-way peak of its PCIe generation.
 """
 
 from specmoe_jax.planner.hardware import Efficiency, Hardware

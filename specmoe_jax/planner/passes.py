@@ -1,7 +1,7 @@
 """How long an iteration takes under a plan whose memory is known; the pass is timed by its flow (flows/). Pure.
 
-An on-demand layer cannot start its copies before its router has spoken, so its link and its computation add up; a prefetch while
-drafting takes off what the link can send in that time, the oracle of MoE-Overlap hides a layer's copies behind computation.
+An on-demand layer cannot start its copies before its router has run, so copies and computation add up; a prefetch while
+drafting subtracts what the link can send in that time, and the oracle of MoE-Overlap hides a layer's copies behind computation.
 """
 
 import itertools

@@ -47,7 +47,7 @@ def _visits(trace: np.ndarray):
 
 
 def cached(trace: np.ndarray, capacity: int, policy: HostCachePolicy) -> int:
-    """Fetches of a cache that keeps, after each visit, what its policy evicts last of all that is there."""
+    """Fetches of a cache that keeps, after each visit, the experts that its policy evicts last."""
     shape = trace.shape[1:]
     kept = np.zeros(shape, bool)
     last, count, needed_next = (np.zeros(shape, np.int64) for _ in range(3))
@@ -66,7 +66,7 @@ def cached(trace: np.ndarray, capacity: int, policy: HostCachePolicy) -> int:
 
 
 def furthest_next_use(usage: Usage) -> tuple[np.ndarray, ...]:
-    """The optimum (Belady 1966, with leave to keep nothing of a visit): what is needed soonest stays."""
+    """The optimum (Belady 1966, with bypassing): the experts that are needed soonest stay."""
     return (-np.asarray(usage.following),)
 
 
@@ -85,18 +85,18 @@ def _next_visits(trace: np.ndarray) -> list[np.ndarray]:
 def per_layer(trace: np.ndarray, capacity: int, counts_of: Callable[[int], np.ndarray], kept: np.ndarray | None = None) -> int:
     """Equal shares of the layers keep their most used experts by counts_of(pass) [L, E], decided after that pass's visit.
 
-    kept: [L, E] bool, what is there before the first pass; None for nothing.
+    kept: [L, E] bool, the experts cached before the first pass; None for none.
     """
     share, fetched = capacity // trace.shape[1], 0
     held: np.ndarray = np.zeros(trace.shape[1:], bool) if kept is None else kept
     for s, step in enumerate(trace):
         needed = step > 0
         fetched += int((needed & ~held).sum())
-        counts = 2 * counts_of(s) + held  # ties: what is resident, as in the engine
+        counts = 2 * counts_of(s) + held  # ties go to residents, as in the engine
         best = np.argsort(-counts, axis=1, kind="stable")[:, :share]
         chosen = np.zeros_like(held)
         np.put_along_axis(chosen, best, True, axis=1)
-        chosen &= held | needed  # what is not at hand is not fetched to be kept
+        chosen &= held | needed  # an absent expert that was not needed is not fetched
         held = chosen
     return fetched
 
@@ -124,7 +124,7 @@ def _nothing(trace: np.ndarray, capacity: int) -> int:
 
 
 def policies() -> dict[str, Callable[[np.ndarray, int], int]]:
-    """What a trace is replayed against: nothing kept, every policy of the host cache, draft sets, and the two with hindsight."""
+    """The policies of a replay: no cache, every policy of the host cache, draft sets, and the two with hindsight."""
     caches = {name: functools.partial(cached, policy=HOST_CACHE_POLICIES.description(name)) for name in HOST_CACHE_POLICIES}
     sets = {"hot_temporal": _hot_temporal, "hot_global": _hot_global, "static": _static}
     return {"on_demand": _nothing} | caches | sets | {"belady": functools.partial(cached, policy=furthest_next_use)}

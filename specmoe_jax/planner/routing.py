@@ -19,7 +19,7 @@ ASSUMED_SHARE = 0.6  # of the highest possible skew at most: where a token takes
 
 
 def assumed_skew(num_experts: int, per_token: int) -> float:
-    """The skew of a router of which nothing is known; one that its top-k allows."""
+    """The assumed skew of an unknown router, at most what its top-k allows."""
     return min(ASSUMED_SKEW, ASSUMED_SHARE * highest_skew(num_experts, per_token))
 
 

@@ -2,7 +2,7 @@
 
 Decided before, as in the paper: the largest batch that fits (halved only while that helps). The rest is scanned for each way in
 which experts can flow: kinds and lengths of drafts, resident experts N, retained experts, prefetch, micro-batches. A scan of an
-ordered choice ends when it no longer helps, because what it costs grows faster than what it gives.
+ordered choice ends when it no longer helps, because its cost grows faster than its gain.
 """
 
 import functools
@@ -23,7 +23,7 @@ LARGEST_BATCH = 1024
 WORTH_OF_A_DRAFT = 1.15  # acceptance differs from prompt to prompt
 EQUAL = 1.01  # closer predictions are one: then the smaller value is taken, shorter drafts and fewer pinned experts (with
 # `retain`, what was used last is found again more often than what is used most: 1.06 and 1.16 at equal predictions)
-WORTH = 1.03  # what one more moving part must give: predictions are not closer to the truth than that
+WORTH = 1.03  # the least gain of one more mechanism: predictions are no more exact than that
 
 
 class Choice(NamedTuple):
@@ -134,7 +134,7 @@ class _Scan:
         return self._score(plan) or self._score(plan.replace(**smallest))
 
     def _scan_values(self, best: Choice, field: str, values: tuple) -> Choice:
-        """All values, but no further once two in a row were worse than what was found."""
+        """All values, stopping after two in a row that are worse than the best."""
         worse = 0
         for place, value in enumerate(values):
             choice = self._score(best.plan.replace(**_changes(field, value)))

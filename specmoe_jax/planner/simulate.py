@@ -1,4 +1,5 @@
-"""When the tasks of a streamed pass run: an event simulation of pipeline.pass_tasks, the list that the engine executes. Pure.
+"""When the tasks of a streamed pass run: a discrete-event simulation of
+stream_schedule.pass_tasks, the list that the engine executes. Pure.
 
 A resource does one task at a time, of those that can start the most urgent, in the order of the list. The drafting lies between
 two passes, on the accelerator; the link goes on meanwhile. The iteration is the distance of two passes once they are alike.
@@ -31,7 +32,7 @@ class Span(NamedTuple):
 class Simulation(NamedTuple):
     """busy_s: of the last pass, by resource, the drafting in the accelerator's. critical: the spans that determined the iteration.
 
-    naive_s: what a maximum over the resources layer by layer would have said (the estimator of the authors' artifact).
+    naive_s: the estimate by the maximum over the resources layer by layer (the estimator of the authors' artifact).
     """
 
     iteration_s: float
@@ -61,7 +62,7 @@ def simulate(
 ) -> Simulation:
     """seconds: of each task. draft_s: between two passes. accelerator_is_cpu, overlap: of the Hardware.
 
-    What of a transfer does not hide behind computation (1 - overlap) is added to the iteration.
+    The share of a transfer that computation does not hide (1 - overlap) is added to the iteration.
     """
     nodes = _unroll(tasks, [seconds(task) for task in tasks], draft_s)
     starts, ends, causes = _schedule(nodes, accelerator_is_cpu)

@@ -1,4 +1,4 @@
-"""What is to be generated, as far as its cost depends on it. Pure."""
+"""The workload: what is to be generated, as far as its cost depends on it. Pure."""
 
 import dataclasses
 import itertools
@@ -34,7 +34,7 @@ class Workload:
     tokens), interpolated. skew: Gini coefficient of the expert counts, None for the one that planner.routing assumes.
     head: of draft=eagle, None for the usual one. draft_model: of draft=model. source_tokens: what an encoder reads. unlike:
     relative deviation between rows of the steps that they need, because the draft guesses some texts better than others.
-    Raises PlanError for what is no workload.
+    Raises PlanError for invalid values.
     """
 
     prompt_tokens: int = 512
@@ -66,7 +66,7 @@ class Workload:
         return assumed_skew(config.num_experts, config.experts_per_token) if self.skew is None else self.skew
 
     def tokens_per_step(self, draft_length: int) -> float:
-        """One from the target and the accepted ones, at most what is asked for."""
+        """One from the target and the accepted ones, at most the requested number."""
         return min(1 + self.accepted(draft_length), self.new_tokens)
 
     def tokens_of(self, plan: Plan) -> float:

@@ -22,16 +22,16 @@ def accept(
 ) -> AcceptResult:
     """Keeps the longest accepted run of each row and samples the target's token after it. The keys are consumed.
 
-    Leviathan et al. 2023, Alg. 1: token x drawn from q stands with probability min(1, p(x) / q(x)); the first that
-    falls is replaced by a draw from max(p - q, 0), renormalised; after N that stand, one more is drawn from p.
+    Leviathan et al. 2023, Alg. 1: token x drawn from q is accepted with probability min(1, p(x) / q(x)); the first that is
+    rejected is replaced by a draw from max(p - q, 0), renormalised; after N accepted ones, one more is drawn from p.
     p is the target's distribution after temperature, top-k and top-p. For a row of temperature 0 this is equality
-    with the argmax, so a batch may mix greedy and sampled rows. A token outside 0..V-1 is no proposal: it falls
-    and the row draws from p, if its q is 0 everywhere.
+    with the argmax, so a batch may mix greedy and sampled rows. A token outside 0..V-1 is no proposal: it is
+    rejected and the row draws from p, if its q is 0 everywhere.
 
     keys: one key, or [B] keys, then row b's result depends on row b's arguments only; draft_tokens: [B, N] int,
     N may be 0; draft_probs: [B, N, V] float32, or None for point masses; target_logits: [B, N+1, V];
     params: SamplingParams for all rows, static under jit, or SamplingRows of arrays [B]. A row with NaN logits gets
-    some token of 0..V-1: ask `finite_rows`. Raises ValueError when the shapes disagree.
+    some token of 0..V-1: check `finite_rows`. Raises ValueError when the shapes disagree.
     """
     _check_shapes(draft_tokens, draft_probs, target_logits)
     if isinstance(params, SamplingParams):
@@ -71,7 +71,7 @@ def _accept_equal(draft_tokens: jax.Array, choice: jax.Array) -> AcceptResult:
 
 
 def synthetic_accept(keys: jax.Array, draft_tokens: jax.Array, target_logits: jax.Array, rate: jax.Array) -> AcceptResult:
-    """Each drafted token stands with probability `rate`, whatever it is: for the speed of models with random weights.
+    """Each drafted token is accepted with probability `rate`, whatever it is: for the speed of models with random weights.
 
     The text is meaningless and every figure that it touches is stamped. The token after the run is the target's
     argmax. keys: [B]; draft_tokens: [B, N]; target_logits: [B, N+1, V].
@@ -83,7 +83,7 @@ def synthetic_accept(keys: jax.Array, draft_tokens: jax.Array, target_logits: ja
 
 
 def accept_chances(draft_tokens: jax.Array, draft_probs: jax.Array | None, target_probs: jax.Array) -> jax.Array:
-    """Probability [B, N] that each drafted token stands, given that those before it do."""
+    """Probability [B, N] that each drafted token is accepted, given that those before it are."""
     proposed = (draft_tokens >= 0) & (draft_tokens < target_probs.shape[-1])
     p = _of_tokens(target_probs[:, :-1], draft_tokens)
     q = jnp.ones_like(p) if draft_probs is None else _of_tokens(draft_probs, draft_tokens)
@@ -116,7 +116,7 @@ def next_distribution(
 def residual(p: jax.Array, q: jax.Array) -> jax.Array:
     """max(p - q, 0) renormalised along the last axis.
 
-    p itself where nothing is left: that is p = q up to rounding, where a token falls with probability 0 up to
+    p itself where nothing is left: that is p = q up to rounding, where a token is rejected with probability 0 up to
     rounding. A small remainder is kept, not rounded away: beside a point mass it is exact.
     """
     rest = jnp.maximum(p - q, 0.0)
@@ -150,7 +150,7 @@ def _at(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _of_tokens(probs: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Probabilities [B, N] of tokens [B, N] under [B, N, V]; of no use for tokens outside 0..V-1."""
+    """Probabilities [B, N] of tokens [B, N] under [B, N, V]; meaningless for tokens outside 0..V-1."""
     return jnp.take_along_axis(probs, tokens[..., None], axis=-1, mode="clip")[..., 0]
 
 

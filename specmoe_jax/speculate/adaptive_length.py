@@ -1,10 +1,10 @@
-"""The guard: how many tokens to draft next, so that speculation is never slower than none. Pure.
+"""Adaptive draft length (`guard`): how many tokens to draft next, so that speculation is never slower than none. Pure.
 
 Utility is tokens gained per second spent (after Cascade, Saxena et al. 2025): with a per-token acceptance a, a step
 of k drafted tokens commits (1 - a^(k+1)) / (1 - a) tokens per row (Leviathan et al. 2023, Eq. 1) and takes the
-seconds that steps of that length were seen to take. The length with the largest utility is used; the others are
+measured seconds of steps of that length. The length with the largest utility is used; the others are
 tried again at growing intervals, because acceptance and contexts change. A length is slow when it is first used, because
-its experts are not there yet: such steps count only until there are others.
+its experts are not resident yet: such steps count only until there are others.
 
 Scalars, not arrays: this runs in every step, and of a step of 3 ms ten small numpy calls are a percent.
 """
@@ -15,16 +15,16 @@ from typing import NamedTuple
 import numpy as np
 
 MEMORY = 0.7  # weight of the past in the running means at least: a change shows after about three steps
-ROW_MEMORY = 0.97  # ... per row that a step observed: few rows tell little, so their past counts for more
+ROW_MEMORY = 0.97  # ... per row that a step observed: few rows are noisy, so their past weighs more
 SECONDS_MEMORY = 0.9  # of the seconds at most
-HICCUP = 2.0  # a step counts at most so many times the mean: one that something else delayed must not stop the drafting
-STALE = 4  # steps after which a length is cold again: its experts are not there
-MARGIN = 1.05  # of plain decoding's utility: what drafting must promise
-PLAIN_TRIAL = 4  # steps of a trial without a draft: they cost nothing where that is better, and one alone tells little
+HICCUP = 2.0  # a step counts at most so many times the mean: one delayed step must not stop the drafting
+STALE = 4  # steps after which a length is cold again: its experts have been evicted
+MARGIN = 1.05  # times plain decoding's utility: the least that drafting must promise
+PLAIN_TRIAL = 4  # steps of a trial without a draft: they cost nothing if that is better, and one alone is too noisy
 COLD = (2, 1)  # steps that a cold length takes to warm up: without a draft (whose experts other steps chose), with one
 FIRST_INTERVAL, LAST_INTERVAL = 8, 512  # steps between trials; each trial that changes nothing doubles it
-BUDGET = 0.01  # of the time so far: what trials may have lost before the next one; the last of them may go beyond
-CHEAP = 0.05  # what drafting a token costs at least, of a step without a draft: so a trial hopes
+BUDGET = 0.01  # of the time so far: the most that trials may have lost before the next one; the last of them may exceed it
+CHEAP = 0.05  # optimistic cost of drafting a token, as a share of a step without a draft; used to choose trials
 PROMISING = 1.2  # tokens per row and step without a draft, if drafts were that cheap: such a trial gets a second step
 
 
@@ -32,9 +32,9 @@ class AdaptiveLength(NamedTuple):
     """lengths: compiled draft lengths, ascending from 0. seconds: per length, running mean of a step, nan = unseen.
 
     warm: per length, whether its mean is of warm steps. seen: per length, steps in a row. last: per length, the step that saw
-    it last. accepted, refused: running sums of drafted tokens that stood, and of runs that ended before their end. trials: so
-    far. trying: the length that a trial goes on with, else None. elapsed_s, lost_s: of all steps, and what trials took beyond
-    the time in which the best length would have made the same tokens (the first steps aside).
+    it last. accepted, refused: running sums of drafted tokens that were accepted, and of rejected runs. trials: so far.
+    trying: the length of the trial that is under way, else None. elapsed_s, lost_s: of all steps, and the excess of trials over
+    the time that the best length would have taken for the same tokens (the first steps aside).
     """
 
     lengths: tuple[int, ...]
@@ -73,7 +73,7 @@ def choose(adaptive: AdaptiveLength) -> int:
     best = best_length(adaptive)
     if not _trial_is_due(adaptive):
         return best
-    # A trial tells what is not known: the time without a draft or with a longer one while drafting, that of any while not.
+    # A trial measures what is unknown: while drafting, the time without a draft or with a longer one; otherwise that of any.
     hopeful = _hopeful_length(adaptive)
     return 0 if best and (adaptive.trials % 2 == 0 or hopeful == best) else hopeful
 
@@ -81,13 +81,13 @@ def choose(adaptive: AdaptiveLength) -> int:
 def resting(adaptive: AdaptiveLength, length: int) -> bool:
     """Whether a step of that length is one of plain decoding, or a trial out of it.
 
-    What stays on the accelerator is then better chosen by all passes than by this one of a token a row.
+    The resident experts are then better chosen by all passes than by this one with a single token per row.
     """
     return length == 0 or (not math.isnan(adaptive.seconds[0]) and best_length(adaptive) == 0)
 
 
 def observe(adaptive: AdaptiveLength, length: int, accepted: np.ndarray, seconds: float) -> AdaptiveLength:
-    """The guard after a step that drafted `length` tokens; accepted: [rows], drafted tokens that stood."""
+    """The estimates after a step that drafted `length` tokens; accepted: [rows], drafted tokens that were accepted."""
     index, step = adaptive.lengths.index(length), adaptive.step + 1
     known = not (math.isnan(adaptive.seconds[0]) or math.isnan(adaptive.seconds[-1]))
     before, trial = best_length(adaptive) if known else None, known and adaptive.trying is None and _trial_is_due(adaptive)
@@ -134,13 +134,13 @@ def _mean(adaptive: AdaptiveLength, index: int, seconds: float, cold: bool, keep
 
 
 def acceptance(adaptive: AdaptiveLength) -> float:
-    """Probability that a drafted token stands, given that those before it did."""
+    """Probability that a drafted token is accepted, given that those before it were."""
     tried = adaptive.accepted + adaptive.refused
     return adaptive.accepted / tried if tried else 0.0
 
 
 def best_length(adaptive: AdaptiveLength) -> int:
-    """The length with the largest utility; 0 where drafting does not clearly pay, for estimates err and changes cost bytes."""
+    """The length with the largest utility; 0 where drafting does not clearly pay, because estimates err and changes cost bytes."""
     plain, *drafted = utilities(adaptive)
     best = max(drafted)
     return adaptive.lengths[1 + drafted.index(best)] if best > MARGIN * plain else 0

@@ -61,7 +61,7 @@ def transform_logits(logits: jax.Array, rows: SamplingRows) -> jax.Array:
     temperature, top_k, top_p = (_beside(x, logits.ndim) for x in rows)
     logits = logits.astype(jnp.float32)
     scores = _scale(logits, temperature)
-    limited = jnp.any((top_k > 0) | (top_p < 1))  # twice the work, and often nobody asks for it
+    limited = jnp.any((top_k > 0) | (top_p < 1))  # twice the work, and often not needed
     scores = jax.lax.cond(limited, _truncate, lambda scores, *_: scores, scores, top_k, top_p)
     best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.float32)
     return jnp.where(temperature == 0, best, jax.nn.softmax(scores, axis=-1))
@@ -79,8 +79,8 @@ def sample(keys: jax.Array, probs: jax.Array) -> jax.Array:
 def choose_coupled(keys: jax.Array, logits: jax.Array, rows: SamplingRows) -> jax.Array:
     """The token that a position's own noise picks: the argmax of log-probability plus Gumbel noise (Gumbel-max).
 
-    With keys of (seed, request, position) alone, the target's token is a function of its logits, whoever drafted
-    and however the work was cut into steps; and a draft with the same noise and similar logits picks the same token
+    With keys of (seed, request, position) alone, the target's token is a function of its logits, whatever the draft
+    and however the work is divided into steps; and a draft with the same noise and similar logits picks the same token
     most of the time, so acceptance is equality (Kool et al. 2019 for the trick; ours for its use here).
 
     keys: [B, T]; logits: [B, T, V]; rows: arrays [B] -> ids [B, T] int32. The keys are consumed.

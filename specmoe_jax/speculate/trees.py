@@ -43,7 +43,7 @@ def accept_tree(
     """Walks down from the root: the target draws at each node, and a child that holds the draw is accepted.
 
     That is the law of trying the children of a node one by one, each accepted with the target's probability of it and, when
-    it falls, its probability set to 0 and the rest renormalised (point masses; Miao et al. 2024 for the sibling rule):
+    it is rejected, its probability set to 0 and the rest renormalised (point masses; Miao et al. 2024 for the sibling rule):
     both give a child's token exactly its probability under p. keys: [B], consumed; tokens: [B, N]; logits: [B, N+1, V].
     A node's draw is keyed by its depth: of one depth only one node is ever reached.
     """
@@ -67,7 +67,7 @@ def accept_tree_coupled(
 
 def _walk(choice: jax.Array, tokens: jax.Array, tree: Tree, depth: int) -> AcceptedPath:
     """choice [B, T]: the target's token after each node."""
-    tokens = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=-1)  # the root is nobody's child
+    tokens = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=-1)  # the root has no parent
     at = functools.partial(jnp.take_along_axis, axis=1)
     node, going = jnp.zeros((len(tokens), 1), jnp.int32), jnp.ones((len(tokens), 1), bool)
     path, accepted = [], jnp.zeros((len(tokens), 1), jnp.int32)

@@ -1,4 +1,4 @@
-"""The errors a user can cause: one line that says what was got, what was expected and what to do."""
+"""The errors a user can cause: one line with the value, the expected one, and what to do."""
 
 
 class UserError(ValueError):

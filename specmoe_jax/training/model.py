@@ -179,7 +179,7 @@ def dispatch_ffn(x: jax.Array, ids: jax.Array, weights: jax.Array, experts: Expe
 
 
 def dense_ffn(x: jax.Array, ids: jax.Array, weights: jax.Array, experts: Experts) -> jax.Array:
-    """Every expert on every row: the slow twin of `dispatch_ffn`, which drops nothing. x [n, M] -> [n, M]."""
+    """Every expert on every row: the slow reference of `dispatch_ffn`, which drops nothing. x [n, M] -> [n, M]."""
     num_experts = experts.w1.shape[0]
     combine = jnp.einsum("nae,na->ne", jax.nn.one_hot(ids, num_experts), weights)
     out = expert_ffn(jnp.broadcast_to(x, (num_experts, *x.shape)), experts)  # [E, n, M]

@@ -8,8 +8,8 @@ from specmoe_jax.config.plan_fields import fields_of_a_plan
 PAGE = pathlib.Path(__file__).parents[2] / "docs/plan.md"
 HEAD = """# Fields of a plan
 
-Of `specmoe_jax.Plan` and of a plan file; the flags are those of `generate.py`, `plan.py` and `explain.py`, in the unit of their
-name. A field that has no effect under the others is an error. Made from the table in `specmoe_jax/config/plan_fields.py`.
+The fields of `specmoe_jax.Plan` and of a plan file, and the flags of `specmoe generate`, `plan` and `explain`, whose
+names give their units. A field that has no effect given the others is an error. Generated from `specmoe_jax/config/plan_fields.py`.
 
 | Field | Flag | Values | Default | |
 |---|---|---|---|---|

@@ -2,11 +2,11 @@
 
 Example:
     specmoe benchmark --suite=specmoe --model=nllb_shaped --tables=batches --link_gbps=0.02
-Columns: tok/s of the decoding, job tok/s of whole jobs; kB/tok: expert bytes over the link per token; floor: share of the floor
-(floor s) that was reached; wasted: of the prefetched bytes; growth: bytes for one token of every row, over the smallest batch's;
+Columns: tok/s of the decoding, job tok/s of whole jobs; kB/tok: expert bytes over the link per token; floor: share of the roofline
+bound (floor s); wasted: of the prefetched bytes; growth: bytes for one token of every row, over the smallest batch's;
 x caching: speed over that preset's; link s, compute s: of a step alone, x floor and x sum: a step over their maximum and their sum;
 CPU rows, moves: of a split draft cache; MiB acc.: peak of the accelerator. Speed and bytes are ratios to the named base: median
-(least-most) of the rounds. Columns that hold nothing are left out.
+(least-most) of the rounds. Empty columns are left out.
 """
 
 import json
@@ -134,7 +134,7 @@ def make_streaming_setting() -> specmoeoff.Setting:
     texts = None if synthetic else [model.tokenizer.encode(text) for text in real_prompts(max(sizes))]
 
     def prompts(batch: int, tokens: int) -> list:
-        """Random ids, or as much of the texts as there is: acceptance on noise says nothing."""
+        """Random ids, or as much of the texts as there is: acceptance on noise is meaningless."""
         given = token_ids[:, :tokens].tolist() if texts is None else [text[:tokens] for text in texts]
         return [tuple(ids) for ids in given[:batch]]
 

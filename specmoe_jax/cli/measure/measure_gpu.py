@@ -1,6 +1,6 @@
 """Everything that a machine with one GPU is asked, unattended: every part a process of its own, ended after --part_minutes.
 
-A part's rows go to OUTPUT/PART.json as they are measured, so what is killed keeps what it had. Parts that have their file are done
+A part's rows go to OUTPUT/PART.json as they are measured, so a killed part keeps its rows. Parts that have their file are done
 again only with --again. --dry_run runs the same code on sizes for a CPU, whose figures mean nothing.
 
 Examples:
@@ -64,7 +64,7 @@ def run_part(part: str, folder: pathlib.Path, minutes: float) -> str:
             return f"ended after {minutes:.3g} minutes; what it had is kept"
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and what the part itself has started
+                os.killpg(process.pid, signal.SIGKILL)  # and the processes that the part started
             process.wait()
     return "done" if code == 0 else f"failed (exit {code}), see {folder / part}.log; what it had is kept"
 

@@ -1,4 +1,4 @@
-"""The engine's half of drafted trees: what verification accepts, and everything of the pass brought into a line."""
+"""The engine's half of drafted trees: the path that verification accepts, and the pass's rows compacted to it."""
 
 import functools
 

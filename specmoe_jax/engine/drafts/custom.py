@@ -1,4 +1,4 @@
-"""A draft object of the user's."""
+"""A custom draft object, given to Engine."""
 
 from specmoe_jax.engine.drafts.protocol import DraftExecutor, DraftInputs
 from specmoe_jax.models.model import Model

@@ -1,4 +1,4 @@
-"""The half of a draft that runs: what an engine asks of it. One object for each name of config.registry.DRAFTS.
+"""The executing half of a draft: what the engine asks of it. One object for each name of config.registry.DRAFTS.
 
 The draft itself, which proposes tokens in every step, is speculate.drafts.protocol.Draft.
 """
@@ -18,7 +18,7 @@ from specmoe_jax.speculate.hot_experts.substitution import DraftSlots
 
 
 class DraftInputs(NamedTuple):
-    """What an engine was given for its draft; the names are the arguments of Engine."""
+    """The inputs of an engine for its draft; the names are the arguments of Engine."""
 
     draft: Draft | None = None
     draft_model: Model | None = None
@@ -27,10 +27,10 @@ class DraftInputs(NamedTuple):
 
 
 class DraftExecutor(Protocol):
-    """A subclass says what is different from a draft that needs neither weights nor experts. runtime: an engine.runtime.Runtime."""
+    """A subclass overrides what differs from a draft that needs neither weights nor experts. runtime: an engine.runtime.Runtime."""
 
     def check(self, model: Model, inputs: DraftInputs) -> None:
-        """Raises PlanError where what was given does not go with the model; that it was given has been checked."""
+        """Raises PlanError for an input that does not match the model; its presence has been checked."""
 
     def memory(self, model: Model, plan: Plan, inputs: DraftInputs) -> DraftMemory:
         """The planner's account of what was given."""
@@ -45,7 +45,7 @@ class DraftExecutor(Protocol):
         return draft
 
     def neighbours(self, model: Model, plan: Plan, progress: str | bool) -> np.ndarray | None:
-        """[L, E, E]: of each expert those that may stand in for it, the nearest first; None where none does."""
+        """[L, E, E]: for each expert its possible substitutes, the nearest first; None without substitution."""
         return None
 
     def slots(self, runtime: Any, memory: ExpertMemory) -> list[DraftSlots] | None:
@@ -57,7 +57,7 @@ class DraftExecutor(Protocol):
         return memory
 
     def random_inputs(self, model: Model) -> dict:
-        """What Engine is to be given to time the draft, with random weights: its arguments by name."""
+        """Arguments of Engine, by name, with random weights, to time the draft."""
         return {}
 
     def calibration_runs(self, inputs: DraftInputs, length: int) -> dict[str, dict]:
@@ -65,5 +65,5 @@ class DraftExecutor(Protocol):
         return {}
 
     def rate_on_text(self, prompt: tuple[int, ...], generated: tuple[int, ...]) -> float | None:
-        """The share of a generated text that the draft would have proposed token by token; None where only a run tells."""
+        """The share of a generated text that the draft would have proposed token by token; None if it takes a run to know."""
         return None

@@ -1,4 +1,4 @@
-"""An EAGLE draft whose cache is in pages on the accelerator and in host memory (SpecMoEOff 4): executes speculate.draft_split.
+"""An EAGLE draft whose cache is in pages on the accelerator and in host memory (SpecMoEOff 4): executes drafts.draft_split.
 
 The dense products of all rows run on the accelerator, a row's attention where its cache is, in the CPU's lane at the same time as
 there. In host memory a row's pages are those that it has of the target's cache, as if the head were one more layer.
@@ -34,9 +34,9 @@ Sides = tuple[jax.Array, jax.Array]  # what each side attended [b, T, H, D]: zer
 
 
 class SplitMemory(NamedTuple):
-    """here, there: pages on the accelerator and in host memory. pages: whose those of the accelerator are.
+    """here, there: pages on the accelerator and in host memory. pages: the page table of the accelerator's.
 
-    host_table: [B, P], those of the host. feature: [B, M], see speculate.eagle.EagleMemory.
+    host_table: [B, P], those of the host. feature: [B, M], see speculate.drafts.eagle.EagleMemory.
     """
 
     here: PackedCache
@@ -49,7 +49,7 @@ class SplitMemory(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SplitDraft:
-    """speculate.eagle.EagleDraft with its cache in two places. pages: of the accelerator. host_pages: as many as the target
+    """EagleDraft (drafts.eagle) with its cache in two places. pages: of the accelerator. host_pages: as many as the target
     has. lookahead: of the plan."""
 
     head: EagleHead
@@ -174,7 +174,7 @@ class SplitDraft:
 
 
 def placed(runtime: Runtime, state: State) -> tuple[State, int]:
-    """The state with its draft's cache where the coming step wants it, and how many rows were moved; as it is for other drafts."""
+    """The state with its draft's cache where the coming step needs it, and the number of rows moved; unchanged for other drafts."""
     if not isinstance(runtime.draft, SplitDraft):
         return state, 0
     memory, moves = runtime.draft.place(state.draft_memory, state)

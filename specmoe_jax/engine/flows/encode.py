@@ -1,4 +1,4 @@
-"""The encoder's pass, once per batch: its experts cross the link like all others, and nothing of it stays but the cross cache."""
+"""The encoder's pass, once per batch: its experts cross the link like all others, and only the cross-attention cache remains."""
 
 import jax.numpy as jnp
 import numpy as np

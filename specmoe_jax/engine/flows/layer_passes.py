@@ -59,7 +59,7 @@ class ResidentForward:
         return logits, kv
 
     def _prefetch(self, choices: list[jax.Array]) -> None:
-        """Sends what fits into the time that the rest of the draft will probably take."""
+        """Prefetches as much as fits into the estimated rest of the drafting time."""
         self.predicted += np.stack([count_choices(np.asarray(ids), self._runtime.config.num_experts) for ids in choices])
         elapsed_s = time.perf_counter() - self._start_s
         remaining_s = elapsed_s / self._calls * (self._length - self._calls)

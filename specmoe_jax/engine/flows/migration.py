@@ -1,4 +1,4 @@
-"""The migration of experts within one layer of a pass: what is fetched, what stays, and the experts once they have arrived."""
+"""The migration of experts within one layer of a pass: copies, evictions, and the computation of experts once they have arrived."""
 
 from typing import NamedTuple
 
@@ -37,11 +37,11 @@ def migrate_and_compute(
     While its own misses travel, the link is also given the predicted misses of the layers after it, and the disk
     those that are not in host memory.
     """
-    ids = np.asarray(routing.ids)  # the host waits here: only now is known what must be fetched
+    ids = np.asarray(routing.ids)  # the host waits here: the routing decides which experts to fetch
     counts = earlier + count_choices(ids, runtime.config.num_experts)
     needed = np.zeros(runtime.config.num_experts, bool)
     needed[ids[ids >= 0]] = True
-    # What is resident on a guess must not win the ties of the draft set, which would cost acceptance.
+    # Speculatively prefetched experts lose ties in the draft set: winning them would cost acceptance.
     established = (memory.residency.slot_of[moe] >= 0) & ~memory.prefetched[moe]
     keep = runtime.policies.keep(moe, memory.usage_scores[moe], counts, established, memory.resting)
     eviction_priority = None
@@ -59,7 +59,7 @@ def migrate_and_compute(
 def execute(
     runtime: Runtime, moe: int, plan: LayerPlan, memory: ExpertMemory, h, x, routing: Routing, predicted: np.ndarray
 ) -> tuple[jax.Array, ExpertMemory, int]:
-    """Does what the plan says: per wave, copies and then the experts. -> h, memory, experts prefetched.
+    """Executes the plan: per wave, copies and then the experts. -> h, memory, experts prefetched.
 
     Which of the two forms runs is fixed by the memory account, so that nothing compiles after warm-up.
     """

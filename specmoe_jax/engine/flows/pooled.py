@@ -104,7 +104,7 @@ class PooledFlow(protocol.PooledFlow[Runtime, Session]):
                 if on_step is not None:
                     on_step(info)
                 yield from step_events(session.model, state, info, dict.fromkeys((request.id for request in requests), watch))
-        finally:  # also of a batch that is given up
+        finally:  # also of an abandoned batch
             session.figures.end_batch(on_demand)
         session.resources.put_back(state, batch_shape)
 

@@ -39,7 +39,7 @@ class StreamedPass(NamedTuple):
 def stream_pass(runtime: Runtime, buffers: Buffers, kv: HostKV, micro_batches: list[MicroBatch]) -> StreamedPass:
     """The exact model over all micro-batches; the experts of each layer that is not pinned cross the link once.
 
-    Consumes buffers and kv. With spans of the workers it is noted when each task ran; this waits for each of the accelerator's
+    Consumes buffers and kv. With spans, the time of each task is recorded; this waits for each of the accelerator's
     tasks, which costs a little of the overlap.
     """
     run = _Run(runtime, buffers, kv, micro_batches)
@@ -116,7 +116,7 @@ class _Run:
         return jax.device_put(h, self.runtime.context.pinned_sharding) if self.micro_batches[micro_batch].offloaded else h
 
     def _note(self, task: Task, start_s: float, outputs) -> None:
-        """outputs: waited for only where spans are wanted."""
+        """outputs: waited for only if spans are recorded."""
         spans = self.runtime.context.workers.spans
         if spans is not None:
             jax.block_until_ready(outputs)

@@ -10,7 +10,7 @@ def commit_tokens(
     """`generated` plus as much of `run` as the request still takes, and the finish reason or None.
 
     "stop": an end-of-sequence token, a stop string that is a token of its own, or the text now contains a stop string; the token
-    that did it is kept. "length": the limit is reached. What an accepted run holds beyond is dropped.
+    that did it is kept. "length": the limit is reached. The rest of an accepted run is dropped.
     """
     for token in run:
         generated = (*generated, token)
@@ -37,7 +37,7 @@ def final_text(
 
 
 def safe_length(text: str, stop: tuple[str, ...]) -> int:
-    """How much of a text that is still growing can be shown: what may begin a stop string cannot.
+    """How much of a growing text can be shown: all but a possible beginning of a stop string.
 
     >>> safe_length("the en", stop=("end", "stop"))
     4

@@ -1,4 +1,4 @@
-"""The text of a request while it grows: what of it can be shown already."""
+"""The text of a request while it grows, and the part of it that can be shown."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ class IncrementalText:
         self._decoder, self._stop, self._text, self._length = model.tokenizer.stream(ids), stop, "", 0
 
     def push(self, event: TokenEvent) -> str:
-        """The text to show now; what may turn out to begin a stop string is held back."""
+        """The text to show now; a possible beginning of a stop string is held back."""
         self._text += "".join(self._decoder.push(token) for token in event.token_ids)
         done = event.completion
         text = self._text[: safe_length(self._text, self._stop)] if done is None else done.text

@@ -33,7 +33,7 @@ class Reader(Protocol):
 
 
 class BatchShape(NamedTuple):
-    """What programs are compiled for: rows, KV positions S and prefill chunk. paged: what a streamed batch may fill, else None.
+    """The compiled shapes: rows, KV positions S and prefill chunk. paged: what a streamed batch may fill, else None.
 
     source: positions of an encoder, 0 without one.
     """
@@ -46,7 +46,7 @@ class BatchShape(NamedTuple):
 
 
 def resolved(plan: Plan) -> Plan:
-    """The plan with what it leaves to this machine."""
+    """The plan with its machine-dependent defaults filled in."""
     return plan.resolved(accelerator_is_cpu=accelerator_is_cpu())
 
 
@@ -96,8 +96,8 @@ def check_job(
 ) -> MemoryAccount:
     """Refuses what `Engine.generate` would refuse, before a weight is read. -> the memory that the job takes.
 
-    draft_head, draft_model: configurations of what drafts; without one
-    an EAGLE head is taken to be of the published size, a draft model to take nothing.
+    draft_head, draft_model: their configurations; without one
+    an EAGLE head is assumed to have the published size, and a draft model to take no memory.
     Raises PlanError, which names the nearest plan that fits, or RequestError.
     """
     plan = resolved(plan.validate(model.config))

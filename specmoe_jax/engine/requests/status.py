@@ -1,11 +1,11 @@
-"""Where a row of the batch is in the life of its request."""
+"""The status of a row of the batch."""
 
 import enum
 from typing import NamedTuple
 
 
 class Phase(enum.Enum):
-    """EMPTY: the row pads the batch. PREFILLING: the next pass takes its prompt in. DECODING: it gets tokens at every step."""
+    """EMPTY: the row pads the batch. PREFILLING: the next pass processes its prompt. DECODING: it gets tokens at every step."""
 
     EMPTY = enum.auto()
     PREFILLING = enum.auto()

@@ -87,7 +87,7 @@ def _mean_experts(plan: Plan) -> float:
 
 
 def _waited(config: ModelConfig, plan: Plan, operators: Operators, case: Case) -> float:
-    """Whether the pass before waited for the link so long that the cores went to sleep; between 0 and 1 where it is not clear."""
+    """Whether the previous pass waited for the link so long that the cores went to sleep; between 0 and 1 if unclear."""
     if not plan.link_bytes_per_s or not plan.flow.keeps_experts:
         return 0.0
     misses = routing.missed(case.probabilities, case.choosing(plan.tokens_per_pass), kept_experts(config, plan, case))

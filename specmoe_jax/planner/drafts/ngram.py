@@ -1,4 +1,4 @@
-"""Prompt lookup: its look-ups on the host are all that it costs."""
+"""Prompt lookup, whose only cost is its look-ups on the host."""
 
 from specmoe_jax.planner.drafts.protocol import DraftDescription
 

@@ -1,4 +1,4 @@
-"""The pure half of a draft: what the checks of a plan and the planner ask of it.
+"""The pure half of a draft: its checks, memory and costs.
 
 One object for each name of config.registry.DRAFTS.
 """
@@ -38,12 +38,12 @@ NOTHING = DraftCosts(costs=(), syncs=0)
 
 
 class DraftDescription(Protocol):
-    """A subclass says what is different from a draft of chains that needs no expert, no weights and no cache, as prompt lookup.
+    """A subclass overrides what differs from a draft of chains that needs no expert, no weights and no cache, as prompt lookup.
 
     name: in the registry. fields: those of a plan that only some drafts use, and this one does. given: the argument of Engine
     that it needs. gated: it runs the target's own gates over resident experts, so it needs an expert flow that keeps some.
-    splits_cache: a part of its cache may be in host memory. default_draft_set: the policy where the plan names none.
-    assumed_acceptance: where nothing was measured. tried_unmeasured: the planner considers it nevertheless.
+    splits_cache: a part of its cache may be in host memory. default_draft_set: the policy if the plan names none.
+    assumed_acceptance: if nothing was measured. tried_unmeasured: the planner considers it nevertheless.
     is_measured: its operators are among those that a profile measures, and `measured_seconds` adds them up; else its plans are
     predicted from the rates of the machine.
     """
@@ -86,7 +86,7 @@ class DraftDescription(Protocol):
     def memory(
         self, plan: Plan, config: ModelConfig, *, head: EagleConfig | None = None, model: ModelConfig | None = None
     ) -> DraftMemory:
-        """What it keeps beside the target. head, model: the configuration of what was given, where it is known."""
+        """Its memory beside the target's. head, model: the configuration of what was given, if known."""
         return DraftMemory()
 
     def costs(
@@ -119,11 +119,11 @@ class DraftDescription(Protocol):
         return 0
 
     def variants(self, plan: Plan) -> tuple[str, ...]:
-        """Under which names a calibration may know how much of the plan's draft is accepted, the most exact one first."""
+        """The names under which a calibration may hold the acceptance of the plan's draft, the most exact one first."""
         return (f"{self.name}_tree", self.name) if plan.draft_tree_top_k else (self.name,)
 
     def rate(self, found: "Acceptance", plan: Plan, config: ModelConfig, skew: float) -> float:
-        """The acceptance under a plan, of what was measured under another."""
+        """The acceptance under a plan, from that measured under another."""
         return found.rate
 
     def start(self, config: ModelConfig, flow: SearchStart, *, trees: bool = False) -> SearchStart | None:

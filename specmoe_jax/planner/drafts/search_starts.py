@@ -9,7 +9,7 @@ TREE_DEPTHS, TREE_TOP_K, TREE_NODES = (2, 3, 4, 6), 4, 2  # of drafted trees: de
 
 
 class SearchStart(NamedTuple):
-    """A family of plans: its first one, and the choices that are scanned in turn; each is (field, values in order).
+    """A family of plans: its first plan, and the choices to scan in turn, each as (field, values in order).
 
     A value that changes several fields at once is a dict.
     """

@@ -1,4 +1,4 @@
-"""Experts are fetched when a router asks for them; those that a plan keeps are hits."""
+"""Experts are fetched when a router chooses them; experts that the plan keeps are hits."""
 
 import dataclasses
 import math

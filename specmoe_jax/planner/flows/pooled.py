@@ -25,7 +25,7 @@ class PooledFlow:
     host_cache_policy: str = "frequency"
 
     def check(self, plan: Plan, config: ModelConfig) -> None:
-        """Nothing beyond what the table of a plan's fields says."""
+        """No checks beyond the table of a plan's fields."""
 
     def resolved(self, plan: Plan, *, accelerator_is_cpu: bool) -> Plan:
         return plan

@@ -1,4 +1,4 @@
-"""What the rest asks of an expert flow before anything runs: its half of a plan's checks, memory, times and search."""
+"""The pure half of an expert flow: checks, memory, times and search."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
@@ -48,7 +48,7 @@ class ExpertFlow(Protocol):
     host_cache_policy: str
 
     def check(self, plan: Plan, config: ModelConfig) -> None:
-        """Raises PlanError for what does not go together with this flow."""
+        """Raises PlanError for fields that contradict this flow."""
         ...
 
     def resolved(self, plan: Plan, *, accelerator_is_cpu: bool) -> Plan:
@@ -84,7 +84,7 @@ class ExpertFlow(Protocol):
         ...
 
     def what_needs_slots(self, plan: Plan) -> str:
-        """For messages: what a budget is too small for."""
+        """For messages: the purpose that a budget is too small for."""
         ...
 
     def fill_budget(self, account: MemoryAccount, config: ModelConfig, plan: Plan) -> MemoryAccount:

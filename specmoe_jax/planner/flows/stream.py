@@ -32,10 +32,10 @@ class StreamFlow:
     tells_routing: bool = False
     streams_layers: bool = True
     workers: bool = True
-    host_cache_policy: str = "mru"  # layers are read in turn, so what was used last is needed last
+    host_cache_policy: str = "mru"  # layers are read in turn, so the most recently used one is needed last
 
     def check(self, plan: Plan, config: ModelConfig) -> None:
-        """Streaming keeps no expert between passes and asks no router what to bring."""
+        """Streaming keeps no expert between passes and does not depend on the routing."""
         if config.encoder is not None:
             raise PlanError("expert_flow=stream is built for decoders alone; use on_demand with an encoder-decoder")
         if not plan.cache_tier.on_host:
@@ -248,7 +248,7 @@ def _measured_seconds(
         "experts": operators.seconds("experts", choices=choices, blocks=used),
     }
     computed_s, without = sum(computed.values()), 1.0
-    if accelerator_is_cpu:  # nothing overlaps: the micro-batches together take what they were seen to take, with the layer's copies
+    if accelerator_is_cpu:  # nothing overlaps: the micro-batches together take their measured time, the layer's copies included
         layer_s = operators.seconds("streamed_layer", items=count, **{name: count * amount for name, amount in work.items()})
         computed = {kind: second * layer_s / count / computed_s for kind, second in computed.items()}
         without = max(1 - copied_s / layer_s, 0.5)

@@ -1,4 +1,4 @@
-"""What a step of a plan meets: rows, contexts, and how many different experts its tokens need and find. Pure."""
+"""The load of a step of a plan: rows, contexts, and how many different experts its tokens need and find resident. Pure."""
 
 from typing import NamedTuple, TypeVar
 
@@ -12,7 +12,7 @@ Count = TypeVar("Count", float, np.ndarray)
 
 
 class Case(NamedTuple):
-    """What a step meets. rows: that run. context: mean positions in their caches.
+    """The load of a step. rows: that run. context: mean positions in their caches.
 
     probabilities: [E] descending, that a token chooses an expert, the mean over layers. slots: R of the memory account, and
     wanted_slots with which every dispatch fits at once; pinned_layers: of it too. row_share, run_share: how much of an

@@ -1,8 +1,8 @@
-"""What the engine's operators cost on this machine: linear models of measured times, and their errors. Pure.
+"""The cost of the engine's operators on this machine: linear models of measured times, and their errors. Pure.
 
 SpecMoEOff 5.3, step 2: "micro-benchmarks -> linear models". Each operator's seconds are a constant and non-negative
-coefficients times its work, fitted so that relative errors count alike for the small and the large. Programs of a few tokens are no
-line (libraries change their kernels with the shape), so what the line misses is interpolated between the measured sizes (ours).
+coefficients times its work, fitted so that relative errors count alike for small and large ones. Programs of a few tokens are not
+linear (libraries change their kernels with the shape), so the residual is interpolated between the measured sizes (ours).
 """
 
 from collections.abc import Sequence

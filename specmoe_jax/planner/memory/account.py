@@ -1,4 +1,4 @@
-"""The memory account of a plan: what lies where, and how many expert slots a budget leaves."""
+"""The memory account of a plan: bytes by tier, and the expert slots that a budget leaves."""
 
 import dataclasses
 

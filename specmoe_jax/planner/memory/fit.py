@@ -1,4 +1,4 @@
-"""What fits: the largest batch and context of a plan, and the nearest plan that fits where this one does not. Pure."""
+"""The largest batch and context of a plan that fit, and the nearest plan that fits if this one does not. Pure."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,7 @@ MOST_ROWS = 1 << 16
 
 
 class Memories(NamedTuple):
-    """What of a machine decides whether a plan fits; a Hardware has the same."""
+    """The fields of a machine that decide whether a plan fits; a Hardware has the same."""
 
     accelerator_memory_bytes: float
     host_memory_bytes: float
@@ -29,7 +29,7 @@ class Memories(NamedTuple):
 
 
 class Nearest(NamedTuple):
-    """plan: fits. changes: what of the first plan it changes, as field=value."""
+    """plan: one that fits. changes: its differences from the first plan, as field=value."""
 
     plan: Plan
     changes: tuple[str, ...]
@@ -176,7 +176,7 @@ def _is_wrong(plan: Plan, config: ModelConfig) -> bool:
 
 
 def _changes(before: Plan, after: Plan, config: ModelConfig) -> tuple[str, ...]:
-    """What differs; of a new preset not what it sets itself."""
+    """The fields that differ, without those that a new preset sets itself."""
     names = [field.name for field in dataclasses.fields(Plan) if getattr(before, field.name) != getattr(after, field.name)]
     if "preset" in names:
         own = PRESETS[after.preset](config)

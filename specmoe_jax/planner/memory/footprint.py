@@ -1,4 +1,4 @@
-"""Bytes that caches and activations of a model take: of a position, a pass, an encoder, staged prompts."""
+"""Bytes of a model's caches and activations: of a position, a pass, an encoder, staged prompts."""
 
 from specmoe_jax.config.layer_config import LayerConfig
 from specmoe_jax.config.model_config import ModelConfig
@@ -46,7 +46,7 @@ def staging_bytes(config: ModelConfig, plan: Plan, batch_rows: int, positions: i
 
 
 def cross_row(layer: LayerConfig) -> int:
-    """As _cache_row, of what the encoder read."""
+    """As _cache_row, for the encoder's output."""
     return 0 if layer.cross is None else layer.cross.num_kv_heads * layer.cross.head_dim
 
 

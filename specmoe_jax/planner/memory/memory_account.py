@@ -1,4 +1,4 @@
-"""The memory account as a tuple, and what the loads are that it counts."""
+"""The memory account as a tuple, and the loads that it counts."""
 
 from typing import NamedTuple
 

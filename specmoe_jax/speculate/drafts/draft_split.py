@@ -1,8 +1,8 @@
-"""Whose draft cache lies on the accelerator and whose in host memory (SpecMoEOff 4, memory-conscious draft execution). Pure.
+"""Which rows' draft cache lies on the accelerator and which in host memory (SpecMoEOff 4, memory-conscious draft execution). Pure.
 
-Accelerator memory first; what outgrows it goes to the CPU row by row, the longest first, which takes the fewest moves. The way back
-is narrower than the way out, so that nothing swings: a request comes back once at most, only in a step in which another one
-has ended, and only where all that would then be on the accelerator has room to grow to its end. So it moves three times at most.
+Accelerator memory first; the overflow moves to the CPU row by row, the longest first, which takes the fewest moves. Moving back has
+hysteresis, so that nothing oscillates: a request returns once at most, only in a step in which another one has ended, and only if
+every row then on the accelerator has room to grow to its end. So it moves three times at most.
 
 Deviation: the paper splits the batch for the whole draft model. Here the parts share the head's dense products, whose weights are
 read once, and are apart in the attention alone, which then runs on both sides at once.
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class DraftSplit(NamedTuple):
-    """requests: [B] int64, whose each row is, -1 for nobody's. on_cpu: [B] bool. returned: [B] bool, has come back once."""
+    """requests: [B] int64, the request of each row, -1 for none. on_cpu: [B] bool. returned: [B] bool, has come back once."""
 
     requests: np.ndarray
     on_cpu: np.ndarray
@@ -30,14 +30,14 @@ class Replaced(NamedTuple):
 
 
 def no_split(rows: int) -> DraftSplit:
-    """Of rows that serve nobody yet."""
+    """Of rows without a request yet."""
     return DraftSplit(requests=np.full(rows, -1, np.int64), on_cpu=np.zeros(rows, bool), returned=np.zeros(rows, bool))
 
 
 def plan_draft_split(split: DraftSplit, requests: np.ndarray, pages: np.ndarray, most: np.ndarray, capacity: int) -> Replaced:
     """Where each row is in the next step.
 
-    requests: [B] int64, whose each row is now, -1 for nobody's. pages: [B], what the step can fill of each; most: [B], what its
+    requests: [B] int64, the request of each row now, -1 for none. pages: [B], what the step can fill of each; most: [B], what its
     request can ever fill, at least that. capacity: pages of the accelerator, which the rows there never exceed.
     """
     held, same = requests >= 0, requests == split.requests

@@ -111,7 +111,7 @@ def remember(feature: jax.Array, predicted: jax.Array, rows, num_new) -> jax.Arr
 
 @jax.jit
 def known(feature: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Zeros where no position was observed: what an earlier request left in a row must not reach the next."""
+    """Zeros where no position was observed: the state of an earlier request in a row must not reach the next."""
     return jnp.where(jnp.asarray(lengths)[:, None] > 0, feature, 0)
 
 

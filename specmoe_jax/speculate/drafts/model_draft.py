@@ -23,7 +23,7 @@ class DraftCache(NamedTuple):
 
 
 class ModelDraft(NamedTuple):
-    """Drafts with another model. What was refused is rolled back by lengths: its rows are written again.
+    """Drafts with another model. Rejected tokens are rolled back by lengths: their rows are overwritten.
 
     forward: (kv, tokens [B, T], lengths [B], num_new [B]) -> (logits [B, V] after the last new token of each row, kv).
     new_cache: (rows, positions) -> KVCache. chunk: positions of a catching-up pass, over a prompt or steps without a draft.
@@ -51,7 +51,7 @@ class ModelDraft(NamedTuple):
         return Proposal(tokens=jnp.stack(drafted, 1), probs=jnp.stack(probs, 1) if probs else None, memory=memory), view.kv
 
     def _catch_up(self, view: DraftView) -> tuple[KVCache, np.ndarray]:
-        """The cache with all committed rows but at most one, and how many of each row's are right.
+        """The cache with all committed rows but at most one, and how many of each row's are valid.
 
         A new cache gets at least one pass, so that it is compiled when the engine warms up.
         """

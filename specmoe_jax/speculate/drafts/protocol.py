@@ -1,4 +1,4 @@
-"""The protocol of a draft: anything that proposes tokens, given what the engine lets it see."""
+"""The protocol of a draft: anything that proposes tokens from the view that the engine gives it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable

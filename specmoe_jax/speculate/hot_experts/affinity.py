@@ -49,7 +49,7 @@ def neighbours(distances: np.ndarray) -> np.ndarray:
 
 
 def substitutes(neighbours: np.ndarray, resident: np.ndarray) -> np.ndarray:
-    """Who computes for each expert while drafting, [E] int32: itself when resident, else the nearest that is.
+    """The expert that computes for each expert while drafting, [E] int32: itself if resident, else the nearest resident one.
 
     neighbours: [E, E] int32; resident: [E] bool. Raises ValueError when no expert is resident.
 

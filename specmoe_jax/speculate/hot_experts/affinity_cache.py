@@ -15,8 +15,8 @@ from specmoe_jax.support.progress import bar
 def affinity_table(model: Model, *, progress: str | bool = False) -> np.ndarray:
     """[L, E, E] int32: for each expert the others by L2 distance, nearest first (SpecMoE, affinity).
 
-    Loaded where an earlier run left it; a table that is damaged is computed anew. A model that is not a checkpoint's
-    (random weights) has no hash and is not cached. A cache that cannot be written is done without.
+    Loaded if an earlier run saved it; a damaged table is computed again. A model that is not a checkpoint's
+    (random weights) has no hash and is not cached. A cache that cannot be written is skipped.
     progress: a bar of layers, a mode of progress.bar.
     """
     path = _table_path(model)

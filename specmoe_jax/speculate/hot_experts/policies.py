@@ -1,7 +1,7 @@
 """Which experts of a layer stay on the accelerator between passes: SpecMoE's policies and our ablations. Pure.
 
-A policy of a plan is made by a function of its setting; a new one is such a function here and a line in config/registry.py.
-Engine(draft_set=...) takes a policy of one's own.
+A policy is made by a function of a Setting; a new one is such a function here and a line in config/registry.py.
+Engine(draft_set=...) takes a custom policy.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,13 +16,13 @@ DECAY = 0.8  # weight of the past per step under "decay": half of it is gone aft
 
 
 class DraftSetPolicy(NamedTuple):
-    """Experts are ranked by a score per layer; what the score remembers from step to step are the usage scores.
+    """Experts are ranked by a score per layer; usage scores are its memory from step to step.
 
     scores: (usage scores [E], counts [E], layer) -> [E], while the layer is being verified. counts: choices of this
         pass (and of the earlier chunks of a prefill).
     update: (usage scores [L, E], counts [L, E], accepted [L, E]) -> [L, E], after the step. accepted: choices of the
         positions whose tokens were committed.
-    resting: in the place of scores while a guard rests from drafting; None: the same. name: in the figures.
+    resting: replaces `scores` while the adaptive draft length is 0; None: the same. name: in the figures.
     """
 
     scores: Callable[[np.ndarray, np.ndarray, int], np.ndarray]
@@ -32,7 +32,7 @@ class DraftSetPolicy(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What a policy is made for: a model's layers with experts and experts of a layer, and whether a guard may rest."""
+    """What a policy is made for: layers with experts, experts per layer, and whether the draft length is adaptive."""
 
     num_layers: int
     num_experts: int
@@ -42,7 +42,7 @@ class Setting(NamedTuple):
 def hot_temporal(setting: Setting) -> DraftSetPolicy:
     """SpecMoE's: the latest pass alone counts, so the chosen were just fetched and the switch moves nothing.
 
-    While a guard rests, a pass is one token a row, a poor guide, and all passes count as in hot_global.
+    While the adaptive draft length is 0, a pass has one token per row, a poor sample, so all passes count as in hot_global.
     """
     if setting.guard:
         everything = hot_global(setting)
@@ -92,7 +92,7 @@ def random_set(setting: Setting) -> DraftSetPolicy:
 
 
 def make_policy(name: str, num_layers: int, num_experts: int, *, guard: bool = False) -> DraftSetPolicy:
-    """The policy of a plan's `draft_set`. guard: whether the plan has one."""
+    """The policy of a plan's `draft_set`. guard: whether the draft length is adaptive."""
     return DRAFT_SETS.executor(name)(Setting(num_layers, num_experts, guard))
 
 

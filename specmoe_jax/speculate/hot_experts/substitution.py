@@ -1,4 +1,4 @@
-"""Who computes while drafting for an expert that is not resident: SpecMoE's rule and its ablations."""
+"""Which resident expert computes for an absent one while drafting: SpecMoE's rule and its ablations."""
 
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ DraftSlots = np.ndarray | MaskedSlots | DistinctSlots  # of one layer; an array 
 def draft_slots(slot_of: np.ndarray, neighbours: np.ndarray | None, plan: Plan) -> list[DraftSlots]:
     """How each layer substitutes. slot_of: [L, E] int32, -1 = not resident; at least as many resident as plan.draft_experts says.
 
-    neighbours: [L, E, E], by distance or at random; None under `mask`, which asks for no one to stand in.
+    neighbours: [L, E, E], by distance or at random; None under `mask`, which substitutes nothing.
     """
     if plan.substitution == "mask":
         return [MaskedSlots(own=own) for own in slot_of]

@@ -191,7 +191,7 @@ def routed_ffn(x: jax.Array, ids: jax.Array, weights: jax.Array, experts: Mlp, c
 
 
 def every_expert(x: jax.Array, ids: jax.Array, weights: jax.Array, experts: Mlp) -> jax.Array:
-    """Every expert on every row: the slow twin of `routed_ffn`, which drops nothing. x [n, M] -> [n, M]."""
+    """Every expert on every row: the slow reference of `routed_ffn`, which drops nothing. x [n, M] -> [n, M]."""
     combine = jnp.einsum("nae,na->en", jax.nn.one_hot(ids, experts.w_gate.shape[0]), weights)
     hidden = jax.nn.silu(jnp.einsum("nm,emf->enf", x, experts.w_gate)) * jnp.einsum("nm,emf->enf", x, experts.w_up)
     return jnp.einsum("enf,efm->nm", hidden * combine[..., None], experts.w_down)

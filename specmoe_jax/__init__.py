@@ -3,6 +3,7 @@
 from specmoe_jax import ops, speculate
 from specmoe_jax.autotune.choose import make_plan
 from specmoe_jax.checkpoints import load_head, load_model, load_mtp
+from specmoe_jax.checkpoints.chat import chat_template
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import PRESETS
@@ -26,6 +27,7 @@ __all__ = [
     "TokenEvent",
     "UserError",
     "__version__",
+    "chat_template",
     "load_head",
     "load_model",
     "load_mtp",

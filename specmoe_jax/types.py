@@ -6,10 +6,12 @@ Shape alphabet, used in einsums, C++ and tests alike:
     those with experts), E experts, A active experts per token, R resident expert slots, V vocabulary, n = B * T flattened tokens.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
+
+Device: TypeAlias = Any  # a jax.Device, of which jax publishes no type
 
 
 class CrossCache(NamedTuple):
@@ -81,7 +83,7 @@ class Proposal(NamedTuple):
     tree: how the tokens hang together, T = N + 1; None where each follows the one before it. Its nodes are point masses.
     """
 
-    tokens: jax.Array
+    tokens: jax.Array | np.ndarray
     probs: jax.Array | None
     memory: Any = None
     tree: Tree | None = None
@@ -90,8 +92,8 @@ class Proposal(NamedTuple):
 class AcceptResult(NamedTuple):
     """num_accepted: [B] int32 in 0..N. next_token: [B] int32, the target's own token after the accepted run."""
 
-    num_accepted: jax.Array
-    next_token: jax.Array
+    num_accepted: jax.Array | np.ndarray
+    next_token: jax.Array | np.ndarray
 
 
 class AcceptedPath(NamedTuple):

@@ -114,7 +114,7 @@ def evaluate(config: ModelConfig, plan: Plan, known: Knowledge) -> Prediction:
 
 
 def _is_measured(config: ModelConfig, plan: Plan) -> bool:
-    """Whether the operators that were measured (profiling.py) are those that the plan runs."""
+    """Whether the operators that were measured (profile.py) are those that the plan runs."""
     elsewhere = plan.expert_tier == "disk" or plan.expert_dtype or config.encoder
     return plan.flow.is_measured(plan) and plan.drafting.is_measured and not elsewhere
 

@@ -1,4 +1,4 @@
-"""Times the engine's compiled pieces alone and warm, a few shapes each (profiling.py)."""
+"""Times the engine's compiled pieces alone and warm, a few shapes each (profile.py)."""
 
 import functools
 import statistics
@@ -30,20 +30,20 @@ class OperatorBench:
     """Runtimes of a resident, an on_demand and a streamed plan, and one method per operator."""
 
     def __init__(self, model: Model):
-        self.model, dtype = model, model.dtype
+        self.model = model
         self.config = model.config
         self.layer_config = self.config.layers[0]
         self.spreads: list[float] = []
         room = model.config.max_positions - max(new for _, new in SHAPES) - 1
         self.lengths = tuple(sorted({max(1, min(length, room)) for length in (48, 448)}))
         self.positions = self.lengths[-1] + max(new for _, new in SHAPES)
-        self.resident = self._runtime(Plan(preset="probe", expert_flow="resident", dtype=dtype))
-        self.on_demand = self._runtime(Plan(preset="probe", dtype=dtype))
-        self.streams = self._runtime(Plan(preset="probe", expert_flow="stream", kv_tier="host", dtype=dtype))
+        self.resident = self._runtime(Plan(preset="probe", expert_flow="resident"))
+        self.on_demand = self._runtime(Plan(preset="probe"))
+        self.streams = self._runtime(Plan(preset="probe", expert_flow="stream", kv_tier="host"))
         self.pool = self.resident.flow.first_memory(self.resident).pool
 
     def _runtime(self, plan: Plan):
-        rows = max(ROWS)
+        rows, plan = max(ROWS), plan.replace(dtype=self.model.dtype)
         needed = account(self.config, plan.replace(batch_size=rows), batch_rows=rows, positions=self.positions)
         return build(self.model, plan, needed, None, progress=False)
 
@@ -54,6 +54,7 @@ class OperatorBench:
             nonlocal kv
             _, _, routing, k, v = self.on_demand.cache_tier.attention(self.on_demand, 0, h, kv, lengths, num_new)
             kv = kv._replace(k=(k,), v=(v,))
+            assert routing is not None
             return np.asarray(routing.ids)
 
         return self._sample(call, rows, new, length)
@@ -85,6 +86,7 @@ class OperatorBench:
 
     def experts(self, rows: int, new: int, share: float) -> Sample:
         h, x, routing, used = self._routed(rows, new, share)
+        assert self.resident.experts.resident_slots is not None
         pool, slots = self.pool, self.resident.experts.resident_slots[0]
         return self._sample(lambda: stages.experts(self.layer_config, h, x, routing, pool, slots), rows, new, blocks=used)
 

@@ -21,6 +21,7 @@ from specmoe_jax.planner.hardware import Hardware
 from specmoe_jax.support.cache_files import cache_folder, machine_key, read_cached, write_cached
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.support.progress import bar
+from specmoe_jax.types import Device
 
 COPIED_BYTES = 1 << 26  # long against a copy's start, short against a second on any link
 READ_BYTES = 1 << 27  # beyond the caches of any CPU but the largest servers'
@@ -54,7 +55,7 @@ def _read(key: str) -> Hardware | None:
     return None
 
 
-def _measure(device: jax.Device, progress: str | bool) -> Hardware:
+def _measure(device: Device, progress: str | bool) -> Hardware:
     cpu, on_cpu = jax.local_devices(backend="cpu")[0], device.platform == "cpu"
     with bar("probe", 7 if on_cpu else 9, "rate", mode=progress, leave=False) as shown:
 
@@ -124,11 +125,11 @@ def median(call: Callable, *, device: bool = False, budget_s: float = BUDGET_S, 
     return Measured(middle, (high - low) / 2 / middle)
 
 
-def _pinned(device: jax.Device):
+def _pinned(device: Device):
     return jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
 
 
-def _copy(device: jax.Device) -> tuple[Measured, Measured]:
+def _copy(device: Device) -> tuple[Measured, Measured]:
     """From pinned host memory into a slot on the accelerator, as the expert store does, and back."""
     block = jax.device_put(np.ones(COPIED_BYTES // 4, np.float32), _pinned(device))
     slot = jax.device_put(jnp.zeros((1, COPIED_BYTES // 4), jnp.float32), device)
@@ -142,7 +143,7 @@ def _copy(device: jax.Device) -> tuple[Measured, Measured]:
     return median(up, device=True), median(lambda: jax.device_put(there, _pinned(device)), device=True)
 
 
-def _overlap(device: jax.Device, copy_s: float) -> float:
+def _overlap(device: Device, copy_s: float) -> float:
     """Share of a copy that hides behind products of about its length, which another thread may issue meanwhile."""
     block = jax.device_put(np.ones(COPIED_BYTES // 4, np.float32), _pinned(device))
     slot = jax.device_put(jnp.zeros((1, COPIED_BYTES // 4), jnp.float32), device)
@@ -162,7 +163,7 @@ def _overlap(device: jax.Device, copy_s: float) -> float:
     return float(np.clip(hidden / min(copy_s, products.seconds), 0.01, 1.0))
 
 
-def _peaks(device: jax.Device) -> dict[str, tuple[float, float]]:
+def _peaks(device: Device) -> dict[str, tuple[float, float]]:
     """flop/s and spread of a large product, by dtype."""
     size, found = SIZE["cpu" if device.platform == "cpu" else "other"], {}
     for dtype in ("float32", "bfloat16"):
@@ -172,13 +173,13 @@ def _peaks(device: jax.Device) -> dict[str, tuple[float, float]]:
     return found
 
 
-def _read_rate(device: jax.Device) -> Measured:
+def _read_rate(device: Device) -> Measured:
     """Of a sum over more than the caches hold."""
     numbers = jax.device_put(jnp.ones(READ_BYTES // 4, jnp.float32), device)
     return median(lambda: _sum(numbers), device=True)
 
 
-def _dispatch(device: jax.Device) -> tuple[Measured, Measured]:
+def _dispatch(device: Device) -> tuple[Measured, Measured]:
     """Of one small program among many, and of one that the host waits for."""
     small = jax.device_put(jnp.zeros(8, jnp.float32), device)
 
@@ -192,7 +193,7 @@ def _dispatch(device: jax.Device) -> tuple[Measured, Measured]:
     return Measured(many.seconds / CHAIN, many.spread), one
 
 
-def _small_copies(device: jax.Device) -> Measured:
+def _small_copies(device: Device) -> Measured:
     """Of CHAIN tiny ones."""
     tiny = np.zeros(8, np.float32)
     return median(lambda: [jax.device_put(tiny, device) for _ in range(CHAIN)], device=True)
@@ -227,7 +228,7 @@ def _host_memory() -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def _accelerator_memory(device: jax.Device) -> float:
+def _accelerator_memory(device: Device) -> float:
     """What the runtime may take; without an accelerator that is host memory too."""
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return float(limit) if limit else _host_memory()

@@ -92,6 +92,6 @@ def _small(config: ModelConfig) -> ModelConfig:
     each = config.expert_params * 4
     experts = min(config.num_experts, max(config.experts_per_token, MOST_BYTES // each))
     if experts < config.num_experts:
-        layer = dataclasses.replace(layer, router=dataclasses.replace(layer.router, num_experts=experts, groups=None))
+        layer = dataclasses.replace(layer, router=dataclasses.replace(layer.own_router, num_experts=experts, groups=None))
     layers = max(min(config.num_layers, MOST_LAYERS, 2 * MOST_BYTES // (experts * each)), 2)
     return dataclasses.replace(config, num_layers=layers, num_experts=experts, layer_configs=(layer,) * layers)

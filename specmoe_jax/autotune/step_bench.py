@@ -1,4 +1,4 @@
-"""Times steps of the real engine over a small model, for the planner's operators (profiling.py).
+"""Times steps of the real engine over a small model, for the planner's operators (profile.py).
 
 What runs between a step's programs (dispatch, the host's plans, workers that are woken, caches that went cold) is most of a small
 model's time and in no operator alone, so layers and drafts are measured where they run: as the share that they have of a step.
@@ -52,7 +52,7 @@ class Case(NamedTuple):
         return self.plan("float32").drafting.operator(trees=self.is_tree)
 
     def plan(self, dtype: str) -> Plan:
-        return Plan(preset="probe", dtype=dtype, batch_size=self.rows, **self.fields)
+        return Plan(preset="probe", batch_size=self.rows, **self.fields).replace(dtype=dtype)
 
 
 class Ran(NamedTuple):

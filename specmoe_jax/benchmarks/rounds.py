@@ -104,7 +104,7 @@ def _bar(job: Job, *, slices: int, prefills: int = 0) -> tqdm.tqdm:
 
 def _table(model: Model, cases: list[Case], engines: dict[str, Engine], rounds: dict[str, list[metrics.Totals]]) -> dict[str, dict]:
     return {
-        case.name: _figures(model, case.plan, rounds[case.name], rounds.get(case.base))
+        case.name: _figures(model, case.plan, rounds[case.name], None if case.base is None else rounds.get(case.base))
         | {"base": case.base, "peak_accelerator_bytes": engines[case.name].stats()["peak_accelerator_bytes"]}
         for case in cases
     }
@@ -172,4 +172,4 @@ def _sum(rounds: list[metrics.Totals]) -> metrics.Totals:
     longest = max(len(total.accepted_at_least) for total in rounds)
     padded = [total._replace(accepted_at_least=(*total.accepted_at_least, *[0] * longest)[:longest]) for total in rounds]
     columns = zip(*padded, strict=True)
-    return metrics.Totals(*(sum(c) if not isinstance(c[0], tuple) else tuple(map(sum, zip(*c, strict=True))) for c in columns))
+    return metrics.Totals._make(sum(c) if not isinstance(c[0], tuple) else tuple(map(sum, zip(*c, strict=True))) for c in columns)

@@ -180,9 +180,11 @@ TABLES = {
 def _rows(s: Setting, cases: list[Case], batch: int, also: str | None = None) -> dict:
     """{"name @ batch": figures}; also: a further base, whose ratios every row gets."""
     results = compare(s.model, cases, s.job(batch))
-    for row in results.values() if also else ():
-        row[f"speed_over_{also}"] = row["decode_tokens_per_s"] / results[also]["decode_tokens_per_s"]
-        row[f"bytes_over_{also}"] = row["link_bytes_per_token"] / results[also]["link_bytes_per_token"]
+    if also is not None:
+        base = results[also]
+        for row in results.values():
+            row[f"speed_over_{also}"] = row["decode_tokens_per_s"] / base["decode_tokens_per_s"]
+            row[f"bytes_over_{also}"] = row["link_bytes_per_token"] / base["link_bytes_per_token"]
     return {f"{name} @ {batch}": figures | {"case": name, "batch": batch} for name, figures in results.items()}
 
 

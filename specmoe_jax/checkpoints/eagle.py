@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specmoe_jax.checkpoints.files import Checkpoint, StoredTensor, open_checkpoint, read_json
+from specmoe_jax.checkpoints.files import SINGLE_FILE, Checkpoint, StoredTensor, open_checkpoint, read_json
 from specmoe_jax.checkpoints.header import quote
 from specmoe_jax.checkpoints.inventory import Names
 from specmoe_jax.checkpoints.loader import BUNDLED
+from specmoe_jax.checkpoints.published.torch_files import has_torch_files, open_torch_checkpoint
 from specmoe_jax.checkpoints.tensors import read_tensor
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.eagle import config as eagle_config
@@ -33,14 +34,16 @@ def bundled_head(model: str) -> str | None:
 def load_head(path_or_name: str, model: Model) -> EagleHead:
     """The head in "demo" (bundled, of the bundled model) or in a directory with config.json and *.safetensors.
 
-    The names are those of the published files (EAGLE-1 and -2: yuhuili/EAGLE-*; EAGLE-3: those with a midlayer); a file
-    that holds the embedding as well must hold the model's own. The head computes in the model's dtype and borrows its
-    embedding and output matrix. Raises CheckpointError, one line that names file and tensor.
+    The names are those of the published files (EAGLE-1 and -2: yuhuili/EAGLE-*; EAGLE-3: SpecForge's midlayer, layers.0 of vLLM
+    and speculators); torch's own files are read where torch is installed. A file that holds the embedding as well must hold the
+    model's own. The head computes in the model's dtype and borrows its embedding and output matrix. Raises CheckpointError, one
+    line that names file and tensor.
     """
     path = head_path(path_or_name)
-    checkpoint = open_checkpoint(path)
+    checkpoint = _open(path)
     config = _config(read_json(path / "config.json"), checkpoint, model.config)
-    names = Names(checkpoint)
+    fused = config.fused
+    names = Names(checkpoint, canonical=lambda name: eagle_config.canonical_name(name, fused=fused))
     stored = map_specs(names.take, eagle_config.weight_specs(config))
     tables = _tables(names, config, model.config.vocab_size) if config.fused else None
     embedding = names.take(_embedding_spec(model)) if names.has(EMBEDDING) else None
@@ -49,23 +52,29 @@ def load_head(path_or_name: str, model: Model) -> EagleHead:
     if embedding is not None:
         _check_embedding(embedding, model)
     weights = _read(stored, model.dtype)
-    if tables is not None:
-        weights = weights.replace(to_target=jnp.asarray(_to_target(*tables, model.config.vocab_size)))
+    if config.fused:
+        ids = np.arange(config.draft_vocab_size, dtype=np.int32)
+        weights = weights.replace(to_target=jnp.asarray(ids if tables is None else _to_target(*tables, model.config.vocab_size)))
     return eagle.attach(config, weights, model)
 
 
 def head_config(path_or_name: str, target: ModelConfig) -> EagleConfig:
     """Sizes and format of a head for a target, from config.json and the names of the tensors alone. Raises CheckpointError."""
     path = head_path(path_or_name)
-    raw, checkpoint = read_json(path / "config.json"), open_checkpoint(path)
+    raw, checkpoint = read_json(path / "config.json"), _open(path)
     return _config(raw, checkpoint, target)
 
 
 def _config(raw: dict, checkpoint: Checkpoint, target: ModelConfig) -> EagleConfig:
     try:
-        return eagle_config.parse_config(raw, target, fused=any(name.startswith("midlayer.") for name in checkpoint.tensors))
+        return eagle_config.parse_config(raw, target, fused=eagle_config.is_fused(checkpoint.tensors))
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as e:
         raise CheckpointError(f"config.json: a value of the wrong kind ({str(e)[:100]})") from e
+
+
+def _open(path: pathlib.Path) -> Checkpoint:
+    """Safetensors, or torch's files, which most EAGLE-1 heads are published as and which are small."""
+    return open_torch_checkpoint(path) if has_torch_files(path) and not (path / SINGLE_FILE).exists() else open_checkpoint(path)
 
 
 def head_path(path_or_name: str) -> pathlib.Path:
@@ -78,7 +87,7 @@ def head_path(path_or_name: str) -> pathlib.Path:
     if not found:
         raise CheckpointError(
             f"draft head {quote(str(path_or_name))}: no such directory; give {' or '.join(BUNDLED_HEADS)} or a directory with "
-            "config.json and model.safetensors (a published pytorch_model.bin is converted with safetensors first)"
+            "config.json and model.safetensors or pytorch_model.bin"
         )
     return path
 
@@ -105,8 +114,10 @@ def _check_embedding(tensor: StoredTensor, model: Model) -> None:
         )
 
 
-def _tables(names: Names, config: EagleConfig, vocab_size: int) -> tuple[StoredTensor | None, StoredTensor | None]:
-    """d2t and t2d, by name and shape."""
+def _tables(names: Names, config: EagleConfig, vocab_size: int) -> tuple[StoredTensor | None, ...] | None:
+    """d2t and t2d, by name and shape; neither where the head has the whole vocabulary and the file leaves them out."""
+    if config.draft_vocab_size == vocab_size and not (names.has("d2t") or names.has("t2d")):
+        return None
     shapes = {"d2t": config.draft_vocab_size, "t2d": vocab_size}
     return tuple(names.take(TensorSpec(name, (size,)), integers=tuple(INTEGERS)) for name, size in shapes.items())
 

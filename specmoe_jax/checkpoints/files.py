@@ -57,15 +57,20 @@ class Checkpoint:
     metadata: dict[str, str]
 
     @property
+    def bytes(self) -> int:
+        """Those of the tensors."""
+        return sum(tensor.entry.bytes for tensor in self.tensors.values())
+
+    @property
     def files(self) -> list[pathlib.Path]:
-        """The safetensors files, sorted."""
+        """The files with weights, sorted."""
         return sorted({tensor.path for tensor in self.tensors.values()})
 
 
 def open_checkpoint(path: pathlib.Path) -> Checkpoint:
     """Reads and checks index and headers of a directory. Raises CheckpointError."""
     index, tensors, metadata = path / INDEX_FILE, {}, {}
-    owners = _read_index(index) if os.path.lexists(index) else None
+    owners = read_index(index, suffix=".safetensors") if os.path.lexists(index) else None
     shards = [SINGLE_FILE] if owners is None else sorted(set(owners.values()))
     for shard in shards:
         header = read_header(path / shard)
@@ -77,6 +82,19 @@ def open_checkpoint(path: pathlib.Path) -> Checkpoint:
     if owners is not None:
         _check_index(owners, tensors)
     return Checkpoint(path=path, tensors=tensors, metadata=metadata)
+
+
+def read_index(path: pathlib.Path, *, suffix: str) -> dict[str, str]:
+    """Tensor name -> file of this directory, which ends in `suffix`. Raises CheckpointError."""
+    owners = read_json(path, max_bytes=MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(owners, dict) or not owners:
+        raise CheckpointError(f"{path.name}: no weight_map; expected an object of tensor name to file name")
+    for name, shard in owners.items():
+        if not isinstance(shard, str) or pathlib.PurePath(shard).name != shard or not shard.endswith(suffix):
+            raise CheckpointError(
+                f"{path.name}: tensor {quote(name)}: is in {quote(str(shard))}; expected a *{suffix} file of this directory"
+            )
+    return owners
 
 
 def read_header(path: pathlib.Path) -> Header:
@@ -91,10 +109,10 @@ def read_header(path: pathlib.Path) -> Header:
 
 
 def read_json(path: pathlib.Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict:
-    """The JSON object of a small file. Raises CheckpointError for anything else, NaN and infinite numbers included."""
+    """The JSON object of a small file, NaN and Infinity as its numbers may be. Raises CheckpointError for anything else."""
     content = read_bytes(path, max_bytes=max_bytes)
     try:
-        value = json.loads(content, parse_constant=_no_constant)
+        value = json.loads(content)
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path.name}: not JSON ({str(e)[:100]})") from e
     if not isinstance(value, dict):
@@ -157,18 +175,6 @@ class Reader:
             raise CheckpointError(f"{self._tensor.where}: cannot be read ({e.strerror})") from e
 
 
-def _read_index(path: pathlib.Path) -> dict[str, str]:
-    owners = read_json(path, max_bytes=MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(owners, dict) or not owners:
-        raise CheckpointError(f"{path.name}: no weight_map; expected an object of tensor name to file name")
-    for name, shard in owners.items():
-        if not isinstance(shard, str) or pathlib.PurePath(shard).name != shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{path.name}: tensor {quote(name)}: is in {quote(str(shard))}; expected a *.safetensors file of this directory"
-            )
-    return owners
-
-
 def _check_index(owners: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
     for name, shard in owners.items():
         if name not in tensors or tensors[name].path.name != shard:
@@ -182,7 +188,3 @@ def _exactly(data: bytes, length: int, path: pathlib.Path) -> bytes:
     if len(data) != length:
         raise CheckpointError(f"{path.name}: the file ended early; was it changed while being read?")
     return data
-
-
-def _no_constant(name: str):
-    raise ValueError(f"{name} is no JSON number")

@@ -1,19 +1,22 @@
 """Names: which stored tensor is which weight, with nothing missing, nothing left over and every shape as configured."""
 
+import logging
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE, Checkpoint, StoredTensor
 from specmoe_jax.checkpoints.header import quote_list
-from specmoe_jax.checkpoints.tensors import ExpertSource, Piece, whole
+from specmoe_jax.checkpoints.tensors import ExpertSource, Piece, check_copy, whole
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.models.families.naming import mtp_prefixes
 from specmoe_jax.models.families.registry import family_of
+from specmoe_jax.models.published.naming import mtp_prefixes
+from specmoe_jax.models.published.published_names import BUFFERS, HEAD, spelling_of
 from specmoe_jax.models.spec import Layout, Part, TensorSpec, spec_leaves
 from specmoe_jax.support.errors import CheckpointError
 
 MAX_EXPERTS = 1 << 17  # the largest published models have some 23,000; a sparse file can claim any number
+_log = logging.getLogger(__name__)
 BLOCK_PREFIX, PADDING_PREFIX = "specmoe.expert.", "specmoe.padding."
 
 
@@ -21,11 +24,14 @@ class Inventory(NamedTuple):
     """weights: canonical name -> tensor, for every spec of the family. experts: [i][expert], of the i-th layer that has any.
 
     left_out: stored names of other parts of the model (a vision tower, layers for further tokens).
+    copies: of the tied embedding, which some writers store again. embedding: the canonical name of the embedding.
     """
 
     weights: dict[str, StoredTensor]
     experts: tuple[tuple[ExpertSource, ...], ...]
     left_out: tuple[str, ...] = ()
+    copies: tuple[StoredTensor, ...] = ()
+    embedding: str = ""
 
     @property
     def bytes(self) -> int:
@@ -54,16 +60,24 @@ def take_inventory(config: ModelConfig, checkpoint: Checkpoint) -> Inventory:
         raise CheckpointError(
             f"config.json: {config.num_expert_layers} layers of {config.num_experts} experts; at most {MAX_EXPERTS} experts in all"
         )
-    names = Names(checkpoint, canonical=_without_mtp(config), tied=config.tie_embeddings)
-    weights = {spec.name: names.take(spec) for spec in spec_leaves(family_of(config).weight_specs(config))}
+    specs = family_of(config).weight_specs(config)
+    names = Names(checkpoint, canonical=_without_mtp(config, checkpoint))
+    weights = {spec.name: names.take(spec) for spec in spec_leaves(specs)}
     names.raise_if_missing()  # the router's shape has now confirmed the number of experts that is counted to next
     experts = tuple(
         tuple(expert_source(config, names, moe, expert) for expert in range(config.num_experts))
         for moe in range(config.num_expert_layers)
     )
     names.raise_if_missing()
+    copies = tuple(names.take_copy(name, specs.embed) for name in _copies_of_embedding(config) if names.has(name))
     names.raise_if_unused()
-    return Inventory(weights=weights, experts=experts, left_out=names.left_out)
+    return Inventory(weights=weights, experts=experts, left_out=names.left_out, copies=copies, embedding=specs.embed.name)
+
+
+def check_copies(inventory: Inventory) -> None:
+    """Raises CheckpointError where a copy of the tied embedding is another matrix."""
+    for copy in inventory.copies:
+        check_copy(copy, inventory.weights[inventory.embedding])
 
 
 def further_prefixes(config: ModelConfig) -> tuple[str, ...]:
@@ -72,9 +86,21 @@ def further_prefixes(config: ModelConfig) -> tuple[str, ...]:
     return (*mtp_prefixes(config), *blocks)
 
 
-def _without_mtp(config: ModelConfig) -> Callable[[str], str | None]:
+def canonical_names(config: ModelConfig, checkpoint: Checkpoint) -> Callable[[str], str | None]:
+    """A stored name -> the specs' name of it: what is common to all publishers of checkpoints, then what is the family's own."""
+    embedding = family_of(config).weight_specs(config).embed.name
+    spelling, own = spelling_of(checkpoint.tensors.keys(), embedding), family_of(config).canonical_name
+
+    def canonical(name: str) -> str | None:
+        spelled = spelling(name)
+        return None if spelled is None else own(spelled)
+
+    return canonical
+
+
+def _without_mtp(config: ModelConfig, checkpoint: Checkpoint) -> Callable[[str], str | None]:
     """Canonical names of the model alone: what its layers for further tokens hold is a draft's (checkpoints/mtp.py)."""
-    prefixes, canonical = further_prefixes(config), family_of(config).canonical_name
+    prefixes, canonical = further_prefixes(config), canonical_names(config, checkpoint)
 
     def of(name: str) -> str | None:
         own = canonical(name)
@@ -83,16 +109,22 @@ def _without_mtp(config: ModelConfig) -> Callable[[str], str | None]:
     return of
 
 
+def _copies_of_embedding(config: ModelConfig) -> tuple[str, ...]:
+    return (HEAD, *getattr(family_of(config), "COPIES_OF_EMBEDDING", ())) if config.tie_embeddings else ()
+
+
 class Names:
     """The tensors by canonical name, and which of them have been asked for.
 
-    canonical: a stored name -> the specs' name of it, None for what is not used on purpose. tied: see raise_if_unused.
+    canonical: a stored name -> the specs' name of it, None for what is not used on purpose.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, canonical: Callable[[str], str | None] = str, tied: bool = False):
-        self._file, self._tied = _file(checkpoint), tied
+    def __init__(self, checkpoint: Checkpoint, *, canonical: Callable[[str], str | None] = str):
+        self._file = _file(checkpoint)
         used = {name: tensor for name, tensor in checkpoint.tensors.items() if canonical(name) is not None}
-        self.left_out = tuple(name for name in checkpoint.tensors if name not in used)
+        self.left_out = tuple(name for name in checkpoint.tensors if name not in used and not name.endswith(BUFFERS))
+        if len(used) < len(checkpoint.tensors):
+            _log.debug("%s: not used on purpose: %s", self._file, quote_list(sorted(set(checkpoint.tensors) - set(used)), 1 << 20))
         self._tensors = {canonical(name): tensor for name, tensor in used.items()}
         self._missing: dict[str, None] = {}  # an ordered set
         self._unused = {name for name in self._tensors if not name.startswith(PADDING_PREFIX)}
@@ -131,22 +163,25 @@ class Names:
             raise CheckpointError(f"{tensor.where}: dtype is {tensor.entry.dtype}; MXFP4 is stored as U8")
         return tensor
 
+    def take_copy(self, name: str, spec: TensorSpec) -> StoredTensor | None:
+        """A tensor that repeats the one of a spec, under another name."""
+        return self.take(spec._replace(name=name))
+
     def raise_if_missing(self) -> None:
         if self._missing:
             count = len(self._missing)
+            headless = list(self._missing) == [HEAD]
+            hint = ": was it saved from the base class, and the output matrix left out?" if headless else ""
             raise CheckpointError(
                 f"{self._file}: {count} tensor{'s' * (count > 1)} missing that config.json asks for:"
-                f" {quote_list(list(self._missing))}"
+                f" {quote_list(list(self._missing))}{hint}"
             )
 
     def raise_if_unused(self) -> None:
         if self._unused:
-            tied = self._tied and "lm_head.weight" in self._unused
-            hint = "; config.json says tie_word_embeddings, so lm_head is expected to be absent" if tied else ""
             count = len(self._unused)
             raise CheckpointError(
-                f"{self._file}: {count} tensor{'s' * (count > 1)} that this model does not use:"
-                f" {quote_list(sorted(self._unused))}{hint}"
+                f"{self._file}: {count} tensor{'s' * (count > 1)} that this model does not use: {quote_list(sorted(self._unused))}"
             )
 
 

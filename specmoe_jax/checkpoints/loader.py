@@ -11,8 +11,11 @@ from specmoe_jax.checkpoints.conversion import orbax_parts
 from specmoe_jax.checkpoints.disk import DiskExperts
 from specmoe_jax.checkpoints.files import open_checkpoint, read_json
 from specmoe_jax.checkpoints.header import quote, quote_list
-from specmoe_jax.checkpoints.inventory import Inventory, take_inventory
+from specmoe_jax.checkpoints.inventory import Inventory, check_copies, take_inventory
 from specmoe_jax.checkpoints.memory import check_memory
+from specmoe_jax.checkpoints.published import hub
+from specmoe_jax.checkpoints.published.advice import check_form, gguf_advice
+from specmoe_jax.checkpoints.published.quantisation import check_quantisation
 from specmoe_jax.checkpoints.tensors import READERS, TARGET_DTYPES, HostBlocks, read_tensor
 from specmoe_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from specmoe_jax.config.model_config import ModelConfig
@@ -35,7 +38,7 @@ def load_model(
     verify: bool = False,
     expert_tier: str = "host",
 ) -> Model:
-    """A model from "demo" or from a directory with a Hugging Face checkpoint, every expert in pinned host memory.
+    """A model from "demo", a directory with a Hugging Face checkpoint or the name of a repository, its experts in pinned memory.
 
     dtype: "float32" (default) or "bfloat16"; stored bfloat16 is kept bit for bit under "bfloat16".
     progress: a bar of bytes read, a mode of progress.bar.
@@ -55,9 +58,12 @@ def load_model(
     path = checkpoint_path(path_or_name)
     if (path / orbax_parts.DESCRIPTION_FILE).exists():
         raise CheckpointError(f"{path}: an Orbax export; convert it first: specmoe convert --format=specmoe")
+    check_form(path)
     config = load_config(path)
     tokenizer = load_model_tokenizer(path, config)
+    config = with_end_tokens(config, tokenizer)
     checkpoint = open_checkpoint(path)
+    check_quantisation(path, config, checkpoint)
     inventory = take_inventory(config, checkpoint)
     on_disk = expert_tier == "disk"
     if not on_disk:
@@ -78,16 +84,20 @@ def load_model(
 
 
 def checkpoint_path(path_or_name: str) -> pathlib.Path:
-    """The directory of a bundled model or of a path. Raises CheckpointError when there is none."""
+    """The directory of a bundled model, of a path, or of a repository's name (published/hub.py). Raises CheckpointError."""
     path = BUNDLED.get(path_or_name) or pathlib.Path(path_or_name).expanduser()
     try:
         if path.is_dir():
             return path
     except (OSError, ValueError, RuntimeError):  # a name too long, a NUL, a symlink loop
         pass
+    if path.suffix == ".gguf":
+        raise CheckpointError(gguf_advice(path))
+    if hub.is_name(str(path_or_name)):
+        return hub.cached(str(path_or_name)) or hub.download(str(path_or_name))
     raise CheckpointError(
-        f"model {quote(str(path_or_name))}: no such directory; give {' or '.join(BUNDLED)} or a directory with config.json"
-        " and *.safetensors (nothing is downloaded)"
+        f"model {quote(str(path_or_name))}: no such directory; give {' or '.join(BUNDLED)}, a directory with config.json"
+        " and *.safetensors, or the name of a repository, org/name (nothing is downloaded for any other text)"
     )
 
 
@@ -121,7 +131,14 @@ def load_model_tokenizer(path: pathlib.Path, config: ModelConfig) -> Tokenizer |
     return tokenizer
 
 
+def with_end_tokens(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+    """The config with the end-of-sequence token that only the tokenizer's own config names."""
+    return config if tokenizer is None else dataclasses.replace(config, eos_token_ids=tokenizer.eos_token_ids)
+
+
 def _read_weights(config: ModelConfig, inventory: Inventory, dtype: str, check_finite: bool, shown) -> Weights:
+    check_copies(inventory)
+
     def weight(spec):
         tensor = inventory.weights[spec.name]
         array = jax.device_put(read_tensor(tensor, spec.in_dtype(dtype), check_finite=check_finite))

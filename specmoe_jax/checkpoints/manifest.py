@@ -24,9 +24,12 @@ def checkpoint_hash(path: str | pathlib.Path) -> str:
     even distances. A retrained or requantised model gets another id; a few values changed in a large file may not:
     that is what the manifest is for. A conversion of a checkpoint has an id of its own. Raises CheckpointError.
     """
-    path = pathlib.Path(path)
-    checkpoint = open_checkpoint(path)
-    digest = hashlib.sha256(b"specmoe checkpoint 1")
+    return hash_of(open_checkpoint(pathlib.Path(path)))
+
+
+def hash_of(checkpoint: Checkpoint) -> str:
+    """checkpoint_hash of one that is open, of whatever files."""
+    path, digest = checkpoint.path, hashlib.sha256(b"specmoe checkpoint 1")
     for name in HASHED_SIDE_FILES:
         content = read_bytes(path / name) if (path / name).exists() else b""
         digest.update(f"{name} {len(content)}\n".encode() + content)

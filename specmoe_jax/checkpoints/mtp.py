@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from specmoe_jax.checkpoints.files import Checkpoint, StoredTensor, open_checkpoint
-from specmoe_jax.checkpoints.inventory import Names, expert_source, further_prefixes
+from specmoe_jax.checkpoints.inventory import Names, canonical_names, expert_source, further_prefixes
 from specmoe_jax.checkpoints.tensors import ExpertSource, read_expert, read_tensor
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models import mtp
-from specmoe_jax.models.families.naming import mtp_prefixes
-from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.mtp import MtpHead
+from specmoe_jax.models.published.naming import mtp_prefixes
 from specmoe_jax.models.spec import TensorSpec, map_specs, spec_leaves
 from specmoe_jax.support.errors import CheckpointError
 
@@ -29,9 +28,12 @@ class MtpTensors(NamedTuple):
     experts: tuple[ExpertSource, ...]
 
 
-def find_mtp(path: pathlib.Path, config: ModelConfig) -> MtpTensors:
-    """The layer's tensors in a directory. Raises CheckpointError, one line, where there is none, or not all of it."""
-    names = _names(config, open_checkpoint(path))
+def find_mtp(path: pathlib.Path, config: ModelConfig, checkpoint: Checkpoint | None = None) -> MtpTensors:
+    """The layer's tensors in a directory, or in the checkpoint that was opened there.
+
+    Raises CheckpointError, one line, where there is none, or not all of it.
+    """
+    names = _names(config, checkpoint or open_checkpoint(path))
     stored = {spec.name: names.take(spec) for spec in spec_leaves(mtp.weight_specs(config))}
     whole = mtp.extended(config)
     experts = tuple(expert_source(whole, names, whole.num_expert_layers - 1, expert) for expert in range(whole.num_experts))
@@ -42,7 +44,7 @@ def find_mtp(path: pathlib.Path, config: ModelConfig) -> MtpTensors:
 
 def holds_mtp(config: ModelConfig, checkpoint: Checkpoint) -> bool:
     """Whether there is any tensor of the layer that config.json names."""
-    return config.mtp_layers > 0 and any(map(_own_names(config), checkpoint.tensors))
+    return config.mtp_layers > 0 and any(map(_own_names(config, checkpoint), checkpoint.tensors))
 
 
 def load_mtp(model: Model) -> MtpHead:
@@ -68,7 +70,7 @@ def _names(config: ModelConfig, checkpoint: Checkpoint) -> Names:
     if config.mtp_layers > 1:
         raise CheckpointError(f"config.json: num_nextn_predict_layers is {config.mtp_layers}; draft=mtp is built for 1")
 
-    own = _own_names(config)
+    own = _own_names(config, checkpoint)
     if not holds_mtp(config, checkpoint):
         raise CheckpointError(
             f"{checkpoint.path}: holds no tensor {mtp_prefixes(config)[0]}*, which draft=mtp needs; many conversions leave that "
@@ -77,9 +79,9 @@ def _names(config: ModelConfig, checkpoint: Checkpoint) -> Names:
     return Names(checkpoint, canonical=own)
 
 
-def _own_names(config: ModelConfig) -> Callable[[str], str | None]:
+def _own_names(config: ModelConfig, checkpoint: Checkpoint) -> Callable[[str], str | None]:
     """A stored name -> the specs' name of it; None for what is not the layer's, or a copy of the target's."""
-    prefixes, canonical = further_prefixes(config), family_of(config).canonical_name
+    prefixes, canonical = further_prefixes(config), canonical_names(config, checkpoint)
 
     def own(name: str) -> str | None:
         found = canonical(name)

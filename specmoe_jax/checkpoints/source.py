@@ -1,4 +1,4 @@
-"""What a conversion reads from: a safetensors directory of any layout, or an Orbax export, behind one face."""
+"""What a conversion reads from: a directory of safetensors or of torch's files, or an Orbax export, behind one face."""
 
 import dataclasses
 import functools
@@ -9,11 +9,14 @@ from collections.abc import Callable
 import numpy as np
 
 from specmoe_jax.checkpoints.conversion import orbax_parts
-from specmoe_jax.checkpoints.files import NUMPY_DTYPES, Checkpoint, open_checkpoint, read_bytes
-from specmoe_jax.checkpoints.inventory import PADDING_PREFIX, Inventory, block_name, take_inventory
+from specmoe_jax.checkpoints.files import INDEX_FILE, NUMPY_DTYPES, SINGLE_FILE, Checkpoint, open_checkpoint, read_bytes
+from specmoe_jax.checkpoints.inventory import PADDING_PREFIX, Inventory, block_name, canonical_names, check_copies, take_inventory
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
-from specmoe_jax.checkpoints.manifest import checkpoint_hash
+from specmoe_jax.checkpoints.manifest import hash_of
 from specmoe_jax.checkpoints.mtp import find_mtp, holds_mtp
+from specmoe_jax.checkpoints.published.advice import check_form
+from specmoe_jax.checkpoints.published.quantisation import check_quantisation
+from specmoe_jax.checkpoints.published.torch_files import has_torch_files, open_torch_checkpoint
 from specmoe_jax.checkpoints.tensors import TARGET_DTYPES, read_expert, read_tensor
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.families.registry import family_of
@@ -46,15 +49,20 @@ def open_source(model: str, dtype: str | None) -> Source:
     path = checkpoint_path(model)
     if (path / orbax_parts.DESCRIPTION_FILE).exists():
         return _orbax_source(path, dtype)
-    return _safetensors_source(path, dtype)
+    check_form(path, torch_files=True)
+    is_safetensors = (path / SINGLE_FILE).exists() or (path / INDEX_FILE).exists()
+    read = open_torch_checkpoint if has_torch_files(path) and not is_safetensors else open_checkpoint
+    return _source(path, read(path), dtype)
 
 
-def _safetensors_source(path: pathlib.Path, dtype: str | None) -> Source:
-    config, checkpoint = load_config(path), open_checkpoint(path)
+def _source(path: pathlib.Path, checkpoint: Checkpoint, dtype: str | None) -> Source:
+    config = load_config(path)
+    check_quantisation(path, config, checkpoint)
     inventory, dtype = take_inventory(config, checkpoint), dtype or _stored_dtype(config, checkpoint)
+    check_copies(inventory)
     mtp = holds_mtp(config, checkpoint)
     if mtp:
-        further = find_mtp(path, config)
+        further = find_mtp(path, config, checkpoint)
         inventory = Inventory(weights=inventory.weights | further.weights, experts=(*inventory.experts, further.experts))
 
     @functools.lru_cache(maxsize=1)  # the Hugging Face layout asks for the three matrices of an expert one by one
@@ -66,7 +74,7 @@ def _safetensors_source(path: pathlib.Path, dtype: str | None) -> Source:
         path=path,
         config=config,
         dtype=dtype,
-        hash=checkpoint_hash(path),
+        hash=hash_of(checkpoint),
         weight=lambda spec: read_tensor(inventory.weights[spec.name], spec.in_dtype(dtype), check_finite=True),
         expert=expert,
         mtp=mtp,
@@ -102,8 +110,8 @@ def all_specs(config: ModelConfig, *, mtp: bool) -> list[TensorSpec]:
 
 def _stored_dtype(config: ModelConfig, checkpoint: Checkpoint) -> str:
     """The narrowest compute dtype that loses nothing of what is stored (of float64, which no model needs, it does)."""
-    family = family_of(config)
+    canonical = canonical_names(config, checkpoint)
     kept = {spec.name for spec in all_specs(config, mtp=config.mtp_layers == 1) if spec.keep}
     weights = (t for name, t in checkpoint.tensors.items() if not name.startswith(PADDING_PREFIX))
-    names = {t.entry.dtype for t in weights if family.canonical_name(t.entry.name) not in kept}
-    return "bfloat16" if {NUMPY_DTYPES[name] for name in names} == {NUMPY_DTYPES["BF16"]} else "float32"
+    names = {t.entry.dtype for t in weights if canonical(t.entry.name) not in kept}
+    return "bfloat16" if names.intersection(NUMPY_DTYPES) == {"BF16"} else "float32"

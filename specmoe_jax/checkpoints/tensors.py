@@ -11,6 +11,7 @@ import numpy as np
 
 from specmoe_jax.checkpoints import mxfp4
 from specmoe_jax.checkpoints.files import Reader, StoredTensor
+from specmoe_jax.checkpoints.header import quote
 from specmoe_jax.models.model import to_host
 from specmoe_jax.support.errors import CheckpointError
 
@@ -71,6 +72,21 @@ def read_tensor(tensor: StoredTensor, dtype: str, *, check_finite: bool) -> np.n
     if check_finite:
         _check_finite(np.atleast_1d(out), tensor, dtype)
     return out
+
+
+def check_copy(copy: StoredTensor, original: StoredTensor) -> None:
+    """Raises CheckpointError unless both are the same bit for bit; of two types, once they are rounded to bfloat16."""
+    if copy.entry.dtype == original.entry.dtype:
+        pairs = zip(*(t.read_steps(0, t.entry.bytes, CHUNK_BYTES) for t in (copy, original)), strict=True)
+        same = all(one == other for one, other in pairs)
+    else:
+        one, other = (read_tensor(t, "bfloat16", check_finite=False) for t in (copy, original))
+        same = np.array_equal(one.view(np.uint16), other.view(np.uint16))
+    if not same:
+        raise CheckpointError(
+            f"{copy.where}: differs from {quote(original.entry.name)}, to which config.json ties it (tie_word_embeddings):"
+            " set it to false there if this matrix is meant"
+        )
 
 
 def read_expert(source: ExpertSource, dtype: str, *, check_finite: bool) -> np.ndarray:

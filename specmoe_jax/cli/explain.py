@@ -13,8 +13,10 @@ import numpy as np
 from absl import flags
 
 from specmoe_jax.autotune.probe import probe
-from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE, open_checkpoint
+from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
+from specmoe_jax.checkpoints.published.advice import check_form
+from specmoe_jax.checkpoints.published.quantisation import Quantisation, is_decoded, read_quantisation, stored_bytes
 from specmoe_jax.cli import common, plan_flags
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
@@ -64,9 +66,12 @@ def main() -> None:
     hardware = read_hardware(_HARDWARE.value)
     started_s = time.process_time()
     folder = checkpoint_path(_MODEL.value)
+    check_form(folder, torch_files=True)
     config = load_config(folder)
     workload = make_workload(config)
-    stored_bytes = read_stored_bytes(folder)
+    checkpoint = read_headers(folder)
+    quantisation = read_quantisation(folder, checkpoint)
+    on_disk = stored_bytes(folder, config, quantisation) if checkpoint is None else checkpoint.bytes
     if _SIMULATE.value:
         shown = explain.presets(config, make_plans(config), hardware, workload)
         shown |= explain.caches(config, workload, read_trace(), _CAPACITY.value, tokens=plan_flags.value("batch_size") or 16)
@@ -74,8 +79,10 @@ def main() -> None:
         plan = make_plan(config)
         if problem := explain.problem(config, plan, hardware, workload):
             raise PlanError(problem)
-        shown = explain.explain(config, plan, hardware, workload, stored_bytes=stored_bytes)
+        shown = explain.explain(config, plan, hardware, workload, stored_bytes=on_disk)
         save_pictures(config, plan, hardware, workload)
+    if quantisation is not None:
+        shown |= {"weights": form_of(quantisation, config)}
     shown |= {"assumptions": explain.assumptions(config, hardware, workload), "cpu_s": round(time.process_time() - started_s, 3)}
     print(json.dumps(shown, indent=2) if _JSON.value else explain.as_text(shown))
 
@@ -120,11 +127,18 @@ def make_workload(config: ModelConfig) -> Workload:
     return workload
 
 
-def read_stored_bytes(folder: pathlib.Path) -> int | None:
-    """Bytes of the tensors, from checked headers; None for config.json alone. A load then matches them with the config."""
+def read_headers(folder: pathlib.Path) -> Checkpoint | None:
+    """The checked headers of a directory; None for config.json alone. A load then matches them with the config."""
     if not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         return None
-    return sum(tensor.entry.bytes for tensor in open_checkpoint(folder).tensors.values())
+    return open_checkpoint(folder)
+
+
+def form_of(quantisation: Quantisation, config: ModelConfig) -> str:
+    """How the weights are stored, and what becomes of them."""
+    bits = "" if quantisation.bits is None else f", {quantisation.bits:.3g} bits a weight"
+    loads = "decoded when loaded" if is_decoded(quantisation, config) else "which this version does not load"
+    return f"{quantisation.words}{bits}, {loads}"
 
 
 def make_plan(config: ModelConfig) -> Plan:

@@ -9,15 +9,16 @@ import json
 import os
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 
 from specmoe_jax.autotune import choose as planning
 from specmoe_jax.checkpoints import load_model
-from specmoe_jax.checkpoints.chat import sampling_defaults
 from specmoe_jax.checkpoints.eagle import bundled_head, head_config, head_path, load_head
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.mtp import find_mtp, load_mtp
+from specmoe_jax.checkpoints.published.generation_config import sampling_defaults
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.cli import common, plan_flags
 from specmoe_jax.cli.stats_table import table
@@ -88,9 +89,9 @@ def main() -> None:
     common.use_compile_cache()
     if head := jobs.read_head(folder):
         keep_bad = _OUTPUT.value is not None
-        if _CHAT.value:
-            prompts = as_chat(prompts, folder, head.tokenizer, keep_bad=keep_bad, must_work=len(_PROMPT.value))
         how = {"keep_bad": keep_bad, "must_work": len(_PROMPT.value)}
+        if _CHAT.value or any(prompt.conversation for prompt in prompts):
+            prompts = as_chat(prompts, folder, head.tokenizer, every=_CHAT.value, **how)
         if is_auto():  # a bad prompt is told before the machine is measured
             jobs.check_before_loading(head, preset("resident", head.config), prompts, **how)
         plan = make_plan(head, folder, prompts)
@@ -109,7 +110,7 @@ def main() -> None:
     load_s = loading.seconds
     with trace(_TRACE.value):
         job = generate(engine, prompts)
-    if spans is not None:
+    if spans is not None and _TRACE.value:
         write_lanes(spans, pathlib.Path(_TRACE.value) / "lanes.json")
     stats = final_stats(engine, prompts) | error | {"load_s": load_s, "wall_s": watch.seconds, "requests": job.timings}
     if _STATS.value:
@@ -159,7 +160,7 @@ def check_files() -> None:
 
 def generate(engine: Engine, prompts: list[Prompt]) -> JobWatch:
     """The job of --output, or the texts on stdout. -> what was told of it."""
-    shown = [IncrementalText(engine.model, prompt.params.stop) for prompt in prompts] if _STREAM.value else []
+    shown = [IncrementalText(engine.model, prompt.params.stop, prompt.model_input) for prompt in prompts] if _STREAM.value else []
 
     def watched(todo: dict[int, Prompt], failed: int) -> JobWatch:
         limits = [prompt.params.max_new_tokens for prompt in todo.values()]
@@ -176,6 +177,7 @@ def generate(engine: Engine, prompts: list[Prompt]) -> JobWatch:
             print_completions(list(jobs.completions(engine, todo, watch, on_event=on_event)))
         return watch
     reasons = jobs.refusals(engine.model, prompts, must_work=len(_PROMPT.value))
+    assert engine.model.path is not None  # it was loaded
     job = jobs.fingerprint(prompts, engine.plan, engine.model.path)
     with contextlib.closing(Journal(_OUTPUT.value, job, restart=_RESTART.value)) as journal:
         todo = jobs.record_errors(prompts, reasons, journal)
@@ -202,7 +204,7 @@ def read_all_prompts(folder: pathlib.Path) -> list[Prompt]:
     return prompts
 
 
-def choose_sampling(wishes: dict[str, float | int]) -> dict[str, float | int]:
+def choose_sampling(wishes: dict[str, float | int]) -> dict[str, Any]:
     """Temperature, top_k and top_p: a flag, or what the model wishes, or greedy."""
     if _TEMPERATURE.value == 0:
         wishes = {}
@@ -227,6 +229,7 @@ def load(prompts: list[Prompt]) -> tuple[Model, dict, dict]:
 
 
 def read_plan_file() -> Plan:
+    assert _PLAN.value is not None
     if _PRESET.value is not None:
         raise PlanError("both --plan and --preset are given; leave one out")
     return common.read_plan(_PLAN.value)
@@ -247,7 +250,7 @@ def make_plan(head: jobs.ModelHead, folder: pathlib.Path, prompts: list[Prompt])
     overrides = {} if _DTYPE.value is None else {"dtype": _DTYPE.value}
     if is_auto():
         return auto_plan(head, folder, prompts, plan_flags.given() | overrides)
-    plan = read_plan_file() if _PLAN.value else preset(_PRESET.value, head.config)
+    plan = read_plan_file() if _PLAN.value else preset(_PRESET.value or "", head.config)
     return plan_flags.over(plan, **overrides)
 
 

@@ -54,7 +54,8 @@ def budgets() -> dict:
 
 def over(plan: Plan, **more) -> Plan:
     """The plan with the flags over it, and with `more` over both. Another draft takes the old one's settings along."""
-    draft = None if value("draft") is None else DRAFTS.description(value("draft"))
+    name = value("draft")
+    draft = None if name is None else DRAFTS.description(name)
     if draft is not None and not draft.gated:
         plan = plan.replace(draft_experts=None, draft_set=None, substitution=None)
     if draft is not None and not draft.drafts:

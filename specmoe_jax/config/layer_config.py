@@ -143,6 +143,18 @@ class LayerConfig:
     cross: AttentionConfig | None = None
     residual_scale: float = 1.0
 
+    @property
+    def own_router(self) -> RouterConfig:
+        """Of a layer that has experts."""
+        assert self.router is not None
+        return self.router
+
+    @property
+    def own_experts(self) -> ExpertConfig:
+        """Of a layer that has experts."""
+        assert self.experts is not None
+        return self.experts
+
 
 @dataclasses.dataclass(frozen=True)
 class Embedding:

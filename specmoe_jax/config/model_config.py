@@ -56,7 +56,7 @@ class ModelConfig:
 
     @functools.cached_property
     def moe_layers(self) -> tuple[int, ...]:
-        """Layers that have experts. Residency, votes and expert stores count these only, from 0."""
+        """Layers that have experts. Residency, usage scores and expert stores count these only, from 0."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.router is not None)
 
     @functools.cached_property
@@ -89,7 +89,7 @@ class ModelConfig:
     @property
     def experts(self) -> ExpertConfig:
         """The expert of every layer that has any."""
-        return self.layers[self.moe_layers[0]].experts
+        return self.layers[self.moe_layers[0]].own_experts
 
     @property
     def expert_params(self) -> int:
@@ -98,6 +98,7 @@ class ModelConfig:
 
 
 def _uniform_layer(config: ModelConfig) -> LayerConfig:
+    assert config.rope_theta is not None
     return LayerConfig(
         attention=AttentionConfig(
             num_heads=config.num_heads,

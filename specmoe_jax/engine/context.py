@@ -8,6 +8,7 @@ import jax
 
 from specmoe_jax.offload.store import Link
 from specmoe_jax.support.tracing import Span
+from specmoe_jax.types import Device
 
 
 class Workers(NamedTuple):
@@ -26,8 +27,8 @@ class DeviceContext:
     """host: the CPU. activations: counts what crosses between accelerator and host beside experts. pinned_sharding: pinned host
     memory, where hidden states wait between two layers."""
 
-    device: jax.Device
-    host: jax.Device
+    device: Device
+    host: Device
     activations: Link
     pinned_sharding: jax.sharding.Sharding
     workers: Workers
@@ -56,10 +57,11 @@ class DeviceContext:
 def make_context(spans: list[Span] | None) -> DeviceContext:
     """This machine's. spans: see Workers."""
     device = jax.devices()[0]
+    cpu, link = (concurrent.futures.ThreadPoolExecutor(1, f"specmoe-{worker}") for worker in ("cpu", "link"))
     return DeviceContext(
         device=device,
         host=jax.local_devices(backend="cpu")[0],
         activations=Link(),
         pinned_sharding=jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host"),
-        workers=Workers(*(concurrent.futures.ThreadPoolExecutor(1, f"specmoe-{worker}") for worker in ("cpu", "link")), spans),
+        workers=Workers(cpu, link, spans),
     )

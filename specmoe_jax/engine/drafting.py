@@ -20,7 +20,7 @@ class Drafted(NamedTuple):
     """predicted: [L, E] int64, how often the draft's gates chose each expert. prefetched: experts copied."""
 
     proposal: Proposal
-    kv: KVCache
+    kv: KVCache | HostKV
     memory: ExpertMemory
     predicted: np.ndarray
     prefetched: int
@@ -51,6 +51,7 @@ def draft(runtime: Runtime, state: State, length: int) -> Drafted:
         forward=forward,
         memory=state.draft_memory,
     )
+    assert runtime.draft is not None  # else the length is 0
     proposed = runtime.draft.propose(view)
     check_proposed(proposed, rows=len(state.requests))
     proposal, kv = jax.block_until_ready(proposed)

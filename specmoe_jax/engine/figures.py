@@ -55,7 +55,7 @@ def add_step(totals: Totals, info) -> Totals:
         full_s=totals.full_s + full * step_s,
         row_steps=totals.row_steps + int(info.active.sum()),
         new_tokens=totals.new_tokens + int(info.committed.sum()),
-        verified_tokens=totals.verified_tokens + int(info.active.sum()) * (info.drafted + 1),
+        verified_tokens=totals.verified_tokens + int(info.active.sum()) * info.positions,
         context=totals.context + info.context,
         decode_s=totals.decode_s + step_s,
         draft_s=totals.draft_s + info.drafting_s,

@@ -25,7 +25,7 @@ def prefill(
     """All tokens of each prompt but its last, which is the input of the first step.
 
     prompts: B token tuples, ragged; an empty one is a padding row. The draft set after the prefill is chosen
-    by the votes of the whole prompt, not of its last chunk. draft_memory: of a FeatureDraft, which observes every chunk.
+    by the routing of the whole prompt, not of its last chunk. draft_memory: of a FeatureDraft, which observes every chunk.
     on_chunk: called with the positions of each chunk done.
     """
     counts = np.array([max(len(prompt) - 1, 0) for prompt in prompts], np.int32)
@@ -42,7 +42,7 @@ def prefill(
         done = flow.target_pass(runtime, memory, kv, tokens, lengths, num_new, earlier=totals, predicted=nothing)
         memory, kv, totals = done.memory, done.kv, done.counts
         if done.features is not None:
-            draft_memory = runtime.draft.observe(draft_memory, every_row, following, done.features, lengths, num_new)
+            draft_memory = runtime.feature_draft.observe(draft_memory, every_row, following, done.features, lengths, num_new)
         infos.append(done.info)
         on_chunk(int(num_new.max()))
     usage_scores = runtime.policies.draft_set.update(memory.usage_scores, totals, totals)

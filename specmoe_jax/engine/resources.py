@@ -58,7 +58,8 @@ class EngineResources:
         self._shared: Runtime | None = None  # of all jobs until one needs more; a job's own differs in its draft alone
         self.runtime: Runtime | None = None
         self.account: MemoryAccount | None = None
-        self._memory = self._peak_bytes = None
+        self._memory: ExpertMemory | None = None
+        self._peak_bytes: int | None = None
         self._adaptive_lengths: dict[tuple[int, int], AdaptiveLength | None] = {}  # by rows and positions
         self._executor = executor_of(plan)
         self._draft_memory = self._executor.memory(model, plan, inputs)
@@ -69,22 +70,18 @@ class EngineResources:
     def take(self, batch_shape: BatchShape) -> Job:
         """For a job of these shapes; a larger one may need a larger pool."""
         needed = self._needed(batch_shape)
-        fits = self.account is not None and needed.num_slots <= self.account.num_slots
-        # A pool of the same size may hold a small batch's dispatch at once and a larger one's only in waves, or keep fewer slots
-        # free of what is prefetched.
-        fits = fits and self._shared.experts.slots.single_wave == (needed.num_slots >= needed.wanted_slots)
-        fits = fits and needed.dispatch_slots <= self._shared.experts.slots.dispatch
-        if not fits or self._too_big(needed):
+        shared, account = self._shared, self.account
+        if shared is None or account is None or not _holds(shared, account, needed) or self._too_big(account, needed):
             self._memory = None
             how = {"draft_set": self._draft_set, "earlier": self._shared, "progress": self._progress, "spans": self._spans}
-            self._shared = build(self._model, self._plan, needed, self._draft, **how)
-            self.account = needed
-        draft = self._executor.for_job(self._draft, self._shared, needed)
-        self.runtime = self._shared if draft is self._draft else dataclasses.replace(self._shared, draft=draft)
+            self._shared = shared = build(self._model, self._plan, needed, self._draft, **how)
+            self.account = account = needed
+        draft = self._executor.for_job(self._draft, shared, needed)
+        self.runtime = runtime = shared if draft is self._draft else dataclasses.replace(shared, draft=draft)
         # Pages and activations are of this job; the pool and the disk tier's cache are those of the runtime.
-        self.account = needed._replace(num_slots=self.account.num_slots, host_experts=self.account.host_experts)
-        self._peak_bytes = max(self._peak_bytes or 0, self.account.accelerator_bytes)
-        return Job(self.runtime, self.account)
+        self.account = account = needed._replace(num_slots=account.num_slots, host_experts=account.host_experts)
+        self._peak_bytes = max(self._peak_bytes or 0, account.accelerator_bytes)
+        return Job(runtime, account)
 
     def expert_memory(self, job: Job) -> ExpertMemory:
         """The pool that an earlier job on the same runtime left, or a new one."""
@@ -94,18 +91,20 @@ class EngineResources:
     def _needed(self, batch_shape: BatchShape) -> MemoryAccount:
         return job_account(self._model.config, self._plan, batch_shape, self._draft_memory)
 
-    def _too_big(self, needed: MemoryAccount) -> bool:
+    def _too_big(self, held: MemoryAccount, needed: MemoryAccount) -> bool:
         """Whether the pool or the disk cache of an earlier, smaller batch would break a budget beside this one's KV cache."""
-        budget, held = self._plan.device_memory_bytes, self.account
+        budget = self._plan.device_memory_bytes
         return (budget is not None and needed.num_slots < held.num_slots) or needed.host_experts < held.host_experts
 
     def new_adaptive_length(self, batch_shape: BatchShape) -> AdaptiveLength | None:
         """With what an earlier batch of these rows and positions taught it: the first steps are paid once."""
         if not self._plan.guard:
             return None
+        assert self._plan.draft_length is not None  # a guard is of a draft
         return self._adaptive_lengths.get(batch_shape[:2]) or make_adaptive_length(self._plan.draft_length)
 
     def new_cache(self, batch_shape: BatchShape) -> KVCache:
+        assert self.runtime is not None  # a job has been taken
         device = self.runtime.cache_tier.device(self.runtime)
         return new_cache(self._model.config, batch_shape.rows, batch_shape.positions, self._plan.dtype, device)
 
@@ -113,7 +112,7 @@ class EngineResources:
         """The adaptive length of a job that has ended, and its pool where the next job can take it: that of an earlier runtime
         has other slots."""
         self._adaptive_lengths[batch_shape[:2]] = state.adaptive_length
-        if state.runtime.experts.store is self._shared.experts.store:
+        if self._shared is not None and state.runtime.experts.store is self._shared.experts.store:
             self._memory = state.memory
 
     def peak_accelerator_bytes(self) -> int | None:
@@ -122,11 +121,24 @@ class EngineResources:
         return measured or self._peak_bytes
 
 
+def _holds(shared: Runtime, account: MemoryAccount, needed: MemoryAccount) -> bool:
+    """Whether the pool of an earlier job is large enough.
+
+    A pool of the same size may hold a small batch's dispatch at once and a larger one's only in waves, or keep fewer slots free of
+    what is prefetched.
+    """
+    slots = shared.experts.slots
+    if needed.num_slots > account.num_slots or needed.dispatch_slots > slots.dispatch:
+        return False
+    return slots.single_wave == (needed.num_slots >= needed.wanted_slots)
+
+
 def moved(runtime: Runtime) -> Moved:
     return Moved(runtime.experts.store.link.sent_bytes, runtime.experts.store.tier.counts)
 
 
 def new_draft_memory(runtime: Runtime, batch_shape: BatchShape) -> Any:
     """What a FeatureDraft observes into; None for others, which make their own."""
-    watches = isinstance(runtime.draft, FeatureDraft)
-    return runtime.draft.new_memory(batch_shape.rows, batch_shape.positions) if watches else None
+    if not isinstance(runtime.draft, FeatureDraft):
+        return None
+    return runtime.draft.new_memory(batch_shape.rows, batch_shape.positions)

@@ -44,7 +44,7 @@ def roofline_figures(config: ModelConfig, plan: Plan, totals: Totals, hardware: 
     }
     if hardware.accelerator_is_cpu:
         seconds |= {ACCELERATOR: seconds[ACCELERATOR] + seconds[CPU], CPU: 0.0}
-    floor_s, binding = max(seconds.values()), max(seconds, key=seconds.get)
+    floor_s, binding = max(seconds.values()), max(seconds, key=seconds.__getitem__)
     wall = totals.decode_s
     return {
         "floor_s": floor_s,

@@ -29,7 +29,7 @@ from specmoe_jax.planner.memory.memory_account import MemoryAccount, arriving_ex
 from specmoe_jax.speculate.drafts.protocol import Draft, FeatureDraft
 from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy, keep_rule, make_policy
 from specmoe_jax.support.tracing import Span
-from specmoe_jax.types import KVCache
+from specmoe_jax.types import Device, KVCache
 
 
 class ExpertPlaces(NamedTuple):
@@ -68,7 +68,7 @@ class Runtime:
     plan: Plan
     flow: ExpertFlow["Runtime", Any]
     cache_tier: KvTier["Runtime"]
-    weights: Weights
+    weights: Weights[jax.Array]
     draft: Draft | None
     executor: DraftExecutor
     context: DeviceContext
@@ -79,6 +79,12 @@ class Runtime:
     def feature_layers(self) -> tuple[int, ...]:
         """Layers whose inputs the draft takes; none for most drafts, nor for one of the last hidden state."""
         return self.draft.feature_layers if isinstance(self.draft, FeatureDraft) else ()
+
+    @property
+    def feature_draft(self) -> FeatureDraft:
+        """The draft, where a pass gives features."""
+        assert isinstance(self.draft, FeatureDraft)
+        return self.draft
 
 
 def build(
@@ -162,14 +168,14 @@ def _tier(model: Model, plan: Plan, account: MemoryAccount) -> Tier:
     )
 
 
-def empty_pages(attention: AttentionConfig, count: int, dtype, device: jax.Device) -> PackedCache:
+def empty_pages(attention: AttentionConfig, count: int, dtype, device: Device) -> PackedCache:
     """Pages of zeros of one layer."""
     with jax.default_device(device):  # else they are made on the accelerator, where they may not fit
         pages = empty_cache(count, attention.num_kv_heads, KV_PAGE, attention.cache_dim, dtype)
     return jax.device_put(pages, device)
 
 
-def new_cache(config: ModelConfig, rows: int, positions: int, dtype: str, device: jax.Device) -> KVCache:
+def new_cache(config: ModelConfig, rows: int, positions: int, dtype: str, device: Device) -> KVCache:
     """A KV cache of zeros."""
 
     def buffer(layer: LayerConfig) -> jax.Array:

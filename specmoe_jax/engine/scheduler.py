@@ -44,7 +44,7 @@ class PromptChunk(NamedTuple):
     following: np.ndarray
 
 
-def admit(state: State, waiting: Sequence[Request], lookahead: int) -> tuple[State, tuple[Request, ...]]:
+def admit(state: State[HostKV], waiting: Sequence[Request], lookahead: int) -> tuple[State[HostKV], tuple[Request, ...]]:
     """Gives free rows to waiting requests, first come first served, while there are pages. -> state, requests that still wait.
 
     lookahead: positions that a pass may write beyond a request's last token. A row that gets a request joins: the next pass
@@ -53,9 +53,9 @@ def admit(state: State, waiting: Sequence[Request], lookahead: int) -> tuple[Sta
     requests, generated, statuses = list(state.requests), list(state.generated), list(state.statuses)
     lengths, last_token, pages = state.lengths.copy(), state.last_token.copy(), state.kv.pages
     waiting, running = list(waiting), state.active | state.joining
-    for row in np.flatnonzero(~running & (pages.table[:, 0] >= 0)):
+    for row in np.flatnonzero(~running & (pages.table[:, 0] >= 0)).tolist():
         pages = release(pages, row)
-    for row in np.flatnonzero(~running):
+    for row in np.flatnonzero(~running).tolist():
         given = admit_pages(pages, row, _positions(waiting[0], lookahead)) if waiting else None
         if given is None:
             break
@@ -84,35 +84,35 @@ def joined(state: State) -> State:
     return state._replace(lengths=lengths.astype(np.int32), statuses=statuses)
 
 
-def prompt_chunks(state: State) -> list[PromptChunk]:
+def prompt_chunks(state: State[HostKV]) -> list[PromptChunk]:
     """All tokens but the last of the joining rows' prompts, in micro-batches of one shape; prompts of similar length share them.
 
     The chunks of a row come in their order: each finds the ones before it in the cache.
     """
     width, chunk = _width(state), state.kv.chunk
-    counts = {row: len(state.requests[row].token_ids) - 1 for row in np.flatnonzero(state.joining)}
+    counts = {row: len(_prompt(state.requests[row])) - 1 for row in np.flatnonzero(state.joining).tolist()}
     order = sorted(counts, key=lambda row: (-counts[row], row))
     groups = [order[i : i + width] for i in range(0, len(order), width)]
     return [_chunk(state, group, start) for group in groups for start in range(0, counts[group[0]], chunk)]
 
 
-def empty_chunk(state: State) -> PromptChunk:
+def empty_chunk(state: State[HostKV]) -> PromptChunk:
     """A micro-batch of the same shape in which every position is padding, to compile what real ones run."""
     return _chunk(state, [], 0)
 
 
-def _width(state: State) -> int:
+def _width(state: State[HostKV]) -> int:
     return prefill_rows(len(state.requests), state.kv.chunk)
 
 
-def _chunk(state: State, group: list[int], start: int) -> PromptChunk:
+def _chunk(state: State[HostKV], group: list[int], start: int) -> PromptChunk:
     width, chunk = _width(state), state.kv.chunk
     rows = np.full(width, -1, np.int32)
     rows[: len(group)] = group
     tokens, following = np.zeros((2, width, chunk), np.int32)
     lengths, num_new = np.zeros((2, width), np.int32)
     for i, row in enumerate(group):
-        prompt = state.requests[row].token_ids
+        prompt = _prompt(state.requests[row])
         piece = prompt[:-1][start : start + chunk]
         tokens[i, : len(piece)], following[i, : len(piece)] = piece, prompt[start + 1 : start + 1 + len(piece)]
         num_new[i], lengths[i] = len(piece), min(start, len(prompt) - 1)

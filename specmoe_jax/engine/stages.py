@@ -25,7 +25,9 @@ final_norm = functools.partial(jax.jit, static_argnums=0)(layers.final_norm)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def pre_attention(config: LayerConfig, weights: LayerWeights, h: jax.Array, lengths: jax.Array, tree: Tree | None = None):
+def pre_attention(
+    config: LayerConfig, weights: LayerWeights[jax.Array], h: jax.Array, lengths: jax.Array, tree: Tree | None = None
+):
     """h [B, T, M] -> q [B, T, H, D], k and v [B, T, K, D], rotated to positions lengths[b] + t, or + depth in a tree."""
     with jax.named_scope("pre_attention"):
         depths = jnp.arange(h.shape[1], dtype=jnp.int32) if tree is None else tree.depths
@@ -62,7 +64,7 @@ def attend_chunk(config: LayerConfig, q, k, v, sinks, k_rows, v_rows, lengths, n
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def post_attention(config: LayerConfig, weights: LayerWeights, h, attended, num_new, cross: CrossCache | None = None):
+def post_attention(config: LayerConfig, weights: LayerWeights[jax.Array], h, attended, num_new, cross: CrossCache | None = None):
     """-> h [B, T, M], the experts' input x [n, M] and its Routing (None without experts); rows t >= num_new[b] route nowhere."""
     with jax.named_scope("post_attention"):
         valid = jnp.arange(h.shape[1], dtype=jnp.int32) < num_new[:, None]
@@ -72,7 +74,7 @@ def post_attention(config: LayerConfig, weights: LayerWeights, h, attended, num_
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
 def attention(
     config: LayerConfig,
-    weights: LayerWeights,
+    weights: LayerWeights[jax.Array],
     h,
     k_cache,
     v_cache,
@@ -88,7 +90,7 @@ def attention(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def encoder_attention(config: LayerConfig, weights: LayerWeights, h: jax.Array, lengths: jax.Array):
+def encoder_attention(config: LayerConfig, weights: LayerWeights[jax.Array], h: jax.Array, lengths: jax.Array):
     """An encoder layer but for its experts, whole sequences at once. -> as post_attention."""
     with jax.named_scope("encoder_attention"):
         return encoder.attention(config, weights, h, lengths)
@@ -100,21 +102,23 @@ def experts(config: LayerConfig, h: jax.Array, x, routing: Routing | None, pool:
     if routing is None:
         return h
     with jax.named_scope("experts"):
-        return layers.combine(h, ffn.expert_ffn(config.experts, x, pool, choose_slots(routing.ids, slots)), routing)
+        return layers.combine(h, ffn.expert_ffn(config.own_experts, x, pool, choose_slots(routing.ids, slots)), routing)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def experts_wave(config: LayerConfig, outputs: jax.Array, x, ids: jax.Array, pool: jax.Array, slots) -> jax.Array:
     """Adds the experts of one wave to outputs [n, A, M]; every entry gets exactly one non-zero summand."""
     with jax.named_scope("experts_wave"):
-        return outputs + ffn.expert_ffn(config.experts, x, pool, choose_slots(ids, slots))
+        return outputs + ffn.expert_ffn(config.own_experts, x, pool, choose_slots(ids, slots))
 
 
 combine = jax.jit(layers.combine)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
-def layer(config: LayerConfig, weights: LayerWeights, h, k_cache, v_cache, lengths, num_new, pool, slots, cross=None, tree=None):
+def layer(
+    config: LayerConfig, weights: LayerWeights[jax.Array], h, k_cache, v_cache, lengths, num_new, pool, slots, cross=None, tree=None
+):
     """A whole layer whose experts are known to be in their slots: the resident flow and the self-draft.
 
     -> h, the experts that the router chose [n, A] (not those that stood in), caches.
@@ -124,16 +128,18 @@ def layer(config: LayerConfig, weights: LayerWeights, h, k_cache, v_cache, lengt
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def resident_experts(config: LayerConfig, weights: LayerWeights, h, x, routing: Routing | None, pool, slots):
+def resident_experts(config: LayerConfig, weights: LayerWeights[jax.Array], h, x, routing: Routing | None, pool, slots):
     """The experts of a layer by what is in the pool. slots: [E], DraftSlots if a draft substitutes, None without experts.
 
     -> h [B, T, M].
     """
     if isinstance(slots, MaskedSlots):
-        routing, slots = layers.reroute(config, weights, x, routing, slots.own >= 0), slots.own
+        assert routing is not None
+        routing, slots = layers.reroute(config, weights, x, routing, jnp.asarray(slots.own) >= 0), slots.own
     if isinstance(slots, DistinctSlots):
+        assert routing is not None
         with jax.named_scope("experts"):
-            return layers.combine(h, ffn.expert_ffn(config.experts, x, pool, choose_distinct(routing.ids, slots)), routing)
+            return layers.combine(h, ffn.expert_ffn(config.own_experts, x, pool, choose_distinct(routing.ids, slots)), routing)
     return experts(config, h, x, routing, pool, slots)
 
 

@@ -1,7 +1,7 @@
 """What a generation is made of between two steps, and what a step tells about itself."""
 
 import concurrent.futures
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -21,7 +21,8 @@ from specmoe_jax.types import KVCache, SamplingRows
 class Request(NamedTuple):
     """One prompt with its parameters. limit: new tokens it may get (max_new_tokens, or what the window leaves).
 
-    token_ids: what the decoder begins with. source: what the encoder reads, empty without one.
+    token_ids: what the decoder begins with. source: what the encoder reads, empty without one. stop_ids: stop strings of
+    params that are special tokens, which no text shows.
     """
 
     id: int
@@ -30,6 +31,7 @@ class Request(NamedTuple):
     params: SamplingParams
     limit: int
     source: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = ()
 
 
 class PoolSlots(NamedTuple):
@@ -48,12 +50,11 @@ class ExpertMemory(NamedTuple):
 
     slots: what the pool was made for; it is the state's, because an engine may meanwhile serve a batch of another size.
     pool: [R, 3, F, M] slots on the accelerator, donated by every copy. residency: what is in them.
-    votes: [L, E], the memory of the draft-set policy. prefetched: [L, E] bool, resident on a guess; an encoder's layers are in it
-    and in the residency, not among the votes. leftovers: what
-    free slots still hold, None where the plan does not retain it. groups: [L, E] int32, the slot of the merged block that
-    stands for each expert under draft=merged, else None. buffers: under expert_flow=stream, which has no pool, else None.
-    resting: whether adaptive drafting pauses in this step. arriving: what of the residency is on its way beside the pool
-    still; whoever reads slots lands them first.
+    usage_scores: [L, E], the memory of the draft-set policy. prefetched: [L, E] bool, resident on a guess; an encoder's layers are
+    in it and in the residency, not in the usage scores. retained_experts: what free slots still hold, None where the plan does not
+    retain it. groups: [L, E] int32, the slot of the merged block that stands for each expert under draft=merged, else None.
+    buffers: under expert_flow=stream, which has no pool, else None. resting: whether adaptive drafting pauses in this step.
+    arriving: what of the residency is still on its way to the pool; `ExpertStore.finish_copies` comes before any read of its slots.
     """
 
     slots: PoolSlots
@@ -66,6 +67,12 @@ class ExpertMemory(NamedTuple):
     buffers: "Buffers | None" = None
     resting: bool = False
     arriving: tuple[Arriving, ...] = ()
+
+    @property
+    def own_pool(self) -> jax.Array:
+        """Of a flow that has one."""
+        assert self.pool is not None
+        return self.pool
 
 
 class HostKV(NamedTuple):
@@ -85,7 +92,8 @@ class Buffers(NamedTuple):
     """The layers of experts [E, 3, F, M] of a streamed plan on the accelerator, between two passes.
 
     spare: free once `readers` are computed; None where every layer is pinned. coming: give the other buffers, when the first
-    streamed layers have arrived in them. pinned: the spare-expert cache, one for each of `Runtime.pinned_layers`; never written.
+    streamed layers have arrived in them. pinned: the spare-expert cache, one for each of
+    `ExpertPlaces.pinned_layers`; never written.
     """
 
     spare: jax.Array | None
@@ -94,7 +102,10 @@ class Buffers(NamedTuple):
     pinned: tuple[jax.Array, ...] = ()
 
 
-class State(NamedTuple):
+Cache = TypeVar("Cache", bound=KVCache | HostKV)
+
+
+class State(NamedTuple, Generic[Cache]):
     """All that the next step needs. Arrays on the accelerator are donated: a state is used once.
 
     requests: B, the rows of the batch; None pads the batch to its compiled size. lengths: [B] int32, committed
@@ -106,7 +117,7 @@ class State(NamedTuple):
     """
 
     requests: tuple[Request | None, ...]
-    kv: KVCache | HostKV
+    kv: Cache
     memory: ExpertMemory
     lengths: np.ndarray
     last_token: np.ndarray
@@ -137,7 +148,7 @@ class PassInfo(NamedTuple):
 
     hits, misses: needed experts resident or not, over all layers. fetched: experts copied. waves: rounds.
     prefetched: experts copied on a guess while drafting and in the pass; prefetch_hits: those that were needed.
-    routing: [L, B, T, A] int32 ids, -1 for padding; None under the resident flow, which never asks the host.
+    routing: [L, B, T, A] int32 ids, -1 for padding; None under the resident and the streamed flow, which ask no router.
     """
 
     hits: int
@@ -154,8 +165,9 @@ class StepInfo(NamedTuple):
 
     accepted: [B], drafted tokens accepted (0 for finished rows). committed: [B], tokens the row got.
     active: [B] bool at the start of the step. start: [B], tokens that the row had generated before it. context: positions in
-    the caches of all active rows. draft_moves: rows whose draft cache changed sides before the step; draft_on_cpu: active rows
-    whose draft attended on the CPU (a draft cache that is split, speculate/drafts/draft_split.py).
+    the caches of all active rows. drafted: tokens of a chain, the depth of a tree. positions: verified of each active row, the last
+    token and everything drafted. draft_moves: rows whose draft cache changed sides before the step; draft_on_cpu: active rows whose
+    draft attended on the CPU (a draft cache that is split, speculate/drafts/draft_split.py).
     link_bytes: expert bytes sent for over the link in this step (a streamed layer may cross it a little later); draft_link_bytes:
     those sent for while drafting (prefetches).
     prefetch_bytes, prefetch_wasted_bytes: those sent on a guess, and the wrong ones among them.
@@ -170,6 +182,7 @@ class StepInfo(NamedTuple):
     start: np.ndarray
     context: int
     drafted: int
+    positions: int
     draft_moves: int
     draft_on_cpu: int
     verify: PassInfo

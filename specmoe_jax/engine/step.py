@@ -76,6 +76,7 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
         start=np.array([len(tokens) for tokens in state.generated]),
         context=int(state.lengths[active].sum()),
         drafted=length,
+        positions=drafted.proposal.tokens.shape[1] + 1,
         draft_moves=moves,
         draft_on_cpu=rows_on_cpu(state),
         verify=verified.info,
@@ -173,10 +174,10 @@ def commit(
     last_token = state.last_token.copy()
     for row in np.flatnonzero(state.active):
         run = (*drafted[row, : result.num_accepted[row]].tolist(), int(result.next_token[row]))
+        request = state.requests[row]
+        assert request is not None  # the row is active
         broken, run = len(run) > sound[row], run[: sound[row]]
-        generated[row], reason = commit_tokens(
-            state.requests[row], state.generated[row], run, runtime.config.eos_token_ids, tokenizer
-        )
+        generated[row], reason = commit_tokens(request, state.generated[row], run, runtime.config.eos_token_ids, tokenizer)
         if reason is not None or broken:
             statuses[row] = finished(reason or "error")
         accepted[row] = min(result.num_accepted[row], sound[row])
@@ -208,7 +209,7 @@ def update_draft_features(
     memory = state.draft_memory
     for chunk, features in verified.prompts:
         micro_batch = chunk.micro_batch
-        memory = runtime.draft.observe(
+        memory = runtime.feature_draft.observe(
             memory, chunk.rows, chunk.following, fetched(features), micro_batch.lengths, micro_batch.num_new
         )
     if verified.features is not None:
@@ -217,7 +218,7 @@ def update_draft_features(
         for row, count in enumerate(committed):
             following[row, :count] = state.generated[row][len(state.generated[row]) - count :]
         every_row = np.arange(rows, dtype=np.int32)
-        memory = runtime.draft.observe(memory, every_row, following, verified.features, lengths, committed)
+        memory = runtime.feature_draft.observe(memory, every_row, following, verified.features, lengths, committed)
     return state._replace(draft_memory=jax.block_until_ready(memory))
 
 

@@ -10,8 +10,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from specmoe_jax.checkpoints.loader import load_config, load_model_tokenizer
+from specmoe_jax.checkpoints.loader import load_config, load_model_tokenizer, with_end_tokens
 from specmoe_jax.checkpoints.manifest import checkpoint_hash
+from specmoe_jax.checkpoints.published.advice import check_form, tokenizer_advice
+from specmoe_jax.checkpoints.published.quantisation import check_quantisation
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
@@ -19,11 +21,12 @@ from specmoe_jax.engine.engine import Engine
 from specmoe_jax.engine.requests.completion import Completion, TokenEvent
 from specmoe_jax.engine.requests.prepare import check_job, make_requests, refusal
 from specmoe_jax.jobs.journal import Journal
+from specmoe_jax.jobs.openai_batch import response
 from specmoe_jax.jobs.prompts import Prompt
 from specmoe_jax.jobs.watch import JobWatch
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.quantised import logit_error, quantise
-from specmoe_jax.support.errors import PinnedMemoryError, RequestError
+from specmoe_jax.support.errors import CheckpointError, PinnedMemoryError, RequestError
 
 SAMPLE_PROMPTS, SAMPLE_TOKENS = 8, 64  # on which quantised experts are compared with exact ones
 RECORDS_AT_ONCE = 1000  # error records to an fsync: one each took 10,000 of them 10 seconds
@@ -38,11 +41,19 @@ class ModelHead(NamedTuple):
 
 
 def read_head(path: pathlib.Path) -> ModelHead | None:
-    """Config and tokenizer of a checkpoint directory; None where there is no config, which load_model explains."""
+    """Config and tokenizer of a checkpoint directory; None where there is no config, which load_model explains.
+
+    Raises CheckpointError with what to do for a directory in another form.
+    """
+    check_form(path)
     if not (path / "config.json").is_file():
         return None
     config = load_config(path)
-    return ModelHead(config=config, tokenizer=load_model_tokenizer(path, config))
+    check_quantisation(path, config)
+    tokenizer = load_model_tokenizer(path, config)
+    if tokenizer is None and (advice := tokenizer_advice(path)):  # prompts of a job are texts
+        raise CheckpointError(advice)
+    return ModelHead(config=with_end_tokens(config, tokenizer), tokenizer=tokenizer)
 
 
 def load_quantised(
@@ -111,10 +122,10 @@ def refusals(model: Model | ModelHead, prompts: list[Prompt], *, must_work: int 
 
 def record_errors(prompts: list[Prompt], reasons: list[str | None], journal: Journal) -> dict[int, Prompt]:
     """Writes a record with finish_reason "error" for each prompt with a reason. -> numbered prompts still to do."""
-    refused = [index for index, reason in enumerate(reasons) if reason and index not in journal.done]
+    refused = [(index, reason) for index, reason in enumerate(reasons) if reason and index not in journal.done]
     for start in range(0, len(refused), RECORDS_AT_ONCE):
-        indices = refused[start : start + RECORDS_AT_ONCE]
-        journal.append(*(error_record(index, prompts[index], reasons[index]) for index in indices))
+        some = refused[start : start + RECORDS_AT_ONCE]
+        journal.append(*(error_record(index, prompts[index], reason) for index, reason in some))
     return {index: prompt for index, prompt in enumerate(prompts) if index not in journal.done}
 
 
@@ -157,8 +168,10 @@ def fingerprint(prompts: list[Prompt], plan: Plan, model: pathlib.Path) -> dict:
 
 
 def record(index: int, prompt: Prompt, completion: Completion) -> dict:
-    """A line of the output."""
-    fields = dataclasses.asdict(completion)
+    """A line of the output, in the form of the answers to an OpenAI batch where the prompt came from one."""
+    if prompt.batch is not None:
+        return response(index, prompt.batch, completion)
+    fields = dataclasses.asdict(completion) | ({"channels": completion.channels} if completion.channels else {})
     if completion.error is None:
         del fields["error"]
     return fields | {"id": prompt.id, "index": index, "num_new_tokens": len(completion.token_ids)}

@@ -5,16 +5,36 @@ import json
 import pathlib
 from typing import NamedTuple
 
-from specmoe_jax.checkpoints.chat import encode_chat
+from specmoe_jax.checkpoints.chat import FIXED, encode_chat
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.jobs.openai_batch import BatchRequest, is_batch_line, read_line
 from specmoe_jax.support.errors import RequestError
+
+CHAT_FIELDS = ("messages", "system", "tools", "documents", "chat_template_kwargs")
+TEMPLATE_OPTIONS = ("enable_thinking", "reasoning_effort")  # the ones that most templates with options know, without a nest
+
+
+class Conversation(NamedTuple):
+    """Messages for a chat template, and what else it is given."""
+
+    messages: tuple[dict, ...]
+    tools: tuple[dict, ...] | None = None
+    documents: tuple[dict, ...] | None = None
+    options: dict = {}  # noqa: RUF012 (never written to)
+
+    @property
+    def text(self) -> str:
+        """The last message, for people."""
+        content = self.messages[-1].get("content")
+        return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
 
 
 class Prompt(NamedTuple):
     """A prompt with the id that the output repeats, its parameters, and why it cannot be served (None: it can).
 
-    token_ids: what the model is given where that is not the text itself (a chat template), else None.
+    token_ids: what the model is given where that is not the text itself (a chat template), else None. conversation: of a line that
+    holds one. batch: of a line in the OpenAI batch form.
     """
 
     id: str | int
@@ -22,6 +42,8 @@ class Prompt(NamedTuple):
     params: SamplingParams
     error: str | None = None
     token_ids: tuple[int, ...] | None = None
+    conversation: Conversation | None = None
+    batch: BatchRequest | None = None
 
     @property
     def model_input(self) -> str | tuple[int, ...]:
@@ -30,9 +52,9 @@ class Prompt(NamedTuple):
 
 
 def as_chat(
-    prompts: list[Prompt], folder: pathlib.Path, tokenizer: Tokenizer | None, *, keep_bad: bool, must_work: int
+    prompts: list[Prompt], folder: pathlib.Path, tokenizer: Tokenizer | None, *, keep_bad: bool, must_work: int, every: bool = True
 ) -> list[Prompt]:
-    """The prompts as messages of a user under the chat template of a checkpoint directory.
+    """The prompts under the chat template of a checkpoint directory, texts as messages of a user. every: False leaves texts alone.
 
     Raises CheckpointError for a template that is missing or fails, RequestError for a prompt that it refuses; with keep_bad
     that prompt gets an `error` instead, unless it is one of the first `must_work`.
@@ -41,10 +63,14 @@ def as_chat(
         raise RequestError("chat needs a tokenizer and the model has none; give token ids")
 
     def one(number: int, prompt: Prompt) -> Prompt:
-        if prompt.error or not prompt.text:  # an empty text is refused with the others, later
+        talk = prompt.conversation
+        if talk is None and every and prompt.text:  # an empty text is refused with the others, later
+            talk = Conversation(({"role": "user", "content": prompt.text},))
+        if prompt.error or talk is None:
             return prompt
+        given = talk.options | {"tools": talk.tools, "documents": talk.documents}
         try:
-            return prompt._replace(token_ids=tuple(encode_chat(folder, tokenizer, [{"role": "user", "content": prompt.text}])))
+            return prompt._replace(token_ids=tuple(encode_chat(folder, tokenizer, talk.messages, **given)))
         except RequestError as e:
             if not keep_bad or number < must_work:
                 raise
@@ -58,8 +84,9 @@ def read_prompts(path: str, defaults: SamplingParams, *, keep_bad: bool = False)
 
     keep_bad: a line that is no prompt becomes a Prompt with an `error` instead, as a long job wants it.
 
-    Text: empty lines are skipped, the id is the number of the prompt. JSON lines: objects with `prompt`, and
-    optionally `id` and any field of SamplingParams.
+    Text: empty lines are skipped, the id is the number of the prompt. JSON lines: objects with `prompt` or `messages`, and
+    optionally `id`, `system`, `tools`, `documents`, options of the chat template and any field of SamplingParams; or requests in
+    the OpenAI batch form.
     """
     file = pathlib.Path(path)
     try:
@@ -91,25 +118,67 @@ def _parse(line: str, number: int, defaults: SamplingParams) -> Prompt:
         fields = json.loads(line)
     except (ValueError, RecursionError) as e:
         raise RequestError(f"line {number} is not JSON ({e}); give one object a line") from e
-    if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
-        raise RequestError(f'line {number} has no text "prompt"; give {{"prompt": "...", "id": ...}}')
-    text, request_id = fields.pop("prompt"), fields.pop("id", number - 1)
+    where, batch = f"line {number}", None
+    if isinstance(fields, dict) and is_batch_line(fields):
+        batch, fields = read_line(fields, where)
+    if not isinstance(fields, dict) or not (isinstance(fields.get("prompt"), str) or "messages" in fields):
+        raise RequestError(f'{where} has no text "prompt"; give {{"prompt": "...", "id": ...}} or {{"messages": [...]}}')
+    request_id, talk = fields.pop("id", number - 1), _conversation(fields, where)
+    text = fields.pop("prompt") if talk is None else talk.text
     if isinstance(request_id, bool) or not isinstance(request_id, int | str):
-        raise RequestError(f"line {number} has the id {request_id!r}; it must be a text or a whole number")
-    if not (_is_text(text) and _is_text(str(request_id))):
-        raise RequestError(f"line {number} holds half of a surrogate pair, which is no text; write the whole character")
+        raise RequestError(f"{where} has the id {request_id!r}; it must be a text or a whole number")
+    whole = json.dumps([talk, text, str(request_id)], ensure_ascii=False)
+    if not _is_text(whole):
+        raise RequestError(f"{where} holds half of a surrogate pair, which is no text; write the whole character")
+    return Prompt(request_id, text, _params(fields, where, defaults), conversation=talk, batch=batch)
+
+
+def _params(fields: dict, where: str, defaults: SamplingParams) -> SamplingParams:
+    """Those of a line over those of the job."""
     names = {field.name for field in dataclasses.fields(SamplingParams)}
-    unknown = sorted(set(fields) - names)
-    if unknown:
-        raise RequestError(f"line {number} has the unknown field {unknown[0]!r}; known are prompt, id, {', '.join(sorted(names))}")
+    if unknown := sorted(set(fields) - names):
+        known = ", ".join(("prompt", "id", *CHAT_FIELDS, *TEMPLATE_OPTIONS, *sorted(names)))
+        raise RequestError(f"{where} has the unknown field {unknown[0]!r}; known are {known}")
     if isinstance(fields.get("stop"), list):
         fields["stop"] = tuple(fields["stop"])
     if fields.get("temperature") == 0:  # greedy: what is the default of sampled requests falls away
         fields = {"top_k": 0, "top_p": 1.0} | fields
     try:
-        return Prompt(request_id, text, dataclasses.replace(defaults, **fields))
+        return dataclasses.replace(defaults, **fields)
     except RequestError as e:
-        raise RequestError(f"line {number}: {e}") from e
+        raise RequestError(f"{where}: {e}") from e
+
+
+def _conversation(fields: dict, where: str) -> Conversation | None:
+    """What the line says to a chat template, taken out of its fields; None of a plain prompt."""
+    given = {key: fields.pop(key) for key in CHAT_FIELDS if key in fields}
+    options = {key: fields.pop(key) for key in TEMPLATE_OPTIONS if key in fields}
+    if not given and not options:
+        return None
+    lists = {key: _objects(given.get(key), key, where) for key in ("messages", "tools", "documents")}
+    messages, system, nested = lists["messages"], given.get("system"), given.get("chat_template_kwargs") or {}
+    if messages is None:
+        messages = ({"role": "user", "content": fields.pop("prompt")},)
+    elif "prompt" in fields:
+        raise RequestError(f"{where} has both prompt and messages; give one of them")
+    if not messages:
+        raise RequestError(f"{where}: messages is empty; give at least one")
+    if system is not None:
+        if not isinstance(system, str) or messages[0].get("role") == "system":
+            raise RequestError(f"{where}: system must be a text, and the only message of the system; leave one of them out")
+        messages = ({"role": "system", "content": system}, *messages)
+    if not isinstance(nested, dict) or (taken := sorted(set(nested) & set(FIXED))):
+        said = "an object" if not isinstance(nested, dict) else f"without {taken[0]}, which is a field of its own"
+        raise RequestError(f"{where}: chat_template_kwargs must be {said}")
+    return Conversation(messages, lists["tools"], lists["documents"], options=nested | options)
+
+
+def _objects(value, key: str, where: str) -> tuple[dict, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        raise RequestError(f"{where}: {key} is {str(value)[:50]!r}; it must be a list of objects")
+    return tuple(value)
 
 
 def _is_text(value: str) -> bool:

@@ -33,7 +33,8 @@ def attend_rows(config: AttentionConfig, q, k, v, kv: KVCache, rows, lengths, nu
     def spread(a: jax.Array) -> jax.Array:  # the cache stays where it is; only the new rows move to their places
         return jnp.zeros((held, *a.shape[1:]), a.dtype).at[rows].set(a, mode="drop")
 
-    attended, k_cache, v_cache = attend(config, *map(spread, (q, k, v)), None, kv.k[0], kv.v[0], spread(lengths), spread(num_new))
+    q, k, v, lengths, num_new = (spread(a) for a in (q, k, v, lengths, num_new))
+    attended, k_cache, v_cache = attend(config, q, k, v, None, kv.k[0], kv.v[0], lengths, num_new)
     return attended.at[rows].get(mode="fill", fill_value=0), KVCache(k=(k_cache,), v=(v_cache,))
 
 

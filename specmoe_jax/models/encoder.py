@@ -15,7 +15,7 @@ from specmoe_jax.types import CrossCache, Routing
 
 
 def attention(
-    config: LayerConfig, weights: LayerWeights, h: jax.Array, lengths: jax.Array
+    config: LayerConfig, weights: LayerWeights[jax.Array], h: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, jax.Array, Routing | None]:
     """A layer but for its routed experts. h [B, S, M], of which row b has lengths[b] positions; the others route nowhere.
 
@@ -30,8 +30,9 @@ def attention(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def cross_caches(config: ModelConfig, weights: Weights, h: jax.Array, lengths: jax.Array) -> tuple[CrossCache, ...]:
+def cross_caches(config: ModelConfig, weights: Weights[jax.Array], h: jax.Array, lengths: jax.Array) -> tuple[CrossCache, ...]:
     """What each decoder layer attends, from h [B, S, M] after the last encoder layer."""
+    assert weights.encoder is not None
     encoded = norm(h, weights.encoder.final_norm, weights.encoder.final_norm_bias, config.norm_eps)
     pairs = zip(config.layers, weights.layers, strict=True)
     return tuple(layers.cross_cache(layer, layer_weights, encoded, lengths) for layer, layer_weights in pairs)

@@ -17,12 +17,12 @@ NORM_EPS = 1e-6  # of the two norms inside, whatever the config says of the othe
 
 
 def project(
-    config: AttentionConfig, weights: LayerWeights, x: jax.Array, positions: jax.Array
+    config: AttentionConfig, weights: LayerWeights[jax.Array], x: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [B, T, M], normed -> q [B, T, H, D], k and v [B, T, 1, D] with D = rank + rope; v is zero beyond rank."""
     latent = config.latent
-    inner = x if weights.q_a is None else rms_norm(linear(x, weights.q_a), weights.q_a_norm, NORM_EPS)
-    q = heads(linear(inner, weights.q), config.num_heads)
+    assert latent is not None and weights.kv_a is not None and weights.kv_a_norm is not None
+    q = heads(linear(_query_input(weights, x), weights.q), config.num_heads)
     up_k, _ = _up(config, weights)
     q_latent = jnp.einsum("bthn,hnr->bthr", q[..., : latent.nope], up_k, precision="highest")
     row = linear(x, weights.kv_a)[:, :, None]  # [B, T, 1, rank + rope]
@@ -32,13 +32,23 @@ def project(
     return q, k, jnp.pad(c, ((0, 0), (0, 0), (0, 0), (0, latent.rope)))
 
 
-def values(config: AttentionConfig, weights: LayerWeights, attended: jax.Array) -> jax.Array:
+def values(config: AttentionConfig, weights: LayerWeights[jax.Array], attended: jax.Array) -> jax.Array:
     """Mixtures of latents [B, T, H, D] -> mixtures of values [B, T, H, value]."""
+    assert config.latent is not None
     _, up_v = _up(config, weights)
     return jnp.einsum("bthr,hvr->bthv", attended[..., : config.latent.rank], up_v, precision="highest")
 
 
-def _up(config: AttentionConfig, weights: LayerWeights) -> tuple[jax.Array, jax.Array]:
+def _query_input(weights: LayerWeights[jax.Array], x: jax.Array) -> jax.Array:
+    """What queries are projected from: x [B, T, M], or its compressed row."""
+    if weights.q_a is None:
+        return x
+    assert weights.q_a_norm is not None
+    return rms_norm(linear(x, weights.q_a), weights.q_a_norm, NORM_EPS)
+
+
+def _up(config: AttentionConfig, weights: LayerWeights[jax.Array]) -> tuple[jax.Array, jax.Array]:
     """W_uk [H, nope, rank] and W_uv [H, value, rank]."""
+    assert config.latent is not None and weights.kv_b is not None
     both = weights.kv_b.reshape(config.num_heads, -1, config.latent.rank)
     return both[:, : config.latent.nope], both[:, config.latent.nope :]

@@ -13,7 +13,9 @@ from specmoe_jax.models.spec import CrossWeights, LayerWeights, MlpWeights, Weig
 from specmoe_jax.types import CrossCache, Routing
 
 
-def embed(weights: Weights, token_ids: jax.Array, positions: jax.Array | None = None, config: Embedding | None = None) -> jax.Array:
+def embed(
+    weights: Weights[jax.Array], token_ids: jax.Array, positions: jax.Array | None = None, config: Embedding | None = None
+) -> jax.Array:
     """[B, T] int32 -> [B, T, M]; scaled, and with sinusoids of `positions` [B, T], where the config says so."""
     h = weights.embed[token_ids]
     if config is None:
@@ -21,24 +23,27 @@ def embed(weights: Weights, token_ids: jax.Array, positions: jax.Array | None = 
     h = h * jnp.asarray(config.scale, h.dtype)
     if config.pad_id is None:
         return h
+    assert positions is not None  # sinusoids have them
     places = sinusoids(positions + config.pad_id + 1, h.shape[-1])
     return h + jnp.where(token_ids[..., None] == config.pad_id, 0, places).astype(h.dtype)
 
 
 def pre_attention(
-    config: LayerConfig, weights: LayerWeights, h: jax.Array, positions: jax.Array
+    config: LayerConfig, weights: LayerWeights[jax.Array], h: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Norm, projections and RoPE ("other1" of SpecMoEOff). h [B, T, M] -> q [B, T, H, D], k and v [B, T, K, D]."""
+    assert weights.input_norm is not None
     return queries_keys_values(config, weights, norm(h, weights.input_norm, weights.input_norm_bias, config.norm_eps), positions)
 
 
 def queries_keys_values(
-    config: LayerConfig, weights: LayerWeights, x: jax.Array, positions: jax.Array
+    config: LayerConfig, weights: LayerWeights[jax.Array], x: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`pre_attention` of what is normed already (or, in EAGLE's layer, never is). x [B, T, in]."""
     if config.attention.latent is not None:
         return latent.project(config.attention, weights, x, positions)
     attention = config.attention
+    assert weights.k is not None and weights.v is not None  # without latent attention
     q = heads(_normed(affine(x, weights.q, weights.q_bias), weights.q_norm, config.norm_eps), attention.num_heads)
     k = heads(_normed(affine(x, weights.k, weights.k_bias), weights.k_norm, config.norm_eps), attention.num_kv_heads)
     v = heads(affine(x, weights.v, weights.v_bias), attention.num_kv_heads)
@@ -50,7 +55,7 @@ def queries_keys_values(
 
 def post_attention(
     config: LayerConfig,
-    weights: LayerWeights,
+    weights: LayerWeights[jax.Array],
     h: jax.Array,
     attended: jax.Array,
     valid: jax.Array,
@@ -66,7 +71,8 @@ def post_attention(
         attended = latent.values(config.attention, weights, attended)
     h = h + config.residual_scale * affine(attended.reshape(*h.shape[:2], -1), weights.o, weights.o_bias)
     if config.cross is not None:
-        h = h + _cross_attention(config, weights.cross, h, cross)
+        assert weights.cross is not None and cross is not None
+        h = h + _cross_attention(config.cross, config.norm_eps, weights.cross, h, cross)
     x = norm(h, weights.post_norm, weights.post_norm_bias, config.norm_eps)
     if weights.mlp is not None:
         h = h + config.residual_scale * _gated(mlp(weights.mlp, x), x, weights.shared_gate)
@@ -76,20 +82,20 @@ def post_attention(
     return h, *_routed(config, x, _route(config, weights, x, valid.reshape(-1)))
 
 
-def mlp(weights: MlpWeights, x: jax.Array) -> jax.Array:
+def mlp(weights: MlpWeights[jax.Array], x: jax.Array) -> jax.Array:
     """SwiGLU (Shazeer 2020) of x [..., M], or ReLU where there is no gate: a dense layer's, or the shared expert's."""
     if weights.gate is None:
         return affine(jax.nn.relu(affine(x, weights.up, weights.up_bias)), weights.down, weights.down_bias)
     return linear(jax.nn.silu(linear(x, weights.gate)) * linear(x, weights.up), weights.down)
 
 
-def reroute(config: LayerConfig, weights: LayerWeights, x: jax.Array, routing: Routing, allowed: jax.Array) -> Routing:
+def reroute(config: LayerConfig, weights: LayerWeights[jax.Array], x: jax.Array, routing: Routing, allowed: jax.Array) -> Routing:
     """The routing of the same rows x [n, M] among the allowed experts [E] bool alone.
 
     Where weights are on the input (Llama-4), x keeps that of the first routing: a draft may.
     """
     again = _route(config, weights, x, routing.ids[:, 0] >= 0, allowed)
-    return again._replace(weights=routing.weights) if config.router.on_input else again
+    return again._replace(weights=routing.weights) if config.own_router.on_input else again
 
 
 def combine(h: jax.Array, expert_outputs: jax.Array, routing: Routing) -> jax.Array:
@@ -98,12 +104,12 @@ def combine(h: jax.Array, expert_outputs: jax.Array, routing: Routing) -> jax.Ar
     return h + mixed.reshape(h.shape).astype(h.dtype)
 
 
-def head(config: Head, weights: Weights, h: jax.Array) -> jax.Array:
+def head(config: Head, weights: Weights[jax.Array], h: jax.Array) -> jax.Array:
     """Final norm and output matrix. h [B, T, M] -> logits [B, T, V] float32."""
     return output(output_matrix(weights), final_norm(config.norm_eps, weights, h)) / config.divisor
 
 
-def final_norm(norm_eps: float, weights: Weights, h: jax.Array) -> jax.Array:
+def final_norm(norm_eps: float, weights: Weights[jax.Array], h: jax.Array) -> jax.Array:
     """The last hidden state, which is EAGLE's feature: after the final norm, before the output matrix. h [..., M]."""
     return norm(h, weights.final_norm, weights.final_norm_bias, norm_eps)
 
@@ -113,23 +119,26 @@ def output(matrix: jax.Array, x: jax.Array) -> jax.Array:
     return ops.dense_product(x, matrix)
 
 
-def output_matrix(weights: Weights) -> jax.Array:
+def output_matrix(weights: Weights[jax.Array]) -> jax.Array:
     """[V, M], the embedding where they are tied."""
     return weights.embed if weights.lm_head is None else weights.lm_head
 
 
-def cross_cache(config: LayerConfig, weights: LayerWeights, encoded: jax.Array, lengths: jax.Array) -> CrossCache:
+def cross_cache(config: LayerConfig, weights: LayerWeights[jax.Array], encoded: jax.Array, lengths: jax.Array) -> CrossCache:
     """What a decoder layer attends of the encoder's output [B, S, M], of which row b has lengths[b] positions."""
+    assert config.cross is not None and weights.cross is not None
     k = heads(affine(encoded, weights.cross.k, weights.cross.k_bias), config.cross.num_kv_heads)
     v = heads(affine(encoded, weights.cross.v, weights.cross.v_bias), config.cross.num_kv_heads)
     return CrossCache(k=k.swapaxes(1, 2), v=v.swapaxes(1, 2), lengths=lengths)
 
 
-def _cross_attention(config: LayerConfig, weights: CrossWeights, h: jax.Array, cross: CrossCache) -> jax.Array:
+def _cross_attention(
+    config: AttentionConfig, norm_eps: float, weights: CrossWeights[jax.Array], h: jax.Array, cross: CrossCache
+) -> jax.Array:
     """h [B, T, M] attends all that the encoder read -> [B, T, M]."""
-    x = norm(h, weights.norm, weights.norm_bias, config.norm_eps)
-    q = heads(affine(x, weights.q, weights.q_bias), config.cross.num_heads)
-    attended = scores_and_values(config.cross, q, cross.k, cross.v, within(cross.lengths, *h.shape[1:2], cross.k.shape[2]), None)
+    x = norm(h, weights.norm, weights.norm_bias, norm_eps)
+    q = heads(affine(x, weights.q, weights.q_bias), config.num_heads)
+    attended = scores_and_values(config, q, cross.k, cross.v, within(cross.lengths, h.shape[1], cross.k.shape[2]), None)
     return affine(attended.reshape(*h.shape[:2], -1), weights.o, weights.o_bias)
 
 
@@ -154,12 +163,15 @@ def _gated(y: jax.Array, x: jax.Array, gate: jax.Array | None) -> jax.Array:
     return y if gate is None else y * jax.nn.sigmoid(linear(x, gate))
 
 
-def _route(config: LayerConfig, weights: LayerWeights, x: jax.Array, valid: jax.Array, allowed: jax.Array | None = None) -> Routing:
-    return route(config.router, x, weights.router, weights.router_bias, valid, allowed, weights.choice_bias)
+def _route(
+    config: LayerConfig, weights: LayerWeights[jax.Array], x: jax.Array, valid: jax.Array, allowed: jax.Array | None = None
+) -> Routing:
+    assert weights.router is not None
+    return route(config.own_router, x, weights.router, weights.router_bias, valid, allowed, weights.choice_bias)
 
 
 def _routed(config: LayerConfig, x: jax.Array, routing: Routing) -> tuple[jax.Array, Routing]:
     """Moves the weights from the experts' outputs to their input where the family wants it (Llama-4, one expert a token)."""
-    if not config.router.on_input:
+    if not config.own_router.on_input:
         return x, routing
     return x * routing.weights.astype(x.dtype), routing._replace(weights=jnp.ones_like(routing.weights))

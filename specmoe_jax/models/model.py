@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from specmoe_jax.config.layer_config import AttentionConfig, LayerConfig
 from specmoe_jax.config.model_config import ModelConfig
@@ -33,7 +34,7 @@ class Model:
     """
 
     config: ModelConfig
-    weights: Weights
+    weights: Weights[jax.Array]
     experts: tuple[tuple[jax.Array, ...], ...]
     tokenizer: Any
     dtype: str
@@ -45,7 +46,7 @@ class Model:
         """Bytes of one expert as it crosses the link."""
         return block_bytes(self.config.experts, self.dtype)
 
-    def logits(self, token_ids: jax.Array, source: jax.Array | None = None, source_lengths: jax.Array | None = None) -> jax.Array:
+    def logits(self, token_ids: ArrayLike, source: ArrayLike | None = None, source_lengths: ArrayLike | None = None) -> jax.Array:
         """The reference: [B, T] int -> [B, T, V] float32, every expert computed for every token.
 
         source: [B, S] int, what the encoder reads where there is one; source_lengths: [B], of which so many count (None: all).
@@ -57,11 +58,12 @@ class Model:
             h = _reference_layer(config, weights, self._blocks(i), h, cross[i])
         return layers.head(self.config.head, self.weights, h)
 
-    def _encoded(self, source, lengths) -> list[CrossCache]:
+    def _encoded(self, source, lengths) -> tuple[CrossCache, ...]:
         """What each decoder layer attends of the sources."""
         source = jnp.asarray(source, jnp.int32)
         lengths = jnp.full(source.shape[0], source.shape[1]) if lengths is None else jnp.asarray(lengths)
         h = layers.embed(self.weights, source, _positions(source), self.config.embedding)
+        assert self.config.encoder is not None and self.weights.encoder is not None
         for i, (config, weights) in enumerate(zip(self.config.encoder.layers, self.weights.encoder.layers, strict=True)):
             h = _reference_encoder_layer(config, weights, self._blocks(self.config.num_layers + i), h, lengths)
         return encoder.cross_caches(self.config, self.weights, h, lengths)
@@ -95,7 +97,7 @@ def _all_experts(config: LayerConfig, blocks, h: jax.Array, x: jax.Array, routin
     """h with the chosen ones of all experts' outputs added."""
     if routing is None:
         return h
-    outputs = jnp.stack([block_function(config.experts)(x, block) for block in blocks], axis=1)  # [n, E, M]
+    outputs = jnp.stack([block_function(config.own_experts)(x, block) for block in blocks], axis=1)  # [n, E, M]
     chosen = jnp.take_along_axis(outputs, routing.ids[..., None], axis=1)  # [n, A, M]
     return layers.combine(h, chosen, routing)
 

@@ -8,6 +8,7 @@ after their norm, which accepts more than before it (Qwen3.5: 2.7 tokens a pass 
 """
 
 import dataclasses
+from typing import Generic
 
 import jax
 import jax.numpy as jnp
@@ -19,24 +20,24 @@ from specmoe_jax.models import layers
 from specmoe_jax.models.attention import attend_rows
 from specmoe_jax.models.basics import linear, rms_norm
 from specmoe_jax.models.experts import block_bytes, expert_ffn
-from specmoe_jax.models.families.naming import mtp_prefixes, norm_spec
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.packing import without_packing
-from specmoe_jax.models.spec import LayerWeights, Layout, TensorSpec, map_specs, random_block, random_tensor, spec_leaves
+from specmoe_jax.models.published.naming import mtp_prefixes, norm_spec
+from specmoe_jax.models.spec import LayerWeights, Layout, Leaf, TensorSpec, map_specs, random_block, random_tensor, spec_leaves
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.types import KVCache
 
 
 @struct.dataclass
-class MtpWeights:
+class MtpWeights(Generic[Leaf]):
     """All of the layer but its experts. Leaves are TensorSpecs or arrays."""
 
-    token_norm: TensorSpec | jax.Array  # [M]
-    state_norm: TensorSpec | jax.Array  # [M]
-    fc: TensorSpec | jax.Array  # [M, 2M], the token's half first
-    layer: LayerWeights
-    norm: TensorSpec | jax.Array  # [M]
+    token_norm: Leaf  # [M]
+    state_norm: Leaf  # [M]
+    fc: Leaf  # [M, 2M], the token's half first
+    layer: LayerWeights[Leaf]
+    norm: Leaf  # [M]
 
 
 @struct.dataclass
@@ -44,7 +45,7 @@ class MtpHead:
     """The loaded layer. experts: all of them, [E, *block_shape], on the accelerator. embed, output: the target's, [V, M]."""
 
     config: LayerConfig = struct.field(pytree_node=False)
-    weights: MtpWeights
+    weights: MtpWeights[jax.Array]
     experts: jax.Array
     embed: jax.Array
     output: jax.Array
@@ -56,7 +57,7 @@ def extended(config: ModelConfig) -> ModelConfig:
     Its experts are never packed.
     """
     layer = config.layers[config.moe_layers[-1]]
-    layer = dataclasses.replace(layer, experts=without_packing(layer.experts))
+    layer = dataclasses.replace(layer, experts=without_packing(layer.own_experts))
     return dataclasses.replace(config, num_layers=config.num_layers + 1, layer_configs=(*config.layers, layer), mtp_layers=0)
 
 
@@ -65,7 +66,7 @@ def layer_config(config: ModelConfig) -> LayerConfig:
     return extended(config).layers[-1]
 
 
-def weight_specs(config: ModelConfig) -> MtpWeights:
+def weight_specs(config: ModelConfig) -> MtpWeights[TensorSpec]:
     """Names and shapes beside the experts'."""
     prefix, hidden = mtp_prefixes(config)[0].removesuffix("."), config.hidden_size
     return MtpWeights(
@@ -100,7 +101,8 @@ def forward(
     projected = layers.pre_attention(config, weights.layer, h, positions)
     attended, kv = attend_rows(config.attention, *projected, kv, rows, lengths, num_new)
     h, x, routing = layers.post_attention(config, weights.layer, h, attended, valid)
-    h = layers.combine(h, expert_ffn(config.experts, x, head.experts, routing.ids), routing)
+    assert routing is not None  # the layer has experts
+    h = layers.combine(h, expert_ffn(config.own_experts, x, head.experts, routing.ids), routing)
     return rms_norm(h, weights.norm, eps), kv
 
 
@@ -112,7 +114,7 @@ def logits(head: MtpHead, state: jax.Array) -> jax.Array:
 def head_bytes(config: ModelConfig, dtype: str) -> int:
     """Accelerator bytes of the layer's weights and all of its experts; what it borrows is the target's."""
     weights = sum(spec.bytes(dtype) for spec in spec_leaves(weight_specs(config)))
-    return weights + config.num_experts * block_bytes(layer_config(config).experts, dtype)
+    return weights + config.num_experts * block_bytes(layer_config(config).own_experts, dtype)
 
 
 def check_head(model: Model, head: MtpHead) -> None:
@@ -121,7 +123,7 @@ def check_head(model: Model, head: MtpHead) -> None:
         raise PlanError("the layer for further tokens is of another model; load this one's: checkpoints.load_mtp(model)")
 
 
-def attach(model: Model, weights: MtpWeights, experts: jax.Array) -> MtpHead:
+def attach(model: Model, weights: MtpWeights[jax.Array], experts: jax.Array) -> MtpHead:
     """The layer of a model, which lends it embedding and output matrix."""
     return MtpHead(
         config=layer_config(model.config),
@@ -134,7 +136,7 @@ def attach(model: Model, weights: MtpWeights, experts: jax.Array) -> MtpHead:
 
 def random_head(model: Model, *, seed: int = 0) -> MtpHead:
     """A layer of random weights for a model, for tests."""
-    config, shape = model.config, layer_config(model.config).experts.block_shape
+    config, shape = model.config, layer_config(model.config).own_experts.block_shape
     weights = map_specs(lambda spec: jnp.asarray(random_tensor(spec, seed), spec.in_dtype(model.dtype)), weight_specs(config))
     blocks = [random_block(expert_layouts(config, expert)[0], shape, seed, model.dtype) for expert in range(config.num_experts)]
     return attach(model, weights, jnp.stack(blocks))

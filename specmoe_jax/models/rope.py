@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 from specmoe_jax.config.layer_config import Rope
-from specmoe_jax.models.families.config_json import flag, number, show, size
+from specmoe_jax.models.published.config_json import flag, number, show, size
 from specmoe_jax.support.errors import CheckpointError
 
 
@@ -73,15 +73,15 @@ def _linear(parameters: dict, theta: float, dim: int) -> tuple[tuple[float, ...]
 
 
 def _llama3(parameters: dict, theta: float, dim: int) -> tuple[tuple[float, ...], float]:
-    """Llama 3.1: long waves divided by the factor, short ones kept, a linear blend between."""
+    """Llama 3.1: long waves divided by the factor, short ones kept, a linear blend between; a step where there is no between."""
     factor, low, high = (_positive(parameters, k) for k in ("factor", "low_freq_factor", "high_freq_factor"))
-    if not low < high:
-        raise CheckpointError(f"config.json: low_freq_factor is {low}; it must be below high_freq_factor, {high}")
+    if low > high:
+        raise CheckpointError(f"config.json: low_freq_factor is {low}; it must be at most high_freq_factor, {high}")
     original = size(parameters, "original_max_position_embeddings")
 
     def scaled(frequency: float) -> float:
-        kept = (original * frequency / (2 * math.pi) - low) / (high - low)
-        kept = min(max(kept, 0.0), 1.0)
+        turns = original * frequency / (2 * math.pi)  # of this pair within the original window
+        kept = float(turns >= low) if low == high else min(max((turns - low) / (high - low), 0.0), 1.0)
         return (1 - kept) * frequency / factor + kept * frequency
 
     return tuple(scaled(f) for f in Rope.plain(theta, dim).frequencies), 1.0

@@ -32,6 +32,7 @@ def route(
     if config.rule == "softmax":
         weights, ids = jax.lax.top_k(_limit_groups(jax.nn.softmax(logits, axis=-1), config, 0.0), config.experts_per_token)
     elif config.choice_bias:
+        assert choice_bias is not None
         weights, ids = _biased_choice(config, logits, choice_bias)
     else:  # chosen by logit, because sigmoids of large logits are all 1
         weights, ids = jax.lax.top_k(logits, config.experts_per_token)  # [n, A]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import ml_dtypes
@@ -58,89 +58,91 @@ class Part(NamedTuple):
 
 Layout = tuple[Part, ...]  # all that one expert's block is filled from
 
+Leaf = TypeVar("Leaf")  # of the weights below: a TensorSpec, or the array that it stands for
+
 
 @struct.dataclass
-class MlpWeights:
+class MlpWeights(Generic[Leaf]):
     """A dense SwiGLU network, or a ReLU network without a gate."""
 
-    gate: TensorSpec | jax.Array | None  # [F', M]
-    up: TensorSpec | jax.Array  # [F', M]
-    down: TensorSpec | jax.Array  # [M, F']
-    up_bias: TensorSpec | jax.Array | None = None
-    down_bias: TensorSpec | jax.Array | None = None
+    gate: Leaf | None  # [F', M]
+    up: Leaf  # [F', M]
+    down: Leaf  # [M, F']
+    up_bias: Leaf | None = None
+    down_bias: Leaf | None = None
 
 
 @struct.dataclass
-class CrossWeights:
+class CrossWeights(Generic[Leaf]):
     """Attention to what an encoder read: norm and projections, all with biases."""
 
-    norm: TensorSpec | jax.Array  # [M]
-    norm_bias: TensorSpec | jax.Array
-    q: TensorSpec | jax.Array  # [H * D, M]
-    q_bias: TensorSpec | jax.Array
-    k: TensorSpec | jax.Array
-    k_bias: TensorSpec | jax.Array
-    v: TensorSpec | jax.Array
-    v_bias: TensorSpec | jax.Array
-    o: TensorSpec | jax.Array  # [M, H * D]
-    o_bias: TensorSpec | jax.Array
+    norm: Leaf  # [M]
+    norm_bias: Leaf
+    q: Leaf  # [H * D, M]
+    q_bias: Leaf
+    k: Leaf
+    k_bias: Leaf
+    v: Leaf
+    v_bias: Leaf
+    o: Leaf  # [M, H * D]
+    o_bias: Leaf
 
 
 @struct.dataclass
-class LayerWeights:
+class LayerWeights(Generic[Leaf]):
     """Everything of one layer but its routed experts. Leaves are TensorSpecs or arrays of those shapes.
 
     What a family or a layer does not have is None. A norm with a bias is a LayerNorm, one without an RMSNorm.
     """
 
-    input_norm: TensorSpec | jax.Array  # [M]
-    q: TensorSpec | jax.Array  # [H * D, M]; after q_a: [H * D, its rank]
-    k: TensorSpec | jax.Array | None  # [K * D, M]
-    v: TensorSpec | jax.Array | None  # [K * D, M]
-    o: TensorSpec | jax.Array  # [M, H * D]
-    post_norm: TensorSpec | jax.Array  # [M]
-    router: TensorSpec | jax.Array | None = None  # [E, M]
-    router_bias: TensorSpec | jax.Array | None = None  # [E], of the logits
-    choice_bias: TensorSpec | jax.Array | None = None  # [E], of the choice alone; float32 whatever the compute dtype
-    q_bias: TensorSpec | jax.Array | None = None
-    k_bias: TensorSpec | jax.Array | None = None
-    v_bias: TensorSpec | jax.Array | None = None
-    o_bias: TensorSpec | jax.Array | None = None
-    q_norm: TensorSpec | jax.Array | None = None  # [D] or [H * D]
-    k_norm: TensorSpec | jax.Array | None = None  # [D] or [K * D]
-    sinks: TensorSpec | jax.Array | None = None  # [H]
-    mlp: MlpWeights | None = None  # a dense layer's, or the shared expert
-    shared_gate: TensorSpec | jax.Array | None = None  # [1, M]
-    input_norm_bias: TensorSpec | jax.Array | None = None
-    post_norm_bias: TensorSpec | jax.Array | None = None
-    cross: CrossWeights | None = None
+    input_norm: Leaf | None  # [M]; EAGLE-1 has none
+    q: Leaf  # [H * D, M]; after q_a: [H * D, its rank]
+    k: Leaf | None  # [K * D, M]
+    v: Leaf | None  # [K * D, M]
+    o: Leaf  # [M, H * D]
+    post_norm: Leaf  # [M]
+    router: Leaf | None = None  # [E, M]
+    router_bias: Leaf | None = None  # [E], of the logits
+    choice_bias: Leaf | None = None  # [E], of the choice alone; float32 whatever the compute dtype
+    q_bias: Leaf | None = None
+    k_bias: Leaf | None = None
+    v_bias: Leaf | None = None
+    o_bias: Leaf | None = None
+    q_norm: Leaf | None = None  # [D] or [H * D]
+    k_norm: Leaf | None = None  # [D] or [K * D]
+    sinks: Leaf | None = None  # [H]
+    mlp: MlpWeights[Leaf] | None = None  # a dense layer's, or the shared expert
+    shared_gate: Leaf | None = None  # [1, M]
+    input_norm_bias: Leaf | None = None
+    post_norm_bias: Leaf | None = None
+    cross: CrossWeights[Leaf] | None = None
     # Latent attention: down- and up-projections.
-    q_a: TensorSpec | jax.Array | None = None
-    q_a_norm: TensorSpec | jax.Array | None = None
-    kv_a: TensorSpec | jax.Array | None = None  # [rank + rope, M]
-    kv_a_norm: TensorSpec | jax.Array | None = None  # [rank]
-    kv_b: TensorSpec | jax.Array | None = None  # [H * (nope + value), rank]
+    q_a: Leaf | None = None
+    q_a_norm: Leaf | None = None
+    kv_a: Leaf | None = None  # [rank + rope, M]
+    kv_a_norm: Leaf | None = None  # [rank]
+    kv_b: Leaf | None = None  # [H * (nope + value), rank]
 
 
 @struct.dataclass
-class EncoderWeights:
+class EncoderWeights(Generic[Leaf]):
     """The encoder but for its experts and the embeddings, which are the decoder's."""
 
-    layers: tuple[LayerWeights, ...]
-    final_norm: TensorSpec | jax.Array  # [M]
-    final_norm_bias: TensorSpec | jax.Array | None
+    layers: tuple[LayerWeights[Leaf], ...]
+    final_norm: Leaf  # [M]
+    final_norm_bias: Leaf | None
 
 
 @struct.dataclass
-class Weights:
+class Weights(Generic[Leaf]):
     """Everything of a model but its experts: what always lives on the accelerator."""
 
-    embed: TensorSpec | jax.Array  # [V, M]
-    layers: tuple[LayerWeights, ...]
-    final_norm: TensorSpec | jax.Array  # [M]
-    lm_head: TensorSpec | jax.Array | None  # [V, M]; None: tied to embed
-    final_norm_bias: TensorSpec | jax.Array | None = None
-    encoder: EncoderWeights | None = None
+    embed: Leaf  # [V, M]
+    layers: tuple[LayerWeights[Leaf], ...]
+    final_norm: Leaf  # [M]
+    lm_head: Leaf | None  # [V, M]; None: tied to embed
+    final_norm_bias: Leaf | None = None
+    encoder: EncoderWeights[Leaf] | None = None
 
 
 def is_spec(leaf) -> bool:

@@ -53,16 +53,17 @@ def synthetic_model(
     """
     model, rng = random_model(config, seed=seed, dtype=dtype), np.random.default_rng([seed, 1])
     embed, head = _vocabulary(config, topic_share, rng)
-    weights = model.weights.replace(embed=jnp.asarray(embed, dtype), lm_head=jnp.asarray(head, dtype))
+    weights = dataclasses.replace(model.weights, embed=jnp.asarray(embed, dtype), lm_head=jnp.asarray(head, dtype))
     h = layers.embed(weights, jnp.asarray(_walks(config, SAMPLE_ROWS, SAMPLE_TOKENS, rng), jnp.int32))
     calibrated = []
     for kind, layer, blocks in zip(config.layers, weights.layers, model.experts, strict=True):
         h, x = _attend(kind, layer, h)
-        layer = layer.replace(router=jnp.asarray(_router(config, np.asarray(x, np.float32), skew, rng), dtype))
-        routing = layers.route(kind.router, x, layer.router, None, jnp.ones(len(x), bool))
+        router = jnp.asarray(_router(config, np.asarray(x, np.float32), skew, rng), dtype)
+        layer = dataclasses.replace(layer, router=router)
+        routing = layers.route(kind.own_router, x, router, None, jnp.ones(len(x), bool))
         h = layers.combine(h, ops.expert_ffn(x, jnp.stack([jnp.asarray(np.asarray(b)) for b in blocks]), routing.ids), routing)
         calibrated.append(layer)
-    weights = weights.replace(layers=tuple(calibrated))
+    weights = dataclasses.replace(weights, layers=tuple(calibrated))
     return dataclasses.replace(model, weights=weights, synthetic=("synthetic_routing",))
 
 

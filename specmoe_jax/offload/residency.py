@@ -51,7 +51,7 @@ def plan_layer(
     afterwards (the next draft set: SpecMoE's switch moves nothing, because they were just fetched); the others
     are freed. Each missing expert is fetched once, however many tokens asked for it (coalescing). A slot is
     freed only after the wave that computed its expert, so no slot changes while the pass still refers to it.
-    worth: [R], free slots are filled in its order (leftovers); None: in theirs. Raises PlanError when a wave finds no free slot.
+    eviction_priority: [R], free slots are filled in its order; None: in theirs. Raises PlanError when a wave finds no free slot.
     """
     slot_of, owner = residency.slot_of.copy(), residency.owner.copy()
     resident = slot_of[layer] >= 0

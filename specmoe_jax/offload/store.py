@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +103,7 @@ class ExpertStore:
     ) -> tuple[jax.Array, tuple[Arriving, ...]]:
         """Starts the copies (layer, expert, slot), in that order. The pool is consumed (donated).
 
-        -> pool and what is now on its way, which `land` writes; waits for the oldest where there is no room for more.
+        -> pool and what is now on its way, which `finish_copies` writes; waits for the oldest where there is no room for more.
         """
         blocks = self.tier.blocks([(layer, expert) for layer, expert, _ in copies])
         for (_, _, slot), block in zip(copies, blocks, strict=True):
@@ -138,7 +138,7 @@ class ExpertStore:
 
     def finish_arrived(self, pool: jax.Array, arriving: tuple[Arriving, ...]) -> tuple[jax.Array, tuple[Arriving, ...]]:
         """Writes what is there already; waits for nothing. Consumes the pool."""
-        while arriving and arriving[0].block.is_ready():
+        while arriving and _is_ready(arriving[0].block):
             pool, arriving = self._finish_oldest(pool, arriving)
         return pool, arriving
 
@@ -190,6 +190,11 @@ class ExpertStore:
             return most
         expert_s = math.prod(self.tier.shape) * self.tier.dtype.itemsize / self.link.bytes_per_s
         return min(most, max(int((budget_s - self.link.backlog_s) / expert_s), 0))
+
+
+def _is_ready(array: Any) -> bool:
+    """Whether an array has been computed: every concrete one tells, jax.Array does not say so."""
+    return array.is_ready()
 
 
 @functools.partial(jax.jit, donate_argnums=0)

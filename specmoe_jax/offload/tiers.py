@@ -48,12 +48,15 @@ class Tier(Protocol):
 
     def block(self, key: tuple[int, int]) -> jax.Array:
         """The block of an expert; waits for the disk where it has to."""
+        ...
 
     def read_ahead(self, predicted: np.ndarray) -> None:
         """Starts reads of experts that will probably be asked for. predicted: [L, E], 0 = not expected."""
+        ...
 
     def ready(self) -> np.ndarray:
         """[L, E] bool, experts whose `block` does not wait."""
+        ...
 
 
 class HostTier:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
@@ -28,6 +28,19 @@ _UNCERTAIN = (
     "dram_bytes_per_s",
     "disk_bytes_per_s",
 )
+
+
+class Memory(Protocol):
+    """What of a machine decides whether a plan fits: of a Hardware, or of planner.memory.fit.Memories."""
+
+    @property
+    def accelerator_memory_bytes(self) -> float: ...
+
+    @property
+    def host_memory_bytes(self) -> float: ...
+
+    @property
+    def accelerator_is_cpu(self) -> bool: ...
 
 
 class Prediction(NamedTuple):
@@ -92,7 +105,7 @@ def predict(
     )
 
 
-def needed(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload, *, budgets: bool = True) -> MemoryAccount:
+def needed(config: ModelConfig, plan: Plan, hardware: Memory, workload: Workload, *, budgets: bool = True) -> MemoryAccount:
     """The engine's own account for this workload. Raises PlanError with the shortage."""
     plan = plan.resolved(accelerator_is_cpu=hardware.accelerator_is_cpu)
     if budgets:
@@ -161,7 +174,7 @@ def _cpu_share(plan: Plan, own: MemoryAccount, load: Load) -> float:
 def _binding(busy_s: dict[str, float], hardware: Hardware) -> str:
     if hardware.accelerator_is_cpu:
         busy_s = busy_s | {ACCELERATOR: busy_s[ACCELERATOR] + busy_s[CPU], CPU: 0.0}
-    return max(busy_s, key=busy_s.get)
+    return max(busy_s, key=busy_s.__getitem__)
 
 
 def _interval(config, plan, hardware, workload, own, rows, timing: Timing, tokens: float) -> tuple[float, float]:

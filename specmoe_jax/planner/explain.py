@@ -116,13 +116,13 @@ def caches(
     if not given:
         layers = config.num_moe_layers
         trace = replay.synthetic_trace(p, config.experts_per_token, layers=layers, passes=TRACE_PASSES, tokens=tokens)
-    capacity = trace.shape[1] * trace.shape[2] // 4 if capacity is None else capacity
-    fetched = replay.replay(trace, capacity)
+    kept: int = trace.shape[1] * trace.shape[2] // 4 if capacity is None else capacity
+    fetched = replay.replay(trace, kept)
     needed = fetched.pop("needed")
     return {
         "cache": {
             "trace": f"{'given' if given else 'synthetic'}, {' x '.join(map(str, trace.shape))} (passes, layers, experts)",
-            "experts_kept": capacity,
+            "experts_kept": kept,
             "experts_needed": needed,
         }
         | {f"fetched, {name}{', its loading not counted' * (name == 'static')}": count for name, count in fetched.items()}

@@ -116,7 +116,7 @@ class Hardware:
             raise PlanError(f"the hardware is not JSON ({e}); write one with Hardware.to_json") from e
         if not isinstance(raw, dict) or not isinstance(raw.get("name"), str):
             raise PlanError('the hardware is not a JSON object with a "name"; write one with Hardware.to_json')
-        raw = {_EARLIER_NAMES.get(name, name): value for name, value in raw.items()}
+        raw = {_EARLIER_NAMES[name] if name in _EARLIER_NAMES else name: value for name, value in raw.items()}
         fields = {field.name: field for field in dataclasses.fields(Hardware)}
         required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
         wrong = sorted((set(raw) - set(fields)) | (required - set(raw)))

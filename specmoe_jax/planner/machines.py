@@ -20,7 +20,6 @@ ASSUMED = (
     ("attention", Efficiency(compute=0.3, memory=0.8)),
     ("cpu_attention", Efficiency(compute=0.33, memory=0.8)),
 )
-FIXED = {"task_s": 1e-5, "sync_s": 3e-5, "copy_s": 2e-5, "step_s": 2e-3}  # assumed as well
 
 
 def _machine(name, *, link, tflops, memory, cpu, disk=3.0) -> Hardware:
@@ -39,7 +38,10 @@ def _machine(name, *, link, tflops, memory, cpu, disk=3.0) -> Hardware:
         host_memory_bytes=cpu[3] * GIB,
         disk_bytes_per_s=disk * GIGA,
         efficiencies=ASSUMED,
-        **FIXED,
+        task_s=1e-5,  # assumed as well, like the following
+        sync_s=3e-5,
+        copy_s=2e-5,
+        step_s=2e-3,
     )
 
 

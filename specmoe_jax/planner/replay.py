@@ -88,16 +88,16 @@ def per_layer(trace: np.ndarray, capacity: int, counts_of: Callable[[int], np.nd
     kept: [L, E] bool, what is there before the first pass; None for nothing.
     """
     share, fetched = capacity // trace.shape[1], 0
-    kept = np.zeros(trace.shape[1:], bool) if kept is None else kept
+    held: np.ndarray = np.zeros(trace.shape[1:], bool) if kept is None else kept
     for s, step in enumerate(trace):
         needed = step > 0
-        fetched += int((needed & ~kept).sum())
-        counts = 2 * counts_of(s) + kept  # ties: what is resident, as in the engine
+        fetched += int((needed & ~held).sum())
+        counts = 2 * counts_of(s) + held  # ties: what is resident, as in the engine
         best = np.argsort(-counts, axis=1, kind="stable")[:, :share]
-        chosen = np.zeros_like(kept)
+        chosen = np.zeros_like(held)
         np.put_along_axis(chosen, best, True, axis=1)
-        chosen &= kept | needed  # what is not at hand is not fetched to be kept
-        kept = chosen
+        chosen &= held | needed  # what is not at hand is not fetched to be kept
+        held = chosen
     return fetched
 
 

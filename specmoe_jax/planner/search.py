@@ -1,8 +1,8 @@
 """The plan for a model, a machine and a workload: pruned enumeration over predictions (SpecMoEOff 5.3). Pure.
 
 Decided before, as in the paper: the largest batch that fits (halved only while that helps). The rest is scanned for each way in
-which experts can flow: kinds and lengths of drafts, resident experts N, leftovers, prefetch, micro-batches. A scan of an ordered
-choice ends when it no longer helps, because what it costs grows faster than what it gives.
+which experts can flow: kinds and lengths of drafts, resident experts N, retained experts, prefetch, micro-batches. A scan of an
+ordered choice ends when it no longer helps, because what it costs grows faster than what it gives.
 """
 
 import functools

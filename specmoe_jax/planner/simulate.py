@@ -128,7 +128,8 @@ def _schedule(nodes: list[_Node], accelerator_is_cpu: bool) -> tuple[list[float]
     servers = [_server(node.resource, accelerator_is_cpu) for node in nodes]
     ready: dict[str, list[tuple[bool, int]]] = {server: [] for server in servers}
     free = dict.fromkeys(ready, True)
-    starts, ends, causes = [0.0] * len(nodes), [0.0] * len(nodes), [None] * len(nodes)
+    starts, ends = [0.0] * len(nodes), [0.0] * len(nodes)
+    causes: list[int | None] = [None] * len(nodes)
     running: list[tuple[float, int]] = []
     served: dict[str, int | None] = dict.fromkeys(ready)  # the last task of each resource
     now_s = 0.0

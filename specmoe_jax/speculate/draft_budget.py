@@ -6,7 +6,7 @@ import numpy as np
 def spread(usage: np.ndarray, total: int) -> tuple[int, ...]:
     """N per layer, at least 1 each, with the sum `total`, that maximises the routing covered by the N most used of each layer.
 
-    usage: [L, E], how often each expert was chosen, for instance the votes of draft_set=hot_global. A layer that keeps to
+    usage: [L, E], how often each expert was chosen, for instance the usage scores of draft_set=hot_global. A layer that keeps to
     few experts needs few; one that uses all alike gains little from one more either. What each further expert of a layer
     covers never grows, so taking the most covering one again and again is optimal. Ties go to the earlier layer. Raises
     ValueError for a total that is not between L and L * E.

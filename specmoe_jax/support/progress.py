@@ -1,6 +1,7 @@
 """Bars with rate and time left: on a terminal, as a log line each 10 seconds, or none."""
 
 import sys
+from typing import Any
 
 import tqdm
 
@@ -45,11 +46,11 @@ def bar(
     True and False stand for "auto" and "none". leave: keep it when it is done. scale: 1.2M instead of 1200000.
     initial: what was done before, for work that goes on.
     """
-    mode = {True: "auto", False: "none"}.get(mode, mode)
+    mode = {True: "auto", False: "none"}[mode] if isinstance(mode, bool) else mode
     if mode not in PROGRESS:
         raise ValueError(f"progress is {mode!r}; it must be one of {', '.join(PROGRESS)}")
-    common = dict(desc=name, total=total, unit=unit, unit_scale=scale, initial=initial)
+    common: dict[str, Any] = dict(desc=name, total=total, unit=unit, unit_scale=scale, initial=initial)
     if mode == "log":
-        rhythm = dict(mininterval=LOG_EVERY_S, maxinterval=LOG_EVERY_S, miniters=1, delay=LOG_EVERY_S)
+        rhythm: dict[str, Any] = dict(mininterval=LOG_EVERY_S, maxinterval=LOG_EVERY_S, miniters=1, delay=LOG_EVERY_S)
         return _LogLines(**common, **rhythm, file=_WholeLines(), ncols=100)
     return tqdm.tqdm(**common, disable=None if mode == "auto" else True, leave=leave, delay=0.0 if leave else SHOWN_AFTER_S)

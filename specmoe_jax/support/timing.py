@@ -15,10 +15,10 @@ class _Compilations:
         self.count, self.seconds = 0, 0.0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _on_event(self, event: str, duration_s: float, **_) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == self._EVENT:
             self.count += 1
-            self.seconds += duration_s
+            self.seconds += duration_secs
 
 
 _compilations = functools.cache(_Compilations)

@@ -18,6 +18,7 @@ from specmoe_jax.models.eagle.config import EagleWeights
 from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model, reference_attention
 from specmoe_jax.models.spec import map_specs, random_tensor, spec_leaves
+from specmoe_jax.training.loop import updated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class HeadTraining:
 
 class HeadState(NamedTuple):
     step: jax.Array
-    weights: EagleWeights
+    weights: EagleWeights[jax.Array]
     opt_state: optax.OptState
 
 
@@ -80,7 +81,7 @@ def init(raw: dict, training: HeadTraining, model: Model) -> tuple[EagleHead, He
     config = eagle_config.parse_config(raw, model.config, fused=False)
     weights = map_specs(lambda spec: jnp.asarray(random_tensor(spec, training.seed)), eagle_config.weight_specs(config))
     if weights.fc_bias is not None:
-        weights = weights.replace(fc_bias=jnp.zeros_like(weights.fc_bias))
+        weights = dataclasses.replace(weights, fc_bias=jnp.zeros_like(weights.fc_bias))
     state = HeadState(step=jnp.int32(0), weights=weights, opt_state=make_optimizer(training).init(weights))
     return eagle.attach(config, weights, model), state
 
@@ -132,19 +133,18 @@ def make_step(head: EagleHead, training: HeadTraining):
         noise = (jax.random.uniform(key, features.shape) - 0.5) * training.noise * 512 / training.length
 
         def objective(weights):
-            return loss(frozen.replace(weights=weights), following, features, noise, training)
+            return loss(dataclasses.replace(frozen, weights=weights), following, features, noise, training)
 
         gradients, info = jax.grad(objective, has_aux=True)(state.weights)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.weights)
-        weights = optax.apply_updates(state.weights, updates)
+        weights, opt_state = updated(optimizer, gradients, state.opt_state, state.weights)
         return HeadState(step=state.step + 1, weights=weights, opt_state=opt_state), info
 
     compiled = jax.jit(step, donate_argnums=0)
-    frozen = head.replace(embed=head.embed.astype(jnp.float32), output=head.output.astype(jnp.float32))
-    return lambda state, following, features: compiled(state, frozen.replace(weights=None), following, features)
+    frozen = dataclasses.replace(head, embed=head.embed.astype(jnp.float32), output=head.output.astype(jnp.float32))
+    return lambda state, following, features: compiled(state, dataclasses.replace(frozen, weights=None), following, features)
 
 
-def write_head(folder: pathlib.Path, raw: dict, head: EagleHead, weights: EagleWeights) -> None:
+def write_head(folder: pathlib.Path, raw: dict, head: EagleHead, weights: EagleWeights[jax.Array]) -> None:
     """config.json and model.safetensors in float16, as published heads are stored, under their names."""
     folder.mkdir(parents=True, exist_ok=True)
     specs = spec_leaves(eagle_config.weight_specs(head.config))

@@ -195,7 +195,7 @@ def full_report(
         totals.append(total)
         windows.append(data.held_out_windows(tokens, length)[0][:-1])
     report["bits_per_byte"]["all"] = round(all_nats / np.log(2) / all_bytes, 4)
-    report["routing"] = routing_report(RoutingTotals(*(sum(t) for t in zip(*totals, strict=True))), config.experts_per_token)
+    report["routing"] = routing_report(RoutingTotals._make(sum(t) for t in zip(*totals, strict=True)), config.experts_per_token)
     rows = np.random.default_rng(0).permutation(np.concatenate(windows))[:draft_rows]
     report["self_draft"] = {n: acceptance_report(params, rows, config, n) for n in loop.DRAFT_SIZES}
     return report

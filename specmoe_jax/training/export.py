@@ -5,6 +5,7 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
@@ -17,7 +18,7 @@ from specmoe_jax.training import model
 EOS_ID, EOS = 2, "</s>"
 
 
-def layer_tensors(index: int, layer: model.LayerParams) -> dict[str, np.ndarray]:
+def layer_tensors(index: int, layer: model.LayerParams) -> dict[str, jax.Array]:
     """One layer under its Hugging Face names; linear weights are [out, in]."""
     prefix = f"model.layers.{index}."
     tensors = {
@@ -56,22 +57,20 @@ def from_tensors(tensors: dict[str, np.ndarray], config: ModelConfig) -> model.P
         }
         bases = {f"base{w[1]}": np.zeros_like(stack[0]) for w, stack in experts.items()}
         projections = {f"w{p}": matrix(f"{prefix}self_attn.{p}_proj") for p in ("q", "k", "v", "o")}
-        return model.LayerParams(
-            attention_norm=matrix(prefix + "input_layernorm"),
-            expert_norm=matrix(prefix + "post_attention_layernorm"),
-            gate=matrix(prefix + "block_sparse_moe.gate"),
-            **projections,
-            **experts,
-            **bases,
-        )
+        others = {
+            "attention_norm": matrix(prefix + "input_layernorm"),
+            "expert_norm": matrix(prefix + "post_attention_layernorm"),
+            "gate": matrix(prefix + "block_sparse_moe.gate"),
+        }
+        arrays = others | projections | experts | bases
+        return model.LayerParams(**{name: jnp.asarray(array) for name, array in arrays.items()})
 
-    params = model.Params(
-        embedding=matrix("model.embed_tokens").T,
-        norm=matrix("model.norm"),
-        head=matrix("lm_head"),
+    return model.Params(
+        embedding=jnp.asarray(matrix("model.embed_tokens").T),
+        norm=jnp.asarray(matrix("model.norm")),
+        head=jnp.asarray(matrix("lm_head")),
         layers=tuple(layer(i) for i in range(config.num_layers)),
     )
-    return jax.tree.map(jax.numpy.asarray, params)
 
 
 def write_checkpoint(

@@ -7,7 +7,9 @@ from specmoe_jax.types import Proposal
 
 
 class FeatureTap:
-    """A draft that drafts nothing of use and keeps what it is fed (speculate.draft.FeatureDraft), for one batch at a time.
+    """A draft that drafts nothing of use and keeps what it is fed, for one batch at a time.
+
+    A speculate.drafts.protocol.FeatureDraft.
 
     The engine runs under any plan, so the target may be larger than the accelerator.
     """

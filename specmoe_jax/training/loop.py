@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,13 +62,13 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
     )
 
 
-def matrix_axes(params: model.Params):
-    """Which leaves Muon orthogonalises, and over which axes; None leaves the others to Adam."""
+def matrix_axes(params: Any) -> Any:
+    """Which leaves of model.Params Muon orthogonalises, and over which axes; None leaves the others to Adam."""
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-    layer = model.LayerParams(
-        *(None if name in ("attention_norm", "expert_norm", "gate") else matrix for name in model.LayerParams._fields)
+    layer = model.LayerParams._make(
+        None if name in ("attention_norm", "expert_norm", "gate") else matrix for name in model.LayerParams._fields
     )
-    return model.Params(embedding=None, layers=(layer,) * len(params.layers), norm=None, head=None)
+    return model.Params._make((layer,) * len(params.layers) if name == "layers" else None for name in model.Params._fields)
 
 
 def freeze_common(updates: model.Params) -> model.Params:
@@ -96,6 +97,19 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     else:
         raise ValueError(f"optimizer is {config.optimizer!r}; it must be adamw or muon")
     return optax.chain(optax.clip_by_global_norm(1.0), update)
+
+
+def updated(
+    optimizer: optax.GradientTransformation,
+    gradients: Any,
+    opt_state: optax.OptState,
+    params: Any,
+    *,
+    change: Callable[[Any], Any] | None = None,
+) -> tuple[Any, optax.OptState]:
+    """Parameters and optimiser state after one update; optax's types know no trees of tuples. change: of the updates."""
+    updates, opt_state = optimizer.update(gradients, opt_state, params)
+    return optax.apply_updates(params, updates if change is None else change(updates)), opt_state
 
 
 def balance_loss(traces: list[model.LayerTrace]) -> jax.Array:
@@ -140,7 +154,7 @@ def loss_fn(params: model.Params, batch: jax.Array, config: TrainConfig, model_c
         loss=jnp.sum(rows * native) / jnp.sum(native),
         draft_loss=jnp.sum(rows * (1 - native)) / jnp.maximum(jnp.sum(1 - native), 1.0),
         balance=balance,
-        dropped=sum(layer.dropped for layer in traces) / choices,
+        dropped=functools.reduce(jnp.add, (layer.dropped for layer in traces)) / choices,
     )
     return jnp.mean(rows) + config.balance_weight * balance, info
 
@@ -156,8 +170,7 @@ def train_step(
 ) -> tuple[TrainState, StepInfo]:
     """One update. batch [B, T + 1] int32; the old state's buffers are given up."""
     grads, info = jax.grad(loss_fn, has_aux=True)(state.params, batch, config, model_config)
-    updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
-    if not config.common_experts:
-        updates = freeze_common(updates)
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state = updated(
+        make_optimizer(config), grads, state.opt_state, state.params, change=None if config.common_experts else freeze_common
+    )
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), info

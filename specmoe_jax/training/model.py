@@ -126,6 +126,7 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
 
 def project_qkv(x: jax.Array, positions: jax.Array, layer: LayerParams, config: ModelConfig):
     """x [..., T, M] -> q [..., T, K, H / K, D], k and v [..., T, K, D], rotated. H is grouped by its K head."""
+    assert config.rope_theta is not None
     kv_shape = (*x.shape[:-1], config.num_kv_heads, config.head_dim)
     q = rotate((x @ layer.wq).reshape(*x.shape[:-1], config.num_heads, config.head_dim), positions, config.rope_theta)
     k = rotate((x @ layer.wk).reshape(kv_shape), positions, config.rope_theta)

@@ -110,7 +110,7 @@ def config_with_odd_heads(path, rng):
     edit_config(path, head_dim=5)
 
 
-@kind(CONFIG, "not JSON")
+@kind(CONFIG, "rms_norm_eps is nan; it must be a finite number")
 def config_with_nan(path, rng):
     edit_config(path, rms_norm_eps=float("nan"))
 

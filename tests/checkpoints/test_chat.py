@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from small_checkpoint_files import train_tokenizer
+from small_checkpoint_files import RAW_CONFIG, train_tokenizer
 
-from specmoe_jax.checkpoints.chat import encode_chat, render_chat, sampling_defaults
+from specmoe_jax.checkpoints.chat import chat_template, encode_chat, render_chat
+from specmoe_jax.checkpoints.published.generation_config import sampling_defaults
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.support.errors import CheckpointError, RequestError
 
@@ -79,3 +80,38 @@ def test_absurd_sampling_defaults_are_refused(name, value, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True, name: value}))
     with pytest.raises(CheckpointError, match=name):
         sampling_defaults(tmp_path)
+
+
+WISHES = [
+    ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
+    ({"do_sample": True, "min_p": 0.05, "typical_p": 0.9}, "min_p=0.05, typical_p=0.9"),
+    ({"do_sample": True, "presence_penalty": 1.5, "temperature": 0.6}, "presence_penalty=1.5"),
+]
+
+
+@pytest.mark.parametrize(("raw", "words"), WISHES, ids=[words for _, words in WISHES])
+def test_wishes_that_are_not_built_are_told_in_one_warning(raw, words, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps(raw))
+    with pytest.warns(UserWarning) as caught:
+        sampling_defaults(tmp_path)
+    assert [str(w.message) for w in caught] == [f"generation_config.json asks for {words}, which is not built: it is ignored"]
+
+
+@pytest.mark.parametrize(
+    "raw", [{"repetition_penalty": 1.0, "num_beams": 1, "bad_words_ids": []}, {"min_p": 0.1}, {"do_sample": True, "min_p": None}]
+)
+def test_wishes_without_effect_are_not_told(raw, tmp_path, recwarn):
+    (tmp_path / "generation_config.json").write_text(json.dumps(raw))
+    sampling_defaults(tmp_path)
+    assert not recwarn.list
+
+
+def test_the_public_function(tmp_path):
+    write_template(tmp_path)
+    train_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(backend=train_tokenizer(), eos_token_ids=(2,))
+    assert chat_template(tmp_path, MESSAGES, tokenize=False) == RENDERED
+    (tmp_path / "config.json").write_text(json.dumps(RAW_CONFIG))
+    assert chat_template(str(tmp_path), MESSAGES) == encode_chat(tmp_path, tokenizer, MESSAGES)
+    with pytest.raises(RequestError, match="messages is empty"):
+        chat_template(tmp_path, [])

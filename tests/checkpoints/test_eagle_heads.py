@@ -147,6 +147,79 @@ def test_broken_eagle3_heads(tmp_path, change, config, said):
     assert said in refusal(Folder(tmp_path, fused=True).write(change, **config))
 
 
+def renamed(tensors, rename):
+    for name in list(tensors):
+        tensors[rename(name)] = tensors.pop(name)
+
+
+def speculators(raw: dict, **options) -> dict:
+    """The config as the speculators library nests it."""
+    outer = {"speculators_model_type": "eagle3", "draft_vocab_size": raw["draft_vocab_size"], "target_hidden_size": None} | options
+    outer[eagle_config.AUX_LAYERS_KEY] = raw["eagle_config"][eagle_config.AUX_LAYERS_KEY]
+    layer = {key: value for key, value in raw.items() if key not in ("draft_vocab_size", "eagle_config")}
+    removed = {key: ... for key in raw}
+    return removed | outer | {"transformer_layer_config": layer | {"layer_types": ["full_attention"], "attention_bias": False}}
+
+
+@pytest.mark.parametrize("prefix", ["layers.0.", "model.layers.0."])
+@pytest.mark.parametrize("nested", [False, True])
+def test_eagle3_in_the_names_of_vllm_and_speculators(nested, prefix, tmp_path):
+    folder = Folder(tmp_path, fused=True)
+    config = speculators(EAGLE3_JSON) if nested else {}
+    path = folder.write(lambda tensors: renamed(tensors, lambda name: name.replace("midlayer.", prefix)), **config)
+    loaded = sm.load_head(path, tiny())
+    assert loaded.config == folder.head.config
+    jax.tree.map(np.testing.assert_array_equal, loaded.weights, folder.head.weights)
+
+
+def test_norms_of_speculators_are_read(tmp_path):
+    folder, size = Folder(tmp_path, fused=True), 3 * TINY.hidden_size
+
+    def change(tensors):
+        renamed(tensors, lambda name: name.replace("midlayer.", "layers.0."))
+        tensors["input_norm.weight"] = np.full(size, 2.0, np.float32)
+
+    options = {"norm_before_residual": True, "norm_before_fc": True, "norm_output": True}
+    loaded = sm.load_head(folder.write(change, **speculators(EAGLE3_JSON, **options)), tiny())
+    assert loaded.config.norm_before_residual and loaded.config.norm_before_fc and loaded.config.norm_output
+    np.testing.assert_array_equal(loaded.weights.fc_norm, np.full(size, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"fc_norm": True}, "fc_norm is True; this family is built with False"),
+        ({"speculators_model_type": "dflash"}, "speculators_model_type is 'dflash'"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types is ['sliding_attention']"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"norm_before_fc": True}, "input_norm.weight"),
+    ],
+)
+def test_what_is_not_built_of_other_forms_is_named(config, said, tmp_path):
+    assert said in refusal(Folder(tmp_path, fused=True).write(**config))
+
+
+def test_a_head_with_the_whole_vocabulary_needs_no_tables(tmp_path):
+    folder = Folder(tmp_path, fused=True)
+
+    def widen(tensors):
+        del tensors["d2t"], tensors["t2d"]
+        tensors["lm_head.weight"] = np.ones((TINY.vocab_size, TINY.hidden_size), np.float32)
+
+    loaded = sm.load_head(folder.write(widen, draft_vocab_size=TINY.vocab_size), tiny())
+    np.testing.assert_array_equal(loaded.weights.to_target, np.arange(TINY.vocab_size))
+
+
+def test_a_head_in_torchs_own_file(folder):
+    torch = pytest.importorskip("torch")
+    folder.write()
+    tensors = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors_of(folder.head).items()}
+    torch.save(tensors, folder.path / "pytorch_model.bin")
+    (folder.path / "model.safetensors").unlink()
+    loaded = sm.load_head(str(folder.path), tiny())
+    jax.tree.map(np.testing.assert_array_equal, loaded.weights, folder.head.weights)
+
+
 def test_no_such_head():
     assert "no such directory" in refusal("no/such/head")
     assert "no such directory" in refusal("nul\0byte")

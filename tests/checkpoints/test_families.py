@@ -136,7 +136,6 @@ REFUSALS = (
     ("granite_moe", {"residual_multiplier": 0}, "residual_multiplier is 0.0; it must be above 0"),
     ("granite_moe", {"attention_bias": True}, "attention_bias is True"),
     ("qwen3_vl_moe", {"text_config": None}, "this version runs MixtralForCausalLM"),
-    ("gpt_oss", {"quantization_config": {"quant_method": "awq"}}, "quant_method is 'awq'"),
     ("gpt_oss", {"layer_types": ["linear_attention"] * 3}, "layer_types is"),
     ("llama4", {"num_experts_per_tok": 2}, "num_experts_per_tok is 2; this family is built with 1"),
     ("llama4", {"moe_layers": [9]}, "moe_layers is (9,)"),

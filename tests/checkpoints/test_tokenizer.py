@@ -1,5 +1,7 @@
 """Text in, text out, and never half a character on the way."""
 
+import json
+
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from small_checkpoint_files import train_tokenizer
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
-from specmoe_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
+from specmoe_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer, text_after
 
 BYTE_LEVEL = Tokenizer(backend=train_tokenizer(), eos_token_ids=(2,))
 
@@ -109,4 +111,41 @@ def test_eos_of_the_tokenizer_config_when_no_other_is_known(tmp_path):
     assert load_tokenizer(tmp_path, ()).eos_token_ids == ()
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
     assert load_tokenizer(tmp_path, ()).eos_token_ids == (2,)
-    assert load_tokenizer(tmp_path, (7,)).eos_token_ids == (7,)
+    assert load_tokenizer(tmp_path, (7,)).eos_token_ids == (7, 2)  # as generation_config.json and a chat's own end together
+    assert load_tokenizer(tmp_path, (2, 7)).eos_token_ids == (2, 7)
+
+
+ENDS = [  # add_bos_token, add_eos_token, what tokenizer.json adds itself -> ids before and after a text
+    ({"add_bos_token": True}, None, ([1], [])),
+    ({"add_bos_token": True, "add_eos_token": True}, None, ([1], [2])),
+    ({"add_bos_token": False}, "<s> $A", ([], [])),
+    ({"add_eos_token": True}, "<s> $A", ([1], [2])),
+    ({}, "<s> $A", ([1], [])),
+    ({"add_bos_token": True}, "<s> $A", ([1], [])),
+    ({"add_bos_token": True, "bos_token": None}, None, ([], [])),
+]
+
+
+@pytest.mark.parametrize(("settings", "own", "ends"), ENDS, ids=str)
+def test_bos_and_eos_as_the_tokenizers_config_says(settings, own, ends, tmp_path):
+    backend = train_tokenizer()
+    if own:
+        backend.post_processor = processors.TemplateProcessing(single=own, special_tokens=[("<s>", 1)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    named = {"bos_token": "<s>", "eos_token": {"content": "</s>", "__type": "AddedToken"}} | settings
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    before, after = ends
+    assert load_tokenizer(tmp_path, ()).encode("it was") == [*before, *BYTE_LEVEL.encode("it was"), *after]
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=30), cut=st.integers(0, 30))
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, SENTENCEPIECE], ids=["byte level", "byte fallback"])
+def test_a_stream_after_a_prompt_is_the_rest_of_the_text(tokenizer, text, cut):
+    ids = tokenizer.encode(text)
+    prompt, new = ids[:cut], ids[cut:]
+    stream = tokenizer.stream(prompt)
+    streamed = "".join([*(stream.push(i) for i in new), stream.finish()])
+    if "\ufffd" not in tokenizer.decode(prompt) and "\ufffd" not in text:
+        assert tokenizer.decode(prompt) + streamed == tokenizer.decode(ids)
+        assert text_after(tokenizer, prompt, new) == streamed

@@ -154,3 +154,20 @@ def test_pictures(explain, tmp_path):
     )  # fmt: skip
     assert ran.code == 0, ran.err
     assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in ("roofline.png", "pass.png"))
+
+
+QUANTISED = [
+    ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "FP8 in blocks of 128 x 128, 8 bits a weight, which", 8.002),
+    ({"quant_method": "awq", "bits": 4, "group_size": 128}, "AWQ INT4 in groups of 128, 4.16 bits a weight, which", 4.156),
+    (None, None, 16.0),
+]
+
+
+@pytest.mark.parametrize(("form", "words", "bits"), QUANTISED)
+def test_config_alone_predicts_the_bytes_on_disk(explain, form, words, bits, tmp_path):
+    """Of a quantised checkpoint those of its form, which is named, beside what it would take in memory."""
+    raw = CONFIGS["qwen3_30b_a3b"] | ({"quantization_config": form} if form else {})
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"torch_dtype": "bfloat16"}))
+    found = shown(explain(f"--model={tmp_path}", "--hardware=h200", "--preset=on_demand", "--json"))
+    assert found["disk_gib"] == pytest.approx(56.9 * bits / 16, rel=0.03)
+    assert found.get("weights", "") == "" if words is None else words in found["weights"]

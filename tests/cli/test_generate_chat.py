@@ -69,6 +69,20 @@ def test_chat_without_a_template(generate, checkpoint):
     assert (ran.code, ran.out) == (1, "") and "no chat template" in ran.err and ran.err.count("\n") == 1
 
 
+def test_conversations_of_a_file_need_no_flag(generate, folder, tmp_path):
+    """A line with messages is a conversation, the others stay as they are; an OpenAI batch is answered in its form."""
+    talk = {"messages": [{"role": "user", "content": "hello"}]}
+    chat = {"custom_id": "q", "method": "POST", "url": "/v1/chat/completions", "body": talk}
+    lines = [talk, {"prompt": "hello"}, chat]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for _ in range(2):  # the second time there is nothing left to do
+        ran = generate(f"--model={folder}", "--prompts=p.jsonl", *SMALL, "--output=o.jsonl")
+        assert ran.code == 0, ran.err
+    first, plain, answer = records(tmp_path / "o.jsonl")
+    assert first["num_prompt_tokens"] > plain["num_prompt_tokens"] == 5
+    assert answer["custom_id"] == "q" and answer["response"]["body"]["choices"][0]["message"]["content"] == first["text"]
+
+
 @pytest.mark.parametrize(
     "flags, sampled",
     [

@@ -166,7 +166,7 @@ def test_the_reference_runs_from_disk(on_disk, model):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"host_memory_bytes": None}, "host_memory_gib"),
+        ({"host_memory_bytes": None}, "host_memory_bytes"),
         ({"host_memory_bytes": 100.0}, "too small to cache one expert"),
         ({"dram_policy": "random"}, "dram_policy"),
     ],

@@ -1,12 +1,18 @@
 """What an encoder adds: its experts cross the link once per batch, in any number of waves, and batch mates change nothing."""
 
+import re
+
 import pytest
 from engine_cases import tokens_of
 
 from specmoe_jax import PRESETS, Engine, SamplingParams
+from specmoe_jax.engine.requests.prepare import check_job
+from specmoe_jax.models.families.registry import parse_config
+from specmoe_jax.models.model import random_model
 from specmoe_jax.planner.memory.account import account, cache_positions
 from specmoe_jax.support.errors import PlanError, RequestError
-from specmoe_jax.testing.families import tiny_family
+from specmoe_jax.support.units import GIB
+from specmoe_jax.testing.families import ENCODER_DECODERS, tiny_family
 
 PROMPTS = [[5, 99, 3, 17, 64, 8, 2, 120, 44, 9, 31], [77, 6, 30], [4]]
 PARAMS = SamplingParams(max_new_tokens=7, ignore_eos=True)
@@ -43,6 +49,31 @@ def test_the_bytes_of_the_encoder_are_counted():
     engine = Engine(MODEL, PRESETS["on_demand"](MODEL.config).replace(batch_size=1))
     engine.generate([[4]], PARAMS)
     assert engine.stats()["prefill_link_bytes"] == (1 + 2) * MODEL.expert_bytes
+
+
+DEEP = random_model(parse_config(ENCODER_DECODERS["nllb_moe"] | {"encoder_layers": 4}), seed=0)
+
+
+@pytest.mark.parametrize("changes", [{}, {"batch_size": 1, "prefill_chunk": 1}], ids=str)
+@pytest.mark.parametrize("model", [MODEL, DEEP], ids=["one encoder layer with experts", "two"])
+def test_resident_holds_the_experts_of_both_parts(model, changes):
+    """The published NLLB-MoE has six such layers in its encoder."""
+    tokens = [
+        tokens_of(Engine(model, PRESETS[preset](model.config).replace(**{"batch_size": 3} | changes)).generate(PROMPTS, PARAMS))
+        for preset in ("resident", "on_demand")
+    ]
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("model", [MODEL, DEEP], ids=["one encoder layer with experts", "two"])
+def test_the_smallest_budget_that_is_named_works(model):
+    plan = PRESETS["resident"](model.config).replace(batch_size=2, device_memory_bytes=1)
+    with pytest.raises(PlanError) as refused:
+        check_job(model, plan, PROMPTS, PARAMS)
+    (gib,) = re.findall(r"the smallest that works is --device_memory_gib=([0-9.]*[0-9])", str(refused.value))
+    plan = plan.replace(device_memory_bytes=int(float(gib) * GIB))
+    assert check_job(model, plan, PROMPTS, PARAMS).num_slots == model.config.num_expert_layers * model.config.num_experts
+    assert len(Engine(model, plan).generate(PROMPTS, PARAMS)) == len(PROMPTS)
 
 
 @pytest.mark.parametrize(("prompt", "message"), [([5, 1, 7], "the padding token 1"), ([5] * 96, "window is 96")])

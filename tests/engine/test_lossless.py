@@ -171,7 +171,7 @@ def test_two_states_of_one_engine(model, resident):
 def test_two_states_of_one_engine_under_a_budget(model, resident):
     """A large batch computes in waves, a small one at once; each state keeps the way its own pool was made for."""
     base = plan(draft_length=2, draft_experts=2, prefill_chunk=1)
-    size = functools.partial(sm.planner.memory.account, TINY, base, positions=64)
+    size = functools.partial(account, TINY, base, positions=64)
     large, small = size(batch_rows=len(PROMPTS)), size(batch_rows=1)
     tight = large.accelerator_bytes - (large.num_slots - large.pinned_slots - 2) * large.expert_bytes
     engine = sm.Engine(model, base.replace(device_memory_bytes=max(tight, small.accelerator_bytes)))

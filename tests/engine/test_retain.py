@@ -88,7 +88,7 @@ def test_passes_never_overwrite_what_is_in_use(data):
             wanted = np.zeros((layers, experts), bool)
             wanted[layer] = needed
             residency = retained_experts.revive(residency, left, wanted, slots)
-            plan, residency = plan_layer(residency, layer, needed, none, retained_experts.worth(left))
+            plan, residency = plan_layer(residency, layer, needed, none, retained_experts.eviction_priority(left))
             assert len(plan.waves) == 1  # the reserve held
             (wave,) = plan.waves
             copy(wave.fetch)
@@ -96,7 +96,12 @@ def test_passes_never_overwrite_what_is_in_use(data):
             ahead = np.where(np.arange(layers)[:, None] > layer, guesses.reshape(layers, experts), 0)
             residency = retained_experts.revive(residency, left, ahead > 0, int((residency.owner < 0).sum()) - experts)
             copies, residency = plan_prefetch(
-                residency, ahead, reserve=experts, limit=9, in_use=wave.slots, worth=retained_experts.worth(left)
+                residency,
+                ahead,
+                reserve=experts,
+                limit=9,
+                in_use=wave.slots,
+                eviction_priority=retained_experts.eviction_priority(left),
             )
             copy(copies)
             left = retained_experts.after_copies(left, copies)

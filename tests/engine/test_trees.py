@@ -8,6 +8,7 @@ from test_eagle import Watched, oracle_draft
 
 import specmoe_jax as sm
 from specmoe_jax.engine import Engine
+from specmoe_jax.engine.figures import Totals, add_step
 from specmoe_jax.speculate.drafts.eagle import EagleDraft, TreeShape
 from specmoe_jax.testing import TINY, eagle_head
 from specmoe_jax.testing.families import RAW_CONFIGS, tiny_family
@@ -36,6 +37,7 @@ def test_scripted_acceptance_anywhere_in_the_tree(model, resident, preset, kv_ti
     engine = Engine(model, tree_plan(preset, kv_tier=kv_tier), draft=draft)
     seen = set()
     for _, state, info in steps(engine):  # noqa: B007 (used after the loop)
+        assert add_step(Totals(), info).verified_tokens == info.active.sum() * (COUNT + 1)  # every node, and the last token
         for row in np.flatnonzero(info.active):
             if GREEDY.max_new_tokens - info.start[row] > DEPTH:
                 assert info.accepted[row] == right(row, len(PROMPTS[row]) + info.start[row])

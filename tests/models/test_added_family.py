@@ -23,9 +23,9 @@ FILE = '''
 """All that is new in one model: a third of each head rotated, experts chosen by biased sigmoids, a norm before each head."""
 
 from specmoe_jax.config.layer_config import RouterConfig
-from specmoe_jax.models.families import naming
-from specmoe_jax.models.families.config_json import require, size
-from specmoe_jax.models.families.parse import grouped_attention, model_config
+from specmoe_jax.models.published import naming
+from specmoe_jax.models.published.config_json import require, size
+from specmoe_jax.models.published.parse import grouped_attention, model_config
 
 ARCHITECTURE = "InventedMoeForCausalLM"
 WRAPPERS = ("InventedForConditionalGeneration",)

@@ -6,6 +6,7 @@ import safetensors.numpy
 
 from specmoe_jax.checkpoints import load_model
 from specmoe_jax.checkpoints.mxfp4 import decode
+from specmoe_jax.models.families.registry import parse_config
 from specmoe_jax.testing.families import RAW_CONFIGS, WITH_TOWERS
 
 REASON = "the reference implementation is not installed: pip install '.[parity]'"
@@ -20,11 +21,13 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+STEP = LLAMA3 | {"low_freq_factor": 1.0, "high_freq_factor": 1.0}  # Llama-4-Scout's: no blend
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
 PLAIN = {"rope_type": "default", "rope_theta": 5e4}
 VARIANTS = (
     *((family, {}) for family in RAW_CONFIGS | WITH_TOWERS),
     ("mixtral", {"rope_parameters": LLAMA3}),
+    ("llama4", {"rope_parameters": STEP}),
     ("mixtral", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     ("qwen3_moe", {"rope_parameters": YARN, "norm_topk_prob": False}),
     ("qwen3_moe", {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 5}),
@@ -101,6 +104,23 @@ def test_fused_names(family, tmp_path):
     reference = write(tmp_path, family, {}, original=False)
     assert any(name.endswith("gate_up_proj") for name in safetensors.numpy.load_file(tmp_path / "model.safetensors"))
     assert_parity(load_model(str(tmp_path)), reference, VARIANT_SHAPES)
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (2.0, 2.0), (1.0, 4.0)])
+def test_frequencies_of_a_step_and_of_a_blend(low, high):
+    """Llama-4-Scout as published (older spelling of the keys), with factors that are equal and that are not."""
+    scaling = {
+        "rope_type": "llama3", "factor": 16.0, "low_freq_factor": low, "high_freq_factor": high,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    raw = {key: value for key, value in RAW_CONFIGS["llama4"].items() if key != "rope_parameters"}
+    raw |= {"max_position_embeddings": 10485760, "rope_theta": 5e5, "head_dim": 128, "rope_scaling": scaling}
+    rope = parse_config(raw).layers[0].attention.rope
+    config = transformers.Llama4TextConfig(**{key: value for key, value in raw.items() if key != "architectures"})
+    theirs, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    np.testing.assert_allclose(rope.frequencies, theirs.numpy(), rtol=1e-6)
+    if low == high:
+        assert set(np.round(np.array(rope.frequencies) / rope.plain(5e5, 128).frequencies, 6)) == {1.0, 1 / 16}
 
 
 def test_mxfp4_decodes_as_in_the_reference():

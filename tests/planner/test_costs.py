@@ -21,6 +21,7 @@ from specmoe_jax.planner.machines import machine
 from specmoe_jax.planner.memory.account import account
 from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload
 from specmoe_jax.support.errors import PlanError
+from specmoe_jax.support.statistics import gini
 from specmoe_jax.testing.families import ENCODER_DECODERS, RAW_CONFIGS
 from tests.planner.planner_cases import MIXTRAL
 
@@ -162,7 +163,7 @@ def test_the_routing_model_is_a_distribution_of_the_skew_asked_for(num_experts, 
     p = np.array(routing.choice_probabilities(num_experts, per_token, skew))
     assert p.sum() == pytest.approx(per_token, rel=1e-6) and (p <= 1).all() and (np.diff(p) <= 1e-12).all()
     if skew < 0.95 * (1 - per_token / num_experts):  # at the very end the tail's floating point ends first
-        assert routing._gini(p) == pytest.approx(skew, abs=1e-3)
+        assert gini(p) == pytest.approx(skew, abs=1e-3)
     used = routing.distinct(tuple(p), tokens)
     assert per_token - 1e-6 <= used <= min(num_experts, per_token * tokens) + 1e-6
     left = [routing.missed(tuple(p), tokens, n / 2) for n in range(2 * num_experts + 1)]

@@ -51,6 +51,14 @@ def test_both_halves_are_there_and_know_their_name(name):
     assert DRAFTS.executor(name) is not None
 
 
+def test_a_draft_without_measured_operators_is_not_free():
+    assert {name for name in DRAFTS if DRAFTS.description(name).is_measured} == {"none", "self", "merged", "eagle", "ngram"}
+    for name in ("custom", "model", "mtp"):
+        plan = sm.PRESETS["on_demand"](TINY).replace(draft=name, draft_length=2)
+        with pytest.raises(sm.PlanError, match=f"draft={name} has no measured operators; predict it from the rates"):
+            step_times(TINY, plan, None, CASE, accelerator_is_cpu=True)
+
+
 def test_what_was_not_measured_is_assumed():
     measured = Calibration({"ngram": Acceptance(0.9), "eagle_tree": Acceptance(0.8)}, 0.3, True)
     base = sm.PRESETS["on_demand"](TINY)

@@ -62,7 +62,7 @@ def test_cache_is_what_the_engine_makes(model):
 
 
 def test_mixtral_sizes():
-    """Mixtral 8x7B in bfloat16: 94 GB (specmoe.md), nearly all of it experts."""
+    """Mixtral 8x7B in bfloat16: 94 GB, nearly all of it experts."""
     whole = accounted(plan("resident", MIXTRAL, dtype="bfloat16"), MIXTRAL, rows=1, positions=64)
     assert 89e9 < whole.host_expert_bytes < 91e9
     assert 92e9 < whole.accelerator_bytes < 95e9

@@ -47,14 +47,16 @@ def eagle1(w, raw, embed, tokens, features):
 
 
 def eagle3(w, raw, embed, tokens, fused):
-    """tokens [T] following fused features [T, M], fc already applied -> outputs [T, M], before the norm."""
+    """tokens [T] following fused features [T, M], fc already applied -> outputs [T, M], before the norm or, norm_output, after."""
     prefix, eps = "midlayer", raw["rms_norm_eps"]
     parts = rms(embed[tokens], w["midlayer.input_layernorm.weight"], eps), rms(fused, w["midlayer.hidden_norm.weight"], eps)
     x = np.concatenate(parts, -1)
+    fused = parts[1] if raw.get("norm_before_residual") else fused
     kv = raw["num_key_value_heads"]
     h = attention(x, w, prefix, raw["num_attention_heads"], kv, raw.get("rope_theta", 1e4))
     x = fused + h @ w[f"{prefix}.self_attn.o_proj.weight"].T
-    return x + mlp(rms(x, w[f"{prefix}.post_attention_layernorm.weight"], eps), w, prefix)
+    x = x + mlp(rms(x, w[f"{prefix}.post_attention_layernorm.weight"], eps), w, prefix)
+    return rms(x, w["norm.weight"], eps) if raw.get("norm_output") else x
 
 
 def chain(network, text, features, length, choose):

@@ -4,16 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from eagle_oracle import eagle3, rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specmoe_jax.models.eagle import config as eagle_config
 from specmoe_jax.models.eagle import network as eagle
+from specmoe_jax.models.spec import spec_leaves
 from specmoe_jax.speculate.drafts.eagle import EagleDraft
 from specmoe_jax.speculate.drafts.ngram import NgramDraft
 from specmoe_jax.speculate.drafts.protocol import FeatureDraft
 from specmoe_jax.speculate.drafts.self_draft import SelfDraft
-from specmoe_jax.testing import TINY, eagle_head, tiny
+from specmoe_jax.testing import EAGLE3_JSON, TINY, eagle_head, tiny
 
+FLAGS = ("norm_before_residual", "norm_before_fc", "norm_output")
 B, S, T = 4, 24, 3
 LONGEST = 9
 
@@ -72,7 +76,7 @@ def test_rows_in_any_order_and_pieces(data, fused):
 @jax.jit
 def _forward(head, cache, following, features, num_new):
     row = jnp.zeros(1, jnp.int32)
-    return eagle.forward(head, following, eagle.fuse(head.weights, features), cache, row, row, num_new)
+    return eagle.forward(head, following, eagle.fuse(head, features), cache, row, row, num_new)
 
 
 def whole(head, features, following):
@@ -102,6 +106,25 @@ def test_a_reduced_vocabulary_proposes_its_own_tokens_only():
     scores = np.asarray(eagle.logits(head, jnp.ones((1, TINY.hidden_size))))[0]
     assert np.isfinite(scores).sum() == head.config.draft_vocab_size == 131
     assert np.flatnonzero(np.isfinite(scores)).tolist() == np.asarray(head.weights.to_target).tolist()
+
+
+@pytest.mark.parametrize("flags", [(), ("norm_before_residual",), ("norm_before_fc",), ("norm_output",), FLAGS], ids="+".join)
+def test_norms_of_the_speculators_library(flags):
+    """The network in numpy with each of its options."""
+    raw = EAGLE3_JSON | dict.fromkeys(flags, True)
+    head = eagle.random_head(eagle_config.parse_config(raw, TINY, fused=True), tiny(), seed=3)
+    weights = jax.tree.map(lambda leaf: leaf * 1.5 if leaf.ndim == 1 else leaf, head.weights.replace(to_target=None))
+    head = head.replace(weights=weights.replace(to_target=head.weights.to_target))
+    specs = spec_leaves(eagle_config.weight_specs(head.config))
+    named = {spec.name: np.asarray(leaf, np.float64) for spec, leaf in zip(specs, jax.tree.leaves(weights), strict=True)}
+    features, following = text(5, LONGEST, head)
+    last, _ = whole(head, features, following)
+    inputs = rms(features, named["input_norm.weight"], raw["rms_norm_eps"]) if "norm_before_fc" in flags else features
+    wanted = eagle3(named, raw, np.asarray(head.embed, np.float64), following, inputs @ named["fc.weight"].T)[-1]
+    np.testing.assert_allclose(last, wanted, atol=2e-5)
+    normed = wanted if "norm_output" in flags else rms(wanted, named["norm.weight"], raw["rms_norm_eps"])
+    own = np.asarray(eagle.logits(head, jnp.asarray(last)[None]))[0]
+    np.testing.assert_allclose(own[np.isfinite(own)], normed @ named["lm_head.weight"].T, atol=2e-4)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -104,7 +104,9 @@ def _mixtral(effort: Effort) -> tuple[Model, presets.Load]:
     if effort.quick:
         return shapes.random_on_device(specmoeoff.MIXTRAL_SHAPED), presets.Load((4,), prompt=8, new=4, seconds=5)
     load = presets.Load((64, 256, 16, 1), prompt=512, new=128, seconds=effort.share_s(4))
-    layers = shapes.layers_that_fit(available_bytes(), max(load.batches), load.prompt + load.new)
+    room = available_bytes()
+    assert room is not None  # a machine with a GPU tells it
+    layers = shapes.layers_that_fit(room, max(load.batches), load.prompt + load.new)
     return shapes.random_on_device(shapes.mixtral_8x7b(layers)), load
 
 

@@ -8,6 +8,7 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -58,9 +59,12 @@ def generate(folder: pathlib.Path, assistant: pathlib.Path | None, batch: int, l
 
     cuda = torch.cuda.is_available()
     limits = {"device_map": "auto", "max_memory": {0: budget, "cpu": "1000GiB"}} if cuda else {}
-    read = transformers.AutoModelForCausalLM.from_pretrained
-    model = read(folder, dtype=torch.bfloat16, **limits)
-    helper = {} if assistant is None else {"assistant_model": read(assistant, dtype=torch.bfloat16).to("cuda" if cuda else "cpu")}
+
+    def read(path: pathlib.Path, **options) -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **options)
+
+    model = read(folder, **limits)
+    helper = {} if assistant is None else {"assistant_model": read(assistant).to("cuda" if cuda else "cpu")}
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, load.prompt))
     ids = torch.tensor(ids, device="cuda" if cuda else "cpu")
     fixed = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

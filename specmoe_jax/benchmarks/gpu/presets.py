@@ -55,12 +55,18 @@ def plans(name: str, model: Model, batch: int, budget_bytes: int | None = BUDGET
     plan = preset(name, model.config).replace(batch_size=batch, dtype=model.dtype, device_memory_bytes=budget_bytes)
     plan = plan.replace(micro_batches=plan.micro_batches if batch % plan.micro_batches == 0 else 1)
     if synthetic and name == "specmoeoff":
-        plan = plan.replace(synthetic_acceptance=acceptance_of(plan.draft_length))
+        plan = plan.replace(synthetic_acceptance=_acceptance(plan))
     if name != "specmoe":
         return [plan]
     if synthetic:  # affinity would read every expert, and the text means nothing
         plan = plan.replace(synthetic_acceptance=SELF_DRAFT_ACCEPTANCE, substitution="random")
+    assert isinstance(plan.draft_experts, int)
     return [plan.replace(draft_experts=n) for n in range(plan.draft_experts, 0, -1)]
+
+
+def _acceptance(plan: Plan) -> float:
+    assert plan.draft_length is not None
+    return acceptance_of(plan.draft_length)
 
 
 def rows(name: str, model: Model, load: Load, link: dict, folder: pathlib.Path, prompts=None, **changes) -> Iterator[dict]:
@@ -93,7 +99,7 @@ def chosen(model: Model, load: Load, link: dict, folder: pathlib.Path, budget_by
     if plan.drafting.gated:
         plan = plan.replace(synthetic_acceptance=SELF_DRAFT_ACCEPTANCE, substitution="random", guard=False)
     elif plan.drafting.given == "draft_head":
-        plan = plan.replace(synthetic_acceptance=acceptance_of(plan.draft_length), guard=False)
+        plan = plan.replace(synthetic_acceptance=_acceptance(plan), guard=False)
     head = random_head_of(model) if plan.drafting.given == "draft_head" else None
     prompts, path = _random_prompts(model, plan.batch_size, load.prompt), folder / "planner_lanes.json"
     yield row | {"plan": dataclasses.asdict(plan)} | measure(model, plan, head, prompts, load, link["bytes_per_s"], path)
@@ -149,6 +155,7 @@ def measure(
     if isinstance(predicted, str):
         done["not_predicted"] = predicted
     else:
+        assert predicted.interval is not None
         low, high = predicted.interval
         inside = low <= figures["decode_tokens_per_s"] <= high
         done |= predicted_figures(predicted, totals) | {"interval": (low, high), "inside_interval": inside}

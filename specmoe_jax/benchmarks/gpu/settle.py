@@ -11,6 +11,7 @@ import numpy as np
 from specmoe_jax.benchmarks.gpu.timing import busy_for, overlapped_share, seconds
 from specmoe_jax.offload.store import ExpertStore, Link
 from specmoe_jax.offload.tiers import HostTier
+from specmoe_jax.types import Device
 
 MB = 1 << 20
 
@@ -48,7 +49,7 @@ def probe(sizes: Sizes) -> Iterator[dict]:
     yield slot_write(2, piece, sizes, jax.devices()[0])
 
 
-def pinned(piece: int, device: jax.Device, seed: int = 0) -> jax.Array:
+def pinned(piece: int, device: Device, seed: int = 0) -> jax.Array:
     """uint16 [piece / 2] in pinned host memory."""
     values = np.random.default_rng(seed).integers(0, 1 << 16, piece // 2, np.uint16)
     return jax.block_until_ready(jax.device_put(values, jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")))
@@ -64,7 +65,7 @@ def load_rate(piece: int, total: int) -> dict:
     return {"question": "load_rate", "piece_bytes": piece, "bytes_per_s": len(kept) * piece / (time.perf_counter() - start_s)}
 
 
-def transfer(direction: str, piece: int, in_flight: int, worker: bool, sizes: Sizes, device: jax.Device) -> dict:
+def transfer(direction: str, piece: int, in_flight: int, worker: bool, sizes: Sizes, device: Device) -> dict:
     """Eager device_put of pieces, alone and beside a jitted computation of about the same length.
 
     worker: whether another thread than the one that dispatches the computation issues the copies.
@@ -96,7 +97,7 @@ def transfer(direction: str, piece: int, in_flight: int, worker: bool, sizes: Si
     }
 
 
-def slot_write(room: int, piece: int, sizes: Sizes, device: jax.Device) -> dict:
+def slot_write(room: int, piece: int, sizes: Sizes, device: Device) -> dict:
     """Experts streamed into their slots beside a computation: by one program each (room 0), or as transfers that it then writes."""
     shape = (3, piece // 2 // 3 // 128, 128)
     count = max(sizes.total // piece, 1)
@@ -124,7 +125,7 @@ def _beside(copy, worker: bool, num_bytes: int, sizes: Sizes) -> dict:
         def both():
             copying = threads.submit(copy) if worker else None
             out = compute()
-            copying.result() if worker else copy()
+            copy() if copying is None else copying.result()
             return out
 
         both_s = seconds(both)

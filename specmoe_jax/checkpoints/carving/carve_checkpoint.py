@@ -28,9 +28,9 @@ from specmoe_jax.checkpoints.tensors import TARGET_DTYPES
 from specmoe_jax.config.layer_config import LayerConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models import layers
-from specmoe_jax.models.families.config_json import size
 from specmoe_jax.models.families.registry import family_of, parse_config
 from specmoe_jax.models.model import reference_attention
+from specmoe_jax.models.published.config_json import size
 from specmoe_jax.models.spec import LayerWeights, MlpWeights, TensorSpec, map_specs, spec_leaves
 from specmoe_jax.support.errors import CheckpointError, RequestError
 

@@ -14,7 +14,7 @@ from specmoe_jax.checkpoints.carving import gguf_file
 from specmoe_jax.checkpoints.files import open_checkpoint, read_json
 from specmoe_jax.checkpoints.header import quote, quote_list
 from specmoe_jax.checkpoints.tensors import read_tensor
-from specmoe_jax.models.families.config_json import flag, num_layers, require
+from specmoe_jax.models.published.config_json import flag, num_layers, require
 from specmoe_jax.support.errors import CheckpointError
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")

@@ -159,8 +159,7 @@ def _write_part(folder: pathlib.Path, part: Part, to: str, done: dict) -> None:
 
 def _finish(folder: pathlib.Path, source: Source, to: str, parts: list[Part], done: dict) -> None:
     """Everything but the weights: configs, tokenizer, index, manifest."""
-    raw = {k: v for k, v in read_json(source.path / "config.json").items() if k not in _NOT_COPIED}
-    write_text(folder / "config.json", json.dumps(raw | {"dtype": source.dtype}, indent=2))
+    write_text(folder / "config.json", json.dumps(_config_json(source), indent=2))
     for name in SIDE_FILES:
         if (source.path / name).is_file():
             shutil.copyfile(source.path / name, folder / name)
@@ -174,6 +173,15 @@ def _finish(folder: pathlib.Path, source: Source, to: str, parts: list[Part], do
     (folder / RECORD_FILE).unlink()
     for leftover in (*folder.glob(".*.partial"), *folder.glob("*.orbax-checkpoint-tmp*")):  # of a run that was killed
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _config_json(source: Source) -> dict:
+    """The config of the result, which has the names of the class with the output matrix even if its source had not."""
+    raw = {k: v for k, v in read_json(source.path / "config.json").items() if k not in _NOT_COPIED}
+    built = family_of(source.config).ARCHITECTURE
+    bare = built.replace("ForCausalLM", "Model").replace("ForConditionalGeneration", "Model")
+    named = {"architectures": [built]} if raw.get("architectures") in (None, [], [bare]) else {}
+    return raw | {"dtype": source.dtype} | named
 
 
 def _safetensors_name(part: int, parts: int) -> str:

@@ -27,7 +27,7 @@ from specmoe_jax.cli import common
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.jobs.prompts import read_prompts
 from specmoe_jax.models.synthetic import synthetic_model, synthetic_prompts
-from specmoe_jax.support.errors import RequestError
+from specmoe_jax.support.errors import RequestError, UserError
 from specmoe_jax.support.progress import PROGRESS
 
 _SUITES = {"specmoe": specmoe, "specmoeoff": specmoeoff}
@@ -61,7 +61,9 @@ def main() -> None:
     common.use_compile_cache()
     suite = _SUITES[_SUITE.value]
     setting = make_setting() if suite is specmoe else make_streaming_setting()
-    before = json.loads(pathlib.Path(_OUTPUT.value).read_text())["tables"] if _APPEND.value else {}
+    if _APPEND.value and _OUTPUT.value is None:
+        raise UserError("--append has no effect without --output; give both or neither")
+    before = json.loads(pathlib.Path(_OUTPUT.value).read_text())["tables"] if _APPEND.value and _OUTPUT.value else {}
     tables = dict(before)
     for name in choose_tables():
         print(f"\n{name}: {suite.TABLES[name].__doc__.splitlines()[0]}", flush=True)

@@ -37,7 +37,7 @@ _MATRICES = flags.DEFINE_list("matrices", ["512:1024", "2048:1024", "1024:2048",
 _DENSE_ROWS = flags.DEFINE_list("dense_rows", ["1", "4", "16", "32", "64"], "of the dense table")
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "timed rounds of a row")
 _SECONDS = flags.DEFINE_float("seconds", 40, "rows that would take longer have fewer rounds, at least three")
-_THREADS = flags.DEFINE_integer("threads", os.cpu_count(), "threads of the limits and of the peers")
+_THREADS = flags.DEFINE_integer("threads", os.cpu_count() or 1, "threads of the limits and of the peers")
 
 
 def attempt(name, make, missing):
@@ -58,10 +58,11 @@ def integers(flag):
 
 
 def shapes(batches, new_tokens):
+    H, K, D = integers(_HEADS)
     for dtype in map(jnp.dtype, _DTYPE.value):
         for B in batches:
             for n in new_tokens:
-                yield Shape(*integers(_HEADS), B, n, dtype)
+                yield Shape(H, K, D, B, n, dtype)
 
 
 def attention_rows(rounds, missing):

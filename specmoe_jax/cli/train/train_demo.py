@@ -10,6 +10,8 @@ its newest Orbax checkpoint under RUN and gives the same weights as one that was
 import json
 import pathlib
 import time
+from collections.abc import Iterable
+from typing import Any, cast
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -52,9 +54,14 @@ flags.DEFINE_integer("experts_per_token", 2, "A")
 flags.DEFINE_integer("vocab_size", 4096, "V, as the tokenizer has")
 
 
+def _values(names: Iterable[str]) -> dict[str, Any]:
+    """What the flags of these names hold."""
+    return {name: FLAGS[name].value for name in names}
+
+
 def configs() -> tuple[loop.TrainConfig, ModelConfig]:
     """The frozen configurations that the flags describe."""
-    train = loop.TrainConfig(**{name: FLAGS[name].value for name in loop.TrainConfig.__dataclass_fields__})
+    train = loop.TrainConfig(**_values(loop.TrainConfig.__dataclass_fields__))
     model = ModelConfig(
         family="mixtral",
         vocab_size=FLAGS.vocab_size,
@@ -80,7 +87,7 @@ def restore_or_init(manager: ocp.CheckpointManager, train: loop.TrainConfig, mod
     state = loop.init_state(train, model)
     if manager.latest_step() is None:
         return state
-    return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
+    return cast(loop.TrainState, manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state)))
 
 
 def log_line(file, step: int, info: loop.StepInfo) -> str:

@@ -23,6 +23,7 @@ _accept_tree, _accept_tree_coupled, _accept_tree_greedy = (
 def accepted_path(runtime: Runtime, state: State, proposal: Proposal, logits: jax.Array) -> AcceptedPath:
     """The lossless choice among the paths of a tree. logits [B, T, V]."""
     depth = runtime.plan.draft_length
+    assert depth is not None
     if state.rows.greedy:
         return _accept_tree_greedy(proposal.tokens, proposal.tree, logits, depth=depth)
     if runtime.plan.deterministic_sampling:
@@ -54,7 +55,7 @@ def compact_accepted_path(
     routing = verified.info.routing
     if routing is not None:
         routing = np.take_along_axis(routing, order[None, ..., None], axis=2)
-    sound = np.cumprod(np.take_along_axis(finite, order, axis=1), axis=1).sum(axis=1)
+    sound = np.cumprod(np.take_along_axis(np.asarray(finite), order, axis=1), axis=1).sum(axis=1)
     tokens = np.take_along_axis(np.asarray(proposal.tokens), np.maximum(path - 1, 0), axis=1)
     return (
         verified._replace(kv=kv, features=features, info=verified.info._replace(routing=routing)),

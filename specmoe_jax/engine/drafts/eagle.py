@@ -4,7 +4,7 @@ from specmoe_jax.config.plan import Plan
 from specmoe_jax.engine.drafts.protocol import DraftExecutor, DraftInputs
 from specmoe_jax.engine.drafts.split_draft import SplitDraft
 from specmoe_jax.engine.runtime import Runtime
-from specmoe_jax.models.eagle.network import check_head, random_head
+from specmoe_jax.models.eagle.network import EagleHead, check_head, random_head
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.drafts.eagle import usual_head
 from specmoe_jax.planner.drafts.search_starts import tree
@@ -15,13 +15,13 @@ from specmoe_jax.speculate.drafts.protocol import FeatureDraft
 
 class EagleExecutor(DraftExecutor):
     def check(self, model: Model, inputs: DraftInputs) -> None:
-        check_head(model, inputs.draft_head)
+        check_head(model, _head(inputs))
 
     def memory(self, model: Model, plan: Plan, inputs: DraftInputs) -> DraftMemory:
-        return plan.drafting.memory(plan, model.config, head=inputs.draft_head.config)
+        return plan.drafting.memory(plan, model.config, head=_head(inputs).config)
 
     def make(self, model: Model, plan: Plan, inputs: DraftInputs) -> EagleDraft:
-        return EagleDraft(inputs.draft_head, tree_shape(plan))
+        return EagleDraft(_head(inputs), tree_shape(plan))
 
     def for_job(self, draft: EagleDraft, runtime: Runtime, account: MemoryAccount) -> FeatureDraft:
         if not account.draft_pages:
@@ -42,6 +42,12 @@ class EagleExecutor(DraftExecutor):
         if inputs.draft_head is None:
             return {}
         return {"eagle": {"draft": "eagle", "draft_length": length}, "eagle_tree": {"draft": "eagle", **tree(length)}}
+
+
+def _head(inputs: DraftInputs) -> EagleHead:
+    """That it was given has been checked."""
+    assert inputs.draft_head is not None
+    return inputs.draft_head
 
 
 DRAFT = EagleExecutor()

@@ -21,6 +21,7 @@ class MergedExecutor(DraftExecutor):
         return affinity_table(model, progress=progress)
 
     def slots(self, runtime: Runtime, memory: ExpertMemory) -> list[DraftSlots]:
+        assert memory.groups is not None
         return list(memory.groups)
 
     def after_prefill(self, runtime: Runtime, memory: ExpertMemory, counts: np.ndarray) -> ExpertMemory:
@@ -30,9 +31,10 @@ class MergedExecutor(DraftExecutor):
         """
         if memory.groups is not None:
             return memory
-        groups, pool = np.zeros(counts.shape, np.int32), memory.pool
+        groups, pool, neighbours = np.zeros(counts.shape, np.int32), memory.own_pool, runtime.policies.neighbours
+        assert neighbours is not None and runtime.experts.merged_slots is not None
         for layer, slots in enumerate(runtime.experts.merged_slots):
-            grouping = group_experts(counts[layer], runtime.policies.neighbours[layer], len(slots))
+            grouping = group_experts(counts[layer], neighbours[layer], len(slots))
             for group, slot in enumerate(slots):
                 block = merge(
                     lambda expert, layer=layer: np.asarray(runtime.experts.store.tier.block((layer, expert))), grouping, group

@@ -21,19 +21,19 @@ from specmoe_jax.types import KVCache
 class ModelExecutor(DraftExecutor):
     def check(self, model: Model, inputs: DraftInputs) -> None:
         """Refuses a model with an encoder, and one whose vocabulary is another than the target's."""
-        if inputs.draft_model.config.encoder is not None:
+        if _model(inputs).config.encoder is not None:
             raise PlanError("the draft model is an encoder-decoder; draft=model is built for decoders alone")
-        difference = vocabulary_difference(model, inputs.draft_model)
+        difference = vocabulary_difference(model, _model(inputs))
         if difference:
             raise PlanError(f"the draft model cannot draft for this one: {difference}; give one of the same family")
 
     def memory(self, model: Model, plan: Plan, inputs: DraftInputs) -> DraftMemory:
-        draft_model = inputs.draft_model
+        draft_model = _model(inputs)
         return plan.drafting.memory(plan.replace(dtype=draft_model.dtype), model.config, model=draft_model.config)
 
     def make(self, model: Model, plan: Plan, inputs: DraftInputs) -> ModelDraft:
         """Copies the draft model to the accelerator, in the dtype that it was loaded in."""
-        draft_model = inputs.draft_model
+        draft_model = _model(inputs)
         config, own = draft_model.config, resident_plan(draft_model.config, plan.replace(dtype=draft_model.dtype))
         counted = account(config, own, batch_rows=1, positions=1)
         runtime = build(draft_model, own, counted, None, progress=False)
@@ -55,6 +55,12 @@ class ModelExecutor(DraftExecutor):
 def _last_new(h: jax.Array, num_new: jax.Array) -> jax.Array:
     """h [B, T, M] -> [B, 1, M], of the last new position; the first where there is none."""
     return jnp.take_along_axis(h, jnp.maximum(num_new - 1, 0)[:, None, None], axis=1)
+
+
+def _model(inputs: DraftInputs) -> Model:
+    """That it was given has been checked."""
+    assert inputs.draft_model is not None
+    return inputs.draft_model
 
 
 DRAFT = ModelExecutor()

@@ -16,7 +16,7 @@ import numpy as np
 from specmoe_jax.engine import stages
 from specmoe_jax.engine.context import DeviceContext
 from specmoe_jax.engine.runtime import Runtime, empty_pages
-from specmoe_jax.engine.state import State
+from specmoe_jax.engine.state import HostKV, State
 from specmoe_jax.kv_cache.page_table import Pages, grow, no_pages, release
 from specmoe_jax.kv_cache.positions import pages_of
 from specmoe_jax.models.eagle import network as eagle
@@ -29,6 +29,8 @@ from specmoe_jax.speculate.drafts.eagle_tree import TreeShape, branch, forest, h
 from specmoe_jax.speculate.drafts.protocol import DraftView
 from specmoe_jax.support.tracing import Span
 from specmoe_jax.types import KVCache, Proposal, Tree
+
+Sides = tuple[jax.Array, jax.Array]  # what each side attended [b, T, H, D]: zeros for the rows of the other one
 
 
 class SplitMemory(NamedTuple):
@@ -73,10 +75,10 @@ class SplitDraft:
             feature=jnp.zeros((rows, self.head.config.hidden_size), dtype, device=self.context.device),
         )
 
-    def place(self, memory: SplitMemory, state: State) -> tuple[SplitMemory, int]:
+    def place(self, memory: SplitMemory, state: State[HostKV]) -> tuple[SplitMemory, int]:
         """The cache of every row that runs where it should be in the coming step, with room for it; and how many were moved."""
         runs = state.active | state.joining
-        requests = np.array([r.id if run else -1 for r, run in zip(state.requests, runs, strict=True)], np.int64)
+        requests = np.array([r.id if r and run else -1 for r, run in zip(state.requests, runs, strict=True)], np.int64)
         prompts = np.array([len(r.token_ids) if r else 0 for r in state.requests])
         limits = np.array([r.limit if r else 0 for r in state.requests])
         lookahead = self.lookahead
@@ -85,20 +87,20 @@ class SplitDraft:
         pages, table = memory.pages, state.kv.pages.table
         ways = plan_draft_split(memory.split, requests, pages_of(tokens), pages_of(most), len(pages.free))
         here, there = memory.here, memory.there
-        for row in np.flatnonzero((requests != memory.split.requests) & (pages.table[:, 0] >= 0)):
+        for row in np.flatnonzero((requests != memory.split.requests) & (pages.table[:, 0] >= 0)).tolist():
             pages = release(pages, row)
         for row in ways.out:
             there = self._copied(here, there, pages.table[row], table[row], state.lengths[row])
             pages = release(pages, row)
         for row in ways.back:
-            pages = grow(pages, row, tokens[row])
+            pages = _grown(pages, row, tokens[row])
             here = self._copied(there, here, table[row], pages.table[row], state.lengths[row])
         if not runs.any():  # so that both ways are compiled
             nobody = np.full(table.shape[1], -1, np.int32)
             there = self._copied(here, there, nobody, nobody, 0)
             here = self._copied(there, here, nobody, nobody, 0)
-        for row in np.flatnonzero(runs & ~ways.split.on_cpu):
-            pages = grow(pages, row, tokens[row])
+        for row in np.flatnonzero(runs & ~ways.split.on_cpu).tolist():
+            pages = _grown(pages, row, tokens[row])
         moved = memory._replace(here=here, there=there, pages=pages, host_table=table, split=ways.split)
         return moved, len(ways.out) + len(ways.back)
 
@@ -136,7 +138,9 @@ class SplitDraft:
         tokens, probs = draft_chain(head_logits(self.head, feature), view, feature, advance)
         return Proposal(tokens=tokens, probs=probs, memory=memory), view.kv
 
-    def _attend(self, memory: SplitMemory, projected: Projected, rows, lengths, num_new, tree: Tree | None = None):
+    def _attend(
+        self, memory: SplitMemory, projected: Projected, rows, lengths, num_new, tree: Tree | None = None
+    ) -> tuple[SplitMemory, Sides]:
         """Both parts at once. rows: [b] of the batch, -1 for padding.
 
         -> memory, and what each side attended [b, T, H, D]: zeros for the rows of the other one.
@@ -157,7 +161,7 @@ class SplitDraft:
             out, cache = going.result()
             attended[1] = self.context.to_accelerator(out)
             memory = memory._replace(there=cache)
-        return memory, tuple(attended)
+        return memory, (attended[0], attended[1])
 
     def _attend_there(self, inputs, cache: PackedCache, where) -> tuple[jax.Array, PackedCache]:
         """In the CPU's lane."""
@@ -183,8 +187,20 @@ def rows_on_cpu(state: State) -> int:
     return int((memory.split.on_cpu & state.active).sum()) if isinstance(memory, SplitMemory) else 0
 
 
+def _grown(pages: Pages, row: int, tokens: int) -> Pages:
+    """With pages for `tokens` tokens of a row; the split has left room for them."""
+    grown = grow(pages, row, tokens)
+    assert grown is not None
+    return grown
+
+
 def _rows_of(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return np.where(rows[:, None] < 0, -1, table[rows])
+
+
+def _sum(attended: Sides) -> jax.Array:
+    here, there = attended
+    return here + there
 
 
 _take = jax.jit(packed.take_pages)
@@ -195,7 +211,7 @@ _harvest = jax.jit(harvest, static_argnums=(0, 1))
 
 @jax.jit
 def _project_observed(head: EagleHead, following, features, lengths) -> Projected:
-    feature = eagle.fuse(head.weights, features.astype(head.weights.fc.dtype))
+    feature = eagle.fuse(head, features.astype(head.weights.fc.dtype))
     return eagle.project(head, following, feature, lengths)
 
 
@@ -211,18 +227,18 @@ def _project_generation(head: EagleHead, generation: int, growing, lengths) -> t
 
 
 @jax.jit
-def _advance(head: EagleHead, h, attended) -> tuple[jax.Array, jax.Array]:
+def _advance(head: EagleHead, h, attended: Sides) -> tuple[jax.Array, jax.Array]:
     """-> logits [B, V], feature [B, M]."""
-    feature = eagle.finish(head, h, sum(attended))[:, 0]
+    feature = eagle.finish(head, h, _sum(attended))[:, 0]
     return eagle.logits(head, feature), feature
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _branch(head: EagleHead, shape: TreeShape, generation: int, growing, projected: Projected, attended):
-    outputs = eagle.finish(head, projected.h, sum(attended))
+def _branch(head: EagleHead, shape: TreeShape, generation: int, growing, projected: Projected, attended: Sides):
+    outputs = eagle.finish(head, projected.h, _sum(attended))
     return branch(head, shape, generation, growing, outputs, projected.k, projected.v)
 
 
 @functools.partial(jax.jit, donate_argnums=1)
-def _remembered(head: EagleHead, feature, h, attended, rows, num_new) -> jax.Array:
-    return remember(feature, eagle.finish(head, h, sum(attended)), rows, num_new)
+def _remembered(head: EagleHead, feature, h, attended: Sides, rows, num_new) -> jax.Array:
+    return remember(feature, eagle.finish(head, h, _sum(attended)), rows, num_new)

@@ -4,13 +4,13 @@ import jax
 
 from specmoe_jax.engine import stages
 from specmoe_jax.engine.runtime import Runtime
-from specmoe_jax.types import KVCache, Tree
+from specmoe_jax.types import Device, KVCache, Tree
 
 
 class AcceleratorKv:
     """The cache is on the accelerator. See protocol.KvTier."""
 
-    def device(self, runtime: Runtime) -> jax.Device:
+    def device(self, runtime: Runtime) -> Device:
         return runtime.context.device
 
     def beside_cache(self, runtime: Runtime, arrays):
@@ -29,7 +29,7 @@ class AcceleratorKv:
 class HostKv:
     """The cache is in host memory: queries, keys and values cross the link to it, attention outputs back. See protocol.KvTier."""
 
-    def device(self, runtime: Runtime) -> jax.Device:
+    def device(self, runtime: Runtime) -> Device:
         return runtime.context.host
 
     def beside_cache(self, runtime: Runtime, arrays):

@@ -80,5 +80,5 @@ def _forward(runtime: Runtime, pool, slots, kv: KVCache, tokens, lengths, active
         h, ids, k, v = runtime.cache_tier.resident_layer(runtime, layer, h, kv, lengths, num_new, pool, of_layer)
         keys.append(k)
         values.append(v)
-        choices += [] if moe is None else [ids]
+        choices += [] if ids is None else [ids]
     return stages.head(runtime.config.head, runtime.weights, h)[:, 0], kv._replace(k=tuple(keys), v=tuple(values)), choices

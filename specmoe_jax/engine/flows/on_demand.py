@@ -31,7 +31,7 @@ class OnDemandFlow(PooledFlow):
         earlier: np.ndarray,
         predicted: np.ndarray,
         tree: Tree | None = None,
-    ) -> TargetPass:
+    ) -> TargetPass[KVCache]:
         lengths, num_new = jnp.asarray(lengths), jnp.asarray(num_new)
         h, watched, cache_tier = embed(runtime, tokens, lengths, tree), runtime.feature_layers, runtime.cache_tier
         keys, values, infos, inputs = [], [], [], {}
@@ -42,6 +42,7 @@ class OnDemandFlow(PooledFlow):
                 h, _, k, v = cache_tier.resident_layer(runtime, layer, h, kv, lengths, num_new, memory.pool, None, tree)
             else:
                 h, x, routing, k, v = cache_tier.attention(runtime, layer, h, kv, lengths, num_new, tree)
+                assert routing is not None
                 h, memory, info = migrate_and_compute(runtime, moe, memory, h, x, routing, earlier[moe], predicted)
                 infos.append(info)
             keys.append(k)

@@ -25,7 +25,7 @@ from specmoe_jax.speculate.sampling import sampling_rows
 from specmoe_jax.support.progress import bar
 from specmoe_jax.support.timing import Stopwatch
 from specmoe_jax.support.tracing import span
-from specmoe_jax.types import Tree
+from specmoe_jax.types import KVCache, Tree
 
 
 class PooledFlow(protocol.PooledFlow[Runtime, Session]):
@@ -62,7 +62,14 @@ class PooledFlow(protocol.PooledFlow[Runtime, Session]):
         )
 
     def run_pass(
-        self, runtime: Runtime, state: State, tokens: np.ndarray, num_new: np.ndarray, *, predicted: np.ndarray, tree: Tree | None
+        self,
+        runtime: Runtime,
+        state: State[KVCache],
+        tokens: np.ndarray,
+        num_new: np.ndarray,
+        *,
+        predicted: np.ndarray,
+        tree: Tree | None,
     ) -> TargetPass:
         return self.target_pass(
             runtime,
@@ -101,7 +108,7 @@ class PooledFlow(protocol.PooledFlow[Runtime, Session]):
             session.figures.end_batch(on_demand)
         session.resources.put_back(state, batch_shape)
 
-    def init(self, session: Session, requests: list[Request], batch_shape: BatchShape) -> State:
+    def init(self, session: Session, requests: list[Request], batch_shape: BatchShape) -> State[KVCache]:
         watch = Stopwatch()
         runtime, _ = job = session.resources.take(batch_shape)
         before, memory = moved(runtime), session.resources.expert_memory(job)

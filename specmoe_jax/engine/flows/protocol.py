@@ -1,7 +1,10 @@
-"""What the engine asks of an expert flow and of the KV cache's tier. One module of this folder a flow; kv_tiers.py: the tiers."""
+"""What the engine asks of an expert flow and of the KV cache's tier.
+
+The flows are resident.py, on_demand.py and stream.py; the tiers are in kv_tiers.py. The other modules are parts of them.
+"""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -10,15 +13,15 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.engine.requests.completion import TokenEvent
 from specmoe_jax.engine.requests.prepare import BatchShape
 from specmoe_jax.engine.scheduler import PromptChunk
-from specmoe_jax.engine.state import ExpertMemory, HostKV, PassInfo, Request, State, StepInfo
-from specmoe_jax.types import KVCache, Routing, Tree
+from specmoe_jax.engine.state import Cache, ExpertMemory, PassInfo, Request, State, StepInfo
+from specmoe_jax.types import Device, KVCache, Routing, Tree
 
 # The runtime and the session hold a flow, so they are parameters of it here: neither module imports the other.
 R = TypeVar("R", contravariant=True)
 S = TypeVar("S", contravariant=True)
 
 
-class TargetPass(NamedTuple):
+class TargetPass(NamedTuple, Generic[Cache]):
     """h: [B, T, M] after the last layer, None if all rows only joined. counts: [L, E] int64, how often each expert was chosen.
 
     features: [B, T, M'], what the draft takes of the hidden states; None where it takes nothing. prompts: of a streamed pass,
@@ -26,7 +29,7 @@ class TargetPass(NamedTuple):
     """
 
     h: jax.Array | None
-    kv: KVCache | HostKV
+    kv: Cache
     memory: ExpertMemory
     counts: np.ndarray
     info: PassInfo
@@ -80,7 +83,7 @@ class PooledFlow(ExpertFlow[R, S], Protocol):
         earlier: np.ndarray,
         predicted: np.ndarray,
         tree: Tree | None = None,
-    ) -> TargetPass:
+    ) -> TargetPass[KVCache]:
         """The exact model over tokens [B, T] at positions lengths[b] + t, or + depth in a tree; rows t >= num_new[b] are padding.
 
         earlier: [L, E], choices of the earlier chunks of the same prefill. predicted: as of run_pass. kv and the memory's pool are
@@ -98,18 +101,22 @@ class PooledFlow(ExpertFlow[R, S], Protocol):
 class KvTier(Protocol[R]):
     """Where the KV cache is and attention runs. kv_cache/tiers.py has the half before anything runs."""
 
-    def device(self, runtime: R) -> jax.Device:
+    def device(self, runtime: R) -> Device:
         """Of the cache."""
         ...
 
-    def beside_cache(self, runtime: R, arrays):
+    def beside_cache(self, runtime: R, arrays) -> Any:
         """Arrays of the accelerator for a program over the cache."""
         ...
 
-    def attention(self, runtime: R, layer: int, h, kv: KVCache, lengths, num_new, tree: Tree | None = None):
+    def attention(
+        self, runtime: R, layer: int, h, kv: KVCache, lengths, num_new, tree: Tree | None = None
+    ) -> tuple[jax.Array, jax.Array, Routing | None, jax.Array, jax.Array]:
         """Everything of a layer before its experts. -> h, x, routing, k, v."""
         ...
 
-    def resident_layer(self, runtime: R, layer: int, h, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None):
+    def resident_layer(
+        self, runtime: R, layer: int, h, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
         """A layer that needs no copy of an expert, or has none (slots None). -> h, ids (None without experts), k, v."""
         ...

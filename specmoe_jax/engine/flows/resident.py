@@ -33,14 +33,14 @@ class ResidentFlow(PooledFlow):
         earlier: np.ndarray,
         predicted: np.ndarray,
         tree: Tree | None = None,
-    ) -> TargetPass:
+    ) -> TargetPass[KVCache]:
         lengths, num_new = jnp.asarray(lengths), jnp.asarray(num_new)
-        h, watched = embed(runtime, tokens, lengths, tree), runtime.feature_layers
+        h, watched, stay = embed(runtime, tokens, lengths, tree), runtime.feature_layers, _slots(runtime)
         keys, values, inputs = [], [], {}
         for layer, moe in enumerate(runtime.config.moe_index):
             if layer in watched:
                 inputs[layer] = h
-            slots = None if moe is None else runtime.experts.resident_slots[moe]
+            slots = None if moe is None else stay[moe]
             h, _, k, v = runtime.cache_tier.resident_layer(runtime, layer, h, kv, lengths, num_new, memory.pool, slots, tree)
             keys.append(k)
             values.append(v)
@@ -57,7 +57,14 @@ class ResidentFlow(PooledFlow):
         self, runtime: Runtime, moe: int, memory: ExpertMemory, h, x, routing: Routing
     ) -> tuple[jax.Array, ExpertMemory]:
         config = runtime.config.all_layers[runtime.config.expert_layers[moe]]
-        return stages.experts(config, h, x, routing, memory.pool, runtime.experts.resident_slots[moe]), memory
+        return stages.experts(config, h, x, routing, memory.pool, _slots(runtime)[moe]), memory
+
+
+def _slots(runtime: Runtime) -> np.ndarray:
+    """[L, E], those in which the experts stay."""
+    slots = runtime.experts.resident_slots
+    assert slots is not None
+    return slots
 
 
 FLOW = ResidentFlow()

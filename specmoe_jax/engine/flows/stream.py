@@ -44,13 +44,21 @@ class StreamFlow(ExpertFlow[Runtime, Session]):
         )
 
     def run_pass(
-        self, runtime: Runtime, state: State, tokens: np.ndarray, num_new: np.ndarray, *, predicted: np.ndarray, tree: Tree | None
+        self,
+        runtime: Runtime,
+        state: State[HostKV],
+        tokens: np.ndarray,
+        num_new: np.ndarray,
+        *,
+        predicted: np.ndarray,
+        tree: Tree | None,
     ) -> TargetPass:
         """The verification of all rows in micro-batches, and the prompts of the rows that join, in one pass.
 
         A micro-batch without an active row is left out; if nothing is active nor joins, all run with padding alone, to be compiled.
         """
-        idle, kv, memory = state.done, state.kv, state.memory
+        assert state.memory.buffers is not None
+        idle, kv, memory, buffers = state.done, state.kv, state.memory, state.memory.buffers
         prompts = [empty_chunk(state)] if idle else prompt_chunks(state)
         groups = np.split(np.arange(len(num_new), dtype=np.int32), runtime.plan.micro_batches)
         running = [idle or bool(num_new[rows].any()) for rows in groups]
@@ -67,11 +75,11 @@ class StreamFlow(ExpertFlow[Runtime, Session]):
         ]
         micro_batches = decoding + [prompt.micro_batch for prompt in prompts]
         if micro_batches:
-            done = stream_pass(runtime, memory.buffers, kv, micro_batches)
+            done = stream_pass(runtime, buffers, kv, micro_batches)
         else:  # prompts of one token alone join: there is nothing to fill a cache with
-            done = StreamedPass(h=[], features=[], kv=kv, buffers=memory.buffers)
+            done = StreamedPass(h=[], features=[], kv=kv, buffers=buffers)
         decoded = len(decoding)
-        watched = any(f is not None for f in done.features)
+        features = [f for f in done.features if f is not None]  # of all micro-batches or of none
         experts = runtime.config.num_experts if micro_batches else 0  # of a layer
         hits = len(runtime.experts.pinned_layers) * experts
         missed = runtime.config.num_moe_layers * experts - hits
@@ -81,11 +89,11 @@ class StreamFlow(ExpertFlow[Runtime, Session]):
             memory=memory._replace(buffers=done.buffers),
             counts=np.zeros_like(memory.usage_scores, dtype=np.int64),
             info=PassInfo(hits=hits, misses=missed, fetched=missed, waves=0, prefetched=0, prefetch_hits=0, routing=None),
-            features=_all_rows(runtime, done.features[:decoded], running) if watched else None,
-            prompts=tuple(zip(prompts, done.features[decoded:], strict=True)) if watched else (),
+            features=_all_rows(runtime, features[:decoded], running) if features else None,
+            prompts=tuple(zip(prompts, features[decoded:], strict=True)) if features else (),
         )
 
-    def init(self, session: Session, requests: list[Request], batch_shape: BatchShape) -> State:
+    def init(self, session: Session, requests: list[Request], batch_shape: BatchShape) -> State[HostKV]:
         """The prompts run through one step."""
         state, _ = self._init_queue(session, requests, batch_shape)
         state, waiting = admit(state, requests, session.plan.lookahead)
@@ -102,7 +110,9 @@ class StreamFlow(ExpertFlow[Runtime, Session]):
         session.figures.add_prefill_bytes(before, now)
         while waiting or not state.done:
             state, waiting = admit(state, waiting, session.plan.lookahead)
-            watches |= {state.requests[row].id: Stopwatch() for row in np.flatnonzero(state.joining)}
+            watches |= {
+                request.id: Stopwatch() for request, joins in zip(state.requests, state.joining, strict=True) if joins and request
+            }
             watch, before = Stopwatch(), now
             state, info = session.counted_step(state)
             now = moved(state.runtime)
@@ -117,7 +127,7 @@ class StreamFlow(ExpertFlow[Runtime, Session]):
             yield from step_events(session.model, state, info, watches)
         session.resources.put_back(state, batch_shape)
 
-    def _init_queue(self, session: Session, requests: list[Request], batch_shape: BatchShape) -> tuple[State, Moved]:
+    def _init_queue(self, session: Session, requests: list[Request], batch_shape: BatchShape) -> tuple[State[HostKV], Moved]:
         """A compiled state with no request in its rows, and what had moved before its pool was made."""
         runtime, account = job = session.resources.take(batch_shape)
         before, memory = moved(runtime), session.resources.expert_memory(job)
@@ -143,10 +153,10 @@ class StreamFlow(ExpertFlow[Runtime, Session]):
 
 def _first_buffers(runtime: Runtime) -> Buffers:
     """The pinned layers, and the layer buffers: the first streamed layers are on their way into all but one of them."""
-    store, index = runtime.experts.store, runtime.config.moe_index
+    store, index = runtime.experts.store, runtime.config.moe_layers.index
     # In the link's thread, as every stream: a disk tier has one caller, and an abandoned job's may still be at it.
     stay = [
-        runtime.context.workers.link.submit(store.stream, store.new_buffer(), store.send_for(index[layer]))
+        runtime.context.workers.link.submit(store.stream, store.new_buffer(), store.send_for(index(layer)))
         for layer in runtime.experts.pinned_layers
     ]
     pinned = tuple(stream.result() for stream in stay)

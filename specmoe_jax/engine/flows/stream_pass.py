@@ -5,6 +5,7 @@ waits for what its entry in the list says; on a CPU without an accelerator all o
 """
 
 import collections
+import concurrent.futures
 import time
 from typing import NamedTuple
 
@@ -71,10 +72,12 @@ class _Run:
         self.attended: dict = {}
         self.staging, self.appended = Staging(kv.staged), []
         self.routed: dict = {}
-        self.spare, self.readers, coming, self.cache = buffers
+        self.spare, readers, coming, self.cache = buffers
+        self.readers = list(readers)
         self.coming = collections.deque(coming)
         self.pinned = dict(zip(runtime.experts.pinned_layers, self.cache, strict=True))
-        self.due = self.current = None
+        self.due: concurrent.futures.Future | None = None
+        self.current: jax.Array | None = None
         self.handlers = {kind: getattr(self, f"_{kind}") for kind in KINDS}
         self.every_expert = np.arange(runtime.config.num_experts, dtype=np.int32)
 
@@ -96,7 +99,8 @@ class _Run:
         if not isinstance(self.runtime.draft, FeatureDraft):
             return None
         inputs = {layer: fetched(h) for layer, h in self.inputs[micro_batch].items()}
-        return self._offloaded(micro_batch, features(self.runtime, self._h(micro_batch), inputs))
+        taken = features(self.runtime, self._h(micro_batch), inputs)
+        return None if taken is None else self._offloaded(micro_batch, taken)
 
     def _h(self, micro_batch: int) -> jax.Array:
         """The hidden states of a micro-batch on the accelerator."""
@@ -205,8 +209,9 @@ class _Run:
             self.spare = self.current
 
     def _stream(self, task: Task) -> None:
+        assert self.spare is not None
         self.due = self.coming.popleft()
-        layer = self.runtime.experts.store.send_for(self.runtime.config.moe_index[task.layer])
+        layer = self.runtime.experts.store.send_for(self.runtime.config.moe_layers.index(task.layer))
         self.coming.append(self.runtime.context.workers.link.submit(self._bring, task, layer, self.spare, tuple(self.readers)))
         self.spare = None
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from specmoe_jax.checkpoints.channels import split_channels
 from specmoe_jax.engine.requests.finish import final_text
 from specmoe_jax.engine.state import Request, State, StepInfo
 from specmoe_jax.models.model import Model
@@ -27,6 +28,11 @@ class Completion:
     finish_reason: str
     num_prompt_tokens: int
     error: str | None = None
+
+    @property
+    def channels(self) -> dict[str, str]:
+        """What gpt-oss thought ("analysis") and answered ("final"), apart; {} of a text without channels."""
+        return split_channels(self.text)
 
 
 _NOT_FINITE = (
@@ -51,17 +57,18 @@ def step_events(model: Model, state: State, info: StepInfo, watches: dict[int, S
     """What one step gave the rows that were active in it. watches: by request id, since the prefill of each began."""
     for row in np.flatnonzero(info.active):
         request, tokens, reason = state.requests[row], state.generated[row], state.statuses[row].reason
+        assert request is not None  # the row is active
         new = tokens[info.start[row] :]
         completion = None if reason is None else _completion(model, request, tokens, reason)
         yield TokenEvent(id=request.id, token_ids=new, completion=completion, elapsed_s=watches[request.id].seconds)
 
 
 def _completion(model: Model, request: Request, tokens: tuple[int, ...], reason: str) -> Completion:
-    tokenizer, eos = model.tokenizer, model.config.eos_token_ids
+    tokenizer, ends = model.tokenizer, model.config.eos_token_ids + request.stop_ids
     return Completion(
         id=request.id,
         prompt=request.prompt,
-        text="" if tokenizer is None else final_text(tokens, request.params.stop, eos, tokenizer),
+        text="" if tokenizer is None else final_text(tokens, request.params.stop, ends, tokenizer, request.token_ids),
         token_ids=tokens,
         finish_reason=reason,
         num_prompt_tokens=len(request.source or request.token_ids),

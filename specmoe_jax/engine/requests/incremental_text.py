@@ -1,5 +1,7 @@
 """The text of a request while it grows: what of it can be shown already."""
 
+from collections.abc import Sequence
+
 from specmoe_jax.engine.requests.completion import TokenEvent
 from specmoe_jax.engine.requests.finish import safe_length
 from specmoe_jax.models.model import Model
@@ -8,8 +10,11 @@ from specmoe_jax.models.model import Model
 class IncrementalText:
     """The text of one request so far, and how much of it has been shown."""
 
-    def __init__(self, model: Model, stop: tuple[str, ...]):
-        self._decoder, self._stop, self._text, self._length = model.tokenizer.stream(), stop, "", 0
+    def __init__(self, model: Model, stop: tuple[str, ...], prompt: str | Sequence[int] = ()):
+        """prompt: what the text goes on from, where its decoding depends on that; nothing for an encoder-decoder."""
+        decoded = () if model.config.encoder is not None else prompt
+        ids = model.tokenizer.encode(decoded) if isinstance(decoded, str) else decoded
+        self._decoder, self._stop, self._text, self._length = model.tokenizer.stream(ids), stop, "", 0
 
     def push(self, event: TokenEvent) -> str:
         """The text to show now; what may turn out to begin a stop string is held back."""

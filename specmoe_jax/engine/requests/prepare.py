@@ -2,16 +2,17 @@
 
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from specmoe_jax.checkpoints.published.advice import tokenizer_advice
+from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.state import Request
 from specmoe_jax.models.eagle.config import EagleConfig
-from specmoe_jax.models.model import Model
 from specmoe_jax.planner.memory.account import cache_positions
 from specmoe_jax.planner.memory.fit import Memories, accounted, nearest, with_nearest
 from specmoe_jax.planner.memory.memory_account import DraftMemory, MemoryAccount, PagedLoad
@@ -19,6 +20,16 @@ from specmoe_jax.planner.workload import Workload
 from specmoe_jax.support.errors import BudgetError, RequestError
 
 UNLIMITED_BYTES = float(1 << 60)  # of a machine of which the plan's own budgets alone count
+
+
+class Reader(Protocol):
+    """What prompts are checked against: a Model, or what is known of one before a weight is read."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
 
 
 class BatchShape(NamedTuple):
@@ -81,11 +92,11 @@ def smallest_job(config: ModelConfig, plan: Plan) -> BatchShape:
 
 
 def check_job(
-    model, plan: Plan, prompts, params, *, draft_head: EagleConfig | None = None, draft_model: ModelConfig | None = None
+    model: Reader, plan: Plan, prompts, params, *, draft_head: EagleConfig | None = None, draft_model: ModelConfig | None = None
 ) -> MemoryAccount:
     """Refuses what `Engine.generate` would refuse, before a weight is read. -> the memory that the job takes.
 
-    model: a Model, or anything with its config and tokenizer. draft_head, draft_model: configurations of what drafts; without one
+    draft_head, draft_model: configurations of what drafts; without one
     an EAGLE head is taken to be of the published size, a draft model to take nothing.
     Raises PlanError, which names the nearest plan that fits, or RequestError.
     """
@@ -111,7 +122,7 @@ def check_job(
 
 
 def make_requests(
-    model: Model,
+    model: Reader,
     prompts: Sequence[str | Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams] | None,
     ids: Sequence[int] | None = None,
@@ -132,7 +143,7 @@ def make_requests(
     return [_request(model, i, prompt, p) for i, prompt, p in zip(ids, prompts, params, strict=True)]
 
 
-def refusal(model: Model, index: int, prompt: str, params: SamplingParams) -> str | None:
+def refusal(model: Reader, index: int, prompt: str | Sequence[int], params: SamplingParams) -> str | None:
     """Why prompt number `index` cannot be served, or None."""
     try:
         make_requests(model, [prompt], params, [index])
@@ -141,13 +152,16 @@ def refusal(model: Model, index: int, prompt: str, params: SamplingParams) -> st
     return None
 
 
-def _request(model: Model, index: int, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+def _request(model: Reader, index: int, prompt: str | Sequence[int], params: SamplingParams) -> Request:
     text = prompt if isinstance(prompt, str) else None
     if (text is not None or params.stop) and model.tokenizer is None:
-        raise RequestError(f"prompt {index} needs a tokenizer and the model has none; give token ids and no stop strings")
+        advice = tokenizer_advice(getattr(model, "path", None))
+        told = f" ({advice})" if advice else ""
+        raise RequestError(f"prompt {index} needs a tokenizer and the model has none; give token ids and no stop strings{told}")
     if text == "":  # also where the tokenizer would put a token of its own before it
         raise RequestError(f"prompt {index} is empty; give at least one character")
-    token_ids = tuple(model.tokenizer.encode(text)) if text is not None else _token_ids(index, prompt)
+    token_ids = tuple(model.tokenizer.encode(prompt)) if isinstance(prompt, str) else _token_ids(index, prompt)
+    stop_ids = _stop_ids(index, model.tokenizer, params.stop)
     window, vocab = model.config.max_positions, model.config.vocab_size
     if not token_ids:
         raise RequestError(f"prompt {index} is empty; give at least one token")
@@ -161,11 +175,24 @@ def _request(model: Model, index: int, prompt: str | Sequence[int], params: Samp
     encoder = model.config.encoder
     if encoder is None:
         limit = min(params.max_new_tokens, window - len(token_ids))
-        return Request(id=index, prompt=text, token_ids=token_ids, params=params, limit=limit)
+        return Request(id=index, prompt=text, token_ids=token_ids, params=params, limit=limit, stop_ids=stop_ids)
+    assert model.config.embedding is not None  # it has an encoder
     if model.config.embedding.pad_id in token_ids:
         raise RequestError(f"prompt {index} holds the padding token {model.config.embedding.pad_id}; leave it out")
     limit = min(params.max_new_tokens, window - len(encoder.start))
-    return Request(id=index, prompt=text, token_ids=encoder.start, params=params, limit=limit, source=token_ids)
+    return Request(id=index, prompt=text, token_ids=encoder.start, params=params, limit=limit, source=token_ids, stop_ids=stop_ids)
+
+
+def _stop_ids(index: int, tokenizer, stop: tuple[str, ...]) -> tuple[int, ...]:
+    """Ids of the stop strings that are special tokens. Raises RequestError for one that holds more than such a token."""
+    if not isinstance(tokenizer, Tokenizer) or tokenizer.shows_special:  # where texts show them they are found there
+        return ()
+    ids = {string: tokenizer.special_id(string) for string in stop}
+    for string, found in ids.items():
+        if found is None and (token := tokenizer.special_in(string)):
+            said = f"prompt {index}: stop {string!r} holds the special token {token} beside other text"
+            raise RequestError(f"{said}; give {token} alone")
+    return tuple(found for found in ids.values() if found is not None)
 
 
 def _checked_ids(ids: Sequence[int], count: int) -> list[int]:

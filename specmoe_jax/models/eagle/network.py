@@ -6,6 +6,7 @@ al. 2025) takes the residual streams before three layers of the target, and has 
 vocabulary of its own. Row i of a head, at position i, holds feature_i and the token after it and gives feature_{i+1}.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ class EagleHead:
     """A loaded head with what it borrows from the target: embed and output, both [V, M]."""
 
     config: EagleConfig = struct.field(pytree_node=False)
-    weights: EagleWeights
+    weights: EagleWeights[jax.Array]
     embed: jax.Array
     output: jax.Array
 
@@ -40,9 +41,15 @@ class Grown(NamedTuple):
     tree: Tree
 
 
-def fuse(weights: EagleWeights, features: jax.Array) -> jax.Array:
+def fuse(head: EagleHead, features: jax.Array) -> jax.Array:
     """What a head makes of the target's features [..., M']: themselves, or EAGLE-3's mixture of three -> [..., M]."""
-    return features if weights.hidden_norm is None else affine(features, weights.fc, weights.fc_bias)
+    config, weights = head.config, head.weights
+    if not config.fused:
+        return features
+    if config.norm_before_fc:
+        assert weights.fc_norm is not None
+        features = rms_norm(features, weights.fc_norm, config.layer.norm_eps)
+    return affine(features, weights.fc, weights.fc_bias)
 
 
 def layer_input(head: EagleHead, tokens: jax.Array, feature: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -52,8 +59,10 @@ def layer_input(head: EagleHead, tokens: jax.Array, feature: jax.Array) -> tuple
         h = affine(jnp.concatenate([embedded, feature], axis=-1), weights.fc, weights.fc_bias)
         return h, h
     eps = config.layer.norm_eps
-    normed = (rms_norm(embedded, weights.layer.input_norm, eps), rms_norm(feature, weights.hidden_norm, eps))
-    return feature, jnp.concatenate(normed, axis=-1)
+    assert weights.layer.input_norm is not None and weights.hidden_norm is not None
+    normed = rms_norm(feature, weights.hidden_norm, eps)
+    x = jnp.concatenate([rms_norm(embedded, weights.layer.input_norm, eps), normed], axis=-1)
+    return normed if config.norm_before_residual else feature, x
 
 
 class Projected(NamedTuple):
@@ -89,7 +98,9 @@ def project_tree(head: EagleHead, tokens: jax.Array, feature: jax.Array, grown: 
 def finish(head: EagleHead, h: jax.Array, attended: jax.Array) -> jax.Array:
     """The layer after its attention: h [B, T, M], of attended [B, T', H, D] the last T -> predicted features [B, T, M]."""
     new = h.shape[1]
-    return layers.post_attention(head.config.layer, head.weights.layer, h, attended[:, -new:], jnp.ones(h.shape[:2], bool))[0]
+    config, weights = head.config, head.weights
+    out = layers.post_attention(config.layer, weights.layer, h, attended[:, -new:], jnp.ones(h.shape[:2], bool))[0]
+    return rms_norm(out, weights.norm, config.layer.norm_eps) if config.norm_output else out
 
 
 def forward(
@@ -121,7 +132,9 @@ def logits(head: EagleHead, feature: jax.Array) -> jax.Array:
     weights = head.weights
     if weights.lm_head is None:
         return layers.output(head.output, feature)
-    own = layers.output(weights.lm_head, rms_norm(feature, weights.norm, head.config.layer.norm_eps))
+    assert weights.norm is not None  # an EAGLE-3 head
+    normed = feature if head.config.norm_output else rms_norm(feature, weights.norm, head.config.layer.norm_eps)
+    own = layers.output(weights.lm_head, normed)
     return jnp.full((*own.shape[:-1], len(head.embed)), -jnp.inf).at[..., weights.to_target].set(own)
 
 
@@ -148,10 +161,10 @@ def random_head(config: EagleConfig, model: Model, *, seed: int = 0) -> EagleHea
     """A head of random weights for a model, for tests. EAGLE-3's vocabulary: every other token of the target's."""
     weights = map_specs(lambda spec: jnp.asarray(random_tensor(spec, seed), model.dtype), weight_specs(config))
     if config.fused:
-        weights = weights.replace(to_target=2 * jnp.arange(config.draft_vocab_size, dtype=jnp.int32))
+        weights = dataclasses.replace(weights, to_target=2 * jnp.arange(config.draft_vocab_size, dtype=jnp.int32))
     return attach(config, weights, model)
 
 
-def attach(config: EagleConfig, weights: EagleWeights, model: Model) -> EagleHead:
+def attach(config: EagleConfig, weights: EagleWeights[jax.Array], model: Model) -> EagleHead:
     """The head of a model, which lends it embedding and output matrix."""
     return EagleHead(config=config, weights=weights, embed=model.weights.embed, output=layers.output_matrix(model.weights))

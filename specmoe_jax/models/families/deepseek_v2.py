@@ -2,9 +2,9 @@
 
 from specmoe_jax.config.layer_config import RouterConfig
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.models.families import naming
-from specmoe_jax.models.families.config_json import number, require, show, size
-from specmoe_jax.models.families.parse import first_dense, latent_attention, limited_to_groups, model_config, query_rank
+from specmoe_jax.models.published import naming
+from specmoe_jax.models.published.config_json import number, require, show, size
+from specmoe_jax.models.published.parse import first_dense, latent_attention, limited_to_groups, model_config, query_rank
 from specmoe_jax.models.spec import LayerWeights, Weights
 from specmoe_jax.support.errors import CheckpointError
 

@@ -1,9 +1,9 @@
 """DeepSeek-V3, R1, V3.1, Kimi-K2 and Moonlight (DeepSeek-AI 2024): V2's latent attention, experts chosen by biased sigmoids."""
 
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.models.families import naming
-from specmoe_jax.models.families.config_json import require, size
-from specmoe_jax.models.families.parse import biased_router, first_dense, latent_attention, model_config, mtp_layers, query_rank
+from specmoe_jax.models.published import naming
+from specmoe_jax.models.published.config_json import require, size
+from specmoe_jax.models.published.parse import biased_router, first_dense, latent_attention, model_config, mtp_layers, query_rank
 from specmoe_jax.models.spec import LayerWeights, Weights
 
 ARCHITECTURE = "DeepseekV3ForCausalLM"

@@ -1,9 +1,9 @@
 """GLM-4.5, -Air, 4.6, 4.7 (Zhipu AI 2025): half of each head rotated, DeepSeek-V3's router and shared experts."""
 
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.models.families import naming
-from specmoe_jax.models.families.config_json import flag, require, size
-from specmoe_jax.models.families.parse import biased_router, first_dense, grouped_attention, model_config, mtp_layers
+from specmoe_jax.models.published import naming
+from specmoe_jax.models.published.config_json import flag, require, size
+from specmoe_jax.models.published.parse import biased_router, first_dense, grouped_attention, model_config, mtp_layers
 from specmoe_jax.models.spec import LayerWeights, Weights
 
 ARCHITECTURE = "Glm4MoeForCausalLM"

@@ -2,8 +2,8 @@
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.families import deepseek_v3
-from specmoe_jax.models.families.config_json import named_layers, num_layers
-from specmoe_jax.models.families.parse import first_dense
+from specmoe_jax.models.published.config_json import named_layers, num_layers
+from specmoe_jax.models.published.parse import first_dense
 
 ARCHITECTURE = "Glm4MoeLiteForCausalLM"
 

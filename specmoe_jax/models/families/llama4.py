@@ -4,8 +4,8 @@ import dataclasses
 
 from specmoe_jax.config.layer_config import AttentionConfig, RouterConfig
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.models.families import naming
-from specmoe_jax.models.families.config_json import (
+from specmoe_jax.models.published import naming
+from specmoe_jax.models.published.config_json import (
     flag,
     layer_numbers,
     layer_types,
@@ -16,7 +16,7 @@ from specmoe_jax.models.families.config_json import (
     size,
     window,
 )
-from specmoe_jax.models.families.parse import grouped_attention, model_config
+from specmoe_jax.models.published.parse import grouped_attention, model_config
 from specmoe_jax.models.spec import LayerWeights, Layout, Weights
 from specmoe_jax.support.errors import CheckpointError
 
@@ -70,9 +70,8 @@ def expert_layouts(config: ModelConfig, layer: int, expert: int) -> tuple[Layout
     return (naming.transposed_layout(config.experts, config.num_experts, prefix, expert),)
 
 
-def canonical_name(name: str) -> str | None:
-    """Without the prefix that the text part has beside a vision part; None for that other part."""
-    return None if name.startswith(("vision_model.", "multi_modal_projector.")) else name.removeprefix("language_model.")
+def canonical_name(name: str) -> str:
+    return name
 
 
 def _rotated_layers(raw: dict, count: int) -> frozenset[int]:

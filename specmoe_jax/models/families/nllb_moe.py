@@ -4,7 +4,7 @@ import math
 
 from specmoe_jax.config.layer_config import AttentionConfig, Embedding, EncoderConfig, ExpertConfig, LayerConfig, RouterConfig
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.models.families import config_json as read
+from specmoe_jax.models.published import config_json as read
 from specmoe_jax.models.spec import (
     CrossWeights,
     EncoderWeights,
@@ -23,7 +23,8 @@ from specmoe_jax.support.errors import CheckpointError
 
 ARCHITECTURE = "NllbMoeForConditionalGeneration"
 NORM_EPS = 1e-5  # PyTorch's default, of which the configs say nothing
-DUPLICATES = ("lm_head.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")  # of model.shared
+COPIES_OF_EMBEDDING = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")  # of model.shared
+POSITIONS = ".embed_positions.weights"  # sinusoids, which older releases stored
 
 
 def parse_config(raw: dict) -> ModelConfig:
@@ -102,8 +103,8 @@ def expert_layouts(config: ModelConfig, layer: int, expert: int) -> tuple[Layout
 
 
 def canonical_name(name: str) -> str | None:
-    """None for what repeats the shared embedding."""
-    return None if name in DUPLICATES else name
+    """None for positions, which are computed."""
+    return None if name.endswith(POSITIONS) else name
 
 
 def _refuse_what_is_not_lossless(raw: dict) -> None:

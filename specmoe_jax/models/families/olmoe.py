@@ -2,9 +2,9 @@
 
 from specmoe_jax.config.layer_config import RouterConfig
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.models.families import naming
-from specmoe_jax.models.families.config_json import flag, require, size
-from specmoe_jax.models.families.parse import grouped_attention, model_config
+from specmoe_jax.models.published import naming
+from specmoe_jax.models.published.config_json import flag, require, size
+from specmoe_jax.models.published.parse import grouped_attention, model_config
 from specmoe_jax.models.spec import LayerWeights, Weights
 
 ARCHITECTURE = "OlmoeForCausalLM"

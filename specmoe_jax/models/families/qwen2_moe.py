@@ -4,9 +4,9 @@ import dataclasses
 
 from specmoe_jax.config.layer_config import AttentionConfig, RouterConfig
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.models.families import naming
-from specmoe_jax.models.families.config_json import flag, layer_types, num_layers, require, size, window
-from specmoe_jax.models.families.parse import dense_layers, grouped_attention, model_config
+from specmoe_jax.models.published import naming
+from specmoe_jax.models.published.config_json import flag, layer_types, num_layers, require, size, window
+from specmoe_jax.models.published.parse import dense_layers, grouped_attention, model_config
 from specmoe_jax.models.spec import LayerWeights, TensorSpec, Weights
 
 ARCHITECTURE = "Qwen2MoeForCausalLM"

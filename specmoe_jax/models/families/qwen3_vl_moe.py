@@ -2,9 +2,10 @@
 
 from specmoe_jax.config.layer_config import RouterConfig
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.models.families import naming, qwen3_moe
-from specmoe_jax.models.families.config_json import require, size
-from specmoe_jax.models.families.parse import dense_layers, grouped_attention, model_config
+from specmoe_jax.models.families import qwen3_moe
+from specmoe_jax.models.published import naming
+from specmoe_jax.models.published.config_json import require, size
+from specmoe_jax.models.published.parse import dense_layers, grouped_attention, model_config
 from specmoe_jax.models.spec import Layout
 
 ARCHITECTURE = "Qwen3VLMoeTextModel"

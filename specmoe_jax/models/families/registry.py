@@ -1,42 +1,31 @@
-"""The families that can be run, by the `architectures` entry of config.json."""
+"""The families that can be run, by the class that config.json names, or by its model_type where it names none."""
 
+import importlib
 from types import ModuleType
 
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.models.families import (
-    deepseek_v2,
-    deepseek_v3,
-    glm4_moe,
-    glm4_moe_lite,
-    gpt_oss,
-    granite_moe,
-    llama4,
-    minimax_m2,
-    mixtral,
-    nllb_moe,
-    olmoe,
-    qwen2_moe,
-    qwen3_moe,
-    qwen3_vl_moe,
-)
+from specmoe_jax.models.published.config_json import show
 from specmoe_jax.support.errors import CheckpointError
 
-FAMILIES: dict[str, ModuleType] = {
-    "mixtral": mixtral,
-    "qwen3_moe": qwen3_moe,
-    "qwen2_moe": qwen2_moe,
-    "olmoe": olmoe,
-    "deepseek_v2": deepseek_v2,
-    "deepseek_v3": deepseek_v3,
-    "glm4_moe": glm4_moe,
-    "glm4_moe_lite": glm4_moe_lite,
-    "minimax_m2": minimax_m2,
-    "granite_moe": granite_moe,
-    "qwen3_vl_moe": qwen3_vl_moe,
-    "gpt_oss": gpt_oss,
-    "llama4": llama4,
-    "nllb_moe": nllb_moe,
-}
+# One line a family: its module in this folder. Where two families could read a config, the first one does.
+_MODULES = (
+    "mixtral",
+    "qwen3_moe",
+    "qwen2_moe",
+    "olmoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "minimax_m2",
+    "granite_moe",
+    "qwen3_vl_moe",
+    "gpt_oss",
+    "llama4",
+    "nllb_moe",
+)
+FAMILIES: dict[str, ModuleType] = {name: importlib.import_module(f"{__package__}.{name}") for name in _MODULES}
+OTHER_TYPES = {"granitemoe": "granite_moe", "kimi_k2": "deepseek_v3", "kimi_k25": "deepseek_v3"}  # model_type -> family
 
 
 def family_of(config: ModelConfig) -> ModuleType:
@@ -51,12 +40,32 @@ def wrappers(family: ModuleType) -> tuple[str, ...]:
 
 def parse_config(raw: dict) -> ModelConfig:
     """ModelConfig of a config.json. Raises CheckpointError for an architecture that is not built."""
-    architectures = raw.get("architectures") or []
-    text = raw.get("text_config")
-    for family in FAMILIES.values():
-        if isinstance(text, dict) and set(wrappers(family)).intersection(architectures):
-            return family.parse_config({"tie_word_embeddings": raw.get("tie_word_embeddings")} | text)
-        if family.ARCHITECTURE in architectures:
-            return family.parse_config(raw)
+    classes = raw.get("architectures") or []
+    named = [name for name in classes if isinstance(name, str)] if isinstance(classes, list) else []
+    for key, family in FAMILIES.items():
+        text = {"tie_word_embeddings": raw.get("tie_word_embeddings")} | raw["text_config"] if _has_text_part(raw, family) else None
+        if any(name in _class_names(family) for name in named) or (not classes and _model_type(raw) == key):
+            return family.parse_config(text or raw)
+        if text and any(name in wrappers(family) for name in named):
+            return family.parse_config(text)
     known = ", ".join(name for family in FAMILIES.values() for name in (family.ARCHITECTURE, *wrappers(family)))
-    raise CheckpointError(f"config.json: architectures is {architectures!r}; this version runs {known}")
+    got = f"architectures is {show(classes)}" if classes else f"no architectures, and model_type is {show(raw.get('model_type'))}"
+    raise CheckpointError(f"config.json: {got}; this version runs {known}")
+
+
+def _class_names(family: ModuleType) -> tuple[str, ...]:
+    """The class with the output matrix, and the base class that some checkpoints were saved from."""
+    stem = family.ARCHITECTURE.removesuffix("ForCausalLM").removesuffix("ForConditionalGeneration")
+    return family.ARCHITECTURE, f"{stem}Model", f"{stem}TextModel"
+
+
+def _model_type(raw: dict) -> str | None:
+    """The key of the family that model_type names."""
+    model_type = raw.get("model_type")
+    key = model_type.replace("-", "_").removesuffix("_text") if isinstance(model_type, str) else None
+    return OTHER_TYPES.get(key, key)
+
+
+def _has_text_part(raw: dict, family: ModuleType) -> bool:
+    """Whether the config of the language model is an object of its own, beside other parts."""
+    return bool(wrappers(family)) and isinstance(raw.get("text_config"), dict)

@@ -27,6 +27,7 @@ class EagleDraft(DraftDescription):
     given = "draft_head"
     splits_cache = True
     assumed_acceptance = EAGLE_MIXTRAL
+    is_measured = True
 
     def check(self, plan: Plan, config: ModelConfig) -> None:
         check_decoder(plan, config)

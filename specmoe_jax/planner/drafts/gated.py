@@ -21,6 +21,7 @@ ASLEEP_S = 2e-3  # of a layer's wait for the link, after which cores are slow to
 class GatedDraft(DraftDescription):
     fields = GATED_FIELDS
     gated = True
+    is_measured = True
 
     def check(self, plan: Plan, config: ModelConfig) -> None:
         super().check(plan, config)

@@ -20,7 +20,8 @@ class MergedDraft(GatedDraft):
             )
 
     def merged_slots(self, plan: Plan, config: ModelConfig) -> int:
-        return config.num_moe_layers * (plan.draft_experts or 0)
+        each = 0 if isinstance(plan.draft_experts, tuple) else plan.draft_experts or 0  # a tuple is refused
+        return config.num_moe_layers * each
 
 
 DRAFT = MergedDraft()

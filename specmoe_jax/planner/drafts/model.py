@@ -18,7 +18,6 @@ class ModelDraft(DraftDescription):
     name = "model"
     given = "draft_model"
     assumed_acceptance = 0.6
-    is_measured = False
 
     def check(self, plan: Plan, config: ModelConfig) -> None:
         check_decoder(plan, config)
@@ -40,9 +39,6 @@ class ModelDraft(DraftDescription):
         catch_up = resident_pass(model, load, used, itemsize, tier=ACCELERATOR)
         token = resident_pass(model, one, min(used, load.rows * model.experts_per_token), itemsize, tier=ACCELERATOR)
         return DraftCosts(costs=(*catch_up, *(token * (length - 1))))
-
-    def measured_seconds(self, plan, config, operators, case) -> float:
-        raise PlanError("draft=model has no measured operators; predict it from the rates of the machine")
 
 
 def resident_plan(model: ModelConfig, plan: Plan) -> Plan:

@@ -17,7 +17,6 @@ class MtpDraft(DraftDescription):
     name = "mtp"
     given = "mtp_head"
     assumed_acceptance = 0.7  # of the first token 0.7 to 0.9, of the third 0.33 to 0.65 in published figures
-    is_measured = False
 
     def check(self, plan: Plan, config: ModelConfig) -> None:
         if config.mtp_layers != 1:
@@ -52,9 +51,6 @@ class MtpDraft(DraftDescription):
             )
 
         return DraftCosts(costs=(*layer(load), *(layer(one) * (length - 1))))
-
-    def measured_seconds(self, plan, config, operators, case) -> float:
-        raise PlanError("draft=mtp has no measured operators; predict it from the rates of the machine")
 
     def layers(self, config: ModelConfig) -> int:
         return 1

@@ -6,6 +6,7 @@ from specmoe_jax.planner.drafts.protocol import DraftDescription
 class NgramDraft(DraftDescription):
     name = "ngram"
     assumed_acceptance = 0.2
+    is_measured = True
 
     def operator(self, *, trees: bool) -> str:
         return "lookup"

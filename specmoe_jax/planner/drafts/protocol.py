@@ -44,7 +44,8 @@ class DraftDescription(Protocol):
     that it needs. gated: it runs the target's own gates over resident experts, so it needs an expert flow that keeps some.
     splits_cache: a part of its cache may be in host memory. default_draft_set: the policy where the plan names none.
     assumed_acceptance: where nothing was measured. tried_unmeasured: the planner considers it nevertheless.
-    is_measured: its operators are among those that a profile measures.
+    is_measured: its operators are among those that a profile measures, and `measured_seconds` adds them up; else its plans are
+    predicted from the rates of the machine.
     """
 
     name: str
@@ -55,7 +56,7 @@ class DraftDescription(Protocol):
     default_draft_set: str = "hot_global"
     assumed_acceptance: Rate = 0.5
     tried_unmeasured: bool = False
-    is_measured: bool = True
+    is_measured: bool = False
 
     @property
     def drafts(self) -> bool:
@@ -106,8 +107,8 @@ class DraftDescription(Protocol):
         return NOTHING
 
     def measured_seconds(self, plan: Plan, config: ModelConfig, operators: "Operators", case: "Case") -> float:
-        """The same, from measured operators."""
-        return 0.0
+        """The same, from measured operators. Raises PlanError where there are none."""
+        raise PlanError(f"draft={self.name} has no measured operators; predict it from the rates of the machine")
 
     def operator(self, *, trees: bool) -> str | None:
         """The measured operator of its drafting, one of measured.operators; None without one."""

@@ -40,12 +40,13 @@ class PooledFlow:
     def memory(self, config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int, paged: PagedLoad | None) -> FlowMemory:
         tokens = max(plan.tokens_per_pass, plan.prefill_chunk) * batch_rows
         dispatch = min(config.num_experts, tokens * config.experts_per_token)
-        pinned = sum(pinned_experts(config, plan))
+        everything = config.num_expert_layers * config.num_experts  # an encoder's as well
+        pinned = everything if self.all_resident else sum(pinned_experts(config, plan))
         return FlowMemory(
             pass_tokens=tokens,
             dispatch=dispatch,
             pinned_slots=pinned,
-            wanted_slots=pinned + (0 if pinned == config.num_expert_layers * config.num_experts else dispatch),
+            wanted_slots=pinned + (0 if pinned == everything else dispatch),
             cached_positions=batch_rows * positions,
         )
 

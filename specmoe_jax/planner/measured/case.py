@@ -1,10 +1,14 @@
 """What a step of a plan meets: rows, contexts, and how many different experts its tokens need and find. Pure."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+import numpy as np
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.planner.routing import distinct
+
+Count = TypeVar("Count", float, np.ndarray)
 
 
 class Case(NamedTuple):
@@ -29,7 +33,7 @@ class Case(NamedTuple):
         return choosing(self.rows, new, self.row_share, self.run_share)
 
 
-def choosing(rows: float, new: float, row_share: float, run_share: float) -> float:
+def choosing(rows: Count, new: Count, row_share: float, run_share: float) -> Count:
     """Tokens that choose independently and need as many different experts as `rows` rows of `new` positions."""
     return (1 + row_share * (rows - 1)) * (1 + run_share * (new - 1))
 

@@ -67,6 +67,7 @@ class LinearCost(NamedTuple):
     def _ratio(self, work: dict[str, float]) -> float:
         if not self.ratios:
             return 1.0
+        assert self.size is not None  # the ratios are by it
         values, ratios = zip(*self.ratios, strict=True)
         return float(np.interp(np.log(max(work[self.size], values[0])), np.log(values), ratios))
 

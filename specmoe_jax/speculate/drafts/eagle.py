@@ -29,7 +29,10 @@ class EagleMemory(NamedTuple):
 
 def tree_shape(plan: Plan) -> TreeShape | None:
     """That of a plan, None where it drafts a chain."""
-    return None if plan.draft_tree_tokens is None else TreeShape(top_k=plan.draft_tree_top_k, tokens=plan.draft_tree_tokens)
+    if plan.draft_tree_tokens is None:
+        return None
+    assert plan.draft_tree_top_k is not None
+    return TreeShape(top_k=plan.draft_tree_top_k, tokens=plan.draft_tree_tokens)
 
 
 class EagleDraft(NamedTuple):
@@ -92,9 +95,9 @@ def draft_chain(logits: jax.Array, view: DraftView, feature: jax.Array, advance:
 
 @functools.partial(jax.jit, donate_argnums=1)
 def _observe(head: EagleHead, memory: EagleMemory, rows, following, features, lengths, num_new) -> EagleMemory:
-    """See speculate.draft.FeatureDraft."""
+    """See speculate.drafts.protocol.FeatureDraft."""
     with jax.named_scope("eagle_observe"):
-        feature = eagle.fuse(head.weights, features.astype(head.weights.fc.dtype))
+        feature = eagle.fuse(head, features.astype(head.weights.fc.dtype))
         predicted, kv = eagle.forward(head, following, feature, memory.kv, rows, lengths, num_new)
         return EagleMemory(kv=kv, feature=remember(memory.feature, predicted, rows, num_new))
 

@@ -42,6 +42,7 @@ def merge(read_block: Callable[[int], np.ndarray], groups: Groups, group: int) -
         dtype = block.dtype
         share = np.float32(groups.weights[expert]) * _as_float(block)
         total = share if total is None else np.add(total, share, out=total)
+    assert total is not None  # a group has members
     return total if dtype == np.float32 else total.astype(ml_dtypes.bfloat16).view(np.uint16)
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from specmoe_jax.types import KVCache, Proposal, SamplingRows
+from specmoe_jax.types import Proposal, SamplingRows
 
 
 class DraftView(NamedTuple):
@@ -14,8 +14,8 @@ class DraftView(NamedTuple):
 
     length: N, tokens to propose in this step; the engine may change it from step to step.
     positions: S, cache positions that a row can fill.
-    kv: the target's cache; a draft that writes rows must return the new one (the old is donated). Rows at and
-        after `lengths` are free to write: verification overwrites every one of them.
+    kv: the target's KVCache, under expert_flow=stream its pages in host memory; a draft that writes rows must return
+        the new one (the old is donated). Rows at and after `lengths` are free to write: verification overwrites every one of them.
     lengths: [B] int32, committed rows of the cache; the last committed token is not in it yet.
     last_token: [B] int32. active: [B] bool, False for finished rows.
     ids: [B] int64, the request of each row, -1 for none; a row may serve one after the other.
@@ -30,7 +30,7 @@ class DraftView(NamedTuple):
 
     length: int
     positions: int
-    kv: KVCache
+    kv: Any
     lengths: np.ndarray
     last_token: np.ndarray
     active: np.ndarray
@@ -39,14 +39,14 @@ class DraftView(NamedTuple):
     rows: SamplingRows
     keys: jax.Array | None
     coupled: jax.Array | None
-    forward: Callable
+    forward: Callable | None
     memory: Any = None
 
 
 class Draft(Protocol):
     """Proposes tokens. Any proposal is safe: verification decides, the text never changes."""
 
-    def propose(self, view: DraftView) -> tuple[Proposal, KVCache]:
+    def propose(self, view: DraftView) -> tuple[Proposal, Any]:
         """The tokens [B, view.length] with the distribution they were drawn from, and the cache after drafting."""
         ...
 
@@ -59,7 +59,8 @@ class FeatureDraft(Draft, Protocol):
     final norm.
     """
 
-    feature_layers: tuple[int, ...]
+    @property
+    def feature_layers(self) -> tuple[int, ...]: ...
 
     def new_memory(self, rows: int, positions: int) -> Any:
         """The memory of a batch of `rows` rows B, before anything was observed."""

@@ -18,6 +18,7 @@ class SelfDraft:
     """
 
     def propose(self, view: DraftView) -> tuple[Proposal, KVCache]:
+        assert view.forward is not None  # the plan keeps draft experts
         kv, token, tokens, probs = view.kv, view.last_token, [], []
         for position in range(view.length):
             logits, kv = view.forward(kv, token, view.lengths + np.int32(position))

@@ -16,11 +16,11 @@ DECAY = 0.8  # weight of the past per step under "decay": half of it is gone aft
 
 
 class DraftSetPolicy(NamedTuple):
-    """Experts are ranked by a score per layer; what the score remembers from step to step are the votes.
+    """Experts are ranked by a score per layer; what the score remembers from step to step are the usage scores.
 
-    scores: (votes [E], counts [E], layer) -> [E], while the layer is being verified. counts: choices of this
+    scores: (usage scores [E], counts [E], layer) -> [E], while the layer is being verified. counts: choices of this
         pass (and of the earlier chunks of a prefill).
-    update: (votes [L, E], counts [L, E], accepted [L, E]) -> [L, E], after the step. accepted: choices of the
+    update: (usage scores [L, E], counts [L, E], accepted [L, E]) -> [L, E], after the step. accepted: choices of the
         positions whose tokens were committed.
     resting: in the place of scores while a guard rests from drafting; None: the same. name: in the figures.
     """
@@ -40,9 +40,9 @@ class Setting(NamedTuple):
 
 
 def hot_temporal(setting: Setting) -> DraftSetPolicy:
-    """SpecMoE's: the latest pass alone votes, so the chosen were just fetched and the switch moves nothing.
+    """SpecMoE's: the latest pass alone counts, so the chosen were just fetched and the switch moves nothing.
 
-    While a guard rests, a pass is one token a row, a poor guide, and all passes vote as in hot_global.
+    While a guard rests, a pass is one token a row, a poor guide, and all passes count as in hot_global.
     """
     if setting.guard:
         everything = hot_global(setting)
@@ -73,7 +73,7 @@ def decayed(setting: Setting) -> DraftSetPolicy:
 
 
 def accepted_only(setting: Setting) -> DraftSetPolicy:
-    """Ours: only committed positions vote, known after the pass, so the set lags by a step and may have to move."""
+    """Ours: only committed positions count, known after the pass, so the set lags by a step and may have to move."""
     return DraftSetPolicy(
         scores=lambda usage_scores, counts, layer: usage_scores,
         update=lambda usage_scores, counts, accepted: accepted.astype(usage_scores.dtype),

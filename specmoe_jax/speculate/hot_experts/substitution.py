@@ -36,6 +36,7 @@ def draft_slots(slot_of: np.ndarray, neighbours: np.ndarray | None, plan: Plan) 
     """
     if plan.substitution == "mask":
         return [MaskedSlots(own=own) for own in slot_of]
+    assert neighbours is not None and plan.draft_experts is not None
     if plan.substitution == "distinct":
         sizes = plan.draft_experts if isinstance(plan.draft_experts, tuple) else (plan.draft_experts,) * len(slot_of)
         nearest = _nearest(slot_of, neighbours, max(sizes))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from specmoe_jax.config.layer_config import AttentionConfig, ExpertConfig, Latent, LayerConfig, RouterConfig
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.models.families import config_json as read
+from specmoe_jax.models.published import config_json as read
 from specmoe_jax.models.rope import parameters_of, read_rope, rope_type, yarn_mscale
 from specmoe_jax.support.errors import CheckpointError
 

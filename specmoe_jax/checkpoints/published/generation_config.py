@@ -1,0 +1,48 @@
+"""generation_config.json: how a checkpoint wants to be sampled, and which of its wishes are not built."""
+
+import math
+import pathlib
+import warnings
+
+from specmoe_jax.checkpoints.files import read_json
+from specmoe_jax.support.errors import CheckpointError
+
+GENERATION_CONFIG = "generation_config.json"
+_RANGES = {"temperature": lambda v: v >= 0, "top_k": lambda v: v >= 0 and v == int(v), "top_p": lambda v: 0 < v <= 1}
+# What changes the text and is not built, with the values that change nothing; the second lot only where tokens are drawn.
+_ALWAYS = {
+    "repetition_penalty": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "encoder_repetition_penalty": (1,),
+    "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "bad_words_ids": ([],), "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],), "sequence_bias": ({},), "forced_eos_token_id": (), "num_beams": (1,), "penalty_alpha": (0,),
+    "min_length": (0,), "min_new_tokens": (0,), "exponential_decay_length_penalty": (), "guidance_scale": (1,),
+    "remove_invalid_values": (False,), "stop_strings": ([],), "watermarking_config": (), "diversity_penalty": (0,),
+}  # fmt: skip
+_SAMPLED = {"min_p": (0,), "typical_p": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,), "top_h": ()}
+
+
+def sampling_defaults(path: pathlib.Path) -> dict[str, float | int]:
+    """What generation_config.json asks for: any of temperature, top_k and top_p; {} means greedy.
+
+    Warns once of what it asks for beside that. Raises CheckpointError for values outside their range.
+    """
+    raw = read_json(path / GENERATION_CONFIG) if (path / GENERATION_CONFIG).exists() else {}
+    if ignored := ignored_wishes(raw):
+        said = ", ".join(f"{key}={value}" for key, value in ignored.items())
+        warnings.warn(f"{GENERATION_CONFIG} asks for {said}, which is not built: it is ignored", stacklevel=2)
+    if not raw.get("do_sample", False):
+        return {}
+    defaults = {}
+    for name, valid in _RANGES.items():
+        value = raw.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or not valid(value):
+            raise CheckpointError(f"{GENERATION_CONFIG}: {name} is {str(value)[:50]!r}; expected a number in its range")
+        defaults[name] = int(value) if name == "top_k" else float(value)
+    return {"temperature": 1.0} | defaults if defaults.get("temperature") != 0 else {}
+
+
+def ignored_wishes(raw: dict) -> dict:
+    """Keys of a generation config that would change the text and are not built, with their values."""
+    neutral = _ALWAYS | (_SAMPLED if raw.get("do_sample") else {})
+    return {key: raw[key] for key, without in neutral.items() if raw.get(key) is not None and raw[key] not in without}

@@ -1,0 +1,1 @@
+"""What families share of published checkpoints: reading config.json, naming tensors."""

@@ -135,6 +135,27 @@ SPECMOE_INLINE float sum_lanes(vf v) {
   return v[0];
 }
 
+// The lanes of a and b in halves of `half` lanes, one after the other: first halves of both plus second halves of both.
+template <int half>
+SPECMOE_INLINE vf add_halves(vf a, vf b) {
+  vi first, second;
+  SPECMOE_UNROLL for (int i = 0; i < kLanes; ++i) {
+    const int j = i / half * 2 * half + i % half;  // of a followed by b
+    first[i] = j;
+    second[i] = j + half;
+  }
+  return shuffle(a, b, first) + shuffle(a, b, second);
+}
+
+// sum_lanes of four vectors at once, in two fifths of the instructions and with the same bits.
+SPECMOE_INLINE void sum_lanes_of_four(const vf (&v)[4], float* to) {
+  constexpr int kQuarter = kLanes / 4;
+  vf s = add_halves<kQuarter>(add_halves<2 * kQuarter>(v[0], v[1]), add_halves<2 * kQuarter>(v[2], v[3]));
+  if constexpr (kQuarter >= 4) s = s + swap_lanes<2>(s);
+  if constexpr (kQuarter >= 2) s = s + swap_lanes<1>(s);
+  SPECMOE_UNROLL for (int i = 0; i < 4; ++i) to[i] = s[i * kQuarter];
+}
+
 // 2^x for x <= 0 (also right up to 127); 0 below -126, where the result would be subnormal. Degree 6 minimax of 2^f on
 // [-1/2, 1/2]: relative error 1.2e-8 before rounding.
 SPECMOE_INLINE vf exp2_lanes(vf x) {

@@ -197,16 +197,16 @@ def expert_source(config: ModelConfig, names: Names, moe: int, expert: int) -> E
 
 
 def _stored_layout(names: Names, layouts: tuple[Layout, ...]) -> Layout:
-    """The first layout that is there whole; else the usual one, unless there is a tensor that only another one has.
+    """One of whose names there is a tensor that the usual layout lacks; else the first that is there whole; else the usual one.
 
     Two layouts may share their names and differ in shapes (Qwen3-VL-MoE: published [in, out], saved by newer writers [out, in]).
     """
-    for layout in layouts:
-        if all(names.holds(part.spec) for part in layout):
-            return layout
     usual = {part.name for part in layouts[0]}
     for layout in layouts[1:]:
         if any(names.has(part.name) for part in layout if part.name not in usual):
+            return layout
+    for layout in layouts:
+        if all(names.holds(part.spec) for part in layout):
             return layout
     return layouts[0]
 

@@ -68,7 +68,7 @@ BAD = [
     ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "system must be a text, and the only message"),
     ({"messages": [HI], "chat_template_kwargs": [1]}, "chat_template_kwargs must be an object"),
     ({"messages": [HI], "chat_template_kwargs": {"tools": []}}, "without tools, which is a field of its own"),
-    ({"messages": [HI], "temprature": 1}, "unknown field 'temprature'; known are prompt, id, messages, system, tools"),
+    ({"messages": [HI], "temprature": 1}, "unknown field 'temprature'; known are prompt, id, ignore_eos"),
     ({"system": "x"}, 'no text "prompt"'),
 ]
 
@@ -129,6 +129,14 @@ def test_answers_to_a_batch_have_its_form(tmp_path):
     assert record(0, text, done)["response"]["body"]["choices"][0]["text"] == "hello"
     refused = error_record(1, chat, "too long")
     assert refused["response"]["status_code"] == 400 and refused["response"]["body"]["error"]["message"] == "too long"
+
+
+@pytest.mark.parametrize("line", [line for line, _ in BAD_BATCH])
+def test_a_bad_line_is_answered_in_the_form_of_the_batch(line, tmp_path):
+    (prompt,) = read(tmp_path, line, keep_bad=True)
+    answer = error_record(0, prompt, prompt.error)
+    assert answer["custom_id"] == str(line["custom_id"]) and answer["response"]["status_code"] == 400
+    assert answer["response"]["body"]["error"]["message"] == prompt.error
 
 
 HARMONY = "<|channel|>analysis<|message|>Hm.\nWell.<|end|><|start|>assistant<|channel|>final<|message|>Yes."

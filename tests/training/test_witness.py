@@ -137,16 +137,44 @@ def write_tokenizer(path):
     return path
 
 
-def test_transformers_reads_the_export_and_computes_the_same_logits(weights, tmp_path):
+@pytest.fixture
+def theirs(weights, tmp_path):
+    """The export as transformers reads it."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     export.write_checkpoint(tmp_path, *weights, TINY, tokenizer=write_tokenizer(tmp_path / "t.json"), dtype="float32")
-    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    found, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"] and not report["mismatched_keys"]
+    return found
+
+
+def test_transformers_computes_the_same_logits(weights, theirs):
+    import torch
+
     assert type(theirs).__name__ == "Glm4MoeForCausalLM"
     tokens = random_tokens(2, 40)
     with torch.no_grad():
         wanted = theirs(torch.tensor(np.asarray(tokens))).logits.numpy()
     np.testing.assert_allclose(logits(*weights, tokens, TINY), wanted, atol=1e-4)
+
+
+def test_transformers_finds_the_mtp_layer_under_its_published_names_and_drafts_the_same(weights, theirs, monkeypatch):
+    import torch
+
+    layers, caches = pytest.importorskip("transformers.modeling_layers"), pytest.importorskip("transformers.cache_utils")
+    if not hasattr(layers, "MtpModel"):
+        pytest.skip("this transformers has no MtpModel")
+    # It knows the depths of the published models alone, 46 and 92.
+    monkeypatch.setattr(theirs, "_keys_to_ignore_on_load_unexpected", [rf"model\.layers\.{TINY.num_layers}\."])
+    mtp = layers.MtpModel.from_pretrained(theirs, device_map={"": "cpu"}).eval()
+    tokens = random_tokens(2, 40)
+    ids, positions = torch.tensor(np.asarray(tokens)), torch.arange(1, 40)[None]
+    cache = caches.MtpCache(config=theirs.config.get_mtp_config())
+    with torch.no_grad():
+        hidden = theirs.model(ids).last_hidden_state[:, :-1]
+        wanted = mtp(ids[:, 1:], hidden, attention_mask=None, position_ids=positions, mtp_cache=cache)[1][:, 0].numpy()
+    params, bias = weights
+    states = model.mtp_states(params, bias, jnp.asarray(hidden.numpy()), tokens[:, 1:], TINY)[0]
+    np.testing.assert_allclose(states[:, -1] @ params.head, wanted, atol=1e-4)
 
 
 def test_what_was_exported_is_read_back(weights, tmp_path):

@@ -5,4 +5,4 @@ from specmoe_jax.config.plan import Plan
 
 
 def head_of(model, plan: Plan):
-    return load_head(bundled_head("demo"), model) if plan.draft == "eagle" else None
+    return load_head(bundled_head("demo"), model) if plan.drafting.given == "draft_head" else None

@@ -1,5 +1,6 @@
 """The OpenAI batch form of a job: a request a line with custom_id, method, url and body, and answers in the form of responses."""
 
+import json
 import time
 from typing import Any, NamedTuple
 
@@ -48,8 +49,22 @@ def read_line(fields: dict, where: str) -> tuple[BatchRequest, dict[str, Any]]:
             _require(key, value, where)
         elif key not in _NO_EFFECT_ON_TEXT | {"model"}:
             own[_RENAMED.get(key, key)] = (value,) if key == "stop" and isinstance(value, str) else value
-    model = body.get("model")
-    return BatchRequest(fields["custom_id"], url, model if isinstance(model, str) else None), own
+    return _request(fields), own
+
+
+def request_of(line: str) -> BatchRequest | None:
+    """What an answer to a line repeats that cannot be served; None of a line that is not in this form."""
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return _request(fields) if isinstance(fields, dict) and is_batch_line(fields) else None
+
+
+def _request(fields: dict) -> BatchRequest:
+    model = fields["body"].get("model") if isinstance(fields["body"], dict) else None
+    url = TEXT_URL if fields.get("url") == TEXT_URL else CHAT_URL
+    return BatchRequest(str(fields["custom_id"]), url, model if isinstance(model, str) else None)
 
 
 def response(index: int, request: BatchRequest, completion: Completion) -> dict:

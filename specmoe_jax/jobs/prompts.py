@@ -8,7 +8,7 @@ from typing import NamedTuple
 from specmoe_jax.checkpoints.chat import FIXED, encode_chat
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config.sampling_params import SamplingParams
-from specmoe_jax.jobs.openai_batch import BatchRequest, is_batch_line, read_line
+from specmoe_jax.jobs.openai_batch import BatchRequest, is_batch_line, read_line, request_of
 from specmoe_jax.support.errors import RequestError
 
 CHAT_FIELDS = ("messages", "system", "tools", "documents", "chat_template_kwargs")
@@ -110,7 +110,7 @@ def _parse_or_keep(line: str, number: int, defaults: SamplingParams, keep_bad: b
     except RequestError as e:
         if not keep_bad:
             raise RequestError(f"{file}: {e}") from e
-        return Prompt(number - 1, "", defaults, error=str(e))
+        return Prompt(number - 1, "", defaults, error=str(e), batch=request_of(line))
 
 
 def _parse(line: str, number: int, defaults: SamplingParams) -> Prompt:

@@ -131,6 +131,14 @@ def test_answers_to_a_batch_have_its_form(tmp_path):
     assert refused["response"]["status_code"] == 400 and refused["response"]["body"]["error"]["message"] == "too long"
 
 
+@pytest.mark.parametrize("line", [line for line, _ in BAD_BATCH])
+def test_a_bad_line_is_answered_in_the_form_of_the_batch(line, tmp_path):
+    (prompt,) = read(tmp_path, line, keep_bad=True)
+    answer = error_record(0, prompt, prompt.error)
+    assert answer["custom_id"] == str(line["custom_id"]) and answer["response"]["status_code"] == 400
+    assert answer["response"]["body"]["error"]["message"] == prompt.error
+
+
 HARMONY = "<|channel|>analysis<|message|>Hm.\nWell.<|end|><|start|>assistant<|channel|>final<|message|>Yes."
 
 

@@ -137,7 +137,7 @@ def _params(fields: dict, where: str, defaults: SamplingParams) -> SamplingParam
     """Those of a line over those of the job."""
     names = {field.name for field in dataclasses.fields(SamplingParams)}
     if unknown := sorted(set(fields) - names):
-        known = ", ".join(("prompt", "id", *CHAT_FIELDS, *TEMPLATE_OPTIONS, *sorted(names)))
+        known = ", ".join(("prompt", "id", *sorted(names), *CHAT_FIELDS, *TEMPLATE_OPTIONS))
         raise RequestError(f"{where} has the unknown field {unknown[0]!r}; known are {known}")
     if isinstance(fields.get("stop"), list):
         fields["stop"] = tuple(fields["stop"])

@@ -11,7 +11,6 @@ from specmoe_jax.models.families.registry import parse_config
 from specmoe_jax.models.model import random_model
 from specmoe_jax.planner.memory.account import account, cache_positions
 from specmoe_jax.support.errors import PlanError, RequestError
-from specmoe_jax.support.units import GIB
 from specmoe_jax.testing.families import ENCODER_DECODERS, tiny_family
 
 PROMPTS = [[5, 99, 3, 17, 64, 8, 2, 120, 44, 9, 31], [77, 6, 30], [4]]
@@ -71,8 +70,8 @@ def test_the_smallest_budget_that_is_named_works(model):
     plan = PRESETS["resident"](model.config).replace(batch_size=2, device_memory_bytes=1)
     with pytest.raises(PlanError) as refused:
         check_job(model, plan, PROMPTS, PARAMS)
-    (gib,) = re.findall(r"the smallest that works is --device_memory_gib=([0-9.]*[0-9])", str(refused.value))
-    plan = plan.replace(device_memory_bytes=int(float(gib) * GIB))
+    (smallest,) = re.findall(r"the smallest that works is device_memory_bytes=([0-9]+)", str(refused.value))
+    plan = plan.replace(device_memory_bytes=int(smallest))
     assert check_job(model, plan, PROMPTS, PARAMS).num_slots == model.config.num_expert_layers * model.config.num_experts
     assert len(Engine(model, plan).generate(PROMPTS, PARAMS)) == len(PROMPTS)
 

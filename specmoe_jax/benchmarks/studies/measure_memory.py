@@ -62,7 +62,9 @@ def run(model: sm.Model, prompts, options):
     staged = [(layer.num_heads, layer.head_dim), (layer.num_kv_heads, layer.head_dim)]
     with Sampler(staged) as sampler:
         engine.generate(prompts, sm.SamplingParams(max_new_tokens=8, ignore_eos=True))
-    return engine._resources.account, sampler.peak - engine._resources.account.kv_bytes
+    account = engine._resources.account
+    assert account is not None  # of the job that has run
+    return account, sampler.peak - account.kv_bytes
 
 
 class Sampler:
@@ -101,7 +103,8 @@ def buffer(array: jax.Array) -> tuple[int, int] | None:
 
 
 def resident(name: str) -> int:
-    return int(re.search(rf"{name}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text()).group(1)) << 10
+    (found,) = re.findall(rf"{name}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
+    return int(found) << 10
 
 
 if __name__ == "__main__":

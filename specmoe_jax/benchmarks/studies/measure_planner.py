@@ -22,7 +22,7 @@ from specmoe_jax.autotune.probe import probe
 from specmoe_jax.autotune.profile import profile
 from specmoe_jax.benchmarks.studies.planner_choices import SETTINGS, choices
 from specmoe_jax.benchmarks.studies.planner_errors import Rounds, errors, unseen_plans
-from specmoe_jax.checkpoints.eagle import bundled_head, load_head
+from specmoe_jax.benchmarks.studies.planner_heads import demo_head
 from specmoe_jax.planner.measured.operators import as_table
 from specmoe_jax.support.cache_files import cache_folder
 
@@ -41,7 +41,7 @@ def main() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     model, texts = sm.load_model("demo"), held_out()
     probe(fresh=args.fresh)
-    calibration = calibrate(model, texts[3::7], sm.SamplingParams(), head=load_head(bundled_head("demo"), model))
+    calibration = calibrate(model, texts[3::7], sm.SamplingParams(), head=demo_head(model))
     texts = [text for i, text in enumerate(texts) if i % 7 != 3]  # what is measured was not seen
     rounds = Rounds(model, unseen_plans(model.config), texts)
     operators = profile(model.config, fresh=args.fresh, progress=True, on_round=rounds.run if args.what == "errors" else int)

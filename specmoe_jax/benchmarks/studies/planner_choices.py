@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import sys
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import specmoe_jax as sm
 from specmoe_jax.autotune.choose import Knowledge, choose, describe, evaluate, job_of
@@ -67,7 +67,8 @@ def choices(model, texts: list[str], known: Knowledge, settings: list[int]) -> d
 
 
 def choice(model, texts: list[str], known: Knowledge, setting: Setting) -> dict:
-    config, fixed = model.config, {"dtype": "float32"}
+    config = model.config
+    fixed: dict[str, Any] = {"dtype": "float32"}
     prompts = prompts_of(model, texts, setting)
     job = job_of(model.tokenizer, prompts, [setting.new_tokens])
     at = dataclasses.replace(known.workload, prompt_tokens=job.prompt_tokens, new_tokens=job.new_tokens)
@@ -81,7 +82,8 @@ def choice(model, texts: list[str], known: Knowledge, setting: Setting) -> dict:
     found = choose(config, known, requests=setting.requests, fixed=fixed, head=True)
     search_s = time.perf_counter() - start_s
     own = found.best.plan
-    engines, first = {}, {}
+    engines: dict[Plan, sm.Engine] = {}
+    first: dict[Plan, float] = {}
     for plan in dict.fromkeys((own, own.replace(guard=False), *sweep_plans(config, setting.requests, fixed))):
         try:
             engine = sm.Engine(model, plan, draft_head=head_of(model, plan))
@@ -90,7 +92,7 @@ def choice(model, texts: list[str], known: Knowledge, setting: Setting) -> dict:
         except sm.PlanError:
             continue
     presets = [plan for plan in first if plan == preset(plan.preset, config).replace(batch_size=setting.requests, **fixed)]
-    finalists = [*sorted(first, key=first.get, reverse=True)[:FINALISTS], own, max(presets, key=first.get)]
+    finalists = [*sorted(first, key=first.__getitem__, reverse=True)[:FINALISTS], own, max(presets, key=first.__getitem__)]
     speeds: dict[Plan, list[float]] = {plan: [] for plan in dict.fromkeys(finalists)}
     for number in range(FINALS):
         if number >= 2 and time.perf_counter() - start_s > LONG_S:
@@ -98,8 +100,8 @@ def choice(model, texts: list[str], known: Knowledge, setting: Setting) -> dict:
         for plan, seen in speeds.items():
             seen.append(speed(engines[plan], prompts, setting.new_tokens))
     middle = {plan: max(seen) for plan, seen in speeds.items()}  # the least disturbed run
-    best = max(middle, key=middle.get)
-    best_preset = max((plan for plan in presets if plan in middle), key=middle.get)
+    best = max(middle, key=middle.__getitem__)
+    best_preset = max((plan for plan in presets if plan in middle), key=middle.__getitem__)
     row = {
         "setting": setting._asdict(),
         "chosen": describe(own),

@@ -33,7 +33,7 @@ def speed_ups(name: str, prompt: int, new: int) -> tuple[str, str]:
 
     base = rate("streaming")
     found = {length: rate("specmoeoff", draft_length=length) / base for length in LENGTHS}
-    best = max(found, key=found.get)
+    best = max(found, key=found.__getitem__)
     return f"{found[5]:.2f}", f"{found[best]:.2f} ({best})"
 
 

@@ -59,6 +59,7 @@ def main() -> None:
             compiled = engine.stats()["compile_s"]
         count = sum(map(len, tokens))
         rounds.append({"memory_bytes": resident_bytes(), "tokens_per_s": count / wall_s, "tokens_per_cpu_s": count / cpu_s})
+    assert compiled is not None  # there were more rounds than those to warm up
     print(json.dumps(report(rounds[args.warm_up_rounds :], engine.stats(), compiled), indent=1))
 
 

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_families import ALL, assert_same, stored_tensors, write
+from test_stored_families import ALL, assert_same, stored_tensors, write
 
 from specmoe_jax.checkpoints import load_model
 from specmoe_jax.checkpoints.conversion.convert import convert

@@ -3,7 +3,7 @@
 import pytest
 from published_table import PAGE, configs, table, verdict
 from real_files import REAL
-from test_families import ALL
+from test_stored_families import ALL
 
 from specmoe_jax.config.presets import PRESETS
 from specmoe_jax.models.families.registry import parse_config

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from small_checkpoint_files import RAW_CONFIG, checkpoint_tensors, write_checkpoint
-from test_families import ALL
+from test_stored_families import ALL
 
 from specmoe_jax.checkpoints import load_config, load_model
 from specmoe_jax.checkpoints.conversion.convert import convert

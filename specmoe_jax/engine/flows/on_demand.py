@@ -7,7 +7,7 @@ import numpy as np
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.engine.flows.layer_passes import embed, features
 from specmoe_jax.engine.flows.migration import LayerInfo, execute_waves, migrate_and_compute
-from specmoe_jax.engine.flows.pooled import PooledFlow
+from specmoe_jax.engine.flows.pooled import PooledFlowExecutor
 from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, PassInfo
@@ -15,7 +15,7 @@ from specmoe_jax.offload.residency import plan_layer
 from specmoe_jax.types import KVCache, Routing, Tree
 
 
-class OnDemandFlow(PooledFlow):
+class OnDemandFlowExecutor(PooledFlowExecutor):
     def resident_slots(self, config: ModelConfig) -> None:
         return None
 
@@ -80,4 +80,4 @@ def _pass_info(infos: list[LayerInfo], shape: tuple[int, int]) -> PassInfo:
     )
 
 
-FLOW = OnDemandFlow()
+FLOW = OnDemandFlowExecutor()

@@ -18,7 +18,7 @@ from specmoe_jax.support.errors import PlanError
 ASLEEP_S = 2e-3  # of a layer's wait for the link, after which cores are slow to wake
 
 
-class GatedDraft(DraftDescription):
+class GatedDraftDescription(DraftDescription):
     fields = GATED_FIELDS
     gated = True
     is_measured = True

@@ -3,14 +3,14 @@
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.planner.calibration import Acceptance
-from specmoe_jax.planner.drafts.gated import GatedDraft
+from specmoe_jax.planner.drafts.gated import GatedDraftDescription
 from specmoe_jax.planner.routing import choice_probabilities
 from specmoe_jax.support.errors import PlanError
 
 
-class SelfDraft(GatedDraft):
+class SelfDraftDescription(GatedDraftDescription):
     name = "self"
-    fields = GatedDraft.fields | {"draft_set", "substitution"}
+    fields = GatedDraftDescription.fields | {"draft_set", "substitution"}
     default_draft_set = "hot_temporal"
     # Less than what the papers report (0.913 on NLLB) and what the bundled model shows (0.8).
     assumed_acceptance = 0.6
@@ -50,4 +50,4 @@ def _mean(value) -> float:
     return sum(value) / len(value) if isinstance(value, tuple) else value
 
 
-DRAFT = SelfDraft()
+DRAFT = SelfDraftDescription()

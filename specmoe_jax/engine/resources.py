@@ -22,9 +22,10 @@ from specmoe_jax.types import KVCache
 
 
 class Moved(NamedTuple):
-    """Expert bytes sent for over the link, and the counts of the tier below it, since a runtime was made."""
+    """Expert and activation bytes sent over the link, and the counts of the tier below it, since a runtime was made."""
 
     link_bytes: int
+    activation_bytes: int
     below: TierCounts
 
 
@@ -134,7 +135,8 @@ def _holds(shared: Runtime, account: MemoryAccount, needed: MemoryAccount) -> bo
 
 
 def moved(runtime: Runtime) -> Moved:
-    return Moved(runtime.experts.store.link.sent_bytes, runtime.experts.store.tier.counts)
+    store = runtime.experts.store
+    return Moved(store.link.sent_bytes, runtime.context.activations.sent_bytes, store.tier.counts)
 
 
 def new_draft_memory(runtime: Runtime, batch_shape: BatchShape) -> Any:

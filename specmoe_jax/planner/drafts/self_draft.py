@@ -3,7 +3,7 @@
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.planner.calibration import Acceptance
-from specmoe_jax.planner.drafts.gated import GatedDraftDescription
+from specmoe_jax.planner.drafts.gated import GatedDraftDescription, mean_experts
 from specmoe_jax.planner.routing import choice_probabilities
 from specmoe_jax.support.errors import PlanError
 
@@ -37,17 +37,13 @@ class SelfDraftDescription(GatedDraftDescription):
         if not found.experts:
             return found.rate
         probabilities = choice_probabilities(config.num_experts, config.experts_per_token, skew)
-        absent, measured = _absent(probabilities, _mean(plan.draft_experts)), _absent(probabilities, found.experts)
+        absent, measured = _absent(probabilities, mean_experts(plan)), _absent(probabilities, found.experts)
         return max(found.rate, 1e-6) ** (absent / measured) if measured > 0 else found.rate
 
 
 def _absent(probabilities: tuple[float, ...], experts: float) -> float:
     """Choices of a token that are not among the `experts` most popular ones."""
     return sum(probabilities[round(experts) :])
-
-
-def _mean(value) -> float:
-    return sum(value) / len(value) if isinstance(value, tuple) else value
 
 
 DRAFT = SelfDraftDescription()

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from specmoe_jax.config.registry import HOST_CACHE_POLICIES
+from specmoe_jax.config.registry import DRAFT_SETS, HOST_CACHE_POLICIES
 from specmoe_jax.offload.host_cache_policies import HostCachePolicy, Usage, eviction_order
+from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy, keep_rule, make_policy
 from specmoe_jax.support.errors import PlanError
 
 
@@ -82,34 +83,26 @@ def _next_visits(trace: np.ndarray) -> list[np.ndarray]:
     return found[::-1]
 
 
-def per_layer(trace: np.ndarray, capacity: int, counts_of: Callable[[int], np.ndarray], kept: np.ndarray | None = None) -> int:
-    """Equal shares of the layers keep their most used experts by counts_of(pass) [L, E], decided after that pass's visit.
+def per_layer(trace: np.ndarray, capacity: int, policy: DraftSetPolicy, kept: np.ndarray | None = None) -> int:
+    """Fetches where equal shares of the layers keep what a draft-set policy ranks highest, decided after each visit.
 
-    kept: [L, E] bool, the experts cached before the first pass; None for none.
+    kept: [L, E] bool, the experts cached before the first pass; None for none. Every choice of a trace counts as accepted.
     """
-    share, fetched = capacity // trace.shape[1], 0
+    fetched, layers = 0, range(trace.shape[1])
+    keep = keep_rule(policy, [capacity // len(layers)] * len(layers))
     held: np.ndarray = np.zeros(trace.shape[1:], bool) if kept is None else kept
-    for s, step in enumerate(trace):
-        needed = step > 0
+    usage_scores = np.zeros(trace.shape[1:])
+    for counts in trace:
+        needed = counts > 0
         fetched += int((needed & ~held).sum())
-        counts = 2 * counts_of(s) + held  # ties go to residents, as in the engine
-        best = np.argsort(-counts, axis=1, kind="stable")[:, :share]
-        chosen = np.zeros_like(held)
-        np.put_along_axis(chosen, best, True, axis=1)
-        chosen &= held | needed  # an absent expert that was not needed is not fetched
-        held = chosen
+        chosen = np.stack([keep(layer, usage_scores[layer], counts[layer], held[layer]) for layer in layers])
+        held = chosen & (held | needed)  # an absent expert that was not needed is not fetched
+        usage_scores = policy.update(usage_scores, counts, counts)
     return fetched
 
 
-def _hot_temporal(trace: np.ndarray, capacity: int) -> int:
-    """SpecMoE: the most used of the latest pass."""
-    return per_layer(trace, capacity, lambda s: trace[s])
-
-
-def _hot_global(trace: np.ndarray, capacity: int) -> int:
-    """The most used so far."""
-    total = np.cumsum(trace, axis=0)
-    return per_layer(trace, capacity, lambda s: total[s])
+def _draft_set(trace: np.ndarray, capacity: int, name: str) -> int:
+    return per_layer(trace, capacity, make_policy(name, *trace.shape[1:]))
 
 
 def _static(trace: np.ndarray, capacity: int) -> int:
@@ -124,7 +117,8 @@ def _nothing(trace: np.ndarray, capacity: int) -> int:
 
 
 def policies() -> dict[str, Callable[[np.ndarray, int], int]]:
-    """The policies of a replay: no cache, every policy of the host cache, draft sets, and the two with hindsight."""
+    """The policies of a replay: no cache, every policy of the host cache and of draft sets, and the two with hindsight."""
     caches = {name: functools.partial(cached, policy=HOST_CACHE_POLICIES.description(name)) for name in HOST_CACHE_POLICIES}
-    sets = {"hot_temporal": _hot_temporal, "hot_global": _hot_global, "static": _static}
-    return {"on_demand": _nothing} | caches | sets | {"belady": functools.partial(cached, policy=furthest_next_use)}
+    sets = {name: functools.partial(_draft_set, name=name) for name in DRAFT_SETS}
+    hindsight = {"static": _static, "belady": functools.partial(cached, policy=furthest_next_use)}
+    return {"on_demand": _nothing} | caches | sets | hindsight

@@ -5,6 +5,7 @@ from engine_cases import plan, steps
 
 import specmoe_jax as sm
 from specmoe_jax.planner.replay import per_layer, replay
+from specmoe_jax.speculate.hot_experts.policies import make_policy
 from specmoe_jax.speculate.hot_experts.usage import count_choices
 from specmoe_jax.testing import TINY
 
@@ -30,5 +31,5 @@ def test_specmoe_fetches_what_its_policy_says(model):
     """HotTemporal, from the draft set that the prefill chose."""
     trace, fetched, first = record(sm.Engine(model, plan(draft_length=3, draft_experts=2)))
     capacity = 2 * trace.shape[1]
-    assert per_layer(trace, capacity, lambda s: trace[s], first) == sum(fetched) > 0
+    assert per_layer(trace, capacity, make_policy("hot_temporal", *trace.shape[1:]), first) == sum(fetched) > 0
     assert replay(trace, capacity)["belady"] <= sum(fetched) + capacity

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from specmoe_jax.config.registry import DRAFT_SETS
 from specmoe_jax.planner.replay import policies, replay, synthetic_trace
 from specmoe_jax.planner.routing import choice_probabilities, distinct
 from specmoe_jax.support.errors import PlanError
@@ -51,6 +52,28 @@ def test_with_room_for_all_everything_is_fetched_once(trace):
     assert found["lru"] == found["mru"] == found["frequency"] == found["belady"] == int((trace > 0).any(axis=0).sum())
     nothing = replay(trace, 0)
     assert {nothing[name] for name in policies()} == {nothing["needed"]}
+
+
+def most_used(trace, capacity, counts_of):
+    """Fetches of equal shares by counts_of(pass) [L, E], ties to what is there, then to the smaller id; counted the long way."""
+    share, kept, fetched = capacity // trace.shape[1], np.zeros(trace.shape[1:], bool), 0
+    for s, step in enumerate(trace):
+        for layer, counts in enumerate(step):
+            at_hand = kept[layer] | (counts > 0)
+            fetched += int((at_hand & ~kept[layer]).sum())
+            ranked = sorted(range(len(counts)), key=lambda e: (-counts_of(s)[layer, e], not kept[layer, e], e))
+            kept[layer] = np.isin(np.arange(len(counts)), ranked[:share]) & at_hand
+    return fetched
+
+
+@given(SMALL, st.integers(0, 4))
+@settings(max_examples=50, deadline=None)
+def test_the_engines_draft_sets_are_replayed(trace, capacity):
+    capacity, total = min(capacity, trace.shape[1] * trace.shape[2]), np.cumsum(trace, axis=0)
+    found = replay(trace, capacity)
+    assert set(DRAFT_SETS) <= set(found)
+    assert found["hot_temporal"] == most_used(trace, capacity, lambda s: trace[s])
+    assert found["hot_global"] == most_used(trace, capacity, lambda s: total[s])
 
 
 def test_hot_temporal_keeps_the_latest_and_hot_global_the_most():

@@ -64,7 +64,7 @@ class ModelConfig:
         """Of each layer its place among those that have experts; None for a dense one."""
         return tuple(self.moe_layers.index(i) if i in self.moe_layers else None for i in range(self.num_layers))
 
-    @property
+    @functools.cached_property
     def head(self) -> Head:
         return Head(norm_eps=self.norm_eps, divisor=self.logits_divisor)
 

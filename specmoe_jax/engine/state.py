@@ -68,12 +68,6 @@ class ExpertMemory(NamedTuple):
     resting: bool = False
     arriving: tuple[Arriving, ...] = ()
 
-    @property
-    def own_pool(self) -> jax.Array:
-        """Of a flow that has one."""
-        assert self.pool is not None
-        return self.pool
-
 
 class HostKV(NamedTuple):
     """The KV cache of a streamed plan, paged in host memory: one cache of pages per layer, and which pages are whose.

@@ -71,7 +71,7 @@ def errors(model, rounds: Rounds, known: Knowledge) -> dict:
         }
         rows.append(row)
         ratios = " ".join(f"{row[name] / step_s:6.2f}" for name in ("simulator_s", "naive_s", "rates_s"))
-        drafted = f"{fine.draft_s / draft_s:6.2f}" if plan.draft != "none" else "     -"
+        drafted = f"{fine.draft_s / draft_s:6.2f}" if plan.drafting.drafts else "     -"
         print(f"{step_s * 1e3:9.2f} ms  {ratios}  draft {drafted}  {row['plan']} link {row['link']}", file=sys.stderr, flush=True)
     summary = {
         f"{name} {kind}": spread([abs(row[f"{name}_s"] / row["step_s"] - 1) for row in rows if chosen(row)])

@@ -11,4 +11,4 @@ def demo_head(model):
 
 
 def head_of(model, plan: Plan):
-    return demo_head(model) if plan.draft == "eagle" else None
+    return demo_head(model) if plan.drafting.given == "draft_head" else None

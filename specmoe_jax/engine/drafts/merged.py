@@ -31,8 +31,8 @@ class MergedExecutor(DraftExecutor):
         """
         if memory.groups is not None:
             return memory
-        groups, pool, neighbours = np.zeros(counts.shape, np.int32), memory.own_pool, runtime.policies.neighbours
-        assert neighbours is not None and runtime.experts.merged_slots is not None
+        groups, pool, neighbours = np.zeros(counts.shape, np.int32), memory.pool, runtime.policies.neighbours
+        assert pool is not None and neighbours is not None and runtime.experts.merged_slots is not None
         for layer, slots in enumerate(runtime.experts.merged_slots):
             grouping = group_experts(counts[layer], neighbours[layer], len(slots))
             for group, slot in enumerate(slots):

@@ -86,13 +86,13 @@ def execute_waves(runtime: Runtime, config: LayerConfig, plan: LayerPlan, memory
 def _fetch(runtime: Runtime, memory: ExpertMemory, copies) -> ExpertMemory:
     """Starts the copies (layer, expert, slot)."""
     retained = memory.retained_experts and retained_experts.after_copies(memory.retained_experts, copies)
-    pool, arriving = runtime.experts.store.fetch(memory.own_pool, copies, memory.arriving)
+    pool, arriving = runtime.experts.store.fetch(_pool(memory), copies, memory.arriving)
     return memory._replace(pool=pool, arriving=arriving, retained_experts=retained)
 
 
 def wait_for_copies(runtime: Runtime, memory: ExpertMemory, slots: np.ndarray | None = None) -> ExpertMemory:
     """With what was sent for in the pool: that of these slots (None: all). Waits for it."""
-    pool, arriving = runtime.experts.store.finish_copies(memory.own_pool, memory.arriving, slots)
+    pool, arriving = runtime.experts.store.finish_copies(_pool(memory), memory.arriving, slots)
     return memory._replace(pool=pool, arriving=arriving)
 
 
@@ -125,7 +125,7 @@ def prefetch(
         return memory, 0
     ahead = np.zeros(memory.prefetched.shape, predicted.dtype)
     ahead[first_layer : len(predicted)] = predicted[first_layer:]
-    pool, arriving = runtime.experts.store.finish_arrived(memory.own_pool, memory.arriving)
+    pool, arriving = runtime.experts.store.finish_arrived(_pool(memory), memory.arriving)
     memory = memory._replace(pool=pool, arriving=arriving)
     limit, residency, retained = (
         runtime.experts.store.copies_within(budget_s, len(arriving)),
@@ -148,3 +148,9 @@ def prefetch(
     for layer, expert, _ in copies:
         prefetched[layer, expert] = True
     return _fetch(runtime, memory._replace(residency=residency, prefetched=prefetched), copies), len(copies)
+
+
+def _pool(memory: ExpertMemory) -> jax.Array:
+    """Every flow that fetches into slots has one."""
+    assert memory.pool is not None
+    return memory.pool

@@ -133,12 +133,12 @@ class PlanFields:
 
     @property
     def flow(self) -> Any:
-        """How experts come to the accelerator: a planner.flows.protocol.ExpertFlow. Raises PlanError for an unknown one."""
+        """A planner.flows.protocol.ExpertFlowDescription: how experts come to the accelerator. Raises PlanError if unknown."""
         return EXPERT_FLOWS.description(self.expert_flow)
 
     @property
     def cache_tier(self) -> Any:
-        """Where the KV cache is: a kv_cache.tiers.KvTier. Raises PlanError for an unknown one."""
+        """Where the KV cache is: a kv_cache.tiers.KvTierDescription. Raises PlanError for an unknown one."""
         return KV_TIERS.description(self.kv_tier)
 
     @property

@@ -78,8 +78,8 @@ EXPERT_FLOWS = Registry("expert_flow", {"resident": _flow("resident"), "on_deman
 KV_TIERS = Registry(
     "kv_tier",
     {
-        "accelerator": Choice("specmoe_jax.kv_cache.tiers:ACCELERATOR", "specmoe_jax.engine.flows.kv_tiers:ACCELERATOR"),
-        "host": Choice("specmoe_jax.kv_cache.tiers:HOST", "specmoe_jax.engine.flows.kv_tiers:HOST"),
+        "accelerator": Choice("specmoe_jax.kv_cache.tiers:ON_ACCELERATOR", "specmoe_jax.engine.flows.kv_tiers:ON_ACCELERATOR"),
+        "host": Choice("specmoe_jax.kv_cache.tiers:ON_HOST", "specmoe_jax.engine.flows.kv_tiers:ON_HOST"),
     },
 )
 DRAFTS = Registry(

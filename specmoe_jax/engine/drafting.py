@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from specmoe_jax.engine.flows.layer_passes import ResidentForward
+from specmoe_jax.engine.flows.layer_passes import DraftForward
 from specmoe_jax.engine.flows.migration import wait_for_copies
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, HostKV, State
@@ -60,12 +60,12 @@ def draft(runtime: Runtime, state: State, length: int) -> Drafted:
     return Drafted(proposal, kv, forward.memory, forward.predicted, forward.prefetched)
 
 
-def _forward(runtime: Runtime, state: State, active: np.ndarray, length: int) -> ResidentForward | None:
+def _forward(runtime: Runtime, state: State, active: np.ndarray, length: int) -> DraftForward | None:
     """None for a draft that does not run the target."""
-    slots = runtime.executor.slots(runtime, state.memory)
+    slots = runtime.draft_executor.slots(runtime, state.memory)
     if slots is None:
         return None
-    return ResidentForward(runtime, wait_for_copies(runtime, state.memory), slots, active, length)
+    return DraftForward(runtime, wait_for_copies(runtime, state.memory), slots, active, length)
 
 
 def check_proposed(proposed: object, *, rows: int) -> None:

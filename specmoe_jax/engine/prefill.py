@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from specmoe_jax.engine.flows.protocol import PooledFlow
+from specmoe_jax.engine.flows.protocol import PooledFlowExecutor
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, PassInfo
 from specmoe_jax.types import KVCache
 
 
 def prefill(
-    flow: PooledFlow,
+    flow: PooledFlowExecutor,
     runtime: Runtime,
     memory: ExpertMemory,
     kv: KVCache,
@@ -47,4 +47,4 @@ def prefill(
         on_chunk(int(num_new.max()))
     usage_scores = runtime.policies.draft_set.update(memory.usage_scores, totals, totals)
     memory = memory._replace(usage_scores=usage_scores)
-    return runtime.executor.after_prefill(runtime, memory, totals), kv, draft_memory, infos
+    return runtime.draft_executor.after_prefill(runtime, memory, totals), kv, draft_memory, infos

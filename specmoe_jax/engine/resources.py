@@ -22,9 +22,10 @@ from specmoe_jax.types import KVCache
 
 
 class Moved(NamedTuple):
-    """Expert bytes sent for over the link, and the counts of the tier below it, since a runtime was made."""
+    """Expert and activation bytes sent over the link, and the counts of the tier below it, since a runtime was made."""
 
     link_bytes: int
+    activation_bytes: int
     below: TierCounts
 
 
@@ -62,7 +63,7 @@ class EngineResources:
         self._peak_bytes: int | None = None
         self._adaptive_lengths: dict[tuple[int, int], AdaptiveLength | None] = {}  # by rows and positions
         self._executor = executor_of(plan)
-        self._draft_memory = self._executor.memory(model, plan, inputs)
+        self._draft_account = self._executor.memory(model, plan, inputs)
         # The smallest job must fit, so that a plan that never can is refused before anything is loaded.
         self._needed(smallest_job(model.config, plan))
         self._draft = self._executor.make(model, plan, inputs)
@@ -89,7 +90,7 @@ class EngineResources:
         return job.runtime.flow.first_memory(job.runtime) if memory is None else memory
 
     def _needed(self, batch_shape: BatchShape) -> MemoryAccount:
-        return job_account(self._model.config, self._plan, batch_shape, self._draft_memory)
+        return job_account(self._model.config, self._plan, batch_shape, self._draft_account)
 
     def _too_big(self, held: MemoryAccount, needed: MemoryAccount) -> bool:
         """Whether the pool or the disk cache of an earlier, smaller batch would break a budget beside this one's KV cache."""
@@ -134,7 +135,8 @@ def _holds(shared: Runtime, account: MemoryAccount, needed: MemoryAccount) -> bo
 
 
 def moved(runtime: Runtime) -> Moved:
-    return Moved(runtime.experts.store.link.sent_bytes, runtime.experts.store.tier.counts)
+    store = runtime.experts.store
+    return Moved(store.link.sent_bytes, runtime.context.activations.sent_bytes, store.tier.counts)
 
 
 def new_draft_memory(runtime: Runtime, batch_shape: BatchShape) -> Any:

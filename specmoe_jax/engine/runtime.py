@@ -15,7 +15,7 @@ from specmoe_jax.config.registry import EXPERT_FLOWS, HOST_CACHE_POLICIES, KV_TI
 from specmoe_jax.engine.context import DeviceContext, make_context
 from specmoe_jax.engine.drafts.executors import executor_of
 from specmoe_jax.engine.drafts.protocol import DraftExecutor
-from specmoe_jax.engine.flows.protocol import ExpertFlow, KvTier
+from specmoe_jax.engine.flows.protocol import ExpertFlowExecutor, KvTierExecutor
 from specmoe_jax.engine.state import PoolSlots
 from specmoe_jax.kv_cache.positions import KV_PAGE
 from specmoe_jax.models.model import Model
@@ -62,15 +62,15 @@ class Policies(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """draft, executor: what proposes tokens, and what the engine asks about it. flow: of a Session."""
+    """draft, draft_executor: what proposes tokens, and what the engine asks about it. flow: of a Session."""
 
     config: ModelConfig
     plan: Plan
-    flow: ExpertFlow["Runtime", Any]
-    cache_tier: KvTier["Runtime"]
+    flow: ExpertFlowExecutor["Runtime", Any]
+    cache_tier: KvTierExecutor["Runtime"]
     weights: Weights[jax.Array]
     draft: Draft | None
-    executor: DraftExecutor
+    draft_executor: DraftExecutor
     context: DeviceContext
     experts: ExpertPlaces
     policies: Policies
@@ -113,7 +113,7 @@ def build(
         cache_tier=KV_TIERS.executor(plan.cache_tier.name),
         weights=jax.device_put(model.weights, context.device),
         draft=draft,
-        executor=executor,
+        draft_executor=executor,
         context=context,
         experts=_expert_places(model, plan, account, context, flow.resident_slots(model.config)),
         policies=policies,

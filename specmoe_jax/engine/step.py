@@ -1,19 +1,19 @@
 """One step of every row: draft, verify (which migrates layer by layer), commit."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from specmoe_jax.engine import stages
 from specmoe_jax.engine.drafting import Drafted, draft, step_coupled_keys, step_keys
-from specmoe_jax.engine.drafts.accepted_path import accepted_path, compact_accepted_path
+from specmoe_jax.engine.drafts.accepted_path import Verified, accepted_path, compact_accepted_path
 from specmoe_jax.engine.drafts.split_draft import placed, rows_on_cpu
 from specmoe_jax.engine.flows.layer_passes import fetched
 from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.requests.finish import commit_tokens
 from specmoe_jax.engine.requests.status import EMPTY, finished
+from specmoe_jax.engine.resources import moved
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.scheduler import joined
 from specmoe_jax.engine.state import State, StepInfo
@@ -41,8 +41,7 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
     The migration of SpecMoE happens inside `verify`, layer by layer: which experts a layer needs is known only
     when the layer before it has run.
     """
-    laps, before = Laps(), _sent(runtime)
-    below = runtime.experts.store.tier.counts
+    laps, before = Laps(), moved(runtime)
     active = state.active
     state, moves = placed(runtime, state)
     if length is None:
@@ -54,11 +53,11 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
     interval_s = laps.lap("draft")
     if runtime.context.workers.spans is not None and length:
         runtime.context.workers.spans.append(Span("draft", ACCELERATOR, -1, -1, *interval_s))
-    after_draft = _sent(runtime)
+    after_draft = moved(runtime)
     with span("verify"):
         verified, result, sound, proposal = verify(runtime, state, drafted)
     laps.lap("verify")
-    after_pass = _sent(runtime)
+    after_pass = moved(runtime)
     with span("commit"):
         new_state, accepted, committed = commit(runtime, state, proposal, verified, result, sound, tokenizer)
     laps.lap("commit")
@@ -68,6 +67,7 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
     if state.adaptive_length and active.any():
         adaptive = observe(state.adaptive_length, length, accepted[active], sum(laps.seconds.values()))
         new_state = new_state._replace(adaptive_length=adaptive)
+    now = moved(runtime)
     guesses, expert_bytes = drafted.prefetched + verified.info.prefetched, runtime.experts.expert_bytes
     return new_state, StepInfo(
         accepted=accepted,
@@ -80,28 +80,17 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
         draft_moves=moves,
         draft_on_cpu=rows_on_cpu(state),
         verify=verified.info,
-        link_bytes=after_pass.experts - before.experts,
-        draft_link_bytes=after_draft.experts - before.experts,
+        link_bytes=after_pass.link_bytes - before.link_bytes,
+        draft_link_bytes=after_draft.link_bytes - before.link_bytes,
         prefetch_bytes=guesses * expert_bytes,
         prefetch_wasted_bytes=(guesses - verified.info.prefetch_hits) * expert_bytes,
-        activation_bytes=_sent(runtime).activations - before.activations,
-        below=runtime.experts.store.tier.counts.since(below),
+        activation_bytes=now.activation_bytes - before.activation_bytes,
+        below=now.below.since(before.below),
         draft_s=laps.seconds["draft"],
         features_s=laps.seconds["features"],
         verify_s=laps.seconds["verify"],
         commit_s=laps.seconds["commit"],
     )
-
-
-class _Sent(NamedTuple):
-    """Bytes sent over the link so far."""
-
-    experts: int
-    activations: int
-
-
-def _sent(runtime: Runtime) -> _Sent:
-    return _Sent(experts=runtime.experts.store.link.sent_bytes, activations=runtime.context.activations.sent_bytes)
 
 
 def _length(runtime: Runtime, state: State, active: np.ndarray) -> int:
@@ -126,11 +115,10 @@ def warm_up(runtime: Runtime, state: State, *, on_step: Callable[[], object] = l
     )
 
 
-def verify(runtime: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass, AcceptResult, np.ndarray, Proposal]:
+def verify(runtime: Runtime, state: State, drafted: Drafted) -> Verified:
     """One exact pass over [last token, drafted tokens] of every row, and the lossless choice.
 
-    Third, [B]: how many of the positions from the first on have logits that give a distribution. Of a tree, all that comes
-    back is that of the accepted path, as if it alone had been drafted.
+    Of a tree, all that comes back is that of the accepted path, as if it alone had been drafted.
     """
     proposal = drafted.proposal
     tokens = np.concatenate([state.last_token[:, None], np.asarray(proposal.tokens)], axis=1)  # [B, T]
@@ -139,13 +127,13 @@ def verify(runtime: Runtime, state: State, drafted: Drafted) -> tuple[TargetPass
     verified = runtime.flow.run_pass(runtime, before, tokens, num_new, predicted=drafted.predicted, tree=proposal.tree)
     if verified.h is None:
         none = np.zeros(len(num_new), np.int32)
-        return verified, AcceptResult(num_accepted=none, next_token=none), none, proposal
+        return Verified(verified, AcceptResult(num_accepted=none, next_token=none), none, proposal)
     logits = stages.head(runtime.config.head, runtime.weights, verified.h)  # [B, T, V]
     finite = _finite_positions(logits)
     if proposal.tree is not None:
         return compact_accepted_path(runtime, state, verified, proposal, accepted_path(runtime, state, proposal, logits), finite)
     result, finite = jax.device_get((_result(runtime, state, proposal, logits), finite))
-    return verified, result, np.cumprod(finite, axis=1).sum(axis=1), proposal
+    return Verified(verified, result, np.cumprod(finite, axis=1).sum(axis=1), proposal)
 
 
 def _result(runtime: Runtime, state: State, proposal: Proposal, logits) -> AcceptResult:

@@ -3,12 +3,12 @@
 from typing import NamedTuple
 
 
-class KvTier(NamedTuple):
+class KvTierDescription(NamedTuple):
     """on_host: the cache is in host memory and the CPU attends over it; queries, keys and values cross the link instead."""
 
     name: str
     on_host: bool
 
 
-ACCELERATOR = KvTier("accelerator", on_host=False)
-HOST = KvTier("host", on_host=True)
+ON_ACCELERATOR = KvTierDescription("accelerator", on_host=False)
+ON_HOST = KvTierDescription("host", on_host=True)

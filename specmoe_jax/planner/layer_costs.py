@@ -1,14 +1,14 @@
 """Costs of a layer and of a resident pass, piece by piece in the order in which they run, for the target and for drafts. Pure."""
 
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.kv_cache.tiers import KvTier
+from specmoe_jax.kv_cache.tiers import KvTierDescription
 from specmoe_jax.offload.stream_schedule import ACCELERATOR, CPU
 from specmoe_jax.planner import costs
 from specmoe_jax.planner.costs import Cost, Load
 
 
 def resident_pass(
-    config: ModelConfig, load: Load, distinct: float, itemsize: int, *, tier: KvTier, expert_bytes: float | None = None
+    config: ModelConfig, load: Load, distinct: float, itemsize: int, *, tier: KvTierDescription, expert_bytes: float | None = None
 ) -> tuple[Cost, ...]:
     """All layers and the head without a copy of an expert. distinct: experts of a layer that are used."""
     found = [costs.embed(config, load, itemsize)]
@@ -20,7 +20,7 @@ def resident_pass(
     return (*found, costs.head(config, load.tokens, itemsize))
 
 
-def attention_block(config: ModelConfig, index: int, load: Load, itemsize: int, *, tier: KvTier) -> list[Cost]:
+def attention_block(config: ModelConfig, index: int, load: Load, itemsize: int, *, tier: KvTierDescription) -> list[Cost]:
     """A layer up to its router: one program with a cache on the accelerator, else three and two copies."""
     layer, sizes = config.layers[index], costs.layer_sizes(config)[index]
     on_cpu = tier.on_host

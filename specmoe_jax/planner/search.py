@@ -16,7 +16,7 @@ from specmoe_jax.config.registry import EXPERT_FLOWS
 from specmoe_jax.planner.drafts.protocol import described
 from specmoe_jax.planner.drafts.search_starts import SearchStart
 from specmoe_jax.planner.estimate import Prediction
-from specmoe_jax.planner.flows.protocol import ExpertFlow
+from specmoe_jax.planner.flows.protocol import ExpertFlowDescription
 from specmoe_jax.support.errors import PlanError
 
 LARGEST_BATCH = 1024
@@ -81,7 +81,7 @@ def _preference(choice: Choice) -> float:
     return choice.tokens_per_s / drafts / (1.0 if choice.plan.flow.all_resident else WORTH)
 
 
-def _starts(config: ModelConfig, flows: Sequence[ExpertFlow], drafts: Sequence[str]) -> Iterator[SearchStart]:
+def _starts(config: ModelConfig, flows: Sequence[ExpertFlowDescription], drafts: Sequence[str]) -> Iterator[SearchStart]:
     """Every combination of a flow and a draft that can run."""
     families = itertools.chain.from_iterable(flow.search_starts(config) for flow in flows)
     for family, (draft, trees) in itertools.product(families, map(described, drafts)):

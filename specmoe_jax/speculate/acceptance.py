@@ -31,7 +31,7 @@ def accept(
     keys: one key, or [B] keys, then row b's result depends on row b's arguments only; draft_tokens: [B, N] int,
     N may be 0; draft_probs: [B, N, V] float32, or None for point masses; target_logits: [B, N+1, V];
     params: SamplingParams for all rows, static under jit, or SamplingRows of arrays [B]. A row with NaN logits gets
-    some token of 0..V-1: check `finite_rows`. Raises ValueError when the shapes disagree.
+    some token of 0..V-1: check `finite_positions`. Raises ValueError when the shapes disagree.
     """
     _check_shapes(draft_tokens, draft_probs, target_logits)
     if isinstance(params, SamplingParams):
@@ -123,11 +123,6 @@ def residual(p: jax.Array, q: jax.Array) -> jax.Array:
     total = jnp.sum(rest, axis=-1, keepdims=True)
     some = total > jnp.finfo(p.dtype).tiny
     return jnp.where(some, rest / jnp.where(some, total, 1.0), p)
-
-
-def finite_rows(target_logits: jax.Array) -> jax.Array:
-    """Rows [B] whose logits [B, T, V] all give a distribution: no NaN, no +inf, and not -inf everywhere."""
-    return jnp.all(finite_positions(target_logits), axis=-1)
 
 
 def finite_positions(target_logits: jax.Array) -> jax.Array:

@@ -56,7 +56,7 @@ def transform_logits(logits: jax.Array, rows: SamplingRows) -> jax.Array:
     Temperature 0 is the one-hot of the argmax, ties to the smaller id.
 
     logits: [B, ..., V]; rows: arrays [B] -> probabilities [B, ..., V] float32. A masked token may be -inf; a
-    position with a NaN gives NaNs (see `acceptance.finite_rows`).
+    position with a NaN gives NaNs (see `acceptance.finite_positions`).
     """
     temperature, top_k, top_p = (_beside(x, logits.ndim) for x in rows)
     logits = logits.astype(jnp.float32)

@@ -37,8 +37,8 @@ def signature(function) -> list[str]:
 def test_a_flow_has_both_halves(name):
     flow, executor = EXPERT_FLOWS.description(name), EXPERT_FLOWS.executor(name)
     assert flow.name == name
-    protocol = executors.PooledFlow if hasattr(executor, "target_pass") else executors.ExpertFlow
-    for half, asks in ((flow, descriptions.ExpertFlow), (executor, protocol)):
+    protocol = executors.PooledFlowExecutor if hasattr(executor, "target_pass") else executors.ExpertFlowExecutor
+    for half, asks in ((flow, descriptions.ExpertFlowDescription), (executor, protocol)):
         for member in asked(asks):
             assert hasattr(half, member), f"{half} lacks {member}"
             if callable(getattr(asks, member, None)):
@@ -50,13 +50,13 @@ def test_a_flow_has_both_halves(name):
 def test_a_tier_has_both_halves(name):
     tier, executor = KV_TIERS.description(name), KV_TIERS.executor(name)
     assert tier.name == name and isinstance(tier.on_host, bool)
-    for member in asked(executors.KvTier):
-        assert signature(getattr(executor, member)) == signature(getattr(executors.KvTier, member)), member
+    for member in asked(executors.KvTierExecutor):
+        assert signature(getattr(executor, member)) == signature(getattr(executors.KvTierExecutor, member)), member
 
 
 def test_what_is_asked_is_found():
-    assert {"name", "check", "time_pass"} <= asked(descriptions.ExpertFlow)
-    assert {"run_pass", "target_pass"} <= asked(executors.PooledFlow)
+    assert {"name", "check", "time_pass"} <= asked(descriptions.ExpertFlowDescription)
+    assert {"run_pass", "target_pass"} <= asked(executors.PooledFlowExecutor)
 
 
 def test_a_plan_knows_its_flow_and_tier():

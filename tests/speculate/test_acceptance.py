@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from specmoe_jax.config.sampling_params import SamplingParams
-from specmoe_jax.speculate.acceptance import accept, accept_greedy, accept_probability, finite_rows, residual
+from specmoe_jax.speculate.acceptance import accept, accept_greedy, accept_probability, finite_positions, residual
 from specmoe_jax.speculate.sampling import row_keys, sample, sampling_rows, transform_logits
 from specmoe_jax.testing.oracles import accepted_tokens
 from specmoe_jax.types import AcceptResult, SamplingRows
@@ -198,12 +198,12 @@ def test_mixed_rows_equal_rows_of_their_kind(batch):
 def test_a_row_that_is_not_finite_harms_no_other(batch, params):
     keys, tokens, _, target, _ = batch
     broken = target.at[2, 1, 3].set(jnp.nan).at[4, 0].set(-jnp.inf).at[6, 4, 0].set(jnp.inf)
-    assert finite_rows(broken).tolist() == [True, True, False, True, False, True, False, True]
-    assert finite_rows(target.at[0, 0, 0].set(-jnp.inf)).all()
+    assert finite_positions(broken).all(axis=1).tolist() == [True, True, False, True, False, True, False, True]
+    assert finite_positions(target.at[0, 0, 0].set(-jnp.inf)).all()
     result = accept(keys, tokens, None, broken, params)
     assert ((result.next_token >= 0) & (result.next_token < V)).all()
     assert ((result.num_accepted >= 0) & (result.num_accepted <= 4)).all()
-    kept = np.asarray(finite_rows(broken))
+    kept = np.asarray(finite_positions(broken)).all(axis=1)
     for part, full in zip(result, accept(keys, tokens, None, target, params), strict=True):
         np.testing.assert_array_equal(part[kept], full[kept])
 

@@ -1,6 +1,7 @@
 """The engine's half of drafted trees: the path that verification accepts, and the pass's rows compacted to it."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,15 @@ _accept_tree, _accept_tree_coupled, _accept_tree_greedy = (
 )
 
 
+class Verified(NamedTuple):
+    """What a pass found of a proposal. sound: [B], positions from the first on whose logits give a distribution."""
+
+    target_pass: TargetPass
+    result: AcceptResult
+    sound: np.ndarray
+    proposal: Proposal
+
+
 def accepted_path(runtime: Runtime, state: State, proposal: Proposal, logits: jax.Array) -> AcceptedPath:
     """The lossless choice among the paths of a tree. logits [B, T, V]."""
     depth = runtime.plan.draft_length
@@ -35,7 +45,7 @@ def accepted_path(runtime: Runtime, state: State, proposal: Proposal, logits: ja
 
 def compact_accepted_path(
     runtime: Runtime, state: State, verified: TargetPass, proposal: Proposal, accepted: AcceptedPath, finite: jax.Array
-) -> tuple[TargetPass, AcceptResult, np.ndarray, Proposal]:
+) -> Verified:
     """Cache rows, features, routing and tokens of the accepted path in the places of a chain's. -> as step.verify.
 
     finite: [B, T], nodes whose logits give a distribution.
@@ -57,7 +67,7 @@ def compact_accepted_path(
         routing = np.take_along_axis(routing, order[None, ..., None], axis=2)
     sound = np.cumprod(np.take_along_axis(np.asarray(finite), order, axis=1), axis=1).sum(axis=1)
     tokens = np.take_along_axis(np.asarray(proposal.tokens), np.maximum(path - 1, 0), axis=1)
-    return (
+    return Verified(
         verified._replace(kv=kv, features=features, info=verified.info._replace(routing=routing)),
         AcceptResult(num_accepted=num_accepted, next_token=next_token),
         sound,

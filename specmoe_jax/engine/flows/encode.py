@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.engine import stages
-from specmoe_jax.engine.flows.protocol import PooledFlow
+from specmoe_jax.engine.flows.protocol import PooledFlowExecutor
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory
 from specmoe_jax.models.encoder import cross_caches
@@ -12,7 +12,7 @@ from specmoe_jax.types import CrossCache
 
 
 def encode(
-    flow: PooledFlow, runtime: Runtime, memory: ExpertMemory, sources: list[tuple[int, ...]], positions: int
+    flow: PooledFlowExecutor, runtime: Runtime, memory: ExpertMemory, sources: list[tuple[int, ...]], positions: int
 ) -> tuple[ExpertMemory, tuple[CrossCache, ...]]:
     """What the decoder layers attend of the sources: B token tuples, ragged; an empty one is a padding row.
 

@@ -8,7 +8,7 @@ from specmoe_jax.types import Device, KVCache, Tree
 
 
 class AcceleratorKv:
-    """The cache is on the accelerator. See protocol.KvTier."""
+    """The cache is on the accelerator. See protocol.KvTierExecutor."""
 
     def device(self, runtime: Runtime) -> Device:
         return runtime.context.device
@@ -27,7 +27,10 @@ class AcceleratorKv:
 
 
 class HostKv:
-    """The cache is in host memory: queries, keys and values cross the link to it, attention outputs back. See protocol.KvTier."""
+    """The cache is in host memory: queries, keys and values cross the link to it, attention outputs back.
+
+    See protocol.KvTierExecutor.
+    """
 
     def device(self, runtime: Runtime) -> Device:
         return runtime.context.host
@@ -51,4 +54,4 @@ class HostKv:
         return h, routing and routing.ids, k, v
 
 
-ACCELERATOR, HOST = AcceleratorKv(), HostKv()
+ON_ACCELERATOR, ON_HOST = AcceleratorKv(), HostKv()

@@ -38,7 +38,7 @@ def fetched(h: jax.Array) -> jax.Array:
     return h if h.sharding.memory_kind == "device" else jax.device_put(h, jax.memory.Space.Device)
 
 
-class ResidentForward:
+class DraftForward:
     """What a draft calls to run the resident model. Holds, for one draft, the pool that prefetches change.
 
     The draft set itself does not change meanwhile: its slot tables are fixed when the draft starts, and

@@ -29,6 +29,13 @@ class LayerInfo(NamedTuple):
     prefetch_hits: int
 
 
+def needed_experts(ids: np.ndarray, num_experts: int) -> np.ndarray:
+    """[E] bool: the experts among routing ids, -1 for padding."""
+    needed = np.zeros(num_experts, bool)
+    needed[ids[ids >= 0]] = True
+    return needed
+
+
 def migrate_and_compute(
     runtime: Runtime, moe: int, memory: ExpertMemory, h, x, routing: Routing, earlier: np.ndarray, predicted: np.ndarray
 ) -> tuple[jax.Array, ExpertMemory, LayerInfo]:
@@ -39,8 +46,7 @@ def migrate_and_compute(
     """
     ids = np.asarray(routing.ids)  # the host waits here: the routing decides which experts to fetch
     counts = earlier + count_choices(ids, runtime.config.num_experts)
-    needed = np.zeros(runtime.config.num_experts, bool)
-    needed[ids[ids >= 0]] = True
+    needed = needed_experts(ids, runtime.config.num_experts)
     # Speculatively prefetched experts lose ties in the draft set: winning them would cost acceptance.
     established = (memory.residency.slot_of[moe] >= 0) & ~memory.prefetched[moe]
     keep = runtime.policies.keep(moe, memory.usage_scores[moe], counts, established, memory.resting)

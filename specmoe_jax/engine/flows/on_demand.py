@@ -6,8 +6,8 @@ import numpy as np
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.engine.flows.layer_passes import embed, features
-from specmoe_jax.engine.flows.migration import LayerInfo, execute_waves, migrate_and_compute
-from specmoe_jax.engine.flows.pooled import PooledFlow
+from specmoe_jax.engine.flows.migration import LayerInfo, execute_waves, migrate_and_compute, needed_experts
+from specmoe_jax.engine.flows.pooled import PooledFlowExecutor
 from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, PassInfo
@@ -15,7 +15,7 @@ from specmoe_jax.offload.residency import plan_layer
 from specmoe_jax.types import KVCache, Routing, Tree
 
 
-class OnDemandFlow(PooledFlow):
+class OnDemandFlowExecutor(PooledFlowExecutor):
     def resident_slots(self, config: ModelConfig) -> None:
         return None
 
@@ -61,9 +61,7 @@ class OnDemandFlow(PooledFlow):
     ) -> tuple[jax.Array, ExpertMemory]:
         """Wave by wave in the slots that are free: a prompt asks for more than a step does."""
         config = runtime.config.all_layers[runtime.config.expert_layers[moe]]
-        ids = np.asarray(routing.ids)
-        needed = np.zeros(runtime.config.num_experts, bool)
-        needed[ids[ids >= 0]] = True
+        needed = needed_experts(np.asarray(routing.ids), runtime.config.num_experts)
         plan, residency = plan_layer(memory.residency, moe, needed, np.zeros_like(needed))
         return execute_waves(runtime, config, plan, memory._replace(residency=residency), h, x, routing)
 
@@ -80,4 +78,4 @@ def _pass_info(infos: list[LayerInfo], shape: tuple[int, int]) -> PassInfo:
     )
 
 
-FLOW = OnDemandFlow()
+FLOW = OnDemandFlowExecutor()

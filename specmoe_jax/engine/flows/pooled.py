@@ -28,7 +28,7 @@ from specmoe_jax.support.tracing import span
 from specmoe_jax.types import KVCache, Tree
 
 
-class PooledFlow(protocol.PooledFlow[Runtime, Session]):
+class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
     """A flow adds `resident_slots`, `target_pass` and `encoder_experts`."""
 
     def first_memory(self, runtime: Runtime) -> ExpertMemory:

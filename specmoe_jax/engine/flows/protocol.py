@@ -37,7 +37,7 @@ class TargetPass(NamedTuple, Generic[Cache]):
     prompts: tuple[tuple[PromptChunk, jax.Array], ...] = ()
 
 
-class ExpertFlow(Protocol[R, S]):
+class ExpertFlowExecutor(Protocol[R, S]):
     """How experts come to the accelerator, executed. R: Runtime. S: Session. planner/flows/ has the half before anything runs."""
 
     def resident_slots(self, config: ModelConfig) -> np.ndarray | None:
@@ -68,7 +68,7 @@ class ExpertFlow(Protocol[R, S]):
         ...
 
 
-class PooledFlow(ExpertFlow[R, S], Protocol):
+class PooledFlowExecutor(ExpertFlowExecutor[R, S], Protocol):
     """A flow over a pool of slots, which runs prompts and encoders before the first step."""
 
     def target_pass(
@@ -98,7 +98,7 @@ class PooledFlow(ExpertFlow[R, S], Protocol):
         ...
 
 
-class KvTier(Protocol[R]):
+class KvTierExecutor(Protocol[R]):
     """Where the KV cache is and attention runs. kv_cache/tiers.py has the half before anything runs."""
 
     def device(self, runtime: R) -> Device:

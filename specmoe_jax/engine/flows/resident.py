@@ -7,7 +7,7 @@ import numpy as np
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.engine import stages
 from specmoe_jax.engine.flows.layer_passes import embed, features
-from specmoe_jax.engine.flows.pooled import PooledFlow
+from specmoe_jax.engine.flows.pooled import PooledFlowExecutor
 from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, PassInfo
@@ -16,7 +16,7 @@ from specmoe_jax.types import KVCache, Routing, Tree
 NOTHING_FETCHED = PassInfo(hits=0, misses=0, fetched=0, waves=0, prefetched=0, prefetch_hits=0, routing=None)
 
 
-class ResidentFlow(PooledFlow):
+class ResidentFlowExecutor(PooledFlowExecutor):
     def resident_slots(self, config: ModelConfig) -> np.ndarray:
         order = np.arange(config.num_expert_layers * config.num_experts, dtype=np.int32)
         return order.reshape(config.num_expert_layers, config.num_experts)
@@ -67,4 +67,4 @@ def _slots(runtime: Runtime) -> np.ndarray:
     return slots
 
 
-FLOW = ResidentFlow()
+FLOW = ResidentFlowExecutor()

@@ -8,7 +8,7 @@ import numpy as np
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.sampling_params import SamplingParams
-from specmoe_jax.engine.flows.protocol import ExpertFlow, TargetPass
+from specmoe_jax.engine.flows.protocol import ExpertFlowExecutor, TargetPass
 from specmoe_jax.engine.flows.stream_pass import StreamedPass, stream_pass
 from specmoe_jax.engine.requests.completion import TokenEvent, step_events
 from specmoe_jax.engine.requests.prepare import BatchShape
@@ -27,7 +27,7 @@ from specmoe_jax.support.timing import Stopwatch
 from specmoe_jax.types import Tree
 
 
-class StreamFlow(ExpertFlow[Runtime, Session]):
+class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
     def resident_slots(self, config: ModelConfig) -> None:
         return None
 
@@ -189,4 +189,4 @@ def _all_rows(runtime: Runtime, pieces: list[jax.Array], running: list[bool]) ->
 _rows = jax.jit(lambda pieces: jnp.concatenate(pieces) if len(pieces) > 1 else pieces[0])
 
 
-FLOW = StreamFlow()
+FLOW = StreamFlowExecutor()

@@ -4,10 +4,10 @@ from specmoe_jax.planner.drafts.checks import TREE_FIELDS
 from specmoe_jax.planner.drafts.protocol import DraftDescription
 
 
-class CustomDraft(DraftDescription):
+class CustomDraftDescription(DraftDescription):
     name = "custom"
     fields = TREE_FIELDS
     given = "draft"
 
 
-DRAFT = CustomDraft()
+DRAFT = CustomDraftDescription()

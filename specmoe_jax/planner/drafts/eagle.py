@@ -21,7 +21,7 @@ from specmoe_jax.support.errors import PlanError
 TABLE_ENTRY_BYTES = 4  # of an EAGLE-3 head's table from its own vocabulary to the target's, int32
 
 
-class EagleDraft(DraftDescription):
+class EagleDraftDescription(DraftDescription):
     name = "eagle"
     fields = TREE_FIELDS | {"draft_kv_bytes"}
     given = "draft_head"
@@ -131,4 +131,4 @@ def _width(plan: Plan) -> int:
     return plan.draft_tree_top_k or 1
 
 
-DRAFT = EagleDraft()
+DRAFT = EagleDraftDescription()

@@ -18,7 +18,7 @@ from specmoe_jax.support.errors import PlanError
 ASLEEP_S = 2e-3  # of a layer's wait for the link, after which cores are slow to wake
 
 
-class GatedDraft(DraftDescription):
+class GatedDraftDescription(DraftDescription):
     fields = GATED_FIELDS
     gated = True
     is_measured = True
@@ -45,7 +45,7 @@ class GatedDraft(DraftDescription):
         token = resident_pass(
             config,
             Load(load.rows, 1, load.context + length / 2),
-            min(chosen, _mean_experts(plan)),
+            min(chosen, mean_experts(plan)),
             itemsize,
             tier=plan.cache_tier,
             expert_bytes=costs.expert_bytes(config, plan),
@@ -65,7 +65,7 @@ class GatedDraft(DraftDescription):
             length=length,
             rows=rows,
             context=case.context,
-            blocks=min(_mean_experts(plan), routing.distinct(case.probabilities, rows)),
+            blocks=min(mean_experts(plan), routing.distinct(case.probabilities, rows)),
             ahead=plan.prefetch == "draft",
             waited=_waited(config, plan, operators, case),
         )
@@ -81,7 +81,8 @@ class GatedDraft(DraftDescription):
         return SearchStart(preset("specmoe", config).replace(draft=self.name), (*own, *flow.axes, ("prefetch", ("none", "draft"))))
 
 
-def _mean_experts(plan: Plan) -> float:
+def mean_experts(plan: Plan) -> float:
+    """Draft experts of a layer, on average."""
     value = plan.draft_experts or 0
     return sum(value) / len(value) if isinstance(value, tuple) else value
 

@@ -2,11 +2,11 @@
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
-from specmoe_jax.planner.drafts.gated import GatedDraft
+from specmoe_jax.planner.drafts.gated import GatedDraftDescription
 from specmoe_jax.support.errors import PlanError
 
 
-class MergedDraft(GatedDraft):
+class MergedDraftDescription(GatedDraftDescription):
     name = "merged"
     assumed_acceptance = 0.3
 
@@ -24,4 +24,4 @@ class MergedDraft(GatedDraft):
         return config.num_moe_layers * each
 
 
-DRAFT = MergedDraft()
+DRAFT = MergedDraftDescription()

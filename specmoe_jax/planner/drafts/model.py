@@ -3,7 +3,7 @@
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import preset
-from specmoe_jax.kv_cache.tiers import ACCELERATOR
+from specmoe_jax.kv_cache.tiers import ON_ACCELERATOR
 from specmoe_jax.models.spec import DTYPE_BYTES
 from specmoe_jax.planner.costs import Load
 from specmoe_jax.planner.drafts.checks import check_decoder
@@ -14,7 +14,7 @@ from specmoe_jax.planner.memory.memory_account import DraftMemory
 from specmoe_jax.support.errors import PlanError
 
 
-class ModelDraft(DraftDescription):
+class ModelDraftDescription(DraftDescription):
     name = "model"
     given = "draft_model"
     assumed_acceptance = 0.6
@@ -36,8 +36,8 @@ class ModelDraft(DraftDescription):
         itemsize, length = DTYPE_BYTES[plan.dtype], plan.draft_length or 1
         one = Load(load.rows, 1, load.context + length / 2)
         used = float(model.num_experts) if model.num_moe_layers else 0.0
-        catch_up = resident_pass(model, load, used, itemsize, tier=ACCELERATOR)
-        token = resident_pass(model, one, min(used, load.rows * model.experts_per_token), itemsize, tier=ACCELERATOR)
+        catch_up = resident_pass(model, load, used, itemsize, tier=ON_ACCELERATOR)
+        token = resident_pass(model, one, min(used, load.rows * model.experts_per_token), itemsize, tier=ON_ACCELERATOR)
         return DraftCosts(costs=(*catch_up, *(token * (length - 1))))
 
 
@@ -56,4 +56,4 @@ def model_memory(model: ModelConfig, plan: Plan) -> DraftMemory:
     return DraftMemory(fixed=fixed, row=held(1, 0) - fixed, position=held(1, 1) - held(1, 0))
 
 
-DRAFT = ModelDraft()
+DRAFT = ModelDraftDescription()

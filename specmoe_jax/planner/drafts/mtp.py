@@ -13,7 +13,7 @@ from specmoe_jax.planner.memory.memory_account import DraftMemory
 from specmoe_jax.support.errors import PlanError
 
 
-class MtpDraft(DraftDescription):
+class MtpDraftDescription(DraftDescription):
     name = "mtp"
     given = "mtp_head"
     assumed_acceptance = 0.7  # of the first token 0.7 to 0.9, of the third 0.33 to 0.65 in published figures
@@ -59,4 +59,4 @@ class MtpDraft(DraftDescription):
         return super().start(config, flow, trees=trees) if config.mtp_layers == 1 else None
 
 
-DRAFT = MtpDraft()
+DRAFT = MtpDraftDescription()

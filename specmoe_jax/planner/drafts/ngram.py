@@ -3,7 +3,7 @@
 from specmoe_jax.planner.drafts.protocol import DraftDescription
 
 
-class NgramDraft(DraftDescription):
+class NgramDraftDescription(DraftDescription):
     name = "ngram"
     assumed_acceptance = 0.2
     is_measured = True
@@ -15,4 +15,4 @@ class NgramDraft(DraftDescription):
         return operators.seconds("lookup", rows=case.rows, read=case.rows * case.context)
 
 
-DRAFT = NgramDraft()
+DRAFT = NgramDraftDescription()

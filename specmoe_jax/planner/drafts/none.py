@@ -4,7 +4,7 @@ from specmoe_jax.planner.drafts.protocol import DraftDescription
 from specmoe_jax.planner.drafts.search_starts import SearchStart
 
 
-class NoDraft(DraftDescription):
+class NoDraftDescription(DraftDescription):
     name = "none"
     fields = frozenset()
     is_measured = True  # nothing to add
@@ -13,4 +13,4 @@ class NoDraft(DraftDescription):
         return flow
 
 
-DRAFT = NoDraft()
+DRAFT = NoDraftDescription()

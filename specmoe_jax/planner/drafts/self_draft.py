@@ -3,14 +3,14 @@
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.planner.calibration import Acceptance
-from specmoe_jax.planner.drafts.gated import GatedDraft
+from specmoe_jax.planner.drafts.gated import GatedDraftDescription, mean_experts
 from specmoe_jax.planner.routing import choice_probabilities
 from specmoe_jax.support.errors import PlanError
 
 
-class SelfDraft(GatedDraft):
+class SelfDraftDescription(GatedDraftDescription):
     name = "self"
-    fields = GatedDraft.fields | {"draft_set", "substitution"}
+    fields = GatedDraftDescription.fields | {"draft_set", "substitution"}
     default_draft_set = "hot_temporal"
     # Less than what the papers report (0.913 on NLLB) and what the bundled model shows (0.8).
     assumed_acceptance = 0.6
@@ -37,7 +37,7 @@ class SelfDraft(GatedDraft):
         if not found.experts:
             return found.rate
         probabilities = choice_probabilities(config.num_experts, config.experts_per_token, skew)
-        absent, measured = _absent(probabilities, _mean(plan.draft_experts)), _absent(probabilities, found.experts)
+        absent, measured = _absent(probabilities, mean_experts(plan)), _absent(probabilities, found.experts)
         return max(found.rate, 1e-6) ** (absent / measured) if measured > 0 else found.rate
 
 
@@ -46,8 +46,4 @@ def _absent(probabilities: tuple[float, ...], experts: float) -> float:
     return sum(probabilities[round(experts) :])
 
 
-def _mean(value) -> float:
-    return sum(value) / len(value) if isinstance(value, tuple) else value
-
-
-DRAFT = SelfDraft()
+DRAFT = SelfDraftDescription()

@@ -10,7 +10,7 @@ from specmoe_jax.config.presets import preset
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import DISK, Cost
 from specmoe_jax.planner.drafts.search_starts import SearchStart, expert_counts
-from specmoe_jax.planner.flows.pooled import PooledFlow
+from specmoe_jax.planner.flows.pooled import PooledFlowDescription
 from specmoe_jax.planner.layer_costs import attention_block
 from specmoe_jax.planner.measured.case import Case, MeasuredPass, kept_experts, layer_work, pinned_slots
 from specmoe_jax.planner.measured.operators import Operators
@@ -22,7 +22,7 @@ GATES_RIGHT = 0.8  # of a pass's misses, the share that the draft's gates forese
 
 
 @dataclasses.dataclass(frozen=True)
-class OnDemandFlow(PooledFlow):
+class OnDemandFlowDescription(PooledFlowDescription):
     def moving_experts(self, config: ModelConfig, expert_bytes: int) -> int:
         return arriving_experts(expert_bytes, config.num_experts)
 
@@ -93,4 +93,4 @@ def _disk_reads(setting: Setting, missed: float) -> list[Cost]:
     return [costs.fetch(setting.account.expert_bytes, absent, operator="read", resource=DISK)]
 
 
-FLOW = OnDemandFlow("on_demand", all_resident=False, keeps_experts=True, tells_routing=True)
+FLOW = OnDemandFlowDescription("on_demand", all_resident=False, keeps_experts=True, tells_routing=True)

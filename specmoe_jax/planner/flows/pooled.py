@@ -13,8 +13,8 @@ from specmoe_jax.planner.passes import LayerCosts, Setting, Timing, layer_by_lay
 
 
 @dataclasses.dataclass(frozen=True)
-class PooledFlow:
-    """The answers that the resident and the on_demand flow have in common; see protocol.ExpertFlow."""
+class PooledFlowDescription:
+    """The answers that the resident and the on_demand flow have in common; see protocol.ExpertFlowDescription."""
 
     name: str
     all_resident: bool

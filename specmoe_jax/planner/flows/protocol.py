@@ -29,7 +29,7 @@ class FlowMemory(NamedTuple):
     pinned_layers: int = 0
 
 
-class ExpertFlow(Protocol):
+class ExpertFlowDescription(Protocol):
     """How experts come to the accelerator, described. Pure.
 
     all_resident: every expert stays there. keeps_experts: of each layer some may stay between passes, and the host waits for each

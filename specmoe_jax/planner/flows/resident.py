@@ -9,7 +9,7 @@ from specmoe_jax.config.presets import preset
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import Cost
 from specmoe_jax.planner.drafts.search_starts import SearchStart
-from specmoe_jax.planner.flows.pooled import PooledFlow
+from specmoe_jax.planner.flows.pooled import PooledFlowDescription
 from specmoe_jax.planner.layer_costs import attention_block
 from specmoe_jax.planner.measured.case import Case, MeasuredPass, layer_work
 from specmoe_jax.planner.measured.operators import Operators
@@ -17,7 +17,7 @@ from specmoe_jax.planner.passes import LayerCosts, Setting
 
 
 @dataclasses.dataclass(frozen=True)
-class ResidentFlow(PooledFlow):
+class ResidentFlowDescription(PooledFlowDescription):
     def moving_experts(self, config: ModelConfig, expert_bytes: int) -> int:
         return 0
 
@@ -49,4 +49,4 @@ class ResidentFlow(PooledFlow):
         return (SearchStart(preset("resident", config), ()),)
 
 
-FLOW = ResidentFlow("resident", all_resident=True, keeps_experts=False, tells_routing=False)
+FLOW = ResidentFlowDescription("resident", all_resident=True, keeps_experts=False, tells_routing=False)

@@ -25,7 +25,7 @@ MICRO_BATCHES = (1, 2, 4)  # that the search tries
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamFlow:
+class StreamFlowDescription:
     name: str = "stream"
     all_resident: bool = False
     keeps_experts: bool = False
@@ -259,4 +259,4 @@ def _measured_seconds(
     return computed | {"stream": max(copied_s, link_s)}, without
 
 
-FLOW = StreamFlow()
+FLOW = StreamFlowDescription()

@@ -92,9 +92,8 @@ def balanced(bias: jax.Array, loads: jax.Array, rate: jax.Array) -> jax.Array:
     return bias + rate * jnp.sign(jnp.mean(loads, axis=1, keepdims=True) - loads)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "recipe"))
 def init_state(config: WitnessConfig, recipe: RecipeConfig) -> TrainState:
-    params = model.init_params(jax.random.key(recipe.seed), config)
+    params = model.init_params(recipe.seed, config)
     return TrainState(
         step=jnp.int32(0),
         params=params,

@@ -44,6 +44,12 @@ RECIPE = RecipeConfig(batch_size=4, length=16, optimizer="adamw", warmup_steps=2
 
 
 logits = jax.jit(model.logits, static_argnums=3)
+mtp_states = jax.jit(model.mtp_states, static_argnums=4)
+
+
+def normal(seed, *shape):
+    """Drawn by NumPy: each shape that JAX draws is a compilation."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def gradients(function, *arguments):
@@ -54,15 +60,15 @@ def gradients(function, *arguments):
 
 @pytest.fixture(scope="module")
 def weights():
-    params = model.init_params(jax.random.key(0), TINY)
+    params = model.init_params(0, TINY)
     # Norms of one and biases of zero would hide an error in either.
-    params = jax.tree.map(lambda w: w * jax.random.uniform(jax.random.key(w.size), w.shape, minval=0.5, maxval=1.5), params)
-    bias = 0.1 * jax.random.normal(jax.random.key(1), model.init_bias(TINY).shape)
-    return params, bias
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda w: jnp.asarray(w * rng.uniform(0.5, 1.5, w.shape), jnp.float32), params)
+    return params, 0.1 * normal(1, *model.init_bias(TINY).shape)
 
 
 def random_tokens(*shape):
-    return jax.random.randint(jax.random.key(2), shape, 0, TINY.vocab_size)
+    return jnp.asarray(np.random.default_rng(2).integers(0, TINY.vocab_size, shape), jnp.int32)
 
 
 def test_seats_hold_each_choice_once_and_drop_what_exceeds_the_capacity():
@@ -74,8 +80,8 @@ def test_seats_hold_each_choice_once_and_drop_what_exceeds_the_capacity():
 
 
 def test_dispatched_experts_and_their_gradients_equal_every_expert_on_every_row():
-    params = model.init_params(jax.random.key(3), TINY)
-    experts, x = params.layers[1].ffn, jax.random.normal(jax.random.key(4), (24, TINY.hidden_size))
+    params = model.init_params(3, TINY)
+    experts, x = params.layers[1].ffn, normal(4, 24, TINY.hidden_size)
 
     def fast(x, experts):
         ids, chosen = model.route(x, experts.router, jnp.zeros(TINY.num_experts), TINY)
@@ -90,7 +96,7 @@ def test_dispatched_experts_and_their_gradients_equal_every_expert_on_every_row(
 
 
 def test_the_bias_changes_the_choice_but_not_the_weights():
-    router, x = jax.random.normal(jax.random.key(5), (32, 8)), jax.random.normal(jax.random.key(6), (5, 32))
+    router, x = normal(5, 32, 8), normal(6, 5, 32)
     ids, chosen = model.route(x, router, jnp.zeros(8).at[7].set(10.0), TINY)
     assert (ids == 7).any(axis=1).all()
     scores = jnp.take_along_axis(jax.nn.sigmoid(x @ router), ids, axis=1)
@@ -100,8 +106,8 @@ def test_the_bias_changes_the_choice_but_not_the_weights():
 
 def test_the_blockwise_loss_and_its_gradients_are_the_plain_ones(monkeypatch):
     monkeypatch.setattr(cross_entropy, "BLOCK_ROWS", 8)
-    hidden, head = jax.random.normal(jax.random.key(7), (32, 16)), jax.random.normal(jax.random.key(8), (16, 50))
-    targets = jax.random.randint(jax.random.key(9), (32,), 0, 50)
+    hidden, head = normal(7, 32, 16), normal(8, 16, 50)
+    targets = jnp.arange(32) % 50
     plain = lambda hidden, head: jnp.mean(optax.softmax_cross_entropy_with_integer_labels(hidden @ head, targets))  # noqa: E731
     blockwise = lambda hidden, head: cross_entropy.mean_nats(hidden, head, targets)  # noqa: E731
     got, wanted = (jax.tree.leaves(jax.jit(jax.value_and_grad(f, (0, 1)))(hidden, head)) for f in (blockwise, plain))
@@ -111,8 +117,7 @@ def test_the_blockwise_loss_and_its_gradients_are_the_plain_ones(monkeypatch):
 
 def test_attention_and_its_gradients_equal_softmax_over_the_whole_square(monkeypatch):
     monkeypatch.setattr(attention, "QUERY_BLOCK", 5)  # does not divide the length
-    keys = jax.random.split(jax.random.key(2), 3)
-    q, k, v = (jax.random.normal(key, (2, 12, 2, *shape)) for key, shape in zip(keys, [(3, 8), (8,), (8,)], strict=True))
+    q, k, v = normal(2, 2, 12, 2, 3, 8), normal(3, 2, 12, 2, 8), normal(4, 2, 12, 2, 8)
 
     def plain(q, k, v):
         logits = jnp.einsum("btkgd,bskd->bkgts", q, k)
@@ -173,7 +178,7 @@ def test_transformers_finds_the_mtp_layer_under_its_published_names_and_drafts_t
         hidden = theirs.model(ids).last_hidden_state[:, :-1]
         wanted = mtp(ids[:, 1:], hidden, attention_mask=None, position_ids=positions, mtp_cache=cache)[1][:, 0].numpy()
     params, bias = weights
-    states = model.mtp_states(params, bias, jnp.asarray(hidden.numpy()), tokens[:, 1:], TINY)[0]
+    states = mtp_states(params, bias, jnp.asarray(hidden.numpy()), tokens[:, 1:], TINY)[0]
     np.testing.assert_allclose(states[:, -1] @ params.head, wanted, atol=1e-4)
 
 
@@ -219,7 +224,7 @@ def test_a_run_refuses_other_sizes_and_a_decay_of_nothing(tmp_path):
 
 
 def test_muon_takes_projections_and_experts_and_leaves_the_rest_to_adam():
-    axes = loop.matrix_axes(model.init_params(jax.random.key(0), TINY))
+    axes = loop.matrix_axes(model.init_params(0, TINY))
     layer = axes.layers[1]
     assert axes.embedding is axes.head is layer.ffn.router is layer.attention.q_norm is None
     assert layer.ffn.routed.w_up == layer.attention.wo == axes.mtp.projection == optax.contrib.MuonDimensionNumbers(-2, -1)

@@ -100,9 +100,8 @@ def _averaged(new: Any, average: Any, share: jax.Array) -> Any:
     return optax.incremental_update(new, average, share)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "recipe"))
 def init_state(config: WitnessConfig, recipe: RecipeConfig) -> TrainState:
-    params = model.init_params(jax.random.key(recipe.seed), config)
+    params = model.init_params(recipe.seed, config)
     return TrainState(
         step=jnp.int32(0),
         params=params,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from specmoe_jax.training.witness import attention, dispatch
 from specmoe_jax.training.witness.config import WitnessConfig
@@ -73,15 +74,15 @@ class Routing(NamedTuple):
     dropped: jax.Array
 
 
-def init_params(key: jax.Array, config: WitnessConfig) -> Params:
-    """Random weights. The key is consumed."""
-    keys = iter(jax.random.split(key, 16 * (config.num_layers + 2)))
+def init_params(seed: int, config: WitnessConfig) -> Params:
+    """Random weights, drawn by NumPy: as many draws of JAX compile for longer than a training step."""
+    rng = np.random.default_rng(seed)
     model, in_std = config.hidden_size, config.hidden_size**-0.5
     # Writers into the residual stream start smaller with depth (GPT-2), the others with 1/sqrt(fan in).
     out_std = INIT_STD / (2 * config.num_layers) ** 0.5
 
     def normal(*shape, std=in_std):
-        return std * jax.random.normal(next(keys), shape, jnp.float32)
+        return jnp.asarray(std * rng.standard_normal(shape, np.float32), jnp.float32)
 
     def mlp(*shape):
         *experts, hidden = shape
@@ -89,6 +90,13 @@ def init_params(key: jax.Array, config: WitnessConfig) -> Params:
             w_gate=normal(*experts, model, hidden),
             w_up=normal(*experts, model, hidden),
             w_down=normal(*experts, hidden, model, std=out_std),
+        )
+
+    def experts():
+        return Experts(
+            router=normal(model, config.num_experts, std=INIT_STD),
+            routed=mlp(config.num_experts, config.expert_hidden),
+            shared=mlp(config.expert_hidden),
         )
 
     def layer(dense: bool):
@@ -100,11 +108,6 @@ def init_params(key: jax.Array, config: WitnessConfig) -> Params:
             wo=normal(queries, model, std=out_std),
             q_norm=jnp.ones(config.head_dim),
             k_norm=jnp.ones(config.head_dim),
-        )
-        experts = lambda: Experts(  # noqa: E731
-            router=normal(model, config.num_experts, std=INIT_STD),
-            routed=mlp(config.num_experts, config.expert_hidden),
-            shared=mlp(config.expert_hidden),
         )
         ffn = mlp(config.dense_hidden) if dense else experts()
         return Layer(attention_norm=jnp.ones(model), attention=attention, ffn_norm=jnp.ones(model), ffn=ffn)

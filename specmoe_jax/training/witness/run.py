@@ -16,6 +16,7 @@ import time
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -67,7 +68,9 @@ def newest_step(folder: pathlib.Path) -> int | None:
 def restore(folder: pathlib.Path, like: loop.TrainState) -> loop.TrainState:
     """The newest checkpoint under `folder`; `like` has its shapes."""
     with open_checkpoints(folder) as manager:
-        return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(like))
+        found = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(like))
+    # Orbax commits arrays to a device; to jit those are other arguments than fresh ones, and a step would compile anew.
+    return jax.tree.map(lambda array: jnp.asarray(np.asarray(array)), found)
 
 
 def check_run(work_dir: pathlib.Path, config: WitnessConfig, recipe: RecipeConfig) -> None:
@@ -132,7 +135,7 @@ def train(config: WitnessConfig, recipe: RecipeConfig, work_dir: pathlib.Path, t
     if begin is None:
         state = loop.init_state(config, recipe)
     else:
-        state = restore(begin, jax.eval_shape(lambda: loop.init_state(config, recipe)))
+        state = restore(begin, loop.init_state(config, recipe))
     log, stop, began_s = work_dir / "log.jsonl", Stop(), time.monotonic()
     last_step, saved_s = recipe.stable_steps + recipe.decay_steps, time.monotonic()
     with (

@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.torch
 
 from specmoe_jax.checkpoints import load_model
 from specmoe_jax.checkpoints.mtp import load_mtp
@@ -16,6 +15,7 @@ torch = pytest.importorskip("torch", reason=REASON)
 modeling = pytest.importorskip("transformers.modeling_layers", reason=REASON)
 if not hasattr(modeling, "MtpModel"):
     pytest.skip("MtpModel came with transformers 5.24: pip install '.[parity]'", allow_module_level=True)
+import safetensors.torch  # noqa: E402
 import transformers  # noqa: E402
 from transformers.cache_utils import MtpCache  # noqa: E402
 

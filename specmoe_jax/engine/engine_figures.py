@@ -4,9 +4,9 @@ import resource
 
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.engine import figures as metrics
-from specmoe_jax.engine.resources import Moved
 from specmoe_jax.engine.roofline import predicted_figures, roofline_figures
 from specmoe_jax.engine.state import StepInfo
+from specmoe_jax.engine.step import Moved
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.estimate import Prediction
 from specmoe_jax.planner.hardware import Hardware

@@ -12,21 +12,12 @@ from specmoe_jax.engine.requests.prepare import BatchShape, job_account, smalles
 from specmoe_jax.engine.runtime import Runtime, build, new_cache
 from specmoe_jax.engine.state import ExpertMemory, State
 from specmoe_jax.models.model import Model
-from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.planner.memory.memory_account import MemoryAccount
 from specmoe_jax.speculate.adaptive_length import AdaptiveLength, make_adaptive_length
 from specmoe_jax.speculate.drafts.protocol import FeatureDraft
 from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy
 from specmoe_jax.support.tracing import Span
 from specmoe_jax.types import KVCache
-
-
-class Moved(NamedTuple):
-    """Expert and activation bytes sent over the link, and the counts of the tier below it, since a runtime was made."""
-
-    link_bytes: int
-    activation_bytes: int
-    below: TierCounts
 
 
 class Job(NamedTuple):
@@ -132,11 +123,6 @@ def _holds(shared: Runtime, account: MemoryAccount, needed: MemoryAccount) -> bo
     if needed.num_slots > account.num_slots or needed.dispatch_slots > slots.dispatch:
         return False
     return slots.single_wave == (needed.num_slots >= needed.wanted_slots)
-
-
-def moved(runtime: Runtime) -> Moved:
-    store = runtime.experts.store
-    return Moved(store.link.sent_bytes, runtime.context.activations.sent_bytes, store.tier.counts)
 
 
 def new_draft_memory(runtime: Runtime, batch_shape: BatchShape) -> Any:

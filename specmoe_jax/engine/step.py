@@ -1,6 +1,7 @@
 """One step of every row: draft, verify (which migrates layer by layer), commit."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,11 +14,11 @@ from specmoe_jax.engine.flows.layer_passes import fetched
 from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.requests.finish import commit_tokens
 from specmoe_jax.engine.requests.status import EMPTY, finished
-from specmoe_jax.engine.resources import moved
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.scheduler import joined
 from specmoe_jax.engine.state import State, StepInfo
 from specmoe_jax.offload.stream_schedule import ACCELERATOR
+from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.speculate.acceptance import accept, accept_coupled, accept_greedy, finite_positions, synthetic_accept
 from specmoe_jax.speculate.adaptive_length import choose, observe, resting
 from specmoe_jax.speculate.hot_experts.usage import count_choices
@@ -91,6 +92,19 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
         verify_s=laps.seconds["verify"],
         commit_s=laps.seconds["commit"],
     )
+
+
+class Moved(NamedTuple):
+    """Expert and activation bytes sent over the link, and the counts of the tier below it, since a runtime was made."""
+
+    link_bytes: int
+    activation_bytes: int
+    below: TierCounts
+
+
+def moved(runtime: Runtime) -> Moved:
+    store = runtime.experts.store
+    return Moved(store.link.sent_bytes, runtime.context.activations.sent_bytes, store.tier.counts)
 
 
 def _length(runtime: Runtime, state: State, active: np.ndarray) -> int:

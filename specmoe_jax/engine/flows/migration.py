@@ -45,8 +45,8 @@ def migrate_and_compute(
     those that are not in host memory.
     """
     ids = np.asarray(routing.ids)  # the host waits here: the routing decides which experts to fetch
-    counts = earlier + count_choices(ids, runtime.config.num_experts)
     needed = needed_experts(ids, runtime.config.num_experts)
+    counts = earlier + count_choices(ids, runtime.config.num_experts)
     # Speculatively prefetched experts lose ties in the draft set: winning them would cost acceptance.
     established = (memory.residency.slot_of[moe] >= 0) & ~memory.prefetched[moe]
     keep = runtime.policies.keep(moe, memory.usage_scores[moe], counts, established, memory.resting)

@@ -15,10 +15,11 @@ from specmoe_jax.engine.prefill import prefill
 from specmoe_jax.engine.requests.completion import TokenEvent, step_events
 from specmoe_jax.engine.requests.prepare import BatchShape
 from specmoe_jax.engine.requests.status import DECODING, EMPTY
-from specmoe_jax.engine.resources import moved, new_draft_memory
+from specmoe_jax.engine.resources import new_draft_memory
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.session import Session
 from specmoe_jax.engine.state import ExpertMemory, Request, State, StepInfo
+from specmoe_jax.engine.step import moved
 from specmoe_jax.offload import retained_experts
 from specmoe_jax.offload.residency import empty, plan_layer
 from specmoe_jax.speculate.sampling import sampling_rows

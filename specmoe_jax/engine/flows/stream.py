@@ -13,11 +13,12 @@ from specmoe_jax.engine.flows.stream_pass import StreamedPass, stream_pass
 from specmoe_jax.engine.requests.completion import TokenEvent, step_events
 from specmoe_jax.engine.requests.prepare import BatchShape
 from specmoe_jax.engine.requests.status import EMPTY
-from specmoe_jax.engine.resources import Moved, moved, new_draft_memory
+from specmoe_jax.engine.resources import new_draft_memory
 from specmoe_jax.engine.runtime import Runtime, empty_pages
 from specmoe_jax.engine.scheduler import MicroBatch, admit, empty_chunk, prompt_chunks, rows_of
 from specmoe_jax.engine.session import Session
 from specmoe_jax.engine.state import Buffers, ExpertMemory, HostKV, PassInfo, Request, State, StepInfo
+from specmoe_jax.engine.step import Moved, moved
 from specmoe_jax.kv_cache.page_table import Pages, no_pages
 from specmoe_jax.kv_cache.positions import KV_PAGE, staged_positions
 from specmoe_jax.offload.residency import empty

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import pathlib
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from specmoe_jax.cache_files import cache_folder
 from specmoe_jax.training.witness import evaluate, export, run, samples
@@ -26,6 +26,7 @@ flags.DEFINE_string("output", None, "where the report goes; default: standard ou
 
 
 def main(_) -> None:
+    logging.set_verbosity(logging.WARNING)  # JAX reports the backends that are not there as information
     folder, data_dir = pathlib.Path(FLAGS.model), pathlib.Path(FLAGS.data_dir)
     config = export.read_config(folder)
     params, bias = export.read_checkpoint(folder, config)

@@ -295,3 +295,4 @@ def test_greedy_continuations_are_what_the_logits_say(weights):
 def test_repeated_8_grams():
     assert samples.repeated_share(np.arange(20)) == 0.0
     assert samples.repeated_share(np.zeros(20)) == pytest.approx(12 / 13)
+    assert samples.repeated_share(np.zeros(7)) == 0.0

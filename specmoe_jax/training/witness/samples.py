@@ -33,9 +33,9 @@ def continued(params, bias, tokens, lengths, key, temperature, *, config: Witnes
 
 
 def repeated_share(tokens: np.ndarray, size: int = 8) -> float:
-    """Share of the n-grams of a continuation that it holds already. tokens [n]."""
+    """Share of the n-grams of a continuation that it holds already, 0 where it is shorter than one. tokens [n]."""
     grams = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
-    return 1.0 - len(set(grams)) / len(grams)
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def beginnings(held_out: pathlib.Path, count: int, size: int = 160) -> list[str]:

@@ -187,7 +187,7 @@ def python_code(raw: pathlib.Path) -> list[str]:
             is_table = sum(c.isdigit() for c in text) > 0.12 * len(text)
             if "test" not in str(path.relative_to(raw)) and 1500 < len(text) < 120_000 and not is_table:
                 out += blocks(re.split(r"\n\n\n+", text), 2 * DOCUMENT, "\n\n\n")
-    # An eighth of the pieces is enough: code must not crowd out prose.
+    # A quarter of the pieces is enough: code must not crowd out prose.
     return out[::4]
 
 

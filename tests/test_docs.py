@@ -45,6 +45,7 @@ def known_families(monkeypatch):
     monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/extending.md", "docs/planner.md"])
 def test_python_blocks(page, known_families, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # some write a file
@@ -123,6 +124,7 @@ MODULES = [
 ]  # studies need peers that are not installed
 
 
+@pytest.mark.slow
 def test_doctests():
     """The examples in docstrings."""
     results = [doctest.testmod(importlib.import_module(name)) for name in MODULES]

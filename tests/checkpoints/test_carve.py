@@ -66,6 +66,7 @@ def dense_model(config):
     )
 
 
+@pytest.mark.slow
 def test_with_every_expert_chosen_it_is_the_dense_model(carved):
     model, report = carved[ALL]
     want = dense_model(model.config).logits(TOKENS)

@@ -210,6 +210,7 @@ def test_a_head_with_the_whole_vocabulary_needs_no_tables(tmp_path):
     np.testing.assert_array_equal(loaded.weights.to_target, np.arange(TINY.vocab_size))
 
 
+@pytest.mark.slow
 def test_a_head_in_torchs_own_file(folder):
     torch = pytest.importorskip("torch")
     folder.write()
@@ -225,6 +226,7 @@ def test_no_such_head():
     assert "no such directory" in refusal("nul\0byte")
 
 
+@pytest.mark.slow
 def test_the_bundled_head_loads_and_is_small():
     """It is of the bundled model, and what its card says of it can be run."""
     model = sm.load_model("demo")

@@ -39,6 +39,7 @@ def test_every_table_runs_and_is_stamped(setting, table, tmp_path):
     check_table(rows)
 
 
+@pytest.mark.slow
 def test_batches_and_growth(setting, tmp_path):
     rows = specmoe.with_growth(specmoe.batches(setting))
     assert rows["on_demand @ 1"]["bytes_growth"] == rows["specmoe @ 1"]["bytes_growth"] == 1

@@ -52,6 +52,7 @@ def test_every_table_runs():
     assert ragged["length_sum"] == 64 + 4096
 
 
+@pytest.mark.slow
 def test_an_unknown_table_is_refused():
     done = subprocess.run([sys.executable, SCRIPT, "--tables=speed"], capture_output=True, text=True)
     assert done.returncode != 0 and "--tables has 'speed'" in done.stderr + done.stdout

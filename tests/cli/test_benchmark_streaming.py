@@ -29,6 +29,7 @@ def setting(model):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", specmoeoff.TABLES)
 def test_every_table_runs_and_is_stamped(setting, table, tmp_path):
     rows = specmoeoff.TABLES[table](setting)

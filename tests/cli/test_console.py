@@ -54,6 +54,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", WAYS.values(), ids=WAYS)
 def test_the_three_ways_are_one(start):
     run = {"capture_output": True, "text": True, "timeout": 300}

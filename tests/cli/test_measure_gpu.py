@@ -25,6 +25,7 @@ def test_a_dry_run_of_some_parts_and_only_the_missing_ones_again(run_script, tmp
     assert again.out == "ffn: has its file; --again measures it again\n"
 
 
+@pytest.mark.slow
 def test_a_part_that_is_ended_keeps_what_it_had(run_script, tmp_path):
     done = run_script("measure_gpu.py", f"--output={tmp_path}", "--dry_run", "--parts=settle", "--part_minutes=0.001")
     assert (done.code, done.out) == (0, "settle: ended after 0.001 minutes; what it had is kept\n")

@@ -22,6 +22,7 @@ def test_a_plan_for_generate(run_script, checkpoint, tmp_path):
     assert "step predicted / measured" in ran.err
 
 
+@pytest.mark.slow
 def test_refusals(run_script, checkpoint):
     ran = run_script("plan.py", f"--model={checkpoint}/none")
     assert ran.code == 1 and ran.err.count("\n") == 1

@@ -208,6 +208,7 @@ NEAR_PLAN = st.fixed_dictionaries(
 ).map(json.dumps)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.text() | ANY_PLAN | NEAR_PLAN)
 @example("[" * 100_000)

@@ -113,6 +113,7 @@ def test_it_is_searched(last_token):
     assert best.draft == "last_token" and best.draft_length > 1
 
 
+@pytest.mark.slow
 def test_it_is_calibrated(last_token, model, monkeypatch):
     monkeypatch.setattr(calibrate, "NEW_TOKENS", 5)
     found = calibrate.calibrate(model, [PROMPTS[1], PROMPTS[2]], sm.SamplingParams())

@@ -116,6 +116,7 @@ def test_resident_sends_nothing_after_loading(model):
     assert stats["on_demand_link_bytes_per_token"] is None
 
 
+@pytest.mark.slow
 def test_every_byte_is_in_the_figures(model, copied):
     """Decode, prefill and the first draft set: their sum is what the copies made, also over batches of other sizes."""
     engine = sm.Engine(model, plan(draft_length=2, draft_experts=2, batch_size=8))

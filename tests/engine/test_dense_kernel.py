@@ -22,6 +22,7 @@ def few_rows(request, monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.slow
 def test_tokens_do_not_depend_on_batch_speculation_or_crossover(few_rows):
     alone, _ = run(tiny(), plan("resident", batch_size=1), PROMPTS[:4])
     batch, _ = run(tiny(), plan("resident", batch_size=8))

@@ -57,6 +57,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_are_those_of_the_resident_model(on_disk, resident, case):
     tokens, stats = run(on_disk, disk_plan(**CASES[case]))
@@ -86,6 +87,7 @@ def test_a_cache_for_all_reads_each_once(on_disk):
     assert stats["disk_bytes_per_token"] == stats["disk_bytes"] / stats["new_tokens"]
 
 
+@pytest.mark.slow
 def test_the_cache_shrinks_beside_a_larger_batch(on_disk, resident):
     """A second job with more KV cache in host memory leaves the experts less of the budget."""
     one, three = (account(TINY, disk_plan("on_demand", kv_tier="host", experts=99), batch_rows=n, positions=64) for n in (1, 3))
@@ -151,6 +153,7 @@ def test_predicted_experts_are_read_ahead(on_disk):
     assert ahead["dram_misses"] < without["dram_misses"]
 
 
+@pytest.mark.slow
 def test_bfloat16_is_converted_once_it_is_read(checkpoints):
     in_memory = sm.load_model(str(checkpoints["huggingface"]), dtype="bfloat16")
     on_disk = sm.load_model(str(checkpoints["huggingface"]), dtype="bfloat16", expert_tier="disk")

@@ -85,6 +85,7 @@ def test_its_cache_is_that_of_the_committed_text(model, near):
     assert len(seen) > 5
 
 
+@pytest.mark.slow
 def test_one_engine_many_batches(model, near, resident):
     engine = sm.Engine(model, drafting(batch_size=3, prefill_chunk=1), draft_model=near)
     for count in (1, 8, 2):
@@ -115,6 +116,7 @@ def test_refused(model):
         sm.Engine(model, drafting(), draft_model=other)
 
 
+@pytest.mark.slow
 def test_a_job_without_a_draft_model_is_refused_by_its_memory_like_any_other(model):
     """Before anything is loaded, when nothing is known of the draft model (generate.py without --draft_model)."""
     with pytest.raises(sm.PlanError, match="device memory of 1 bytes is too small"):

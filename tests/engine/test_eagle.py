@@ -55,6 +55,7 @@ def test_lossless(model, head, resident, case):
     assert stats["draft_link_bytes"] == stats["compilations_after_warmup"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["on demand", "host cache, resident"])
 def test_lossless_with_features_of_three_layers(model, resident, case):
     tokens, stats = run(model, drafting(**CASES[case]), draft_head=eagle_head(model, fused=True))

@@ -33,6 +33,7 @@ def test_batches_and_drafts(changes, expected):
     assert tokens_of(Engine(MODEL, plan).generate(PROMPTS, PARAMS)) == expected
 
 
+@pytest.mark.slow
 def test_one_free_slot_is_enough(expected):
     """The encoder's needs of a layer, all its experts, come one by one."""
     positions = cache_positions(9, SPECMOE)

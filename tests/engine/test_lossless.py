@@ -43,6 +43,7 @@ def test_no_draft(model, resident, preset, batch, kv_tier):
     assert (stats["activation_link_bytes"] > 0) == (kv_tier == "host")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", EXPERTS)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("kv_tier", TIERS)
@@ -114,6 +115,7 @@ def test_lengths_and_last_tokens_after_each_step(model, resident):
             assert state.last_token[row] == text[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 2, 3, 4])
 @pytest.mark.parametrize("kv_tier", TIERS)
 def test_waves(model, resident, slots, kv_tier):

@@ -37,6 +37,7 @@ def test_with_other_options(model, resident, changes):
     assert run(model, merged(**changes))[0] == resident
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 3])
 def test_waves(model, resident, slots):
     free = run(model, merged())[1]["peak_accelerator_bytes"]
@@ -63,6 +64,7 @@ def test_the_blocks_stay(model):
         assert set(state.memory.groups[1].tolist()) == set(slots[1].tolist())
 
 
+@pytest.mark.slow
 def test_one_engine_many_batches(model, resident):
     engine = sm.Engine(model, merged(batch_size=3, prefill_chunk=1))
     for count in (1, 8, 2):

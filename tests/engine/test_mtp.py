@@ -127,6 +127,7 @@ def test_every_proposal_is_the_layers_own(family):
     assert checked > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_its_bytes_are_in_the_memory_account(family):
     """Weights, all experts, its cache and its state; nothing of it crosses the link."""

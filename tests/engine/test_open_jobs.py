@@ -46,6 +46,7 @@ def check_interleaved(model, engine, jobs):
     assert finish(engine.stream(jobs[0], PARAMS)) == expected(model, jobs[0])  # on what they left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"draft": "self", "draft_length": 2, "draft_experts": 2}, {"retain": True}], ids=str)
 def test_a_pool_that_a_smaller_job_puts_back_is_not_a_larger_ones(model, changes):
     engine = sm.Engine(model, plan("on_demand", batch_size=6, prefill_chunk=1, **changes))

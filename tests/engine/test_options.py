@@ -38,6 +38,7 @@ def resident(model):
     return run(model, plan("resident"))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_change_no_token(model, resident, name):
     tokens, stats = run(model, OPTIONS[name])

@@ -43,6 +43,7 @@ def test_a_model_of_one_layer_compiles_nothing_after_its_warm_up():
     assert stats["compilations_after_warmup"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows, micro_batches", [(1, 1), (3, 1), (4, 2)])
 @pytest.mark.parametrize("draft", [{}, {"draft": "ngram", "draft_length": 2}])
 def test_rows_refilled_from_a_queue(rows, micro_batches, draft):
@@ -52,6 +53,7 @@ def test_rows_refilled_from_a_queue(rows, micro_batches, draft):
     assert stats["compilations_after_warmup"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tree", [{}, {"draft_tree_top_k": 2, "draft_tree_tokens": 5}])
 def test_an_eagle_head_learns_of_prompts(tree):
     changes = {"batch_size": 3, "draft_length": 3, "prefill_chunk": 8, "micro_batches": 1, **tree}

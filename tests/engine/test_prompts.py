@@ -99,6 +99,7 @@ FIELDS = ["id", *sm.SamplingParams.__dataclass_fields__]
 LINE = st.fixed_dictionaries({"prompt": st.text() | JSON}, optional=dict.fromkeys(FIELDS, JSON)).map(json.dumps)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(LINE | st.text(), max_size=3).map("\n".join).map(lambda s: s.encode("utf-8", "replace")) | st.binary())
 @example(b"[" * 100_000)

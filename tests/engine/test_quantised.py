@@ -23,6 +23,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expert_dtype", EXPERT_DTYPES)
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nllb_moe"])
 def test_speculation_changes_no_token(family, expert_dtype):

@@ -32,6 +32,7 @@ def test_the_text_is_the_same(model, name):
         assert after["link_bytes"] <= before["link_bytes"]
 
 
+@pytest.mark.slow
 def test_the_text_is_the_same_in_waves_and_sampled(model):
     a_plan = plan(draft_length=3, draft_experts=1, batch_size=8)
     expected, stats = run(model, a_plan, params=SAMPLED)

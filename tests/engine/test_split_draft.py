@@ -72,10 +72,12 @@ def test_what_is_drafted_is_what_it_was(model, tree):
     assert max(moves) > 0 and max(moves) <= 3 * len(PROMPTS)
 
 
+@pytest.mark.slow
 def test_features_of_three_layers(model, expected):
     assert generate(model, split_plan(model, 3), fused=True)[0] == expected
 
 
+@pytest.mark.slow
 def test_a_device_budget_splits_by_itself(model, expected):
     """What is left beside the rest is the draft's; nothing is refused for the draft's cache alone."""
     _, whole, _ = generate(model, split_plan(model))

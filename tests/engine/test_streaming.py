@@ -21,6 +21,7 @@ def expected():
     return run(tiny(), plan("resident", batch_size=8))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
 @pytest.mark.parametrize("draft", [{}, {"draft": "ngram", "draft_length": 3}, {"draft": "ngram", "draft_length": 1}])
 def test_greedy_tokens_are_those_of_the_resident_preset(expected, micro_batches, draft):
@@ -29,6 +30,7 @@ def test_greedy_tokens_are_those_of_the_resident_preset(expected, micro_batches,
     assert stats["compilations_after_warmup"] == 0
 
 
+@pytest.mark.slow
 def test_more_layer_buffers_bring_the_same_bytes_earlier(expected):
     got, stats = run(tiny(), plan("streaming", batch_size=3, micro_batches=3, layer_buffers=3, draft="ngram", draft_length=2))
     assert got == expected
@@ -38,6 +40,7 @@ def test_more_layer_buffers_bring_the_same_bytes_earlier(expected):
     assert stats["peak_accelerator_bytes"] - two["peak_accelerator_bytes"] == layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows, micro_batches", [(1, 1), (2, 2), (3, 1), (5, 2)])
 def test_a_queue_longer_than_the_batch_gives_the_same_tokens(expected, rows, micro_batches):
     prompts = PROMPTS * 2
@@ -105,6 +108,7 @@ def test_sampled_tokens_do_not_depend_on_the_flow():
     assert got == want
 
 
+@pytest.mark.slow
 def test_greedy_and_sampled_requests_share_a_queue():
     params = [GREEDY if i % 2 else SAMPLED for i in range(len(PROMPTS))]
     want, _ = run(tiny(), plan("resident", batch_size=1), params=params)

@@ -144,6 +144,7 @@ def test_a_bad_table_entry_ends_the_capacity(isa):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -182,6 +183,7 @@ def test_adversarial_logits(isa, kind):
     assert_accurate(case, out, k, v)
 
 
+@pytest.mark.slow
 def test_relative_rms_on_gaussian_data(isa):
     case = make_case(9, B=1, T=8, H=8, K=2, D=128, S=3000, lengths=[2990])
     out, k, v = run(case)

@@ -84,6 +84,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_no_deadlock_in_200_runs_of_16_calls(kernels):
     done = subprocess.run([sys.executable, "-c", CANARY], timeout=300, capture_output=True, text=True)
     assert done.stdout.strip() == "done", done.stderr[-2000:]

@@ -186,6 +186,7 @@ def test_rows_do_not_depend_on_their_batch_mates(batch, told):
             np.testing.assert_array_equal(part, full[np.asarray(subset)])
 
 
+@pytest.mark.slow
 def test_mixed_rows_equal_rows_of_their_kind(batch):
     """A sampled row among rows with top-k and top-p, which take another branch, keeps its bits."""
     target, rows = batch[3], batch[4]

@@ -88,6 +88,7 @@ def test_engines_use_it(demo, cache, computed):
     assert len(computed) == 2 * demo.config.num_layers
 
 
+@pytest.mark.slow
 def test_an_engine_asks_once(demo, cache, monkeypatch):
     """Also when its pool is made anew for a larger batch."""
     from specmoe_jax.engine.drafts import self_draft

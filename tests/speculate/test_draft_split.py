@@ -1,6 +1,7 @@
 """Who drafts with a cache in host memory: never over the accelerator's pages, monotone under growth, few moves a request."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ def step(split, requests, pages, most, capacity):
     return plan_draft_split(split, np.array(requests), np.array(pages), np.array(most), capacity)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_every_history_of_joins_growth_and_ends(data):

@@ -31,6 +31,7 @@ def reference(logits: np.ndarray, temperature: float, top_k: int, top_p: float) 
     return probs / probs.sum(), 1.0 if top_p == 1 else np.abs(before - top_p).min()
 
 
+@pytest.mark.slow
 @given(
     logits=hnp.arrays(
         np.float32,

@@ -47,6 +47,7 @@ def one_by_one(ids, own, order):
     return chosen
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(residents(), st.lists(st.permutations(range(E)), min_size=3, max_size=3), st.integers(0, 5))
 def test_distinct(resident, choices, seed):

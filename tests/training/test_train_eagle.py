@@ -53,6 +53,7 @@ def test_a_step_learns_and_changes_only_the_head():
     np.testing.assert_array_equal(model.weights.embed, before)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_published_one():
     """Smooth L1 plus a tenth of the soft cross entropy, in numpy."""
     head, (following, features) = eagle_head(tiny()), batch(1)

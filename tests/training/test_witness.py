@@ -152,6 +152,7 @@ def theirs(weights, tmp_path):
     return found
 
 
+@pytest.mark.slow
 def test_transformers_computes_the_same_logits(weights, theirs):
     import torch
 
@@ -201,6 +202,7 @@ def tiny_texts():
 QUIET = run.Rhythm(evaluate_every=2, progress="none")
 
 
+@pytest.mark.slow
 def test_a_run_in_two_parts_equals_one_in_one_part_and_can_then_decay(tmp_path):
     run.train(TINY, RECIPE, tmp_path / "parts", tiny_texts(), dataclasses.replace(QUIET, stop_after_s=0.0))
     assert run.newest_step(tmp_path / "parts/stable") == 1
@@ -235,6 +237,7 @@ def test_the_learning_rate_warms_up_stays_and_decays_to_zero():
     np.testing.assert_allclose([rate(s) for s in (0, 1, 2, 10, 11, 14, 20)], [0, 5e-3, 1e-2, 1e-2, 5e-3, 0, 0], atol=1e-8)
 
 
+@pytest.mark.slow
 def test_bits_per_byte_of_uniform_logits(weights):
     params, bias = weights
     silent = params._replace(head=jnp.zeros_like(params.head))
@@ -283,6 +286,7 @@ def test_html_becomes_the_text_that_a_reader_sees():
     assert texts.from_html(page) == "Title\n\nSome bold text\n\na\n  b"
 
 
+@pytest.mark.slow
 def test_greedy_continuations_are_what_the_logits_say(weights):
     rows = np.zeros((2, 12), np.int32)
     rows[0, :8], rows[1, :3] = random_tokens(8), random_tokens(3)

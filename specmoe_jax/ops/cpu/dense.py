@@ -10,7 +10,7 @@ from specmoe_jax.ops.xla import dense as xla
 # columns on, where rows outgrow the L2, and for matrices that take no longer than the call itself.
 FEW_ROWS = 32
 CACHED = 1 << 18  # elements of x that may be more rows than those
-LEAST_BYTES = 1 << 16
+LEAST_BYTES = 1 << 20
 
 
 def fits(x: jax.Array, weight: jax.Array) -> bool:

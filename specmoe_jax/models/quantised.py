@@ -12,7 +12,7 @@ from specmoe_jax.models.packing import pack
 
 
 def quantise(model: Model, expert_dtype: str) -> Model:
-    """The model with every expert packed as "int8" or "int4" (packing.py), one expert at a time.
+    """The model with every expert packed by a kind that a plan can ask for (models/packing), one expert at a time.
 
     Embeddings, attention, routers and shared experts stay as they are. Memory: the packed experts and one of model.experts,
     which may be on disk.

@@ -18,6 +18,10 @@ class MergedDraftDescription(GatedDraftDescription):
             raise PlanError(
                 f"expert_dtype={plan.expert_dtype} is built for packed experts in host memory, without draft=merged; leave one out"
             )
+        if config.experts.packing is not None:
+            raise PlanError(
+                f"draft=merged averages weights, and the experts are packed as {config.experts.packing}; take another draft"
+            )
 
     def merged_slots(self, plan: Plan, config: ModelConfig) -> int:
         each = 0 if isinstance(plan.draft_experts, tuple) else plan.draft_experts or 0  # a tuple is refused

@@ -1,6 +1,7 @@
 """A packed expert as a whole: its bytes, and the block that they stand for."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import cast
 
 import jax
@@ -40,7 +41,7 @@ def unpack(config: ExpertConfig, packed: jax.Array) -> jax.Array:
         raw = raw.reshape(*section.shape, section.dtype.itemsize)
         return jax.lax.bitcast_convert_type(raw[..., 0] if section.dtype.itemsize == 1 else raw, section.dtype)
 
-    parts = _parts(config, packed, array)
+    parts = _parts(sections(config), packed, array)
     return _bordered(config, _kind(config).decode(config, parts, jnp), parts.get("biases"), jnp)
 
 
@@ -54,7 +55,12 @@ def unpacked(config: ExpertConfig, block: np.ndarray) -> np.ndarray:
 
 def views(config: ExpertConfig, packed: np.ndarray) -> dict[str, np.ndarray]:
     """The sections of a packed expert in host memory, as arrays over its bytes."""
-    return _parts(config, packed, lambda raw, section: raw.view(section.dtype).reshape(section.shape))
+    return arrays(sections(config), packed)
+
+
+def arrays(layout: Mapping[str, Section], packed: np.ndarray) -> dict[str, np.ndarray]:
+    """Arrays over bytes that hold such sections one behind the other."""
+    return _parts(layout, packed, lambda raw, section: raw.view(section.dtype).reshape(section.shape))
 
 
 def without_packing(config: ExpertConfig) -> ExpertConfig:
@@ -67,9 +73,9 @@ def _kind(config: ExpertConfig) -> PackingKind:
     return kind_of(config.packing)
 
 
-def _parts(config: ExpertConfig, packed, array) -> dict:
+def _parts(layout: Mapping[str, Section], packed, array) -> dict:
     parts, start = {}, 0
-    for name, section in sections(config).items():
+    for name, section in layout.items():
         parts[name] = array(packed[start : start + section.bytes], section)
         start += section.bytes
     return parts

@@ -5,12 +5,13 @@ import functools
 import importlib
 
 from specmoe_jax.config.layer_config import ExpertConfig
+from specmoe_jax.config.plan_fields import DECODED
 from specmoe_jax.models.packing.kind import PackingKind
 from specmoe_jax.support.errors import CheckpointError
 
 # One line a kind: its module in this folder. ExpertConfig.packing is such a name, with the kind's parameters behind a colon if it
 # has any.
-KINDS = ("int8", "int4")
+KINDS = ("int8", "int4", "fp8", "mxfp4")
 
 
 @functools.cache
@@ -29,5 +30,6 @@ def is_published(packing: str | None) -> bool:
 
 def planned(config: ExpertConfig, expert_dtype: str | None) -> ExpertConfig:
     """An expert under a plan: packed as it asks (Plan.expert_dtype), else as its checkpoint holds it."""
-    kept = config.packing if is_published(config.packing) else None
-    return dataclasses.replace(config, packing=expert_dtype or kept)
+    if expert_dtype is None:
+        return config if is_published(config.packing) else dataclasses.replace(config, packing=None)
+    return dataclasses.replace(config, packing=None if expert_dtype == DECODED else expert_dtype)

@@ -12,6 +12,7 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.registry import DRAFTS
 from specmoe_jax.models.model import Model
+from specmoe_jax.models.packing import planned
 from specmoe_jax.planner.calibration import ASSUMED, Calibration
 from specmoe_jax.planner.drafts.protocol import described
 from specmoe_jax.planner.estimate import Prediction, predict
@@ -115,7 +116,7 @@ def evaluate(config: ModelConfig, plan: Plan, known: Knowledge) -> Prediction:
 
 def _is_measured(config: ModelConfig, plan: Plan) -> bool:
     """Whether the operators that were measured (profile.py) are those that the plan runs."""
-    elsewhere = plan.expert_tier == "disk" or plan.expert_dtype or config.encoder
+    elsewhere = plan.expert_tier == "disk" or planned(config.experts, plan.expert_dtype).packing or config.encoder
     return plan.flow.is_measured(plan) and plan.drafting.is_measured and not elsewhere
 
 

@@ -87,7 +87,8 @@ def _alone(bench: OperatorBench) -> dict[str, list[Sample]]:
 
 
 def _small(config: ModelConfig) -> ModelConfig:
-    """A few layers like the first one with experts, with fewer of them where they are large."""
+    """A few layers like the first one with experts, with fewer of them where they are large, and none of them packed."""
+    config = config.with_packing(None)
     layer = config.layers[config.moe_layers[0]]
     each = config.expert_params * 4
     experts = min(config.num_experts, max(config.experts_per_token, MOST_BYTES // each))

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from specmoe_jax.checkpoints.tensors import ExpertSource, HostBlocks, Piece, is_mappable, read_expert
+from specmoe_jax.checkpoints.experts import ExpertSource, HostBlocks, is_mappable, read_expert
+from specmoe_jax.checkpoints.tensors import Piece
 from specmoe_jax.support.errors import PlanError
 
 
@@ -42,7 +43,7 @@ class DiskExperts(Sequence["DiskLayer"]):
 
     @property
     def block_dtype(self) -> np.dtype:
-        return np.dtype(np.float32 if self.dtype == "float32" else np.uint16)
+        return self.sources[0][0].block_dtype(self.dtype)
 
     def stored_bytes(self, layer: int, expert: int) -> int:
         """What a read of this expert takes from the disk."""
@@ -85,8 +86,6 @@ class DiskLayer(Sequence[jax.Array]):
 def _drop_pages(source: ExpertSource) -> None:
     for piece, _ in source.pieces:
         _drop_piece(piece)
-        if piece.scales is not None:
-            _drop_piece(piece.scales)
 
 
 def _drop_piece(piece: Piece) -> None:

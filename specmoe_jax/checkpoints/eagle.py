@@ -122,7 +122,7 @@ def _tables(names: Names, config: EagleConfig, vocab_size: int) -> dict[str, Sto
         return None
     assert config.draft_vocab_size is not None  # an EAGLE-3 head
     specs = TensorSpec("d2t", (config.draft_vocab_size,)), TensorSpec("t2d", (vocab_size,))
-    return names.take_all(specs, integers=tuple(INTEGERS))
+    return names.take_all(specs, types=tuple(INTEGERS))
 
 
 def _to_target(d2t: StoredTensor, t2d: StoredTensor, vocab_size: int) -> np.ndarray:

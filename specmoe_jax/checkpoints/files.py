@@ -14,11 +14,13 @@ import numpy as np
 from specmoe_jax.checkpoints.header import PREFIX_BYTES, Entry, Header, header_length, parse_header, quote, quote_list
 from specmoe_jax.support.errors import CheckpointError
 
+BLOCK_PREFIX = "specmoe.expert."  # of the names of experts in the converted format
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 MAX_JSON_BYTES = 4 << 20
 MAX_INDEX_BYTES = 32 << 20
 
 NUMPY_DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F64": np.float64}
+STORED_DTYPES = NUMPY_DTYPES | {"F8_E4M3": ml_dtypes.float8_e4m3fn, "U8": np.uint8, "I32": np.int32, "I64": np.int64}
 
 
 class StoredTensor(NamedTuple):
@@ -26,6 +28,15 @@ class StoredTensor(NamedTuple):
 
     path: pathlib.Path
     entry: Entry
+
+    @property
+    def bytes(self) -> int:
+        """On disk."""
+        return self.entry.bytes
+
+    @property
+    def size(self) -> int:
+        return self.entry.size
 
     @property
     def where(self) -> str:

@@ -5,19 +5,23 @@ import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE, Checkpoint, StoredTensor
+from specmoe_jax.checkpoints.experts import ExpertSource, QuantisedMatrix, Weight
+from specmoe_jax.checkpoints.files import BLOCK_PREFIX, INDEX_FILE, SINGLE_FILE, Checkpoint, StoredTensor
 from specmoe_jax.checkpoints.header import quote_list
-from specmoe_jax.checkpoints.tensors import ExpertSource, Piece, check_copy, whole
+from specmoe_jax.checkpoints.tensors import Piece, check_copy, whole
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.families.registry import family_of
+from specmoe_jax.models.packing import packed_bytes
+from specmoe_jax.models.packing.matrices import MatrixKind
+from specmoe_jax.models.packing.parts import PackedPart, matrix_kind, packed_part, separate_parts
 from specmoe_jax.models.published.naming import mtp_prefixes
 from specmoe_jax.models.published.published_names import BUFFERS, HEAD, spelling_of
-from specmoe_jax.models.spec import Layout, Part, TensorSpec, spec_leaves
+from specmoe_jax.models.spec import Layout, TensorSpec, spec_leaves
 from specmoe_jax.support.errors import CheckpointError
 
 MAX_EXPERTS = 1 << 17  # the largest published models have some 23,000; a sparse file can claim any number
 _log = logging.getLogger(__name__)
-BLOCK_PREFIX, PADDING_PREFIX = "specmoe.expert.", "specmoe.padding."
+PADDING_PREFIX = "specmoe.padding."
 
 
 class Inventory(NamedTuple):
@@ -27,7 +31,7 @@ class Inventory(NamedTuple):
     copies: of the tied embedding, which some writers store again. embedding: the canonical name of the embedding.
     """
 
-    weights: dict[str, StoredTensor]
+    weights: dict[str, Weight]
     experts: tuple[tuple[ExpertSource, ...], ...]
     left_out: tuple[str, ...] = ()
     copies: tuple[StoredTensor, ...] = ()
@@ -41,7 +45,11 @@ class Inventory(NamedTuple):
     @property
     def weight_bytes(self) -> int:
         """Those of everything but the experts."""
-        return sum(tensor.entry.bytes for tensor in self.weights.values())
+        return sum(weight.bytes for weight in self.weights.values())
+
+    def decoded(self) -> "Inventory":
+        """The same where no expert stays packed."""
+        return self._replace(experts=tuple(tuple(source._replace(decode=True) for source in layer) for layer in self.experts))
 
 
 def block_name(moe: int, expert: int) -> str:
@@ -62,7 +70,7 @@ def take_inventory(config: ModelConfig, checkpoint: Checkpoint) -> Inventory:
         )
     specs = family_of(config).weight_specs(config)
     names = Names(checkpoint, canonical=_without_mtp(config, checkpoint))
-    weights = names.take_all(spec_leaves(specs))
+    weights = take_weights(config, names, spec_leaves(specs))
     names.raise_if_missing()  # the router's shape has now confirmed the number of experts that is counted to next
     experts = tuple(layer_sources(config, names, moe) for moe in range(config.num_expert_layers))
     names.raise_if_missing()
@@ -76,7 +84,12 @@ def take_inventory(config: ModelConfig, checkpoint: Checkpoint) -> Inventory:
 def check_copies(inventory: Inventory) -> None:
     """Raises CheckpointError where a copy of the tied embedding is another matrix."""
     for copy in inventory.copies:
-        check_copy(copy, inventory.weights[inventory.embedding])
+        embedding = inventory.weights[inventory.embedding]
+        if isinstance(embedding, QuantisedMatrix):
+            raise CheckpointError(
+                f"{copy.where}: a copy of an embedding that is stored quantised; one of the two is to be left out"
+            )
+        check_copy(copy, embedding)
 
 
 def further_prefixes(config: ModelConfig) -> tuple[str, ...]:
@@ -138,10 +151,10 @@ class Names:
         """Whether there is a tensor of this name and shape."""
         return self.has(spec.name) and self._tensors[spec.name].entry.shape == spec.shape
 
-    def take(self, spec: TensorSpec, *, packed: bool = False, integers: tuple[str, ...] = ()) -> StoredTensor | None:
+    def take(self, spec: TensorSpec, *, types: tuple[str, ...] = ()) -> StoredTensor | None:
         """The tensor of a spec; None, and remembered as missing, when there is none. Raises for a wrong shape or dtype.
 
-        packed: bytes of MXFP4 are expected instead of floating-point numbers; integers: one of these types.
+        types: those that are expected, as a header names them; () for floating-point numbers.
         """
         if spec.name not in self._tensors:
             self._missing[spec.name] = None
@@ -153,18 +166,15 @@ class Names:
             raise CheckpointError(
                 f"{tensor.where}: shape is {list(tensor.entry.shape)}; config.json asks for {list(spec.shape)}{hint}"
             )
-        if integers:
-            if tensor.entry.dtype not in integers:
-                raise CheckpointError(f"{tensor.where}: dtype is {tensor.entry.dtype}; expected one of {', '.join(integers)}")
-        elif not packed:
+        if not types:
             assert tensor.dtype  # raises CheckpointError for integers
-        elif tensor.entry.dtype != "U8":
-            raise CheckpointError(f"{tensor.where}: dtype is {tensor.entry.dtype}; MXFP4 is stored as U8")
+        elif tensor.entry.dtype not in types:
+            raise CheckpointError(f"{tensor.where}: dtype is {tensor.entry.dtype}; expected one of {', '.join(types)}")
         return tensor
 
-    def take_all(self, specs: Iterable[TensorSpec], *, integers: tuple[str, ...] = ()) -> dict[str, StoredTensor]:
+    def take_all(self, specs: Iterable[TensorSpec], *, types: tuple[str, ...] = ()) -> dict[str, StoredTensor]:
         """By name the tensors of those specs that have one; the others are remembered as missing."""
-        taken = {spec.name: self.take(spec, integers=integers) for spec in specs}
+        taken = {spec.name: self.take(spec, types=types) for spec in specs}
         return {name: tensor for name, tensor in taken.items() if tensor is not None}
 
     def raise_if_missing(self) -> None:
@@ -193,14 +203,56 @@ def layer_sources(config: ModelConfig, names: Names, moe: int) -> tuple[ExpertSo
 
 def expert_source(config: ModelConfig, names: Names, moe: int, expert: int) -> ExpertSource | None:
     """Of the moe-th layer that has experts: our block where the checkpoint has it, else one of the family's layouts."""
-    shape = config.experts.block_shape
+    experts, layer = config.experts, config.expert_layers[moe]
     if names.has(block_name(moe, expert)):
-        block = names.take(TensorSpec(block_name(moe, expert), shape))
+        shape, types = (experts.block_shape, ()) if experts.packing is None else ((packed_bytes(experts),), ("U8",))
+        block = names.take(TensorSpec(block_name(moe, expert), shape), types=types)
         assert block is not None
-        return ExpertSource(pieces=((whole(block), lambda block: block),), block_shape=shape, mapped=True)
-    layout = _stored_layout(names, family_of(config).expert_layouts(config, config.expert_layers[moe], expert))
-    pieces = tuple((piece, part.view) for part in layout if (piece := _piece(names, part)) is not None)
-    return None if len(pieces) < len(layout) else ExpertSource(pieces=pieces, block_shape=shape)
+        return ExpertSource(pieces=((whole(block), lambda block: block),), config=experts, mapped=True)
+    if experts.packing is not None:
+        pieces = _packed_pieces(names, packed_parts(config, layer, expert))
+        return None if pieces is None else ExpertSource(pieces=pieces, config=experts)
+    layout = _stored_layout(names, family_of(config).expert_layouts(config, layer, expert))
+    pieces = tuple((_entry(tensor, part.index), part.view) for part in layout if (tensor := names.take(part.spec)) is not None)
+    return None if len(pieces) < len(layout) else ExpertSource(pieces=pieces, config=experts)
+
+
+def packed_parts(config: ModelConfig, layer: int, expert: int) -> tuple[PackedPart, ...]:
+    """What an expert that is stored packed consists of. Raises CheckpointError where its family is not published so."""
+    family = family_of(config)
+    if hasattr(family, "packed_parts"):
+        return family.packed_parts(config, layer, expert)
+    parts = separate_parts(config.experts, family.expert_layouts(config, layer, expert)[0])
+    if parts is None:
+        raise CheckpointError(f"config.json: experts packed as {config.experts.packing}, which is not built for {config.family}")
+    return parts
+
+
+def take_weights(config: ModelConfig, names: Names, specs: Iterable[TensorSpec]) -> dict[str, Weight]:
+    """By name the tensors of those specs that have one, quantised or not; the others are remembered as missing."""
+    packing = config.experts.packing
+    if packing is None:
+        return dict(names.take_all(specs))
+    taken = {spec.name: _take_matrix(matrix_kind(packing), names, spec) for spec in specs}
+    return {name: weight for name, weight in taken.items() if weight is not None}
+
+
+def _take_matrix(kind: MatrixKind, names: Names, spec: TensorSpec) -> Weight | None:
+    module = spec.name.removesuffix(".weight")
+    if len(spec.shape) != 2 or not names.has(module + kind.mark):
+        return names.take(spec)
+    rows, columns = spec.shape
+    parts = tuple(packed_part(tensor, module) for tensor in kind.stored(rows, columns))
+    pieces = _packed_pieces(names, parts)
+    return None if pieces is None else QuantisedMatrix(kind=kind, shape=(rows, columns), pieces=pieces)
+
+
+def _packed_pieces(names: Names, parts: Iterable[PackedPart]) -> tuple[tuple[Piece, Callable], ...] | None:
+    """None where one is missing."""
+    wanted = [part for part in parts if not part.optional or names.has(part.spec.name)]
+    taken = [(names.take(part.spec, types=part.dtypes), part) for part in wanted]
+    pieces = tuple((_entry(tensor, part.index), part.fill) for tensor, part in taken if tensor is not None)
+    return pieces if len(pieces) == len(wanted) else None
 
 
 def _stored_layout(names: Names, layouts: tuple[Layout, ...]) -> Layout:
@@ -212,17 +264,6 @@ def _stored_layout(names: Names, layouts: tuple[Layout, ...]) -> Layout:
     others = [layout for layout in layouts if any(names.has(part.name) for part in layout if part.name not in usual)]
     candidates = others or layouts
     return next((layout for layout in candidates if all(names.holds(part.spec) for part in layout)), candidates[0])
-
-
-def _piece(names: Names, part: Part) -> Piece | None:
-    """What a part says of a stored tensor; None when it is missing."""
-    tensor = names.take(part.spec, packed=part.scales is not None)
-    if part.scales is None:
-        return None if tensor is None else _entry(tensor, part.index)
-    scales = names.take(part.scales, packed=True)
-    if tensor is None or scales is None:
-        return None
-    return _entry(tensor, part.index)._replace(scales=_entry(scales, part.index))
 
 
 def _entry(tensor: StoredTensor, index: int | None) -> Piece:

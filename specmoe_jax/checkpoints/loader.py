@@ -9,17 +9,18 @@ import jax
 from specmoe_jax.checkpoints import manifest
 from specmoe_jax.checkpoints.conversion import orbax_parts
 from specmoe_jax.checkpoints.disk import DiskExperts
+from specmoe_jax.checkpoints.experts import HostBlocks, read_weight
 from specmoe_jax.checkpoints.files import open_checkpoint, read_json
 from specmoe_jax.checkpoints.header import quote, quote_list
 from specmoe_jax.checkpoints.inventory import Inventory, check_copies, take_inventory
 from specmoe_jax.checkpoints.memory import check_memory
 from specmoe_jax.checkpoints.published import hub
 from specmoe_jax.checkpoints.published.advice import check_form, gguf_advice
-from specmoe_jax.checkpoints.published.quantisation import check_quantisation
-from specmoe_jax.checkpoints.tensors import READERS, TARGET_DTYPES, HostBlocks, read_tensor
+from specmoe_jax.checkpoints.published.quantisation import as_stored, check_quantisation
+from specmoe_jax.checkpoints.tensors import READERS, TARGET_DTYPES
 from specmoe_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.config.plan_fields import EXPERT_TIERS
+from specmoe_jax.config.plan_fields import DECODED, EXPERT_TIERS
 from specmoe_jax.models.families.registry import family_of, parse_config
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import Weights, map_specs
@@ -37,6 +38,7 @@ def load_model(
     check_finite: bool = True,
     verify: bool = False,
     expert_tier: str = "host",
+    expert_dtype: str | None = None,
 ) -> Model:
     """A model from "demo", a directory with a Hugging Face checkpoint or the name of a repository, its experts in pinned memory.
 
@@ -46,12 +48,17 @@ def load_model(
         conversion that laid them out has.
     verify: first compare every tensor with the manifest of hashes in the directory.
     expert_tier: "disk" leaves the experts where they are; an engine whose plan says so reads them as it needs them.
+    expert_dtype: None keeps experts of a quantised checkpoint packed as they are stored; "decoded" has them in `dtype`.
     Peak host memory: the weights and two experts. Of a checkpoint converted to the mappable layout (convert.py) and loaded
     in the dtype it is stored in, the experts are pages of the files, which must not change while the model is in use.
     Raises CheckpointError, one line that names file and tensor.
     """
     if expert_tier not in EXPERT_TIERS:
         raise RequestError(f"expert_tier is {expert_tier!r}; it must be one of {', '.join(EXPERT_TIERS)}")
+    if expert_dtype not in (None, DECODED):
+        raise RequestError(
+            f"expert_dtype is {expert_dtype!r}; a load takes {DECODED!r} or None (others: models.quantised.quantise)"
+        )
     dtype = dtype or "float32"
     if dtype not in TARGET_DTYPES:
         raise RequestError(f"dtype is {dtype!r}; it must be one of {', '.join(TARGET_DTYPES)}")
@@ -64,7 +71,10 @@ def load_model(
     config = with_end_tokens(config, tokenizer)
     checkpoint = open_checkpoint(path)
     check_quantisation(path, config, checkpoint)
+    config = as_stored(path, config, checkpoint)
     inventory = take_inventory(config, checkpoint)
+    if expert_dtype is not None:
+        config, inventory = _decoded(config, inventory, path)
     on_disk = expert_tier == "disk"
     if not on_disk:
         check_memory(inventory, dtype, str(path_or_name))
@@ -136,13 +146,19 @@ def with_end_tokens(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelCo
     return config if tokenizer is None else dataclasses.replace(config, eos_token_ids=tokenizer.eos_token_ids)
 
 
+def _decoded(config: ModelConfig, inventory: Inventory, path: pathlib.Path) -> tuple[ModelConfig, Inventory]:
+    if config.experts.packing is None:
+        raise RequestError(f"expert_dtype={DECODED} has no effect: the experts of {path} are not packed; leave it out")
+    return config.with_packing(None), inventory.decoded()
+
+
 def _read_weights(config: ModelConfig, inventory: Inventory, dtype: str, check_finite: bool, shown) -> Weights[jax.Array]:
     check_copies(inventory)
 
     def weight(spec):
         tensor = inventory.weights[spec.name]
-        array = jax.device_put(read_tensor(tensor, spec.in_dtype(dtype), check_finite=check_finite))
-        shown.update(tensor.entry.bytes)
+        array = jax.device_put(read_weight(tensor, spec.in_dtype(dtype), check_finite=check_finite))
+        shown.update(tensor.bytes)
         return array
 
     return map_specs(weight, family_of(config).weight_specs(config))

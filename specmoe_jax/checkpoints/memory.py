@@ -1,11 +1,11 @@
 """Whether the weights fit into host memory, asked before the first of them is read."""
 
-import math
 import os
 import pathlib
 
+from specmoe_jax.checkpoints.experts import is_mappable
 from specmoe_jax.checkpoints.inventory import Inventory
-from specmoe_jax.checkpoints.tensors import TARGET_DTYPES, is_mappable
+from specmoe_jax.checkpoints.tensors import TARGET_DTYPES
 from specmoe_jax.models.model import PINNED_LIMIT
 from specmoe_jax.support.errors import CheckpointError
 
@@ -13,11 +13,10 @@ MEMINFO, CGROUP = pathlib.Path("/proc/meminfo"), pathlib.Path("/sys/fs/cgroup")
 
 
 def weight_bytes(inventory: Inventory, dtype: str) -> int:
-    """Bytes that a load puts into memory: everything in the compute dtype but the experts that are mapped."""
-    size = TARGET_DTYPES[dtype].itemsize
-    weights = sum(tensor.entry.size for tensor in inventory.weights.values())
-    read = [source for layer in inventory.experts for source in layer if not is_mappable(source, dtype)]
-    return size * (weights + sum(math.prod(source.block_shape) for source in read))
+    """Bytes that a load puts into memory: everything in the compute dtype but experts that stay packed or are mapped."""
+    weights = TARGET_DTYPES[dtype].itemsize * sum(weight.size for weight in inventory.weights.values())
+    read = (source for layer in inventory.experts for source in layer if not is_mappable(source, dtype))
+    return weights + sum(source.block_bytes(dtype) for source in read)
 
 
 def available_bytes() -> int | None:

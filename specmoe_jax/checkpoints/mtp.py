@@ -7,9 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from specmoe_jax.checkpoints.files import Checkpoint, StoredTensor, open_checkpoint
-from specmoe_jax.checkpoints.inventory import Names, canonical_names, further_prefixes, layer_sources
-from specmoe_jax.checkpoints.tensors import ExpertSource, read_expert, read_tensor
+from specmoe_jax.checkpoints.experts import ExpertSource, Weight, read_expert, read_weight
+from specmoe_jax.checkpoints.files import Checkpoint, open_checkpoint
+from specmoe_jax.checkpoints.inventory import Names, canonical_names, further_prefixes, layer_sources, take_weights
+from specmoe_jax.checkpoints.published.quantisation import as_stored
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models import mtp
 from specmoe_jax.models.model import Model
@@ -24,7 +25,7 @@ COPIES = ("embed_tokens.weight", "shared_head.head.weight")  # of the target's m
 class MtpTensors(NamedTuple):
     """weights: by name of the spec; experts: one source each. Headers alone have been read."""
 
-    weights: dict[str, StoredTensor]
+    weights: dict[str, Weight]
     experts: tuple[ExpertSource, ...]
 
 
@@ -33,8 +34,10 @@ def find_mtp(path: pathlib.Path, config: ModelConfig, checkpoint: Checkpoint | N
 
     Raises CheckpointError, one line, where there is none, or not all of it.
     """
-    names = _names(config, checkpoint or open_checkpoint(path))
-    stored = names.take_all(spec_leaves(mtp.weight_specs(config)))
+    checkpoint = checkpoint or open_checkpoint(path)
+    config = as_stored(path, config, checkpoint)
+    names = _names(config, checkpoint)
+    stored = take_weights(config, names, spec_leaves(mtp.weight_specs(config)))
     whole = mtp.extended(config)
     experts = layer_sources(whole, names, whole.num_expert_layers - 1)
     names.raise_if_missing()
@@ -57,9 +60,10 @@ def load_mtp(model: Model) -> MtpHead:
     found = find_mtp(model.path, model.config)
 
     def weight(spec: TensorSpec) -> jax.Array:
-        return jax.device_put(read_tensor(found.weights[spec.name], spec.in_dtype(model.dtype), check_finite=True))
+        return jax.device_put(read_weight(found.weights[spec.name], spec.in_dtype(model.dtype), check_finite=True))
 
-    blocks = [jax.device_put(read_expert(source, model.dtype, check_finite=True)) for source in found.experts]
+    sources = (source._replace(decode=True) for source in found.experts)
+    blocks = [jax.device_put(read_expert(source, model.dtype, check_finite=True)) for source in sources]
     return mtp.attach(model, map_specs(weight, mtp.weight_specs(model.config)), jnp.stack(blocks))
 
 

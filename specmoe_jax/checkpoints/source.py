@@ -9,15 +9,16 @@ from collections.abc import Callable
 import numpy as np
 
 from specmoe_jax.checkpoints.conversion import orbax_parts
+from specmoe_jax.checkpoints.experts import read_expert, read_weight
 from specmoe_jax.checkpoints.files import INDEX_FILE, NUMPY_DTYPES, SINGLE_FILE, Checkpoint, open_checkpoint, read_bytes
 from specmoe_jax.checkpoints.inventory import PADDING_PREFIX, Inventory, block_name, canonical_names, check_copies, take_inventory
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.manifest import hash_of
 from specmoe_jax.checkpoints.mtp import find_mtp, holds_mtp
 from specmoe_jax.checkpoints.published.advice import check_form
-from specmoe_jax.checkpoints.published.quantisation import check_quantisation
+from specmoe_jax.checkpoints.published.quantisation import as_stored, check_quantisation
 from specmoe_jax.checkpoints.published.torch_files import has_torch_files, open_torch_checkpoint
-from specmoe_jax.checkpoints.tensors import TARGET_DTYPES, read_expert, read_tensor
+from specmoe_jax.checkpoints.tensors import TARGET_DTYPES
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.mtp import weight_specs
@@ -29,6 +30,7 @@ from specmoe_jax.support.errors import CheckpointError, RequestError
 class Source:
     """weight: array of a spec. expert: block [3, F, M] of (layer, expert); both finite, in `dtype` or the spec's own.
 
+    Where config.experts is packed, `expert` gives the bytes.
     hash: id of the checkpoint, so that a conversion is not resumed with another. mtp: whether the layer for further tokens is
     there; its experts then follow those of the last layer.
     """
@@ -42,8 +44,11 @@ class Source:
     mtp: bool
 
 
-def open_source(model: str, dtype: str | None) -> Source:
-    """The source of a directory or bundled model; what it is stands in its files, not in its name. Raises CheckpointError."""
+def open_source(model: str, dtype: str | None, *, decode: bool = False) -> Source:
+    """The source of a directory or bundled model; what it is stands in its files, not in its name. Raises CheckpointError.
+
+    decode: has packed experts decoded.
+    """
     if dtype is not None and dtype not in TARGET_DTYPES:
         raise RequestError(f"dtype is {dtype!r}; it must be one of {', '.join(TARGET_DTYPES)}")
     path = checkpoint_path(model)
@@ -52,12 +57,13 @@ def open_source(model: str, dtype: str | None) -> Source:
     check_form(path, torch_files=True)
     is_safetensors = (path / SINGLE_FILE).exists() or (path / INDEX_FILE).exists()
     read = open_torch_checkpoint if has_torch_files(path) and not is_safetensors else open_checkpoint
-    return _source(path, read(path), dtype)
+    return _source(path, read(path), dtype, decode)
 
 
-def _source(path: pathlib.Path, checkpoint: Checkpoint, dtype: str | None) -> Source:
+def _source(path: pathlib.Path, checkpoint: Checkpoint, dtype: str | None, decode: bool) -> Source:
     config = load_config(path)
     check_quantisation(path, config, checkpoint)
+    config = as_stored(path, config, checkpoint)
     inventory, dtype = take_inventory(config, checkpoint), dtype or _stored_dtype(config, checkpoint)
     check_copies(inventory)
     mtp = holds_mtp(config, checkpoint)
@@ -67,15 +73,16 @@ def _source(path: pathlib.Path, checkpoint: Checkpoint, dtype: str | None) -> So
 
     @functools.lru_cache(maxsize=1)  # the Hugging Face layout asks for the three matrices of an expert one by one
     def expert(layer: int, expert: int) -> np.ndarray:
-        block = read_expert(inventory.experts[layer][expert], dtype, check_finite=True)
-        return block.view(TARGET_DTYPES[dtype])
+        source = inventory.experts[layer][expert]._replace(decode=decode)
+        block = read_expert(source, dtype, check_finite=True)
+        return block if source.stays_packed else block.view(TARGET_DTYPES[dtype])
 
     return Source(
         path=path,
-        config=config,
+        config=config.with_packing(None) if decode else config,
         dtype=dtype,
         hash=hash_of(checkpoint),
-        weight=lambda spec: read_tensor(inventory.weights[spec.name], spec.in_dtype(dtype), check_finite=True),
+        weight=lambda spec: read_weight(inventory.weights[spec.name], spec.in_dtype(dtype), check_finite=True),
         expert=expert,
         mtp=mtp,
     )

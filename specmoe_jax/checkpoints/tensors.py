@@ -1,18 +1,13 @@
 """Stored tensors -> arrays in the compute dtype, a small piece at a time, so that nothing is held twice."""
 
 import math
-import pathlib
-from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import ml_dtypes
 import numpy as np
 
-from specmoe_jax.checkpoints import mxfp4
 from specmoe_jax.checkpoints.files import Reader, StoredTensor
 from specmoe_jax.checkpoints.header import quote
-from specmoe_jax.models.model import to_host
 from specmoe_jax.support.errors import CheckpointError
 
 ALIGNMENT = 64  # device_put takes over a numpy buffer without a copy iff it starts at a multiple of this
@@ -28,12 +23,11 @@ EXPONENT_BITS = {"float32": (np.uint32, 0x7F800000), "bfloat16": (np.uint16, 0x7
 
 
 class Piece(NamedTuple):
-    """Values in a stored tensor: `shape` of them from element `first` on. scales: of MXFP4 codes, those of `tensor`."""
+    """Values in a stored tensor: `shape` of them from element `first` on."""
 
     tensor: StoredTensor
     first: int
     shape: tuple[int, ...]
-    scales: "Piece | None" = None
 
     @property
     def size(self) -> int:
@@ -42,22 +36,7 @@ class Piece(NamedTuple):
     @property
     def bytes(self) -> int:
         item = self.tensor.entry.bytes // max(1, math.prod(self.tensor.entry.shape))
-        return self.size * item + (self.scales.bytes if self.scales else 0)
-
-
-class ExpertSource(NamedTuple):
-    """Where the values of one expert's block are. pieces: each with the view of the block that it fills.
-
-    mapped: whether its only piece is the block itself, as it lies in memory.
-    """
-
-    pieces: tuple[tuple[Piece, Callable[[np.ndarray], np.ndarray]], ...]
-    block_shape: tuple[int, ...]
-    mapped: bool = False
-
-    @property
-    def bytes(self) -> int:
-        return sum(piece.bytes for piece, _ in self.pieces)
+        return self.size * item
 
 
 def whole(tensor: StoredTensor) -> Piece:
@@ -68,9 +47,9 @@ def whole(tensor: StoredTensor) -> Piece:
 def read_tensor(tensor: StoredTensor, dtype: str, *, check_finite: bool) -> np.ndarray:
     """A whole tensor as an array of the compute dtype. Raises CheckpointError."""
     out = aligned_empty(tensor.entry.shape, TARGET_DTYPES[dtype])
-    _fill(_rows(np.atleast_1d(out)), whole(tensor))
+    fill(np.atleast_1d(out), whole(tensor))
     if check_finite:
-        _check_finite(np.atleast_1d(out), tensor, dtype)
+        check_finite_values(np.atleast_1d(out), tensor, dtype)
     return out
 
 
@@ -89,48 +68,6 @@ def check_copy(copy: StoredTensor, original: StoredTensor) -> None:
         )
 
 
-def read_expert(source: ExpertSource, dtype: str, *, check_finite: bool) -> np.ndarray:
-    """The block of an expert as models.spec says (bfloat16 as uint16 bits), 64-byte aligned. Raises CheckpointError."""
-    block = aligned_empty(source.block_shape, TARGET_DTYPES[dtype])
-    if not source.mapped:
-        _clear_border(block)
-    for piece, view in source.pieces:
-        out = view(block)
-        _fill(_rows(out), piece) if piece.scales is None else _fill_mxfp4(out, piece)
-        if check_finite:
-            _check_finite(out, piece.tensor, dtype)
-    return block if dtype == "float32" else block.view(np.uint16)
-
-
-class HostBlocks:
-    """Experts in pinned host memory: mapped where they are stored as they are needed, else read and converted.
-
-    A mapped block costs no copy and no memory until it is used (on an accelerator it is copied into pinned pages).
-    """
-
-    def __init__(self, dtype: str, *, check_finite: bool):
-        self._dtype, self._check_finite = dtype, check_finite
-        self._maps: dict[pathlib.Path, np.ndarray] = {}  # one map a file: each would keep a descriptor open
-
-    def __call__(self, source: ExpertSource) -> jax.Array:
-        """The block of an expert; bfloat16 as uint16 bits. Raises CheckpointError."""
-        tensor = source.pieces[0][0].tensor
-        if not is_mappable(source, self._dtype):
-            return to_host(read_expert(source, self._dtype, check_finite=self._check_finite))
-        if tensor.path not in self._maps:
-            self._maps[tensor.path] = np.memmap(tensor.path, np.uint8, mode="r")
-        block = self._maps[tensor.path][tensor.entry.start : tensor.entry.end]
-        block = np.asarray(block).view(np.float32 if self._dtype == "float32" else np.uint16)
-        return to_host(block.reshape(source.block_shape))
-
-
-def is_mappable(source: ExpertSource, dtype: str) -> bool:
-    """Whether the block stands in the file as it is needed in memory."""
-    tensor = source.pieces[0][0].tensor
-    as_needed = source.mapped and tensor.dtype == TARGET_DTYPES[dtype]
-    return as_needed and tensor.entry.start % ALIGNMENT == 0
-
-
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """np.empty that starts at a multiple of ALIGNMENT, or of HUGE_PAGE where it spans some."""
     count = math.prod(shape) * dtype.itemsize
@@ -140,12 +77,6 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[skip : skip + count].view(dtype).reshape(shape)
 
 
-def _clear_border(block: np.ndarray) -> None:
-    """Zeroes what a bordered block holds beside weights and biases; of a plain one, one row that is filled afterwards."""
-    block[:, -1] = 0
-    block[:, :, -1] = 0
-
-
 def _rows(out: np.ndarray) -> np.ndarray:
     """The same memory with a first axis whose entries are small, where that takes no copy."""
     if out.ndim == 1:
@@ -153,8 +84,9 @@ def _rows(out: np.ndarray) -> np.ndarray:
     return out.reshape(-1, out.shape[-1]) if out.flags.c_contiguous else out
 
 
-def _fill(out: np.ndarray, piece: Piece) -> None:
+def fill(out: np.ndarray, piece: Piece) -> None:
     """Reads and converts a piece into `out` of as many values, in order; `out` may be a transposed view."""
+    out = _rows(out)
     stored, first = piece.tensor.dtype, piece.first * piece.tensor.dtype.itemsize
     with Reader(piece.tensor) as reader:
         if out.dtype == stored and out.flags.c_contiguous:
@@ -181,23 +113,7 @@ def _convert(out: np.ndarray, chunk: np.ndarray) -> None:
         out.view(bits)[row : row + TRANSPOSE_ROWS] = chunk[row : row + TRANSPOSE_ROWS]
 
 
-def _fill_mxfp4(out: np.ndarray, piece: Piece) -> None:
-    """Reads and decodes codes and scales into `out` of as many values, in order."""
-    assert piece.scales is not None
-    _, groups, group_bytes = piece.shape
-    inner = math.prod(out.shape[1:-1])  # stored rows to an entry of the first axis
-    entries = max(1, CHUNK_BYTES // (4 * math.prod(out.shape[1:])))
-    with Reader(piece.tensor) as codes, Reader(piece.scales.tensor) as scales:
-        for start in range(0, len(out), entries):
-            some = min(entries, len(out) - start)
-            block = np.empty((some * inner, groups, group_bytes), np.uint8)
-            scale = np.empty((some * inner, groups), np.uint8)
-            codes.read_into(block, piece.first + start * inner * groups * group_bytes)
-            scales.read_into(scale, piece.scales.first + start * inner * groups)
-            out[start : start + some] = mxfp4.decode(block, scale).reshape(some, *out.shape[1:])
-
-
-def _check_finite(out: np.ndarray, tensor: StoredTensor, dtype: str) -> None:
+def check_finite_values(out: np.ndarray, tensor: StoredTensor, dtype: str) -> None:
     """A number is NaN or infinite iff all its exponent bits are set."""
     unsigned, exponent = EXPONENT_BITS[dtype]
     out = _rows(out.T if out.T.flags.c_contiguous else out)

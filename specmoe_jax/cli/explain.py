@@ -16,7 +16,7 @@ from specmoe_jax.autotune.probe import probe
 from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.published.advice import check_form
-from specmoe_jax.checkpoints.published.quantisation import Quantisation, is_decoded, read_quantisation, stored_bytes
+from specmoe_jax.checkpoints.published.quantisation import Quantisation, as_stored, is_built, read_quantisation, stored_bytes
 from specmoe_jax.cli import common, plan_flags
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
@@ -71,6 +71,7 @@ def main() -> None:
     workload = make_workload(config)
     checkpoint = read_headers(folder)
     quantisation = read_quantisation(folder, checkpoint)
+    config = as_stored(folder, config, checkpoint)
     on_disk = stored_bytes(folder, config, quantisation) if checkpoint is None else checkpoint.bytes
     if _SIMULATE.value:
         shown = explain.presets(config, make_plans(config), hardware, workload)
@@ -137,7 +138,7 @@ def read_headers(folder: pathlib.Path) -> Checkpoint | None:
 def form_of(quantisation: Quantisation, config: ModelConfig) -> str:
     """How the weights are stored, and whether they can be loaded."""
     bits = "" if quantisation.bits is None else f", {quantisation.bits:.3g} bits a weight"
-    loads = "decoded when loaded" if is_decoded(quantisation, config) else "which this version does not load"
+    loads = "whose experts stay packed" if is_built(quantisation, config) else "which this version does not load"
     return f"{quantisation.words}{bits}, {loads}"
 
 

@@ -94,7 +94,7 @@ class RouterConfig:
 class ExpertConfig:
     """One expert. hidden: F. biased: the block is bordered by biases (models/experts.py).
 
-    packing: None for weights as they are, "int8" or "int4" (models/packing.py).
+    packing: None for weights as they are, else the name of a kind of models/packing and its parameters.
     activation: "swiglu", "clamped_swiglu" with its alpha and limit (GPT-OSS), or "relu", which has no gate (NLLB).
     """
 

@@ -91,6 +91,20 @@ class ModelConfig:
         """The expert of every layer that has any."""
         return self.layers[self.moe_layers[0]].own_experts
 
+    def with_packing(self, packing: str | None) -> "ModelConfig":
+        """The model with its experts packed so."""
+        if packing == self.experts.packing:
+            return self
+
+        def layers(of: tuple[LayerConfig, ...]) -> tuple[LayerConfig, ...]:
+            return tuple(
+                dataclasses.replace(layer, experts=layer.experts and dataclasses.replace(layer.experts, packing=packing))
+                for layer in of
+            )
+
+        encoder = self.encoder and dataclasses.replace(self.encoder, layers=layers(self.encoder.layers))
+        return dataclasses.replace(self, layer_configs=layers(self.layers), encoder=encoder)
+
     @property
     def expert_params(self) -> int:
         """Weights of one expert: gate, up and down, F x M each, and the biases where it has some."""

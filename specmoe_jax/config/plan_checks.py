@@ -1,7 +1,7 @@
 """The checks of a plan: of the values of its fields, and that each has an effect under the others."""
 
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.config.plan_fields import PlanFields, fields_of_a_plan, most
+from specmoe_jax.config.plan_fields import DECODED, PlanFields, fields_of_a_plan, most
 from specmoe_jax.support.errors import PlanError
 
 
@@ -46,7 +46,7 @@ def _check_combinations(plan: PlanFields, config: ModelConfig) -> None:
     """Choices that do not go together."""
     if plan.substitution == "distinct" and config.experts_per_token == 1:
         raise PlanError("substitution=distinct has no effect where a token chooses one expert; leave it out")
-    if plan.expert_dtype is not None and plan.expert_tier == "disk":
+    if plan.expert_dtype not in (None, DECODED) and plan.expert_tier == "disk":
         raise PlanError(
             f"expert_dtype={plan.expert_dtype} is built for packed experts in host memory, without expert_tier=disk; leave one out"
         )

@@ -14,13 +14,14 @@ Prefetch = Literal["none", "draft", "oracle"]
 ExpertTier = Literal["host", "disk"]
 PrefillAttention = Literal["cpu", "accelerator"]
 Dtype = Literal["float32", "bfloat16"]
-ExpertDtype = Literal["int8", "int4"]
+ExpertDtype = Literal["int8", "int4", "decoded"]
 
 SUBSTITUTIONS: tuple[str, ...] = typing.get_args(Substitution)
 EXPERT_TIERS: tuple[str, ...] = typing.get_args(ExpertTier)
 PREFILL_ATTENTIONS: tuple[str, ...] = typing.get_args(PrefillAttention)
 DTYPES: tuple[str, ...] = typing.get_args(Dtype)
 EXPERT_DTYPES: tuple[str, ...] = typing.get_args(ExpertDtype)
+DECODED = "decoded"  # of these: not quantised by the plan, and unpacked where the checkpoint is
 
 # The choices that give other fields a meaning.
 DRAFT_PREFETCH = Needs(lambda plan: plan.prefetch == "draft", "with prefetch={plan.prefetch}")
@@ -107,7 +108,10 @@ class PlanFields:
     )
     dtype: Dtype = field("float32", "Compute and weight type; exactness holds in float32.", flag=None)
     expert_dtype: ExpertDtype | None = field(
-        None, "Quantise the experts: fewer bytes on the link, other tokens (the error is printed).", none="the checkpoint's"
+        None,
+        "Quantise the experts (int8, int4): fewer bytes on the link, other tokens (the error is printed); or decode those of a "
+        "quantised checkpoint, which otherwise stay packed (decoded).",
+        none="the checkpoint's",
     )
     device_memory_bytes: float | None = field(
         None, "Accelerator memory to use.", none="what the plan can use", unit="bytes", flag="device_memory_gib"

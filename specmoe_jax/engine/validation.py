@@ -5,6 +5,7 @@ from specmoe_jax.config.plan import Plan
 from specmoe_jax.engine.drafts.executors import check_inputs
 from specmoe_jax.engine.drafts.protocol import DraftInputs
 from specmoe_jax.models.model import Model
+from specmoe_jax.models.packing import planned
 from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.support.tracing import Span
@@ -18,7 +19,7 @@ def validate_inputs(
         raise PlanError(f"spans have no effect with expert_flow={plan.flow.name}, which has no lanes; leave them out")
     if plan.dtype != model.dtype:
         raise PlanError(f"the plan says dtype={plan.dtype}, the model was loaded as {model.dtype}; make them agree")
-    if plan.expert_dtype != model.config.experts.packing:
+    if planned(model.config.experts, plan.expert_dtype).packing != model.config.experts.packing:
         raise PlanError(
             f"the plan says expert_dtype={plan.expert_dtype}, the model's experts are packed as {model.config.experts.packing};"
             " make them agree (models.quantised.quantise)"

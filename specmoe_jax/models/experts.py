@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from specmoe_jax import ops
 from specmoe_jax.config.layer_config import ExpertConfig
-from specmoe_jax.models.packing import packed_bytes, unpack, without_packing
+from specmoe_jax.models.packing import kind_of, packed_bytes, unpack, without_packing
+from specmoe_jax.models.packing.kind import is_plain
 from specmoe_jax.models.spec import DTYPE_BYTES
 from specmoe_jax.ops.products import as_float32, einsum
 from specmoe_jax.ops.xla.experts import block_ffn
@@ -18,11 +19,12 @@ def expert_ffn(config: ExpertConfig, x: jax.Array, pool: jax.Array, slots: jax.A
 
     A slot of -1 gives zeros.
     """
-    if config.activation != "swiglu" or config.biased:
-        return ops.expert_ffn(x, pool, slots, ffn=block_function(config))
     if config.packing is None:
-        return ops.expert_ffn(x, pool, slots)
-    return ops.expert_ffn(x, pool, slots, ffn=block_function(config), packing=config.packing, hidden=config.hidden)
+        return ops.expert_ffn(x, pool, slots, **({} if is_plain(config) else {"ffn": block_function(config)}))
+    kernel, ffn = kind_of(config.packing).kernel(config), block_function(config)
+    if kernel is None:
+        return ops.expert_ffn(x, pool, slots, ffn=ffn)
+    return ops.expert_ffn(x, pool, slots, ffn=ffn, packing=kernel.form, hidden=config.hidden, numbers=kernel.numbers)
 
 
 def block_bytes(config: ExpertConfig, dtype: str) -> int:
@@ -35,7 +37,7 @@ def block_function(config: ExpertConfig):
     if config.packing is not None:
         plain = block_function(without_packing(config))
         return lambda x, packed: plain(x, unpack(config, packed))
-    if config.activation == "swiglu" and not config.biased:
+    if is_plain(config):
         return block_ffn
     return _relu if config.activation == "relu" else functools.partial(_clamped_swiglu, config)
 

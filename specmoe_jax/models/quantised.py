@@ -8,28 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.models.model import Model, to_host
-from specmoe_jax.models.packing import pack
+from specmoe_jax.models.packing import pack, unpacked
 
 
 def quantise(model: Model, expert_dtype: str) -> Model:
-    """The model with every expert packed as "int8" or "int4" (packing.py), one expert at a time.
+    """The model with every expert packed by a kind that a plan can ask for (models/packing), one expert at a time.
 
     Embeddings, attention, routers and shared experts stay as they are. Memory: the packed experts and one of model.experts,
     which may be on disk.
     """
-    layers = model.config.all_layers
-    layers = [
-        layer
-        if layer.experts is None
-        else dataclasses.replace(layer, experts=dataclasses.replace(layer.experts, packing=expert_dtype))
-        for layer in layers
-    ]
-    decoder, encoder = tuple(layers[: model.config.num_layers]), model.config.encoder
-    if encoder is not None:
-        encoder = dataclasses.replace(encoder, layers=tuple(layers[model.config.num_layers :]))
-    config = dataclasses.replace(model.config, layer_configs=decoder, encoder=encoder)
+    config, stored = model.config.with_packing(expert_dtype), model.config.experts
     experts = tuple(
-        tuple(to_host(pack(config.experts, np.asarray(blocks[expert]))) for expert in range(config.num_experts))
+        tuple(to_host(pack(config.experts, unpacked(stored, np.asarray(blocks[e])))) for e in range(config.num_experts))
         for blocks in (model.experts[layer] for layer in range(config.num_expert_layers))
     )
     return dataclasses.replace(model, config=config, experts=experts)

@@ -42,14 +42,12 @@ class Part(NamedTuple):
     """A stored tensor, or one expert's entry of it, and where its values belong in the expert's block.
 
     index: the entry along the first axis, None for the whole tensor. view: block -> a view of it whose values, in
-    order, are the stored ones: one function says both what is read and how it is laid out. scales: the tensor of E8M0
-    exponents where `spec` holds MXFP4 codes; the view then takes what they decode to.
+    order, are the stored ones: one function says both what is read and how it is laid out.
     """
 
     spec: TensorSpec
     view: Callable[[np.ndarray], np.ndarray]
     index: int | None = None
-    scales: TensorSpec | None = None
 
     @property
     def name(self) -> str:

@@ -1,6 +1,6 @@
 """The chosen experts of each token: what is accepted, and what is asked of every implementation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 
@@ -9,14 +9,25 @@ from specmoe_jax.ops import _check, dispatch
 WEIGHTS = (jnp.float32, jnp.bfloat16, jnp.uint16)
 
 
-def expert_ffn(x, blocks, slots, *, activation="swiglu", ffn: Callable | None = None, packing: str | None = None, hidden=None):
+def expert_ffn(
+    x,
+    blocks,
+    slots,
+    *,
+    activation="swiglu",
+    ffn: Callable | None = None,
+    packing: str | None = None,
+    hidden: int | None = None,
+    numbers: Mapping[str, int | float] | None = None,
+):
     """Expert blocks[slots[i, a]] on x[i], for every token i and choice a, unweighted.
 
     x [n, M] float32 or bfloat16; blocks [R, 3, F, M]: gate, up and down transposed of a SwiGLU, each [F, M], in float32, bfloat16
     or uint16 that holds bfloat16 bits; slots [n, A] int32, -1 (or beyond R) for a choice without an expert, which gives zeros.
     ffn: (x [n, M], one block) -> [n, M] float32, for experts that are not plain SwiGLU; blocks then have its shape.
-    packing: "int8" or "int4" where blocks [R, bytes] uint8 are SwiGLUs of `hidden` hidden units packed by models/packing.py;
-    `ffn`, which unpacks, is then for platforms without a kernel that decodes them.
+    packing: a form of ops/cpu/experts.py where blocks [R, bytes] uint8 are experts of `hidden` hidden units packed so
+    (models/packing), with further `numbers` of that form; `ffn`, which unpacks, is then for platforms without a kernel that decodes
+    them.
     Returns y [n, A, M] float32. Rows of one slot are done together and its weights are read once; by the compiled kernel each pair
     of token and choice is bit for bit independent of the other rows and of the thread count within one instruction set.
     """
@@ -30,4 +41,4 @@ def expert_ffn(x, blocks, slots, *, activation="swiglu", ffn: Callable | None = 
     _check.array(op, "slots", slots, (n, None), (jnp.int32,))
     if slots.size == 0:
         return jnp.zeros((*slots.shape, M), jnp.float32)
-    return dispatch.call(op, x, blocks, slots, ffn=ffn, packing=packing, hidden=hidden)
+    return dispatch.call(op, x, blocks, slots, ffn=ffn, packing=packing, hidden=hidden, numbers=numbers or {})

@@ -4,7 +4,6 @@ Flops count a multiplication and an addition as two (the paper's table counts th
 those of the family's own tensors, whatever the family; norms, biases and softmax are left out.
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.models.experts import block_bytes
 from specmoe_jax.models.families.registry import family_of
+from specmoe_jax.models.packing import planned
 from specmoe_jax.models.spec import LayerWeights
 from specmoe_jax.offload.stream_schedule import ACCELERATOR, CPU, DOWN, UP, Task
 from specmoe_jax.planner.hardware import Hardware
@@ -127,7 +127,7 @@ def cross_attention(config: AttentionConfig, load: Load, itemsize: int) -> Cost:
 
 def expert_bytes(config: ModelConfig, plan: Plan) -> int:
     """Of one expert in memory and on the link, quantised or not."""
-    return block_bytes(dataclasses.replace(config.experts, packing=plan.expert_dtype), plan.dtype)
+    return block_bytes(planned(config.experts, plan.expert_dtype), plan.dtype)
 
 
 def cache_row(config: AttentionConfig) -> int:

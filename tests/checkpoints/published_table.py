@@ -8,7 +8,7 @@ import pathlib
 
 from real_files import REAL
 
-from specmoe_jax.checkpoints.published.quantisation import from_config, is_decoded
+from specmoe_jax.checkpoints.published.quantisation import from_config, is_built
 from specmoe_jax.models.families.registry import parse_config
 from specmoe_jax.support.errors import CheckpointError
 
@@ -23,10 +23,10 @@ def verdict(raw: dict) -> str:
         quantisation = from_config(raw)
     except CheckpointError as e:
         return f"refused: {str(e).removeprefix('config.json: ').partition('; this version runs')[0]}"
-    if quantisation is not None and not is_decoded(quantisation, config):
+    if quantisation is not None and not is_built(quantisation, config):
         return f"{config.family}; explained, load refuses: the weights are quantised as {quantisation.words}"
-    decoded = f", decoded from {quantisation.words}" if quantisation is not None else ""
-    return f"runs: {config.family}{decoded}"
+    packed = f", experts kept in {quantisation.words}" if quantisation is not None else ""
+    return f"runs: {config.family}{packed}"
 
 
 def configs(folder: pathlib.Path) -> dict[str, dict]:

@@ -38,9 +38,9 @@ SPELLINGS = {
     ),
     "Qwen3-FP8": (
         ALL["qwen3_moe"] | {"quantization_config": FP8},
-        "qwen3_moe; explained, load refuses: the weights are quantised as FP8 in blocks of 128 x 128",
+        "runs: qwen3_moe, experts kept in FP8 in blocks of 128 x 128",
     ),
-    "gpt-oss": (ALL["gpt_oss"] | {"quantization_config": {"quant_method": "mxfp4"}}, "runs: gpt_oss, decoded from MXFP4"),
+    "gpt-oss": (ALL["gpt_oss"] | {"quantization_config": {"quant_method": "mxfp4"}}, "runs: gpt_oss, experts kept in MXFP4"),
     "MXFP4 of another family": (
         ALL["mixtral"] | {"quantization_config": {"quant_method": "mxfp4"}},
         "mixtral; explained, load refuses: the weights are quantised as MXFP4",

@@ -49,8 +49,12 @@ def test_every_form_is_named(raw, words, bits):
     assert bits is None or found.bits == pytest.approx(bits, abs=1e-3)
 
 
-@pytest.mark.parametrize(("raw", "words", "bits"), FORMS, ids=[form[1] for form in FORMS])
-def test_every_form_is_refused_by_name_wherever_it_is_read(raw, words, bits, tmp_path):
+BUILT = ("FP8 in blocks of 128 x 128",)
+OTHERS = [form for form in FORMS if form[1] not in BUILT]  # MXFP4 is built for gpt-oss alone
+
+
+@pytest.mark.parametrize(("raw", "words", "bits"), OTHERS, ids=[form[1] for form in OTHERS])
+def test_every_other_form_is_refused_by_name_wherever_it_is_read(raw, words, bits, tmp_path):
     path = write_checkpoint(tmp_path / "quantised", RAW_CONFIG | {"quantization_config": raw})
     for read in (
         lambda: load_model(str(path)),
@@ -112,7 +116,8 @@ HEADERS = [
 def test_headers_tell_where_no_config_does(tensors, words, tmp_path):
     path = write_checkpoint(tmp_path / "headers", tensors=checkpoint_tensors(parse_config(RAW_CONFIG)) | tensors)
     assert from_headers(open_checkpoint(path)).words == words
-    with pytest.raises(CheckpointError, match=rf"^model.safetensors: the weights are quantised as {words}"):
+    refusal = "2 tensors that this model does not use" if words in BUILT else f"the weights are quantised as {words}"
+    with pytest.raises(CheckpointError, match=rf"^model.safetensors: {refusal}"):
         load_model(str(path))
 
 

@@ -3,20 +3,17 @@
 import json
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 from family_files import stored_tensors, write
 
 from specmoe_jax.checkpoints import load_model
 from specmoe_jax.checkpoints.conversion.convert import convert
-from specmoe_jax.checkpoints.mxfp4 import decode
 from specmoe_jax.models.families.registry import parse_config
 from specmoe_jax.support.errors import CheckpointError
 from specmoe_jax.testing.families import ENCODER_DECODERS, RAW_CONFIGS, WITH_TOWERS, tiny_family
 
 ALL = RAW_CONFIGS | WITH_TOWERS | ENCODER_DECODERS
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
 def assert_same(model, other):
@@ -70,38 +67,6 @@ def test_text_part_beside_a_vision_part(family, tmp_path, capsys):
     load_model(str(path), progress="log")
     found = capsys.readouterr().err
     assert found.startswith(f"load: {len(others)} tensors of other parts are left out: {sorted(others)[0].rsplit('.', 1)[0][:12]}")
-
-
-def pack(codes: np.ndarray) -> np.ndarray:
-    """4-bit codes [..., 2n] -> bytes [..., n], the even ones in the low half."""
-    return (codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_mxfp4_experts_load_as_what_they_decode_to(dtype, tmp_path):
-    """Codes and exponents at random: the same block as from the decoded numbers stored plainly."""
-    model, rng = tiny_family("gpt_oss"), np.random.default_rng(0)
-    plain, packed = stored_tensors(model, 0), {}
-    for name in [name for name in plain if name.endswith(("gate_up_proj", "down_proj"))]:
-        experts, columns, rows = plain.pop(name).shape  # stored [in, out]; packed [out, in / 32, 16]
-        codes = rng.integers(0, 16, (experts, rows, columns)).astype(np.uint8)
-        scales = rng.integers(120, 131, (experts, rows, columns // 32)).astype(np.uint8)
-        values = np.where(codes & 8, -E2M1[codes & 7], E2M1[codes & 7])
-        values *= np.exp2(np.repeat(scales, 32, axis=-1).astype(np.float32) - 127)
-        packed |= {f"{name}_blocks": pack(codes).reshape(experts, rows, columns // 32, 16), f"{name}_scales": scales}
-        plain[name] = values.swapaxes(1, 2).astype(ml_dtypes.bfloat16)
-    rest = {name: t for name, t in plain.items() if f"{name}_blocks" not in packed}
-    raw = RAW_CONFIGS["gpt_oss"] | {"quantization_config": {"quant_method": "mxfp4"}}
-    from_packed = load_model(str(write(tmp_path / "packed", raw, rest | packed)), dtype=dtype)
-    assert_same(from_packed, load_model(str(write(tmp_path / "plain", RAW_CONFIGS["gpt_oss"], plain)), dtype=dtype))
-
-
-def test_mxfp4_knows_every_code():
-    codes = np.arange(16, dtype=np.uint8).repeat(2)[None, None]
-    scales = np.array([[129]], np.uint8)
-    expected = np.array([*E2M1, *-E2M1]).repeat(2) * 4
-    np.testing.assert_array_equal(decode(pack(codes), scales)[0], expected)
-    assert np.isnan(decode(pack(codes), np.array([[255]], np.uint8))).all()
 
 
 REFUSALS = (

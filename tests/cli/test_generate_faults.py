@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 
-from specmoe_jax.checkpoints import loader, tensors
+from specmoe_jax.checkpoints import experts, loader, tensors
 from specmoe_jax.engine import session
 from specmoe_jax.engine.flows import pooled
 from specmoe_jax.jobs import job as jobs
@@ -31,7 +31,7 @@ HALVES = (signal.SIGTERM, signal.SIGINT)
 
 # phase -> what is called in it: module, name, and how many calls go well.
 PHASES = {
-    "load": (tensors.HostBlocks, "__call__", 4),
+    "load": (experts.HostBlocks, "__call__", 4),
     "affinity": (affinity_cache, "expert_distances", 1),
     "compile": (session, "warm_up", 0),
     "prefill": (pooled, "prefill", 1),
@@ -124,7 +124,7 @@ def little_pinned_memory(monkeypatch):
         weakref.finalize(block, freed.append, 1)
         return block
 
-    monkeypatch.setattr(tensors, "to_host", stingy)
+    monkeypatch.setattr(experts, "to_host", stingy)
     return given
 
 
@@ -136,7 +136,7 @@ def test_refused_pinned_memory_falls_back_to_the_disk_tier(job, tmp_path, little
     assert plan["expert_tier"] == "disk"
     assert 0 < plan["host_memory_bytes"] <= 0.75 * sum(little_pinned_memory[:8])
     fallen = lines(tmp_path / "o.jsonl")
-    monkeypatch.setattr(tensors, "to_host", to_host)
+    monkeypatch.setattr(experts, "to_host", to_host)
     assert job("--restart").code == 0
     assert lines(tmp_path / "o.jsonl") == fallen
 
@@ -145,7 +145,7 @@ def test_no_pinned_memory_at_all_is_one_line(job, tmp_path, monkeypatch):
     def refuse(block):
         raise PinnedMemoryError("the system refused 1 bytes of pinned host memory")
 
-    monkeypatch.setattr(tensors, "to_host", refuse)
+    monkeypatch.setattr(experts, "to_host", refuse)
     ran = job()
     assert ran.code == 1 and ran.err == "error: the system refused 1 bytes of pinned host memory\n"
 

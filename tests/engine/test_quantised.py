@@ -4,7 +4,7 @@ import pytest
 from engine_cases import tokens_of
 
 from specmoe_jax import PRESETS, Engine, SamplingParams
-from specmoe_jax.config.plan_fields import EXPERT_DTYPES
+from specmoe_jax.config.plan_fields import DECODED, EXPERT_DTYPES
 from specmoe_jax.jobs.job import load_quantised
 from specmoe_jax.jobs.prompts import Prompt
 from specmoe_jax.models.quantised import logit_error, quantise
@@ -24,7 +24,7 @@ CASES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("expert_dtype", EXPERT_DTYPES)
+@pytest.mark.parametrize("expert_dtype", [name for name in EXPERT_DTYPES if name != DECODED])
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nllb_moe"])
 def test_speculation_changes_no_token(family, expert_dtype):
     model = quantise(tiny_family(family), expert_dtype)
@@ -62,7 +62,7 @@ def test_account():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"expert_dtype": "int3"}, "expert_dtype is 'int3'; it must be one of int8, int4"),
+        ({"expert_dtype": "int3"}, "expert_dtype is 'int3'; it must be one of int8, int4, decoded"),
         ({"expert_dtype": "int8", "expert_tier": "disk", "host_memory_bytes": 1 << 30}, "without expert_tier=disk"),
         ({"expert_dtype": "int4", "draft": "merged"}, "without draft=merged"),
     ],

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specmoe_jax.config.layer_config import ExpertConfig
-from specmoe_jax.models.packing import GROUP, LARGEST, pack, packed_bytes, unpack
+from specmoe_jax.models.packing import int4, int8, pack, packed_bytes, unpack, unpacked
+from specmoe_jax.models.packing.int4 import GROUP
 
 CONFIGS = st.builds(
     ExpertConfig,
@@ -23,12 +24,12 @@ def steps(config: ExpertConfig, core: np.ndarray) -> np.ndarray:
     """The scale that each weight has, from the definition."""
     if config.packing == "int8":
         rows = np.broadcast_to(np.abs(core[:-1]).max(axis=2, keepdims=True), core[:-1].shape)
-        return np.concatenate([rows, np.broadcast_to(np.abs(core[-1:]).max(axis=1, keepdims=True), core[-1:].shape)]) / 127
+        return np.concatenate([rows, np.broadcast_to(np.abs(core[-1:]).max(axis=1, keepdims=True), core[-1:].shape)]) / int8.LARGEST
     columns = [
         np.broadcast_to(np.abs(part).max(axis=2, keepdims=True), part.shape)
         for part in np.split(core, range(GROUP, core.shape[2], GROUP), axis=2)
     ]
-    return np.concatenate(columns, axis=2) / 7
+    return np.concatenate(columns, axis=2) / int4.LARGEST
 
 
 @pytest.mark.slow
@@ -44,8 +45,9 @@ def test_round_trip(config, seed, half):
     packed = pack(config, block.view(np.uint16) if half else block)
     assert packed.dtype == np.uint8 and packed.shape == (packed_bytes(config),)
     block, back = block.astype(np.float32), np.asarray(unpack(config, packed))
+    np.testing.assert_array_equal(unpacked(config, packed), back)
     core = np.s_[:, : config.hidden, : config.model]
-    rounding = 1.01 if config.packing == "int8" else 1.01 + LARGEST["int4"] / 64  # of a bfloat16 scale, at the largest codes
+    rounding = 1.01 if config.packing == "int8" else 1.01 + int4.LARGEST / 64  # of a bfloat16 scale, at the largest codes
     assert (np.abs(back - block)[core] <= rounding * steps(config, block[core]) / 2).all()
     outside = np.ones(block.shape, bool)
     outside[core] = False

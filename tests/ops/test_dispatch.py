@@ -63,7 +63,7 @@ ATTENTION_OPTIONS = dict(scale=1, window=None, softcap=None, chunk=None)
 CASES = {
     "chunked_attention": ((None,) * 9, ATTENTION_OPTIONS),
     "chunked_attention_packed": ((None,) * 9, ATTENTION_OPTIONS),
-    "expert_ffn": ((None,) * 3, dict(ffn=None, packing=None, hidden=None)),
+    "expert_ffn": ((None,) * 3, dict(ffn=None, packing=None, hidden=None, numbers={})),
     "dense_product": (PRODUCT, {}),
 }
 

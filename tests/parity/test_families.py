@@ -1,12 +1,13 @@
 """Every family against transformers: random checkpoints of its own save_pretrained, float32 logits within 1e-4, the same argmax."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from specmoe_jax.checkpoints import load_model
-from specmoe_jax.checkpoints.mxfp4 import decode
 from specmoe_jax.models.families.registry import parse_config
+from specmoe_jax.models.packing.parts import matrix_kind
 from specmoe_jax.testing.families import RAW_CONFIGS, WITH_TOWERS
 
 REASON = "the reference implementation is not installed: pip install '.[parity]'"
@@ -130,4 +131,18 @@ def test_mxfp4_decodes_as_in_the_reference():
     blocks = rng.integers(0, 256, (3, 6, 2, 16)).astype(np.uint8)
     scales = rng.integers(100, 150, (3, 6, 2)).astype(np.uint8)
     theirs = mxfp4.convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales), dtype=torch.float32)
-    np.testing.assert_array_equal(decode(blocks, scales).swapaxes(1, 2), theirs.numpy())
+    ours = matrix_kind("mxfp4").decode_matrix({"codes": blocks.reshape(18, 2, 16), "scales": scales.reshape(18, 2)}, 64, np)
+    np.testing.assert_array_equal(ours.reshape(3, 6, 64).swapaxes(1, 2), theirs.numpy())
+
+
+@pytest.mark.parametrize("scale_dtype", [np.float32, ml_dtypes.bfloat16])
+def test_fp8_decodes_as_in_the_reference(scale_dtype):
+    """Every code under scales of four blocks."""
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    rng = np.random.default_rng(0)
+    codes = rng.permuted(np.tile(np.arange(256, dtype=np.uint8), (256, 1)), axis=1).view(ml_dtypes.float8_e4m3fn)
+    scales = rng.uniform(1e-4, 1e-2, (2, 2)).astype(scale_dtype)
+    stored = torch.from_numpy(codes.view(np.uint8)).view(torch.float8_e4m3fn)
+    theirs = fp8.Fp8Dequantize(None)._dequantize_one(stored, torch.from_numpy(scales.astype(np.float32)), torch.float32)
+    ours = matrix_kind("fp8:128x128").decode_matrix({"codes": codes, "scales": scales.astype(np.float32)}, 256, np)
+    np.testing.assert_array_equal(ours, theirs.numpy())

@@ -66,15 +66,16 @@ CONFIGS = {
 
 def write_headers(folder: pathlib.Path, raw: dict) -> pathlib.Path:
     """config.json and one safetensors file whose tensors are holes: bfloat16, and MXFP4 experts where the config says so."""
-    config = parse_config(raw)
+    config = parse_config(raw).with_packing("mxfp4" if "quantization_config" in raw else None)
     family, packed = family_of(config), "quantization_config" in raw
     tensors = {spec.name: ("BF16", 2, spec) for spec in spec_leaves(family.weight_specs(config))}
     for layer in config.expert_layers:
         for expert in range(config.num_experts):
-            for part in family.expert_layouts(config, layer, expert)[-1 if packed else 0]:
-                tensors[part.name] = ("BF16", 2, part.spec) if part.scales is None else ("U8", 1, part.spec)
-                if part.scales is not None:
-                    tensors[part.scales.name] = ("U8", 1, part.scales)
+            if packed:
+                parts = family.packed_parts(config, layer, expert)
+                tensors |= {p.spec.name: (p.dtypes[0], 1 if p.dtypes[0] == "U8" else 2, p.spec) for p in parts}
+            else:
+                tensors |= {p.name: ("BF16", 2, p.spec) for p in family.expert_layouts(config, layer, expert)[0]}
     header, at = {}, 0
     for name, (dtype, width, spec) in tensors.items():
         end = at + spec.size * width

@@ -1,6 +1,7 @@
 """Conversions between Hugging Face, our mappable layout and Orbax: resumable, verified, whole or not at all.
 
-specmoe      safetensors with each expert as one block [3, F, M] at a multiple of 64 bytes: `load_model` maps it.
+specmoe      safetensors with each expert as one block [3, F, M] at a multiple of 64 bytes: `load_model` maps it. Experts of a
+             quantised checkpoint stay packed as they are; the other formats decode them.
 huggingface  safetensors in the names of published checkpoints, one file a layer.
 orbax        one Orbax PyTree checkpoint for the weights and one for each layer's experts.
 
@@ -23,18 +24,20 @@ from specmoe_jax.checkpoints.files import MAX_INDEX_BYTES, StoredTensor, read_he
 from specmoe_jax.checkpoints.header import quote
 from specmoe_jax.checkpoints.inventory import PADDING_PREFIX, block_name
 from specmoe_jax.checkpoints.manifest import MANIFEST_FILE, manifest_json, tensor_hash
+from specmoe_jax.checkpoints.published.quantisation import OWN_METHOD
 from specmoe_jax.checkpoints.source import Source, all_specs, open_source
 from specmoe_jax.checkpoints.tensors import TARGET_DTYPES
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.mtp import extended
+from specmoe_jax.models.packing import packed_bytes
 from specmoe_jax.models.spec import Part as ExpertPart
 from specmoe_jax.support.errors import CheckpointError, RequestError
 from specmoe_jax.support.progress import bar
 
 FORMATS = ("specmoe", "huggingface", "orbax")
 RECORD_FILE = "conversion.json"  # in OUTPUT.partial only: which parts are done, with their hashes
-_NOT_COPIED = ("torch_dtype", "quantization_config")  # of config.json: nothing is written in a packed type
+_NOT_COPIED = ("torch_dtype", "quantization_config", "compression_config")  # of config.json: what is decoded, or said anew
 SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     "README.md", "LICENSE",
@@ -64,7 +67,7 @@ def convert(model: str, output: pathlib.Path, *, to: str, dtype: str | None = No
     """
     if to not in FORMATS:
         raise RequestError(f"the format is {quote(to)}; it must be one of {', '.join(FORMATS)}")
-    source = open_source(model, dtype)
+    source = open_source(model, dtype, decode=to != "specmoe")
     if output.exists():
         raise CheckpointError(f"{output}: exists; give a new directory")
     folder = output.with_name(f"{output.name}.partial")
@@ -95,11 +98,10 @@ def _parts(source: Source, to: str) -> list[Part]:
 
 def _blocks(source: Source, config: ModelConfig, moe: int) -> list[Output]:
     """Each expert of the moe-th layer that has any, as it lies in memory. config: with the layer for further tokens, if any."""
-    dtype = TARGET_DTYPES[source.dtype]
-    return [
-        Output(block_name(moe, e), dtype, config.experts.block_shape, lambda e=e: source.expert(moe, e))
-        for e in range(config.num_experts)
-    ]
+    dtype, shape = TARGET_DTYPES[source.dtype], config.experts.block_shape
+    if config.experts.packing is not None:
+        dtype, shape = np.dtype(np.uint8), (packed_bytes(config.experts),)
+    return [Output(block_name(moe, e), dtype, shape, lambda e=e: source.expert(moe, e)) for e in range(config.num_experts)]
 
 
 def _stored_experts(source: Source, config: ModelConfig, moe: int) -> list[Output]:
@@ -181,7 +183,9 @@ def _config_json(source: Source) -> dict:
     built = family_of(source.config).ARCHITECTURE
     bare = built.replace("ForCausalLM", "Model").replace("ForConditionalGeneration", "Model")
     named = {"architectures": [built]} if raw.get("architectures") in (None, [], [bare]) else {}
-    return raw | {"dtype": source.dtype} | named
+    packing = source.config.experts.packing
+    packed = {} if packing is None else {"quantization_config": {"quant_method": OWN_METHOD, "packing": packing}}
+    return raw | {"dtype": source.dtype} | named | packed
 
 
 def _safetensors_name(part: int, parts: int) -> str:

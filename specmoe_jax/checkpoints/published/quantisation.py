@@ -1,5 +1,6 @@
 """The one reader of how a checkpoint is quantised: quantization_config, hf_quant_config.json, or the headers where both lack it."""
 
+import dataclasses
 import fnmatch
 import math
 import pathlib
@@ -7,14 +8,18 @@ import re
 from collections.abc import Collection
 from typing import NamedTuple
 
-from specmoe_jax.checkpoints.files import Checkpoint, read_json
+from specmoe_jax.checkpoints.files import BLOCK_PREFIX, Checkpoint, read_json
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.families.registry import family_of
+from specmoe_jax.models.packing import kind_of, packed_bytes
+from specmoe_jax.models.packing.matrices import matrices
+from specmoe_jax.models.packing.parts import matrix_kind, separate_parts
 from specmoe_jax.models.published.config_json import show
 from specmoe_jax.models.spec import TensorSpec, spec_leaves
 from specmoe_jax.support.errors import CheckpointError
 from specmoe_jax.support.units import GIB
 
+OWN_METHOD = "specmoe"  # of a conversion that kept its experts packed
 MODELOPT_FILE = "hf_quant_config.json"
 TYPE_BYTES = {"float32": 4, "float": 4, "float64": 8}  # of what is not quantised; everything else is stored in two bytes
 NEVER = ("embed_tokens", "shared", "lm_head", "router", "gate", "classifier", "shared_expert_gate")  # which formats leave alone
@@ -23,13 +28,14 @@ NEVER = ("embed_tokens", "shared", "lm_head", "router", "gate", "classifier", "s
 class Quantisation(NamedTuple):
     """words: what it is called. bits: a weight takes on disk, scales included; None where the config does not say.
 
-    source: the file that tells. loads: whether this version decodes it. skipped: patterns of modules that are not quantised.
+    source: the file that tells. packing: how experts of this form stay packed (models/packing); None where this version does not
+    load it. skipped: patterns of modules that are not quantised.
     """
 
     words: str
     bits: float | None
     source: str
-    loads: bool = False
+    packing: str | None = None
     skipped: tuple[str, ...] = ()
 
 
@@ -76,15 +82,15 @@ def from_headers(checkpoint: Checkpoint) -> Quantisation | None:
 
 
 def check_quantisation(path: pathlib.Path, config: ModelConfig, checkpoint: Checkpoint | None = None) -> None:
-    """Raises CheckpointError, which names the form and its size on disk, unless the weights are plain or decoded when loaded."""
+    """Raises CheckpointError, which names form and size on disk, unless the weights are plain or of a form that is built."""
     found = read_quantisation(path, checkpoint)
-    if found is None or is_decoded(found, config):
+    if found is None or is_built(found, config):
         return
     size = stored_bytes(path, config, found) if checkpoint is None else checkpoint.bytes
     bits = "" if found.bits is None else f", {found.bits:.3g} bits a weight"
     on_disk = "" if size is None else f", {size / GIB:.3g} GiB on disk"
     raise CheckpointError(
-        f"{found.source}: the weights are quantised as {found.words}{bits}{on_disk}; this version does not decode them: take the "
+        f"{found.source}: the weights are quantised as {found.words}{bits}{on_disk}; this version does not load them: take the "
         "model's repository without quantisation, or dequantise it with transformers and save_pretrained"
     )
 
@@ -96,13 +102,18 @@ def stored_bytes(path: pathlib.Path, config: ModelConfig, quantisation: Quantisa
     named = raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
     plain = TYPE_BYTES.get(str(named).removeprefix("torch."), 2)
     bits = None if quantisation is None else quantisation.bits
-    if quantisation is not None and bits is None:
+    built = quantisation is not None and is_built(quantisation, config)
+    if quantisation is not None and bits is None and not built:
         return None
     total, quantised = 0.0, plain if bits is None else bits / 8
     specs = spec_leaves(family_of(config).weight_specs(config))
     for spec in specs:
         packed = quantisation is not None and _is_quantised(spec, quantisation.skipped)
         total += spec.size * (quantised if packed else plain)
+    if built:
+        assert quantisation is not None
+        experts = dataclasses.replace(config.experts, packing=quantisation.packing)
+        return int(total) + config.num_expert_layers * config.num_experts * packed_bytes(experts)
     for layer in config.expert_layers:
         parts = family_of(config).expert_layouts(config, layer, 0)[0]
         for part in parts:
@@ -135,10 +146,28 @@ def _is_quantised(spec: TensorSpec, skipped: Collection[str], *, expert: bool = 
     return True
 
 
-def is_decoded(quantisation: Quantisation, config: ModelConfig) -> bool:
-    """Whether a load decodes weights of this form of this family."""
-    layouts = family_of(config).expert_layouts(config, config.expert_layers[0], 0)
-    return quantisation.loads and any(part.scales is not None for layout in layouts for part in layout)
+def is_built(quantisation: Quantisation, config: ModelConfig) -> bool:
+    """Whether weights of this form of this family are loaded, their experts packed as they are."""
+    if quantisation.packing is None:
+        return False
+    family, kind = family_of(config), matrix_kind(quantisation.packing)
+    experts = dataclasses.replace(config.experts, packing=quantisation.packing)
+    if any(kind.problem(*shape) for shape in matrices(experts).values()):
+        return False
+    if kind.fused or hasattr(family, "packed_parts"):
+        return kind.fused and hasattr(family, "packed_parts")
+    return separate_parts(experts, family.expert_layouts(config, config.expert_layers[0], 0)[0]) is not None
+
+
+def as_stored(path: pathlib.Path, config: ModelConfig, checkpoint: Checkpoint | None = None) -> ModelConfig:
+    """The config with its experts packed as the checkpoint holds them. checkpoint: its headers, where there are any."""
+    found = read_quantisation(path, checkpoint)
+    packing = found.packing if found is not None and is_built(found, config) else None
+    if packing is not None and checkpoint is not None:
+        mark = matrix_kind(packing).mark
+        if not any((name.endswith(mark) and ".experts." in name) or name.startswith(BLOCK_PREFIX) for name in checkpoint.tensors):
+            packing = None  # the experts are among the modules that were left as they are
+    return config.with_packing(packing)
 
 
 def _fp8(raw: dict, source: str) -> Quantisation:
@@ -146,18 +175,27 @@ def _fp8(raw: dict, source: str) -> Quantisation:
     if raw.get("quant_algo") == "MIXED_PRECISION":
         return Quantisation(f"FP8 with experts as {raw.get('moe_quant_algo')}", None, source, skipped=_patterns(raw))
     if isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block):
-        return Quantisation(f"FP8 in blocks of {block[0]} x {block[1]}", 8 + 32 / math.prod(block), source, skipped=_patterns(raw))
+        packing = f"fp8:{block[0]}x{block[1]}"
+        words, bits = f"FP8 in blocks of {block[0]} x {block[1]}", 8 + 32 / math.prod(block)
+        return Quantisation(words, bits, source, packing=packing, skipped=_patterns(raw))
     return Quantisation("FP8", 8.0, source, skipped=_patterns(raw))
 
 
 def _mxfp4(raw: dict, source: str) -> Quantisation:
-    return Quantisation("MXFP4", 4.25, source, loads=True, skipped=_patterns(raw) or ("self_attn", "router"))
+    return Quantisation("MXFP4", 4.25, source, packing="mxfp4", skipped=_patterns(raw) or ("self_attn", "router"))
 
 
 def _gptq(raw: dict, source: str) -> Quantisation:
     """Groups with a half-precision scale and a zero point; rows out of order where desc_act."""
     found = _groups("GPTQ", raw.get("bits"), raw.get("group_size"), source, beside=16 + _zero_bits(raw.get("bits")), raw=raw)
     return found._replace(words=f"{found.words} with desc_act") if raw.get("desc_act") else found
+
+
+def _own(raw: dict, source: str) -> Quantisation:
+    """A conversion whose experts stayed packed; the rest of it is not."""
+    packing = str(raw.get("packing"))
+    kind_of(packing)  # raises for one that this version does not know
+    return Quantisation(f"experts packed as {packing}", None, source, packing=packing, skipped=("re:.*",))
 
 
 def _awq(raw: dict, source: str) -> Quantisation:
@@ -211,7 +249,7 @@ def _patterns(raw: dict) -> tuple[str, ...]:
 
 _METHODS = {
     "fp8": _fp8, "mxfp4": _mxfp4, "gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed, "modelopt": _modelopt,
-    "modelopt_fp4": _modelopt, "bitsandbytes": _bitsandbytes,
+    "modelopt_fp4": _modelopt, "bitsandbytes": _bitsandbytes, OWN_METHOD: _own,
 }  # fmt: skip
 _MARKS = (  # ends of names and types of tensors, from what is most particular to what is least
     ({"qweight", "g_idx"}, "GPTQ", None),

@@ -6,13 +6,15 @@ import numpy as np
 
 from specmoe_jax.config.layer_config import AttentionConfig, RouterConfig
 from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.models.packing.matrices import PublishedTensor, Sections, sections_of
+from specmoe_jax.models.packing.parts import PackedPart, matrix_kind, packed_part
 from specmoe_jax.models.published import naming
 from specmoe_jax.models.published.config_json import layer_types, num_layers, number, require, size
 from specmoe_jax.models.published.parse import grouped_attention, model_config
-from specmoe_jax.models.spec import LayerWeights, Layout, Part, TensorSpec, Weights, down_bias_of, outer_of
+from specmoe_jax.models.spec import LayerWeights, Layout, Part, TensorSpec, Weights, down_bias_of
 
 ARCHITECTURE = "GptOssForCausalLM"
-MXFP4_GROUP = 32  # weights that share an exponent, two to a byte
+FLOATS = ("BF16", "F32", "F16")  # that biases beside quantised weights are stored in
 
 
 def parse_config(raw: dict) -> ModelConfig:
@@ -53,7 +55,7 @@ def weight_specs(config: ModelConfig) -> Weights[TensorSpec]:
 
 
 def expert_layouts(config: ModelConfig, layer: int, expert: int) -> tuple[Layout, ...]:
-    """bf16 as [in, out], and MXFP4 as [out, in] in groups of 32; the biases are the same."""
+    """bf16 as [in, out]."""
     experts, hidden, model = config.num_experts, config.expert_hidden, config.hidden_size
     prefix = f"model.layers.{layer}.mlp.experts"
     biases = (
@@ -64,11 +66,23 @@ def expert_layouts(config: ModelConfig, layer: int, expert: int) -> tuple[Layout
         Part(TensorSpec(f"{prefix}.gate_up_proj", (experts, model, 2 * hidden)), gate_up_columns_of, expert),
         Part(TensorSpec(f"{prefix}.down_proj", (experts, hidden, model)), down_rows_of, expert),
     )
-    packed = (
-        _packed_part(f"{prefix}.gate_up_proj", (experts, 2 * hidden, model), gate_up_rows_of, expert),
-        _packed_part(f"{prefix}.down_proj", (experts, model, hidden), outer_of, expert),
+    return ((*plain, *biases),)
+
+
+def packed_parts(config: ModelConfig, layer: int, expert: int) -> tuple[PackedPart, ...]:
+    """Quantised as [out, in], gate and up alternating in the rows."""
+    experts, hidden, model = config.experts, config.expert_hidden, config.hidden_size
+    assert experts.packing is not None
+    kind, prefix = matrix_kind(experts.packing), f"model.layers.{layer}.mlp.experts"
+    return (
+        *(
+            _fused(packed_part(t, f"{prefix}.gate_up_proj"), config, expert, _gate_and_up(t))
+            for t in kind.stored(2 * hidden, model)
+        ),
+        *(_fused(packed_part(t, f"{prefix}.down_proj", "down"), config, expert) for t in kind.stored(model, hidden)),
+        PackedPart(TensorSpec(f"{prefix}.gate_up_proj_bias", (config.num_experts, 2 * hidden)), FLOATS, _inner_biases, expert),
+        PackedPart(TensorSpec(f"{prefix}.down_proj_bias", (config.num_experts, model)), FLOATS, _down_biases, expert),
     )
-    return ((*plain, *biases), (*packed, *biases))
 
 
 def canonical_name(name: str) -> str:
@@ -78,11 +92,6 @@ def canonical_name(name: str) -> str:
 def gate_up_columns_of(block: np.ndarray) -> np.ndarray:
     """[M, F, 2]: gate and up alternate in the columns."""
     return block[:2, :-1, :-1].transpose(2, 1, 0)
-
-
-def gate_up_rows_of(block: np.ndarray) -> np.ndarray:
-    """[F, 2, M]: gate and up alternate in the rows."""
-    return block[:2, :-1, :-1].transpose(1, 0, 2)
 
 
 def down_rows_of(block: np.ndarray) -> np.ndarray:
@@ -95,15 +104,28 @@ def gate_up_bias_of(block: np.ndarray) -> np.ndarray:
     return block[:2, :-1, -1].T
 
 
-def _packed_part(name: str, shape: tuple[int, int, int], view, expert: int) -> Part:
-    experts, rows, columns = shape
-    groups = columns // MXFP4_GROUP
-    return Part(
-        TensorSpec(f"{name}_blocks", (experts, rows, groups, MXFP4_GROUP // 2)),
-        view,
-        expert,
-        scales=TensorSpec(f"{name}_scales", (experts, rows, groups)),
-    )
+def _fused(part: PackedPart, config: ModelConfig, expert: int, fill=None) -> PackedPart:
+    """The part as an entry of a tensor of all experts."""
+    shape = (config.num_experts, *part.spec.shape)
+    return part._replace(spec=part.spec._replace(shape=shape), index=expert, fill=fill or part.fill)
+
+
+def _gate_and_up(stored: PublishedTensor):
+    """Fills gate from the even rows, up from the odd ones."""
+
+    def fill(parts: Sections, values: np.ndarray) -> None:
+        for matrix, rows in (("gate", values[::2]), ("up", values[1::2])):
+            stored.fill(sections_of(parts, matrix), rows)
+
+    return fill
+
+
+def _inner_biases(parts: Sections, values: np.ndarray) -> None:
+    parts["biases"][: values.size] = values.reshape(-1, 2).T.reshape(-1)
+
+
+def _down_biases(parts: Sections, values: np.ndarray) -> None:
+    parts["biases"][-values.size :] = values
 
 
 def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights[TensorSpec]:

@@ -6,25 +6,27 @@ import numpy as np
 
 from specmoe_jax.ops.cpu import _ffi
 
-BITS = {"int8": 8, "int4": 4}
+# What each form of packed experts adds to the call of the kernel.
+FORMS = {"int8": {"bits": 8}, "int4": {"bits": 4}}
 
 
-def fits_plain(*arrays, ffn, packing, hidden) -> bool:
+def fits_plain(*arrays, ffn, packing, hidden, numbers) -> bool:
     """Blocks that are not packed."""
     return ffn is None and packing is None and _ffi.module() is not None
 
 
-def plain(x, blocks, slots, *, ffn, packing, hidden):
+def plain(x, blocks, slots, *, ffn, packing, hidden, numbers):
     return _call("specmoe_expert_ffn", x, blocks, slots)
 
 
-def fits_packed(*arrays, ffn, packing, hidden) -> bool:
+def fits_packed(*arrays, ffn, packing, hidden, numbers) -> bool:
     """Blocks that are packed in a way that the kernel decodes."""
-    return packing in BITS and _ffi.module() is not None
+    return packing in FORMS and _ffi.module() is not None
 
 
-def packed(x, blocks, slots, *, ffn, packing, hidden):
-    return _call("specmoe_packed_expert_ffn", x, blocks, slots, bits=np.int64(BITS[packing]), hidden=np.int64(hidden))
+def packed(x, blocks, slots, *, ffn, packing, hidden, numbers):
+    attributes = {name: np.int64(value) for name, value in {**FORMS[packing], **numbers}.items()}
+    return _call("specmoe_packed_expert_ffn", x, blocks, slots, hidden=np.int64(hidden), **attributes)
 
 
 def _call(target: str, x, blocks, slots, **attributes):

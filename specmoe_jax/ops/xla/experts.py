@@ -45,7 +45,7 @@ def tile_plan(slots: jax.Array, R: int, rows: int) -> tuple[jax.Array, jax.Array
     return tile_slot, pair_of.reshape(Q, rows), tiles.sum()
 
 
-def tiles(x, blocks, slots, *, ffn=None, packing=None, hidden=None):
+def tiles(x, blocks, slots, *, ffn=None, packing=None, hidden=None, numbers=None):
     """ops.expert_ffn. A result is independent of batch mates as far as XLA's product treats the rows of one tile shape alike."""
     form, pairs = functools.partial(in_tiles, block_ffn if ffn is None else ffn), slots.size
     on_cpu = functools.partial(form, 8 if pairs <= SMALL_PAIRS else 32)

@@ -2,6 +2,8 @@
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.plan_fields import DECODED
+from specmoe_jax.models.packing import planned
 from specmoe_jax.planner.drafts.gated import GatedDraftDescription
 from specmoe_jax.support.errors import PlanError
 
@@ -14,9 +16,14 @@ class MergedDraftDescription(GatedDraftDescription):
         if isinstance(plan.draft_experts, tuple):
             raise PlanError(f"draft_experts is {plan.draft_experts}; draft=merged takes one number for all layers")
         super().check(plan, config)
-        if plan.expert_dtype is not None:
+        if plan.expert_dtype not in (None, DECODED):
             raise PlanError(
                 f"expert_dtype={plan.expert_dtype} is built for packed experts in host memory, without draft=merged; leave one out"
+            )
+        if planned(config.experts, plan.expert_dtype).packing is not None:
+            raise PlanError(
+                f"draft=merged averages weights, and the checkpoint's experts are packed as {config.experts.packing};"
+                f" take another draft, or expert_dtype={DECODED}"
             )
 
     def merged_slots(self, plan: Plan, config: ModelConfig) -> int:

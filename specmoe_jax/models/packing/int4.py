@@ -1,0 +1,49 @@
+"""int4: one bfloat16 scale per 32 weights that lie side by side in a row of the block, two codes of -7..7 to a byte, the even one
+low.
+
+Each scale maps the largest magnitude to the largest code (round to nearest even, no calibration data). Deviation from the usual
+4-bit layout: the groups of down run along its output channels, since that is how its rows lie in a block.
+"""
+
+import ml_dtypes
+import numpy as np
+
+from specmoe_jax.config.layer_config import ExpertConfig
+from specmoe_jax.models.packing.int8 import codes
+from specmoe_jax.models.packing.kind import Kernel, Section, border_biases, is_plain
+
+GROUP = 32
+LARGEST = 7
+OFFSET = 8  # of the codes as they are stored
+
+
+class Int4:
+    published = False
+
+    def sections(self, config: ExpertConfig) -> dict[str, Section]:
+        matrices, hidden, groups = config.matrices, config.hidden, -(-config.model // GROUP)
+        return {
+            "codes": Section((matrices, hidden, groups * GROUP // 2), np.dtype(np.uint8)),
+            "scales": Section((matrices, hidden, groups), np.dtype(ml_dtypes.bfloat16)),
+            "biases": border_biases(config),
+        }
+
+    def encode(self, config: ExpertConfig, core: np.ndarray) -> dict[str, np.ndarray]:
+        groups = np.pad(core, ((0, 0), (0, 0), (0, -core.shape[2] % GROUP))).reshape(*core.shape[:2], -1, GROUP)
+        scales = (np.abs(groups).max(axis=3) / np.float32(LARGEST)).astype(ml_dtypes.bfloat16)
+        nibbles = codes(groups, scales[..., None].astype(np.float32), LARGEST) + OFFSET
+        nibbles = nibbles.astype(np.uint8).reshape(*core.shape[:2], -1)
+        return {"codes": nibbles[..., ::2] | nibbles[..., 1::2] << 4, "scales": scales}
+
+    def decode(self, config: ExpertConfig, parts, xp):
+        packed, scales = parts["codes"], parts["scales"]
+        nibbles = xp.stack([packed & 15, packed >> 4], axis=-1).reshape(*scales.shape, GROUP)
+        weights = (nibbles.astype(np.float32) - OFFSET) * scales[..., None].astype(np.float32)
+        return weights.reshape(*scales.shape[:2], -1)[:, :, : config.model]
+
+    def kernel(self, config: ExpertConfig) -> Kernel | None:
+        return Kernel("int4") if is_plain(config) else None
+
+
+def kind(parameters: str) -> Int4:
+    return Int4()

@@ -154,8 +154,9 @@ def _read_experts(inventory: Inventory, dtype: str, check_finite: bool, shown) -
     def expert(source):
         try:
             block = host_block(source)
-        except PinnedMemoryError as e:
-            raise PinnedMemoryError(str(e), pinned_bytes=sum(loaded)) from e
+        except (PinnedMemoryError, MemoryError) as e:
+            said = str(e) if isinstance(e, PinnedMemoryError) else f"an expert of {source.bytes} bytes finds no memory ({e})"
+            raise PinnedMemoryError(said, pinned_bytes=sum(loaded)) from e
         loaded.append(block.nbytes)
         shown.update(source.bytes)
         return block

@@ -1,6 +1,5 @@
 """What the flows over a pool of expert slots share: prompts run before the first step, and batches one after the other."""
 
-import itertools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -87,9 +86,8 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
     def run(
         self, session: Session, requests: list[Request], batch_shape: BatchShape, on_step: Callable[[StepInfo], None] | None
     ) -> Iterator[TokenEvent]:
-        starts = range(0, len(requests), batch_shape.rows)
-        batches = (self._run_batch(session, requests[start : start + batch_shape.rows], batch_shape, on_step) for start in starts)
-        return itertools.chain.from_iterable(batches)
+        for start in range(0, len(requests), batch_shape.rows):
+            yield from self._run_batch(session, requests[start : start + batch_shape.rows], batch_shape, on_step)
 
     def _run_batch(self, session: Session, requests: list[Request], batch_shape: BatchShape, on_step) -> Iterator[TokenEvent]:
         watch = Stopwatch()

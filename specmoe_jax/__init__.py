@@ -4,6 +4,7 @@ Each public name is imported when it is first used, so that `specmoe --help`, an
 """
 
 import importlib
+import logging
 import typing
 
 if typing.TYPE_CHECKING:
@@ -45,6 +46,8 @@ _MODULES = {
 }
 _ROOMS = ("autotune", "checkpoints", "config", "engine", "jobs", "kv_cache", "models", "offload", "ops", "planner", "speculate",
           "support", "testing", "types")  # fmt: skip
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless a program asks: logging.basicConfig(level="INFO")
 
 __all__ = [
     "PRESETS",

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import io
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from specmoe_jax.support.errors import RequestError
 from specmoe_jax.support.validation import is_whole
 
+_LOG = logging.getLogger(__name__)
 ANSWERS = ("text", "response")  # a line of a finished request has one of these
 
 
@@ -43,6 +45,7 @@ class Journal:
         with _writing(self._path):
             self._file = open(self._path, "ab", buffering=0)
         self._end, self.done = self._read()
+        _LOG.info("%s: %d requests were done before", self._path, len(self.done))
         self._file.truncate(self._end)
 
     def append(self, *records: dict) -> None:

@@ -1,7 +1,6 @@
 """What the flows over a pool of expert slots share: prompts run before the first step, and batches one after the other."""
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import jax
 import numpy as np
@@ -86,10 +85,9 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
 
     def run(
         self, session: Session, requests: list[Request], batch_shape: BatchShape, on_step: Callable[[StepInfo], None] | None
-    ) -> Iterator[TokenEvent]:
-        starts = range(0, len(requests), batch_shape.rows)
-        batches = (self._run_batch(session, requests[start : start + batch_shape.rows], batch_shape, on_step) for start in starts)
-        return itertools.chain.from_iterable(batches)
+    ) -> Generator[TokenEvent, None, None]:
+        for start in range(0, len(requests), batch_shape.rows):
+            yield from self._run_batch(session, requests[start : start + batch_shape.rows], batch_shape, on_step)
 
     def _run_batch(self, session: Session, requests: list[Request], batch_shape: BatchShape, on_step) -> Iterator[TokenEvent]:
         watch = Stopwatch()

@@ -3,7 +3,7 @@
 The flows are resident.py, on_demand.py and stream.py; the tiers are in kv_tiers.py. The other modules are parts of them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -63,7 +63,7 @@ class ExpertFlowExecutor(Protocol[R, S]):
 
     def run(
         self, session: S, requests: list[Request], batch_shape: BatchShape, on_step: Callable[[StepInfo], None] | None
-    ) -> Iterator[TokenEvent]:
+    ) -> Generator[TokenEvent, None, None]:
         """All requests, as many at a time as the batch has rows."""
         ...
 

@@ -15,8 +15,8 @@ import numpy as np
 from specmoe_jax.models.model import to_host
 from specmoe_jax.offload.tiers import Tier
 
-# Of blocks that go together. A program costs 20 us to call, which matters beside blocks of a few kB; several MB would only delay what
-# waits for them: reads of a disk, and the link's next customer.
+# Of blocks that go together. A program costs 20 us to call, which matters beside blocks of a few kB; several MB would only delay
+# what waits for them: reads of a disk, and the link's next customer.
 BATCH_BYTES = 4 << 20
 BATCH_BLOCKS = 16
 
@@ -157,9 +157,7 @@ class ExpertStore:
         arrived = sum(1 for _ in itertools.takewhile(lambda one: _is_ready(one.block), arriving))
         return self._finish_oldest(pool, arriving, arrived)
 
-    def _finish_oldest(
-        self, pool: jax.Array, arriving: tuple[Arriving, ...], count: int
-    ) -> tuple[jax.Array, tuple[Arriving, ...]]:
+    def _finish_oldest(self, pool: jax.Array, arriving: tuple[Arriving, ...], count: int) -> tuple[jax.Array, tuple[Arriving, ...]]:
         """Writes the `count` oldest, waiting for them; none if it is not above 0."""
         oldest, others = arriving[: max(count, 0)], arriving[max(count, 0) :]
         return self._write(pool, [one.block for one in oldest], [one.slot for one in oldest]), others

@@ -3,7 +3,7 @@
 The flows are resident.py, on_demand.py and stream.py; the tiers are in kv_tiers.py. The other modules are parts of them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -14,6 +14,7 @@ from specmoe_jax.engine.requests.completion import TokenEvent
 from specmoe_jax.engine.requests.prepare import BatchShape
 from specmoe_jax.engine.scheduler import PromptChunk
 from specmoe_jax.engine.state import Cache, ExpertMemory, PassInfo, Request, State, StepInfo
+from specmoe_jax.speculate.hot_experts.substitution import DraftSlots
 from specmoe_jax.types import Device, KVCache, Routing, Tree
 
 # The runtime and the session hold a flow, so they are parameters of it here: neither module imports the other.
@@ -35,6 +36,14 @@ class TargetPass(NamedTuple, Generic[Cache]):
     info: PassInfo
     features: jax.Array | None = None
     prompts: tuple[tuple[PromptChunk, jax.Array], ...] = ()
+
+
+class ResidentPass(NamedTuple):
+    """h: [B, T, M] after the last layer. inputs: of the layers that a draft watches."""
+
+    h: jax.Array
+    kv: KVCache
+    inputs: dict[int, jax.Array]
 
 
 class ExpertFlowExecutor(Protocol[R, S]):
@@ -120,3 +129,22 @@ class KvTierExecutor(Protocol[R]):
     ) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
         """A layer that needs no copy of an expert, or has none (slots None). -> h, ids (None without experts), k, v."""
         ...
+
+    def resident_pass(
+        self, runtime: R, tokens, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None
+    ) -> ResidentPass:
+        """All layers, of which none needs a copy. tokens: [B, T]; slots: [L, E]."""
+        ...
+
+    def draft_forward(
+        self, runtime: R, tokens, kv: KVCache, lengths, num_new, pool, slots: Sequence[DraftSlots]
+    ) -> tuple[jax.Array, KVCache, Any]:
+        """One token per row [B] through resident experts only.
+
+        -> logits [B, V], kv, and of each layer with experts those [B, A] that the router chose, resident or not.
+        """
+        ...
+
+    # (runtime, last_token [B], kv, lengths, num_new, pool, slots, choice, length) -> tokens [B, N], probs, kv: as DraftView.chain;
+    # None where the host has work between two layers.
+    draft_chain: Callable | None

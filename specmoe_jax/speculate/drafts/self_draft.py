@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specmoe_jax.speculate.drafts.protocol import DraftView
+from specmoe_jax.speculate.drafts.protocol import DraftView, TokenChoice
 from specmoe_jax.speculate.sampling import choose_coupled, sample, transform_logits
 from specmoe_jax.types import KVCache, Proposal, SamplingRows
 
@@ -19,22 +19,28 @@ class SelfDraft:
 
     def propose(self, view: DraftView) -> tuple[Proposal, KVCache]:
         assert view.forward is not None  # the plan keeps draft experts
+        if view.chain is not None:
+            tokens, probs, kv = view.chain(view.kv, view.last_token, view.lengths, view.choice, view.length)
+            return Proposal(tokens=tokens, probs=probs), kv
         kv, token, tokens, probs = view.kv, view.last_token, [], []
         for position in range(view.length):
             logits, kv = view.forward(kv, token, view.lengths + np.int32(position))
-            token, q = choose_token(view, position, logits)
+            token, q = choose_token(view.choice, np.int32(position), logits)
             tokens.append(token)
             probs += [] if q is None else [q]
         return Proposal(tokens=jnp.stack(tokens, 1), probs=jnp.stack(probs, 1) if probs else None), kv
 
 
-def choose_token(view: DraftView, position: int, logits: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """The drafted token [B] at a position of the step by the rows' parameters, and its distribution [B, V] if drawn."""
-    if view.keys is None:  # all rows are greedy
+def choose_token(choice: TokenChoice, position, logits: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The drafted token [B] at a position of the step by the rows' parameters, and its distribution [B, V] if drawn.
+
+    position: int32, of numpy or traced.
+    """
+    if choice.keys is None:  # all rows are greedy
         return _argmax(logits), None
-    if view.coupled is not None:
-        return _choose_coupled(view.coupled[:, position], logits, view.rows), None
-    return _draw(view.keys, np.int32(position), logits, view.rows)
+    if choice.coupled is not None:
+        return _choose_coupled(choice.coupled, position, logits, choice.rows), None
+    return _draw(choice.keys, position, logits, choice.rows)
 
 
 @jax.jit
@@ -43,8 +49,8 @@ def _argmax(logits: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _choose_coupled(keys: jax.Array, logits: jax.Array, rows: SamplingRows) -> jax.Array:
-    return choose_coupled(keys[:, None], logits[:, None], rows)[:, 0]
+def _choose_coupled(keys: jax.Array, position: jax.Array, logits: jax.Array, rows: SamplingRows) -> jax.Array:
+    return choose_coupled(keys[:, position, None], logits[:, None], rows)[:, 0]
 
 
 @jax.jit

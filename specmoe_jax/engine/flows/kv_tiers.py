@@ -5,8 +5,8 @@ import numpy as np
 
 from specmoe_jax.engine import stages
 from specmoe_jax.engine.flows import resident_programs
-from specmoe_jax.engine.flows.layer_passes import embed
-from specmoe_jax.engine.flows.protocol import ResidentPass
+from specmoe_jax.engine.flows.layer_passes import embed, finished
+from specmoe_jax.engine.flows.protocol import Attended, ResidentPass, Unfinished
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.speculate.drafts.protocol import TokenChoice
 from specmoe_jax.types import Device, KVCache, Tree
@@ -22,8 +22,14 @@ class AcceleratorKv:
         return arrays
 
     def attention(self, runtime: Runtime, layer: int, h, kv: KVCache, lengths, num_new, tree: Tree | None = None):
+        """One program, with the experts of the layer before."""
         config, weights, cross = runtime.config.layers[layer], runtime.weights.layers[layer], kv.cross and kv.cross[layer]
-        return stages.attention(config, weights, h, kv.k[layer], kv.v[layer], lengths, num_new, cross, tree)
+        rest = (weights, kv.k[layer], kv.v[layer], lengths, num_new, cross, tree)
+        if isinstance(h, Unfinished):
+            before, *experts = h
+            return Attended(*stages.experts_and_attention(before, config, *experts, *rest))
+        weights, *rest = rest
+        return Attended(h, *stages.attention(config, weights, h, *rest))
 
     def resident_layer(self, runtime: Runtime, layer: int, h, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None):
         """One program."""
@@ -100,16 +106,17 @@ class HostKv:
 
     def attention(self, runtime: Runtime, layer: int, h, kv: KVCache, lengths, num_new, tree: Tree | None = None):
         config, weights, cross = runtime.config.layers[layer], runtime.weights.layers[layer], kv.cross and kv.cross[layer]
+        h = before = finished(h)
         inputs = runtime.context.on_host(
             runtime.context.to_host((*stages.pre_attention(config, weights, h, lengths, tree), weights.sinks))
         )
         where = jax.device_put((lengths, num_new, tree), runtime.context.host)
         attended, k_cache, v_cache = stages.attend(config, *inputs, kv.k[layer], kv.v[layer], *where)
         h, x, routing = stages.post_attention(config, weights, h, runtime.context.to_accelerator(attended), num_new, cross)
-        return h, x, routing, k_cache, v_cache
+        return Attended(before, h, x, routing, k_cache, v_cache)
 
     def resident_layer(self, runtime: Runtime, layer: int, h, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None):
-        h, x, routing, k, v = self.attention(runtime, layer, h, kv, lengths, num_new, tree)
+        _, h, x, routing, k, v = self.attention(runtime, layer, h, kv, lengths, num_new, tree)
         h = stages.resident_experts(runtime.config.layers[layer], runtime.weights.layers[layer], h, x, routing, pool, slots)
         return h, routing and routing.ids, k, v
 

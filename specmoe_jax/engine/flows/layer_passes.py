@@ -9,6 +9,7 @@ import numpy as np
 
 from specmoe_jax.engine import stages
 from specmoe_jax.engine.flows.migration import prefetch
+from specmoe_jax.engine.flows.protocol import Unfinished
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory
 from specmoe_jax.speculate.drafts.protocol import FeatureDraft, TokenChoice
@@ -32,6 +33,11 @@ def embed(runtime: Runtime, tokens, lengths: jax.Array, tree: Tree | None = None
         return stages.embed(runtime.weights, tokens)
     depths = jnp.arange(tokens.shape[1]) if tree is None else tree.depths
     return stages.embed(runtime.weights, tokens, lengths[:, None] + depths, config=runtime.config.embedding)
+
+
+def finished(h: jax.Array | Unfinished) -> jax.Array:
+    """[B, T, M] after a layer, whose experts may have to be computed yet."""
+    return stages.experts(*h) if isinstance(h, Unfinished) else h
 
 
 def fetched(h: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.engine.flows.layer_passes import embed, features
+from specmoe_jax.engine.flows.layer_passes import embed, features, finished
 from specmoe_jax.engine.flows.migration import LayerInfo, execute_waves, migrate_and_compute, needed_experts
 from specmoe_jax.engine.flows.pooled import PooledFlowExecutor
 from specmoe_jax.engine.flows.protocol import TargetPass
@@ -36,17 +36,19 @@ class OnDemandFlowExecutor(PooledFlowExecutor):
         h, watched, cache_tier = embed(runtime, tokens, lengths, tree), runtime.feature_layers, runtime.cache_tier
         keys, values, infos, inputs = [], [], [], {}
         for layer, moe in enumerate(runtime.config.moe_index):
-            if layer in watched:
-                inputs[layer] = h
             if moe is None:
-                h, _, k, v = cache_tier.resident_layer(runtime, layer, h, kv, lengths, num_new, memory.pool, None, tree)
+                before = finished(h)
+                h, _, k, v = cache_tier.resident_layer(runtime, layer, before, kv, lengths, num_new, memory.pool, None, tree)
             else:
-                h, x, routing, k, v = cache_tier.attention(runtime, layer, h, kv, lengths, num_new, tree)
+                before, h, x, routing, k, v = cache_tier.attention(runtime, layer, h, kv, lengths, num_new, tree)
                 assert routing is not None
                 h, memory, info = migrate_and_compute(runtime, moe, memory, h, x, routing, earlier[moe], predicted)
                 infos.append(info)
+            if layer in watched:
+                inputs[layer] = before
             keys.append(k)
             values.append(v)
+        h = finished(h)
         return TargetPass(
             h=h,
             kv=kv._replace(k=tuple(keys), v=tuple(values)),

@@ -9,6 +9,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import jax
 import numpy as np
 
+from specmoe_jax.config.layer_config import LayerConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.engine.requests.completion import TokenEvent
 from specmoe_jax.engine.requests.prepare import BatchShape
@@ -36,6 +37,31 @@ class TargetPass(NamedTuple, Generic[Cache]):
     info: PassInfo
     features: jax.Array | None = None
     prompts: tuple[tuple[PromptChunk, jax.Array], ...] = ()
+
+
+class Unfinished(NamedTuple):
+    """A layer whose experts are in their slots and yet to be computed: the program of the next layer does it first.
+
+    config: of the layer. h: [B, T, M] after its attention. slots: [E].
+    """
+
+    config: LayerConfig
+    h: jax.Array
+    x: jax.Array
+    routing: Routing
+    pool: jax.Array
+    slots: np.ndarray
+
+
+class Attended(NamedTuple):
+    """A layer before its experts. inputs: [B, T, M], what it was given. x: [n, M], what its experts are."""
+
+    inputs: jax.Array
+    h: jax.Array
+    x: jax.Array
+    routing: Routing | None
+    k: jax.Array
+    v: jax.Array
 
 
 class ResidentPass(NamedTuple):
@@ -119,9 +145,9 @@ class KvTierExecutor(Protocol[R]):
         ...
 
     def attention(
-        self, runtime: R, layer: int, h, kv: KVCache, lengths, num_new, tree: Tree | None = None
-    ) -> tuple[jax.Array, jax.Array, Routing | None, jax.Array, jax.Array]:
-        """Everything of a layer before its experts. -> h, x, routing, k, v."""
+        self, runtime: R, layer: int, h: jax.Array | Unfinished, kv: KVCache, lengths, num_new, tree: Tree | None = None
+    ) -> Attended:
+        """Everything of a layer before its experts, after what is left of the layer before it."""
         ...
 
     def resident_layer(

@@ -38,21 +38,33 @@ def needed_experts(ids: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def migrate_and_compute(
-    runtime: Runtime, moe: int, memory: ExpertMemory, h, x, routing: Routing, earlier: np.ndarray, predicted: np.ndarray
+    runtime: Runtime,
+    moe: int,
+    memory: ExpertMemory,
+    h,
+    x,
+    routing: Routing,
+    earlier: np.ndarray,
+    predicted: np.ndarray,
+    *,
+    more: bool = False,
 ) -> tuple[jax.Array | Unfinished, ExpertMemory, LayerInfo]:
     """Fetches what the moe-th layer with experts needs for its routing and computes its experts, wave by wave.
 
     A single wave is left to the next layer's program; nothing is written into its slots before that.
 
     While its own misses travel, the link is also given the predicted misses of the layers after it, and the disk
-    those that are not in host memory.
+    those that are not in host memory. more: whether further rows go through the layer before it chooses what stays; then all does.
     """
     ids = np.asarray(routing.ids)  # the host waits here: the routing decides which experts to fetch
     chosen = count_choices(ids, runtime.config.num_experts)
     needed, counts = chosen > 0, earlier + chosen
     # Speculatively prefetched experts lose ties in the draft set: winning them would cost acceptance.
-    established = (memory.residency.slot_of[moe] >= 0) & ~memory.prefetched[moe]
-    keep = runtime.policies.keep(moe, memory.usage_scores[moe], counts, established, memory.resting)
+    resident = memory.residency.slot_of[moe] >= 0
+    established = resident & ~memory.prefetched[moe]
+    keep = resident | needed
+    if not more:
+        keep = runtime.policies.keep(moe, memory.usage_scores[moe], counts, established, memory.resting)
     eviction_priority = None
     if memory.retained_experts is not None:
         memory, eviction_priority = _revive(memory, memory.retained_experts, moe, needed | keep, counts)

@@ -72,6 +72,18 @@ class ResidentPass(NamedTuple):
     inputs: dict[int, jax.Array]
 
 
+class Chunk(NamedTuple):
+    """A part of all prompts of a batch. tokens: [B, T] at positions lengths[b] + t; rows t >= num_new[b] are padding.
+
+    following: [B, T], the token after each.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    num_new: np.ndarray
+    following: np.ndarray
+
+
 class ExpertFlowExecutor(Protocol[R, S]):
     """How experts come to the accelerator, executed. R: Runtime. S: Session. planner/flows/ has the half before anything runs."""
 
@@ -123,6 +135,21 @@ class PooledFlowExecutor(ExpertFlowExecutor[R, S], Protocol):
 
         earlier: [L, E], choices of the earlier chunks of the same prefill. predicted: as of run_pass. kv and the memory's pool are
         consumed.
+        """
+        ...
+
+    def prompt_pass(
+        self,
+        runtime: R,
+        memory: ExpertMemory,
+        kv: KVCache,
+        chunks: Sequence[Chunk],
+        observe: Callable[[Chunk, jax.Array | None], object],
+        on_positions: Callable[[int], object],
+    ) -> tuple[ExpertMemory, KVCache, np.ndarray]:
+        """The exact model over prompts. -> memory, kv, and how often each expert [L, E] was chosen.
+
+        observe: called with each chunk and what the draft takes of it. on_positions: with the positions done since the last call.
         """
         ...
 

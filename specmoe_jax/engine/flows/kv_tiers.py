@@ -1,6 +1,7 @@
 """Where attention runs: beside the experts on the accelerator, or on the CPU that holds the KV cache."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.engine import stages
@@ -9,6 +10,7 @@ from specmoe_jax.engine.flows.layer_passes import embed, finished
 from specmoe_jax.engine.flows.protocol import Attended, ResidentPass, Unfinished
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.speculate.drafts.protocol import TokenChoice
+from specmoe_jax.speculate.drafts.self_draft import feed_back
 from specmoe_jax.types import Device, KVCache, Tree
 
 
@@ -127,7 +129,13 @@ class HostKv:
         done, choices = self._layers(runtime, tokens[:, None], kv, lengths, num_new, pool, slots)
         return stages.head(runtime.config.head, runtime.weights, done.h)[:, 0], done.kv, choices
 
-    draft_chain = None  # the host attends in every layer
+    def draft_chain(self, runtime: Runtime, token, kv: KVCache, lengths, num_new, pool, slots, choice: TokenChoice, length: int):
+        """Token by token and layer by layer: the host attends in each."""
+
+        def forward(kv: KVCache, tokens, lengths):
+            return self.draft_forward(runtime, jnp.asarray(tokens), kv, jnp.asarray(lengths), num_new, pool, slots)[:2]
+
+        return feed_back(forward, kv, token, lengths, choice, length)
 
     def _layers(self, runtime: Runtime, tokens, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None):
         """-> ResidentPass, and what the routers chose [n, A], layer by layer."""

@@ -69,14 +69,12 @@ class DraftForward:
 
     @property
     def chain(self) -> Callable | None:
-        """See DraftView.chain: where nothing is prefetched on what the draft's gates chose, and no layer waits for the host."""
-        if self._runtime.plan.prefetch == "draft" or self._runtime.cache_tier.draft_chain is None:
-            return None
-        return self._chain
+        """See DraftView.chain: None where something is prefetched on what the draft's gates chose."""
+        return None if self._runtime.plan.prefetch == "draft" else self._chain
 
     def _chain(self, kv: KVCache, token, lengths, choice: TokenChoice, length: int):
-        chain, pool = self._runtime.cache_tier.draft_chain, self.memory.pool
-        return chain(self._runtime, token, kv, lengths, self._num_new, pool, self._slots, choice, length)
+        run = self._runtime.cache_tier.draft_chain
+        return run(self._runtime, token, kv, lengths, self._num_new, self.memory.pool, self._slots, choice, length)
 
     def _prefetch(self, choices) -> None:
         """Prefetches as much as fits into the estimated rest of the drafting time."""

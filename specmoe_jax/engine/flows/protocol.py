@@ -15,6 +15,7 @@ from specmoe_jax.engine.requests.completion import TokenEvent
 from specmoe_jax.engine.requests.prepare import BatchShape
 from specmoe_jax.engine.scheduler import PromptChunk
 from specmoe_jax.engine.state import Cache, ExpertMemory, PassInfo, Request, State, StepInfo
+from specmoe_jax.speculate.drafts.protocol import TokenChoice
 from specmoe_jax.speculate.hot_experts.substitution import DraftSlots
 from specmoe_jax.types import Device, KVCache, Routing, Tree
 
@@ -198,6 +199,17 @@ class KvTierExecutor(Protocol[R]):
         """
         ...
 
-    # (runtime, last_token [B], kv, lengths, num_new, pool, slots, choice, length) -> tokens [B, N], probs, kv: as DraftView.chain;
-    # None where the host has work between two layers.
-    draft_chain: Callable | None
+    def draft_chain(
+        self,
+        runtime: R,
+        token,
+        kv: KVCache,
+        lengths,
+        num_new,
+        pool,
+        slots: Sequence[DraftSlots],
+        choice: TokenChoice,
+        length: int,
+    ) -> tuple[jax.Array, jax.Array | None, KVCache]:
+        """So many tokens per row, each fed back; see DraftView.chain. token: [B], the last one."""
+        ...

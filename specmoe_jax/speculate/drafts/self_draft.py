@@ -1,6 +1,7 @@
 """SpecMoE's draft: the model itself, with a few resident experts per layer in the place of all."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +20,22 @@ class SelfDraft:
 
     def propose(self, view: DraftView) -> tuple[Proposal, KVCache]:
         assert view.forward is not None  # the plan keeps draft experts
-        if view.chain is not None:
-            tokens, probs, kv = view.chain(view.kv, view.last_token, view.lengths, view.choice, view.length)
-            return Proposal(tokens=tokens, probs=probs), kv
-        kv, token, tokens, probs = view.kv, view.last_token, [], []
-        for position in range(view.length):
-            logits, kv = view.forward(kv, token, view.lengths + np.int32(position))
-            token, q = choose_token(view.choice, np.int32(position), logits)
-            tokens.append(token)
-            probs += [] if q is None else [q]
-        return Proposal(tokens=jnp.stack(tokens, 1), probs=jnp.stack(probs, 1) if probs else None), kv
+        run = view.chain or functools.partial(feed_back, view.forward)
+        tokens, probs, kv = run(view.kv, view.last_token, view.lengths, view.choice, view.length)
+        return Proposal(tokens=tokens, probs=probs), kv
+
+
+def feed_back(
+    forward: Callable, kv: KVCache, token, lengths, choice: TokenChoice, length: int
+) -> tuple[jax.Array, jax.Array | None, KVCache]:
+    """What DraftView.chain says, a call of `forward` after the other."""
+    tokens, probs = [], []
+    for position in range(length):
+        logits, kv = forward(kv, token, lengths + np.int32(position))
+        token, q = choose_token(choice, np.int32(position), logits)
+        tokens.append(token)
+        probs += [] if q is None else [q]
+    return jnp.stack(tokens, 1), jnp.stack(probs, 1) if probs else None, kv
 
 
 def choose_token(choice: TokenChoice, position, logits: jax.Array) -> tuple[jax.Array, jax.Array | None]:

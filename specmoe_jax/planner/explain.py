@@ -67,6 +67,7 @@ def explain(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workl
         "disk_gib": None if stored_bytes is None else stored_bytes / GIB,
         "load_s": None if stored_bytes is None else stored_bytes / hardware.disk_bytes_per_s,
         "batch": plan.batch_size,
+        "prefill_chunk": plan.prefill_chunk,
         "largest_batch": fit.largest_batch(config, plan, hardware, workload),
         **_speed(found),
     }

@@ -19,7 +19,6 @@ from specmoe_jax.checkpoints.eagle import bundled_head, load_head
 from specmoe_jax.checkpoints.files import open_checkpoint
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.mtp import holds_mtp, load_mtp
-from specmoe_jax.checkpoints.published.quantisation import as_stored
 from specmoe_jax.cli import common, plan_flags
 from specmoe_jax.config.plan_fields import DTYPES
 from specmoe_jax.config.sampling_params import SamplingParams
@@ -46,7 +45,7 @@ def main() -> None:
         check_writable(_OUTPUT.value)
     common.use_compile_cache()
     folder = checkpoint_path(_MODEL.value)
-    config = as_stored(folder, load_config(folder))
+    config = load_config(folder)
     hardware = probe(fresh=_FRESH.value, progress=True)
     operators = profile(config, _DTYPE.value, fresh=_FRESH.value, progress=True) if config.encoder is None else None
     tell(f"{hardware.to_json()}\n" + (as_table(operators) if operators else "no operators were measured: the model has an encoder"))

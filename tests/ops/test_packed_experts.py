@@ -9,8 +9,8 @@ from specmoe_jax import ops
 from specmoe_jax.config.layer_config import ExpertConfig
 from specmoe_jax.models import packing
 from specmoe_jax.models.experts import block_function, expert_ffn
+from specmoe_jax.models.packing.random import random_expert
 from tests.ops.test_experts import ffn64
-from tests.packed_experts import random_bytes
 
 SHAPES = {
     "one_token": (1, 2, 4, 64, 32),
@@ -43,7 +43,7 @@ ROW_SHAPES = {"one_token": (1, 2, 4, 64, 32), "several": (9, 2, 5, 224, 96), "ro
 
 def make_published(seed, packing, n, A, R, M, F, x_dtype=jnp.float32, **expert):
     config, rng = ExpertConfig(model=M, hidden=F, packing=packing, **expert), np.random.default_rng(seed)
-    blocks = jnp.asarray(np.stack([random_bytes(config, rng) for _ in range(R)]))
+    blocks = jnp.asarray(np.stack([random_expert(config, rng) for _ in range(R)]))
     x = jnp.asarray(rng.normal(size=(n, M)), x_dtype)
     return config, (x, blocks, jnp.asarray(rng.integers(-1, R, size=(n, A)), jnp.int32))
 

@@ -27,18 +27,45 @@ int64_t split(int64_t m, int lanes) {
   return m - inside + inside % 2 * lanes + inside / 2;
 }
 
-void float_rows(const FfnArgs& a, int lanes, float* rows) {
-  const int64_t ld = row_floats(a);
+}  // namespace
+
+void float_rows(const FfnArgs& a, int lanes, bool is_split, int64_t ld, float* rows) {
   for (int64_t i = 0; i < a.n; ++i) {
     float* to = rows + i * ld;
     std::fill(to + a.M / (2 * lanes) * (2 * lanes), to + ld, 0.0f);
-    if (a.w_type == DType::kI4) {
+    if (is_split) {
       for (int64_t m = 0; m < a.M; ++m) to[split(m, lanes)] = value(a, i * a.M + m);
     } else {
       for (int64_t m = 0; m < a.M; ++m) to[m] = value(a, i * a.M + m);
     }
   }
 }
+
+void group_by_slot(const FfnArgs& a, Grouping& to) {
+  const int64_t P = a.n * a.A;
+  std::vector<int32_t>&start = to.start, &pairs = to.pairs;
+  start.assign(a.R + 1, 0);
+  pairs.resize(P);
+  to.groups.clear();
+  for (int64_t p = 0; p < P; ++p) {
+    const int32_t s = a.slots[p];
+    if (s >= 0 && s < a.R)
+      ++start[s + 1];
+    else
+      std::memset(a.y + p * a.M, 0, a.M * sizeof(float));
+  }
+  for (int64_t s = 0; s < a.R; ++s) {
+    const int64_t first = start[s], count = start[s + 1];
+    start[s + 1] += start[s];
+    if (count > 0) to.groups.push_back({s, count, pairs.data() + first, nullptr, nullptr});
+  }
+  for (int64_t p = 0; p < P; ++p) {
+    const int32_t s = a.slots[p];
+    if (s >= 0 && s < a.R) pairs[start[s]++] = static_cast<int32_t>(p);
+  }
+}
+
+namespace {
 
 int64_t weight_row_bytes(const FfnArgs& a) {
   if (a.w_type == DType::kI4) return groups_of(a.M) * (kGroup / 2 + 2);
@@ -52,38 +79,11 @@ struct OutputTask {
 };
 
 // Who does what in a call. A thread keeps its own from call to call, so that in a steady state nothing is allocated.
-struct Plan {
-  std::vector<int32_t> pairs, start;
+struct Plan : Grouping {
   std::vector<int64_t> at;
-  std::vector<FfnGroup> groups;
   std::vector<OutputTask> tasks;
   std::vector<const FfnGroup*> few;
 };
-
-// A stable counting sort of the pairs by slot; pairs without an expert get zeros.
-void group_by_slot(const FfnArgs& a, Plan& plan) {
-  const int64_t P = a.n * a.A;
-  std::vector<int32_t>&start = plan.start, &pairs = plan.pairs;
-  start.assign(a.R + 1, 0);
-  pairs.resize(P);
-  plan.groups.clear();
-  for (int64_t p = 0; p < P; ++p) {
-    const int32_t s = a.slots[p];
-    if (s >= 0 && s < a.R)
-      ++start[s + 1];
-    else
-      std::memset(a.y + p * a.M, 0, a.M * sizeof(float));
-  }
-  for (int64_t s = 0; s < a.R; ++s) {
-    const int64_t first = start[s], count = start[s + 1];
-    start[s + 1] += start[s];
-    if (count > 0) plan.groups.push_back({s, count, pairs.data() + first, nullptr, nullptr});
-  }
-  for (int64_t p = 0; p < P; ++p) {
-    const int32_t s = a.slots[p];
-    if (s >= 0 && s < a.R) pairs[start[s]++] = static_cast<int32_t>(p);
-  }
-}
 
 int64_t task_width(int64_t bytes_per_unit, int64_t multiple, int64_t bytes = kTaskBytes) {
   return std::max<int64_t>(1, bytes / bytes_per_unit / multiple) * multiple;
@@ -110,7 +110,7 @@ void place(FfnArgs& a, int lanes, Plan& plan) {
     g.hidden = scratch + plan.at[i];
     g.partial = g.hidden + g.count * padded(a.F);
   }
-  float_rows(a, lanes, scratch);
+  float_rows(a, lanes, a.w_type == DType::kI4, row_floats(a), scratch);
 }
 
 void plan_output(const FfnArgs& a, Plan& plan, int threads) {

@@ -1,6 +1,7 @@
 // SwiGLU of chosen experts for chosen tokens, the rows of one expert together. Plain pointers and shapes; no XLA, no Python.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "chunked_attention.h"
 
@@ -50,6 +51,16 @@ struct FfnGroup {
   float* hidden;         // count * padded(F): of each register tile, which starts at its first row * padded(F), [F][rows]
   float* partial;        // up to kFewRows rows: [blocks of hidden units][count][padded(M)]
 };
+
+// The pairs of a call by slot. A thread keeps one from call to call, so that in a steady state nothing is allocated.
+struct Grouping {
+  std::vector<int32_t> pairs, start;
+  std::vector<FfnGroup> groups;
+};
+// A stable counting sort; pairs without an expert get zeros.
+void group_by_slot(const FfnArgs& a, Grouping& to);
+// x as float, rows of `ld` floats with zeros behind, in split order if asked for.
+void float_rows(const FfnArgs& a, int lanes, bool is_split, int64_t ld, float* rows);
 
 void expert_ffn(const FfnArgs& args, const KernelTable& kernels, Parallel& parallel);
 

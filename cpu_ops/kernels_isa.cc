@@ -3,6 +3,7 @@
 #include "expert_ffn.h"
 #include "few_rows_product.h"
 #include "isa.h"
+#include "rowwise_ffn.h"
 #include "scratch.h"
 #include "simd.h"
 
@@ -21,6 +22,7 @@ struct Rows {
 #include "chunked_attention_kernel.inc"
 #include "expert_ffn_kernel.inc"
 #include "expert_ffn_4bit_kernel.inc"
+#include "rowwise_ffn_kernel.inc"
 #include "few_rows_product_kernel.inc"
 
 double fma_peak(int64_t iterations) {
@@ -56,7 +58,7 @@ double read_sum(const void* data, int64_t bytes) {
 const KernelTable& table() {
   static const KernelTable t = {
       SPECMOE_TEXT(SPECMOE_ISA), kLanes, attention_chunk, attention_merge, attention_finish, ffn_hidden, ffn_output, ffn_partial,
-      product_row_floats, product_gather, product_range, fma_peak, read_sum};
+      rowwise_hidden, rowwise_output, product_row_floats, product_gather, product_range, fma_peak, read_sum};
   return t;
 }
 

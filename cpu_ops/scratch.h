@@ -12,7 +12,7 @@ enum class Scratch : int {
   kAttentionChunk,   // Chunk: queries, scores and packed keys, within one attention_chunk
   kAttentionRow,     // one row of D floats between two formats, within one function that calls no other holder
   kFfnCall,          // expert_ffn.cc: rows as float, hidden units and partial sums, of the calling thread during the call
-  kFfnTask,          // expert_ffn_kernel.inc: gate and up of a range of hidden units, within one ffn_hidden
+  kFfnTask,          // expert_ffn_kernel.inc: gate and up of a range of hidden units, within one ffn_hidden or rowwise_hidden
   kProductRows,      // few_rows_product.cc: rows of x as the kernel reads them, of the calling thread during the call
   kCount,
 };

@@ -12,7 +12,8 @@ from specmoe_jax import ops
 from specmoe_jax.benchmarks.cold_rounds import Rounds, Work, row
 from specmoe_jax.config.layer_config import ExpertConfig
 from specmoe_jax.models.experts import block_function, expert_ffn
-from specmoe_jax.models.packing import pack, packed_bytes
+from specmoe_jax.models.packing import is_published, pack, packed_bytes
+from specmoe_jax.models.packing.random import random_expert
 from specmoe_jax.ops.xla.experts import block_ffn, tiles
 
 CHOICES = 2  # experts of a token
@@ -81,13 +82,11 @@ def ffn_rows(s: Layers, tokens: list[int], rounds: Rounds):
         yield figures | {"best_xla": min(figures["times_slower"], key=figures["times_slower"].get)}
 
 
-def packed_rows(s: Layers, tokens: list[int], rounds: Rounds):
-    """`ffn_rows` for experts of 8 and of 4 bits: decoded in registers, beside unpacked tile by tile."""
-    rng = np.random.default_rng(0)
-    block = rng.standard_normal((3, s.F, s.M), np.float32) / np.float32(s.M**0.5)
-    for kind in ("int8", "int4"):
-        config = ExpertConfig(hidden=s.F, model=s.M, packing=kind)
-        blocks = jnp.asarray(np.tile(pack(config, block), (s.calls * s.experts, 1)))
+def packed_rows(s: Layers, tokens: list[int], rounds: Rounds, packings: list[str]):
+    """`ffn_rows` for experts packed by each of these kinds: decoded in registers, beside unpacked tile by tile."""
+    for packing in packings:
+        config = ExpertConfig(hidden=s.F, model=s.M, packing=packing)
+        blocks = jnp.asarray(np.tile(_packed_expert(config), (s.calls * s.experts, 1)))
         forms = {
             "kernel": functools.partial(expert_ffn, config),
             "tiles": functools.partial(tiles, ffn=block_function(config)),
@@ -96,8 +95,20 @@ def packed_rows(s: Layers, tokens: list[int], rounds: Rounds):
             x, slots = inputs(s, n)
             calls = {name: _ready(jax.jit(functools.partial(through_layers, f)), x, blocks, slots) for name, f in forms.items()}
             work = Work(len(np.unique(slots)) * packed_bytes(config), 6 * s.calls * n * CHOICES * s.F * s.M)
-            case = {"case": f"{kind} {s.calls} x {s.experts} of {s.M} x {s.F} n={n}", **s._asdict(), "tokens": n, "packing": kind}
+            case = {
+                "case": f"{packing} {s.calls} x {s.experts} of {s.M} x {s.F} n={n}",
+                **s._asdict(),
+                "tokens": n,
+                "packing": packing,
+            }
             yield row(case | {"weight_bytes": blocks.nbytes, "bytes_read": work.num_bytes}, calls, work, rounds)
+
+
+def _packed_expert(config: ExpertConfig) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    if is_published(config.packing):
+        return random_expert(config, rng)
+    return pack(config, rng.standard_normal(config.block_shape, np.float32) / np.float32(config.model**0.5))
 
 
 def inputs(s: Layers, n: int) -> tuple[jax.Array, jax.Array]:

@@ -161,7 +161,7 @@ class Names:
             return None
         self._unused.discard(spec.name)
         tensor = self._tensors[spec.name]
-        if tensor.entry.shape != spec.shape:
+        if tensor.entry.shape != spec.shape and not tensor.entry.size == spec.size == 1:  # one number, with an axis or without
             hint = ": it is transposed" if tensor.entry.shape == spec.shape[::-1] else ""
             raise CheckpointError(
                 f"{tensor.where}: shape is {list(tensor.entry.shape)}; config.json asks for {list(spec.shape)}{hint}"

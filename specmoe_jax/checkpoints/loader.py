@@ -117,7 +117,10 @@ def checkpoint_path(path_or_name: str) -> pathlib.Path:
 
 
 def load_config(path: pathlib.Path) -> ModelConfig:
-    """ModelConfig of a directory, what generation_config.json says of its tokens included. Raises CheckpointError."""
+    """ModelConfig of a directory, what generation_config.json says of its tokens included. Raises CheckpointError.
+
+    Its experts are packed as config.json says.
+    """
     raw = read_json(path / "config.json")
     try:
         config = parse_config(raw)
@@ -130,7 +133,7 @@ def load_config(path: pathlib.Path) -> ModelConfig:
     if config.encoder is not None:
         forced = generation.get("forced_bos_token_id", raw.get("forced_bos_token_id"))
         config = config if forced is None else force_first_token(config, forced)
-    return dataclasses.replace(config, eos_token_ids=_eos_token_ids(generation, config))
+    return as_stored(path, dataclasses.replace(config, eos_token_ids=_eos_token_ids(generation, config)))
 
 
 def load_model_tokenizer(path: pathlib.Path, config: ModelConfig) -> Tokenizer | None:

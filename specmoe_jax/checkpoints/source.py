@@ -25,6 +25,8 @@ from specmoe_jax.models.mtp import weight_specs
 from specmoe_jax.models.spec import TensorSpec, spec_leaves
 from specmoe_jax.support.errors import CheckpointError, RequestError
 
+INEXACT = ("F8_E4M3", "I32")  # types of quantised weights, which times their scales bfloat16 does not hold
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -121,4 +123,5 @@ def _stored_dtype(config: ModelConfig, checkpoint: Checkpoint) -> str:
     kept = {spec.name for spec in all_specs(config, mtp=config.mtp_layers == 1) if spec.keep}
     weights = (t for name, t in checkpoint.tensors.items() if not name.startswith(PADDING_PREFIX))
     names = {t.entry.dtype for t in weights if canonical(t.entry.name) not in kept}
-    return "bfloat16" if names.intersection(NUMPY_DTYPES) == {"BF16"} else "float32"
+    exact = names.intersection((*NUMPY_DTYPES, *INEXACT)) == {"BF16"}
+    return "bfloat16" if exact else "float32"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from specmoe_jax.checkpoints.loader import load_config, load_model_tokenizer, with_end_tokens
 from specmoe_jax.checkpoints.manifest import checkpoint_hash
 from specmoe_jax.checkpoints.published.advice import check_form, tokenizer_advice
-from specmoe_jax.checkpoints.published.quantisation import as_stored, check_quantisation
+from specmoe_jax.checkpoints.published.quantisation import check_quantisation
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
@@ -50,7 +50,6 @@ def read_head(path: pathlib.Path) -> ModelHead | None:
         return None
     config = load_config(path)
     check_quantisation(path, config)
-    config = as_stored(path, config)
     tokenizer = load_model_tokenizer(path, config)
     if tokenizer is None and (advice := tokenizer_advice(path)):  # prompts of a job are texts
         raise CheckpointError(advice)

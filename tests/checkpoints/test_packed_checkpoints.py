@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from quantised_files import fp8, mxfp4_gpt_oss, quantised, write_pair
+from family_files import write
+from quantised_files import awq, compressed, fp8, gptq, mxfp4_gpt_oss, nvfp4, quantised, write_pair
 
 from specmoe_jax.checkpoints import load_model
 from specmoe_jax.checkpoints.conversion.convert import convert
@@ -17,6 +18,20 @@ from specmoe_jax.support.errors import CheckpointError, RequestError
 from specmoe_jax.testing.families import RAW_CONFIGS
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+WEIGHTS = {"num_bits": 4, "type": "int", "group_size": 32, "strategy": "group", "symmetric": True}
+COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {"weights": WEIGHTS}}}
+SIZES = {
+    "hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "mlp_only_layers": [1],
+    "decoder_sparse_step": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+RAW = RAW_CONFIGS | {"groups": RAW_CONFIGS["qwen3_moe"] | SIZES}
+
+
+def of_groups(quantise):
+    return quantised("qwen3_moe", quantise, RAW["groups"])
+
+
 FORMS = {
     "fp8": ("qwen3_moe", FP8 | {"weight_block_size": [128, 128]}, lambda: quantised("qwen3_moe", fp8((128, 128)))),
     "fp8 in bfloat16 scales": (
@@ -24,6 +39,20 @@ FORMS = {
         FP8 | {"weight_block_size": [16, 8]},
         lambda: quantised("deepseek_v3", fp8((16, 8), ml_dtypes.bfloat16)),
     ),
+    "awq": ("groups", {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}, lambda: of_groups(awq(32))),
+    "gptq": ("groups", GPTQ, lambda: of_groups(gptq(32))),
+    "gptq in its second version": (
+        "groups",
+        GPTQ | {"checkpoint_format": "gptq_v2"},
+        lambda: of_groups(gptq(32, less=0)),
+    ),
+    "compressed-tensors": ("groups", COMPRESSED, lambda: of_groups(compressed(32, zeros=False))),
+    "compressed-tensors with zeros": (
+        "groups",
+        COMPRESSED | {"config_groups": {"group_0": {"weights": WEIGHTS | {"symmetric": False}}}},
+        lambda: of_groups(compressed(32, zeros=True)),
+    ),
+    "nvfp4": ("groups", {"quant_method": "modelopt", "quant_algo": "NVFP4"}, lambda: of_groups(nvfp4)),
     "mxfp4": ("gpt_oss", {"quant_method": "mxfp4"}, lambda: mxfp4_gpt_oss(RAW_CONFIGS["gpt_oss"])),
 }
 TOKENS = [[5, 99, 3, 17, 64, 8, 2]]
@@ -32,7 +61,7 @@ TOKENS = [[5, 99, 3, 17, 64, 8, 2]]
 @pytest.fixture(params=FORMS)
 def pair(request, tmp_path):
     family, form, tensors = FORMS[request.param]
-    return write_pair(tmp_path, RAW_CONFIGS[family], form, tensors())
+    return write_pair(tmp_path, RAW[family], form, tensors())
 
 
 def blocks_of(model) -> list[np.ndarray]:
@@ -53,10 +82,14 @@ def test_experts_stay_packed_and_decode_to_the_last_bit(pair):
 def test_memory_is_what_the_disk_holds(pair):
     packed, stored = load_model(str(pair[0])), open_checkpoint(pair[0])
     kept = {name: t.entry for name, t in stored.tensors.items() if ".experts." in name}
-    widened = [entry for entry in kept.values() if entry.dtype == "BF16"]  # scales of FP8, biases: kept in float32
+    unused = (".g_idx", ".weight_shape", ".input_scale")
+    on_disk = sum(entry.bytes for name, entry in kept.items() if not name.endswith(unused))
+    # What is kept in float32 whatever it is stored in; zeros of one group take a whole byte.
+    widened = sum(e.bytes for n, e in kept.items() if e.dtype == "BF16" and not n.endswith(".weight_scale"))
+    zeros = sum(e.bytes for n, e in kept.items() if n.endswith(("zeros", "zero_point")))
     in_memory = sum(block.nbytes for block in blocks_of(packed))
     assert in_memory == packed.expert_bytes * len(blocks_of(packed))
-    assert in_memory == sum(entry.bytes for entry in kept.values()) + sum(entry.bytes for entry in widened)
+    assert on_disk + widened <= in_memory <= on_disk + widened + zeros
 
 
 @pytest.mark.parametrize(
@@ -64,6 +97,10 @@ def test_memory_is_what_the_disk_holds(pair):
     [
         ("fp8:128x128", {"hidden": 2048, "model": 7168}, 3 * 2048 * 7168 * (1 + 4 / 128**2)),  # DeepSeek-V3
         ("fp8:128x128", {"hidden": 768, "model": 2048}, 3 * 768 * 2048 * (1 + 2 / 128**2)),  # Qwen3-30B-A3B
+        ("awq:128", {"hidden": 768, "model": 2048}, 3 * 768 * 2048 * (4 + 20 / 128) / 8),  # Qwen3-30B-A3B-AWQ
+        ("gptq:128", {"hidden": 768, "model": 2048}, 3 * 768 * 2048 * (4 + 20 / 128) / 8),
+        ("compressed:32:bfloat16", {"hidden": 2048, "model": 7168}, 3 * 2048 * 7168 * (4 + 16 / 32) / 8),  # Kimi-K2-Thinking
+        ("nvfp4", {"hidden": 2048, "model": 7168}, 3 * 2048 * 7168 * 4.5 / 8),  # DeepSeek-V3
         ("mxfp4", {"hidden": 2880, "model": 2880, "biased": True}, 3 * 2880 * 2880 * 17 / 32 + 2 * 3 * 2880),  # gpt-oss
     ],
 )
@@ -110,7 +147,22 @@ def test_a_code_that_is_no_number_is_refused(tmp_path):
     packed, exact = tensors()
     name = next(name for name in packed if ".experts." in name)
     packed[name][0, 0] = np.nan
-    path, _ = write_pair(tmp_path, RAW_CONFIGS[family], form, (packed, exact))
+    path, _ = write_pair(tmp_path, RAW[family], form, (packed, exact))
     with pytest.raises(CheckpointError, match=f"{name}: decodes to NaN or Inf"):
         load_model(str(path))
     load_model(str(path), check_finite=False)
+
+
+def test_inputs_out_of_order_are_refused(tmp_path):
+    packed, exact = of_groups(gptq(32))
+    name = next(name for name in packed if name.endswith("g_idx") and ".experts." in name)
+    packed[name] = packed[name][::-1].copy()
+    path, _ = write_pair(tmp_path, RAW["groups"], GPTQ, (packed, exact))
+    with pytest.raises(CheckpointError, match=r"g_idx\W+inputs are out of order \(act-order, desc_act\)"):
+        load_model(str(path))
+
+
+def test_a_form_without_a_config_is_told_by_its_headers(tmp_path):
+    packed, _ = of_groups(nvfp4)
+    path = write(tmp_path / "packed", RAW["groups"], packed)
+    assert load_model(str(path)).config.experts.packing == "nvfp4"

@@ -9,6 +9,7 @@ from specmoe_jax import ops
 from specmoe_jax.config.layer_config import ExpertConfig
 from specmoe_jax.models import packing
 from specmoe_jax.models.experts import block_function, expert_ffn
+from specmoe_jax.models.packing.random import random_expert
 from tests.ops.test_experts import ffn64
 
 SHAPES = {
@@ -33,6 +34,47 @@ def make(seed, kind, n, A, R, M, F, x_dtype=jnp.float32):
     blocks = np.stack([packing.pack(config, block) for block in weights])
     exact = np.stack([np.asarray(packing.unpack(config, jnp.asarray(block))) for block in blocks])
     return config, (x, jnp.asarray(blocks), jnp.asarray(rng.integers(-1, R, size=(n, A)), jnp.int32)), exact
+
+
+PUBLISHED = ["fp8:128x128", "fp8:64x32", "mxfp4", "awq:32", "compressed:32:bfloat16", "nvfp4"]
+CLAMPED = {"activation": "clamped_swiglu", "biased": True, "alpha": 1.702, "limit": 2.0}
+ROW_SHAPES = {"one_token": (1, 2, 4, 64, 32), "several": (9, 2, 5, 224, 96), "rows": (40, 2, 3, 160, 64)}
+
+
+def make_published(seed, packing, n, A, R, M, F, x_dtype=jnp.float32, **expert):
+    config, rng = ExpertConfig(model=M, hidden=F, packing=packing, **expert), np.random.default_rng(seed)
+    blocks = jnp.asarray(np.stack([random_expert(config, rng) for _ in range(R)]))
+    x = jnp.asarray(rng.normal(size=(n, M)), x_dtype)
+    return config, (x, blocks, jnp.asarray(rng.integers(-1, R, size=(n, A)), jnp.int32))
+
+
+@pytest.mark.parametrize("form", PUBLISHED)
+@pytest.mark.parametrize("name", ROW_SHAPES)
+def test_published_forms_agree_with_float64_on_exact_decoding(isa, name, form):
+    config, (x, blocks, slots) = make_published(1, form, *ROW_SHAPES[name])
+    exact = np.stack([packing.unpacked(config, np.asarray(block)) for block in blocks])
+    want, bound = ffn64(x, jnp.asarray(exact), slots)
+    got = jax.jit(lambda *a: expert_ffn(config, *a))(x, blocks, slots)
+    assert np.all(np.abs(np.asarray(got) - want) <= 8 * 2.0**-24 * bound)
+
+
+@pytest.mark.parametrize("packing", PUBLISHED)
+def test_published_forms_with_biases_and_clamps(isa, packing):
+    config, args = make_published(2, packing, *ROW_SHAPES["several"], **CLAMPED)
+    lowered = jax.jit(lambda *a: expert_ffn(config, *a)).lower(*args)
+    assert "specmoe_rowwise_expert_ffn" in lowered.as_text()
+    want = ops.expert_ffn_ref(*args, ffn=block_function(config))
+    assert jnp.abs(lowered.compile()(*args) - want).max() <= 1e-5 * jnp.abs(want).max()
+
+
+@pytest.mark.parametrize("packing", PUBLISHED)
+def test_a_pair_of_a_published_form_depends_on_itself_alone(isa, monkeypatch, packing):
+    config, (x, blocks, slots) = make_published(3, packing, *ROW_SHAPES["rows"], jnp.bfloat16)
+    y = expert_ffn(config, x, blocks, slots)
+    for n in (1, 2, 7):
+        np.testing.assert_array_equal(expert_ffn(config, x[11 : 11 + n], blocks, slots[11 : 11 + n]), y[11 : 11 + n])
+    monkeypatch.setenv("SPECMOE_THREADS", "1")
+    np.testing.assert_array_equal(jax.jit(lambda *a: expert_ffn(config, *a))(x, blocks, slots), y)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

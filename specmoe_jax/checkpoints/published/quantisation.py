@@ -12,6 +12,7 @@ from specmoe_jax.checkpoints.files import BLOCK_PREFIX, Checkpoint, read_json
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.packing import kind_of, packed_bytes
+from specmoe_jax.models.packing.int4_groups import with_scale_type
 from specmoe_jax.models.packing.matrices import matrices
 from specmoe_jax.models.packing.parts import matrix_kind, separate_parts
 from specmoe_jax.models.published.config_json import show
@@ -63,7 +64,16 @@ def from_config(raw: dict) -> Quantisation | None:
     read = _METHODS.get(str(found.get("quant_method", "modelopt" if found.get("quant_algo") else "")).lower())
     if read is None:
         return Quantisation(f"quant_method {show(found.get('quant_method'))}", None, "config.json")
-    return read(found, "config.json")
+    told = read(found, "config.json")
+    if told.packing is None or named_type(raw) not in ("bfloat16", "torch.bfloat16"):
+        return told
+    return told._replace(packing=with_scale_type(told.packing, matrix_kind(told.packing), "BF16"))
+
+
+def named_type(raw: dict) -> str:
+    """Of the weights that are not quantised, by a config.json."""
+    text = _object(raw, "text_config")
+    return str(raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype"))
 
 
 def from_headers(checkpoint: Checkpoint) -> Quantisation | None:
@@ -77,7 +87,7 @@ def from_headers(checkpoint: Checkpoint) -> Quantisation | None:
         return _fp8({}, source)
     for marks, words, bits in _MARKS:
         if marks <= ends | types:
-            return Quantisation(words, bits, source)
+            return Quantisation(words, bits, source, packing="nvfp4" if words == "NVFP4" else None)
     return None
 
 
@@ -98,9 +108,7 @@ def check_quantisation(path: pathlib.Path, config: ModelConfig, checkpoint: Chec
 def stored_bytes(path: pathlib.Path, config: ModelConfig, quantisation: Quantisation | None) -> int | None:
     """What the weights take on disk by config.json alone; None where it leaves open how many bits a quantised weight takes."""
     raw = read_json(path / "config.json")
-    text = _object(raw, "text_config")
-    named = raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
-    plain = TYPE_BYTES.get(str(named).removeprefix("torch."), 2)
+    plain = TYPE_BYTES.get(named_type(raw).removeprefix("torch."), 2)
     bits = None if quantisation is None else quantisation.bits
     built = quantisation is not None and is_built(quantisation, config)
     if quantisation is not None and bits is None and not built:
@@ -164,10 +172,17 @@ def as_stored(path: pathlib.Path, config: ModelConfig, checkpoint: Checkpoint | 
     found = read_quantisation(path, checkpoint)
     packing = found.packing if found is not None and is_built(found, config) else None
     if packing is not None and checkpoint is not None:
-        mark = matrix_kind(packing).mark
-        if not any((name.endswith(mark) and ".experts." in name) or name.startswith(BLOCK_PREFIX) for name in checkpoint.tensors):
-            packing = None  # the experts are among the modules that were left as they are
+        packing = _in_headers(packing, checkpoint)
     return config.with_packing(packing)
+
+
+def _in_headers(packing: str, checkpoint: Checkpoint) -> str | None:
+    """The packing with the type of its scales; None where experts are among the modules that were left as they are."""
+    if any(name.startswith(BLOCK_PREFIX) for name in checkpoint.tensors):
+        return packing
+    kind = matrix_kind(packing)
+    marked = next((t for name, t in checkpoint.tensors.items() if name.endswith(kind.mark) and ".experts." in name), None)
+    return None if marked is None else with_scale_type(packing, kind, marked.entry.dtype)
 
 
 def _fp8(raw: dict, source: str) -> Quantisation:
@@ -188,7 +203,10 @@ def _mxfp4(raw: dict, source: str) -> Quantisation:
 def _gptq(raw: dict, source: str) -> Quantisation:
     """Groups with a half-precision scale and a zero point; rows out of order where desc_act."""
     found = _groups("GPTQ", raw.get("bits"), raw.get("group_size"), source, beside=16 + _zero_bits(raw.get("bits")), raw=raw)
-    return found._replace(words=f"{found.words} with desc_act") if raw.get("desc_act") else found
+    if raw.get("desc_act"):
+        return found._replace(words=f"{found.words} with desc_act")
+    version = ":v2" if raw.get("checkpoint_format") == "gptq_v2" else ""
+    return found._replace(packing=_grouped("gptq", raw.get("bits"), raw.get("group_size"), version))
 
 
 def _own(raw: dict, source: str) -> Quantisation:
@@ -200,7 +218,9 @@ def _own(raw: dict, source: str) -> Quantisation:
 
 def _awq(raw: dict, source: str) -> Quantisation:
     bits, group = raw.get("bits", raw.get("w_bit")), raw.get("group_size", raw.get("q_group_size"))
-    return _groups("AWQ", bits, group, source, beside=16 + _zero_bits(bits), raw=raw)
+    found = _groups("AWQ", bits, group, source, beside=16 + _zero_bits(bits), raw=raw)
+    usual = str(raw.get("version", "gemm")).lower() == "gemm" and raw.get("zero_point", True)
+    return found._replace(packing=_grouped("awq", bits, group)) if usual else found
 
 
 def _compressed(raw: dict, source: str) -> Quantisation:
@@ -211,13 +231,18 @@ def _compressed(raw: dict, source: str) -> Quantisation:
     scale = 8 if "fp4" in layout else 16  # bits of a group's scale
     kind = "FLOAT" if weights.get("type") == "float" else "INT"
     words = f"compressed-tensors {layout}"
-    return _groups(words, weights.get("num_bits"), weights.get("group_size"), source, beside=scale, raw=raw, kind=kind)
+    bits, group = weights.get("num_bits"), weights.get("group_size")
+    found = _groups(words, bits, group, source, beside=scale, raw=raw, kind=kind)
+    zeros = "" if weights.get("symmetric", True) else ":zeros"
+    usual = layout == "pack-quantized" and kind == "INT" and len(groups) == 1
+    return found._replace(packing=_grouped("compressed", bits, group, zeros)) if usual else found
 
 
 def _modelopt(raw: dict, source: str) -> Quantisation:
     algorithm = str(raw.get("quant_algo"))
     bits = {"NVFP4": 4.5, "FP8": 8.0, "W4A16_AWQ": 4.125, "W8A8_SQ_PER_CHANNEL": 8.0}.get(algorithm)
-    return Quantisation(f"{algorithm} (NVIDIA ModelOpt)", bits, source, skipped=_patterns(raw))
+    packing = "nvfp4" if algorithm == "NVFP4" else None
+    return Quantisation(f"{algorithm} (NVIDIA ModelOpt)", bits, source, packing=packing, skipped=_patterns(raw))
 
 
 def _bitsandbytes(raw: dict, source: str) -> Quantisation:
@@ -233,6 +258,11 @@ def _groups(method: str, bits, group, source: str, *, beside: int, raw: dict, ki
     grouped = isinstance(group, int) and group > 0
     words = f"{method} {kind}{bits}{f' in groups of {group}' if grouped else ''}"
     return Quantisation(words, bits + (beside / group if grouped else 0.0), source, skipped=_patterns(raw))
+
+
+def _grouped(kind: str, bits, group, more: str = "") -> str | None:
+    """The packing of codes of 4 bits in groups; None for others."""
+    return f"{kind}:{group}{more}" if bits == 4 and isinstance(group, int) and group > 0 else None
 
 
 def _zero_bits(bits) -> int:

@@ -32,6 +32,7 @@ _LAYERS = flags.DEFINE_list(
     ["64:16:256:128", "8:8:512:1024", "2:2:4096:3584", "1:2:4096:14336"],
     "of the tables ffn and packed, layers:experts:model:hidden; all weights of one are in memory (the last one: 0.7 GB)",
 )
+_PACKINGS = flags.DEFINE_list("packings", ["int8", "int4"], "of the table packed: kinds of models/packing with their parameters")
 _TOKENS = flags.DEFINE_list("tokens", ["1", "8", "64", "512"], "of the tables ffn and packed")
 _MATRICES = flags.DEFINE_list("matrices", ["512:1024", "2048:1024", "1024:2048", "32768:1024"], "of the dense table, out:in")
 _DENSE_ROWS = flags.DEFINE_list("dense_rows", ["1", "4", "16", "32", "64"], "of the dense table")
@@ -82,7 +83,9 @@ def ffn_rows(rounds, missing):
 
 def packed_rows(rounds, missing):
     for spec in _LAYERS.value:
-        yield from expert_kernels.packed_rows(Layers(*(int(x) for x in spec.split(":"))), integers(_TOKENS), rounds)
+        yield from expert_kernels.packed_rows(
+            Layers(*(int(x) for x in spec.split(":"))), integers(_TOKENS), rounds, _PACKINGS.value
+        )
 
 
 def dense_rows(rounds, missing):

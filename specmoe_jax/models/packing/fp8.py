@@ -8,8 +8,9 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
-from specmoe_jax.models.packing.kind import Section
-from specmoe_jax.models.packing.matrices import MatrixKind, PublishedTensor, groups_of, into
+from specmoe_jax.config.layer_config import ExpertConfig
+from specmoe_jax.models.packing.kind import Kernel, Section
+from specmoe_jax.models.packing.matrices import KERNEL_UNIT, MatrixKind, PublishedTensor, groups_of, into, rowwise_kernel
 
 CODES = np.dtype(ml_dtypes.float8_e4m3fn)
 NAN = 0x7F  # the magnitude of the only codes that are not finite
@@ -40,6 +41,10 @@ class Fp8(MatrixKind):
         for axis, (size, length) in enumerate(zip(self.block, (rows, columns), strict=True)):
             scales = xp.repeat(scales, size, axis=axis)[(slice(None),) * axis + (slice(length),)]
         return codes.astype(np.float32) * scales
+
+    def kernel(self, config: ExpertConfig) -> Kernel | None:
+        rows, columns = self.block
+        return None if columns % KERNEL_UNIT else rowwise_kernel(config, "fp8", group=columns, block_rows=rows)
 
     def is_finite(self, parts) -> bool:
         magnitudes = parts["codes"].view(np.uint8) & 0x7F

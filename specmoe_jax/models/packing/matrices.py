@@ -15,6 +15,7 @@ from specmoe_jax.config.layer_config import ExpertConfig
 from specmoe_jax.models.packing.kind import Kernel, Section, border_biases
 
 Sections = Mapping[str, np.ndarray]
+KERNEL_UNIT = 32  # of which the compiled kernel wants whole numbers in both dimensions of an expert
 
 
 class PublishedTensor(NamedTuple):
@@ -79,6 +80,17 @@ class MatrixKind:
         }
         *inner, down = decoded.values()
         return xp.stack([*inner, down.T])
+
+
+def rowwise_kernel(
+    config: ExpertConfig, form: str, *, group: int, block_rows: int = 1, half_scales: bool = False, zeros: bool = False
+) -> Kernel | None:
+    """The compiled kernel of matrices that are packed row by row (cpu_ops/rowwise_ffn.h), where it computes such experts."""
+    if config.activation == "relu" or config.model % KERNEL_UNIT or config.hidden % KERNEL_UNIT:
+        return None
+    scales = {"group": group, "block_rows": block_rows, "half_scales": half_scales, "zeros": zeros}
+    activation = {"clamped": config.activation == "clamped_swiglu", "alpha": float(config.alpha), "limit": float(config.limit)}
+    return Kernel(form, scales | activation | {"biased": config.biased})
 
 
 def matrices(config: ExpertConfig) -> dict[str, tuple[int, int]]:

@@ -7,8 +7,9 @@ import dataclasses
 
 import numpy as np
 
-from specmoe_jax.models.packing.kind import Section
-from specmoe_jax.models.packing.matrices import MatrixKind, PublishedTensor, into
+from specmoe_jax.config.layer_config import ExpertConfig
+from specmoe_jax.models.packing.kind import Kernel, Section
+from specmoe_jax.models.packing.matrices import MatrixKind, PublishedTensor, into, rowwise_kernel
 
 GROUP = 32
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # e2m1: a sign bit, two of exponent, one of mantissa
@@ -40,6 +41,9 @@ class Mxfp4(MatrixKind):
         half = exponents // 2
         scales = [power_of_two(part, xp)[..., None] for part in (half - 64, exponents - half - 63)]
         return (values * scales[0] * scales[1]).reshape(-1, columns)
+
+    def kernel(self, config: ExpertConfig) -> Kernel | None:
+        return rowwise_kernel(config, "mxfp4", group=GROUP)
 
     def is_finite(self, parts) -> bool:
         return bool((parts["scales"] <= LARGEST).all())

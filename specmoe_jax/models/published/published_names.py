@@ -8,7 +8,7 @@ OTHER_PARTS = (
     "vision_model.", "vision_tower.", "visual.", "multi_modal_projector.", "model.visual.", "model.vision_tower.",
     "model.multi_modal_projector.",
 )  # fmt: skip
-BUFFERS = ("rotary_emb.inv_freq",)  # computed from the config; transformers ignores them as well
+BUFFERS = ("rotary_emb.inv_freq", ".k_scale", ".v_scale")  # computed from the config, or of a quantised KV cache: not used
 HEAD = "lm_head.weight"
 
 

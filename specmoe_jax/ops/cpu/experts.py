@@ -1,4 +1,6 @@
-"""expert_ffn by the compiled kernels: plain SwiGLU of weights in float32, bfloat16, or packed to 8 or 4 bits."""
+"""expert_ffn by the compiled kernels: of weights in float32, bfloat16, or packed in one of the forms below."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +8,24 @@ import numpy as np
 
 from specmoe_jax.ops.cpu import _ffi
 
-# What each form of packed experts adds to the call of the kernel.
-FORMS = {"int8": {"bits": 8}, "int4": {"bits": 4}}
+
+class Form(NamedTuple):
+    """The handler that decodes packed experts, and what it is told of them beside the numbers of the call."""
+
+    target: str
+    numbers: dict[str, int]
+
+
+BLOCKS, ROWS = "specmoe_packed_expert_ffn", "specmoe_rowwise_expert_ffn"
+FORMS = {
+    "int8": Form(BLOCKS, {"bits": 8}),
+    "int4": Form(BLOCKS, {"bits": 4}),
+    # RowFormat of cpu_ops/rowwise_ffn.h
+    "fp8": Form(ROWS, {"format": 0}),
+    "mxfp4": Form(ROWS, {"format": 1}),
+    "int4_groups": Form(ROWS, {"format": 2}),
+    "nvfp4": Form(ROWS, {"format": 3}),
+}
 
 
 def fits_plain(*arrays, ffn, packing, hidden, numbers) -> bool:
@@ -25,8 +43,10 @@ def fits_packed(*arrays, ffn, packing, hidden, numbers) -> bool:
 
 
 def packed(x, blocks, slots, *, ffn, packing, hidden, numbers):
-    attributes = {name: np.int64(value) for name, value in {**FORMS[packing], **numbers}.items()}
-    return _call("specmoe_packed_expert_ffn", x, blocks, slots, hidden=np.int64(hidden), **attributes)
+    form = FORMS[packing]
+    given = {"hidden": hidden, **form.numbers, **numbers}
+    attributes = {name: np.float64(value) if isinstance(value, float) else np.int64(value) for name, value in given.items()}
+    return _call(form.target, x, blocks, slots, **attributes)
 
 
 def _call(target: str, x, blocks, slots, **attributes):

@@ -1,0 +1,73 @@
+// XLA FFI face of rowwise_ffn: checks, then the call.
+#include "rowwise_ffn.h"
+
+#include "handler.h"
+
+namespace ffi = xla::ffi;
+
+namespace specmoe {
+namespace {
+
+ffi::Error wrong(const char* what) { return wrong_argument("rowwise_expert_ffn", what); }
+
+ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> blocks, ffi::Buffer<ffi::S32> slots,
+               ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t format, int64_t hidden, int64_t group, int64_t block_rows,
+               int64_t half_scales, int64_t zeros, int64_t biased, int64_t clamped, double alpha, double limit, int64_t threads,
+               std::string_view isa) {
+  const auto xd = x.dimensions(), bd = blocks.dimensions(), sd = slots.dimensions();
+  if (xd.size() != 2 || bd.size() != 2 || sd.size() != 2 || sd[0] != xd[0]) return wrong("x [n, M], blocks [R, bytes], slots [n, A]");
+  if (x.element_type() != ffi::F32 && x.element_type() != ffi::BF16) return wrong("x must be float32 or bfloat16");
+  if (format < 0 || format >= static_cast<int64_t>(RowFormat::kCount)) return wrong("no such format");
+  RowwiseArgs a{};
+  a.n = xd[0];
+  a.M = xd[1];
+  a.R = bd[0];
+  a.F = hidden;
+  a.A = sd[1];
+  a.format = static_cast<RowFormat>(format);
+  const int64_t unit = a.format == RowFormat::kNvfp4 ? 16 : kColumnUnit;
+  if (a.M % kColumnUnit != 0 || a.F % kColumnUnit != 0) return wrong("model and hidden dimension must be multiples of 32");
+  if (group <= 0 || group % unit != 0 || block_rows <= 0) return wrong("no such group");
+  a.group = group;
+  a.block_rows = block_rows;
+  a.half_scales = half_scales != 0;
+  a.zeros = zeros != 0;
+  a.biased = biased != 0;
+  a.clamped = clamped != 0;
+  a.alpha = static_cast<float>(alpha);
+  a.limit = static_cast<float>(limit);
+  a.x_type = x.element_type() == ffi::F32 ? DType::kF32 : DType::kBF16;
+  a.expert_bytes = rowwise_expert_bytes(a);
+  if (bd[1] != a.expert_bytes) return wrong("a packed expert has another number of bytes than its shape takes");
+  a.x = x.untyped_data();
+  a.blocks = blocks.typed_data();
+  a.slots = slots.typed_data();
+  a.y = y->typed_data();
+  return run_kernel("rowwise_expert_ffn", pool, threads, isa,
+                    [&](const KernelTable& table, Parallel& parallel) { rowwise_ffn(a, table, parallel); });
+}
+
+}  // namespace
+}  // namespace specmoe
+
+extern "C" {
+XLA_FFI_DEFINE_HANDLER_SYMBOL(specmoe_rowwise_expert_ffn, specmoe::run,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("format")
+                                  .Attr<int64_t>("hidden")
+                                  .Attr<int64_t>("group")
+                                  .Attr<int64_t>("block_rows")
+                                  .Attr<int64_t>("half_scales")
+                                  .Attr<int64_t>("zeros")
+                                  .Attr<int64_t>("biased")
+                                  .Attr<int64_t>("clamped")
+                                  .Attr<double>("alpha")
+                                  .Attr<double>("limit")
+                                  .Attr<int64_t>("threads")
+                                  .Attr<std::string_view>("isa"));
+}

@@ -1,0 +1,21 @@
+"""Random experts in the published forms, for tests and for speed where text does not matter."""
+
+import numpy as np
+
+from specmoe_jax.config.layer_config import ExpertConfig
+from specmoe_jax.models.packing.blocks import packed_bytes, views
+
+
+def random_expert(config: ExpertConfig, rng: np.random.Generator) -> np.ndarray:
+    """[bytes] of an expert whose weights are finite, of some size around 1 / sqrt(inputs)."""
+    packed = np.zeros(packed_bytes(config), np.uint8)
+    for name, part in views(config, packed).items():
+        if part.dtype == np.uint8:  # exponents, or two codes of 4 bits
+            part[...] = rng.integers(118, 123, part.shape) if name.endswith("scales") else rng.integers(0, 256, part.shape)
+        elif name.endswith("codes"):
+            part[...] = (rng.standard_normal(part.shape) * 10).astype(part.dtype)
+        elif part.dtype.itemsize == 1:  # scales in e4m3
+            part[...] = rng.uniform(0.5, 2, part.shape).astype(part.dtype)
+        else:
+            part[...] = rng.uniform(0.005, 0.02, part.shape).astype(part.dtype)
+    return packed

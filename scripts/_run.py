@@ -6,7 +6,10 @@ import sys
 def run(name: str) -> None:
     """What `specmoe NAME` runs."""
     try:
-        from specmoe_jax.cli import common, main
+        from specmoe_jax.cli import main, start
+
+        start.prepare()
+        from specmoe_jax.cli import common
 
         command = main.load_command(name)
     except ModuleNotFoundError as e:

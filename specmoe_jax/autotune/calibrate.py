@@ -18,10 +18,12 @@ from specmoe_jax.planner.calibration import Acceptance, Calibration, counted_ske
 from specmoe_jax.planner.workload import acceptance_rate
 from specmoe_jax.speculate.hot_experts.usage import count_choices
 from specmoe_jax.support.cache_files import read_cached, write_cached
+from specmoe_jax.support.jax_settings import lenient
 
 ROWS, NEW_TOKENS, LENGTH = 8, 32, 4
 
 
+@lenient()
 def calibrate(
     model: Model,
     prompts: Sequence,

@@ -51,20 +51,31 @@ def job_of(tokenizer: Tokenizer | None, prompts: Sequence, limits: Sequence[int]
     return Job(prompt_tokens=round(sum(lengths) / len(lengths)), new_tokens=round(sum(limits) / len(limits)))
 
 
-def know(config: ModelConfig, dtype: str, path: pathlib.Path | None, job: Job, *, progress: str | bool = False) -> Knowledge:
-    """What was measured of this machine (the hardware now, if never before, with a bar) and of this checkpoint (if ever)."""
+def know(
+    config: ModelConfig,
+    dtype: str,
+    path: pathlib.Path | None,
+    job: Job,
+    *,
+    hardware: Hardware | None = None,
+    progress: str | bool = False,
+) -> Knowledge:
+    """What was measured of this machine (the hardware now, if never before, with a bar) and of this checkpoint (if ever).
+
+    hardware: another machine, whose operators nobody has measured.
+    """
     window = config.max_positions
     prompt = max(min(job.prompt_tokens, window - 1), 1)
     encoder = config.encoder is not None
     return Knowledge(
-        hardware=probe(progress=progress),
+        hardware=hardware or probe(progress=progress),
         workload=Workload(
             prompt_tokens=1 if encoder else prompt,
             new_tokens=max(min(job.new_tokens, window - (1 if encoder else prompt)), 1),
             source_tokens=prompt if encoder else 0,
         ),
         calibration=(path and cached_calibration(path)) or ASSUMED,
-        operators=cached_profile(config, dtype),
+        operators=cached_profile(config, dtype) if hardware is None else None,
     )
 
 

@@ -52,7 +52,7 @@ class OperatorBench:
 
         def call():
             nonlocal kv
-            _, _, routing, k, v = self.on_demand.cache_tier.attention(self.on_demand, 0, h, kv, lengths, num_new)
+            _, _, _, routing, k, v = self.on_demand.cache_tier.attention(self.on_demand, 0, h, kv, lengths, num_new)
             kv = kv._replace(k=(k,), v=(v,))
             assert routing is not None
             return np.asarray(routing.ids)

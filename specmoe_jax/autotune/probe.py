@@ -5,6 +5,7 @@ Effects: runs programs on the accelerator, writes and removes one file for the d
 
 import contextlib
 import functools
+import logging
 import os
 import pathlib
 import statistics
@@ -20,9 +21,11 @@ import numpy as np
 from specmoe_jax.planner.hardware import Hardware
 from specmoe_jax.support.cache_files import cache_folder, machine_key, read_cached, write_cached
 from specmoe_jax.support.errors import PlanError
+from specmoe_jax.support.jax_settings import lenient
 from specmoe_jax.support.progress import bar
 from specmoe_jax.types import Device
 
+_LOG = logging.getLogger(__name__)
 COPIED_BYTES = 1 << 26  # long against a copy's start, short against a second on any link
 READ_BYTES = 1 << 27  # beyond the caches of any CPU but the largest servers'
 DISK_BYTES = 1 << 26
@@ -38,12 +41,14 @@ class Measured(NamedTuple):
     spread: float
 
 
+@lenient()
 def probe(*, fresh: bool = False, progress: str | bool = False) -> Hardware:
     """This machine, measured now or by an earlier run. fresh: measure again. progress: a bar while measuring (progress.bar)."""
     device = jax.devices()[0]
     key = machine_key("hardware", 1, jax.__version__, device.device_kind)
     found = None if fresh else _read(key)
     if found is None:
+        _LOG.info("measuring this machine; the result is kept in %s", cache_folder() / "hardware")
         found = _measure(device, progress)
         write_cached("hardware", key, {"hardware": found.to_json()})
     return found.replace(host_memory_bytes=_host_memory(), accelerator_memory_bytes=_accelerator_memory(device))

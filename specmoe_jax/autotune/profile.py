@@ -17,6 +17,7 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.model import random_model
 from specmoe_jax.planner.measured.operators import Operators, Sample, fit
 from specmoe_jax.support.cache_files import machine_key, read_cached, write_cached
+from specmoe_jax.support.jax_settings import lenient
 from specmoe_jax.support.progress import bar
 
 VERSION = 7  # of the file format
@@ -24,6 +25,7 @@ MOST_BYTES = 1 << 28  # of the experts of a layer; of larger ones fewer are made
 MOST_LAYERS = 8  # as many as the model has, where their experts take twice that; at least two, to run one after the other
 
 
+@lenient()
 def profile(
     config: ModelConfig,
     dtype: str = "float32",

@@ -21,6 +21,7 @@ from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import TensorSpec, map_specs
 from specmoe_jax.support.errors import CheckpointError
+from specmoe_jax.support.jax_settings import lenient
 
 EMBEDDING = "embed_tokens.weight"
 INTEGERS = {"I64": np.int64, "I32": np.int32, "BOOL": np.bool_}
@@ -32,6 +33,7 @@ def bundled_head(model: str) -> str | None:
     return model if model in BUNDLED_HEADS and BUNDLED_HEADS[model].is_dir() else None
 
 
+@lenient()
 def load_head(path_or_name: str, model: Model) -> EagleHead:
     """The head in "demo" (bundled, of the bundled model) or in a directory with config.json and *.safetensors.
 

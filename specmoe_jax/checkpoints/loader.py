@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import logging
 import pathlib
 
 import jax
@@ -25,11 +26,14 @@ from specmoe_jax.models.families.registry import family_of, parse_config
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import Weights, map_specs
 from specmoe_jax.support.errors import CheckpointError, PinnedMemoryError, RequestError
+from specmoe_jax.support.jax_settings import lenient, lenient_thread
 from specmoe_jax.support.progress import bar, note
 
+_LOG = logging.getLogger(__name__)
 BUNDLED = {"demo": pathlib.Path(__file__).parent / "demo"}
 
 
+@lenient()
 def load_model(
     path_or_name: str,
     *,
@@ -90,6 +94,7 @@ def load_model(
             experts = DiskExperts(inventory.experts, dtype, check_finite)
         else:
             experts = _read_experts(inventory, dtype, check_finite, shown)
+    _LOG.info("loaded %s: %s, %s, %d bytes, experts on %s", path, config.family, dtype, inventory.bytes, expert_tier)
     return Model(config=config, weights=weights, experts=experts, tokenizer=tokenizer, dtype=dtype, path=path)
 
 
@@ -173,8 +178,9 @@ def _read_experts(inventory: Inventory, dtype: str, check_finite: bool, shown) -
     def expert(source):
         try:
             block = host_block(source)
-        except PinnedMemoryError as e:
-            raise PinnedMemoryError(str(e), pinned_bytes=sum(loaded)) from e
+        except (PinnedMemoryError, MemoryError) as e:
+            said = str(e) if isinstance(e, PinnedMemoryError) else f"an expert of {source.bytes} bytes finds no memory ({e})"
+            raise PinnedMemoryError(said, pinned_bytes=sum(loaded)) from e
         loaded.append(block.nbytes)
         shown.update(source.bytes)
         return block
@@ -185,7 +191,7 @@ def _read_experts(inventory: Inventory, dtype: str, check_finite: bool, shown) -
 
 def _in_order(function, arguments: list) -> list:
     """The results of READERS threads, or the first error, after which nothing more is begun."""
-    pool = concurrent.futures.ThreadPoolExecutor(READERS)
+    pool = concurrent.futures.ThreadPoolExecutor(READERS, initializer=lenient_thread)
     try:
         return list(pool.map(function, arguments))
     finally:

@@ -18,6 +18,7 @@ from specmoe_jax.models.mtp import MtpHead
 from specmoe_jax.models.published.naming import mtp_prefixes
 from specmoe_jax.models.spec import TensorSpec, map_specs, spec_leaves
 from specmoe_jax.support.errors import CheckpointError
+from specmoe_jax.support.jax_settings import lenient
 
 COPIES = ("embed_tokens.weight", "shared_head.head.weight")  # of the target's matrices, stored again beside the layer
 
@@ -50,6 +51,7 @@ def holds_mtp(config: ModelConfig, checkpoint: Checkpoint) -> bool:
     return config.mtp_layers > 0 and any(map(_own_names(config, checkpoint), checkpoint.tensors))
 
 
+@lenient()
 def load_mtp(model: Model) -> MtpHead:
     """The layer of a model that was loaded from a directory, in its dtype, all experts on the accelerator.
 

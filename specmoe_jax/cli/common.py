@@ -8,27 +8,27 @@ import sys
 import types
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
 
 from specmoe_jax.checkpoints.memory import raise_pinned_limit
+from specmoe_jax.cli import start
 from specmoe_jax.cli.flag_names import with_flags
+from specmoe_jax.cli.start import usage_error
 from specmoe_jax.config.plan import Plan
-from specmoe_jax.support.cache_files import cache_folder
 from specmoe_jax.support.errors import PinnedMemoryError, PlanError, UserError
+from specmoe_jax.support.jax_settings import use_compile_cache
+
+__all__ = ["check_platforms", "guarded", "parse", "read_plan", "run", "usage_error", "use_compile_cache"]
+NO_MEMORY = (
+    "give a smaller --batch_size, leave experts on disk (--expert_tier=disk --host_memory_gib=N), or lift the limit (ulimit -v)"
+)
 
 
 def run(command: types.ModuleType) -> None:
     """Parses the flags and calls the command's `main()`. Exit 0 done, 1 failed (one line `error: ...`), 2 wrong usage."""
     app.run(lambda _: guarded(command.main), flags_parser=functools.partial(parse, command=command))
-
-
-def usage_error(message: str) -> NoReturn:
-    """Ends the command with exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def read_plan(path: str) -> Plan:
@@ -39,13 +39,6 @@ def read_plan(path: str) -> Plan:
         raise UserError(f"cannot read the plan {path} ({e}); write one with Plan.to_json or specmoe plan") from e
     except PlanError as e:
         raise UserError(f"{path}: {e}") from e
-
-
-def use_compile_cache() -> None:
-    """Keeps compiled programs between runs: a second start compiles nothing (1.3 s -> 0.07 s a program on CPU)."""
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def check_platforms(named: str | None) -> None:
@@ -77,33 +70,42 @@ def parse(argv: list[str], *, command: types.ModuleType) -> list[str]:
     return rest
 
 
-class Stopped(BaseException):
-    """SIGTERM or Ctrl-C: not an Exception, so that no handler on the way mistakes it for a failure."""
-
-    def __init__(self, signal_number: int):
-        self.signal = signal.Signals(signal_number)
-
-
-def _stop(signal_number: int, _frame) -> None:
-    raise Stopped(signal_number)
-
-
 def guarded(main: Callable[[], None]) -> None:
     """Calls `main()`; an error that the user can fix is one line that names flags."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
     logging.set_verbosity(logging.WARNING)  # at INFO, JAX lists missing accelerators, Orbax writes ten lines per checkpoint
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    if code := start.stoppable(lambda: _exit_code(main)):
+        sys.exit(code)
+
+
+def _exit_code(main: Callable[[], None]) -> int:
     try:
         raise_pinned_limit()
         check_platforms(os.environ.get("JAX_PLATFORMS"))
         main()
+        sys.stdout.flush()
     except (PlanError, PinnedMemoryError) as e:  # from the library, which names fields
-        print(f"error: {with_flags(str(e), flags.FLAGS)}", file=sys.stderr)
-        sys.exit(1)
+        return _failed(with_flags(str(e), flags.FLAGS))
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
-    except Stopped as e:
-        print(f"error: stopped by {e.signal.name}; the same command goes on where an --output was given", file=sys.stderr)
-        sys.exit(128 + e.signal)
+        return _failed(str(e))
+    except (MemoryError, jax.errors.JaxRuntimeError) as e:
+        if isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        return _failed(f"the system gave no memory ({_first_line(e)}); {NO_MEMORY}")
+    except OSError as e:
+        if not start.stdout_failed():
+            raise
+        # A reader that has seen enough (head, a pager that is left) is no failure to tell of.
+        return 128 + signal.SIGPIPE if isinstance(e, BrokenPipeError) else _failed(f"cannot write to stdout ({e.strerror})")
+    except start.Stopped as e:
+        return _failed(f"stopped by {e.signal.name}; the same command goes on where an --output was given", 128 + e.signal)
+    return 0
+
+
+def _failed(message: str, code: int = 1) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

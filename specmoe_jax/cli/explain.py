@@ -1,49 +1,60 @@
-"""Predicts a checkpoint on a machine: memory, batch, speed, bottleneck. Reads config.json and headers, never a weight.
+"""Recommends a plan for a checkpoint on a machine, or predicts one. Reads config.json and headers, never a weight.
 
 Examples:
+    specmoe explain --model=DIR --hardware=4090                  (the best plan, the next one, what is left unused)
     specmoe explain --model=DIR --hardware=a30 --preset=specmoeoff --batch_size=64
-    specmoe explain --model=DIR --hardware=h100 --simulate      (every preset beside each other, and cache policies)
+    specmoe explain --model=DIR --hardware=h100 --simulate       (every preset beside each other, and cache policies)
 """
 
 import json
 import pathlib
 import time
+from collections.abc import Iterable
 
 import numpy as np
 from absl import flags
 
-from specmoe_jax.autotune.probe import probe
+from specmoe_jax.autotune.advice import Advised, advise, searches
+from specmoe_jax.autotune.calibrate import cached_calibration
+from specmoe_jax.autotune.choose import REQUESTS, Knowledge
+from specmoe_jax.autotune.profile import cached_profile
 from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.published.advice import check_form
 from specmoe_jax.checkpoints.published.quantisation import Quantisation, as_stored, is_built, read_quantisation, stored_bytes
-from specmoe_jax.cli import common, plan_flags
+from specmoe_jax.cli import common, explain_text, machine_flag, plan_flags
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.plan_fields import DTYPES
 from specmoe_jax.config.presets import PRESETS, preset
-from specmoe_jax.planner import explain, pictures
+from specmoe_jax.config.registry import DRAFTS
+from specmoe_jax.planner import explain, pictures, replay
+from specmoe_jax.planner.calibration import ASSUMED, Acceptance, Calibration
 from specmoe_jax.planner.costs import Load
 from specmoe_jax.planner.estimate import predict
 from specmoe_jax.planner.hardware import Hardware
-from specmoe_jax.planner.machines import KNOWN, machine
 from specmoe_jax.planner.roofline import points
 from specmoe_jax.planner.routing import choice_probabilities
 from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload
 from specmoe_jax.support.errors import PlanError, UserError
+from specmoe_jax.support.progress import bar
 
 _MODEL = flags.DEFINE_string("model", "demo", '"demo" or a directory with config.json; headers are read where there are files.')
-_HARDWARE = flags.DEFINE_string(
-    "hardware",
-    "this",
-    f"this (probed once, then kept), one of {', '.join(KNOWN)} (data sheets), or a JSON file of Hardware.to_json.",
+_HARDWARE = flags.DEFINE_string("hardware", machine_flag.THIS, machine_flag.HELP)
+_PRESET = flags.DEFINE_enum("preset", None, ["auto", *PRESETS], "The plan to explain. Default: auto, the best ones.")
+_REQUESTS = flags.DEFINE_integer(
+    "requests", None, "Requests of the job that a plan is chosen for. Default: 1, and 64.", lower_bound=1
 )
-_PRESET = flags.DEFINE_enum("preset", "specmoe", list(PRESETS), "The plan to explain.")
+_DRAFT_HEAD = flags.DEFINE_string("draft_head", None, "An EAGLE head that is at hand; without one none is recommended.")
 _PLAN = flags.DEFINE_string("plan", None, "A plan as JSON, instead of a preset.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Compute and weight type.")
 _PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 512, "Tokens of a prompt, on average.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens of a request.")
-_ACCEPTANCE = flags.DEFINE_string("acceptance", "0.7", "Probability of a drafted token, or eagle_mixtral: the paper's map.")
+_ACCEPTANCE = flags.DEFINE_string(
+    "acceptance",
+    None,
+    "Probability of a drafted token, or eagle_mixtral: the paper's map. Default: measured, or assumed of each draft.",
+)
 _SKEW = flags.DEFINE_float(
     "skew",
     None,
@@ -63,58 +74,144 @@ flags.adopt_module_key_flags(plan_flags)
 
 def main() -> None:
     check_flags()
-    hardware = read_hardware(_HARDWARE.value)
+    named = machine_flag.read_hardware(_HARDWARE.value)
     started_s = time.process_time()
     folder = checkpoint_path(_MODEL.value)
     check_form(folder, torch_files=True)
     config = load_config(folder)
-    workload = make_workload(config)
     checkpoint = read_headers(folder)
     quantisation = read_quantisation(folder, checkpoint)
     config = as_stored(folder, config, checkpoint)
+    known = know(named.hardware, config, folder if checkpoint is not None else None)
     on_disk = stored_bytes(folder, config, quantisation) if checkpoint is None else checkpoint.bytes
     if _SIMULATE.value:
-        shown = explain.presets(config, make_plans(config), hardware, workload)
-        shown |= explain.caches(config, workload, read_trace(), _CAPACITY.value, tokens=plan_flags.value("batch_size") or 16)
+        shown, said = simulated(config, known)
     else:
-        plan = make_plan(config)
-        if problem := explain.problem(config, plan, hardware, workload):
-            raise PlanError(problem)
-        shown = explain.explain(config, plan, hardware, workload, stored_bytes=on_disk)
-        save_pictures(config, plan, hardware, workload)
+        shown, said = explained(config, known, on_disk)
     if quantisation is not None:
         shown |= {"weights": form_of(quantisation, config)}
-    shown |= {"assumptions": explain.assumptions(config, hardware, workload), "cpu_s": round(time.process_time() - started_s, 3)}
-    print(json.dumps(shown, indent=2) if _JSON.value else explain.as_text(shown))
+    said += explain.assumptions(config, known.hardware, known.workload) + ([named.said] if named.said else [])
+    shown |= {"assumptions": said, "cpu_s": round(time.process_time() - started_s, 3)}
+    print(json.dumps(shown, indent=2) if _JSON.value else as_text(shown))
+
+
+def is_auto() -> bool:
+    """Whether plans are recommended, the default."""
+    return _PLAN.value is None and (_PRESET.value or "auto") == "auto"
+
+
+def know(hardware: Hardware, config: ModelConfig, folder: pathlib.Path | None) -> Knowledge:
+    """The machine, the workload, and what was measured of this checkpoint and, of this machine, of its operators."""
+    workload = make_workload(config)
+    measured = (folder and cached_calibration(folder)) or ASSUMED
+    own = _HARDWARE.value == machine_flag.THIS
+    return Knowledge(
+        hardware=machine_flag.with_budgets(hardware, plan_flags.budgets()),
+        workload=workload,
+        calibration=measured if _ACCEPTANCE.value is None else given_calibration(workload),
+        operators=cached_profile(config, _DTYPE.value) if own and is_auto() else None,
+    )
+
+
+def given_calibration(workload: Workload) -> Calibration:
+    """Every draft accepted as --acceptance says."""
+    return ASSUMED._replace(acceptance={name: Acceptance(workload.acceptance) for name in DRAFTS})
+
+
+def explained(config: ModelConfig, known: Knowledge, on_disk: int) -> tuple[dict, list[str]]:
+    """The plan that was asked for, or the recommended ones and the last of them. -> what to show, what was assumed."""
+    shown = {}
+    if is_auto():
+        advised = recommended(config, known)
+        plan, shown = advised[-1].best.plan, {"advice": explain_text.advice(advised, config, known)}
+    else:
+        plan = make_plan(config)
+    workload = known.calibration.workload(known.workload, plan, config)
+    if problem := explain.problem(config, plan, known.hardware, workload):
+        raise PlanError(problem)
+    shown |= explain.explain(config, plan, known.hardware, workload, stored_bytes=on_disk)
+    save_pictures(config, plan, known.hardware, workload)
+    return shown, acceptance_of([plan], config, known)
+
+
+def recommended(config: ModelConfig, known: Knowledge) -> list[Advised]:
+    """For one request and for many, or for those of --requests. Raises PlanError that names what would fit."""
+    fixed = plan_flags.given() | {"dtype": _DTYPE.value}
+    if "batch_size" in fixed and _REQUESTS.value is None:
+        counts = [fixed["batch_size"]]
+    else:
+        counts = [_REQUESTS.value] if _REQUESTS.value else [1, REQUESTS]
+    with bar("search", len(counts) * searches(fixed), "plan", mode="auto", leave=False) as shown:
+        try:
+            return [
+                advise(config, known, requests=count, fixed=fixed, head=_DRAFT_HEAD.value is not None, progress=shown.update)
+                for count in counts
+            ]
+        except PlanError:
+            plainest = plan_flags.over(preset("on_demand", config).replace(dtype=_DTYPE.value))
+            if problem := explain.problem(config, plainest, known.hardware, known.workload):
+                raise PlanError(problem) from None
+            raise
+
+
+def simulated(config: ModelConfig, known: Knowledge) -> tuple[dict, list[str]]:
+    """Every preset at one batch, and cache policies on a trace."""
+    plans = make_plans(config)
+
+    def workload(plan: Plan) -> Workload:
+        return known.calibration.workload(known.workload, plan, config)
+
+    with bar("simulate", len(plans) + len(replay.policies()), "run", mode="auto", leave=False) as progress:
+        shown = explain.presets(config, plans, known.hardware, workload, progress=progress.update)
+        shown |= explain.caches(
+            config, known.workload, read_trace(), _CAPACITY.value, tokens=batch_of_simulation(), progress=progress.update
+        )
+    return shown, acceptance_of(plans.values(), config, known)
+
+
+def acceptance_of(plans: Iterable[Plan], config: ModelConfig, known: Knowledge) -> list[str]:
+    """Where the acceptance of each draft comes from."""
+    said = []
+    for plan in plans:
+        found = known.calibration.acceptance_of(plan, config, known.workload.skew_of(config))
+        said.append(explain.acceptance(plan, found, has_head=_DRAFT_HEAD.value is not None))
+    return [*dict.fromkeys(filter(None, said))]
+
+
+def batch_of_simulation() -> int:
+    """The batch of every preset."""
+    return plan_flags.value("batch_size") or 16
+
+
+def as_text(shown: dict) -> str:
+    """The document for people."""
+    shown, advice, presets = dict(shown), shown.get("advice"), shown.get("presets")
+    assumptions = shown.pop("assumptions")
+    parts = []
+    if advice is not None:
+        parts += [explain_text.advice_text(shown.pop("advice"), model=_MODEL.value), f"\nthe best for {[*advice][-1]} in full:"]
+    if presets is not None:
+        parts.append(explain_text.presets_text(shown.pop("presets")))
+    return "\n".join([*parts, explain.as_text(shown), explain_text.lines_of("assumptions", assumptions)])
 
 
 def check_flags() -> None:
-    """Refuses pictures without a plan, and simulation settings without a simulation."""
+    """Refuses pictures without a plan, and settings of a simulation or a search without one."""
     if _SIMULATE.value:
-        idle, advice = (_ROOFLINE, _GANTT), "with --simulate; leave it out"
+        idle, advice = (_ROOFLINE, _GANTT, _REQUESTS), "with --simulate; leave it out"
     else:
         idle, advice = (_TRACE, _CAPACITY), "without --simulate; give both"
+    if not is_auto():
+        idle, advice = (*idle, _REQUESTS), advice if _SIMULATE.value else "with a plan or a preset; leave it out"
     for flag in idle:
         if flag.value is not None:
             common.usage_error(f"--{flag.name} has no effect {advice}")
 
 
-def read_hardware(name: str) -> Hardware:
-    """This machine, a known one, or a JSON file."""
-    if name == "this":
-        return probe(progress=True)
-    if name in KNOWN or not pathlib.Path(name).suffix:
-        return machine(name)
-    try:
-        return Hardware.from_json(pathlib.Path(name).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as e:
-        raise PlanError(f"cannot read the hardware {name} ({e}); known are {', '.join(KNOWN)}") from e
-
-
 def make_workload(config: ModelConfig) -> Workload:
     """The flags as a workload; an encoder reads the prompt where there is one. Raises PlanError for a skew that cannot be."""
     try:
-        acceptance = EAGLE_MIXTRAL if _ACCEPTANCE.value == "eagle_mixtral" else float(_ACCEPTANCE.value)
+        acceptance = EAGLE_MIXTRAL if _ACCEPTANCE.value == "eagle_mixtral" else float(_ACCEPTANCE.value or 0.7)
     except ValueError:
         common.usage_error(f"acceptance is {_ACCEPTANCE.value!r}; it is a probability or eagle_mixtral")
     workload = Workload(
@@ -145,23 +242,27 @@ def form_of(quantisation: Quantisation, config: ModelConfig) -> str:
 def make_plan(config: ModelConfig) -> Plan:
     """The plan of --plan or --preset with the flags over it."""
     if _PLAN.value is None:
-        return plan_flags.over(preset(_PRESET.value, config).replace(dtype=_DTYPE.value))
+        return plan_flags.over(preset(_PRESET.value or "", config).replace(dtype=_DTYPE.value))
     return plan_flags.over(common.read_plan(_PLAN.value))
 
 
 def make_plans(config: ModelConfig) -> dict[str, Plan]:
-    """Every preset that can be planned without an emulated link, with batch, type and budgets of the flags."""
+    """Every preset that can be planned without an emulated link, with type and budgets of the flags, all at one batch.
+
+    One that needs a trained head is left out where there is none, unless an acceptance was given for it.
+    """
     link = {name: value for name, value in plan_flags.given().items() if name == "link_bytes_per_s"}
-    rows = {"batch_size": plan_flags.value("batch_size")} if plan_flags.value("batch_size") else {}
-    shared = {"dtype": _DTYPE.value, **plan_flags.budgets(), **rows}
-    emulated = set() if link else {"overlap"}
+    shared = {"dtype": _DTYPE.value, **plan_flags.budgets(), "batch_size": batch_of_simulation()}
+    left_out = set() if link else {"overlap"}
+    if _DRAFT_HEAD.value is None and _ACCEPTANCE.value is None:
+        left_out |= {name for name in PRESETS if preset(name, config).drafting.given == "draft_head"}
     plans = {}
     for name in PRESETS:
         plan = preset(name, config).replace(**shared)
         plan = plan if plan.flow.all_resident else plan.replace(**link)
         if plan.drafting.drafts and plan_flags.value("draft_length") is not None:
             plan = plan.replace(draft_length=plan_flags.value("draft_length"))
-        if name not in emulated:
+        if name not in left_out:
             plans[name] = plan
     return plans
 

@@ -6,7 +6,6 @@ Example:
 
 import contextlib
 import json
-import os
 import pathlib
 import sys
 from typing import Any
@@ -21,6 +20,7 @@ from specmoe_jax.checkpoints.mtp import find_mtp, load_mtp
 from specmoe_jax.checkpoints.published.generation_config import sampling_defaults
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.cli import common, plan_flags
+from specmoe_jax.cli.run_files import check_files
 from specmoe_jax.cli.stats_table import table
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.plan_fields import DTYPES
@@ -35,7 +35,7 @@ from specmoe_jax.jobs.prompts import Prompt, as_chat, read_prompts
 from specmoe_jax.jobs.watch import JobWatch
 from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model
-from specmoe_jax.support.atomic_files import check_writable, write_atomically
+from specmoe_jax.support.atomic_files import write_atomically
 from specmoe_jax.support.errors import PlanError, RequestError
 from specmoe_jax.support.progress import PROGRESS
 from specmoe_jax.support.timing import Stopwatch
@@ -83,7 +83,12 @@ def main() -> None:
         common.usage_error("--restart has no effect without --output; leave it out")
     folder = checkpoint_path(_MODEL.value)
     prompts = read_all_prompts(folder)
-    check_files()
+    check_files(
+        read={"--prompts": _PROMPTS.value, "--plan": _PLAN.value},
+        output=_OUTPUT.value,
+        written={"--stats": _STATS.value, "--metrics_file": _METRICS_FILE.value},
+        trace=_TRACE.value,
+    )
     if _DRAFT_HEAD.value:
         head_path(_DRAFT_HEAD.value)  # says what is wrong before a weight is read
     common.use_compile_cache()
@@ -140,24 +145,6 @@ def draft_configs(head: jobs.ModelHead, plan: Plan) -> dict:
     }
 
 
-def check_files() -> None:
-    """Refuses files that cannot be written, or that would overwrite each other."""
-    read = {"--prompts": _PROMPTS.value, "--plan": _PLAN.value}
-    written = {"--output": _OUTPUT.value, "--stats": _STATS.value, "--metrics_file": _METRICS_FILE.value}
-    names = {os.path.realpath(path): flag for flag, path in read.items() if path is not None}
-    if _OUTPUT.value is not None:
-        names[os.path.realpath(f"{_OUTPUT.value}.journal")] = "the journal of --output"
-    for flag, path in written.items():
-        if path is None:
-            continue
-        check_writable(path)
-        if (file := os.path.realpath(path)) in names:
-            raise RequestError(f"{names[file]} and {flag} are both {path}; give two files")
-        names[file] = flag
-    if _TRACE.value and pathlib.Path(_TRACE.value).exists() and not pathlib.Path(_TRACE.value).is_dir():
-        raise RequestError(f"cannot write {_TRACE.value} (it is no folder); --trace takes a new folder or one that exists")
-
-
 def generate(engine: Engine, prompts: list[Prompt]) -> JobWatch:
     """The job of --output, or the texts on stdout. -> what was told of it."""
     shown = [IncrementalText(engine.model, prompt.params.stop, prompt.model_input) for prompt in prompts] if _STREAM.value else []
@@ -179,38 +166,46 @@ def generate(engine: Engine, prompts: list[Prompt]) -> JobWatch:
     reasons = jobs.refusals(engine.model, prompts, must_work=len(_PROMPT.value))
     assert engine.model.path is not None  # it was loaded
     job = jobs.fingerprint(prompts, engine.plan, engine.model.path)
-    with contextlib.closing(Journal(_OUTPUT.value, job, restart=_RESTART.value)) as journal:
+    with contextlib.closing(Journal(_OUTPUT.value, job, restart=_RESTART.value, requests=len(prompts))) as journal:
         todo = jobs.record_errors(prompts, reasons, journal)
         if done := len(prompts) - len(todo) - sum(map(bool, reasons)):
             print(f"{done} of {len(prompts)} prompts were done before, {len(todo)} are left: {_OUTPUT.value}", file=sys.stderr)
         with watched(todo, failed=sum(map(bool, reasons))) as watch:
             jobs.run_job(engine, todo, journal, watch, on_event=on_event)
+        journal.check_present()
     return watch
 
 
 def read_all_prompts(folder: pathlib.Path) -> list[Prompt]:
     """Prompts of the flags and then of the file, with the sampling flags, or else the model's own defaults."""
-    sampling = choose_sampling(sampling_defaults(folder))
-    if sampling["temperature"] == 0 and flags.FLAGS["seed"].present:
-        raise RequestError("--seed has no effect at temperature 0; set a temperature or leave it out")
-    if sampling["temperature"] == 0 and plan_flags.value("deterministic_sampling"):
-        raise RequestError("--deterministic_sampling has no effect at temperature 0; set a temperature or leave it out")
-    defaults = SamplingParams(
-        max_new_tokens=_MAX_NEW_TOKENS.value, seed=_SEED.value, stop=tuple(_STOP.value), ignore_eos=_IGNORE_EOS.value, **sampling
-    )
+    given = {"temperature": _TEMPERATURE.value, "top_k": _TOP_K.value, "top_p": _TOP_P.value}
+    given = {name: value for name, value in given.items() if value is not None}
+    wishes = {} if _TEMPERATURE.value == 0 else sampling_defaults(folder, but=given)
+    sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0} | wishes | given
+    common_params = {
+        "max_new_tokens": _MAX_NEW_TOKENS.value,
+        "seed": _SEED.value,
+        "stop": tuple(_STOP.value),
+        "ignore_eos": _IGNORE_EOS.value,
+    }
+    # What only sampled requests take; the lines of a file may be sampled where the flags say greedy.
+    drawn = {name: sampling[name] for name in ("top_k", "top_p")}
+    some_may_be_sampled = _PROMPTS.value is not None and sampling["temperature"] == 0
+    defaults = SamplingParams(**common_params, **sampling | ({"top_k": 0, "top_p": 1.0} if some_may_be_sampled else {}))
     prompts = [Prompt(number, text, defaults) for number, text in enumerate(_PROMPT.value)]
     if _PROMPTS.value:
-        prompts += read_prompts(_PROMPTS.value, defaults, keep_bad=_OUTPUT.value is not None)
+        prompts += read_prompts(_PROMPTS.value, defaults, sampled=drawn, keep_bad=_OUTPUT.value is not None)
+    if all(prompt.params.temperature == 0 for prompt in prompts):
+        refuse_without_effect(drawn)
     return prompts
 
 
-def choose_sampling(wishes: dict[str, float | int]) -> dict[str, Any]:
-    """Temperature, top_k and top_p: a flag, or the model's default, or greedy."""
-    if _TEMPERATURE.value == 0:
-        wishes = {}
-    given = {"temperature": _TEMPERATURE.value, "top_k": _TOP_K.value, "top_p": _TOP_P.value}
-    given = {name: value for name, value in given.items() if value is not None}
-    return {"temperature": 0.0, "top_k": 0, "top_p": 1.0} | wishes | given
+def refuse_without_effect(drawn: dict[str, Any]) -> None:
+    """Raises RequestError for flags that matter to sampled requests alone."""
+    given = {"--seed": flags.FLAGS["seed"].present, "--deterministic_sampling": plan_flags.value("deterministic_sampling")}
+    given |= {"--top_k": drawn["top_k"] != 0, "--top_p": drawn["top_p"] != 1}
+    for flag in filter(given.get, given):
+        raise RequestError(f"{flag} has no effect at temperature 0; set a temperature or leave it out")
 
 
 def load(prompts: list[Prompt]) -> tuple[Model, dict, dict]:

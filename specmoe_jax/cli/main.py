@@ -8,8 +8,7 @@ import sys
 import types
 from typing import NoReturn
 
-from specmoe_jax.cli import common
-from specmoe_jax.support.version import __version__
+from specmoe_jax.cli import start
 
 COMMANDS = {
     "generate": "specmoe_jax.cli.generate",
@@ -38,16 +37,26 @@ def load_command(name: str) -> types.ModuleType:
 
 def main() -> None:
     """specmoe COMMAND --flags."""
+    start.prepare()
     name, *rest = sys.argv[1:] or [""]
     if name in ("-h", "-help", "--help", "help"):
         print(overview())
     elif name == "--version":
+        from specmoe_jax.support.version import __version__
+
         print(f"specmoe_jax {__version__}")
     elif name not in COMMANDS:
         _unknown(name)
     else:
         sys.argv = [f"specmoe {name}", *rest]
-        common.run(load_command(name))
+        run(name)
+
+
+def run(name: str) -> None:
+    """Imports a command and runs it with the flags of sys.argv."""
+    from specmoe_jax.cli import common  # imports JAX
+
+    common.run(load_command(name))
 
 
 def overview() -> str:
@@ -67,4 +76,4 @@ def _summary(module: str) -> str:
 
 def _unknown(name: str) -> NoReturn:
     what = f"no command {name!r}" if name else "no command is given"
-    common.usage_error(f"{what}; the commands are {', '.join(COMMANDS)}; specmoe --help tells what each does")
+    start.usage_error(f"{what}; the commands are {', '.join(COMMANDS)}; specmoe --help tells what each does")

@@ -2,6 +2,7 @@
 
 Example:
     specmoe plan --prompts=prompts.txt --requests=100 --output=plan.json
+    specmoe plan --model=DIR --hardware=4090 --output=plan.json    (for another machine, by its rates; nothing is measured)
     specmoe generate --prompts=prompts.txt --plan=plan.json
 """
 
@@ -12,14 +13,13 @@ from absl import flags
 
 from specmoe_jax.autotune import choose as planning
 from specmoe_jax.autotune.calibrate import calibrate
-from specmoe_jax.autotune.probe import probe
 from specmoe_jax.autotune.profile import profile
 from specmoe_jax.checkpoints import load_model
 from specmoe_jax.checkpoints.eagle import bundled_head, load_head
 from specmoe_jax.checkpoints.files import open_checkpoint
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.mtp import holds_mtp, load_mtp
-from specmoe_jax.cli import common, plan_flags
+from specmoe_jax.cli import common, machine_flag, plan_flags
 from specmoe_jax.config.plan_fields import DTYPES
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.jobs.prompts import read_prompts
@@ -35,6 +35,7 @@ _REQUESTS = flags.DEFINE_integer("requests", None, "Requests of the job; default
 _PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", None, "Tokens of a prompt; default: the mean of --prompts, else 128.")
 _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens of a request.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Compute and weight type.")
+_HARDWARE = flags.DEFINE_string("hardware", machine_flag.THIS, machine_flag.HELP)
 _FRESH = flags.DEFINE_boolean("fresh", False, "Measure machine and operators again.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where the plan goes, as JSON for generate.py --plan. Default: stdout.")
 flags.adopt_module_key_flags(plan_flags)
@@ -46,9 +47,15 @@ def main() -> None:
     common.use_compile_cache()
     folder = checkpoint_path(_MODEL.value)
     config = load_config(folder)
-    hardware = probe(fresh=_FRESH.value, progress=True)
-    operators = profile(config, _DTYPE.value, fresh=_FRESH.value, progress=True) if config.encoder is None else None
-    tell(f"{hardware.to_json()}\n" + (as_table(operators) if operators else "no operators were measured: the model has an encoder"))
+    elsewhere = _HARDWARE.value != machine_flag.THIS
+    if elsewhere and flags.FLAGS["fresh"].present:
+        common.usage_error("--fresh measures this machine, and --hardware names another; leave one out")
+    named = machine_flag.read_hardware(_HARDWARE.value, fresh=_FRESH.value)
+    hardware = machine_flag.with_budgets(named.hardware, plan_flags.budgets()) if elsewhere else named.hardware
+    tell("\n".join(filter(None, (hardware.to_json(), named.said))))
+    if not elsewhere:
+        operators = profile(config, _DTYPE.value, fresh=_FRESH.value, progress=True) if config.encoder is None else None
+        tell(as_table(operators) if operators else "no operators were measured: the model has an encoder")
     limits = SamplingParams(max_new_tokens=_NEW_TOKENS.value)
     prompts = [prompt.model_input for prompt in read_prompts(_PROMPTS.value, limits)] if _PROMPTS.value else []
     head_name = _DRAFT_HEAD.value or bundled_head(_MODEL.value)
@@ -63,7 +70,7 @@ def main() -> None:
     job = planning.job_of(tokenizer, prompts, [_NEW_TOKENS.value])
     if _PROMPT_TOKENS.value or not prompts:
         job = job._replace(prompt_tokens=_PROMPT_TOKENS.value or 128)
-    known = planning.know(config, _DTYPE.value, folder, job)
+    known = planning.know(config, _DTYPE.value, folder, job, hardware=hardware if elsewhere else None)
     if _ACCEPTANCE.value is not None:
         known = known._replace(calibration=given(known.calibration, _ACCEPTANCE.value))
     requests = _REQUESTS.value or len(prompts) or planning.REQUESTS

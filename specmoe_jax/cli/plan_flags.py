@@ -7,8 +7,10 @@ from absl import flags
 
 from specmoe_jax.cli.flag_names import scale_of, with_flags
 from specmoe_jax.config.field_info import FieldSpec
+from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.plan_fields import fields_of_a_plan
+from specmoe_jax.config.presets import preset
 from specmoe_jax.config.registry import DRAFTS
 
 FIELDS = {name: spec for name, spec in fields_of_a_plan().items() if spec.flag is not None}
@@ -61,3 +63,18 @@ def over(plan: Plan, **more) -> Plan:
     if draft is not None and not draft.drafts:
         plan = plan.replace(draft_length=None)
     return plan.replace(**given() | more)
+
+
+def as_flags(plan: Plan, config: ModelConfig) -> list[str]:
+    """The flags that give a plan: its preset, what differs from it, and its dtype."""
+    own, flags_ = preset(plan.preset, config), [f"--preset={plan.preset}", f"--dtype={plan.dtype}"]
+    for name, spec in FIELDS.items():
+        found = getattr(plan, name)
+        if found == getattr(own, name) or name == "dtype":
+            continue
+        if isinstance(found, bool):
+            flags_.append(f"--{'' if found else 'no'}{spec.flag}")
+        else:
+            scale = scale_of(spec)
+            flags_.append(f"--{spec.flag}={found if scale is None else f'{found / scale:.4g}'}")
+    return flags_

@@ -8,7 +8,7 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan_checks import check_plan, check_values
 from specmoe_jax.config.plan_fields import PlanFields, fields_of_a_plan
 from specmoe_jax.support.errors import PlanError
-from specmoe_jax.support.validation import is_whole
+from specmoe_jax.support.validation import is_whole, plain
 
 VERSION = 1  # of the JSON form; files without one are of before there was a version, and read alike
 
@@ -20,6 +20,10 @@ class Plan(PlanFields):
     Its fields, with their types, defaults and help, are the table in plan_fields.py. A field that has no meaning under the
     other choices is left at its default; any other value is an error then, not ignored. Raises PlanError from `validate`.
     """
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
 
     def replace(self, /, **changes) -> "Plan":
         """A copy with some fields changed. Unknown names raise PlanError."""

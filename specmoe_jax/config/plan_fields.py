@@ -99,7 +99,11 @@ class PlanFields:
         lower=0,
         needs=(STREAM,),
     )
-    prefill_chunk: int = field(64, "Prompt positions per prefill pass.", flag=None)
+    prefill_chunk: int = field(
+        64,
+        "Prompt positions that a program takes of each row. Experts cross once for all of a prompt's, but for pools with fewer "
+        "free slots than a layer has experts.",
+    )
     prefill_attention: PrefillAttention | None = field(
         None, "Where prompts attend when streaming.", none="the accelerator if there is one", needs=(STREAM,)
     )

@@ -3,7 +3,7 @@
 import dataclasses
 
 from specmoe_jax.support.errors import RequestError
-from specmoe_jax.support.validation import is_number, is_whole
+from specmoe_jax.support.validation import is_number, is_text, is_whole, plain, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,17 +22,20 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self):
-        if not is_whole(self.max_new_tokens) or self.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens is {self.max_new_tokens!r}; it must be a whole number of at least 1")
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
+        if not is_whole(self.max_new_tokens) or not 1 <= self.max_new_tokens < 1 << 31:
+            said = "a whole number of at least 1, at most 2147483647"
+            raise RequestError(f"max_new_tokens is {shown(self.max_new_tokens)}; it must be {said}")
         if not is_number(self.temperature) or self.temperature < 0:
-            raise RequestError(f"temperature is {self.temperature!r}; it must be 0 (greedy) or more, and finite")
+            raise RequestError(f"temperature is {shown(self.temperature)}; it must be 0 (greedy) or more, and finite")
         if not is_whole(self.top_k) or not 0 <= self.top_k < 1 << 31:
-            raise RequestError(f"top_k is {self.top_k!r}; it must be a whole number, 0 (whole vocabulary) or more")
+            raise RequestError(f"top_k is {shown(self.top_k)}; it must be a whole number, 0 (whole vocabulary) or more")
         if not is_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise RequestError(f"top_p is {self.top_p!r}; it must be in (0, 1]")
+            raise RequestError(f"top_p is {shown(self.top_p)}; it must be in (0, 1]")
         if not is_whole(self.seed) or not 0 <= self.seed < 1 << 32:
-            raise RequestError(f"seed is {self.seed!r}; it must be a whole number from 0 to {(1 << 32) - 1}")
-        if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
+            raise RequestError(f"seed is {shown(self.seed)}; it must be a whole number from 0 to {(1 << 32) - 1}")
+        if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s and is_text(s) for s in self.stop):
             raise RequestError(f"stop is {self.stop!r}; it must be a tuple of texts of at least one character each")
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false")

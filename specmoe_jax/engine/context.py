@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 
 from specmoe_jax.offload.store import Link
+from specmoe_jax.support.jax_settings import lenient_thread
 from specmoe_jax.support.tracing import Span
 from specmoe_jax.types import Device
 
@@ -57,7 +58,7 @@ class DeviceContext:
 def make_context(spans: list[Span] | None) -> DeviceContext:
     """This machine's. spans: see Workers."""
     device = jax.devices()[0]
-    cpu, link = (concurrent.futures.ThreadPoolExecutor(1, f"specmoe-{worker}") for worker in ("cpu", "link"))
+    cpu, link = (concurrent.futures.ThreadPoolExecutor(1, f"specmoe-{worker}", lenient_thread) for worker in ("cpu", "link"))
     return DeviceContext(
         device=device,
         host=jax.local_devices(backend="cpu")[0],

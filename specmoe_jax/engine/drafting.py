@@ -47,8 +47,9 @@ def draft(runtime: Runtime, state: State, length: int) -> Drafted:
         ),
         rows=state.rows,
         keys=None if state.rows.greedy else step_keys(state, Stream.DRAFT),
-        coupled=step_coupled_keys(state, length) if runtime.plan.deterministic_sampling else None,
+        coupled=step_coupled_keys(state, runtime.plan.draft_length or length) if runtime.plan.deterministic_sampling else None,
         forward=forward,
+        chain=forward and forward.chain,
         memory=state.draft_memory,
     )
     assert runtime.draft is not None  # else the length is 0

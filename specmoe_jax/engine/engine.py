@@ -1,6 +1,6 @@
 """The engine: turns prompts into completions, batch by batch. The imperative shell around `step`."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.registry import EXPERT_FLOWS
@@ -22,6 +22,7 @@ from specmoe_jax.planner.hardware import Hardware
 from specmoe_jax.speculate.drafts.protocol import Draft
 from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy
 from specmoe_jax.support.errors import PlanError
+from specmoe_jax.support.jax_settings import lenient, leniently, use_compile_cache
 from specmoe_jax.support.tracing import Span
 
 
@@ -38,6 +39,7 @@ class Engine:
     spans: a list that gets the time of every task of a streamed plan (tracing.write_lanes); costs a little of the overlap.
     """
 
+    @lenient()
     def __init__(
         self,
         model: Model,
@@ -51,6 +53,7 @@ class Engine:
         progress: str | bool = False,
         spans: list[Span] | None = None,
     ):
+        use_compile_cache()
         if not isinstance(plan, Plan):
             raise PlanError(f"plan is {plan!r}; give a Plan, for example PRESETS['specmoe'](model.config)")
         self.model, self.plan = model, resolved(plan.validate(model.config))
@@ -80,17 +83,18 @@ class Engine:
         *,
         ids: Sequence[int] | None = None,
         on_step: Callable[[StepInfo], None] | None = None,
-    ) -> Iterator[TokenEvent]:
+    ) -> Generator[TokenEvent, None, None]:
         """Tokens as they are committed, batches of at most `plan.batch_size` requests one after the other.
 
         Under expert_flow=stream there is one batch: a waiting request takes over a finished row (continuous batching).
 
         ids: what events and sampling keys know the requests by; None for 0, 1, 2, ... Raises RequestError at the
-        call, not when the first token is asked for.
+        call, not when the first token is asked for. `.close()` ends the generation.
         """
         requests = make_requests(self.model, prompts, params, ids)
-        return self._flow.run(self._session, requests, batch_shape_of(self.plan, requests), on_step)
+        return leniently(self._flow.run(self._session, requests, batch_shape_of(self.plan, requests), on_step))
 
+    @lenient()
     def init(self, prompts, params=None) -> State:
         """The functional face: the state after the prefill of one batch of at most `plan.batch_size` prompts."""
         requests = make_requests(self.model, prompts, params)
@@ -98,6 +102,7 @@ class Engine:
             raise PlanError(f"{len(requests)} prompts and batch_size {self.plan.batch_size}; init takes one batch")
         return self._flow.init(self._session, requests, batch_shape_of(self.plan, requests))
 
+    @lenient()
     def step(self, state: State) -> tuple[State, StepInfo]:
         """Every active row gets 1 to N + 1 tokens. The state is consumed: its buffers are donated."""
         return step(state.runtime, state, self.model.tokenizer)

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from specmoe_jax.engine.flows.protocol import PooledFlowExecutor
+from specmoe_jax.engine.flows.protocol import Chunk, PooledFlowExecutor
 from specmoe_jax.engine.runtime import Runtime
-from specmoe_jax.engine.state import ExpertMemory, PassInfo
+from specmoe_jax.engine.state import ExpertMemory
 from specmoe_jax.types import KVCache
 
 
@@ -20,31 +20,36 @@ def prefill(
     chunk: int,
     draft_memory: Any = None,
     *,
-    on_chunk: Callable[[int], object] = lambda positions: None,
-) -> tuple[ExpertMemory, KVCache, Any, list[PassInfo]]:
+    on_positions: Callable[[int], object] = lambda positions: None,
+) -> tuple[ExpertMemory, KVCache, Any]:
     """All tokens of each prompt but its last, which is the input of the first step.
 
     prompts: B token tuples, ragged; an empty one is a padding row. The draft set after the prefill is chosen
     by the routing of the whole prompt, not of its last chunk. draft_memory: of a FeatureDraft, which observes every chunk.
-    on_chunk: called with the positions of each chunk done.
+    on_positions: called with the positions that were done since the last call.
     """
+    every_row = np.arange(len(prompts), dtype=np.int32)
+
+    def observe(one: Chunk, features) -> None:
+        nonlocal draft_memory
+        if features is not None:
+            draft_memory = runtime.feature_draft.observe(draft_memory, every_row, one.following, features, one.lengths, one.num_new)
+
+    memory, kv, totals = flow.prompt_pass(runtime, memory, kv, chunks_of(prompts, chunk), observe, on_positions)
+    usage_scores = runtime.policies.draft_set.update(memory.usage_scores, totals, totals)
+    memory = memory._replace(usage_scores=usage_scores)
+    return runtime.draft_executor.after_prefill(runtime, memory, totals), kv, draft_memory
+
+
+def chunks_of(prompts: list[tuple[int, ...]], chunk: int) -> list[Chunk]:
+    """The prompts but for their last tokens, `chunk` positions of every row at a time."""
     counts = np.array([max(len(prompt) - 1, 0) for prompt in prompts], np.int32)
-    totals = np.zeros((runtime.config.num_moe_layers, runtime.config.num_experts), np.int64)
-    nothing = np.zeros_like(totals)
-    infos, every_row = [], np.arange(len(prompts), dtype=np.int32)
+    found = []
     for start in range(0, int(counts.max()), chunk):
         tokens, following = np.zeros((2, len(prompts), chunk), np.int32)
         num_new = np.clip(counts - start, 0, chunk).astype(np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : num_new[row]] = prompt[start : start + num_new[row]]
             following[row, : num_new[row]] = prompt[start + 1 : start + 1 + num_new[row]]
-        lengths = np.minimum(counts, start).astype(np.int32)
-        done = flow.target_pass(runtime, memory, kv, tokens, lengths, num_new, earlier=totals, predicted=nothing)
-        memory, kv, totals = done.memory, done.kv, done.counts
-        if done.features is not None:
-            draft_memory = runtime.feature_draft.observe(draft_memory, every_row, following, done.features, lengths, num_new)
-        infos.append(done.info)
-        on_chunk(int(num_new.max()))
-    usage_scores = runtime.policies.draft_set.update(memory.usage_scores, totals, totals)
-    memory = memory._replace(usage_scores=usage_scores)
-    return runtime.draft_executor.after_prefill(runtime, memory, totals), kv, draft_memory, infos
+        found.append(Chunk(tokens, np.minimum(counts, start).astype(np.int32), num_new, following))
+    return found

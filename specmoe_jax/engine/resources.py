@@ -1,6 +1,7 @@
 """What an engine keeps from one job to the next: the pool with its account, the runtime, and the learnt draft lengths."""
 
 import dataclasses
+import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,8 @@ from specmoe_jax.speculate.drafts.protocol import FeatureDraft
 from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy
 from specmoe_jax.support.tracing import Span
 from specmoe_jax.types import KVCache
+
+_LOG = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
@@ -48,6 +51,7 @@ class EngineResources:
         self._model, self._plan, self._draft_set = model, plan, draft_set
         self._progress, self._spans = progress, spans
         self._shared: Runtime | None = None  # of all jobs until one needs more; a job's own differs in its draft alone
+        _LOG.info("plan: %s", plan)
         self.runtime: Runtime | None = None
         self.account: MemoryAccount | None = None
         self._memory: ExpertMemory | None = None

@@ -1,6 +1,7 @@
 """What a flow needs of an engine to run its jobs: the resources, the figures, and steps."""
 
 import dataclasses
+import logging
 
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.engine.engine_figures import EngineFigures
@@ -11,6 +12,8 @@ from specmoe_jax.engine.step import step, warm_up
 from specmoe_jax.models.model import Model
 from specmoe_jax.support.progress import bar
 from specmoe_jax.support.timing import Stopwatch
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,4 +47,7 @@ class Session:
         with bar("compile", None, "step", mode=self.progress, leave=False) as shown:
             state = warm_up(state.runtime, state, on_step=shown.update)
         self.figures.add_warm_up(watch.seconds)
+        _LOG.info(
+            "compiled the steps of %d rows and %d positions in %.1f s", batch_shape.rows, batch_shape.positions, watch.seconds
+        )
         return state

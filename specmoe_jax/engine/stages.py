@@ -105,6 +105,28 @@ def experts(config: LayerConfig, h: jax.Array, x, routing: Routing | None, pool:
         return layers.combine(h, ffn.expert_ffn(config.own_experts, x, pool, choose_slots(routing.ids, slots)), routing)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(8, 9))
+def experts_and_attention(
+    before: LayerConfig,
+    config: LayerConfig,
+    h: jax.Array,
+    x,
+    routing: Routing,
+    pool: jax.Array,
+    slots,
+    weights: LayerWeights[jax.Array],
+    k_cache,
+    v_cache,
+    lengths,
+    num_new,
+    cross: CrossCache | None = None,
+    tree: Tree | None = None,
+):
+    """The experts of one layer and the attention of the next: what the host has no word in. -> h between the two, as attention."""
+    h = experts(before, h, x, routing, pool, slots)
+    return h, *attention(config, weights, h, k_cache, v_cache, lengths, num_new, cross, tree)
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def experts_wave(config: LayerConfig, outputs: jax.Array, x, ids: jax.Array, pool: jax.Array, slots) -> jax.Array:
     """Adds the experts of one wave to outputs [n, A, M]; every entry gets exactly one non-zero summand."""

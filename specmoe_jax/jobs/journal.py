@@ -8,24 +8,31 @@ import contextlib
 import fcntl
 import io
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Iterator
 
 from specmoe_jax.support.errors import RequestError
+from specmoe_jax.support.validation import is_whole
+
+_LOG = logging.getLogger(__name__)
+ANSWERS = ("text", "response")  # a line of a finished request has one of these
 
 
 class Journal:
     """The output of a job, JSON lines in the order of completion, each `append` on disk (fsync) before the next begins.
 
-    done: numbers (`index`) of the requests that are finished. Raises RequestError when the output belongs to another
-    job (naming what changed), is in use by another process, or cannot be written.
+    done: numbers (`index`) of the requests that are finished. requests: how many the job has; None where that is not known.
+    Raises RequestError when the output belongs to another job (naming what changed), holds a line that the job did not write (with
+    its number), is in use by another process, or cannot be written.
     """
 
-    def __init__(self, output: str, fingerprint: dict, *, restart: bool = False):
+    def __init__(self, output: str, fingerprint: dict, *, restart: bool = False, requests: int | None = None):
+        self._requests = requests
         # A file that has a second name through a link has one lock.
         self._path = pathlib.Path(os.path.realpath(output) if os.path.islink(output) else output)
-        journal = self._path.with_name(self._path.name + ".journal")
+        self._journal_path = journal = self._path.with_name(self._path.name + ".journal")
         with _writing(journal):
             self._journal = open(journal, "ab+", buffering=0)  # what a buffer holds back would be written after a failure
         self._lock()
@@ -38,10 +45,12 @@ class Journal:
         with _writing(self._path):
             self._file = open(self._path, "ab", buffering=0)
         self._end, self.done = self._read()
+        _LOG.info("%s: %d requests were done before", self._path, len(self.done))
         self._file.truncate(self._end)
 
     def append(self, *records: dict) -> None:
-        """Adds finished requests; when this returns, they survive. Raises RequestError when the disk does not take them."""
+        """Adds finished requests; when this returns, they survive. Raises RequestError if the disk does not take them."""
+        self.check_present()
         line = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
         try:
             _write_safely(self._file, line)
@@ -53,6 +62,19 @@ class Journal:
             ) from e
         self._end += len(line)
         self.done |= {record["index"] for record in records}
+
+    def check_present(self) -> None:
+        """Raises RequestError if the output or its journal has been removed, replaced or unmounted since the job began."""
+        for file, path in ((self._file, self._path), (self._journal, self._journal_path)):
+            try:
+                there = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            except OSError:
+                there = False
+            if not there:
+                raise RequestError(
+                    f"{path} was removed, replaced or unmounted while the job ran; what was written since is not in it: run the "
+                    "same command again"
+                )
 
     def close(self) -> None:
         """Releases the job's lock on its output."""
@@ -89,16 +111,28 @@ class Journal:
         """The end of the last whole line, and the requests in the lines up to it."""
         end, done = 0, set()
         with open(self._path, "rb") as file:
-            for line in file:
+            for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
                     break
                 try:
-                    done.add(json.loads(line)["index"])
-                except (ValueError, KeyError, TypeError, RecursionError) as e:
-                    said = f"{self._path} holds a line that no job wrote; move it, or begin anew with --restart"
-                    raise RequestError(said) from e
+                    done.add(self._index(line, done))
+                except (ValueError, RecursionError) as e:
+                    said = f"{self._path} holds a line that no job wrote, or another job: line {number} ({e})"
+                    raise RequestError(f"{said}; move it, or begin anew with --restart") from e
                 end += len(line)
         return end, done
+
+    def _index(self, line: bytes, done: set[int]) -> int:
+        """The number of the request that a line answers. Raises ValueError for a line that answers none."""
+        record = json.loads(line)
+        index = record.get("index") if isinstance(record, dict) else None
+        if not is_whole(index) or not 0 <= index < (index + 1 if self._requests is None else self._requests):
+            raise ValueError(f"its index is {str(index)[:20]!r}")
+        if not any(key in record for key in ANSWERS):
+            raise ValueError("it holds no answer")
+        if index in done:
+            raise ValueError(f"index {index} is there twice")
+        return index
 
     def _cut(self) -> None:
         """Removes a partially written line."""

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from specmoe_jax.checkpoints.chat import FIXED, encode_chat
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.jobs.openai_batch import BatchRequest, is_batch_line, read_line, request_of
 from specmoe_jax.support.errors import RequestError
+from specmoe_jax.support.validation import is_text, is_whole
 
 CHAT_FIELDS = ("messages", "system", "tools", "documents", "chat_template_kwargs")
 TEMPLATE_OPTIONS = ("enable_thinking", "reasoning_effort")  # the ones that most templates with options know, without a nest
@@ -51,6 +52,13 @@ class Prompt(NamedTuple):
         return self.text if self.token_ids is None else self.token_ids
 
 
+class _Defaults(NamedTuple):
+    """Of the lines of a file: parameters, and what joins them where a line is sampled though those are greedy."""
+
+    params: SamplingParams
+    sampled: dict
+
+
 def as_chat(
     prompts: list[Prompt], folder: pathlib.Path, tokenizer: Tokenizer | None, *, keep_bad: bool, must_work: int, every: bool = True
 ) -> list[Prompt]:
@@ -79,10 +87,11 @@ def as_chat(
     return [one(number, prompt) for number, prompt in enumerate(prompts)]
 
 
-def read_prompts(path: str, defaults: SamplingParams, *, keep_bad: bool = False) -> list[Prompt]:
+def read_prompts(path: str, defaults: SamplingParams, *, sampled: dict | None = None, keep_bad: bool = False) -> list[Prompt]:
     """Reads a .txt or .jsonl file. Raises RequestError naming the line.
 
-    keep_bad: an invalid line becomes a Prompt with an `error` instead, as long jobs need.
+    keep_bad: an invalid line becomes a Prompt with an `error` instead, as long jobs need. sampled: defaults of what only sampled
+    requests have (top_k, top_p), for lines with a temperature of their own where `defaults` are greedy.
 
     Text: empty lines are skipped, the id is the number of the prompt. JSON lines: objects with `prompt` or `messages`, and
     optionally `id`, `system`, `tools`, `documents`, options of the chat template and any field of SamplingParams; or requests in
@@ -93,8 +102,9 @@ def read_prompts(path: str, defaults: SamplingParams, *, keep_bad: bool = False)
         lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split at U+2028, inside JSON texts
     except (OSError, ValueError) as e:  # ValueError: not UTF-8, or a NUL in the path
         raise RequestError(f"cannot read prompts from {path} ({e}); give a UTF-8 .txt or .jsonl file") from e
+    form = _Defaults(defaults, sampled or {})
     if file.suffix == ".jsonl":
-        prompts = [_parse_or_keep(line, number, defaults, keep_bad, file) for number, line in enumerate(lines, 1) if line.strip()]
+        prompts = [_parse_or_keep(line, number, form, keep_bad, file) for number, line in enumerate(lines, 1) if line.strip()]
     elif file.suffix == ".txt":
         prompts = [Prompt(number, line, defaults) for number, line in enumerate(filter(str.strip, lines))]
     else:
@@ -104,16 +114,16 @@ def read_prompts(path: str, defaults: SamplingParams, *, keep_bad: bool = False)
     return prompts
 
 
-def _parse_or_keep(line: str, number: int, defaults: SamplingParams, keep_bad: bool, file: pathlib.Path) -> Prompt:
+def _parse_or_keep(line: str, number: int, defaults: _Defaults, keep_bad: bool, file: pathlib.Path) -> Prompt:
     try:
         return _parse(line, number, defaults)
     except RequestError as e:
         if not keep_bad:
             raise RequestError(f"{file}: {e}") from e
-        return Prompt(number - 1, "", defaults, error=str(e), batch=request_of(line))
+        return Prompt(number - 1, "", defaults.params, error=str(e), batch=request_of(line))
 
 
-def _parse(line: str, number: int, defaults: SamplingParams) -> Prompt:
+def _parse(line: str, number: int, defaults: _Defaults) -> Prompt:
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as e:
@@ -121,19 +131,33 @@ def _parse(line: str, number: int, defaults: SamplingParams) -> Prompt:
     where, batch = f"line {number}", None
     if isinstance(fields, dict) and is_batch_line(fields):
         batch, fields = read_line(fields, where)
+    token_ids = _token_ids(fields, where)
     if not isinstance(fields, dict) or not (isinstance(fields.get("prompt"), str) or "messages" in fields):
-        raise RequestError(f'{where} has no text "prompt"; give {{"prompt": "...", "id": ...}} or {{"messages": [...]}}')
+        said = 'has no text "prompt"; give {"prompt": "...", "id": ...}, token ids in its place, or {"messages": [...]}'
+        raise RequestError(f"{where} {said}")
     request_id, talk = fields.pop("id", number - 1), _conversation(fields, where)
     text = fields.pop("prompt") if talk is None else talk.text
     if isinstance(request_id, bool) or not isinstance(request_id, int | str):
         raise RequestError(f"{where} has the id {request_id!r}; it must be a text or a whole number")
     whole = json.dumps([talk, text, str(request_id)], ensure_ascii=False)
-    if not _is_text(whole):
+    if not is_text(whole):
         raise RequestError(f"{where} holds half of a surrogate pair, which is no text; write the whole character")
-    return Prompt(request_id, text, _params(fields, where, defaults), conversation=talk, batch=batch)
+    params = _params(fields, where, defaults)
+    return Prompt(request_id, text, params, token_ids=token_ids, conversation=talk, batch=batch)
 
 
-def _params(fields: dict, where: str, defaults: SamplingParams) -> SamplingParams:
+def _token_ids(fields: Any, where: str) -> tuple[int, ...] | None:
+    """The ids of a prompt that is given as ids, whose text is empty then; None of any other."""
+    if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), list):
+        return None
+    token_ids = tuple(fields["prompt"])
+    if not token_ids or not all(map(is_whole, token_ids)) or "messages" in fields:
+        raise RequestError(f'{where}: "prompt" is a list; it must be of token ids (whole numbers), at least one, without messages')
+    fields["prompt"] = ""
+    return token_ids
+
+
+def _params(fields: dict, where: str, defaults: _Defaults) -> SamplingParams:
     """Those of a line over those of the job."""
     names = {field.name for field in dataclasses.fields(SamplingParams)}
     if unknown := sorted(set(fields) - names):
@@ -143,8 +167,10 @@ def _params(fields: dict, where: str, defaults: SamplingParams) -> SamplingParam
         fields["stop"] = tuple(fields["stop"])
     if fields.get("temperature") == 0:  # greedy: what is the default of sampled requests falls away
         fields = {"top_k": 0, "top_p": 1.0} | fields
+    elif fields.get("temperature") is not None and defaults.params.temperature == 0:
+        fields = defaults.sampled | fields
     try:
-        return dataclasses.replace(defaults, **fields)
+        return dataclasses.replace(defaults.params, **fields)
     except RequestError as e:
         raise RequestError(f"{where}: {e}") from e
 
@@ -179,12 +205,3 @@ def _objects(value, key: str, where: str) -> tuple[dict, ...] | None:
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         raise RequestError(f"{where}: {key} is {str(value)[:50]!r}; it must be a list of objects")
     return tuple(value)
-
-
-def _is_text(value: str) -> bool:
-    """Whether a str can be written as UTF-8; JSON escapes can spell single surrogates."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -19,6 +19,7 @@ from specmoe_jax.models.experts import block_bytes, block_function
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.spec import Weights, map_specs, random_block, random_tensor
 from specmoe_jax.support.errors import PinnedMemoryError
+from specmoe_jax.support.jax_settings import lenient
 from specmoe_jax.types import CrossCache, Routing
 
 
@@ -110,6 +111,7 @@ def reference_attention(config: AttentionConfig, q, k, v, sinks: jax.Array | Non
     return scores_and_values(config, q, k.swapaxes(1, 2), v.swapaxes(1, 2), seen, sinks)
 
 
+@lenient()
 def random_model(config: ModelConfig, *, seed: int = 0, dtype: str = "float32", tokenizer: Any = None) -> Model:
     """A model of the given sizes with random weights, for tests and for speed where text does not matter."""
     family = family_of(config)

@@ -9,8 +9,10 @@ import numpy as np
 
 from specmoe_jax.models.model import Model, to_host
 from specmoe_jax.models.packing import pack, unpacked
+from specmoe_jax.support.jax_settings import lenient
 
 
+@lenient()
 def quantise(model: Model, expert_dtype: str) -> Model:
     """The model with every expert packed by a kind that a plan can ask for (models/packing), one expert at a time.
 
@@ -25,6 +27,7 @@ def quantise(model: Model, expert_dtype: str) -> Model:
     return dataclasses.replace(model, config=config, experts=experts)
 
 
+@lenient()
 def logit_error(exact: Model, other: Model, prompts: Sequence[Sequence[int]]) -> dict[str, float]:
     """How far the distributions of `other` are from those of `exact` at every position of some prompts.
 

@@ -57,7 +57,7 @@ def plan_layer(
     resident = slot_of[layer] >= 0
     # Needed ones first: a fetch only for the next draft set must not delay a computation.
     misses = np.flatnonzero(needed & ~resident)
-    queue = [*misses, *np.flatnonzero(keep & ~needed & ~resident)]
+    queue = misses.tolist() + np.flatnonzero(keep & ~needed & ~resident).tolist()
     waves, computed = [], ~needed
     _release(slot_of, owner, layer, computed & ~keep)
     while True:
@@ -68,7 +68,7 @@ def plan_layer(
                 f"layer {layer} has {len(queue)} experts to fetch and no free slot of {len(owner)}; "
                 "give more device memory or pin fewer experts"
             )
-        fetch = tuple((layer, int(expert), int(slot)) for expert, slot in zip(batch, free, strict=False))
+        fetch = tuple((layer, expert, slot) for expert, slot in zip(batch, free[: len(batch)].tolist(), strict=True))
         for _, expert, slot in fetch:
             slot_of[layer, expert], owner[slot] = slot, layer * len(needed) + expert
         ready = ~computed & (slot_of[layer] >= 0)
@@ -121,6 +121,7 @@ def _by_eviction_priority(slots: np.ndarray, eviction_priority: np.ndarray | Non
 
 def _release(slot_of: np.ndarray, owner: np.ndarray, layer: int, experts: np.ndarray) -> None:
     """Frees the slots of some experts of a layer in the two (already copied) tables."""
-    gone = np.flatnonzero(experts & (slot_of[layer] >= 0))
-    owner[slot_of[layer, gone]] = -1
-    slot_of[layer, gone] = -1
+    slots = slot_of[layer]
+    gone = experts & (slots >= 0)
+    owner[slots[gone]] = -1
+    slots[gone] = -1

@@ -1,10 +1,11 @@
 """The expert store: the only place where an expert crosses the link, and where its bytes are counted."""
 
 import functools
+import itertools
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,11 @@ import numpy as np
 
 from specmoe_jax.models.model import to_host
 from specmoe_jax.offload.tiers import Tier
+
+# Of blocks that go together. A program costs 20 us to call, which matters beside blocks of a few kB; several MB would only delay
+# what waits for them: reads of a disk, and the link's next customer.
+BATCH_BYTES = 4 << 20
+BATCH_BLOCKS = 16
 
 
 class Link:
@@ -79,24 +85,31 @@ class ExpertStore:
     room: blocks that may be on their way beside a pool; 0 where the accelerator is the CPU itself, whose copies go straight into
     their slots. On an accelerator of its own a program that held the copy would keep all later programs waiting for it (one stream
     of programs runs in order), so copies are transfers beside the programs, and only what has arrived is written by one.
+
+    Small blocks go together, up to BATCH_BYTES: one transfer and one program for several slots, whose number is a power of two, so
+    that few programs are compiled.
     """
 
     def __init__(self, tier: Tier, link: Link, *, room: int = 0):
         self._arrival_s: dict[int, float] = {}
         self.tier, self.link, self._room = tier, link, room
+        self._block_bytes = math.prod(tier.shape) * tier.dtype.itemsize
+        self._sizes = _batch_sizes(self._block_bytes, room // 2 if room else tier.num_experts)
         self._device = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device")
 
     def new_pool(self, num_slots: int) -> jax.Array:
         """A slot pool [R, 3, F, M] of zeros on the accelerator, in the dtype of the blocks.
 
-        One block of zeros goes the way of an expert (and is counted), so that the copy is compiled before the first
+        One block of zeros goes the way of an expert (and is counted), so that the copies are compiled before the first
         one is timed.
         """
         zeros = jnp.zeros((num_slots, *self.tier.shape), self.tier.dtype)
         pool = jax.device_put(zeros, jax.devices()[0])
-        block = to_host(np.zeros(self.tier.shape, self.tier.dtype))
-        self.link.send(block.nbytes)
-        return _write_slot(pool, self._copy(block), np.int32(0))
+        (block,) = self._sent((to_host(np.zeros(self.tier.shape, self.tier.dtype)),))
+        self.link.send(self._block_bytes)
+        for size in self._sizes[1:]:
+            pool = _write_slots(pool, (block,) * size, np.zeros(size, np.int32))
+        return self._write(pool, (block,), [0])
 
     def fetch(
         self, pool: jax.Array, copies: Sequence[tuple[int, int, int]], arriving: tuple[Arriving, ...] = ()
@@ -105,23 +118,24 @@ class ExpertStore:
 
         -> pool and what is now on its way, which `finish_copies` writes; waits for the oldest where there is no room for more.
         """
-        blocks = self.tier.blocks([(layer, expert) for layer, expert, _ in copies])
-        for (_, _, slot), block in zip(copies, blocks, strict=True):
+        blocks = iter(self.tier.blocks([(layer, expert) for layer, expert, _ in copies]))
+        slots = [slot for _, _, slot in copies]
+        for start, size in _batches(len(slots), self._sizes):
+            batch, places = tuple(itertools.islice(blocks, size)), slots[start : start + size]
             if self._room:
-                if len(arriving) >= self._room:
-                    pool, arriving = self._finish_oldest(pool, arriving)
-                arriving = (*arriving, Arriving(slot, self._copy(block)))
-                self._arrival_s[slot] = self.link.send(block.nbytes)
+                pool, arriving = self._finish_oldest(pool, arriving, len(arriving) + size - self._room)
+            for slot in places:
+                self._arrival_s[slot] = self.link.send(self._block_bytes)
+            if self._room:
+                arriving = (*arriving, *map(Arriving, places, self._sent(batch)))
             else:
-                pool = self.put(pool, block, slot)
+                pool = self._write(pool, batch, places)
         return pool, arriving
 
     def put(self, pool: jax.Array, block: jax.Array | np.ndarray, slot: int) -> jax.Array:
         """Starts the copy of one block [3, F, M] from host memory into its slot. The pool is consumed (donated)."""
-        block = self._copy(block if isinstance(block, jax.Array) else to_host(block))
-        pool = _write_slot(pool, jax.block_until_ready(block), np.int32(slot))
         self._arrival_s[slot] = self.link.send(block.nbytes)
-        return pool
+        return self._write(pool, self._sent((block if isinstance(block, jax.Array) else to_host(block),)), [slot])
 
     def finish_copies(
         self, pool: jax.Array, arriving: tuple[Arriving, ...], slots: np.ndarray | None = None
@@ -130,25 +144,35 @@ class ExpertStore:
 
         Negative slots are none. What was started before it is written too: a slot may have been given away and filled again.
         """
-        while arriving and (slots is None or any(one.slot in slots for one in arriving)):
-            pool, arriving = self._finish_oldest(pool, arriving)
-        if slots is not None:
-            self.link.wait(max((self._arrival_s.get(slot, 0.0) for slot in slots[slots >= 0].tolist()), default=0.0))
+        if slots is None:
+            return self._finish_oldest(pool, arriving, len(arriving))
+        read = set(slots[slots >= 0].tolist())
+        last = max((i for i, one in enumerate(arriving) if one.slot in read), default=-1)
+        pool, arriving = self._finish_oldest(pool, arriving, last + 1)
+        if self.link.bytes_per_s is not None:
+            self.link.wait(max((self._arrival_s.get(slot, 0.0) for slot in read), default=0.0))
         return pool, arriving
 
     def finish_arrived(self, pool: jax.Array, arriving: tuple[Arriving, ...]) -> tuple[jax.Array, tuple[Arriving, ...]]:
         """Writes the copies that have arrived; never waits. Consumes the pool."""
-        while arriving and _is_ready(arriving[0].block):
-            pool, arriving = self._finish_oldest(pool, arriving)
-        return pool, arriving
+        arrived = sum(1 for _ in itertools.takewhile(lambda one: _is_ready(one.block), arriving))
+        return self._finish_oldest(pool, arriving, arrived)
 
-    def _finish_oldest(self, pool: jax.Array, arriving: tuple[Arriving, ...]) -> tuple[jax.Array, tuple[Arriving, ...]]:
-        oldest, *others = arriving
-        return _write_slot(pool, jax.block_until_ready(oldest.block), np.int32(oldest.slot)), tuple(others)
+    def _finish_oldest(self, pool: jax.Array, arriving: tuple[Arriving, ...], count: int) -> tuple[jax.Array, tuple[Arriving, ...]]:
+        """Writes the `count` oldest, waiting for them; none if it is not above 0."""
+        oldest, others = arriving[: max(count, 0)], arriving[max(count, 0) :]
+        return self._write(pool, [one.block for one in oldest], [one.slot for one in oldest]), others
 
-    def _copy(self, block: jax.Array) -> jax.Array:
-        """Of a block in host memory, as a transfer of its own; the same block where its slot's program copies it."""
-        return jax.device_put(block, self._device) if self._room else block
+    def _sent(self, blocks: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Blocks of host memory as transfers of their own; the same blocks where the program of their slots copies them."""
+        return jax.device_put(blocks, self._device) if self._room else blocks
+
+    def _write(self, pool: jax.Array, blocks: Sequence[jax.Array], slots: Sequence[int]) -> jax.Array:
+        """Writes blocks into their slots, in that order, once they are there. The pool is consumed (donated)."""
+        for start, size in _batches(len(slots), self._sizes):
+            batch = jax.block_until_ready(tuple(blocks[start : start + size]))
+            pool = _write_slots(pool, batch, np.array(slots[start : start + size], np.int32))
+        return pool
 
     def new_buffer(self) -> jax.Array:
         """Room for all experts of one layer, [E, 3, F, M] of zeros on the accelerator (expert_flow=stream)."""
@@ -160,22 +184,21 @@ class ExpertStore:
 
         -> the layer.
         """
-        experts = self.tier.num_experts // self.tier.num_layers
-        self.link.count(experts * math.prod(self.tier.shape) * self.tier.dtype.itemsize)
+        self.link.count(self.tier.num_experts // self.tier.num_layers * self._block_bytes)
         return layer
 
     def stream(self, buffer: jax.Array, layer: int) -> jax.Array:
-        """Copies all experts of a layer (`send_for`) into a buffer (donated), expert by expert; returns when they have arrived.
+        """Copies all experts of a layer (`send_for`) into a buffer (donated), batch by batch; returns when they have arrived.
 
-        Each chunk waits for the one before, so a more urgent transfer waits for one expert at most. Runs in
+        Each batch waits for the one before, so a more urgent transfer waits for one expert or BATCH_BYTES at most. Runs in
         the engine's link thread.
         """
         start_s = time.perf_counter()
-        blocks = self.tier.blocks([(layer, expert) for expert in range(len(buffer))])
-        for expert, block in enumerate(blocks):
-            arrival_s = self.link.occupy(block.nbytes, since_s=start_s)
-            block = jax.block_until_ready(self._copy(block))  # not in the program: it would wait for the link
-            buffer = _write_slot(buffer, block, np.int32(expert))
+        blocks = iter(self.tier.blocks([(layer, expert) for expert in range(len(buffer))]))
+        for start, size in _batches(len(buffer), self._sizes):
+            batch = tuple(itertools.islice(blocks, size))
+            arrival_s = self.link.occupy(size * self._block_bytes, since_s=start_s)
+            buffer = self._write(buffer, self._sent(batch), range(start, start + size))  # not in the program: it would wait
             if not self._room:
                 jax.block_until_ready(buffer)
             self.link.wait(arrival_s)
@@ -188,7 +211,7 @@ class ExpertStore:
         most = self._room - under_way if self._room else self.tier.num_experts
         if self.link.bytes_per_s is None or budget_s == float("inf"):
             return most
-        expert_s = math.prod(self.tier.shape) * self.tier.dtype.itemsize / self.link.bytes_per_s
+        expert_s = self._block_bytes / self.link.bytes_per_s
         return min(most, max(int((budget_s - self.link.backlog_s) / expert_s), 0))
 
 
@@ -197,8 +220,25 @@ def _is_ready(array: Any) -> bool:
     return array.is_ready()
 
 
+def _batch_sizes(block_bytes: int, most: int) -> tuple[int, ...]:
+    """1, 2, 4, ...: how many blocks may go together."""
+    largest = max(min(BATCH_BYTES // block_bytes, BATCH_BLOCKS, most), 1)
+    return tuple(1 << i for i in range(largest.bit_length()))
+
+
+def _batches(count: int, sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """(start, size) of consecutive batches of `count` things, the largest first."""
+    start = 0
+    for size in reversed(sizes):
+        while count - start >= size:
+            yield start, size
+            start += size
+
+
 @functools.partial(jax.jit, donate_argnums=0)
-def _write_slot(pool: jax.Array, block: jax.Array, slot: jax.Array) -> jax.Array:
+def _write_slots(pool: jax.Array, blocks: tuple[jax.Array, ...], slots: jax.Array) -> jax.Array:
     """One program for copy and write: in place, and three times faster on CPU than device_put and then write."""
-    block = jax.device_put(block, jax.memory.Space.Device)
-    return jax.lax.dynamic_update_index_in_dim(pool, block, slot, axis=0)
+    for i, block in enumerate(blocks):
+        block = jax.device_put(block, jax.memory.Space.Device)
+        pool = jax.lax.dynamic_update_index_in_dim(pool, block, slots[i], axis=0)
+    return pool

@@ -10,6 +10,7 @@ import numpy as np
 from specmoe_jax.models.model import to_host
 from specmoe_jax.offload import host_cache as cache
 from specmoe_jax.offload.host_cache_policies import HostCachePolicy
+from specmoe_jax.support.jax_settings import lenient_thread
 
 READERS = 2  # demanded reads in flight; one more thread reads ahead
 
@@ -99,8 +100,8 @@ class DiskTier:
         self._cache = cache.empty(*shape)
         self._blocks: dict[tuple[int, int], concurrent.futures.Future] = {}
         self._pending: dict[tuple[int, int], concurrent.futures.Future] = {}  # those whose read may not have ended
-        self._demanded = concurrent.futures.ThreadPoolExecutor(READERS, "specmoe-read")
-        self._ahead = concurrent.futures.ThreadPoolExecutor(1, "specmoe-read-ahead")
+        self._demanded = concurrent.futures.ThreadPoolExecutor(READERS, "specmoe-read", lenient_thread)
+        self._ahead = concurrent.futures.ThreadPoolExecutor(1, "specmoe-read-ahead", lenient_thread)
         if not keep_pages:
             files.drop_pages()
 

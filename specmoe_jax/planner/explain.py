@@ -1,5 +1,6 @@
 """The output of `specmoe explain`. Pure: dictionaries with units in their names, and tables of them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.planner import replay, routing
+from specmoe_jax.planner.calibration import Acceptance
 from specmoe_jax.planner.estimate import Prediction, predict
 from specmoe_jax.planner.hardware import Hardware
 from specmoe_jax.planner.memory import fit
@@ -65,6 +67,7 @@ def explain(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workl
         "disk_gib": None if stored_bytes is None else stored_bytes / GIB,
         "load_s": None if stored_bytes is None else stored_bytes / hardware.disk_bytes_per_s,
         "batch": plan.batch_size,
+        "prefill_chunk": plan.prefill_chunk,
         "largest_batch": fit.largest_batch(config, plan, hardware, workload),
         **_speed(found),
     }
@@ -87,19 +90,31 @@ def _speed(found: Prediction) -> dict[str, Any]:
     }
 
 
-def presets(config: ModelConfig, plans: dict[str, Plan], hardware: Hardware, workload: Workload) -> dict[str, Any]:
-    """All plans side by side; for one that does not fit, the reason, and its prediction if it did."""
+def presets(
+    config: ModelConfig,
+    plans: dict[str, Plan],
+    hardware: Hardware,
+    workload: Callable[[Plan], Workload],
+    *,
+    progress: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """All plans side by side; for one that does not fit, the reason, and its prediction if it did.
+
+    workload: of a plan, whose draft has an acceptance of its own. progress: called after each.
+    """
     table = {}
     for name, plan in plans.items():
         try:
-            found = predict(config, plan, hardware, workload, budgets=False, interval=False)
+            found = predict(config, plan, hardware, workload(plan), budgets=False, interval=False)
         except PlanError as e:  # a budget of the plan itself
             table[name] = {"cannot run": str(e)}
             continue
-        refused = fit.refusal(config, plan, hardware, workload)
+        finally:
+            progress()
+        refused = fit.refusal(config, plan, hardware, workload(plan))
         speed = _speed(found)
         kept = ("tokens_per_s", "iteration_s", "draft_s", "tokens_per_step", "link_bytes_per_token", "binding_resource")
-        table[name] = {key: speed[key] for key in kept} | {"fits": refused is None}
+        table[name] = {"batch": plan.batch_size} | {key: speed[key] for key in kept} | {"fits": refused is None}
     base = table.get("on_demand", {}).get("link_bytes_per_token")
     for row in table.values():
         if base and "link_bytes_per_token" in row:
@@ -108,31 +123,51 @@ def presets(config: ModelConfig, plans: dict[str, Plan], hardware: Hardware, wor
 
 
 def caches(
-    config: ModelConfig, workload: Workload, trace: np.ndarray | None, capacity: int | None, *, tokens: int
+    config: ModelConfig,
+    workload: Workload,
+    trace: np.ndarray | None,
+    capacity: int | None,
+    *,
+    tokens: int,
+    progress: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
-    """Fetches of each cache policy on a trace, over those of the optimum. tokens: of a pass of the synthetic one."""
+    """Fetches of each cache policy on a trace, over those of the optimum. tokens: of a pass of the synthetic one.
+
+    progress: called after each policy.
+    """
     p = routing.choice_probabilities(config.num_experts, config.experts_per_token, workload.skew_of(config))
     given = trace is not None
     if not given:
         layers = config.num_moe_layers
         trace = replay.synthetic_trace(p, config.experts_per_token, layers=layers, passes=TRACE_PASSES, tokens=tokens)
     kept: int = trace.shape[1] * trace.shape[2] // 4 if capacity is None else capacity
-    fetched = replay.replay(trace, kept)
+    fetched = replay.replay(trace, kept, progress=progress)
     needed = fetched.pop("needed")
     return {
         "cache": {
-            "trace": f"{'given' if given else 'synthetic'}, {' x '.join(map(str, trace.shape))} (passes, layers, experts)",
+            "trace": "{}, {} passes, {} layers, {} experts".format("given" if given else "synthetic", *trace.shape),
             "experts_kept": kept,
             "experts_needed": needed,
         }
-        | {f"fetched, {name}{', its loading not counted' * (name == 'static')}": count for name, count in fetched.items()}
+        | {f"fetched, {name}{', loaded before' * (name == 'static')}": count for name, count in fetched.items()}
     }
 
 
 def assumptions(config: ModelConfig, hardware: Hardware, workload: Workload) -> list[str]:
-    """The assumed inputs of a prediction."""
-    found = [f"routing: independent tokens of skew {workload.skew_of(config):.3g}", "acceptance: given, not measured"]
+    """The assumed inputs of a prediction, beside the acceptance of its draft."""
+    found = [f"routing: independent tokens of skew {workload.skew_of(config):.3g}"]
     return found if hardware.measured else [f"machine: data sheets and assumed efficiencies ({hardware.name})", *found]
+
+
+def acceptance(plan: Plan, known: Acceptance, *, has_head: bool) -> str | None:
+    """Where the acceptance of a plan's draft comes from; None where it drafts nothing."""
+    draft = plan.drafting
+    if not draft.drafts:
+        return None
+    rate = f"{known.rate:.2g} a token" if isinstance(known.rate, float) else "that of the EAGLE head of SpecMoEOff's Mixtral"
+    origin = "ASSUMED; specmoe plan --prompts=FILE measures it" if known.assumed else "given or measured"
+    needs = "" if draft.given != "draft_head" or has_head else "; it needs a trained head (--draft_head), and none is given"
+    return f"acceptance of draft={draft.name}: {rate}, {origin}{needs}"
 
 
 def as_text(shown: dict[str, Any], indent: str = "") -> str:

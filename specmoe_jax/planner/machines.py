@@ -1,15 +1,46 @@
 """Known machines as data, none of them measured by this project.
 
 `a30` and `4090d`: the table of SpecMoEOff (arXiv 2508.21706), whose link and DRAM rates are the authors'. The others: data sheets
-of the accelerator (dense peaks, without sparsity) with an ASSUMED host, because no data sheet says which host a card is in;
-cloud instances differ. If no link rate was published, it is 0.8 of the one-way peak of its PCIe generation.
+of the accelerator (dense peaks with float32 sums, no sparsity) with an ASSUMED host, because no data sheet says which host a
+card is in; cloud instances differ. Where no link rate was published, it is 0.8 of the one-way peak of PCIe (or NVLink-C2C).
+A machine without an accelerator computes on its CPU: its "link" is a memcpy, a quarter of its memory's rate (assumed).
 """
+
+import dataclasses
+import difflib
+import json
+from typing import Any, NamedTuple
 
 from specmoe_jax.planner.hardware import Efficiency, Hardware
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.support.units import GIB
 
 TERA, GIGA = 1e12, 1e9
+# Figures of Hardware: unit, and what each is; docs/machines.md is made of them.
+FIGURES = {
+    "name": ("text", "what it is called"),
+    "up_bytes_per_s": ("bytes/s", "link, host memory to accelerator"),
+    "down_bytes_per_s": ("bytes/s", "link, accelerator to host memory"),
+    "accelerator_flops_float32": ("flop/s", "peak of the accelerator's matrix products in float32"),
+    "accelerator_flops_bfloat16": ("flop/s", "the same in bfloat16, float32 sums, no sparsity"),
+    "accelerator_bytes_per_s": ("bytes/s", "the accelerator's memory"),
+    "accelerator_memory_bytes": ("bytes", "its size"),
+    "cpu_flops_float32": ("flop/s", "peak of the CPU in float32"),
+    "cpu_flops_bfloat16": ("flop/s", "the same in bfloat16"),
+    "dram_bytes_per_s": ("bytes/s", "host memory"),
+    "host_memory_bytes": ("bytes", "its size"),
+    "disk_bytes_per_s": ("bytes/s", "sequential reads of the disk"),
+    "task_s": ("s", "of one program dispatched to the accelerator"),
+    "sync_s": ("s", "of one wait of the host for it"),
+    "copy_s": ("s", "of one copy, whatever its size"),
+    "step_s": ("s", "of one step on the host: acceptance, requests, bookkeeping"),
+    "accelerator_is_cpu": ("true or false", "no accelerator: its tasks and the CPU's add up instead of overlapping"),
+    "overlap": ("share", "of a transfer that hides behind computation of the same length"),
+    "measured": ("true or false", "by the probe, not from data sheets"),
+    "efficiencies": ("object", "by operator (dense, experts, ...): compute and memory, shares of the peaks, and overhead_s"),
+    "spreads": ("object", "relative half-width of a rate or of an operator's time, for the interval of a prediction"),
+}  # fmt: skip
+DEFAULT = "4090"  # whose figures stand for those that a machine file leaves out
 
 # One share of the peak for each kind of operator, the same for every machine here; assumed, not fitted to any result:
 # half of the peak for matrix products; a third for attention on the CPU, which is what oneMKL's batched products (SpecMoEOff's
@@ -45,6 +76,12 @@ def _machine(name, *, link, tflops, memory, cpu, disk=3.0) -> Hardware:
     )
 
 
+def _cpu(name, *, tflops, memory, disk=3.0) -> Hardware:
+    """No accelerator. tflops: float32, bfloat16. memory: GB/s, GiB."""
+    own = _machine(name, link=memory[0] / 4, tflops=tflops, memory=memory, cpu=(*tflops, *memory), disk=disk)
+    return own.replace(accelerator_is_cpu=True)
+
+
 # The paper gives one CPU peak, taken for both dtypes: these kernels convert and multiply in float32.
 KNOWN = {
     "a30": _machine("A30 + Xeon 6426Y", link=25, tflops=(10.3, 165), memory=(933, 24), cpu=(2.43, 2.43, 357, 250)),
@@ -55,13 +92,59 @@ KNOWN = {
     "l4": _machine("L4 24 GB", link=25.6, tflops=(30.3, 121), memory=(300, 22), cpu=(0.6, 0.6, 50, 64), disk=1.0),
     # A T4 has no bfloat16 units; its float32 peak stands for both.
     "t4": _machine("T4 16 GB", link=12.8, tflops=(8.1, 8.1), memory=(320, 15), cpu=(0.4, 0.4, 40, 64), disk=0.5),
-    # float32 through bfloat16 passes, six of them.
+    "3090": _machine("RTX 3090 24 GB", link=25.6, tflops=(35.6, 71), memory=(936, 24), cpu=(0.8, 0.8, 50, 64)),
+    "4090": _machine("RTX 4090 24 GB", link=25.6, tflops=(82.6, 165), memory=(1008, 24), cpu=(1.0, 1.0, 60, 64)),
+    "5090": _machine("RTX 5090 32 GB", link=51, tflops=(104.8, 209), memory=(1792, 32), cpu=(1.2, 1.2, 70, 96)),
+    "a100": _machine("A100 80 GB", link=25.6, tflops=(19.5, 312), memory=(2039, 79), cpu=(2.0, 2.0, 160, 480)),
+    "a6000": _machine("RTX A6000 48 GB", link=25.6, tflops=(38.7, 155), memory=(768, 47), cpu=(1.0, 1.0, 80, 128)),
+    "l40s": _machine("L40S 48 GB", link=25.6, tflops=(91.6, 362), memory=(864, 45), cpu=(1.5, 1.5, 150, 256)),
+    "b200": _machine("B200 192 GB", link=51, tflops=(75, 2250), memory=(8000, 180), cpu=(3.0, 3.0, 250, 930)),
+    # NVLink-C2C: 450 GB/s one way; Grace: 72 cores, LPDDR5X.
+    "gh200": _machine("GH200, 96 GB", link=360, tflops=(67, 989), memory=(4000, 95), cpu=(7.0, 7.0, 384, 470)),
+    # float32 through bfloat16 passes, six of them. Hosts: the share of one chip of a cloud machine.
     "tpu_v5e": _machine("TPU v5e, one chip", link=12.8, tflops=(33, 197), memory=(819, 16), cpu=(0.6, 0.6, 60, 48), disk=0.5),
+    "tpu_v6e": _machine("TPU v6e, one chip", link=25.6, tflops=(153, 918), memory=(1640, 32), cpu=(1.0, 1.0, 80, 176), disk=0.5),
+    "tpu_v7x": _machine("TPU v7x, one chip", link=51, tflops=(385, 2307), memory=(7370, 192), cpu=(1.5, 1.5, 120, 240), disk=0.5),
+    # CPUs alone: cores x clock x 32 flops (NEON) or 64 (AVX-512), which JAX reaches in float32; no units for bfloat16 on Apple's.
+    "m4_max": _cpu("Apple M4 Max", tflops=(1.7, 1.7), memory=(546, 128), disk=6.0),
+    "m3_ultra": _cpu("Apple M3 Ultra", tflops=(3.0, 3.0), memory=(819, 512), disk=6.0),
+    "epyc_9654": _cpu("EPYC 9654, one socket", tflops=(7.4, 14.7), memory=(460, 768)),
 }
 
 
 def machine(name: str) -> Hardware:
-    """A known machine. Raises PlanError for an unknown name."""
+    """A known machine. Raises PlanError for an unknown name, with the nearest one."""
     if name not in KNOWN:
-        raise PlanError(f"hardware is {name!r}; known are {', '.join(KNOWN)}, or give a JSON file of Hardware.to_json")
+        near = difflib.get_close_matches(name.lower().replace("-", "_").replace("rtx", ""), KNOWN, 1, 0.5)
+        meant = f"; did you mean {near[0]}?" if near else ";"
+        raise PlanError(f"hardware is {name!r}{meant} known are {', '.join(KNOWN)}, or give a JSON file (docs/machines.md)")
     return KNOWN[name]
+
+
+class MachineFile(NamedTuple):
+    """hardware: of a file. like, taken: the known machine whose figures stand for those that the file does not give, and which."""
+
+    hardware: Hardware
+    like: str
+    taken: tuple[str, ...]
+
+
+def read_machine(text: str) -> MachineFile:
+    """A JSON object with some or all figures of Hardware; "like" names the known machine that gives the others (default: 4090).
+
+    Raises PlanError.
+    """
+    try:
+        raw: Any = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise PlanError(f"the hardware is not JSON ({e}); docs/machines.md lists its figures") from e
+    if not isinstance(raw, dict):
+        raise PlanError("the hardware is no JSON object; docs/machines.md lists its figures")
+    given = {name: value for name, value in raw.items() if name != "like"}
+    required = [field.name for field in dataclasses.fields(Hardware) if field.default is dataclasses.MISSING]
+    if "like" not in raw and all(name in given for name in required):
+        return MachineFile(Hardware.from_json(text), "", ())
+    like = raw.get("like", DEFAULT)
+    base = json.loads(machine(str(like)).to_json()) | {"name": f"a machine like {like}"}
+    taken = tuple(name for name in required if name not in given and name != "name")
+    return MachineFile(Hardware.from_json(json.dumps(base | given)), str(like), taken)

@@ -16,13 +16,20 @@ from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy, keep_rule
 from specmoe_jax.support.errors import PlanError
 
 
-def replay(trace: np.ndarray, capacity: int) -> dict[str, int]:
-    """Fetches of every policy, and "needed": visits that any policy serves from somewhere. Raises PlanError for no trace."""
+def replay(trace: np.ndarray, capacity: int, *, progress: Callable[[], object] = lambda: None) -> dict[str, int]:
+    """Fetches of every policy, and "needed": visits that any policy serves from somewhere. Raises PlanError for no trace.
+
+    progress: called after each policy.
+    """
     if trace.ndim != 3 or not np.issubdtype(trace.dtype, np.integer) or (trace < 0).any():
         raise PlanError(f"a routing trace is [S, L, E] counts; got {trace.dtype} {list(trace.shape)}")
     if not 0 <= capacity <= trace.shape[1] * trace.shape[2]:
         raise PlanError(f"capacity is {capacity}; the trace has {trace.shape[1] * trace.shape[2]} experts")
-    return {"needed": int((trace > 0).sum())} | {name: policy(trace, capacity) for name, policy in policies().items()}
+    fetched = {"needed": int((trace > 0).sum())}
+    for name, policy in policies().items():
+        fetched[name] = policy(trace, capacity)
+        progress()
+    return fetched
 
 
 def synthetic_trace(

@@ -98,11 +98,15 @@ def test_the_twin_shows_presets_and_policies(explain, headers, tmp_path):
         )
     )  # fmt: skip
     assert set(found["presets"]) == set(PRESETS) - {"overlap"}
+    assert {row["batch"] for row in found["presets"].values()} == {16}
     assert found["presets"]["specmoe"]["bytes x on_demand"] < 1
     cache = found["cache"]
     assert cache["experts_needed"] == (trace > 0).sum()
-    table = explain("--model=demo", "--hardware=h100", "--simulate").out.splitlines()
-    assert any("tokens_per_s" in line and "binding_resource" in line for line in table)
+    table = explain("--model=demo", "--hardware=h100", "--simulate", "--batch_size=8").out.splitlines()
+    assert any("tokens/s" in line and "bound by" in line for line in table)
+    assert max(map(len, table)) <= 80 and "specmoe         8" in "\n".join(table)
+    assert not any("specmoeoff" in line for line in table)  # it needs a head that nobody has
+    assert any("acceptance of draft=self: 0.6 a token, ASSUMED" in line for line in table)
     assert all(cache["fetched, belady"] <= cache[f"fetched, {name}"] for name in ("lru", "frequency", "hot_temporal"))
 
 
@@ -113,13 +117,63 @@ def test_a_config_alone_is_enough(explain, headers, tmp_path):
     ran = explain(f"--model={tmp_path / 'spec'}", f"--hardware={tmp_path / 'mine.json'}")
     assert ran.code == 0, ran.err
     assert "binding_resource" in ran.out and "mine" in ran.out and "disk_gib" in ran.out
+    assert max(map(len, ran.out.splitlines())) <= 80
 
 
 def test_without_a_machine_it_is_this_one(explain, explain_script, monkeypatch):
     mine = machine("l4").replace(name="mine", measured=True)
-    monkeypatch.setattr(explain_script, "probe", lambda **_: mine)
+    monkeypatch.setattr("specmoe_jax.cli.machine_flag.probe", lambda **_: mine)
     found = shown(explain("--model=demo", "--json"))
     assert found["machine"] == "mine" and not any("data sheets" in said for said in found["assumptions"])
+
+
+def test_without_a_preset_it_recommends(explain, headers):
+    """The plan that the old default was 12 times slower than, on a machine that is given other memory than its own."""
+    asked = (f"--model={headers['qwen3_30b_a3b']}", "--hardware=4090d", "--host_memory_gib=100", "--requests=1")
+    found = shown(explain(*asked, "--json"))
+    (plans,) = found["advice"].values()
+    assert found["host_gib"]["has"] == 100 and plans["best"]["exact"] and 10 < plans["best"]["tokens_per_s"] < 25
+    assert plans["int4"]["flags"].startswith("--preset=resident") and plans["int4"]["tokens_per_s"] > 100
+    assert not plans["int4"]["exact"] and plans["runner_up"]["tokens_per_s"] < plans["best"]["tokens_per_s"]
+    again = shown(explain(*asked[:-1], *plans["best"]["flags"].split(), "--json"))  # the flags are the plan
+    assert again["tokens_per_s"] == pytest.approx(plans["best"]["tokens_per_s"], rel=0.01)
+    lines = explain(*asked).out.splitlines()
+    assert lines[0] == "one request at a time" and lines[1].startswith("  best ") and max(map(len, lines)) <= 80
+
+
+def test_it_notices_that_everything_fits(explain, headers):
+    found = shown(explain(f"--model={headers['qwen3_30b_a3b']}", "--hardware=h100", "--json"))
+    assert list(found["advice"]) == ["1", "64"]
+    for plans in found["advice"].values():
+        assert "--preset=resident" in plans["best"]["flags"] and "every expert is there" in plans["best"]["unused"]
+        assert "int4" not in plans
+
+
+def test_what_does_not_fit_into_host_memory_is_left_on_disk(explain, headers):
+    found = shown(explain(f"--model={headers['gpt_oss_120b']}", "--hardware=4090", "--requests=1", "--json"))
+    best = found["advice"]["1"]["best"]
+    assert "--expert_tier=disk" in best["flags"] and best["binding_resource"] == "disk" and "GiB" in best["unused"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "draft=self: 0.6 a token, ASSUMED; specmoe plan --prompts=FILE measures it"),
+        (("--acceptance=0.5",), "draft=self: 0.5 a token, given or measured"),
+        (("--preset=specmoeoff",), "draft=eagle: that of the EAGLE head of SpecMoEOff's Mixtral, ASSUMED"),
+        (("--preset=specmoeoff",), "it needs a trained head (--draft_head), and none is given"),
+    ],
+)
+def test_an_acceptance_says_where_it_is_from(explain, headers, flags, said):
+    preset = () if any("preset" in flag for flag in flags) else ("--preset=specmoe",)
+    found = shown(explain(f"--model={headers['mixtral_8x7b']}", "--hardware=h100", "--json", *preset, *flags))
+    assert any(said in line for line in found["assumptions"])
+
+
+def test_a_partial_file_says_what_it_takes_from_elsewhere(explain, tmp_path):
+    (tmp_path / "mine.json").write_text('{"name": "mine", "like": "l4", "host_memory_bytes": 2e11}')
+    found = shown(explain("--model=demo", "--hardware=mine.json", "--preset=specmoe", "--json"))
+    assert any(line.startswith("not in mine.json, so as in l4: up_bytes_per_s,") for line in found["assumptions"])
 
 
 def test_every_field_of_a_plan_that_generate_takes_can_be_asked_about(explain, explain_script, generate_script):
@@ -135,6 +189,8 @@ def test_every_field_of_a_plan_that_generate_takes_can_be_asked_about(explain, e
     "arguments, says",
     [
         (["--hardware=abacus"], "known are a30"),
+        (["--hardware=h1000"], "did you mean h100?"),
+        (["--hardware=a30", "--preset=specmoe", "--requests=3"], "--requests has no effect with a plan or a preset"),
         (["--hardware=no/such.json"], "cannot read the hardware"),
         (["--hardware=a30", "--acceptance=often"], "probability"),
         (["--hardware=a30", "--preset=on_demand", "--gantt=x.png"], "streaming or specmoeoff"),

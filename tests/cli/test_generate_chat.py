@@ -111,6 +111,26 @@ def test_sampling_is_the_models_wish_unless_a_flag_says_otherwise(generate, gene
     assert (second.temperature, second.top_k, second.top_p) == (0, 0, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("wish", "flag", "sampled"),
+    [
+        ({"top_p": 0}, "--top_p=0.5", {"top_p": 0.5}),
+        ({"top_k": -7}, "--top_k=3", {"top_k": 3}),
+        ({"temperature": -1}, "--temperature=0.5", {"temperature": 0.5}),
+        ({"top_p": 0}, "--temperature=0", {"temperature": 0.0}),
+        ({"top_k": -1}, "--top_p=0.5", {"top_k": 0, "top_p": 0.5}),  # the whole vocabulary, as in other programs
+    ],
+    ids=str,
+)
+def test_a_flag_replaces_a_wish_that_cannot_be(generate, generate_script, folder, monkeypatch, wish, flag, sampled):
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True} | wish))
+    seen = []
+    monkeypatch.setattr(generate_script, "generate", lambda engine, prompts: seen.extend(prompts) or JobWatch(engine, ()))
+    ran = generate(f"--model={folder}", "--prompt=a", *SMALL, flag)
+    assert ran.code == 0, ran.err
+    assert {name: getattr(seen[0].params, name) for name in sampled} == sampled
+
+
 def test_every_token_of_the_list_ends_a_text(generate, folder, model, tmp_path):
     params = sm.SamplingParams(max_new_tokens=8, ignore_eos=True)
     (want,) = sm.Engine(model, sm.PRESETS["resident"](TINY)).generate(["hello"], params)

@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 import specmoe_jax as sm
+from specmoe_jax.jobs import job as jobs
 from specmoe_jax.testing import TINY
 from tests.cli.generate_cases import prompt_flags
 
@@ -55,6 +56,14 @@ ERRORS = [
     (["--output=same", "--stats=./same"], "--output and --stats are both ./same; give two files"),
     (["--output=o", "--stats=o.journal"], "the journal of --output and --stats are both o.journal; give two files"),
     (["--prompts=good.txt", "--output=folder/../good.txt", "--restart"], "--prompts and --output are both folder/../good.txt"),
+    (["--output=same", "--stats=link"], "--output and --stats are both link; give two files"),
+    (["--plan=good.json", "--metrics_file=good.json"], "--plan and --metrics_file are both good.json; give two files"),
+    (["--output=/dev/stdout"], "--output is /dev/stdout; a job needs a file of its own"),
+    (["--output=/dev/fd/2"], "--output is /dev/fd/2; a job needs a file of its own"),
+    (["--prompt=caf\udce9"], "prompt 1 holds half of a surrogate pair, or bytes that are not UTF-8"),
+    (["--max_new_tokens=" + "9" * 4000], "max_new_tokens is 9999"),
+    (["--prompts=good.txt", "--seed=1"], "--seed has no effect at temperature 0"),
+    (["--prompts=good.txt", "--top_p=0.5"], "--top_p has no effect at temperature 0"),
 ]
 
 
@@ -68,6 +77,7 @@ def folder(tmp_path):
     (tmp_path / "unknown.json").write_text('{"preset": "specmoe", "nonsense": 1}')
     (tmp_path / "folder").mkdir()
     (tmp_path / "good.txt").write_text("a prompt\n")
+    (tmp_path / "link").symlink_to(tmp_path / "same")
     return tmp_path
 
 
@@ -168,3 +178,36 @@ def test_a_failed_write_leaves_what_was_there(generate, checkpoint, tmp_path, mo
     ran = generate(f"--model={checkpoint}", "--prompt=a", "--max_new_tokens=2", "--stats=s.json")
     assert ran.code == 1 and "error: cannot write s.json (No space left on device)" in ran.err
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("s.json", "old")]
+
+
+def test_flags_of_sampling_count_where_a_prompt_is_sampled(generate, checkpoint, tmp_path):
+    """Each line may carry a temperature of its own; the other lines stay greedy."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "temperature": 0.9}\n{"prompt": "b"}\n')
+    flags = ("--preset=specmoe", "--max_new_tokens=3", "--deterministic_sampling", "--seed=3", "--top_k=4")
+    ran = generate(f"--model={checkpoint}", "--prompts=p.jsonl", "--output=o.jsonl", *flags)
+    assert ran.code == 0, ran.err
+    assert len((tmp_path / "o.jsonl").read_text().splitlines()) == 2
+
+
+def test_figures_go_through_a_link_to_stdout(generate, checkpoint, tmp_path):
+    """As root, /dev/stdout itself was replaced by a file."""
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
+    ran = generate(f"--model={checkpoint}", "--prompt=a", "--max_new_tokens=2", "--preset=resident", "--stats=stdout")
+    assert ran.code == 0 and (tmp_path / "stdout").is_symlink(), ran.err
+    assert json.loads("{" + ran.out.partition("{")[2])["new_tokens"] == 2
+
+
+def test_an_output_that_is_named_like_a_temporary_file(generate, checkpoint, tmp_path):
+    flags = (f"--model={checkpoint}", "--prompt=a", "--max_new_tokens=2", "--preset=resident")
+    ran = generate(*flags, "--output=s.json.partial", "--stats=s.json")
+    assert ran.code == 0, ran.err
+    assert json.loads((tmp_path / "s.json.partial").read_text())["index"] == 0
+    assert json.loads((tmp_path / "s.json").read_text())["new_tokens"] == 2
+
+
+def test_an_output_that_goes_away_during_the_job(generate, checkpoint, tmp_path, monkeypatch):
+    """It ended with exit code 0 and no answers."""
+    record = jobs.record
+    monkeypatch.setattr(jobs, "record", lambda *args: (tmp_path / "o.jsonl").unlink(missing_ok=True) or record(*args))
+    ran = generate(f"--model={checkpoint}", "--prompt=a", "--max_new_tokens=2", "--preset=resident", "--output=o.jsonl")
+    assert ran.code == 1 and "error: o.jsonl was removed, replaced or unmounted while the job ran" in ran.err

@@ -27,3 +27,12 @@ def test_refusals(run_script, checkpoint):
     ran = run_script("plan.py", f"--model={checkpoint}/none")
     assert ran.code == 1 and ran.err.count("\n") == 1
     assert run_script("plan.py", "--model=demo", "--nonsense").code == 2
+
+
+@pytest.mark.slow
+def test_a_plan_for_another_machine(run_script, tmp_path):
+    """By its rates alone: nothing of this machine is measured."""
+    ran = run_script("plan.py", "--model=demo", "--hardware=l4", "--host_memory_gib=32", f"--output={tmp_path / 'plan.json'}")
+    assert ran.code == 0 and "L4 24 GB" in ran.err and "attend_paged" not in ran.err, ran.err
+    assert json.loads((tmp_path / "plan.json").read_text())["expert_flow"] == "resident"
+    assert run_script("plan.py", "--model=demo", "--hardware=l4", "--fresh").code == 2

@@ -5,7 +5,7 @@ import pytest
 from engine_cases import GREEDY, PROMPTS, plan, run, steps
 
 import specmoe_jax as sm
-from specmoe_jax.offload import store
+from specmoe_jax.offload.store import ExpertStore
 from specmoe_jax.testing import TINY, eagle_head
 
 PLANS = {
@@ -20,13 +20,13 @@ PLANS = {
 def copied(monkeypatch):
     """The copies really made, as (bytes, slot)."""
     made = []
-    write = store._write_slot
+    write = ExpertStore._write
 
-    def spy(pool, block, slot):
-        made.append((block.nbytes, int(slot)))
-        return write(pool, block, slot)
+    def spy(store, pool, blocks, slots):
+        made.extend((block.nbytes, int(slot)) for block, slot in zip(blocks, slots, strict=True))
+        return write(store, pool, blocks, slots)
 
-    monkeypatch.setattr(store, "_write_slot", spy)
+    monkeypatch.setattr(ExpertStore, "_write", spy)
     return made
 
 

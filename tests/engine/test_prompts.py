@@ -1,5 +1,6 @@
 """Prompts, from files and in calls: what is read, and that whatever else comes is refused by a RequestError."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -69,6 +70,9 @@ def test_byte_order_mark(write):
         ('{"prompt": "a", "stop": [3]}', "line 2: stop is (3,)"),
         ('{"prompt": "a", "seed": -1}', "line 2: seed is -1"),
         ('{"prompt": "a", "top_p": 0.5}', "line 2: top_k and top_p have no effect at temperature 0"),
+        ('{"prompt": [1, "a"]}', 'line 2: "prompt" is a list; it must be of token ids'),
+        ('{"prompt": [true]}', 'line 2: "prompt" is a list; it must be of token ids'),
+        ('{"prompt": []}', 'line 2: "prompt" is a list; it must be of token ids'),
         ('{"prompt": "a", "id": [1]}', "line 2 has the id [1]"),
         ('{"prompt": "a", "id": null}', "line 2 has the id None"),
         ('{"prompt": "\\ud800"}', "line 2 holds half of a surrogate pair"),
@@ -133,6 +137,20 @@ def test_only_request_errors_come_out_of_a_prompt_file(write, content):
         ([[1, -1]], None, "prompt 0 holds a token id outside 0..262"),
         (["a", "b"], [DEFAULTS], "2 prompts and 1 sampling parameters"),
         (["a" * 90], None, "prompt 0 has 90 tokens and the model's window is 90, one of them for the answer; shorten it to 89"),
+        (["\ud800"], None, "prompt 0 holds half of a surrogate pair, or bytes that are not UTF-8"),
+        (["caf\udce9"], None, "prompt 0 holds half of a surrogate pair, or bytes that are not UTF-8"),  # as sys.argv has it
+        ([b"ab"], None, "prompt 0 is neither a text nor a list of token ids (it is a bytes)"),
+        ([bytearray(b"ab")], None, "prompt 0 is neither a text nor a list of token ids (it is a bytearray)"),
+        ([[1, True]], None, "prompt 0 is neither a text nor a list of token ids (it holds a bool)"),
+        ([np.array([True, False])], None, "prompt 0 is neither a text nor a list of token ids (it holds a bool)"),
+        ([{1: 2}], None, "prompt 0 is neither a text nor a list of token ids (it is a dict)"),
+        ([{1, 2}], None, "prompt 0 is neither a text nor a list of token ids (it is a set)"),
+        (b"text", None, "prompts is a bytes; give a list"),
+        ({"a": "b"}, None, "prompts is a dict; give a list"),
+        (7, None, "prompts is 7; give a list"),
+        (["a"], {"temperature": 1}, "params holds 'temperature'; give one SamplingParams for all"),
+        (["a"], [{"temperature": 1}], "params holds {'temperature': 1}; give one SamplingParams for all"),
+        (["a"], 3, "params is 3; give one SamplingParams for all"),
     ],
 )
 def test_bad_calls(model, prompts, params, said):
@@ -146,6 +164,54 @@ def test_prompts_of_all_kinds(model):
         assert [request.token_ids for request in make_requests(model, prompts, None)] == [(1, 2), (3, 4)]
     (request,) = make_requests(model, ["a</s>"], DEFAULTS)
     assert request.token_ids == (64, EOS_ID) and request.prompt == "a</s>" and request.limit == 7
+
+
+def test_generators_are_lists(model):
+    prompts = (tuple(pair) for pair in ([1, 2], [3, 4]))
+    params = (dataclasses.replace(DEFAULTS, seed=seed) for seed in (5, 6))
+    made = make_requests(model, prompts, params, (number for number in (8, 9)))
+    assert [(request.id, request.token_ids, request.params.seed) for request in made] == [(8, (1, 2), 5), (9, (3, 4), 6)]
+    assert make_requests(model, [(token for token in (1, 2))], None)[0].token_ids == (1, 2)
+
+
+def test_scalars_of_numpy_are_pythons():
+    """They went into fingerprints and figures, which are JSON."""
+    given = {"max_new_tokens": np.int64(5), "temperature": np.float32(0.5), "top_k": np.int8(3), "top_p": np.float64(0.5)}
+    params = sm.SamplingParams(**given, seed=np.uint32(7), ignore_eos=np.bool_(True))
+    assert params == sm.SamplingParams(5, 0.5, 3, 0.5, 7, (), True)
+    json.dumps(dataclasses.asdict(params))
+    plan = sm.Plan("mine", batch_size=np.int64(3), draft="self", draft_experts=(np.int32(2), 3), guard=np.bool_(False))
+    assert json.loads(plan.to_json())["draft_experts"] == [2, 3] and type(plan.batch_size) is int and plan.guard is False
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "temperature", "seed", "top_k"])
+def test_numbers_without_end_are_refused_in_a_line(name):
+    """A limit of 4,001 digits was an OverflowError after the answers were written."""
+    with pytest.raises(sm.RequestError) as refused:
+        sm.SamplingParams(**{"temperature": 1.0} | {name: 10**4000})
+    assert len(str(refused.value)) < 200 and f"{name} is 1000" in str(refused.value)
+
+
+def test_a_prompt_file_may_hold_token_ids(write):
+    ids, text = read_prompts(write('{"prompt": [3, 1, 2], "id": "x"}\n{"prompt": "a"}'), DEFAULTS)
+    assert (ids.model_input, ids.id, text.model_input) == ((3, 1, 2), "x", "a")
+
+
+def test_defaults_of_sampled_lines_leave_greedy_ones_alone(write):
+    path = write('{"prompt": "a", "temperature": 0.9}\n{"prompt": "b"}\n{"prompt": "c", "temperature": 1, "top_k": 4}')
+    prompts = read_prompts(path, DEFAULTS, sampled={"top_k": 5, "top_p": 0.5})
+    assert [(p.params.temperature, p.params.top_k, p.params.top_p) for p in prompts] == [(0.9, 5, 0.5), (0, 0, 1), (1, 4, 0.5)]
+
+
+def test_a_stream_can_be_closed(model):
+    """Of every flow; nothing runs afterwards."""
+    for name in ("resident", "on_demand", "streaming"):
+        engine = sm.Engine(model, plan(name).replace(batch_size=1))
+        events = engine.stream(PROMPTS[:2], GREEDY)
+        next(events)
+        steps = engine.stats()["steps"]
+        events.close()
+        assert not list(events) and engine.stats()["steps"] == steps
 
 
 def test_the_limit_is_what_the_window_leaves(model):

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import specmoe_jax as sm
-from specmoe_jax.offload import retained_experts, store
+from specmoe_jax.offload import retained_experts
 from specmoe_jax.offload.residency import Residency, empty, plan_layer, plan_prefetch
+from specmoe_jax.offload.store import ExpertStore
 from specmoe_jax.testing import TINY
 
 PLANS = {
@@ -61,8 +62,13 @@ def test_slots_hold_what_the_tables_say(model, monkeypatch):
 
 
 def test_bytes_are_those_copied(model, monkeypatch):
-    copied, write = [], store._write_slot
-    monkeypatch.setattr(store, "_write_slot", lambda pool, block, slot: copied.append(block.nbytes) or write(pool, block, slot))
+    copied, write = [], ExpertStore._write
+
+    def spy(store, pool, blocks, slots):
+        copied.extend(block.nbytes for block in blocks)
+        return write(store, pool, blocks, slots)
+
+    monkeypatch.setattr(ExpertStore, "_write", spy)
     _, stats = run(model, PLANS["prefetch"].replace(retain=True))
     assert stats["link_bytes"] + stats["prefill_link_bytes"] == sum(copied)
 

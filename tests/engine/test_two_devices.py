@@ -49,5 +49,5 @@ def test_lowered_for_cuda_the_kernels_are_their_jnp_forms():
 def test_the_slot_write_can_be_lowered_for_cuda_from_pinned_memory():
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
     block = jax.device_put(np.zeros((3, 8, 16), np.float32), sharding)
-    traced = store._write_slot.trace(jnp.zeros((2, 3, 8, 16)), block, np.int32(0))
+    traced = store._write_slots.trace(jnp.zeros((2, 3, 8, 16)), (block, block), np.zeros(2, np.int32))
     assert "annotate_device_placement" in traced.lower(lowering_platforms=("cuda",)).as_text()

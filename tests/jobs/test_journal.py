@@ -157,3 +157,64 @@ def test_an_output_that_cannot_be_removed_is_refused(out):
 def test_an_output_in_no_folder_is_refused(tmp_path):
     with pytest.raises(RequestError, match="choose another --output"):
         Journal(str(tmp_path / "no" / "out.jsonl"), JOB)
+
+
+NO_ANSWERS = {
+    '{"index": true, "text": ""}': "line 2 (its index is 'True')",
+    '{"index": NaN, "text": ""}': "line 2 (its index is 'nan')",
+    '{"index": 1.0, "text": ""}': "line 2 (its index is '1.0')",
+    '{"index": -1, "text": ""}': "line 2 (its index is '-1')",
+    '{"index": 3, "text": ""}': "line 2 (its index is '3')",  # of three: 0, 1, 2
+    '{"index": 2, "text": ""}': "line 2 (index 2 is there twice)",
+    '{"index": 1}': "line 2 (it holds no answer)",
+    "[1]": "line 2 (its index is 'None')",
+    "{": "line 2 (",
+}
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize(("line", "said"), NO_ANSWERS.items())
+def test_a_line_that_answers_no_request_is_refused_with_its_number(out, line, said):
+    write(out, RECORDS[:1])
+    before = out.read_text() + line + "\n"
+    out.write_text(before)
+    with pytest.raises(RequestError) as refused:
+        Journal(str(out), JOB, requests=3)
+    assert said in str(refused.value) and "--restart" in str(refused.value)
+    assert out.read_text() == before
+
+
+def remove(out):
+    out.unlink()
+
+
+def move(out):
+    out.rename(out.with_name("elsewhere"))
+
+
+def replace(out):
+    out.with_name("other").write_text(out.read_text())
+    out.with_name("other").rename(out)
+
+
+def move_folder(out):
+    out.parent.rename(out.parent.with_name("moved"))
+
+
+def remove_journal(out):
+    out.with_name("out.jsonl.journal").unlink()
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize("act", [remove, move, replace, move_folder, remove_journal])
+def test_an_output_that_goes_away_is_noticed(tmp_path, act):
+    (tmp_path / "folder").mkdir()
+    out = tmp_path / "folder" / "out.jsonl"
+    journal = Journal(str(out), JOB)
+    journal.append(RECORDS[0])
+    journal.check_present()
+    act(out)
+    for noticed in (lambda: journal.append(RECORDS[1]), journal.check_present):
+        with pytest.raises(RequestError, match=r"was removed, replaced or unmounted while the job ran"):
+            noticed()
+    journal.close()

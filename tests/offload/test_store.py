@@ -20,7 +20,7 @@ def tier():
 
 
 @settings(deadline=None)  # the first copies compile
-@given(room=st.integers(1, 3), steps=st.lists(st.tuples(st.lists(copies, max_size=5), st.lists(st.integers(0, SLOTS - 1)))))
+@given(room=st.integers(0, 4), steps=st.lists(st.tuples(st.lists(copies, max_size=5), st.lists(st.integers(0, SLOTS - 1)))))
 def test_what_has_landed_is_what_was_last_sent(tier, room, steps):
     store, wanted = ExpertStore(tier, Link(), room=room), np.zeros(SLOTS)
     pool, arriving = store.new_pool(SLOTS), ()
@@ -45,6 +45,17 @@ def test_what_has_arrived_lands_without_being_asked_for(tier):
     pool, arriving = store.finish_arrived(pool, arriving)
     assert arriving == ()
     assert np.asarray(pool)[:3, 0, 0, 0].tolist() == [4, 3, 0]
+
+
+def test_few_programs_write_any_number_of_blocks(tier, compilations):
+    store = ExpertStore(tier, Link())
+    pool, _ = store.fetch(store.new_pool(SLOTS), [])
+    before = compilations.count
+    for count in range(EXPERTS + 1):
+        pool, _ = store.fetch(pool, [(0, expert, expert % SLOTS) for expert in range(count)])
+    assert compilations.count == before
+    assert np.asarray(pool)[:, 0, 0, 0].tolist() == [5, 6, 3, 4]
+    assert store.link.sent_bytes == (1 + sum(range(EXPERTS + 1))) * np.zeros(SHAPE, np.float32).nbytes
 
 
 def test_there_is_room_for_so_many_copies(tier):

@@ -9,6 +9,7 @@ import pytest
 
 from specmoe_jax import ops
 from specmoe_jax.ops import dispatch
+from specmoe_jax.ops.cpu import _ffi
 
 NEW_FILE = """
 import jax.numpy as jnp
@@ -79,3 +80,19 @@ def test_no_compiled_kernel_is_chosen_where_they_are_switched_off(kernels, monke
 
 def test_every_compiled_kernel_has_a_case():
     assert set(CASES) == {kernel for kernel, variants in dispatch.KERNELS.items() if "cpu" in variants}
+
+
+def test_missing_kernels_name_their_cause(tmp_path, monkeypatch):
+    """A source tree in the working directory hides the installed package: that is no matter of a compiler."""
+    assert _ffi.how_to_have_them(tmp_path).startswith("reinstall specmoe_jax with a C++ compiler")
+    (tmp_path / "cpu_ops").mkdir()
+
+    class Installed:
+        def locate_file(self, _):
+            return "/site-packages"
+
+    monkeypatch.setattr(_ffi.importlib.metadata, "distribution", lambda _: Installed())
+    said = _ffi.how_to_have_them(tmp_path)
+    assert f"took the source tree {tmp_path}, not the package installed in /site-packages" in said and "python -P" in said
+    Installed.locate_file = lambda *_: tmp_path
+    assert _ffi.how_to_have_them(tmp_path) == f"this is the source tree {tmp_path}: pip install -e . compiles them"

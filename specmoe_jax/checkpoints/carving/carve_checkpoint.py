@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import secrets
 import shutil
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -66,8 +67,7 @@ def carve_checkpoint(
     with open_dense(model) as dense:
         raw = carved_config(dense.raw, sizes, dtype)
         config = parse_config(raw)
-        folder = output.with_name(f"{output.name}.partial")
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        folder = output.with_name(f".{output.name}.{secrets.token_hex(6)}.partial")  # a name that nobody has
         folder.mkdir(parents=True)
         try:
             dense.write_side_files(folder)

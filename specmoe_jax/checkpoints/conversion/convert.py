@@ -125,6 +125,8 @@ def _stored(source: Source, moe: int, part: ExpertPart, experts: Iterable[int]) 
 def _begin(folder: pathlib.Path, job: dict, parts: list[Part]) -> dict[str, dict[str, str]]:
     """The parts that an earlier run of the same job recorded as done: name -> hashes. Raises CheckpointError."""
     record = folder / RECORD_FILE
+    if folder.exists() and not record.exists() and _holds_files(folder):
+        raise CheckpointError(f"{folder}: exists and is of no conversion; move it or give another output")
     folder.mkdir(parents=True, exist_ok=True)
     if not record.exists():
         write_text(record, json.dumps({"job": job, "done": {}}))
@@ -132,6 +134,11 @@ def _begin(folder: pathlib.Path, job: dict, parts: list[Part]) -> dict[str, dict
     if raw.get("job") != job or not isinstance(raw.get("done"), dict):
         raise CheckpointError(f"{folder}: is of another conversion; delete it or give another output")
     return {part.name: raw["done"][part.name] for part in parts if part.name in raw["done"]}
+
+
+def _holds_files(folder: pathlib.Path) -> bool:
+    """Whether somebody else's are there; a run that was killed at once leaves hidden ones alone."""
+    return not folder.is_dir() or any(not file.name.startswith(".") for file in folder.iterdir())
 
 
 def _check_room(folder: pathlib.Path, total_bytes: int) -> None:

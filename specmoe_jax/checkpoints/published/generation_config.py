@@ -3,6 +3,7 @@
 import math
 import pathlib
 import warnings
+from collections.abc import Container
 
 from specmoe_jax.checkpoints.files import read_json
 from specmoe_jax.support.errors import CheckpointError
@@ -20,10 +21,11 @@ _ALWAYS = {
 _SAMPLED = {"min_p": (0,), "typical_p": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,), "top_h": ()}
 
 
-def sampling_defaults(path: pathlib.Path) -> dict[str, float | int]:
-    """What generation_config.json asks for: any of temperature, top_k and top_p; {} means greedy.
+def sampling_defaults(path: pathlib.Path, *, but: Container[str] = ()) -> dict[str, float | int]:
+    """What generation_config.json asks for: any of temperature, top_k and top_p; {} means greedy. but: names that are not asked.
 
-    Warns once of what it asks for beside that. Raises CheckpointError for values outside their range.
+    A top_k of -1 is the whole vocabulary, as elsewhere. Warns once of what it asks for beside that. Raises CheckpointError for
+    values outside their range.
     """
     raw = read_json(path / GENERATION_CONFIG) if (path / GENERATION_CONFIG).exists() else {}
     if ignored := ignored_wishes(raw):
@@ -33,8 +35,8 @@ def sampling_defaults(path: pathlib.Path) -> dict[str, float | int]:
         return {}
     defaults = {}
     for name, valid in _RANGES.items():
-        value = raw.get(name)
-        if value is None:
+        value = 0 if name == "top_k" and raw.get(name) == -1 else raw.get(name)
+        if value is None or name in but:
             continue
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or not valid(value):
             raise CheckpointError(f"{GENERATION_CONFIG}: {name} is {str(value)[:50]!r}; expected a number in its range")

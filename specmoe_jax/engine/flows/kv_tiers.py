@@ -1,9 +1,16 @@
 """Where attention runs: beside the experts on the accelerator, or on the CPU that holds the KV cache."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from specmoe_jax.engine import stages
+from specmoe_jax.engine.flows import resident_programs
+from specmoe_jax.engine.flows.layer_passes import embed, finished
+from specmoe_jax.engine.flows.protocol import Attended, ResidentPass, Unfinished
 from specmoe_jax.engine.runtime import Runtime
+from specmoe_jax.speculate.drafts.protocol import TokenChoice
+from specmoe_jax.speculate.drafts.self_draft import feed_back
 from specmoe_jax.types import Device, KVCache, Tree
 
 
@@ -17,13 +24,74 @@ class AcceleratorKv:
         return arrays
 
     def attention(self, runtime: Runtime, layer: int, h, kv: KVCache, lengths, num_new, tree: Tree | None = None):
+        """One program, with the experts of the layer before."""
         config, weights, cross = runtime.config.layers[layer], runtime.weights.layers[layer], kv.cross and kv.cross[layer]
-        return stages.attention(config, weights, h, kv.k[layer], kv.v[layer], lengths, num_new, cross, tree)
+        rest = (weights, kv.k[layer], kv.v[layer], lengths, num_new, cross, tree)
+        if isinstance(h, Unfinished):
+            before, *experts = h
+            return Attended(*stages.experts_and_attention(before, config, *experts, *rest))
+        weights, *rest = rest
+        return Attended(h, *stages.attention(config, weights, h, *rest))
 
     def resident_layer(self, runtime: Runtime, layer: int, h, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None):
         """One program."""
         config, weights, cross = runtime.config.layers[layer], runtime.weights.layers[layer], kv.cross and kv.cross[layer]
         return stages.layer(config, weights, h, kv.k[layer], kv.v[layer], lengths, num_new, pool, slots, cross, tree)
+
+    def resident_pass(self, runtime: Runtime, tokens, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None):
+        """One program for every few layers."""
+        config, h = runtime.config, embed(runtime, tokens, lengths, tree)
+        keys, values, inputs, done = (), (), {}, 0
+        for group in resident_programs.groups(len(config.layers)):
+            watched = [layer for layer in runtime.feature_layers if group.start <= layer < group.stop]
+            own = slots[done : done + sum(moe is not None for moe in config.moe_index[group])]
+            h, seen, k, v = resident_programs.run_layers(
+                config.layers[group],
+                tuple(layer - group.start for layer in watched),
+                runtime.weights.layers[group],
+                h,
+                kv.k[group],
+                kv.v[group],
+                lengths,
+                num_new,
+                pool,
+                own,
+                kv.cross and kv.cross[group],
+                tree,
+            )
+            keys, values, done = keys + k, values + v, done + len(own)
+            inputs |= dict(zip(watched, seen, strict=True))
+        return ResidentPass(h=h, kv=kv._replace(k=keys, v=values), inputs=inputs)
+
+    def draft_forward(self, runtime: Runtime, tokens, kv: KVCache, lengths, num_new, pool, slots):
+        """One program."""
+        logits, choices, k, v = resident_programs.draft_forward(
+            runtime.config, runtime.weights, kv.k, kv.v, kv.cross, pool, _together(slots), tokens, lengths, num_new
+        )
+        return logits, kv._replace(k=k, v=v), choices
+
+    def draft_chain(self, runtime: Runtime, token, kv: KVCache, lengths, num_new, pool, slots, choice: TokenChoice, length: int):
+        """One program, the same for all lengths."""
+        most, slots = runtime.plan.draft_length, _together(slots)
+        assert most is not None  # there is a draft
+        tokens, probs, k, v = resident_programs.draft_chain(
+            runtime.config,
+            most,
+            runtime.weights,
+            kv.k,
+            kv.v,
+            kv.cross,
+            pool,
+            slots,
+            token,
+            lengths,
+            num_new,
+            choice,
+            np.int32(length),
+        )
+        if length < most:
+            tokens, probs = tokens[:, :length], None if probs is None else probs[:, :length]
+        return tokens, probs, kv._replace(k=k, v=v)
 
 
 class HostKv:
@@ -40,18 +108,52 @@ class HostKv:
 
     def attention(self, runtime: Runtime, layer: int, h, kv: KVCache, lengths, num_new, tree: Tree | None = None):
         config, weights, cross = runtime.config.layers[layer], runtime.weights.layers[layer], kv.cross and kv.cross[layer]
+        h = before = finished(h)
         inputs = runtime.context.on_host(
             runtime.context.to_host((*stages.pre_attention(config, weights, h, lengths, tree), weights.sinks))
         )
         where = jax.device_put((lengths, num_new, tree), runtime.context.host)
         attended, k_cache, v_cache = stages.attend(config, *inputs, kv.k[layer], kv.v[layer], *where)
         h, x, routing = stages.post_attention(config, weights, h, runtime.context.to_accelerator(attended), num_new, cross)
-        return h, x, routing, k_cache, v_cache
+        return Attended(before, h, x, routing, k_cache, v_cache)
 
     def resident_layer(self, runtime: Runtime, layer: int, h, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None):
-        h, x, routing, k, v = self.attention(runtime, layer, h, kv, lengths, num_new, tree)
+        _, h, x, routing, k, v = self.attention(runtime, layer, h, kv, lengths, num_new, tree)
         h = stages.resident_experts(runtime.config.layers[layer], runtime.weights.layers[layer], h, x, routing, pool, slots)
         return h, routing and routing.ids, k, v
+
+    def resident_pass(self, runtime: Runtime, tokens, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None):
+        return self._layers(runtime, tokens, kv, lengths, num_new, pool, slots, tree)[0]
+
+    def draft_forward(self, runtime: Runtime, tokens, kv: KVCache, lengths, num_new, pool, slots):
+        done, choices = self._layers(runtime, tokens[:, None], kv, lengths, num_new, pool, slots)
+        return stages.head(runtime.config.head, runtime.weights, done.h)[:, 0], done.kv, choices
+
+    def draft_chain(self, runtime: Runtime, token, kv: KVCache, lengths, num_new, pool, slots, choice: TokenChoice, length: int):
+        """Token by token and layer by layer: the host attends in each."""
+
+        def forward(kv: KVCache, tokens, lengths):
+            return self.draft_forward(runtime, jnp.asarray(tokens), kv, jnp.asarray(lengths), num_new, pool, slots)[:2]
+
+        return feed_back(forward, kv, token, lengths, choice, length)
+
+    def _layers(self, runtime: Runtime, tokens, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None):
+        """-> ResidentPass, and what the routers chose [n, A], layer by layer."""
+        h, keys, values, inputs, choices = embed(runtime, tokens, lengths, tree), [], [], {}, []
+        for layer, moe in enumerate(runtime.config.moe_index):
+            if layer in runtime.feature_layers:
+                inputs[layer] = h
+            own = None if moe is None else slots[moe]
+            h, ids, k, v = self.resident_layer(runtime, layer, h, kv, lengths, num_new, pool, own, tree)
+            keys.append(k)
+            values.append(v)
+            choices += [] if ids is None else [ids]
+        return ResidentPass(h=h, kv=kv._replace(k=tuple(keys), v=tuple(values)), inputs=inputs), choices
+
+
+def _together(slots):
+    """One array for tables of slots [E] (an argument costs microseconds); what is more than that as it is."""
+    return np.stack(slots) if all(isinstance(own, np.ndarray) for own in slots) else slots
 
 
 ON_ACCELERATOR, ON_HOST = AcceleratorKv(), HostKv()

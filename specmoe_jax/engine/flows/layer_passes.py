@@ -1,6 +1,7 @@
 """What the passes of all flows share: the embedding, what a draft observes, and the draft's own pass."""
 
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,10 @@ import numpy as np
 
 from specmoe_jax.engine import stages
 from specmoe_jax.engine.flows.migration import prefetch
+from specmoe_jax.engine.flows.protocol import Unfinished
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory
-from specmoe_jax.speculate.drafts.protocol import FeatureDraft
+from specmoe_jax.speculate.drafts.protocol import FeatureDraft, TokenChoice
 from specmoe_jax.speculate.hot_experts.substitution import DraftSlots
 from specmoe_jax.speculate.hot_experts.usage import count_choices
 from specmoe_jax.types import KVCache, Tree
@@ -33,6 +35,11 @@ def embed(runtime: Runtime, tokens, lengths: jax.Array, tree: Tree | None = None
     return stages.embed(runtime.weights, tokens, lengths[:, None] + depths, config=runtime.config.embedding)
 
 
+def finished(h: jax.Array | Unfinished) -> jax.Array:
+    """[B, T, M] after a layer, whose experts may have to be computed yet."""
+    return stages.experts(*h) if isinstance(h, Unfinished) else h
+
+
 def fetched(h: jax.Array) -> jax.Array:
     """On the accelerator, whether or not it waited in host memory."""
     return h if h.sharding.memory_kind == "device" else jax.device_put(h, jax.memory.Space.Device)
@@ -48,37 +55,31 @@ class DraftForward:
     def __init__(self, runtime: Runtime, memory: ExpertMemory, slots: list[DraftSlots], active: np.ndarray, length: int):
         self.memory, self.prefetched = memory, 0
         self.predicted = np.zeros((runtime.config.num_moe_layers, runtime.config.num_experts), np.int64)
-        self._runtime, self._slots, self._active, self._length = runtime, slots, active, length
+        self._runtime, self._slots, self._num_new, self._length = runtime, slots, active.astype(np.int32), length
         self._calls, self._start_s = 0, time.perf_counter()
 
     def __call__(self, kv: KVCache, tokens, lengths) -> tuple[jax.Array, KVCache]:
-        logits, kv, choices = _forward(self._runtime, self.memory.pool, self._slots, kv, tokens, lengths, self._active)
+        logits, kv, choices = self._runtime.cache_tier.draft_forward(
+            self._runtime, jnp.asarray(tokens), kv, jnp.asarray(lengths), self._num_new, self.memory.pool, self._slots
+        )
         self._calls += 1
         if self._runtime.plan.prefetch == "draft":
             self._prefetch(choices)
         return logits, kv
 
-    def _prefetch(self, choices: list[jax.Array]) -> None:
+    @property
+    def chain(self) -> Callable | None:
+        """See DraftView.chain: None where something is prefetched on what the draft's gates chose."""
+        return None if self._runtime.plan.prefetch == "draft" else self._chain
+
+    def _chain(self, kv: KVCache, token, lengths, choice: TokenChoice, length: int):
+        run = self._runtime.cache_tier.draft_chain
+        return run(self._runtime, token, kv, lengths, self._num_new, self.memory.pool, self._slots, choice, length)
+
+    def _prefetch(self, choices) -> None:
         """Prefetches as much as fits into the estimated rest of the drafting time."""
-        self.predicted += np.stack([count_choices(np.asarray(ids), self._runtime.config.num_experts) for ids in choices])
+        self.predicted += np.stack([count_choices(ids, self._runtime.config.num_experts) for ids in jax.device_get(choices)])
         elapsed_s = time.perf_counter() - self._start_s
         remaining_s = elapsed_s / self._calls * (self._length - self._calls)
         self.memory, copied = prefetch(self._runtime, self.memory, self.predicted, first_layer=0, budget_s=remaining_s)
         self.prefetched += copied
-
-
-def _forward(runtime: Runtime, pool, slots, kv: KVCache, tokens, lengths, active) -> tuple[jax.Array, KVCache, list[jax.Array]]:
-    """One token per row through resident experts only. tokens [B]; slots: per layer, how to substitute.
-
-    -> logits [B, V], kv, and per layer with experts those [B, A] that the router chose, resident or not.
-    """
-    lengths, num_new = jnp.asarray(lengths), jnp.asarray(active, jnp.int32)
-    h = embed(runtime, jnp.asarray(tokens)[:, None], lengths)
-    keys, values, choices = [], [], []
-    for layer, moe in enumerate(runtime.config.moe_index):
-        of_layer = None if moe is None else slots[moe]
-        h, ids, k, v = runtime.cache_tier.resident_layer(runtime, layer, h, kv, lengths, num_new, pool, of_layer)
-        keys.append(k)
-        values.append(v)
-        choices += [] if ids is None else [ids]
-    return stages.head(runtime.config.head, runtime.weights, h)[:, 0], kv._replace(k=tuple(keys), v=tuple(values)), choices

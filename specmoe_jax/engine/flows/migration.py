@@ -8,6 +8,7 @@ import numpy as np
 
 from specmoe_jax.config.layer_config import LayerConfig
 from specmoe_jax.engine import stages
+from specmoe_jax.engine.flows.protocol import Unfinished
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory
 from specmoe_jax.offload import retained_experts
@@ -37,19 +38,33 @@ def needed_experts(ids: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def migrate_and_compute(
-    runtime: Runtime, moe: int, memory: ExpertMemory, h, x, routing: Routing, earlier: np.ndarray, predicted: np.ndarray
-) -> tuple[jax.Array, ExpertMemory, LayerInfo]:
+    runtime: Runtime,
+    moe: int,
+    memory: ExpertMemory,
+    h,
+    x,
+    routing: Routing,
+    earlier: np.ndarray,
+    predicted: np.ndarray,
+    *,
+    more: bool = False,
+) -> tuple[jax.Array | Unfinished, ExpertMemory, LayerInfo]:
     """Fetches what the moe-th layer with experts needs for its routing and computes its experts, wave by wave.
 
+    A single wave is left to the next layer's program; nothing is written into its slots before that.
+
     While its own misses travel, the link is also given the predicted misses of the layers after it, and the disk
-    those that are not in host memory.
+    those that are not in host memory. more: whether further rows go through the layer before it chooses what stays; then all does.
     """
     ids = np.asarray(routing.ids)  # the host waits here: the routing decides which experts to fetch
-    needed = needed_experts(ids, runtime.config.num_experts)
-    counts = earlier + count_choices(ids, runtime.config.num_experts)
+    chosen = count_choices(ids, runtime.config.num_experts)
+    needed, counts = chosen > 0, earlier + chosen
     # Speculatively prefetched experts lose ties in the draft set: winning them would cost acceptance.
-    established = (memory.residency.slot_of[moe] >= 0) & ~memory.prefetched[moe]
-    keep = runtime.policies.keep(moe, memory.usage_scores[moe], counts, established, memory.resting)
+    resident = memory.residency.slot_of[moe] >= 0
+    established = resident & ~memory.prefetched[moe]
+    keep = resident | needed
+    if not more:
+        keep = runtime.policies.keep(moe, memory.usage_scores[moe], counts, established, memory.resting)
     eviction_priority = None
     if memory.retained_experts is not None:
         memory, eviction_priority = _revive(memory, memory.retained_experts, moe, needed | keep, counts)
@@ -64,7 +79,7 @@ def migrate_and_compute(
 
 def execute(
     runtime: Runtime, moe: int, plan: LayerPlan, memory: ExpertMemory, h, x, routing: Routing, predicted: np.ndarray
-) -> tuple[jax.Array, ExpertMemory, int]:
+) -> tuple[jax.Array | Unfinished, ExpertMemory, int]:
     """Executes the plan: per wave, copies and then the experts. -> h, memory, experts prefetched.
 
     Which of the two forms runs is fixed by the memory account, so that nothing compiles after warm-up.
@@ -75,7 +90,7 @@ def execute(
         memory = _fetch(runtime, memory, wave.fetch)
         memory, ahead = prefetch(runtime, memory, predicted, first_layer=moe + 1, in_use=wave.slots)
         memory = wait_for_copies(runtime, memory, wave.slots)
-        return stages.experts(config, h, x, routing, memory.pool, wave.slots), memory, ahead
+        return Unfinished(config, h, x, routing, _pool(memory), wave.slots), memory, ahead
     return *execute_waves(runtime, config, plan, memory, h, x, routing), 0
 
 

@@ -1,14 +1,16 @@
 """Experts are fetched when a router asks for them."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.engine.flows.layer_passes import embed, features
+from specmoe_jax.engine.flows.layer_passes import embed, features, fetched, finished
 from specmoe_jax.engine.flows.migration import LayerInfo, execute_waves, migrate_and_compute, needed_experts
 from specmoe_jax.engine.flows.pooled import PooledFlowExecutor
-from specmoe_jax.engine.flows.protocol import TargetPass
+from specmoe_jax.engine.flows.protocol import Chunk, TargetPass
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, PassInfo
 from specmoe_jax.offload.residency import plan_layer
@@ -36,17 +38,19 @@ class OnDemandFlowExecutor(PooledFlowExecutor):
         h, watched, cache_tier = embed(runtime, tokens, lengths, tree), runtime.feature_layers, runtime.cache_tier
         keys, values, infos, inputs = [], [], [], {}
         for layer, moe in enumerate(runtime.config.moe_index):
-            if layer in watched:
-                inputs[layer] = h
             if moe is None:
-                h, _, k, v = cache_tier.resident_layer(runtime, layer, h, kv, lengths, num_new, memory.pool, None, tree)
+                before = finished(h)
+                h, _, k, v = cache_tier.resident_layer(runtime, layer, before, kv, lengths, num_new, memory.pool, None, tree)
             else:
-                h, x, routing, k, v = cache_tier.attention(runtime, layer, h, kv, lengths, num_new, tree)
+                before, h, x, routing, k, v = cache_tier.attention(runtime, layer, h, kv, lengths, num_new, tree)
                 assert routing is not None
                 h, memory, info = migrate_and_compute(runtime, moe, memory, h, x, routing, earlier[moe], predicted)
                 infos.append(info)
+            if layer in watched:
+                inputs[layer] = before
             keys.append(k)
             values.append(v)
+        h = finished(h)
         return TargetPass(
             h=h,
             kv=kv._replace(k=tuple(keys), v=tuple(values)),
@@ -56,6 +60,28 @@ class OnDemandFlowExecutor(PooledFlowExecutor):
             features=features(runtime, h, inputs),
         )
 
+    def prompt_pass(self, runtime: Runtime, memory: ExpertMemory, kv: KVCache, chunks: Sequence[Chunk], observe, on_positions):
+        """Layer after layer, all chunks through each: what a layer needs crosses the link once for the whole prompts.
+
+        Between two layers the chunks wait in host memory. Where the slots beside the pinned ones do not hold a layer, chunk after
+        chunk.
+        """
+        if len(chunks) < 2 or memory.slots.dispatch < runtime.config.num_experts:
+            return super().prompt_pass(runtime, memory, kv, chunks, observe, on_positions)
+        positions, layers = sum(int(chunk.num_new.max()) for chunk in chunks), runtime.config.num_layers
+        passing = [_Passing(runtime, chunk) for chunk in chunks]
+        totals = np.zeros((runtime.config.num_moe_layers, runtime.config.num_experts), np.int64)
+        for layer, moe in enumerate(runtime.config.moe_index):
+            counts = None if moe is None else totals[moe]
+            for one in passing:
+                memory, kv, counts = one.layer(layer, memory, kv, counts, more=one is not passing[-1])
+            if moe is not None:
+                totals[moe] = counts
+            on_positions(positions * (layer + 1) // layers - positions * layer // layers)
+        for one in passing:
+            observe(one.chunk, one.features())
+        return memory, kv, totals
+
     def encoder_experts(
         self, runtime: Runtime, moe: int, memory: ExpertMemory, h, x, routing: Routing
     ) -> tuple[jax.Array, ExpertMemory]:
@@ -64,6 +90,42 @@ class OnDemandFlowExecutor(PooledFlowExecutor):
         needed = needed_experts(np.asarray(routing.ids), runtime.config.num_experts)
         plan, residency = plan_layer(memory.residency, moe, needed, np.zeros_like(needed))
         return execute_waves(runtime, config, plan, memory._replace(residency=residency), h, x, routing)
+
+
+class _Passing:
+    """A chunk of the prompts on its way through the layers."""
+
+    def __init__(self, runtime: Runtime, chunk: Chunk):
+        self.chunk, self._runtime, self._inputs = chunk, runtime, {}
+        self._lengths, self._num_new = jnp.asarray(chunk.lengths), jnp.asarray(chunk.num_new)
+        self._h = self._waiting(embed(runtime, chunk.tokens, self._lengths))
+        self._nothing = np.zeros((runtime.config.num_moe_layers, runtime.config.num_experts), np.int64)
+
+    def layer(
+        self, layer: int, memory: ExpertMemory, kv: KVCache, counts: np.ndarray | None, *, more: bool
+    ) -> tuple[ExpertMemory, KVCache, np.ndarray | None]:
+        """counts: [E], choices of the chunks before it; more: whether others follow. -> memory, kv, counts with its own."""
+        runtime, moe = self._runtime, self._runtime.config.moe_index[layer]
+        if layer in runtime.feature_layers:
+            self._inputs[layer] = self._h
+        h, where = fetched(self._h), (self._lengths, self._num_new)
+        if moe is None:
+            h, _, k, v = runtime.cache_tier.resident_layer(runtime, layer, h, kv, *where, memory.pool, None)
+        else:
+            _, h, x, routing, k, v = runtime.cache_tier.attention(runtime, layer, h, kv, *where)
+            assert routing is not None and counts is not None
+            h, memory, info = migrate_and_compute(runtime, moe, memory, h, x, routing, counts, self._nothing, more=more)
+            h, counts = finished(h), info.counts
+        self._h = self._waiting(h)
+        keys, values = (*kv.k[:layer], k, *kv.k[layer + 1 :]), (*kv.v[:layer], v, *kv.v[layer + 1 :])
+        return memory, kv._replace(k=keys, v=values), counts
+
+    def features(self) -> jax.Array | None:
+        """What the draft takes, after the last layer."""
+        return features(self._runtime, fetched(self._h), {layer: fetched(h) for layer, h in self._inputs.items()})
+
+    def _waiting(self, h: jax.Array) -> jax.Array:
+        return jax.device_put(h, self._runtime.context.pinned_sharding)
 
 
 def _pass_info(infos: list[LayerInfo], shape: tuple[int, int]) -> PassInfo:

@@ -1,7 +1,6 @@
 """What the flows over a pool of expert slots share: prompts run before the first step, and batches one after the other."""
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -10,7 +9,7 @@ from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine import figures as metrics
 from specmoe_jax.engine.flows import protocol
 from specmoe_jax.engine.flows.encode import encode
-from specmoe_jax.engine.flows.protocol import TargetPass
+from specmoe_jax.engine.flows.protocol import Chunk, TargetPass
 from specmoe_jax.engine.prefill import prefill
 from specmoe_jax.engine.requests.completion import TokenEvent, step_events
 from specmoe_jax.engine.requests.prepare import BatchShape
@@ -84,12 +83,22 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
             tree=tree,
         )
 
+    def prompt_pass(self, runtime: Runtime, memory: ExpertMemory, kv: KVCache, chunks: Sequence[Chunk], observe, on_positions):
+        """Chunk after chunk, each through all layers."""
+        totals = np.zeros((runtime.config.num_moe_layers, runtime.config.num_experts), np.int64)
+        nothing = np.zeros_like(totals)
+        for chunk in chunks:
+            done = self.target_pass(runtime, memory, kv, *chunk[:3], earlier=totals, predicted=nothing)
+            memory, kv, totals = done.memory, done.kv, done.counts
+            observe(chunk, done.features)
+            on_positions(int(chunk.num_new.max()))
+        return memory, kv, totals
+
     def run(
         self, session: Session, requests: list[Request], batch_shape: BatchShape, on_step: Callable[[StepInfo], None] | None
-    ) -> Iterator[TokenEvent]:
-        starts = range(0, len(requests), batch_shape.rows)
-        batches = (self._run_batch(session, requests[start : start + batch_shape.rows], batch_shape, on_step) for start in starts)
-        return itertools.chain.from_iterable(batches)
+    ) -> Generator[TokenEvent, None, None]:
+        for start in range(0, len(requests), batch_shape.rows):
+            yield from self._run_batch(session, requests[start : start + batch_shape.rows], batch_shape, on_step)
 
     def _run_batch(self, session: Session, requests: list[Request], batch_shape: BatchShape, on_step) -> Iterator[TokenEvent]:
         watch = Stopwatch()
@@ -124,8 +133,8 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
             kv = kv._replace(cross=cross)
         draft_memory = new_draft_memory(runtime, batch_shape)
         with bar("prefill", max(map(len, prompts)) - 1, "position", mode=session.progress, leave=False) as shown, span("prefill"):
-            memory, kv, draft_memory, _ = prefill(
-                self, runtime, memory, kv, prompts, batch_shape.chunk, draft_memory, on_chunk=shown.update
+            memory, kv, draft_memory = prefill(
+                self, runtime, memory, kv, prompts, batch_shape.chunk, draft_memory, on_positions=shown.update
             )
             jax.block_until_ready((kv, draft_memory))
         session.figures.add_prefill(watch.seconds)

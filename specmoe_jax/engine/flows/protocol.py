@@ -3,17 +3,20 @@
 The flows are resident.py, on_demand.py and stream.py; the tiers are in kv_tiers.py. The other modules are parts of them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
 
+from specmoe_jax.config.layer_config import LayerConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.engine.requests.completion import TokenEvent
 from specmoe_jax.engine.requests.prepare import BatchShape
 from specmoe_jax.engine.scheduler import PromptChunk
 from specmoe_jax.engine.state import Cache, ExpertMemory, PassInfo, Request, State, StepInfo
+from specmoe_jax.speculate.drafts.protocol import TokenChoice
+from specmoe_jax.speculate.hot_experts.substitution import DraftSlots
 from specmoe_jax.types import Device, KVCache, Routing, Tree
 
 # The runtime and the session hold a flow, so they are parameters of it here: neither module imports the other.
@@ -35,6 +38,51 @@ class TargetPass(NamedTuple, Generic[Cache]):
     info: PassInfo
     features: jax.Array | None = None
     prompts: tuple[tuple[PromptChunk, jax.Array], ...] = ()
+
+
+class Unfinished(NamedTuple):
+    """A layer whose experts are in their slots and yet to be computed: the program of the next layer does it first.
+
+    config: of the layer. h: [B, T, M] after its attention. slots: [E].
+    """
+
+    config: LayerConfig
+    h: jax.Array
+    x: jax.Array
+    routing: Routing
+    pool: jax.Array
+    slots: np.ndarray
+
+
+class Attended(NamedTuple):
+    """A layer before its experts. inputs: [B, T, M], what it was given. x: [n, M], what its experts are."""
+
+    inputs: jax.Array
+    h: jax.Array
+    x: jax.Array
+    routing: Routing | None
+    k: jax.Array
+    v: jax.Array
+
+
+class ResidentPass(NamedTuple):
+    """h: [B, T, M] after the last layer. inputs: of the layers that a draft watches."""
+
+    h: jax.Array
+    kv: KVCache
+    inputs: dict[int, jax.Array]
+
+
+class Chunk(NamedTuple):
+    """A part of all prompts of a batch. tokens: [B, T] at positions lengths[b] + t; rows t >= num_new[b] are padding.
+
+    following: [B, T], the token after each.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    num_new: np.ndarray
+    following: np.ndarray
 
 
 class ExpertFlowExecutor(Protocol[R, S]):
@@ -63,7 +111,7 @@ class ExpertFlowExecutor(Protocol[R, S]):
 
     def run(
         self, session: S, requests: list[Request], batch_shape: BatchShape, on_step: Callable[[StepInfo], None] | None
-    ) -> Iterator[TokenEvent]:
+    ) -> Generator[TokenEvent, None, None]:
         """All requests, as many at a time as the batch has rows."""
         ...
 
@@ -91,6 +139,21 @@ class PooledFlowExecutor(ExpertFlowExecutor[R, S], Protocol):
         """
         ...
 
+    def prompt_pass(
+        self,
+        runtime: R,
+        memory: ExpertMemory,
+        kv: KVCache,
+        chunks: Sequence[Chunk],
+        observe: Callable[[Chunk, jax.Array | None], object],
+        on_positions: Callable[[int], object],
+    ) -> tuple[ExpertMemory, KVCache, np.ndarray]:
+        """The exact model over prompts. -> memory, kv, and how often each expert [L, E] was chosen.
+
+        observe: called with each chunk and what the draft takes of it. on_positions: with the positions done since the last call.
+        """
+        ...
+
     def encoder_experts(
         self, runtime: R, moe: int, memory: ExpertMemory, h: jax.Array, x: jax.Array, routing: Routing
     ) -> tuple[jax.Array, ExpertMemory]:
@@ -110,13 +173,43 @@ class KvTierExecutor(Protocol[R]):
         ...
 
     def attention(
-        self, runtime: R, layer: int, h, kv: KVCache, lengths, num_new, tree: Tree | None = None
-    ) -> tuple[jax.Array, jax.Array, Routing | None, jax.Array, jax.Array]:
-        """Everything of a layer before its experts. -> h, x, routing, k, v."""
+        self, runtime: R, layer: int, h: jax.Array | Unfinished, kv: KVCache, lengths, num_new, tree: Tree | None = None
+    ) -> Attended:
+        """Everything of a layer before its experts, after what is left of the layer before it."""
         ...
 
     def resident_layer(
         self, runtime: R, layer: int, h, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None
     ) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
         """A layer that needs no copy of an expert, or has none (slots None). -> h, ids (None without experts), k, v."""
+        ...
+
+    def resident_pass(
+        self, runtime: R, tokens, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None
+    ) -> ResidentPass:
+        """All layers, of which none needs a copy. tokens: [B, T]; slots: [L, E]."""
+        ...
+
+    def draft_forward(
+        self, runtime: R, tokens, kv: KVCache, lengths, num_new, pool, slots: Sequence[DraftSlots]
+    ) -> tuple[jax.Array, KVCache, Any]:
+        """One token per row [B] through resident experts only.
+
+        -> logits [B, V], kv, and of each layer with experts those [B, A] that the router chose, resident or not.
+        """
+        ...
+
+    def draft_chain(
+        self,
+        runtime: R,
+        token,
+        kv: KVCache,
+        lengths,
+        num_new,
+        pool,
+        slots: Sequence[DraftSlots],
+        choice: TokenChoice,
+        length: int,
+    ) -> tuple[jax.Array, jax.Array | None, KVCache]:
+        """So many tokens per row, each fed back; see DraftView.chain. token: [B], the last one."""
         ...

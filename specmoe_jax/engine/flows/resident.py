@@ -6,7 +6,7 @@ import numpy as np
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.engine import stages
-from specmoe_jax.engine.flows.layer_passes import embed, features
+from specmoe_jax.engine.flows.layer_passes import features
 from specmoe_jax.engine.flows.pooled import PooledFlowExecutor
 from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.runtime import Runtime
@@ -34,23 +34,15 @@ class ResidentFlowExecutor(PooledFlowExecutor):
         predicted: np.ndarray,
         tree: Tree | None = None,
     ) -> TargetPass[KVCache]:
-        lengths, num_new = jnp.asarray(lengths), jnp.asarray(num_new)
-        h, watched, stay = embed(runtime, tokens, lengths, tree), runtime.feature_layers, _slots(runtime)
-        keys, values, inputs = [], [], {}
-        for layer, moe in enumerate(runtime.config.moe_index):
-            if layer in watched:
-                inputs[layer] = h
-            slots = None if moe is None else stay[moe]
-            h, _, k, v = runtime.cache_tier.resident_layer(runtime, layer, h, kv, lengths, num_new, memory.pool, slots, tree)
-            keys.append(k)
-            values.append(v)
+        lengths, num_new, stay = jnp.asarray(lengths), jnp.asarray(num_new), _slots(runtime)[: runtime.config.num_moe_layers]
+        done = runtime.cache_tier.resident_pass(runtime, tokens, kv, lengths, num_new, memory.pool, stay, tree)
         return TargetPass(
-            h=h,
-            kv=kv._replace(k=tuple(keys), v=tuple(values)),
+            h=done.h,
+            kv=done.kv,
             memory=memory,
             counts=earlier,
             info=NOTHING_FETCHED,
-            features=features(runtime, h, inputs),
+            features=features(runtime, done.h, done.inputs),
         )
 
     def encoder_experts(

@@ -1,6 +1,6 @@
 """The experts of every layer cross the link once a pass (SpecMoEOff): one job, whose rows are filled from a queue."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,7 @@ class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
 
     def run(
         self, session: Session, requests: list[Request], batch_shape: BatchShape, on_step: Callable[[StepInfo], None] | None
-    ) -> Iterator[TokenEvent]:
+    ) -> Generator[TokenEvent, None, None]:
         """A streamed job: rows are filled from the queue as they become free. Steps in which all rows join count as prefill."""
         (state, before), waiting, watches = self._init_queue(session, requests, batch_shape), tuple(requests), {}
         now = moved(state.runtime)

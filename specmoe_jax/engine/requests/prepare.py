@@ -1,10 +1,11 @@
 """Prompts and parameters -> requests, or an error that names the prompt. Nothing runs before all are checked."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 
 from specmoe_jax.checkpoints.published.advice import tokenizer_advice
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
@@ -18,6 +19,7 @@ from specmoe_jax.planner.memory.fit import Memories, accounted, nearest, with_ne
 from specmoe_jax.planner.memory.memory_account import DraftMemory, MemoryAccount, PagedLoad
 from specmoe_jax.planner.workload import Workload
 from specmoe_jax.support.errors import BudgetError, RequestError
+from specmoe_jax.support.validation import is_text, shown
 
 UNLIMITED_BYTES = float(1 << 60)  # of a machine of which the plan's own budgets alone count
 
@@ -131,16 +133,29 @@ def make_requests(
 
     Sampling is keyed by the ids, so a job that resumes gives each request the id that it had. Raises RequestError.
     """
-    if isinstance(prompts, str):
-        raise RequestError("prompts is one text; give a list of texts (or of token-id lists)")
+    if isinstance(prompts, str | bytes | Mapping | Set):
+        said = "one text" if isinstance(prompts, str) else f"a {type(prompts).__name__}"
+        raise RequestError(f"prompts is {said}; give a list of texts (or of token-id lists)")
+    prompts = _listed(prompts, "prompts", "a list of texts (or of token-id lists)")
     if len(prompts) == 0:
         raise RequestError("no prompts were given; give at least one")
     if params is None or isinstance(params, SamplingParams):
         params = [params or SamplingParams()] * len(prompts)
+    params = _listed(params, "params", "one SamplingParams for all, or a list of one each")
+    if wrong := [p for p in params if not isinstance(p, SamplingParams)]:
+        raise RequestError(f"params holds {shown(wrong[0])}; give one SamplingParams for all, or a list of one each")
     if len(params) != len(prompts):
         raise RequestError(f"{len(prompts)} prompts and {len(params)} sampling parameters; give one for all or one each")
-    ids = range(len(prompts)) if ids is None else _checked_ids(ids, len(prompts))
+    ids = range(len(prompts)) if ids is None else _checked_ids(_listed(ids, "ids", "one whole number each"), len(prompts))
     return [_request(model, i, prompt, p) for i, prompt, p in zip(ids, prompts, params, strict=True)]
+
+
+def _listed(values: Iterable, name: str, expected: str) -> list:
+    """What may be a generator, as a list."""
+    try:
+        return list(values)
+    except TypeError as e:
+        raise RequestError(f"{name} is {shown(values)}; give {expected}") from e
 
 
 def refusal(model: Reader, index: int, prompt: str | Sequence[int], params: SamplingParams) -> str | None:
@@ -157,7 +172,10 @@ def _request(model: Reader, index: int, prompt: str | Sequence[int], params: Sam
     if (text is not None or params.stop) and model.tokenizer is None:
         advice = tokenizer_advice(getattr(model, "path", None))
         told = f" ({advice})" if advice else ""
-        raise RequestError(f"prompt {index} needs a tokenizer and the model has none; give token ids and no stop strings{told}")
+        said = 'give token ids ("prompt": [1, 2, 3] in a .jsonl file) and no stop strings'
+        raise RequestError(f"prompt {index} needs a tokenizer and the model has none; {said}{told}")
+    if text is not None and not is_text(text):
+        raise RequestError(f"prompt {index} holds half of a surrogate pair, or bytes that are not UTF-8; give it in UTF-8")
     if text == "":  # also where the tokenizer would put a token of its own before it
         raise RequestError(f"prompt {index} is empty; give at least one character")
     token_ids = tuple(model.tokenizer.encode(prompt)) if isinstance(prompt, str) else _token_ids(index, prompt)
@@ -209,8 +227,13 @@ def _checked_ids(ids: Sequence[int], count: int) -> list[int]:
     return numbers
 
 
-def _token_ids(index: int, prompt: Sequence[int]) -> tuple[int, ...]:
+def _token_ids(index: int, prompt: Iterable[int]) -> tuple[int, ...]:
     try:
-        return tuple(operator.index(token) for token in prompt)
+        if isinstance(prompt, bytes | bytearray | memoryview | Mapping | Set):
+            raise TypeError(f"it is a {type(prompt).__name__}")
+        tokens = tuple(prompt)
+        if any(isinstance(token, bool | np.bool_) for token in tokens):
+            raise TypeError("it holds a bool")
+        return tuple(operator.index(token) for token in tokens)
     except TypeError as e:
         raise RequestError(f"prompt {index} is neither a text nor a list of token ids ({e}); prompts is a list of prompts") from e

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.metadata
 import os
 import re
 import warnings
@@ -11,6 +12,8 @@ import jax
 import numpy as np
 
 from specmoe_jax.support.errors import UserError
+
+PACKAGE = Path(__file__).parents[2]
 
 
 class Unusable(Exception):
@@ -33,11 +36,27 @@ def check_api(built: tuple[int, int], runtime: tuple[int, int]) -> None:
         )
 
 
+def how_to_have_them(folder: Path) -> str:
+    """What to do where the package that was imported, in this folder, has no compiled kernels."""
+    if not (folder / "cpu_ops").is_dir():
+        return "reinstall specmoe_jax with a C++ compiler on the machine"
+    try:
+        installed = Path(str(importlib.metadata.distribution("specmoe_jax").locate_file("")))
+    except importlib.metadata.PackageNotFoundError:
+        installed = folder
+    if installed.resolve() == folder.resolve():
+        return f"this is the source tree {folder}: pip install -e . compiles them"
+    return (
+        f"Python took the source tree {folder}, not the package installed in {installed}, because it looks first in the working "
+        "directory and PYTHONPATH: run it in another folder or with python -P, or pip install -e ."
+    )
+
+
 def _load():
     try:
         module = importlib.import_module("specmoe_jax._cpu_ops")
     except ImportError as e:
-        raise Unusable(f"the compiled kernels are missing ({e}); reinstall specmoe_jax with a C++ compiler on the machine") from e
+        raise Unusable(f"the compiled kernels are missing ({e}); {how_to_have_them(PACKAGE.parent)}") from e
     check_api(tuple(module.ffi_api), runtime_api())
     return module
 

@@ -45,6 +45,7 @@ class EagleDraftDescription(DraftDescription):
             fixed=_weights(head) * itemsize + TABLE_ENTRY_BYTES * (head.draft_vocab_size or 0),
             row=head.hidden_size * itemsize,
             position=costs.cache_row(head.layer.attention) * itemsize,
+            watched=len(head.feature_layers) * config.hidden_size * itemsize,
         )
 
     def costs(

@@ -8,15 +8,16 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import preset
 from specmoe_jax.planner import costs, routing
-from specmoe_jax.planner.costs import DISK, Cost
+from specmoe_jax.planner.costs import DISK, Cost, Load
 from specmoe_jax.planner.drafts.search_starts import SearchStart, expert_counts
 from specmoe_jax.planner.flows.pooled import PooledFlowDescription
+from specmoe_jax.planner.flows.protocol import FlowMemory
 from specmoe_jax.planner.layer_costs import attention_block
 from specmoe_jax.planner.measured.case import Case, MeasuredPass, kept_experts, layer_work, pinned_slots
 from specmoe_jax.planner.measured.operators import Operators
 from specmoe_jax.planner.memory.account import pinned_experts
-from specmoe_jax.planner.memory.memory_account import arriving_experts
-from specmoe_jax.planner.passes import LayerCosts, Setting
+from specmoe_jax.planner.memory.memory_account import PagedLoad, arriving_experts
+from specmoe_jax.planner.passes import LayerCosts, Setting, layer_by_layer
 
 GATES_RIGHT = 0.8  # of a pass's misses, the share that the draft's gates foresee (prefetch=draft)
 
@@ -25,6 +26,24 @@ GATES_RIGHT = 0.8  # of a pass's misses, the share that the draft's gates forese
 class OnDemandFlowDescription(PooledFlowDescription):
     def moving_experts(self, config: ModelConfig, expert_bytes: int) -> int:
         return arriving_experts(expert_bytes, config.num_experts)
+
+    def memory(self, config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int, paged: PagedLoad | None) -> FlowMemory:
+        """Of more than a chunk of prompts the hidden states wait between two layers. A decoder beside an encoder has none."""
+        needs = super().memory(config, plan, batch_rows=batch_rows, positions=positions, paged=paged)
+        waits = positions > plan.prefill_chunk and config.encoder is None and needs.dispatch == config.num_experts
+        return needs._replace(waiting_tokens=batch_rows * positions if waits else 0)
+
+    def prefill_seconds(self, setting: Setting, prompt_tokens: int) -> float:
+        """Chunk by chunk but for the link, which brings a layer once; chunk after chunk where the slots do not hold a layer."""
+        if setting.account.dispatch_slots < setting.config.num_experts:
+            return super().prefill_seconds(setting, prompt_tokens)
+        chunk, plan = min(setting.plan.prefill_chunk, prompt_tokens), setting.plan.replace(prefetch="none")
+        each = setting._replace(load=Load(setting.load.rows, chunk, prompt_tokens / 2), plan=plan)
+        whole = each._replace(load=Load(setting.load.rows, prompt_tokens, prompt_tokens / 2))
+        computed = layer_by_layer(each, 0.0, lambda *layer: self.layer_costs(*layer)._replace(copies=[]))
+        copies = [self.layer_costs(whole, *layer).copies for layer in enumerate(setting.config.moe_index)]
+        link_s = sum(max(map(setting.seconds, of_layer), default=0.0) for of_layer in copies)
+        return computed.iteration_s * prompt_tokens / chunk + link_s
 
     def crossing_experts(self, config: ModelConfig, plan: Plan, probabilities: tuple[float, ...], tokens: float) -> float:
         return routing.missed(probabilities, tokens, pinned_experts(config, plan)[0])

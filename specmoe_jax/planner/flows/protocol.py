@@ -17,7 +17,8 @@ class FlowMemory(NamedTuple):
 
     pass_tokens: of its largest pass. dispatch: experts that one layer may ask for at once. pinned_slots: of experts that stay
     between passes. wanted_slots: with them every dispatch fits at once. cached_positions: of the KV cache. paged: what of that is
-    in pages, None for whole rows. pinned_layers: whose experts stay beside a stream.
+    in pages, None for whole rows. pinned_layers: whose experts stay beside a stream. waiting_tokens: of prompts, whose hidden
+    states wait in host memory between two layers; those of `paged` not counted.
     """
 
     pass_tokens: int
@@ -27,6 +28,7 @@ class FlowMemory(NamedTuple):
     cached_positions: int
     paged: PagedLoad | None = None
     pinned_layers: int = 0
+    waiting_tokens: int = 0
 
 
 class ExpertFlowDescription(Protocol):

@@ -28,7 +28,7 @@ class MemoryAccount(NamedTuple):
     draft_pages: int = 0  # of that cache, where it is split; 0: whole rows
     host_draft_bytes: int = 0  # the split cache's other part: as many pages as the target's
     kv_pages: int = 0  # of the host's paged cache (expert_flow=stream), else 0
-    hidden_bytes: int = 0  # what waits in host memory of a prompt between two tasks: hidden states, queries, keys, values (stream)
+    hidden_bytes: int = 0  # what waits in host memory of prompts: hidden states between two layers; of a stream q, k, v too
     cross_bytes: int = 0  # keys and values of what an encoder read
     staging_bytes: int = 0  # keys and values of the prompts' chunks that attend on the accelerator, of one layer at a time
     pinned_layers: int = 0  # of the spare-expert cache (expert_flow=stream): its experts are the pinned_slots
@@ -75,11 +75,15 @@ class PagedLoad(NamedTuple):
 
 
 class DraftMemory(NamedTuple):
-    """Bytes of a draft of its own: whatever the batch, of each row of it, and of each position of a row in its cache."""
+    """Bytes of a draft of its own: whatever the batch, of each row of it, and of each position of a row in its cache.
+
+    watched: of each position of a prompt, the inputs of the target's layers that it takes.
+    """
 
     fixed: int = 0
     row: int = 0
     position: int = 0
+    watched: int = 0
 
 
 def arriving_experts(expert_bytes: int, num_experts: int) -> int:

@@ -87,7 +87,7 @@ def draft_chain(logits: jax.Array, view: DraftView, feature: jax.Array, advance:
     for position in range(view.length):
         if position:
             logits, feature = advance(tokens[-1], feature, view.lengths + np.int32(position - 1))
-        token, q = choose_token(view, position, logits)
+        token, q = choose_token(view.choice, np.int32(position), logits)
         tokens.append(token)
         probs += [] if q is None else [q]
     return jnp.stack(tokens, 1), jnp.stack(probs, 1) if probs else None

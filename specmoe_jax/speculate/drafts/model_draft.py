@@ -43,7 +43,7 @@ class ModelDraft(NamedTuple):
             if position:
                 lengths = view.lengths + np.int32(position)
                 logits, kv = self.forward(kv, drafted[-1][:, None], lengths, view.active.astype(np.int32))
-            token, q = choose_token(view, position, logits)
+            token, q = choose_token(view.choice, np.int32(position), logits)
             drafted.append(token)
             probs += [] if q is None else [q]
         lengths = np.where(view.active, view.lengths + view.length, valid).astype(np.int32)

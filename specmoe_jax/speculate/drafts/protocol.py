@@ -9,6 +9,14 @@ import numpy as np
 from specmoe_jax.types import Proposal, SamplingRows
 
 
+class TokenChoice(NamedTuple):
+    """How drafted tokens are chosen from logits; see DraftView."""
+
+    rows: SamplingRows
+    keys: jax.Array | None
+    coupled: jax.Array | None
+
+
 class DraftView(NamedTuple):
     """What a draft may look at and use in one step.
 
@@ -21,9 +29,11 @@ class DraftView(NamedTuple):
     ids: [B] int64, the request of each row, -1 for none; a row may serve one after the other.
     history: per row, prompt and generated ids, the last token included.
     rows: sampling parameters. keys: [B] random keys of this step, consumed by the draft (fold in the position).
-    coupled: [B, N] keys that draft and target share under deterministic sampling, else None.
+    coupled: keys that draft and target share under deterministic sampling, of the next N positions or more [B, N..], else None.
     forward: (kv, tokens [B], lengths [B]) -> (logits [B, V], kv): one token through the resident experts only,
         no expert crosses the link. None where the plan keeps no draft experts.
+    chain: (kv, last_token, lengths, choice, length) -> (tokens [B, N], probs [B, N, V] or None, kv): so many calls of `forward`,
+        and the choice of a token after each, as one program. None where the engine acts between two tokens.
     memory: of the draft's last proposal for these rows (Proposal.memory), or what a FeatureDraft made of it since; None in
         the first step of any other draft.
     """
@@ -40,7 +50,12 @@ class DraftView(NamedTuple):
     keys: jax.Array | None
     coupled: jax.Array | None
     forward: Callable | None
+    chain: Callable | None = None
     memory: Any = None
+
+    @property
+    def choice(self) -> TokenChoice:
+        return TokenChoice(rows=self.rows, keys=self.keys, coupled=self.coupled)
 
 
 class Draft(Protocol):

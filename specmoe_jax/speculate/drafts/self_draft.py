@@ -1,12 +1,13 @@
 """SpecMoE's draft: the model itself, with a few resident experts per layer in the place of all."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specmoe_jax.speculate.drafts.protocol import DraftView
+from specmoe_jax.speculate.drafts.protocol import DraftView, TokenChoice
 from specmoe_jax.speculate.sampling import choose_coupled, sample, transform_logits
 from specmoe_jax.types import KVCache, Proposal, SamplingRows
 
@@ -19,22 +20,34 @@ class SelfDraft:
 
     def propose(self, view: DraftView) -> tuple[Proposal, KVCache]:
         assert view.forward is not None  # the plan keeps draft experts
-        kv, token, tokens, probs = view.kv, view.last_token, [], []
-        for position in range(view.length):
-            logits, kv = view.forward(kv, token, view.lengths + np.int32(position))
-            token, q = choose_token(view, position, logits)
-            tokens.append(token)
-            probs += [] if q is None else [q]
-        return Proposal(tokens=jnp.stack(tokens, 1), probs=jnp.stack(probs, 1) if probs else None), kv
+        run = view.chain or functools.partial(feed_back, view.forward)
+        tokens, probs, kv = run(view.kv, view.last_token, view.lengths, view.choice, view.length)
+        return Proposal(tokens=tokens, probs=probs), kv
 
 
-def choose_token(view: DraftView, position: int, logits: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """The drafted token [B] at a position of the step by the rows' parameters, and its distribution [B, V] if drawn."""
-    if view.keys is None:  # all rows are greedy
+def feed_back(
+    forward: Callable, kv: KVCache, token, lengths, choice: TokenChoice, length: int
+) -> tuple[jax.Array, jax.Array | None, KVCache]:
+    """What DraftView.chain says, a call of `forward` after the other."""
+    tokens, probs = [], []
+    for position in range(length):
+        logits, kv = forward(kv, token, lengths + np.int32(position))
+        token, q = choose_token(choice, np.int32(position), logits)
+        tokens.append(token)
+        probs += [] if q is None else [q]
+    return jnp.stack(tokens, 1), jnp.stack(probs, 1) if probs else None, kv
+
+
+def choose_token(choice: TokenChoice, position, logits: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The drafted token [B] at a position of the step by the rows' parameters, and its distribution [B, V] if drawn.
+
+    position: int32, of numpy or traced.
+    """
+    if choice.keys is None:  # all rows are greedy
         return _argmax(logits), None
-    if view.coupled is not None:
-        return _choose_coupled(view.coupled[:, position], logits, view.rows), None
-    return _draw(view.keys, np.int32(position), logits, view.rows)
+    if choice.coupled is not None:
+        return _choose_coupled(choice.coupled, position, logits, choice.rows), None
+    return _draw(choice.keys, position, logits, choice.rows)
 
 
 @jax.jit
@@ -43,8 +56,8 @@ def _argmax(logits: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _choose_coupled(keys: jax.Array, logits: jax.Array, rows: SamplingRows) -> jax.Array:
-    return choose_coupled(keys[:, None], logits[:, None], rows)[:, 0]
+def _choose_coupled(keys: jax.Array, position: jax.Array, logits: jax.Array, rows: SamplingRows) -> jax.Array:
+    return choose_coupled(keys[:, position, None], logits[:, None], rows)[:, 0]
 
 
 @jax.jit

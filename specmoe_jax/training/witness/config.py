@@ -50,7 +50,7 @@ class RecipeConfig:
     decay_steps: int = 0
     weight_decay: float = 0.05
     capacity_factor: float = 1.5  # rows of an expert in training, relative to an even load
-    bias_rate: float = 1e-3  # step of the router's balancing bias
+    bias_rate: float = 5e-3  # step of the router's balancing bias
     mtp_weight: float = 0.3
     mtp_share: float = 0.25  # of a batch's rows on which the MTP layer is trained
     ema_decay: float = 0.998

@@ -116,8 +116,10 @@ def train_step(state: TrainState, batch: jax.Array, *, config: WitnessConfig, re
     """One update. batch [B, T + 2] int32; the old state's buffers are given up."""
     grads, (loads, info) = jax.grad(loss_fn, has_aux=True)(state.params, state.bias, batch, config, recipe)
     params, opt_state = updated(make_optimizer(recipe), grads, state.opt_state, state.params)
-    # The bias comes to rest with the learning rate; the average is short at first, or it would remember the random start.
-    rate = recipe.bias_rate * learning_rate(recipe)(state.step) / recipe.learning_rate
+    # The bias is at full rate during the warm-up, where routing collapses otherwise, and comes to rest with the learning rate.
+    share = jnp.where(state.step < recipe.warmup_steps, 1.0, learning_rate(recipe)(state.step) / recipe.learning_rate)
+    rate = recipe.bias_rate * share
+    # The average is short at first, or it would remember the random start.
     keep = jnp.minimum(recipe.ema_decay, (1.0 + state.step) / (10.0 + state.step))
     new = TrainState(
         step=state.step + 1,

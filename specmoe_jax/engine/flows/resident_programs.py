@@ -1,0 +1,130 @@
+"""Programs of many layers, for passes that find every expert in its slot and so need no word from the host between two layers."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from specmoe_jax.config.layer_config import LayerConfig
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.engine import stages
+from specmoe_jax.models import layers
+from specmoe_jax.models.spec import LayerWeights, Weights
+from specmoe_jax.speculate.drafts.protocol import TokenChoice
+from specmoe_jax.speculate.drafts.self_draft import choose_token
+from specmoe_jax.types import CrossCache, Tree
+
+LAYERS_PER_PROGRAM = (
+    16  # of a pass: layers that are alike share programs, and 48 in one took 4 times as long to compile, no less to run
+)
+
+Caches = tuple[jax.Array, ...]  # of keys or of values, one [B, K, S, D] a layer
+
+
+def _resident_layers(
+    configs: Sequence[LayerConfig],
+    weights: Sequence[LayerWeights[jax.Array]],
+    h: jax.Array,
+    k: Caches,
+    v: Caches,
+    lengths,
+    num_new,
+    pool,
+    slots,
+    cross: Sequence[CrossCache] | None,
+    tree: Tree | None = None,
+):
+    """slots: of the layers that have experts, in turn. -> h after each layer, what their routers chose [n, A] in turn, caches."""
+    states, ids, keys, values, of_layer = [], [], [], [], iter(slots)
+    for i, config in enumerate(configs):
+        own = None if config.router is None else next(of_layer)
+        h, chosen, key, value = stages.layer(
+            config, weights[i], h, k[i], v[i], lengths, num_new, pool, own, cross and cross[i], tree
+        )
+        states.append(h)
+        ids += [] if chosen is None else [chosen]
+        keys.append(key)
+        values.append(value)
+    return states, ids, tuple(keys), tuple(values)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 5))
+def run_layers(
+    configs: tuple[LayerConfig, ...],
+    watched: tuple[int, ...],
+    weights,
+    h,
+    k: Caches,
+    v: Caches,
+    lengths,
+    num_new,
+    pool,
+    slots,
+    cross,
+    tree,
+):
+    """As `stages.layer`, for consecutive layers; slots: [L, E]. -> h, the inputs of the watched ones, caches."""
+    states, _, k, v = _resident_layers(configs, weights, h, k, v, lengths, num_new, pool, slots, cross, tree)
+    return states[-1], [([h, *states])[layer] for layer in watched], k, v
+
+
+def _forward(config: ModelConfig, weights: Weights[jax.Array], k, v, cross, pool, slots, tokens, lengths, num_new):
+    h = layers.embed(weights, tokens[:, None], lengths[:, None], config.embedding)
+    states, ids, k, v = _resident_layers(config.layers, weights.layers, h, k, v, lengths, num_new, pool, slots, cross)
+    return layers.head(config.head, weights, states[-1])[:, 0], jnp.stack(ids), k, v
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+def draft_forward(
+    config: ModelConfig, weights: Weights[jax.Array], k: Caches, v: Caches, cross, pool, slots, tokens, lengths, num_new
+):
+    """One token per row [B]. slots: of each layer with experts, DraftSlots. -> logits [B, V], choices [L, B, A], caches."""
+    with jax.named_scope("draft"):
+        return _forward(config, weights, k, v, cross, pool, slots, tokens, lengths, num_new)
+
+
+# With the pass XLA would convert all weights in half precision before the loop, and keep a float32 copy of each (on a CPU).
+@functools.partial(
+    jax.jit,
+    static_argnums=(0, 1),
+    donate_argnums=(3, 4),
+    compiler_options={"xla_disable_hlo_passes": "while-loop-invariant-code-motion"},
+)
+def draft_chain(
+    config: ModelConfig,
+    most: int,
+    weights: Weights[jax.Array],
+    k: Caches,
+    v: Caches,
+    cross,
+    pool,
+    slots,
+    token,
+    lengths,
+    num_new,
+    choice: TokenChoice,
+    count,
+):
+    """`count` tokens per row, at most `most`, each fed back: one program for all lengths.
+
+    -> tokens [B, most], their distributions [B, most, V] where they were drawn, caches.
+    """
+    drawn = choice.keys is not None and choice.coupled is None
+    tokens = jnp.zeros((len(token), most), jnp.int32)
+    probs = jnp.zeros((*tokens.shape, config.vocab_size), jnp.float32) if drawn else None
+
+    def one(position, carry):
+        token, tokens, probs, k, v = carry
+        logits, _, k, v = _forward(config, weights, k, v, cross, pool, slots, token, lengths + position, num_new)
+        token, q = choose_token(choice, position, logits)
+        return token, tokens.at[:, position].set(token), None if q is None else probs.at[:, position].set(q), k, v
+
+    with jax.named_scope("draft"):
+        _, tokens, probs, k, v = jax.lax.fori_loop(0, count, one, (jnp.asarray(token), tokens, probs, k, v))
+    return tokens, probs, k, v
+
+
+def groups(num_layers: int) -> list[slice]:
+    """Consecutive layers, LAYERS_PER_PROGRAM at most."""
+    return [slice(start, start + LAYERS_PER_PROGRAM) for start in range(0, num_layers, LAYERS_PER_PROGRAM)]

@@ -105,9 +105,13 @@ def nvfp4(name: str, matrix: np.ndarray):
 
 def quantised(family: str, quantise, raw: dict | None = None) -> tuple[dict, dict]:
     """(tensors as published, the same checkpoint with its weights as they decode), of a tiny model of the family."""
-    model = random_model(parse_config(raw or RAW_CONFIGS[family]))
+    return quantise_all(stored_tensors(random_model(parse_config(raw or RAW_CONFIGS[family])), 0), quantise)
+
+
+def quantise_all(tensors: dict, quantise) -> tuple[dict, dict]:
+    """As `quantised`, of these tensors."""
     packed, exact = {}, {}
-    for name, tensor in stored_tensors(model, 0).items():
+    for name, tensor in tensors.items():
         if tensor.ndim != 2 or any(part in name for part in KEPT):
             packed[name] = exact[name] = tensor.astype(ml_dtypes.bfloat16)
         else:

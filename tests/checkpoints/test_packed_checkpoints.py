@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from family_files import stored_tensors, write
-from quantised_files import awq, compressed, fp8, gptq, mxfp4_gpt_oss, nvfp4, quantise_all, quantised, write_pair
+from quantised_files import awq, compressed, fp8, fp8_rows, gptq, mxfp4_gpt_oss, nvfp4, quantise_all, quantised, write_pair
 from test_mtp import layer_tensors
 
 from specmoe_jax.checkpoints import load_model
@@ -23,6 +23,11 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
 WEIGHTS = {"num_bits": 4, "type": "int", "group_size": 32, "strategy": "group", "symmetric": True}
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {"weights": WEIGHTS}}}
+FP8_CHANNELS = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float", "strategy": "channel", "group_size": None}}},
+}
 SIZES = {
     "hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "mlp_only_layers": [1],
     "decoder_sparse_step": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -40,6 +45,12 @@ FORMS = {
         "deepseek_v3",
         FP8 | {"weight_block_size": [16, 8]},
         lambda: quantised("deepseek_v3", fp8((16, 8), ml_dtypes.bfloat16)),
+    ),
+    "fp8 with a scale per output": ("groups", FP8_CHANNELS, lambda: of_groups(fp8_rows(per_row=True))),
+    "fp8 with a scale per matrix": (
+        "groups",
+        {"quant_method": "modelopt", "quant_algo": "FP8"},
+        lambda: of_groups(fp8_rows(per_row=False)),
     ),
     "awq": ("groups", {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}, lambda: of_groups(awq(32))),
     "gptq": ("groups", GPTQ, lambda: of_groups(gptq(32))),
@@ -87,7 +98,8 @@ def test_memory_is_what_the_disk_holds(pair):
     unused = (".g_idx", ".weight_shape", ".input_scale")
     on_disk = sum(entry.bytes for name, entry in kept.items() if not name.endswith(unused))
     # What is kept in float32 whatever it is stored in; zeros of one group take a whole byte.
-    widened = sum(e.bytes for n, e in kept.items() if e.dtype == "BF16" and not n.endswith(".weight_scale"))
+    scales_of_groups = packed.config.experts.packing.startswith("compressed")
+    widened = sum(e.bytes for e in kept.values() if e.dtype == "BF16" and not scales_of_groups)
     zeros = sum(e.bytes for n, e in kept.items() if n.endswith(("zeros", "zero_point")))
     in_memory = sum(block.nbytes for block in blocks_of(packed))
     assert in_memory == packed.expert_bytes * len(blocks_of(packed))

@@ -20,7 +20,10 @@ def kind_of(packing: str) -> PackingKind:
     name, _, parameters = packing.partition(":")
     if name not in KINDS:
         raise CheckpointError(f"experts are packed as {packing!r}; this version knows {', '.join(KINDS)}")
-    return importlib.import_module(f"{__package__}.{name}").kind(parameters)
+    try:
+        return importlib.import_module(f"{__package__}.{name}").kind(parameters)
+    except ValueError as e:
+        raise CheckpointError(f"experts are packed as {packing!r}, whose parameters are none of {name} ({e})") from e
 
 
 def is_published(packing: str | None) -> bool:

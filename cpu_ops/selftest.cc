@@ -14,6 +14,7 @@
 #include "chunked_attention.h"
 #include "expert_ffn.h"
 #include "few_rows_product.h"
+#include "rowwise_ffn.h"
 #include "scratch.h"
 
 namespace specmoe {
@@ -197,6 +198,67 @@ double packed_ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, D
   return worst;
 }
 
+// One matrix of a format whose every weight is 3 times the scale, a power of two.
+void fill_matrix(const RowwiseArgs& a, int64_t rows, int64_t columns, float scale, uint8_t* to) {
+  const uint8_t codes[] = {0x44, 0x55, 0xbb, 0x55};
+  const int64_t code_bytes = matrix_code_bytes(a, rows, columns), bytes = matrix_bytes(a, rows, columns);
+  std::memset(to, codes[static_cast<int>(a.format)], code_bytes);
+  uint32_t bits;
+  std::memcpy(&bits, &scale, 4);
+  const uint16_t half = static_cast<uint16_t>(bits >> 16);
+  if (a.format == RowFormat::kMxfp4) std::memset(to + code_bytes, static_cast<int>(bits >> 23), bytes - code_bytes);
+  if (a.format == RowFormat::kNvfp4) std::memset(to + code_bytes, 0x38, bytes - code_bytes - 4);
+  for (int64_t i = code_bytes; a.format == RowFormat::kInt4 && i < bytes; i += 2) std::memcpy(to + i, &half, 2);
+  for (int64_t i = a.format == RowFormat::kNvfp4 ? bytes - 4 : code_bytes; i < bytes; i += 4) {
+    if (a.format == RowFormat::kFp8 || a.format == RowFormat::kNvfp4) std::memcpy(to + i, &scale, 4);
+  }
+}
+
+// As packed_ffn, of matrices that are packed row by row.
+double rowwise(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, RowFormat format, bool biased, int threads) {
+  const int64_t R = 2;
+  const float code = 3, scale = 0.25f / static_cast<float>(M);
+  RowwiseArgs a{};
+  a.n = n;
+  a.A = 1;
+  a.M = M;
+  a.F = F;
+  a.R = R;
+  a.x_type = DType::kF32;
+  a.format = format;
+  a.group = format == RowFormat::kNvfp4 ? 16 : 32;
+  a.block_rows = 24;
+  a.biased = biased;
+  a.expert_bytes = rowwise_expert_bytes(a);
+  Exact<uint8_t> blocks(R * a.expert_bytes);
+  std::memset(blocks.data, 0, R * a.expert_bytes);  // biases of 0
+  for (int64_t r = 0; r < R; ++r) {
+    uint8_t* expert = blocks.data + r * a.expert_bytes;
+    const int64_t inner = matrix_bytes(a, F, M);
+    fill_matrix(a, F, M, scale, expert);
+    fill_matrix(a, F, M, scale, expert + inner);
+    fill_matrix(a, M, F, scale, expert + 2 * inner);
+  }
+  Exact<float> x(n * M), y(n * M);
+  Exact<int32_t> slots(n);
+  for (int64_t i = 0; i < x.size; ++i) x[i] = draw();
+  for (int64_t i = 0; i < n; ++i) slots[i] = static_cast<int32_t>(i % R);
+  a.x = x.data;
+  a.blocks = blocks.data;
+  a.slots = slots.data;
+  a.y = y.data;
+  Threads parallel(threads);
+  rowwise_ffn(a, kernels, parallel);
+  double worst = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    double sum = 0;
+    for (int64_t m = 0; m < M; ++m) sum += static_cast<double>(x[i * M + m]);
+    const double gate = sum * code * scale, want = gate / (1 + std::exp(-gate)) * gate * code * scale * static_cast<double>(F);
+    for (int64_t m = 0; m < M; ++m) worst = std::fmax(worst, std::fabs(y[i * M + m] - want) / (1 + std::fabs(want)));
+  }
+  return worst;
+}
+
 double product(const KernelTable& kernels, int64_t n, int64_t N, int64_t M, DType x_type, DType w_type, int threads) {
   const auto fill = [](Exact<char>& to, DType type) {
     for (int64_t i = 0; i < to.size; i += type == DType::kF32 ? 4 : 2) {
@@ -306,6 +368,9 @@ int main() {
     for (int64_t n : {1, 3, 5, 30}) {
       for (DType type : {DType::kI8, DType::kI4}) {
         for (int64_t M : {1, 8, 64, 256}) failures += !(packed_ffn(kernels, n, M, 5 + 80 * n, type, n % 2 + 1) <= 1e-4);
+      }
+      for (int format = 0; format < static_cast<int>(RowFormat::kCount); ++format) {
+        for (int64_t M : {32, 128}) failures += !(rowwise(kernels, n, M, 32 * (1 + n % 3), RowFormat(format), M == 32, n % 2 + 1) <= 1e-4);
       }
       for (DType x : {DType::kF32, DType::kBF16}) {
         for (DType w : {DType::kF32, DType::kBF16}) failures += !(product(kernels, n, 7 * n, 13 + 9 * n, x, w, n % 2 + 1) <= 1e-3);

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from specmoe_jax.autotune.choose import Knowledge, choose, evaluate
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
-from specmoe_jax.config.plan_fields import fields_of_a_plan
+from specmoe_jax.config.plan_fields import DECODED, fields_of_a_plan
 from specmoe_jax.planner.search import Choice, Found
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.support.units import GIB
@@ -93,7 +93,7 @@ def _packed(config: ModelConfig, known: Knowledge, search: Callable[..., Found],
 
 
 def _packings() -> tuple[str, ...]:
-    return tuple(fields_of_a_plan()["expert_dtype"].choices or ())
+    return tuple(name for name in fields_of_a_plan()["expert_dtype"].choices or () if name != DECODED)
 
 
 def filled(config: ModelConfig, known: Knowledge, choice: Choice, fixed: dict) -> Choice:

@@ -11,7 +11,7 @@ from specmoe_jax.checkpoints.header import quote_list
 from specmoe_jax.checkpoints.tensors import Piece, check_copy, whole
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.families.registry import family_of
-from specmoe_jax.models.packing import packed_bytes
+from specmoe_jax.models.packing import packed_bytes, without_packing
 from specmoe_jax.models.packing.matrices import MatrixKind
 from specmoe_jax.models.packing.parts import PackedPart, matrix_kind, packed_part, separate_parts
 from specmoe_jax.models.published.naming import mtp_prefixes
@@ -74,11 +74,22 @@ def take_inventory(config: ModelConfig, checkpoint: Checkpoint) -> Inventory:
     names.raise_if_missing()  # the router's shape has now confirmed the number of experts that is counted to next
     experts = tuple(layer_sources(config, names, moe) for moe in range(config.num_expert_layers))
     names.raise_if_missing()
+    _check_alike(config, experts)
     copies = names.take_all(specs.embed._replace(name=name) for name in _copies_of_embedding(config) if names.has(name))
     names.raise_if_unused()
     return Inventory(
         weights=weights, experts=experts, left_out=names.left_out, copies=tuple(copies.values()), embedding=specs.embed.name
     )
+
+
+def _check_alike(config: ModelConfig, experts: tuple[tuple[ExpertSource, ...], ...]) -> None:
+    """All experts share one pool of slots."""
+    for layer, sources in zip(config.expert_layers, experts, strict=True):
+        if any(source.config.packing != config.experts.packing for source in sources):
+            raise CheckpointError(
+                f"{sources[0].pieces[0][0].tensor.where}: layer {layer} holds experts that are not quantised, others are packed as "
+                f"{config.experts.packing}; expected all alike: take a checkpoint without quantisation"
+            )
 
 
 def check_copies(inventory: Inventory) -> None:
@@ -147,6 +158,10 @@ class Names:
     def has(self, name: str) -> bool:
         return name in self._tensors
 
+    def type_of(self, name: str) -> str:
+        """Of a tensor that is there, as its header names it."""
+        return self._tensors[name].entry.dtype
+
     def holds(self, spec: TensorSpec) -> bool:
         """Whether there is a tensor of this name and shape."""
         return self.has(spec.name) and self._tensors[spec.name].entry.shape == spec.shape
@@ -203,7 +218,8 @@ def layer_sources(config: ModelConfig, names: Names, moe: int) -> tuple[ExpertSo
 
 def expert_source(config: ModelConfig, names: Names, moe: int, expert: int) -> ExpertSource | None:
     """Of the moe-th layer that has experts: our block where the checkpoint has it, else one of the family's layouts."""
-    experts, layer = config.experts, config.expert_layers[moe]
+    layer = config.expert_layers[moe]
+    experts = without_packing(config.experts) if _is_left_plain(config, names, moe, expert) else config.experts
     if names.has(block_name(moe, expert)):
         shape, types = (experts.block_shape, ()) if experts.packing is None else ((packed_bytes(experts),), ("U8",))
         block = names.take(TensorSpec(block_name(moe, expert), shape), types=types)
@@ -215,6 +231,18 @@ def expert_source(config: ModelConfig, names: Names, moe: int, expert: int) -> E
     layout = _stored_layout(names, family_of(config).expert_layouts(config, layer, expert))
     pieces = tuple((_entry(tensor, part.index), part.view) for part in layout if (tensor := names.take(part.spec)) is not None)
     return None if len(pieces) < len(layout) else ExpertSource(pieces=pieces, config=experts)
+
+
+def _is_left_plain(config: ModelConfig, names: Names, moe: int, expert: int) -> bool:
+    """Of a quantised checkpoint: whether this expert is among the modules that were left as they are."""
+    if config.experts.packing is None:
+        return False
+    if names.has(block_name(moe, expert)):
+        return names.type_of(block_name(moe, expert)) != "U8"
+    layer, mark = config.expert_layers[moe], matrix_kind(config.experts.packing).mark
+    marked = (p.spec.name for p in packed_parts(config, layer, expert) if p.spec.name.endswith(mark))
+    plain = family_of(config).expert_layouts(config, layer, expert)[0]
+    return not any(map(names.has, marked)) and all(names.holds(part.spec) for part in plain)
 
 
 def packed_parts(config: ModelConfig, layer: int, expert: int) -> tuple[PackedPart, ...]:

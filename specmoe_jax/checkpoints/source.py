@@ -32,7 +32,7 @@ INEXACT = ("F8_E4M3", "I32")  # types of quantised weights, which times their sc
 class Source:
     """weight: array of a spec. expert: block [3, F, M] of (layer, expert); both finite, in `dtype` or the spec's own.
 
-    Where config.experts is packed, `expert` gives the bytes.
+    Where experts stay packed, `expert` gives their bytes. block: type and shape of what it gives of a layer.
     hash: id of the checkpoint, so that a conversion is not resumed with another. mtp: whether the layer for further tokens is
     there; its experts then follow those of the last layer.
     """
@@ -43,6 +43,7 @@ class Source:
     hash: str
     weight: Callable[[TensorSpec], np.ndarray]
     expert: Callable[[int, int], np.ndarray]
+    block: Callable[[int], tuple[np.dtype, tuple[int, ...]]]
     mtp: bool
 
 
@@ -79,6 +80,10 @@ def _source(path: pathlib.Path, checkpoint: Checkpoint, dtype: str | None, decod
         block = read_expert(source, dtype, check_finite=True)
         return block if source.stays_packed else block.view(TARGET_DTYPES[dtype])
 
+    def block(layer: int) -> tuple[np.dtype, tuple[int, ...]]:
+        source = inventory.experts[layer][0]._replace(decode=decode)
+        return np.dtype(np.uint8) if source.stays_packed else TARGET_DTYPES[dtype], source.block_shape
+
     return Source(
         path=path,
         config=config.with_packing(None) if decode else config,
@@ -86,6 +91,7 @@ def _source(path: pathlib.Path, checkpoint: Checkpoint, dtype: str | None, decod
         hash=hash_of(checkpoint),
         weight=lambda spec: read_weight(inventory.weights[spec.name], spec.in_dtype(dtype), check_finite=True),
         expert=expert,
+        block=block,
         mtp=mtp,
     )
 
@@ -108,6 +114,7 @@ def _orbax_source(path: pathlib.Path, dtype: str | None) -> Source:
         hash=hashlib.sha256(read_bytes(path / orbax_parts.DESCRIPTION_FILE)).hexdigest(),
         weight=lambda spec: array(0, spec.name, spec.keep),
         expert=lambda layer, expert: array(layer + 1, block_name(layer, expert)),
+        block=lambda layer: (TARGET_DTYPES[dtype or stored], config.experts.block_shape),
         mtp=config.mtp_layers > 0 and block_name(config.num_expert_layers, 0) in hashes,
     )
 

@@ -5,6 +5,7 @@ Example:
 """
 
 import contextlib
+import functools
 import json
 import pathlib
 import sys
@@ -23,7 +24,7 @@ from specmoe_jax.cli import common, plan_flags
 from specmoe_jax.cli.run_files import check_files
 from specmoe_jax.cli.stats_table import table
 from specmoe_jax.config.plan import Plan
-from specmoe_jax.config.plan_fields import DTYPES
+from specmoe_jax.config.plan_fields import DECODED, DTYPES
 from specmoe_jax.config.presets import PRESETS, preset
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.engine import Engine
@@ -215,12 +216,13 @@ def load(prompts: list[Prompt]) -> tuple[Model, dict, dict]:
     """
     plan = read_plan_file() if _PLAN.value else Plan(preset="")
     dtype, expert_dtype = _DTYPE.value or plan.dtype, plan_flags.value("expert_dtype") or plan.expert_dtype
-    if expert_dtype:
+    if expert_dtype not in (None, DECODED):
         options = {"dtype": dtype, "expert_dtype": expert_dtype, "prompts": prompts, "progress": _PROGRESS.value}
         model, error = jobs.load_quantised(load_model, _MODEL.value, **options)
         return model, {}, error
     tier = plan_flags.value("expert_tier") or plan.expert_tier
-    return *jobs.load_that_fits(load_model, _MODEL.value, dtype=dtype, expert_tier=tier, progress=_PROGRESS.value), {}
+    load_as = functools.partial(load_model, expert_dtype=expert_dtype) if expert_dtype else load_model
+    return *jobs.load_that_fits(load_as, _MODEL.value, dtype=dtype, expert_tier=tier, progress=_PROGRESS.value), {}
 
 
 def read_plan_file() -> Plan:

@@ -19,7 +19,6 @@ from specmoe_jax.checkpoints.eagle import bundled_head, load_head
 from specmoe_jax.checkpoints.files import open_checkpoint
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.mtp import holds_mtp, load_mtp
-from specmoe_jax.checkpoints.published.quantisation import as_stored
 from specmoe_jax.cli import common, machine_flag, plan_flags
 from specmoe_jax.config.plan_fields import DTYPES
 from specmoe_jax.config.sampling_params import SamplingParams
@@ -47,7 +46,7 @@ def main() -> None:
         check_writable(_OUTPUT.value)
     common.use_compile_cache()
     folder = checkpoint_path(_MODEL.value)
-    config = as_stored(folder, load_config(folder))
+    config = load_config(folder)
     elsewhere = _HARDWARE.value != machine_flag.THIS
     if elsewhere and flags.FLAGS["fresh"].present:
         common.usage_error("--fresh measures this machine, and --hardware names another; leave one out")

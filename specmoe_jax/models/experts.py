@@ -20,7 +20,7 @@ def expert_ffn(config: ExpertConfig, x: jax.Array, pool: jax.Array, slots: jax.A
     A slot of -1 gives zeros.
     """
     if config.packing is None:
-        return ops.expert_ffn(x, pool, slots, **({} if is_plain(config) else {"ffn": block_function(config)}))
+        return ops.expert_ffn(x, pool, slots, ffn=None if is_plain(config) else block_function(config))
     kernel, ffn = kind_of(config.packing).kernel(config), block_function(config)
     if kernel is None:
         return ops.expert_ffn(x, pool, slots, ffn=ffn)

@@ -31,6 +31,20 @@ def fp8(block: tuple[int, int], scale_dtype=np.float32):
     return quantise
 
 
+def fp8_rows(*, per_row: bool):
+    def quantise(name: str, matrix: np.ndarray):
+        scales = np.zeros((matrix.shape[0] if per_row else 1, 1), ml_dtypes.bfloat16 if per_row else np.float32)
+        codes, exact = np.zeros(matrix.shape, ml_dtypes.float8_e4m3fn), np.zeros_like(matrix)
+        for i, row in enumerate(matrix):
+            place = (i if per_row else 0, 0)
+            scales[place] = np.abs(row if per_row else matrix).max() / 400
+            codes[i] = (row / np.float32(scales[place])).astype(codes.dtype)
+            exact[i] = codes[i].astype(np.float32) * np.float32(scales[place])
+        return {name: codes, f"{name}_scale": scales if per_row else scales[0]}, exact
+
+    return quantise
+
+
 def _codes(matrix: np.ndarray, group: int, scale_dtype, middle=None):
     """(codes [out, in], scales and zeros [out, groups], what they stand for), all as numbers."""
     rows, columns = matrix.shape
@@ -105,9 +119,13 @@ def nvfp4(name: str, matrix: np.ndarray):
 
 def quantised(family: str, quantise, raw: dict | None = None) -> tuple[dict, dict]:
     """(tensors as published, the same checkpoint with its weights as they decode), of a tiny model of the family."""
-    model = random_model(parse_config(raw or RAW_CONFIGS[family]))
+    return quantise_all(stored_tensors(random_model(parse_config(raw or RAW_CONFIGS[family])), 0), quantise)
+
+
+def quantise_all(tensors: dict, quantise) -> tuple[dict, dict]:
+    """As `quantised`, of these tensors."""
     packed, exact = {}, {}
-    for name, tensor in stored_tensors(model, 0).items():
+    for name, tensor in tensors.items():
         if tensor.ndim != 2 or any(part in name for part in KEPT):
             packed[name] = exact[name] = tensor.astype(ml_dtypes.bfloat16)
         else:

@@ -5,22 +5,29 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from family_files import write
-from quantised_files import awq, compressed, fp8, gptq, mxfp4_gpt_oss, nvfp4, quantised, write_pair
+from family_files import stored_tensors, write
+from quantised_files import awq, compressed, fp8, fp8_rows, gptq, mxfp4_gpt_oss, nvfp4, quantise_all, quantised, write_pair
+from test_mtp import layer_tensors
 
 from specmoe_jax.checkpoints import load_model
 from specmoe_jax.checkpoints.conversion.convert import convert
 from specmoe_jax.checkpoints.disk import DiskExperts
 from specmoe_jax.checkpoints.files import open_checkpoint
+from specmoe_jax.checkpoints.mtp import load_mtp
 from specmoe_jax.config.layer_config import ExpertConfig
 from specmoe_jax.models.packing import packed_bytes, unpack, unpacked
 from specmoe_jax.support.errors import CheckpointError, RequestError
-from specmoe_jax.testing.families import RAW_CONFIGS
+from specmoe_jax.testing.families import RAW_CONFIGS, tiny_family
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
 WEIGHTS = {"num_bits": 4, "type": "int", "group_size": 32, "strategy": "group", "symmetric": True}
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {"weights": WEIGHTS}}}
+FP8_CHANNELS = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float", "strategy": "channel", "group_size": None}}},
+}
 SIZES = {
     "hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "mlp_only_layers": [1],
     "decoder_sparse_step": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -38,6 +45,12 @@ FORMS = {
         "deepseek_v3",
         FP8 | {"weight_block_size": [16, 8]},
         lambda: quantised("deepseek_v3", fp8((16, 8), ml_dtypes.bfloat16)),
+    ),
+    "fp8 with a scale per output": ("groups", FP8_CHANNELS, lambda: of_groups(fp8_rows(per_row=True))),
+    "fp8 with a scale per matrix": (
+        "groups",
+        {"quant_method": "modelopt", "quant_algo": "FP8"},
+        lambda: of_groups(fp8_rows(per_row=False)),
     ),
     "awq": ("groups", {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}, lambda: of_groups(awq(32))),
     "gptq": ("groups", GPTQ, lambda: of_groups(gptq(32))),
@@ -85,7 +98,8 @@ def test_memory_is_what_the_disk_holds(pair):
     unused = (".g_idx", ".weight_shape", ".input_scale")
     on_disk = sum(entry.bytes for name, entry in kept.items() if not name.endswith(unused))
     # What is kept in float32 whatever it is stored in; zeros of one group take a whole byte.
-    widened = sum(e.bytes for n, e in kept.items() if e.dtype == "BF16" and not n.endswith(".weight_scale"))
+    scales_of_groups = packed.config.experts.packing.startswith("compressed")
+    widened = sum(e.bytes for e in kept.values() if e.dtype == "BF16" and not scales_of_groups)
     zeros = sum(e.bytes for n, e in kept.items() if n.endswith(("zeros", "zero_point")))
     in_memory = sum(block.nbytes for block in blocks_of(packed))
     assert in_memory == packed.expert_bytes * len(blocks_of(packed))
@@ -166,3 +180,19 @@ def test_a_form_without_a_config_is_told_by_its_headers(tmp_path):
     packed, _ = of_groups(nvfp4)
     path = write(tmp_path / "packed", RAW["groups"], packed)
     assert load_model(str(path)).config.experts.packing == "nvfp4"
+
+
+@pytest.mark.parametrize("left_plain", [False, True])
+def test_the_layer_for_further_tokens(left_plain, tmp_path):
+    """It may be among the modules that were left as they are (NVIDIA's DeepSeek-V3); it is decoded when it is loaded."""
+    model, raw = tiny_family("deepseek_v3"), RAW_CONFIGS["deepseek_v3"]
+    own = f"model.layers.{model.config.num_layers}."
+    packed, exact = quantise_all(stored_tensors(model, 0) | layer_tensors(model), fp8((16, 8)))
+    if left_plain:
+        packed = {n: t for n, t in packed.items() if not n.startswith(own)} | {n: t for n, t in exact.items() if n.startswith(own)}
+    path, _ = write_pair(tmp_path, raw, FP8 | {"weight_block_size": [16, 8]}, (packed, exact))
+    for folder in (path, convert(str(path), tmp_path / "mapped", to="specmoe")):
+        head = load_mtp(load_model(str(folder)))
+        assert head.config.own_experts.packing is None
+        np.testing.assert_array_equal(head.experts[0][0], exact[f"{own}mlp.experts.0.gate_proj.weight"])
+        np.testing.assert_array_equal(head.weights.layer.o, exact[f"{own}self_attn.o_proj.weight"])

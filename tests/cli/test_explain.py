@@ -222,7 +222,11 @@ QUANTISED = [
         "FP8 in blocks of 128 x 128, 8 bits a weight, whose experts stay packed",
         8.002,
     ),
-    ({"quant_method": "awq", "bits": 4, "group_size": 128}, "AWQ INT4 in groups of 128, 4.16 bits a weight, which", 4.156),
+    (
+        {"quant_method": "awq", "bits": 4, "group_size": 128},
+        "AWQ INT4 in groups of 128, 4.16 bits a weight, whose experts stay packed",
+        4.156,
+    ),
     (None, None, 16.0),
 ]
 

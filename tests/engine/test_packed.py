@@ -9,10 +9,12 @@ from engine_cases import tokens_of
 
 import specmoe_jax as sm
 from specmoe_jax import PRESETS, Engine, SamplingParams
+from specmoe_jax.models.eagle import config as eagle_config
+from specmoe_jax.models.eagle import network as eagle
 from specmoe_jax.models.model import random_model
 from specmoe_jax.planner.memory.account import account
 from specmoe_jax.support.errors import PlanError
-from specmoe_jax.testing import TINY, eagle_head
+from specmoe_jax.testing import EAGLE_JSON, TINY
 from specmoe_jax.testing.families import tiny_family
 from tests.packed_experts import packed_model
 
@@ -28,6 +30,11 @@ CHANGES = {
 KINDS = ["fp8:128x128", "mxfp4", "awq:32", "compressed:32:bfloat16", "nvfp4"]
 
 
+def head_of(model):
+    raw = EAGLE_JSON | {"hidden_size": SIZES.hidden_size}
+    return eagle.random_head(eagle_config.parse_config(raw, model.config, fused=False), model)
+
+
 @pytest.mark.parametrize("packing", KINDS)
 def test_every_preset_writes_the_same_tokens(packing):
     model, exact = packed_model(random_model(SIZES), packing)
@@ -36,7 +43,7 @@ def test_every_preset_writes_the_same_tokens(packing):
     expected = tokens_of(Engine(exact, PRESETS["resident"](SIZES).replace(batch_size=2)).generate(PROMPTS, PARAMS))
     for name in PRESETS:
         plan = PRESETS[name](model.config).replace(batch_size=2, **CHANGES.get(name, {}))
-        head = {"draft_head": eagle_head(model)} if plan.drafting.given == "draft_head" else {}
+        head = {"draft_head": head_of(model)} if plan.drafting.given == "draft_head" else {}
         engine = Engine(model, plan, **head)
         assert tokens_of(engine.generate(PROMPTS, PARAMS)) == expected, name
         stats = engine.stats()

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specmoe_jax.config.layer_config import ExpertConfig
-from specmoe_jax.models.packing import int4, int8, pack, packed_bytes, unpack, unpacked
+from specmoe_jax.models.packing import int4, int8, kind_of, pack, packed_bytes, unpack, unpacked
 from specmoe_jax.models.packing.int4 import GROUP
+from specmoe_jax.support.errors import CheckpointError
 
 CONFIGS = st.builds(
     ExpertConfig,
@@ -52,6 +53,12 @@ def test_round_trip(config, seed, half):
     outside = np.ones(block.shape, bool)
     outside[core] = False
     np.testing.assert_array_equal(back[outside], block[outside])
+
+
+@pytest.mark.parametrize("packing", ["zebra", "fp8", "fp8:128", "awq:many"])
+def test_an_unknown_kind_is_refused(packing):
+    with pytest.raises(CheckpointError, match=f"experts are packed as '{packing}'"):
+        kind_of(packing)
 
 
 def test_sizes():

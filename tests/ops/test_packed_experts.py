@@ -36,7 +36,9 @@ def make(seed, kind, n, A, R, M, F, x_dtype=jnp.float32):
     return config, (x, jnp.asarray(blocks), jnp.asarray(rng.integers(-1, R, size=(n, A)), jnp.int32)), exact
 
 
-PUBLISHED = ["fp8:128x128", "fp8:64x32", "mxfp4", "awq:32", "compressed:32:bfloat16", "nvfp4"]
+PUBLISHED = [
+    "fp8:128x128", "fp8:64x32", "fp8_rows:channel", "fp8_rows:tensor", "mxfp4", "awq:32", "compressed:32:bfloat16", "nvfp4",
+]  # fmt: skip
 CLAMPED = {"activation": "clamped_swiglu", "biased": True, "alpha": 1.702, "limit": 2.0}
 ROW_SHAPES = {"one_token": (1, 2, 4, 64, 32), "several": (9, 2, 5, 224, 96), "rows": (40, 2, 3, 160, 64)}
 

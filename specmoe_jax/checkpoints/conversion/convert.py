@@ -30,7 +30,6 @@ from specmoe_jax.checkpoints.tensors import TARGET_DTYPES
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.mtp import extended
-from specmoe_jax.models.packing import packed_bytes
 from specmoe_jax.models.spec import Part as ExpertPart
 from specmoe_jax.support.errors import CheckpointError, RequestError
 from specmoe_jax.support.progress import bar
@@ -98,9 +97,7 @@ def _parts(source: Source, to: str) -> list[Part]:
 
 def _blocks(source: Source, config: ModelConfig, moe: int) -> list[Output]:
     """Each expert of the moe-th layer that has any, as it lies in memory. config: with the layer for further tokens, if any."""
-    dtype, shape = TARGET_DTYPES[source.dtype], config.experts.block_shape
-    if config.experts.packing is not None:
-        dtype, shape = np.dtype(np.uint8), (packed_bytes(config.experts),)
+    dtype, shape = source.block(moe)
     return [Output(block_name(moe, e), dtype, shape, lambda e=e: source.expert(moe, e)) for e in range(config.num_experts)]
 
 

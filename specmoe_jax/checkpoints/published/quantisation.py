@@ -193,7 +193,7 @@ def _fp8(raw: dict, source: str) -> Quantisation:
         packing = f"fp8:{block[0]}x{block[1]}"
         words, bits = f"FP8 in blocks of {block[0]} x {block[1]}", 8 + 32 / math.prod(block)
         return Quantisation(words, bits, source, packing=packing, skipped=_patterns(raw))
-    return Quantisation("FP8", 8.0, source, skipped=_patterns(raw))
+    return Quantisation("FP8", 8.0, source, packing="fp8_rows:tensor", skipped=_patterns(raw))
 
 
 def _mxfp4(raw: dict, source: str) -> Quantisation:
@@ -234,14 +234,17 @@ def _compressed(raw: dict, source: str) -> Quantisation:
     bits, group = weights.get("num_bits"), weights.get("group_size")
     found = _groups(words, bits, group, source, beside=scale, raw=raw, kind=kind)
     zeros = "" if weights.get("symmetric", True) else ":zeros"
-    usual = layout == "pack-quantized" and kind == "INT" and len(groups) == 1
-    return found._replace(packing=_grouped("compressed", bits, group, zeros)) if usual else found
+    if len(groups) == 1 and layout == "pack-quantized" and kind == "INT":
+        return found._replace(packing=_grouped("compressed", bits, group, zeros))
+    if len(groups) == 1 and layout == "float-quantized" and bits == 8 and weights.get("strategy") in ("channel", "tensor"):
+        return found._replace(packing=f"fp8_rows:{weights['strategy']}")
+    return found
 
 
 def _modelopt(raw: dict, source: str) -> Quantisation:
     algorithm = str(raw.get("quant_algo"))
     bits = {"NVFP4": 4.5, "FP8": 8.0, "W4A16_AWQ": 4.125, "W8A8_SQ_PER_CHANNEL": 8.0}.get(algorithm)
-    packing = "nvfp4" if algorithm == "NVFP4" else None
+    packing = {"NVFP4": "nvfp4", "FP8": "fp8_rows:tensor"}.get(algorithm)
     return Quantisation(f"{algorithm} (NVIDIA ModelOpt)", bits, source, packing=packing, skipped=_patterns(raw))
 
 

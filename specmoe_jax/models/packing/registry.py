@@ -11,7 +11,7 @@ from specmoe_jax.support.errors import CheckpointError
 
 # One line a kind: its module in this folder. ExpertConfig.packing is such a name, with the kind's parameters behind a colon if it
 # has any.
-KINDS = ("int8", "int4", "fp8", "mxfp4", "awq", "gptq", "compressed", "nvfp4")
+KINDS = ("int8", "int4", "fp8", "fp8_rows", "mxfp4", "awq", "gptq", "compressed", "nvfp4")
 
 
 @functools.cache
@@ -20,7 +20,10 @@ def kind_of(packing: str) -> PackingKind:
     name, _, parameters = packing.partition(":")
     if name not in KINDS:
         raise CheckpointError(f"experts are packed as {packing!r}; this version knows {', '.join(KINDS)}")
-    return importlib.import_module(f"{__package__}.{name}").kind(parameters)
+    try:
+        return importlib.import_module(f"{__package__}.{name}").kind(parameters)
+    except ValueError as e:
+        raise CheckpointError(f"experts are packed as {packing!r}, whose parameters are none of {name} ({e})") from e
 
 
 def is_published(packing: str | None) -> bool:

@@ -11,6 +11,7 @@ from typing import NoReturn
 from specmoe_jax.cli import start
 
 COMMANDS = {
+    "demo": "specmoe_jax.cli.demo",
     "generate": "specmoe_jax.cli.generate",
     "explain": "specmoe_jax.cli.explain",
     "plan": "specmoe_jax.cli.plan",

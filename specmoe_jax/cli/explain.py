@@ -148,7 +148,7 @@ def recommended(config: ModelConfig, known: Knowledge) -> list[Advised]:
                 for count in counts
             ]
         except PlanError:
-            plainest = plan_flags.over(preset("on_demand", config).replace(dtype=_DTYPE.value))
+            plainest = plan_flags.over(preset("specmoe", config).replace(dtype=_DTYPE.value))
             if problem := explain.problem(config, plainest, known.hardware, known.workload):
                 raise PlanError(problem) from None
             raise
@@ -189,7 +189,7 @@ def as_text(shown: dict) -> str:
     assumptions = shown.pop("assumptions")
     parts = []
     if advice is not None:
-        parts += [explain_text.advice_text(shown.pop("advice"), model=_MODEL.value), f"\nthe best for {[*advice][-1]} in full:"]
+        parts += [explain_text.advice_text(shown.pop("advice")), f"\nthe best for {[*advice][-1]} in full:"]
     if presets is not None:
         parts.append(explain_text.presets_text(shown.pop("presets")))
     return "\n".join([*parts, explain.as_text(shown), explain_text.lines_of("assumptions", assumptions)])

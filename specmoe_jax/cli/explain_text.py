@@ -15,8 +15,8 @@ SHORT = {"link to accelerator": "link", "accelerator": "accel.", "cpu attention"
 NOT_EXACT = ("int8", "int4")  # what packs the experts anew, so that the tokens are another model's
 # Columns of the presets: key, title, and what its values are divided by.
 COLUMNS = (
-    ("batch", "batch", 1), ("tokens_per_s", "tokens/s", 1), ("iteration_s", "step ms", 1e-3), ("draft_s", "draft ms", 1e-3),
-    ("tokens_per_step", "tok/step", 1), ("link_bytes_per_token", "MB/token", 1e6), ("bytes x on_demand", "x demand", 1),
+    ("batch", "rows", 1), ("tokens_per_s", "tok/s", 1), ("iteration_s", "step ms", 1e-3), ("draft_s", "draft ms", 1e-3),
+    ("tokens_per_step", "tok/step", 1), ("link_bytes_per_token", "MB/tok", 1e6), ("bytes x on_demand", "x demand", 1),
 )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def _choice(choice: Choice, config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def advice_text(shown: dict[str, Any], *, model: str) -> str:
+def advice_text(shown: dict[str, Any]) -> str:
     """The advice for people. shown: what `advice` gives."""
     lines = []
     for requests, plans in shown.items():
@@ -59,7 +59,7 @@ def advice_text(shown: dict[str, Any], *, model: str) -> str:
             lines += textwrap.wrap(plan["flags"], WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8, break_on_hyphens=False)
             if plan.get("unused"):
                 lines += textwrap.wrap(f"unused: {plan['unused']}", WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 10)
-    lines.append(f"run one: specmoe generate --model={model} --prompts=FILE and its flags")
+    lines.append("run one: specmoe generate --model=DIR --prompts=FILE, and its flags")
     return "\n".join(lines)
 
 

@@ -45,6 +45,7 @@ numbers; they are named where the exact plan leaves experts off the accelerator 
 | model | machine | requests | exact plan | tokens/s | bound by | packed experts, tokens/s |
 |---|---|---|---|---|---|---|
 """
+UNSAID = {"micro_batches": (1,), "prefetch": ("none",), "retain": (False,)}
 SHOWN = ("draft_experts", "draft_length", "cached_experts", "retain", "prefetch", "micro_batches", "batch_size")
 
 
@@ -94,7 +95,7 @@ def flow(plan: dict) -> str:
 
 
 def described(plan: dict) -> str:
-    given = [f"{name}={plan[name]}" for name in SHOWN if plan[name] not in (None, False, "none", 1) or name == "batch_size"]
+    given = [f"{name}={plan[name]}" for name in SHOWN if plan[name] not in (None, *UNSAID.get(name, ()))]
     tier = ["expert_tier=disk"] if plan["expert_tier"] == "disk" else []
     return f"`{' '.join([flow(plan), *given, *tier]).replace('=True', '')}`"
 

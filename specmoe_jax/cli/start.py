@@ -27,8 +27,13 @@ class Stdout(io.TextIOWrapper):
     failed = False
 
     def __init__(self, stream: io.TextIOWrapper):
-        how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-        super().__init__(stream.buffer, encoding=stream.encoding, errors="backslashreplace", **how)
+        super().__init__(
+            stream.buffer,
+            encoding=stream.encoding,
+            errors="backslashreplace",
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
 
     def write(self, text: str) -> int:
         with self._noticing():

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from specmoe_jax.cli.wrapped_text import WIDTH, WrappedText
+from specmoe_jax.cli.shown.wrapped_text import WIDTH, WrappedText
 from tests.cli.conftest import in_process, load_script
 
 

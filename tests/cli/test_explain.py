@@ -166,6 +166,15 @@ def test_an_acceptance_says_where_it_is_from(explain, headers, flags, said):
     assert any(said in line for line in found["assumptions"])
 
 
+def test_a_head_that_is_there_is_planned_with(explain):
+    """The bundled model's own; its sizes are in the account."""
+    found = shown(explain("--model=demo", "--hardware=l4", "--draft_head=demo", "--requests=64", "--json"))
+    assert "--draft=eagle" in found["advice"]["64"]["best"]["flags"] or "specmoeoff" in found["advice"]["64"]["best"]["flags"]
+    assert not any("none is given" in line for line in found["assumptions"])
+    simulated = shown(explain("--model=demo", "--hardware=l4", "--draft_head=demo", "--simulate", "--json"))
+    assert "specmoeoff" in simulated["presets"]
+
+
 def test_a_partial_file_says_what_it_takes_from_elsewhere(explain, tmp_path):
     (tmp_path / "mine.json").write_text('{"name": "mine", "like": "l4", "host_memory_bytes": 2e11}')
     found = shown(explain("--model=demo", "--hardware=mine.json", "--preset=specmoe", "--json"))
@@ -186,6 +195,7 @@ def test_every_field_of_a_plan_that_generate_takes_can_be_asked_about(explain, e
     [
         (["--hardware=abacus"], "known are a30"),
         (["--hardware=h1000"], "did you mean h100?"),
+        (["--hardware=a30", "--preset=specmoe", "--draft_head=demo"], "--draft_head has no effect with draft=self"),
         (["--hardware=a30", "--preset=specmoe", "--requests=3"], "--requests has no effect with a plan or a preset"),
         (["--hardware=no/such.json"], "cannot read the hardware"),
         (["--hardware=a30", "--acceptance=often"], "probability"),

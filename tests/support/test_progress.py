@@ -1,8 +1,11 @@
 """Progress in its three modes; figures in Prometheus' text format; traces."""
 
 import gzip
+import io
 import json
 import re
+import threading
+import time
 
 import jax
 import jax.numpy as jnp

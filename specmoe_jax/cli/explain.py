@@ -118,7 +118,8 @@ def know(hardware: Hardware, config: ModelConfig, folder: pathlib.Path | None) -
 
 def given_calibration(workload: Workload) -> Calibration:
     """Every draft accepted as --acceptance says."""
-    return ASSUMED._replace(acceptance={name: Acceptance(workload.acceptance) for name in DRAFTS})
+    rate: Any = workload.acceptance  # maybe a map, as an assumed one
+    return ASSUMED._replace(acceptance={name: Acceptance(rate) for name in DRAFTS})
 
 
 def explained(config: ModelConfig, known: Knowledge, on_disk: int | None) -> tuple[dict, list[str]]:

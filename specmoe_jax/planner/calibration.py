@@ -19,7 +19,7 @@ class Acceptance(NamedTuple):
     """rate: the probability that a drafted token is accepted if those before it were; of a tree, one of a level's. experts: N
     that it was measured with. unlike: of Workload. assumed: not measured; the rate may then be a map, as Workload.acceptance."""
 
-    rate: "float | tuple[tuple[int, float], ...]"
+    rate: float
     experts: float | None = None
     unlike: float = 0.0
     assumed: bool = False

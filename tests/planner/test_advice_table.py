@@ -39,8 +39,9 @@ HEAD = """# What is recommended where
 `specmoe explain --model=DIR --hardware=NAME` for ten pairs: prompts of 512 tokens, 128 new ones, bfloat16.
 **Predictions from data sheets, not measurements** ([planner](planner.md)); the hosts are assumed ([machines](machines.md)),
 and so is the acceptance of `draft=self` (0.6 a token). `int8` and `int4` pack the experts anew, which changes the model's
-numbers; they are named where the exact plan leaves experts off the accelerator and they are faster than it. Written by
-`python -m tests.planner.test_advice_table`; the plans in full: [advice.json](advice.json).
+numbers (gpt-oss is published in MXFP4 and stays so: exact); they are named where the exact plan leaves experts off the
+accelerator and they are faster than it. Written by `python -m tests.planner.test_advice_table`; the plans in full:
+[advice.json](advice.json).
 
 | model | machine | requests | exact plan | tokens/s | bound by | packed experts, tokens/s |
 |---|---|---|---|---|---|---|
@@ -60,7 +61,7 @@ class Row(NamedTuple):
 
 
 def known_of(model: str, name: str) -> tuple[ModelConfig, Knowledge]:
-    config = parse_config(CONFIGS[model])
+    config = parse_config(CONFIGS[model]).with_packing("mxfp4" if "quantization_config" in CONFIGS[model] else None)
     encoder = config.encoder is not None
     workload = Workload(prompt_tokens=1 if encoder else 512, source_tokens=512 if encoder else 0, new_tokens=128)
     return config, Knowledge(machine(name), workload)
@@ -146,6 +147,6 @@ def test_the_figures_that_started_it():
 
 
 if __name__ == "__main__":
-    rows = [row(*pair, requests) for pair in PAIRS for requests in (1, 64)]
+    rows = [row(*pair, requests) for pair in PAIRS for requests in (1, 64)]  # some minutes
     DOCUMENT.write_text(json.dumps([found._asdict() for found in rows], indent=1) + "\n")
     PAGE.write_text(HEAD + "".join(map(line, rows)), encoding="utf-8")

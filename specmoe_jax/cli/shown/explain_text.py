@@ -3,7 +3,7 @@
 import textwrap
 from typing import Any
 
-from specmoe_jax.autotune.advice import Advised, unused
+from specmoe_jax.autotune.advice import PACKINGS, Advised, unused
 from specmoe_jax.autotune.choose import Knowledge
 from specmoe_jax.cli import plan_flags
 from specmoe_jax.config.model_config import ModelConfig
@@ -12,7 +12,6 @@ from specmoe_jax.support.units import GIB
 
 WIDTH = 80
 SHORT = {"link to accelerator": "link", "accelerator": "accel.", "cpu attention": "cpu"}  # of resources
-NOT_EXACT = ("int8", "int4")  # what packs the experts anew, so that the tokens are another model's
 # Columns of the presets: key, title, and what its values are divided by.
 COLUMNS = (
     ("batch", "rows", 1), ("tokens_per_s", "tok/s", 1), ("iteration_s", "step ms", 1e-3), ("draft_s", "draft ms", 1e-3),
@@ -41,7 +40,7 @@ def _choice(choice: Choice, config: ModelConfig) -> dict[str, Any]:
         "binding_resource": choice.prediction.binding,
         "accelerator_gib": choice.prediction.account.accelerator_bytes / GIB,
         "host_gib": choice.prediction.account.host_bytes / GIB,
-        "exact": choice.plan.expert_dtype not in NOT_EXACT,
+        "exact": choice.plan.expert_dtype not in PACKINGS,  # which makes the tokens another model's
         "flags": " ".join(plan_flags.as_flags(choice.plan, config)),
     }
 

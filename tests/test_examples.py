@@ -49,6 +49,7 @@ def test_custom_draft(model):
 
 
 def test_resumable_job(tmp_path):
+    (tmp_path / "tiny").mkdir()
     write_tiny(tmp_path / "tiny")
     byte_tokenizer().backend.save(str(tmp_path / "tiny" / "tokenizer.json"))
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\nnonsense\n{"prompt": "b"}\n{"prompt": "c"}\n')

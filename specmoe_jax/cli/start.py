@@ -34,6 +34,7 @@ class Stdout(io.TextIOWrapper):
             line_buffering=stream.line_buffering,
             write_through=stream.write_through,
         )
+        self._stream = stream  # which would close their buffer when it goes
 
     def write(self, text: str) -> int:
         with self._noticing():

@@ -143,7 +143,7 @@ def test_the_figures_that_started_it():
     prediction = evaluate(config, plan, known)
     active = 48 * 8 * prediction.account.expert_bytes + 2.9 * GIB - 151_936 * 2048 * 2  # without the embedding's table
     by_hand = 0.8 * known.hardware.accelerator_bytes_per_s / active
-    assert prediction.tokens_per_s == pytest.approx(by_hand, rel=0.35) and 100 < prediction.tokens_per_s < by_hand
+    assert by_hand / 2 < prediction.tokens_per_s < by_hand  # the rest are programs and attention
 
 
 if __name__ == "__main__":

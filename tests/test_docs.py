@@ -46,12 +46,19 @@ def known_families(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/extending.md", "docs/planner.md"])
-def test_python_blocks(page, known_families, capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/planner.md"])
+def test_python_blocks(page, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # some write a file
     sources = blocks(page, "python")
     assert sources
     run_all(sources, page)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(blocks("docs/extending.md", "python"))))
+def test_blocks_that_are_copied_stand_alone(number, known_families, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run_all([blocks("docs/extending.md", "python")[number]], f"docs/extending.md, block {number}")
 
 
 @pytest.mark.slow

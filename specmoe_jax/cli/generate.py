@@ -182,8 +182,8 @@ def read_all_prompts(folder: pathlib.Path) -> list[Prompt]:
     given = {"temperature": _TEMPERATURE.value, "top_k": _TOP_K.value, "top_p": _TOP_P.value}
     given = {name: value for name, value in given.items() if value is not None}
     wishes = {} if _TEMPERATURE.value == 0 else sampling_defaults(folder, but=given)
-    sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0} | wishes | given
-    common_params = {
+    sampling: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0} | wishes | given
+    common_params: dict[str, Any] = {
         "max_new_tokens": _MAX_NEW_TOKENS.value,
         "seed": _SEED.value,
         "stop": tuple(_STOP.value),

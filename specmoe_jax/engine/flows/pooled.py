@@ -22,7 +22,7 @@ from specmoe_jax.engine.step import moved
 from specmoe_jax.offload import retained_experts
 from specmoe_jax.offload.residency import empty, plan_layer
 from specmoe_jax.speculate.sampling import sampling_rows
-from specmoe_jax.support.progress import bar
+from specmoe_jax.support.progress import bar, ticking
 from specmoe_jax.support.timing import Stopwatch
 from specmoe_jax.support.tracing import span
 from specmoe_jax.types import KVCache, Tree
@@ -132,7 +132,8 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
             )
             kv = kv._replace(cross=cross)
         draft_memory = new_draft_memory(runtime, batch_shape)
-        with bar("prefill", max(map(len, prompts)) - 1, "position", mode=session.progress, leave=False) as shown, span("prefill"):
+        shown = bar("prefill", max(map(len, prompts)) - 1, "position", mode=session.progress, leave=False)
+        with shown, ticking(shown), span("prefill"):
             memory, kv, draft_memory = prefill(
                 self, runtime, memory, kv, prompts, batch_shape.chunk, draft_memory, on_positions=shown.update
             )

@@ -10,6 +10,9 @@ from specmoe_jax.ops.cpu import _ffi
 FORMS = {"int8": {"bits": 8}, "int4": {"bits": 4}}
 
 
+FORMS_BY_ADDRESS = ("int8", "int4")  # those that `table` takes too
+
+
 def fits_plain(*arrays, ffn, packing, hidden, numbers) -> bool:
     """Blocks that are not packed."""
     return ffn is None and packing is None and _ffi.module() is not None
@@ -27,6 +30,13 @@ def fits_packed(*arrays, ffn, packing, hidden, numbers) -> bool:
 def packed(x, blocks, slots, *, ffn, packing, hidden, numbers):
     attributes = {name: np.int64(value) for name, value in {**FORMS[packing], **numbers}.items()}
     return _call("specmoe_packed_expert_ffn", x, blocks, slots, hidden=np.int64(hidden), **attributes)
+
+
+def table(x, addresses, slots, *, hidden: int, packing: str | None):
+    """Blocks by their addresses. Raises UserError without the compiled kernels."""
+    _ffi.required()
+    bits = 8 * x.dtype.itemsize if packing is None else FORMS[packing]["bits"]
+    return _call("specmoe_expert_ffn_table", x, addresses, slots, bits=np.int64(bits), hidden=np.int64(hidden))
 
 
 def _call(target: str, x, blocks, slots, **attributes):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.engine import stages
 from specmoe_jax.engine.flows.layer_passes import embed, features, fetched, finished
 from specmoe_jax.engine.flows.migration import LayerInfo, execute_waves, migrate_and_compute, needed_experts
 from specmoe_jax.engine.flows.pooled import PooledFlowExecutor
@@ -115,7 +116,9 @@ class _Passing:
             _, h, x, routing, k, v = runtime.cache_tier.attention(runtime, layer, h, kv, *where)
             assert routing is not None and counts is not None
             h, memory, info = migrate_and_compute(runtime, moe, memory, h, x, routing, counts, self._nothing, more=more)
-            h, counts = finished(h), info.counts
+            h, counts = finished(h), counts + self.chunk.stands_for * (info.counts - counts)
+        if self.chunk.spreads_row is not None:
+            k, v = (stages.spread_row(cache, np.int32(self.chunk.spreads_row)) for cache in (k, v))
         self._h = self._waiting(h)
         keys, values = (*kv.k[:layer], k, *kv.k[layer + 1 :]), (*kv.v[:layer], v, *kv.v[layer + 1 :])
         return memory, kv._replace(k=keys, v=values), counts

@@ -69,7 +69,10 @@ def test_a_draft_observes_every_chunk_in_order(model, fused):
 
 def test_the_draft_set_is_of_the_whole_prompts(model):
     """The counts that choose it are the same, however the prompts are cut."""
-    states = [sm.Engine(model, plan(draft_experts=2, prefill_chunk=chunk)).init(PROMPTS, GREEDY) for chunk in (64, 4)]
+    states = [
+        sm.Engine(model, plan(draft_experts=2, draft_set="hot_global", prefill_chunk=chunk)).init(PROMPTS, GREEDY)
+        for chunk in (64, 4)
+    ]
     scores = [state.memory.usage_scores for state in states]
     assert (scores[0] == scores[1]).all()
     for state in states:
@@ -116,8 +119,8 @@ def test_a_draft_observes_what_is_shared_in_every_row(model, fused):
 def test_what_is_shared_counts_for_every_row(model):
     """The draft set is chosen by the same counts."""
     scores = [
-        sm.Engine(model, plan(flow, prefill_chunk=chunk)).init(ALIKE, GREEDY).memory.usage_scores
-        for flow, chunk in (("specmoe", 16), ("specmoe", 4))
+        sm.Engine(model, plan(draft_set="hot_global", prefill_chunk=chunk)).init(ALIKE, GREEDY).memory.usage_scores
+        for chunk in (16, 4)
     ]
     assert scores[0].sum() == TINY.num_layers * 2 * sum(len(prompt) - 1 for prompt in ALIKE)
     assert (scores[0] == scores[1]).all()

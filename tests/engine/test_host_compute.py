@@ -86,7 +86,7 @@ def test_what_is_read_is_the_models_own_memory(model):
 
 
 def test_what_it_cannot_compute_is_refused(model):
-    with pytest.raises(sm.PlanError, match="computes plain SwiGLU experts, those of gpt_oss are others; use expert_flow=resident"):
+    with pytest.raises(sm.PlanError, match="no compiled kernel for the experts of gpt_oss; use expert_flow=resident"):
         family = tiny_family("gpt_oss")
         sm.Engine(family, sm.PRESETS["resident"](family.config).replace(**HERE))
     with pytest.raises(sm.PlanError, match="expert_tier is disk; use expert_flow=on_demand"):

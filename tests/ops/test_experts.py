@@ -60,12 +60,12 @@ def test_tiles_agree_with_float64(xla_alone, name, weights):
 @pytest.mark.parametrize("name", SHAPES)
 def test_experts_by_address_are_those_of_a_pool(isa, name, weights):
     """Each in memory of its own, in another order than in the pool; bit for bit."""
-    x, blocks, slots = make(2, *SHAPES[name], weights)
+    x, blocks, slots = make(2, *SHAPES[name], weights, weights)
     apart = [jnp.array(block) for block in reversed(blocks)]
     addresses = np.array([block.unsafe_buffer_pointer() for block in reversed(apart)], np.uint64)
     table = jnp.asarray(addresses.view(np.uint32).reshape(-1, 2))
-    bits, hidden = 8 * blocks.dtype.itemsize, blocks.shape[2]
-    found = jax.jit(lambda *args: ops.expert_ffn_table(*args, bits=bits, hidden=hidden))(x, table, slots)
+    hidden = blocks.shape[2]
+    found = jax.jit(lambda *args: ops.expert_ffn_table(*args, hidden=hidden))(x, table, slots)
     assert (np.asarray(found) == np.asarray(jax.jit(lambda *args: ops.expert_ffn(*args))(x, blocks, slots))).all()
 
 

@@ -17,7 +17,7 @@ from specmoe_jax.planner.drafts.protocol import described
 from specmoe_jax.planner.drafts.search_starts import SearchStart
 from specmoe_jax.planner.estimate import Prediction
 from specmoe_jax.planner.flows.protocol import ExpertFlowDescription
-from specmoe_jax.support.errors import PlanError
+from specmoe_jax.support.errors import MachineError, PlanError
 
 LARGEST_BATCH = 1024
 WORTH_OF_A_DRAFT = 1.15  # acceptance differs from prompt to prompt
@@ -160,7 +160,8 @@ class _Scan:
             self.tried += 1
             prediction = self._evaluate(plan)
         except PlanError as e:
-            self.refusal = str(e)
+            if self.refusal is None or not isinstance(e, MachineError):  # which nobody can change
+                self.refusal = str(e)
             return None
         share = plan.flow.busy_share(self._requests, prediction.rows, prediction.slowest_row_factor)
         return Choice(plan, prediction, prediction.tokens_per_s * share)

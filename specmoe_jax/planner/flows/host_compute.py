@@ -12,7 +12,7 @@ from specmoe_jax.planner.drafts.search_starts import SearchStart
 from specmoe_jax.planner.flows.protocol import FlowMemory
 from specmoe_jax.planner.flows.resident import ResidentFlowDescription
 from specmoe_jax.planner.memory.memory_account import PagedLoad
-from specmoe_jax.support.errors import PlanError
+from specmoe_jax.support.errors import MachineError, PlanError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +30,11 @@ class HostComputeFlowDescription(ResidentFlowDescription):
 
     def resolved(self, plan: Plan, *, accelerator_is_cpu: bool) -> Plan:
         if not accelerator_is_cpu:
-            raise PlanError(f"expert_flow={self.name} is for machines whose accelerator is the CPU; use expert_flow=on_demand")
+            raise MachineError(f"expert_flow={self.name} is for machines whose accelerator is the CPU; use expert_flow=on_demand")
         if not isas():
-            raise PlanError(f"expert_flow={self.name} needs the compiled kernels, which cannot run here; use expert_flow=resident")
+            raise MachineError(
+                f"expert_flow={self.name} needs the compiled kernels, which cannot run here; use expert_flow=resident"
+            )
         return plan
 
     def memory(self, config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int, paged: PagedLoad | None) -> FlowMemory:

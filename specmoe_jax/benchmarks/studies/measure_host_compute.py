@@ -51,7 +51,7 @@ def timed(model: sm.Model, batch: int) -> dict[str, list[float]]:
     """Seconds of steps, by flow."""
     prompts = np.random.default_rng(0).integers(SHAPE.vocab_size, size=(batch, PROMPT)).tolist()
     params = sm.SamplingParams(max_new_tokens=ROUNDS + 4, ignore_eos=True)
-    plan = sm.Plan(preset="probe", batch_size=batch, dtype=model.dtype)
+    plan = sm.Plan(preset="probe", batch_size=batch).replace(dtype=model.dtype)
     engines = {name: sm.Engine(model, plan.replace(expert_flow=name)) for name in FLOWS}
     states, found = {name: engine.init(prompts, params) for name, engine in engines.items()}, {name: [] for name in FLOWS}
     for _ in range(ROUNDS):

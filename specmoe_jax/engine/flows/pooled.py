@@ -1,5 +1,6 @@
 """What the flows over a pool of expert slots share: prompts run before the first step, and batches one after the other."""
 
+import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine import figures as metrics
+from specmoe_jax.engine import stages
 from specmoe_jax.engine.flows import protocol
 from specmoe_jax.engine.flows.encode import encode
 from specmoe_jax.engine.flows.protocol import Chunk, TargetPass
@@ -89,7 +91,11 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
         nothing = np.zeros_like(totals)
         for chunk in chunks:
             done = self.target_pass(runtime, memory, kv, *chunk[:3], earlier=totals, predicted=nothing)
-            memory, kv, totals = done.memory, done.kv, done.counts
+            memory, kv = done.memory, done.kv
+            totals = totals + chunk.stands_for * (done.counts - totals)
+            if chunk.spreads_row is not None:
+                spread = functools.partial(stages.spread_row, row=np.int32(chunk.spreads_row))
+                kv = kv._replace(k=tuple(map(spread, kv.k)), v=tuple(map(spread, kv.v)))
             observe(chunk, done.features)
             on_positions(int(chunk.num_new.max()))
         return memory, kv, totals

@@ -76,13 +76,16 @@ class ResidentPass(NamedTuple):
 class Chunk(NamedTuple):
     """A part of all prompts of a batch. tokens: [B, T] at positions lengths[b] + t; rows t >= num_new[b] are padding.
 
-    following: [B, T], the token after each.
+    following: [B, T], the token after each. stands_for: rows that begin alike, of which the chunk computes one alone.
+    spreads_row: that row, after the last of such chunks: its cache is copied to all rows.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     num_new: np.ndarray
     following: np.ndarray
+    stands_for: int = 1
+    spreads_row: int | None = None
 
 
 class ExpertFlowExecutor(Protocol[R, S]):

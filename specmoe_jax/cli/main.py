@@ -12,6 +12,7 @@ from specmoe_jax.cli import start
 
 COMMANDS = {
     "generate": "specmoe_jax.cli.generate",
+    "evaluate": "specmoe_jax.cli.evaluate",
     "explain": "specmoe_jax.cli.explain",
     "plan": "specmoe_jax.cli.plan",
     "doctor": "specmoe_jax.cli.doctor",

@@ -34,6 +34,7 @@ _CHAT = flags.DEFINE_boolean("chat", False, "Put questions through the model's c
 _WINDOW = flags.DEFINE_integer("window", None, "Tokens that the model reads at a time at most. Default: its window.", lower_bound=2)
 _OVERLAP = flags.DEFINE_integer("overlap", None, "Tokens that a window of --text shares with the one before at least. Default: 0.")
 _OUTPUT = flags.DEFINE_string("output", None, "Keeps the answers of --tasks; the same command goes on after an interruption.")
+_RESTART = flags.DEFINE_boolean("restart", False, "Begin --output anew instead of going on with it.")
 _RESULTS = flags.DEFINE_string("results", None, "Where the JSON document goes too.")
 _PRESET = flags.DEFINE_enum(
     "preset", None, [*PRESETS], "The plan. Default: streaming, whose layers cross the link once for all texts."
@@ -71,9 +72,11 @@ def check_flags() -> None:
         if _PLAN.value and flag.value:
             common.usage_error(f"both --plan and --{flag.name} are given; leave one out")
     idle = [flag.name for flag in _OF_TASKS if flag.value not in (None, False)] if _TEXT.value else []
+    idle += ["restart"] if _RESTART.value and not _OUTPUT.value else []
     idle += ["overlap"] if _TASKS.value and _OVERLAP.value is not None else []
     if idle:
-        common.usage_error(f"--{idle[0]} has no effect with --{'text' if _TEXT.value else 'tasks'}; leave it out")
+        other = "without --output" if idle[0] == "restart" else "with --text" if _TEXT.value else "with --tasks"
+        common.usage_error(f"--{idle[0]} has no effect {other}; leave it out")
 
 
 def make_plan(begun: Plan | None, config: ModelConfig, dtype: str) -> Plan:
@@ -110,7 +113,7 @@ def as_lines(found: Perplexity) -> str:
 
 
 def of_tasks(engine: Engine) -> dict:
-    model = harness_model(engine, answers=_OUTPUT.value, max_length=_WINDOW.value, progress=_PROGRESS.value)
+    model = harness_model(engine, answers=_OUTPUT.value, restart=_RESTART.value, max_length=_WINDOW.value, progress=_PROGRESS.value)
     options = {"num_fewshot": _NUM_FEWSHOT.value, "limit": _LIMIT.value, "apply_chat_template": _CHAT.value}
     found = run_tasks(model, _TASKS.value or [], include_path=_INCLUDE_PATH.value, **options)
     for task, metrics in found["results"].items():

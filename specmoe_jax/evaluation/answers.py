@@ -14,17 +14,17 @@ KEY_BITS = 60
 
 
 class Answers:
-    """path: of the journal, None to keep nothing. A part of the work that is done survives whatever follows.
+    """path: of the journal, None to keep nothing. A part of the work that is done survives whatever follows. restart: forget it.
 
     Raises RequestError for a file that belongs to another model, or to another job.
     """
 
-    def __init__(self, engine: Engine, path: str | None):
+    def __init__(self, engine: Engine, path: str | None, *, restart: bool = False):
         self._known: dict[int, Any] = {}
         self._journal = None
         if path is None:
             return
-        self._journal = Journal(path, _identity(engine))
+        self._journal = Journal(path, _identity(engine), restart=restart)
         with open(path, encoding="utf-8") as file:
             self._known = {record["index"]: record["answer"] for record in map(json.loads, file)}
 

@@ -27,6 +27,7 @@ def harness_model(
     engine: Engine,
     *,
     answers: str | None = None,
+    restart: bool = False,
     max_length: int | None = None,
     requests_at_once: int = 1024,
     progress: str | bool = "auto",
@@ -34,13 +35,13 @@ def harness_model(
 ) -> Any:
     """An `lm_eval.api.model.LM` over an engine; needs the [eval] extra.
 
-    answers: a file that keeps every answer, so that an evaluation that was interrupted goes on. max_length: tokens that the model
+    answers: a file that keeps every answer, so that an evaluation that was interrupted goes on; restart: begins it anew. max_length: tokens that the model
     reads at most, None for its window. requests_at_once: after so many, answers are on disk; under expert_flow=stream each lot
     takes a crossing of every layer. chat_options: what the model's chat template asks for, such as enable_thinking.
     """
     base = _harness("lm_eval.api.model").LM
     adapter = type("EngineLM", (_EngineAdapter, base), {})
-    return adapter(engine, answers, max_length, requests_at_once, progress, chat_options)
+    return adapter(engine, Answers(engine, answers, restart=restart), max_length, requests_at_once, progress, chat_options)
 
 
 def run_tasks(model: Any, tasks: Sequence[str | dict], *, include_path: str | None = None, **options) -> dict:
@@ -60,7 +61,7 @@ class _EngineAdapter:
     """The three kinds of requests of the harness, and chat templates."""
 
     def __init__(
-        self, engine: Engine, answers: str | None, max_length: int | None, at_once: int, progress: str | bool, chat_options: dict
+        self, engine: Engine, answers: Answers, max_length: int | None, at_once: int, progress: str | bool, chat_options: dict
     ):
         super().__init__()
         model, window = engine.model, engine.model.config.max_positions
@@ -70,7 +71,7 @@ class _EngineAdapter:
             raise RequestError("the adapter is built for decoders alone; score an encoder-decoder by Engine.score")
         if max_length is not None and not 2 <= max_length <= window:
             raise RequestError(f"max_length is {max_length}; it must be 2 to {window}, the model's window")
-        self._engine, self._tokenizer, self._answers = engine, model.tokenizer, Answers(engine, answers)
+        self._engine, self._tokenizer, self._answers = engine, model.tokenizer, answers
         self._at_once, self._progress, self._chat_options = at_once, progress, chat_options
         self.max_length, self.prefix_token_id = max_length or window, prefix_token(model)
         self._prefix_text = model.tokenizer.decode([self.prefix_token_id], skip_special_tokens=False)

@@ -17,7 +17,7 @@ from specmoe_jax.support.errors import RequestError
 from specmoe_jax.support.validation import is_whole
 
 _LOG = logging.getLogger(__name__)
-ANSWERS = ("text", "response")  # a line of a finished request has one of these
+ANSWERS = ("text", "response", "answer")  # a line of a finished request has one of these
 
 
 class Journal:

@@ -29,7 +29,7 @@ def asked(*args):
 
 
 def adapter(engine, **changes):
-    given = {"answers": None, "max_length": None, "at_once": 2, "progress": "none", "chat_options": {}} | changes
+    given = {"answers": Answers(engine, None), "max_length": None, "at_once": 2, "progress": "none", "chat_options": {}} | changes
     return _EngineAdapter(engine, *given.values())
 
 

@@ -93,6 +93,7 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
         for chunk in chunks:
             done = self.target_pass(runtime, memory, kv, *chunk[:3], earlier=totals, predicted=nothing)
             memory, kv, totals = done.memory, done.kv, done.counts
+            assert done.h is not None  # of a streamed pass alone
             observe(chunk, done.features, done.h)
             on_positions(int(chunk.num_new.max()))
         return memory, kv, totals

@@ -36,9 +36,9 @@ def harness_model(
     """An `lm_eval.api.model.LM` over an engine; needs the [eval] extra.
 
     answers: a file that keeps every answer, so that an evaluation that was interrupted goes on; restart: begins it anew.
-    max_length: tokens that the model reads at most, None for its window. requests_at_once: after so many, answers are on disk; under
-    expert_flow=stream each lot takes a crossing of every layer. chat_options: what the model's chat template asks for, such as
-    enable_thinking.
+    max_length: tokens that the model reads at most, None for its window. requests_at_once: after so many, answers are on disk;
+    under expert_flow=stream each lot takes a crossing of every layer. chat_options: what the model's chat template asks for, such
+    as enable_thinking.
     """
     base = _harness("lm_eval.api.model").LM
     adapter = type("EngineLM", (_EngineAdapter, base), {})

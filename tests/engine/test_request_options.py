@@ -102,15 +102,15 @@ def test_each_edit_does_what_it_says(model):
     """Greedy, by the reference forward."""
     engine = sm.Engine(model, plan("resident"))
     base = sm.SamplingParams(max_new_tokens=12, ignore_eos=True)
-    (free,) = tokens_of(engine.generate(PROMPTS[2:3], base))
+    (free,) = tokens_of(engine.generate(PROMPTS[4:5], base))
     banned = tuple(set(free))
-    (other,) = tokens_of(engine.generate(PROMPTS[2:3], dataclasses.replace(base, banned_tokens=banned)))
+    (other,) = tokens_of(engine.generate(PROMPTS[4:5], dataclasses.replace(base, banned_tokens=banned)))
     assert not set(other) & set(banned)
-    (always,) = tokens_of(engine.generate(PROMPTS[2:3], dataclasses.replace(base, logit_bias={9: 1e5})))
+    (always,) = tokens_of(engine.generate(PROMPTS[4:5], dataclasses.replace(base, logit_bias={9: 1e5})))
     assert set(always) == {9}
-    (never_twice,) = tokens_of(engine.generate(PROMPTS[2:3], dataclasses.replace(base, presence_penalty=100.0)))
+    (never_twice,) = tokens_of(engine.generate(PROMPTS[4:5], dataclasses.replace(base, presence_penalty=100.0)))
     assert len(set(never_twice)) == 12 > len(set(free))
-    (once,) = engine.generate(PROMPTS[2:3], dataclasses.replace(base, stop_token_ids=(free[3],)))
+    (once,) = engine.generate(PROMPTS[4:5], dataclasses.replace(base, stop_token_ids=(free[3],)))
     assert once.token_ids == free[: free.index(free[3]) + 1] and once.finish_reason == "stop"
 
 

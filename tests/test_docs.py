@@ -46,7 +46,7 @@ def known_families(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/planner.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/planner.md", "docs/scoring.md"])
 def test_python_blocks(page, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # some write a file
     sources = blocks(page, "python")
@@ -101,7 +101,7 @@ def test_flags_named_in_the_docs_exist():
     defined = {spec.flag for spec in fields_of_a_plan().values()}
     for command in (ROOT / "specmoe_jax/cli").rglob("*.py"):
         defined |= set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", command.read_text()))
-    for page in ("tutorial", "formats", "troubleshooting"):
+    for page in ("tutorial", "formats", "troubleshooting", "scoring"):
         named = set(re.findall(r"`--(\w+)", (ROOT / f"docs/{page}.md").read_text()))
         assert named <= defined, named - defined
 
@@ -125,7 +125,11 @@ def test_links(page):
 
 
 MODULES = sorted(m.name for m in pkgutil.walk_packages(specmoe_jax.__path__, "specmoe_jax.") if not m.name.endswith("_cpu_ops"))
-DEFINE_FLAGS = {*COMMANDS.values(), "specmoe_jax.cli.plan_flags"}  # when imported, and a name only once in a process
+DEFINE_FLAGS = {
+    *COMMANDS.values(),
+    "specmoe_jax.cli.plan_flags",
+    "specmoe_jax.cli.sampling_flags",
+}  # when imported, and a name only once in a process
 MODULES = [
     name for name in MODULES if name not in DEFINE_FLAGS and ".studies." not in name
 ]  # studies need peers that are not installed

@@ -15,6 +15,7 @@ GROUPS = {
     "run a model": {
         "demo": "specmoe_jax.cli.demo",
         "generate": "specmoe_jax.cli.generate",
+        "evaluate": "specmoe_jax.cli.evaluate",
     },
     "choose a plan": {
         "explain": "specmoe_jax.cli.explain",

@@ -25,24 +25,28 @@ def prefill(
     draft_memory: Any = None,
     *,
     on_positions: Callable[[int], object] = lambda positions: None,
+    on_states: Callable | None = None,
 ) -> tuple[ExpertMemory, KVCache, Any]:
     """All tokens of each prompt but its last, which is the input of the first step.
 
     prompts: B token tuples, ragged; an empty one is a padding row. The draft set after the prefill is chosen
     by the routing of the whole prompt, not of its last chunk. draft_memory: of a FeatureDraft, which observes every chunk.
-    on_positions: called with the positions that were done since the last call.
+    on_positions: called with the positions that were done since the last call. on_states: with (rows, following, h [B, T, M],
+    num_new) of each chunk.
     """
     every_row = np.arange(len(prompts), dtype=np.int32)
 
-    def observe(one: Chunk, features) -> None:
+    def observe(one: Chunk, features, h) -> None:
         nonlocal draft_memory
-        if features is None:
-            return
         num_new = one.num_new
-        if one.stands_for > 1:  # the draft has a cache of its own for each row
+        if one.stands_for > 1:  # caches of drafts and log-probabilities are each row's own
             row = int(num_new.argmax())
-            features, num_new = jnp.broadcast_to(features[row], features.shape), np.where(counts, num_new[row], 0).astype(np.int32)
-        draft_memory = runtime.feature_draft.observe(draft_memory, every_row, one.following, features, one.lengths, num_new)
+            num_new = np.where(counts, num_new[row], 0).astype(np.int32)
+            features, h = (None if x is None else jnp.broadcast_to(x[row], x.shape) for x in (features, h))
+        if on_states is not None:
+            on_states(every_row, one.following, h, num_new)
+        if features is not None:
+            draft_memory = runtime.feature_draft.observe(draft_memory, every_row, one.following, features, one.lengths, num_new)
 
     counts = _counts(prompts)
     shared = 0 if runtime.config.encoder else shared_positions(prompts, chunk)

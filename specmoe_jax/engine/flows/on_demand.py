@@ -80,7 +80,7 @@ class OnDemandFlowExecutor(PooledFlowExecutor):
                 totals[moe] = counts
             on_positions(positions * (layer + 1) // layers - positions * layer // layers)
         for one in passing:
-            observe(one.chunk, one.features())
+            observe(one.chunk, one.features(), one.h)
         return memory, kv, totals
 
     def encoder_experts(
@@ -122,6 +122,11 @@ class _Passing:
         self._h = self._waiting(h)
         keys, values = (*kv.k[:layer], k, *kv.k[layer + 1 :]), (*kv.v[:layer], v, *kv.v[layer + 1 :])
         return memory, kv._replace(k=keys, v=values), counts
+
+    @property
+    def h(self) -> jax.Array:
+        """What waits between two layers; after the last one, its output."""
+        return self._h
 
     def features(self) -> jax.Array | None:
         """What the draft takes, after the last layer."""

@@ -50,9 +50,8 @@ def sampling(folder: pathlib.Path) -> dict[str, Any]:
     given: dict[str, Any] = {name: flag.value for name, flag in _OF_THE_MODEL.items() if flag.value is not None}
     if _BANNED_TOKENS.value is not None:
         given["banned_tokens"] = tuple(_ids("banned_tokens", _BANNED_TOKENS.value))
-    wishes = sampling_defaults(folder, but=given)
-    if given.get("temperature") == 0:
-        wishes = {name: value for name, value in wishes.items() if name not in OF_DRAWS}
+    greedy = given.get("temperature") == 0
+    wishes = sampling_defaults(folder, but=given | (OF_DRAWS if greedy else {}))
     return {"temperature": 0.0} | OF_DRAWS | wishes | given
 
 

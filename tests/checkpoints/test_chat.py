@@ -79,10 +79,18 @@ def test_sampling_defaults(raw, expected, tmp_path):
     assert sampling_defaults(tmp_path) == expected
 
 
-@pytest.mark.parametrize("value", [-1, "hot", True, [0.5], 1e9])
-@pytest.mark.parametrize("name", ["top_p", "top_k", "min_p", "repetition_penalty", "suppress_tokens"])
+@pytest.mark.parametrize("value", [-2, "hot", True, [], 2.5])
+@pytest.mark.parametrize("name", ["top_p", "top_k", "min_p"])
 def test_absurd_sampling_defaults_are_refused(name, value, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True, name: value}))
+    with pytest.raises(CheckpointError, match=name):
+        sampling_defaults(tmp_path)
+
+
+@pytest.mark.parametrize("value", [-1, "hot", True, [0.5], 1e9])
+@pytest.mark.parametrize("name", ["repetition_penalty", "presence_penalty", "suppress_tokens"])
+def test_absurd_edits_are_refused(name, value, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({name: -1000 if value == -1 else value}))
     with pytest.raises(CheckpointError, match=name):
         sampling_defaults(tmp_path)
 

@@ -44,7 +44,6 @@ ERRORS = [
     (["--top_p=0.5"], "top_k and top_p have no effect at temperature 0"),
     (["--min_p=0.1"], "min_p has no effect at temperature 0"),
     (["--seed=1"], "--seed has no effect at temperature 0"),
-    (["--logprobs=3"], "--logprobs has no effect without --output"),
     (["--deterministic_sampling"], "--deterministic_sampling has no effect at temperature 0"),
     (["--preset=on_demand", "--draft_length=2"], "--draft_length=2 has no effect without a draft"),
     (["--preset=on_demand", "--draft_experts=2"], "--draft_experts=2 has no effect with --draft=none"),
@@ -99,6 +98,11 @@ def test_what_a_person_can_mend_is_one_line(generate, checkpoint, folder, monkey
     assert ran.err.startswith("error: ") and ran.err.count("\n") == 1
     assert said in ran.err
     assert sorted(folder.iterdir()) == before
+
+
+def test_logprobs_need_records(generate, checkpoint):
+    ran = generate(f"--model={checkpoint}", "--prompt=a", "--preset=specmoe", "--logprobs=3")
+    assert ran.code == 1 and "--logprobs has no effect without --output" in ran.err
 
 
 def read_no_weights(*args, **kwargs):

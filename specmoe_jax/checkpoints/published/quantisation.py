@@ -1,6 +1,5 @@
 """The one reader of how a checkpoint is quantised: quantization_config, hf_quant_config.json, or the headers where both lack it."""
 
-import dataclasses
 import fnmatch
 import math
 import pathlib
@@ -8,18 +7,17 @@ import re
 from collections.abc import Collection
 from typing import NamedTuple
 
-from specmoe_jax.checkpoints.files import BLOCK_PREFIX, Checkpoint, read_json
-from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.checkpoints.files import BLOCK_PREFIX, OWN_METHOD, Checkpoint, read_json
+from specmoe_jax.config.model_config import LAYERS, ModelConfig
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.packing import kind_of, packed_bytes
-from specmoe_jax.models.packing.matrices import matrices
+from specmoe_jax.models.packing.matrices import MatrixKind
 from specmoe_jax.models.packing.parts import matrix_kind, separate_parts
 from specmoe_jax.models.published.config_json import show
 from specmoe_jax.models.spec import TensorSpec, spec_leaves
 from specmoe_jax.support.errors import CheckpointError
 from specmoe_jax.support.units import GIB
 
-OWN_METHOD = "specmoe"  # of a conversion that kept its experts packed
 MODELOPT_FILE = "hf_quant_config.json"
 TYPE_BYTES = {"float32": 4, "float": 4, "float64": 8}  # of what is not quantised; everything else is stored in two bytes
 NEVER = ("embed_tokens", "shared", "lm_head", "router", "gate", "classifier", "shared_expert_gate")  # which formats leave alone
@@ -112,8 +110,8 @@ def stored_bytes(path: pathlib.Path, config: ModelConfig, quantisation: Quantisa
         total += spec.size * (quantised if packed else plain)
     if built:
         assert quantisation is not None
-        experts = dataclasses.replace(config.experts, packing=quantisation.packing)
-        return int(total) + config.num_expert_layers * config.num_experts * packed_bytes(experts)
+        packed = config.with_packing(quantisation.packing)
+        return int(total) + config.num_experts * sum(map(packed_bytes, packed.layer_experts))
     for layer in config.expert_layers:
         parts = family_of(config).expert_layouts(config, layer, 0)[0]
         for part in parts:
@@ -150,10 +148,12 @@ def is_built(quantisation: Quantisation, config: ModelConfig) -> bool:
     """Whether weights of this form of this family are loaded, their experts packed as they are."""
     if quantisation.packing is None:
         return False
-    family, kind = family_of(config), matrix_kind(quantisation.packing)
-    experts = dataclasses.replace(config.experts, packing=quantisation.packing)
-    if any(kind.problem(*shape) for shape in matrices(experts).values()):
+    packed = config.with_packing(quantisation.packing)
+    if any(matrix_kind(str(experts.packing)).expert_problem(experts) for experts in packed.layer_experts):
         return False
+    family, kind, experts = family_of(config), _kind(quantisation.packing), packed.experts
+    if kind.stacked:
+        return True
     if kind.fused or hasattr(family, "packed_parts"):
         return kind.fused and hasattr(family, "packed_parts")
     return separate_parts(experts, family.expert_layouts(config, config.expert_layers[0], 0)[0]) is not None
@@ -163,11 +163,16 @@ def as_stored(path: pathlib.Path, config: ModelConfig, checkpoint: Checkpoint | 
     """The config with its experts packed as the checkpoint holds them. checkpoint: its headers, where there are any."""
     found = read_quantisation(path, checkpoint)
     packing = found.packing if found is not None and is_built(found, config) else None
-    if packing is not None and checkpoint is not None:
-        mark = matrix_kind(packing).mark
+    if packing is not None and checkpoint is not None and not _kind(packing).stacked:
+        mark = _kind(packing).mark
         if not any((name.endswith(mark) and ".experts." in name) or name.startswith(BLOCK_PREFIX) for name in checkpoint.tensors):
             packing = None  # the experts are among the modules that were left as they are
     return config.with_packing(packing)
+
+
+def _kind(packing: str) -> MatrixKind:
+    """The kind of all layers, which may differ in its parameters."""
+    return matrix_kind(packing.partition(LAYERS)[0])
 
 
 def _fp8(raw: dict, source: str) -> Quantisation:
@@ -194,8 +199,10 @@ def _gptq(raw: dict, source: str) -> Quantisation:
 def _own(raw: dict, source: str) -> Quantisation:
     """A conversion whose experts stayed packed; the rest of it is not."""
     packing = str(raw.get("packing"))
-    kind_of(packing)  # raises for one that this version does not know
-    return Quantisation(f"experts packed as {packing}", None, source, packing=packing, skipped=("re:.*",))
+    for name in set(packing.split(LAYERS)):
+        kind_of(name)  # raises for one that this version does not know
+    words = ", ".join(dict.fromkeys(packing.split(LAYERS)))
+    return Quantisation(f"experts packed as {words}", None, source, packing=packing, skipped=("re:.*",))
 
 
 def _awq(raw: dict, source: str) -> Quantisation:

@@ -125,7 +125,7 @@ def _steps(model: Model, case: Case) -> list[StepInfo]:
     plan, limit = case.plan(model.dtype), min(NEW_TOKENS, model.config.max_positions - length)
     if case.slots is not None:
         wants = account(model.config, plan, batch_rows=case.rows, positions=cache_positions(length + limit, plan))
-        spare_bytes = (wants.num_slots - case.slots) * wants.expert_bytes
+        spare_bytes = (wants.num_slots - case.slots) * wants.slot_bytes
         plan = plan.replace(device_memory_bytes=wants.accelerator_bytes - spare_bytes)
     engine = Engine(model, plan, **executor_of(plan).random_inputs(model))
     prompts = np.random.default_rng(case.rows).integers(model.config.vocab_size, size=(case.rows, length)).tolist()

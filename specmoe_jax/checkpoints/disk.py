@@ -1,7 +1,6 @@
 """Experts that stay on disk: read or mapped one by one when they are asked for."""
 
 import dataclasses
-import math
 import os
 from collections.abc import Sequence
 
@@ -38,8 +37,9 @@ class DiskExperts(Sequence["DiskLayer"]):
         return len(self.sources), len(self.sources[0])
 
     @property
-    def block_shape(self) -> tuple[int, ...]:
-        return self.sources[0][0].block_shape
+    def block_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """[L], those of each layer's experts."""
+        return tuple(layer[0].block_shape for layer in self.sources)
 
     @property
     def block_dtype(self) -> np.dtype:
@@ -91,8 +91,7 @@ def _drop_pages(source: ExpertSource) -> None:
 def _drop_piece(piece: Piece) -> None:
     """Whole pages only are dropped, so the range is widened to their bounds."""
     entry, page = piece.tensor.entry, os.sysconf("SC_PAGE_SIZE")
-    item = entry.bytes // max(1, math.prod(entry.shape))
-    start, stop = entry.start + piece.first * item, entry.start + (piece.first + piece.size) * item
+    start, stop = (entry.start + at * entry.bytes // max(1, entry.size) for at in (piece.first, piece.first + piece.size))
     first = start // page * page
     descriptor = os.open(piece.tensor.path, os.O_RDONLY)
     try:

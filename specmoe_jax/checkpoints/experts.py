@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from specmoe_jax.checkpoints.files import STORED_DTYPES, Reader, StoredTensor
+from specmoe_jax.checkpoints.gguf.blocks import raw_bytes
 from specmoe_jax.checkpoints.tensors import (
     ALIGNMENT,
     TARGET_DTYPES,
@@ -25,7 +26,7 @@ from specmoe_jax.config.layer_config import ExpertConfig
 from specmoe_jax.models.model import to_host
 from specmoe_jax.models.packing import packed_bytes, unpacked
 from specmoe_jax.models.packing.blocks import arrays, views
-from specmoe_jax.models.packing.matrices import MatrixKind, Sections, matrices, sections_of
+from specmoe_jax.models.packing.matrices import MatrixKind, Sections
 from specmoe_jax.models.packing.parts import matrix_kind
 from specmoe_jax.support.errors import CheckpointError
 
@@ -167,21 +168,29 @@ def _read_packed(source: ExpertSource, *, check_finite: bool) -> np.ndarray:
     if check_finite and not source.mapped:
         assert source.config.packing is not None
         kind = matrix_kind(source.config.packing)
-        if not (all(kind.is_finite(sections_of(parts, m)) for m in matrices(source.config)) and np.isfinite(parts["biases"]).all()):
+        if not (kind.expert_is_finite(source.config, parts) and np.isfinite(parts["biases"]).all()):
             raise _not_finite(first)
     return packed
 
 
 def _fill_sections(parts: Sections, pieces: Iterable[tuple[Piece, Callable[[Sections, np.ndarray], None]]]) -> None:
     for piece, put in pieces:
-        dtype = np.dtype(STORED_DTYPES[piece.tensor.entry.dtype])
-        values = np.empty(piece.shape, dtype)
-        with Reader(piece.tensor) as reader:
-            reader.read_into(values, piece.first * dtype.itemsize)
+        values = _stored_values(piece)
         try:
             put(parts, values)
         except ValueError as e:
             raise CheckpointError(f"{piece.tensor.where}: {e}") from e
+
+
+def _stored_values(piece: Piece) -> np.ndarray:
+    """As they are stored; of a GGUF tensor the bytes of its blocks."""
+    if piece.tensor.form is not None:
+        return raw_bytes(piece.tensor, piece.first, piece.size)
+    dtype = np.dtype(STORED_DTYPES[piece.tensor.entry.dtype])
+    values = np.empty(piece.shape, dtype)
+    with Reader(piece.tensor) as reader:
+        reader.read_into(values, piece.first * dtype.itemsize)
+    return values
 
 
 def _clear_border(block: np.ndarray) -> None:

@@ -16,6 +16,8 @@ from specmoe_jax.support.errors import CheckpointError
 
 BLOCK_PREFIX = "specmoe.expert."  # of the names of experts in the converted format
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+OWN_METHOD = "specmoe"  # quant_method of experts that are packed as quantization_config's `packing` says
+GGUF_TABLE = "gguf_tensors.json"  # of a directory that stands for a GGUF file (gguf/folder.py): where its tensors are
 MAX_JSON_BYTES = 4 << 20
 MAX_INDEX_BYTES = 32 << 20
 
@@ -23,11 +25,22 @@ NUMPY_DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16
 STORED_DTYPES = NUMPY_DTYPES | {"F8_E4M3": ml_dtypes.float8_e4m3fn, "U8": np.uint8, "I32": np.int32, "I64": np.int64}
 
 
+class Form(NamedTuple):
+    """How a tensor of a GGUF file is stored where its values are not there as they are used (gguf/blocks.py).
+
+    entry.dtype is ggml's name of the type. heads: of the rows whose halves are interleaved. halves: the tensors that it is made of.
+    """
+
+    heads: int = 0
+    halves: "tuple[StoredTensor, ...]" = ()
+
+
 class StoredTensor(NamedTuple):
-    """A tensor and the file that holds it."""
+    """A tensor and the file that holds it. form: None for values in order."""
 
     path: pathlib.Path
     entry: Entry
+    form: Form | None = None
 
     @property
     def bytes(self) -> int:
@@ -80,6 +93,8 @@ class Checkpoint:
 
 def open_checkpoint(path: pathlib.Path) -> Checkpoint:
     """Reads and checks index and headers of a directory. Raises CheckpointError."""
+    if (path / GGUF_TABLE).exists():
+        return _gguf_checkpoint(path)
     index, tensors, metadata = path / INDEX_FILE, {}, {}
     owners = read_index(index, suffix=".safetensors") if os.path.lexists(index) else None
     shards = [SINGLE_FILE] if owners is None else sorted(set(owners.values()))
@@ -184,6 +199,32 @@ class Reader:
                 target = target[count:]
         except OSError as e:
             raise CheckpointError(f"{self._tensor.where}: cannot be read ({e.strerror})") from e
+
+
+def stored_tensors(rows: list[dict], file: str) -> dict[str, StoredTensor]:
+    """The tensors of a GGUF file by Hugging Face's names. rows: of gguf/names.py. Raises CheckpointError, which names `file`."""
+    tensors = {row["name"]: _gguf_tensor(row) for row in rows}
+    if len(tensors) < len(rows):
+        raise CheckpointError(f"{file}: two tensors have one name in Hugging Face's terms; expected one")
+    sizes = {path: regular_file_bytes(path) for path in {tensor.path for tensor in tensors.values()}}
+    for tensor in tensors.values():
+        if tensor.entry.end > sizes[tensor.path]:
+            raise CheckpointError(
+                f"{tensor.where}: ends at byte {tensor.entry.end}, the file has {sizes[tensor.path]}: was it changed?"
+            )
+    return tensors
+
+
+def _gguf_checkpoint(path: pathlib.Path) -> Checkpoint:
+    table = read_json(path / GGUF_TABLE, max_bytes=MAX_INDEX_BYTES)
+    return Checkpoint(path=path, tensors=stored_tensors(table["tensors"], table["name"]), metadata={"format": "gguf"})
+
+
+def _gguf_tensor(row: dict) -> StoredTensor:
+    entry = Entry(name=row["name"], dtype=row["dtype"], shape=tuple(row["shape"]), start=row["start"], end=row["end"])
+    heads, halves = row.get("heads", 0), tuple(_gguf_tensor(half) for half in row.get("halves", ()))
+    plain = entry.dtype in NUMPY_DTYPES and not heads and not halves
+    return StoredTensor(pathlib.Path(row["file"]), entry, None if plain else Form(heads=heads, halves=halves))
 
 
 def _check_index(owners: dict[str, str], tensors: dict[str, StoredTensor]) -> None:

@@ -13,8 +13,8 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.packing import packed_bytes, without_packing
 from specmoe_jax.models.packing.matrices import MatrixKind
-from specmoe_jax.models.packing.parts import PackedPart, matrix_kind, packed_part, separate_parts
-from specmoe_jax.models.published.naming import mtp_prefixes
+from specmoe_jax.models.packing.parts import PackedPart, matrix_kind, packed_part, separate_parts, stacked_parts
+from specmoe_jax.models.published.naming import mtp_prefixes, stacked_layout
 from specmoe_jax.models.published.published_names import BUFFERS, HEAD, spelling_of
 from specmoe_jax.models.spec import Layout, TensorSpec, spec_leaves
 from specmoe_jax.support.errors import CheckpointError
@@ -182,7 +182,7 @@ class Names:
                 f"{tensor.where}: shape is {list(tensor.entry.shape)}; config.json asks for {list(spec.shape)}{hint}"
             )
         if not types:
-            assert tensor.dtype  # raises CheckpointError for integers
+            assert tensor.form or tensor.dtype  # raises CheckpointError for integers
         elif tensor.entry.dtype not in types:
             raise CheckpointError(f"{tensor.where}: dtype is {tensor.entry.dtype}; expected one of {', '.join(types)}")
         return tensor
@@ -218,28 +218,36 @@ def layer_sources(config: ModelConfig, names: Names, moe: int) -> tuple[ExpertSo
 
 def expert_source(config: ModelConfig, names: Names, moe: int, expert: int) -> ExpertSource | None:
     """Of the moe-th layer that has experts: our block where the checkpoint has it, else one of the family's layouts."""
-    layer = config.expert_layers[moe]
-    experts = without_packing(config.experts) if _is_left_plain(config, names, moe, expert) else config.experts
+    experts, layer = config.layer_experts[moe], config.expert_layers[moe]
+    if _is_left_plain(config, names, moe, expert):
+        experts = without_packing(experts)
     if names.has(block_name(moe, expert)):
         shape, types = (experts.block_shape, ()) if experts.packing is None else ((packed_bytes(experts),), ("U8",))
         block = names.take(TensorSpec(block_name(moe, expert), shape), types=types)
         assert block is not None
         return ExpertSource(pieces=((whole(block), lambda block: block),), config=experts, mapped=True)
     if experts.packing is not None:
-        pieces = _packed_pieces(names, packed_parts(config, layer, expert))
+        stacked = matrix_kind(experts.packing).stacked
+        parts = stacked_parts(config, moe, expert) if stacked else packed_parts(config, layer, expert)
+        pieces = _packed_pieces(names, parts)
         return None if pieces is None else ExpertSource(pieces=pieces, config=experts)
-    layout = _stored_layout(names, family_of(config).expert_layouts(config, layer, expert))
+    stacked = stacked_layout(config, layer, expert)
+    if names.has(stacked[0].name):
+        layout = stacked
+    else:
+        layout = _stored_layout(names, family_of(config).expert_layouts(config, layer, expert))
     pieces = tuple((_entry(tensor, part.index), part.view) for part in layout if (tensor := names.take(part.spec)) is not None)
     return None if len(pieces) < len(layout) else ExpertSource(pieces=pieces, config=experts)
 
 
 def _is_left_plain(config: ModelConfig, names: Names, moe: int, expert: int) -> bool:
     """Of a quantised checkpoint: whether this expert is among the modules that were left as they are."""
-    if config.experts.packing is None:
+    packing = config.layer_experts[moe].packing
+    if packing is None or matrix_kind(packing).stacked:
         return False
     if names.has(block_name(moe, expert)):
         return names.type_of(block_name(moe, expert)) != "U8"
-    layer, mark = config.expert_layers[moe], matrix_kind(config.experts.packing).mark
+    layer, mark = config.expert_layers[moe], matrix_kind(packing).mark
     marked = (p.spec.name for p in packed_parts(config, layer, expert) if p.spec.name.endswith(mark))
     plain = family_of(config).expert_layouts(config, layer, expert)[0]
     return not any(map(names.has, marked)) and all(names.holds(part.spec) for part in plain)

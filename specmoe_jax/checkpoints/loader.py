@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import logging
+import os
 import pathlib
 
 import jax
@@ -12,18 +13,21 @@ from specmoe_jax.checkpoints.conversion import orbax_parts
 from specmoe_jax.checkpoints.disk import DiskExperts
 from specmoe_jax.checkpoints.experts import HostBlocks, read_weight
 from specmoe_jax.checkpoints.files import open_checkpoint, read_json
+from specmoe_jax.checkpoints.gguf.folder import folder_of, gguf_in
 from specmoe_jax.checkpoints.header import quote, quote_list
 from specmoe_jax.checkpoints.inventory import Inventory, check_copies, take_inventory
 from specmoe_jax.checkpoints.memory import check_memory
 from specmoe_jax.checkpoints.published import hub
-from specmoe_jax.checkpoints.published.advice import check_form, gguf_advice
+from specmoe_jax.checkpoints.published.advice import check_form
 from specmoe_jax.checkpoints.published.quantisation import as_stored, check_quantisation
+from specmoe_jax.checkpoints.published.tiktoken_files import tiktoken_file
 from specmoe_jax.checkpoints.tensors import READERS, TARGET_DTYPES
 from specmoe_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan_fields import DECODED, EXPERT_TIERS
 from specmoe_jax.models.families.registry import family_of, parse_config
 from specmoe_jax.models.model import Model
+from specmoe_jax.models.packing.gguf import TYPES
 from specmoe_jax.models.spec import Weights, map_specs
 from specmoe_jax.support.errors import CheckpointError, PinnedMemoryError, RequestError
 from specmoe_jax.support.jax_settings import lenient, lenient_thread
@@ -44,7 +48,7 @@ def load_model(
     expert_tier: str = "host",
     expert_dtype: str | None = None,
 ) -> Model:
-    """A model from "demo", a directory with a Hugging Face checkpoint or the name of a repository, its experts in pinned memory.
+    """A model from "demo", a Hugging Face directory, a GGUF file or the name of a repository, its experts in pinned memory.
 
     dtype: "float32" (default) or "bfloat16"; stored bfloat16 is kept bit for bit under "bfloat16".
     progress: a bar of bytes read, a mode of progress.bar.
@@ -85,6 +89,9 @@ def load_model(
     if inventory.left_out:
         parts = sorted({".".join(name.split(".")[:3]) for name in inventory.left_out})
         note(f"load: {len(inventory.left_out)} tensors of other parts are left out: {quote_list(parts)}", mode=progress)
+    if types := _decoded_types(inventory):
+        kept = f"these would stay packed: {', '.join(TYPES)}"
+        note(f"load: experts in GGUF blocks of {quote_list(types)} are decoded; {kept}", mode=progress)
     if verify:
         with bar("verify", inventory.bytes, "B", mode=progress, scale=True) as shown:
             manifest.verify(checkpoint, shown.update)
@@ -99,20 +106,23 @@ def load_model(
 
 
 def checkpoint_path(path_or_name: str) -> pathlib.Path:
-    """The directory of a bundled model, of a path, or of a repository's name (published/hub.py). Raises CheckpointError."""
+    """The directory of a bundled model, of a path, or of a repository's name (published/hub.py). Raises CheckpointError.
+
+    A GGUF file, or a directory with one and no safetensors, has a directory that stands for it (gguf/folder.py).
+    """
     path = BUNDLED.get(path_or_name) or pathlib.Path(path_or_name).expanduser()
     try:
-        if path.is_dir():
-            return path
+        found = "directory" if path.is_dir() else "gguf" if path.suffix == ".gguf" and path.is_file() else None
     except (OSError, ValueError, RuntimeError):  # a name too long, a NUL, a symlink loop
-        pass
-    if path.suffix == ".gguf":
-        raise CheckpointError(gguf_advice(path))
+        found = None
+    if found is not None:
+        file = path if found == "gguf" else gguf_in(path)
+        return path if file is None else folder_of(file)
     if hub.is_name(str(path_or_name)):
         return hub.cached(str(path_or_name)) or hub.download(str(path_or_name))
     raise CheckpointError(
         f"model {quote(str(path_or_name))}: no such directory; give {' or '.join(BUNDLED)}, a directory with config.json"
-        " and *.safetensors, or the name of a repository, org/name (nothing is downloaded for any other text)"
+        " and *.safetensors, a .gguf file, or the name of a repository, org/name (nothing is downloaded for any other text)"
     )
 
 
@@ -138,12 +148,12 @@ def load_config(path: pathlib.Path) -> ModelConfig:
 
 def load_model_tokenizer(path: pathlib.Path, config: ModelConfig) -> Tokenizer | None:
     """The tokenizer of a directory, None when it has none. Raises CheckpointError when it is broken or too large."""
-    if not (path / "tokenizer.json").is_symlink() and not (path / "tokenizer.json").exists():
+    if not os.path.lexists(path / "tokenizer.json") and tiktoken_file(path) is None:
         return None
     tokenizer = load_tokenizer(path, config.eos_token_ids)
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
-            f"tokenizer.json: ids up to {tokenizer.vocab_size - 1}, but config.json says vocab_size {config.vocab_size}:"
+            f"tokenizer: ids up to {tokenizer.vocab_size - 1}, but config.json says vocab_size {config.vocab_size}:"
             " this tokenizer is of another model"
         )
     return tokenizer
@@ -154,8 +164,14 @@ def with_end_tokens(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelCo
     return config if tokenizer is None else dataclasses.replace(config, eos_token_ids=tokenizer.eos_token_ids)
 
 
+def _decoded_types(inventory: Inventory) -> list[str]:
+    """GGUF types of experts that are not kept packed."""
+    plain = (source for layer in inventory.experts for source in layer if not source.stays_packed)
+    return sorted({piece.tensor.entry.dtype for source in plain for piece, _ in source.pieces if piece.tensor.form is not None})
+
+
 def _decoded(config: ModelConfig, inventory: Inventory, path: pathlib.Path) -> tuple[ModelConfig, Inventory]:
-    if config.experts.packing is None:
+    if config.packing is None:
         raise RequestError(f"expert_dtype={DECODED} has no effect: the experts of {path} are not packed; leave it out")
     return config.with_packing(None), inventory.decoded()
 

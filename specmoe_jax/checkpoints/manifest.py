@@ -11,6 +11,7 @@ from specmoe_jax.support.errors import CheckpointError
 MANIFEST_FILE = "manifest.sha256.json"
 MAX_MANIFEST_BYTES = 64 << 20
 HASHED_SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json")
+HASHED_IF_THERE = ("tiktoken.model", "qwen.tiktoken")  # newer: ids of checkpoints without them stay as they were
 # Up to this much data is hashed whole; of more, so many samples of so many bytes at even distances.
 WHOLE_BYTES, SAMPLES, SAMPLE_BYTES = 64 << 20, 256, 4096
 STEP_BYTES = 1 << 20
@@ -33,6 +34,9 @@ def hash_of(checkpoint: Checkpoint) -> str:
     for name in HASHED_SIDE_FILES:
         content = read_bytes(path / name) if (path / name).exists() else b""
         digest.update(f"{name} {len(content)}\n".encode() + content)
+    for name in HASHED_IF_THERE:
+        if (path / name).is_file():
+            digest.update(f"{name}\n".encode() + read_bytes(path / name))
     tensors = sorted(checkpoint.tensors.values(), key=lambda t: (t.path.name, t.entry.start, t.entry.name))
     for tensor in tensors:
         digest.update(repr((tensor.path.name, *tensor.entry)).encode())

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from specmoe_jax.checkpoints.files import Reader, StoredTensor
+from specmoe_jax.checkpoints.gguf import blocks
 from specmoe_jax.checkpoints.header import quote
 from specmoe_jax.support.errors import CheckpointError
 
@@ -35,8 +36,7 @@ class Piece(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        item = self.tensor.entry.bytes // max(1, math.prod(self.tensor.entry.shape))
-        return self.size * item
+        return self.size * self.tensor.entry.bytes // max(1, self.tensor.entry.size)
 
 
 def whole(tensor: StoredTensor) -> Piece:
@@ -87,6 +87,9 @@ def _rows(out: np.ndarray) -> np.ndarray:
 def fill(out: np.ndarray, piece: Piece) -> None:
     """Reads and converts a piece into `out` of as many values, in order; `out` may be a transposed view."""
     out = _rows(out)
+    if piece.tensor.form is not None:
+        _fill_decoded(out, piece)
+        return
     stored, first = piece.tensor.dtype, piece.first * piece.tensor.dtype.itemsize
     with Reader(piece.tensor) as reader:
         if out.dtype == stored and out.flags.c_contiguous:
@@ -111,6 +114,20 @@ def _convert(out: np.ndarray, chunk: np.ndarray) -> None:
         chunk = chunk.astype(out.dtype, copy=False).view(bits)
     for row in range(0, len(out), TRANSPOSE_ROWS):
         out.view(bits)[row : row + TRANSPOSE_ROWS] = chunk[row : row + TRANSPOSE_ROWS]
+
+
+def _fill_decoded(out: np.ndarray, piece: Piece) -> None:
+    """Reads and decodes a piece of a GGUF tensor; whole where its rows are not in order."""
+    form, row = piece.tensor.form, math.prod(out.shape[1:])
+    assert form is not None
+    in_order = not form.heads and not form.halves and row % piece.tensor.entry.shape[-1] == 0
+    rows = max(1, CHUNK_BYTES // max(1, 4 * row)) if in_order else len(out)
+    for start in range(0, len(out), rows):
+        some = min(rows, len(out) - start)
+        _convert(
+            out[start : start + some],
+            blocks.values(piece.tensor, piece.first + start * row, some * row).reshape(some, *out.shape[1:]),
+        )
 
 
 def check_finite_values(out: np.ndarray, tensor: StoredTensor, dtype: str) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ import tokenizers
 from tokenizers import processors
 
 from specmoe_jax.checkpoints.files import read_bytes, read_json
+from specmoe_jax.checkpoints.published.tiktoken_files import read_tiktoken, tiktoken_file
 from specmoe_jax.support.errors import CheckpointError
 
 # The longest run of tokens that is held back because the text so far ends in half a character.
@@ -123,13 +125,14 @@ def text_after(tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
 
 
 def load_tokenizer(path: pathlib.Path, eos_token_ids: tuple[int, ...]) -> Tokenizer:
-    """The tokenizer of a checkpoint directory. Raises CheckpointError when tokenizer.json is broken or empty.
+    """The tokenizer of a checkpoint directory: tokenizer.json, or tiktoken's form. Raises CheckpointError when it is broken.
 
     eos_token_ids: of the configs; the eos_token of tokenizer_config.json ends a text as well.
     """
     settings = read_json(path / SETTINGS_FILE) if (path / SETTINGS_FILE).exists() else {}
     file = path / "tokenizer.json"
-    backend = _parse(file, read_bytes(file))
+    other = None if os.path.lexists(file) else tiktoken_file(path)
+    backend = _parse(file, read_bytes(file)) if other is None else read_tiktoken(other)
     if backend.get_vocab_size(with_added_tokens=True) == 0:
         raise CheckpointError(f"{file.name}: no token in it; expected a vocabulary")
     backend.no_truncation()  # some files carry the limits of their training run, which would cut prompts silently

@@ -20,7 +20,7 @@ from specmoe_jax.autotune.calibrate import cached_calibration
 from specmoe_jax.autotune.choose import REQUESTS, Knowledge
 from specmoe_jax.autotune.profile import cached_profile
 from specmoe_jax.checkpoints.eagle import head_config
-from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
+from specmoe_jax.checkpoints.files import GGUF_TABLE, INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.published.advice import check_form
 from specmoe_jax.checkpoints.published.quantisation import Quantisation, as_stored, is_built, read_quantisation, stored_bytes
@@ -234,7 +234,7 @@ def make_workload(config: ModelConfig) -> Workload:
 
 def read_headers(folder: pathlib.Path) -> Checkpoint | None:
     """The checked headers of a directory; None for config.json alone. A load then matches them with the config."""
-    if not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+    if not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE, GGUF_TABLE)):
         return None
     return open_checkpoint(folder)
 

@@ -13,6 +13,9 @@ from specmoe_jax.config.layer_config import (
     Rope,
     RouterConfig,
 )
+from specmoe_jax.support.errors import CheckpointError
+
+LAYERS = "|"  # between the names of layers that are packed differently
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,22 +91,40 @@ class ModelConfig:
 
     @property
     def experts(self) -> ExpertConfig:
-        """The expert of every layer that has any."""
+        """The expert of every layer that has any; where layers are packed differently (`layer_experts`), of the first."""
         return self.layers[self.moe_layers[0]].own_experts
 
-    def with_packing(self, packing: str | None) -> "ModelConfig":
-        """The model with its experts packed so."""
-        if packing == self.experts.packing:
-            return self
+    @functools.cached_property
+    def layer_experts(self) -> tuple[ExpertConfig, ...]:
+        """The expert of each layer that has any, in the order of `expert_layers`."""
+        return tuple(self.all_layers[layer].own_experts for layer in self.expert_layers)
 
-        def layers(of: tuple[LayerConfig, ...]) -> tuple[LayerConfig, ...]:
+    @property
+    def packing(self) -> str | None:
+        """How the experts are packed: one name for all layers, or one for each that has experts, separated by |."""
+        names = [experts.packing for experts in self.layer_experts]
+        return names[0] if len(set(names)) == 1 else LAYERS.join(str(name) for name in names)
+
+    def with_packing(self, packing: str | None) -> "ModelConfig":
+        """The model with its experts packed so; packing: as the property. Raises CheckpointError for a wrong number of names."""
+        names = [None] if packing is None else packing.split(LAYERS)
+        names = names * self.num_expert_layers if len(names) == 1 else names
+        if len(names) != self.num_expert_layers:
+            raise CheckpointError(f"experts of {len(names)} layers are packed; the model has experts in {self.num_expert_layers}")
+        if packing == self.packing:
+            return self
+        of_layer, count = dict(zip(self.expert_layers, names, strict=True)), self.num_layers
+
+        def layers(of: tuple[LayerConfig, ...], first: int) -> tuple[LayerConfig, ...]:
             return tuple(
-                dataclasses.replace(layer, experts=layer.experts and dataclasses.replace(layer.experts, packing=packing))
-                for layer in of
+                dataclasses.replace(
+                    layer, experts=layer.experts and dataclasses.replace(layer.experts, packing=of_layer.get(first + i))
+                )
+                for i, layer in enumerate(of)
             )
 
-        encoder = self.encoder and dataclasses.replace(self.encoder, layers=layers(self.encoder.layers))
-        return dataclasses.replace(self, layer_configs=layers(self.layers), encoder=encoder)
+        encoder = self.encoder and dataclasses.replace(self.encoder, layers=layers(self.encoder.layers, count))
+        return dataclasses.replace(self, layer_configs=layers(self.layers, 0), encoder=encoder)
 
     @property
     def expert_params(self) -> int:

@@ -2,11 +2,14 @@
 
 import resource
 
+import numpy as np
+
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.engine import figures as metrics
 from specmoe_jax.engine.roofline import predicted_figures, roofline_figures
 from specmoe_jax.engine.state import StepInfo
 from specmoe_jax.engine.step import Moved
+from specmoe_jax.models.experts import layer_bytes
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.estimate import Prediction
 from specmoe_jax.planner.hardware import Hardware
@@ -99,4 +102,5 @@ class EngineFigures:
 
     def _on_demand_bytes(self) -> int:
         running = self.running.experts if self.running else 0
-        return (self._on_demand_experts + running) * self._model.expert_bytes
+        counts, sizes = self._on_demand_experts + running, layer_bytes(self._model.config, self._model.dtype)
+        return int(np.sum(counts * np.array(sizes[: self._model.config.num_moe_layers])))  # not those of an encoder, behind them

@@ -80,23 +80,23 @@ class OnDemand(NamedTuple):
     """What plain decoding of a batch would have fetched.
 
     needed: [W, L, E] bool; entry w holds the experts that decoding token first + w of every row of the batch needs in
-    one OnDemand step. counted: experts of the tokens before `first`, which every row that still runs has behind it; so W
+    one OnDemand step. counted: [L], experts of the tokens before `first`, which every row that still runs has behind it; so W
     is how far the rows are apart, not how long they get.
     """
 
     first: int
     needed: np.ndarray
-    counted: int
+    counted: np.ndarray
 
     @property
-    def experts(self) -> int:
-        """Fetches of experts so far."""
-        return self.counted + int(self.needed.sum())
+    def experts(self) -> np.ndarray:
+        """[L], fetches of experts so far."""
+        return self.counted + self.needed.sum(axis=(0, 2))
 
 
 def no_on_demand(num_layers: int, num_experts: int) -> OnDemand:
     """Before the first step of a batch."""
-    return OnDemand(first=0, needed=np.zeros((0, num_layers, num_experts), bool), counted=0)
+    return OnDemand(first=0, needed=np.zeros((0, num_layers, num_experts), bool), counted=np.zeros(num_layers, np.int64))
 
 
 def add_on_demand(before: OnDemand, info) -> OnDemand:
@@ -114,7 +114,7 @@ def add_on_demand(before: OnDemand, info) -> OnDemand:
     needed = np.zeros((end - first, *before.needed.shape[1:]), bool)
     needed[: len(before.needed) - past] = before.needed[past:]
     needed[(info.start[row] + offset - first)[None, :, None], np.arange(len(chosen))[:, None, None], chosen] = True
-    return OnDemand(first=first, needed=needed, counted=before.counted + int(before.needed[:past].sum()))
+    return OnDemand(first=first, needed=needed, counted=before.counted + before.needed[:past].sum(axis=(0, 2)))
 
 
 def acceptance_by_position(totals: Totals) -> list[float]:

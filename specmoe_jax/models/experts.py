@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from specmoe_jax import ops
 from specmoe_jax.config.layer_config import ExpertConfig
-from specmoe_jax.models.packing import kind_of, packed_bytes, unpack, without_packing
+from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.models.packing import kind_of, packed_bytes, planned, unpack, without_packing
 from specmoe_jax.models.packing.kind import is_plain
 from specmoe_jax.models.spec import DTYPE_BYTES
 from specmoe_jax.ops.products import as_float32, einsum
@@ -43,6 +44,17 @@ def _form(config: ExpertConfig) -> str | None:
 def block_bytes(config: ExpertConfig, dtype: str) -> int:
     """Bytes of one expert in host memory, on the link and in a slot."""
     return config.params * DTYPE_BYTES[dtype] if config.packing is None else packed_bytes(config)
+
+
+def layer_bytes(config: ModelConfig, dtype: str, expert_dtype: str | None = None) -> tuple[int, ...]:
+    """[L], bytes of one expert of each layer that has any; expert_dtype: what a plan packs them as (packing.planned)."""
+    return tuple(block_bytes(planned(experts, expert_dtype), dtype) for experts in config.layer_experts)
+
+
+def mean_bytes(config: ModelConfig, dtype: str, expert_dtype: str | None = None) -> int:
+    """Of an expert of any layer, rounded up: layers may be packed differently."""
+    sizes = layer_bytes(config, dtype, expert_dtype)
+    return -(-sum(sizes) // len(sizes))
 
 
 def block_function(config: ExpertConfig):

@@ -19,10 +19,11 @@ def quantise(model: Model, expert_dtype: str) -> Model:
     Embeddings, attention, routers and shared experts stay as they are. Memory: the packed experts and one of model.experts,
     which may be on disk.
     """
-    config, stored = model.config.with_packing(expert_dtype), model.config.experts
+    config = model.config.with_packing(expert_dtype)
+    layers = (model.experts[layer] for layer in range(config.num_expert_layers))
     experts = tuple(
         tuple(to_host(pack(config.experts, unpacked(stored, np.asarray(blocks[e])))) for e in range(config.num_experts))
-        for blocks in (model.experts[layer] for layer in range(config.num_expert_layers))
+        for stored, blocks in zip(model.config.layer_experts, layers, strict=True)
     )
     return dataclasses.replace(model, config=config, experts=experts)
 

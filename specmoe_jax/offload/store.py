@@ -100,16 +100,18 @@ class ExpertStore:
     def new_pool(self, num_slots: int) -> jax.Array:
         """A slot pool [R, 3, F, M] of zeros on the accelerator, in the dtype of the blocks.
 
-        One block of zeros goes the way of an expert (and is counted), so that the copies are compiled before the first
-        one is timed.
+        One block of zeros of each size goes the way of an expert (and is counted), so that the copies are compiled before
+        the first one is timed.
         """
         zeros = jnp.zeros((num_slots, *self.tier.shape), self.tier.dtype)
         pool = jax.device_put(zeros, jax.devices()[0])
-        (block,) = self._sent((to_host(np.zeros(self.tier.shape, self.tier.dtype)),))
-        self.link.send(self._block_bytes)
-        for size in self._sizes[1:]:
-            pool = _write_slots(pool, (block,) * size, np.zeros(size, np.int32))
-        return self._write(pool, (block,), [0])
+        for shape in sorted(set(self.tier.shapes)):
+            (block,) = self._sent((to_host(np.zeros(shape, self.tier.dtype)),))
+            self.link.send(block.nbytes)
+            for size in self._sizes[1:]:
+                pool = _write_slots(pool, (block,) * size, np.zeros(size, np.int32))
+            pool = self._write(pool, (block,), [0])
+        return pool
 
     def fetch(
         self, pool: jax.Array, copies: Sequence[tuple[int, int, int]], arriving: tuple[Arriving, ...] = ()
@@ -124,8 +126,8 @@ class ExpertStore:
             batch, places = tuple(itertools.islice(blocks, size)), slots[start : start + size]
             if self._room:
                 pool, arriving = self._finish_oldest(pool, arriving, len(arriving) + size - self._room)
-            for slot in places:
-                self._arrival_s[slot] = self.link.send(self._block_bytes)
+            for slot, block in zip(places, batch, strict=True):
+                self._arrival_s[slot] = self.link.send(block.nbytes)
             if self._room:
                 arriving = (*arriving, *map(Arriving, places, self._sent(batch)))
             else:
@@ -169,9 +171,14 @@ class ExpertStore:
 
     def _write(self, pool: jax.Array, blocks: Sequence[jax.Array], slots: Sequence[int]) -> jax.Array:
         """Writes blocks into their slots, in that order, once they are there. The pool is consumed (donated)."""
-        for start, size in _batches(len(slots), self._sizes):
-            batch = jax.block_until_ready(tuple(blocks[start : start + size]))
-            pool = _write_slots(pool, batch, np.array(slots[start : start + size], np.int32))
+        first = 0
+        for _, run in itertools.groupby(blocks, lambda block: block.shape):  # those of layers that are packed alike, in one program
+            count = len(tuple(run))
+            for start, size in _batches(count, self._sizes):
+                places = slice(first + start, first + start + size)
+                batch = jax.block_until_ready(tuple(blocks[places]))
+                pool = _write_slots(pool, batch, np.array(slots[places], np.int32))
+            first += count
         return pool
 
     def new_buffer(self) -> jax.Array:
@@ -184,7 +191,8 @@ class ExpertStore:
 
         -> the layer.
         """
-        self.link.count(self.tier.num_experts // self.tier.num_layers * self._block_bytes)
+        experts = self.tier.num_experts // self.tier.num_layers
+        self.link.count(experts * math.prod(self.tier.shapes[layer]) * self.tier.dtype.itemsize)
         return layer
 
     def stream(self, buffer: jax.Array, layer: int) -> jax.Array:
@@ -197,7 +205,7 @@ class ExpertStore:
         blocks = iter(self.tier.blocks([(layer, expert) for expert in range(len(buffer))]))
         for start, size in _batches(len(buffer), self._sizes):
             batch = tuple(itertools.islice(blocks, size))
-            arrival_s = self.link.occupy(size * self._block_bytes, since_s=start_s)
+            arrival_s = self.link.occupy(sum(block.nbytes for block in batch), since_s=start_s)
             buffer = self._write(buffer, self._sent(batch), range(start, start + size))  # not in the program: it would wait
             if not self._room:
                 jax.block_until_ready(buffer)
@@ -237,7 +245,10 @@ def _batches(count: int, sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write_slots(pool: jax.Array, blocks: tuple[jax.Array, ...], slots: jax.Array) -> jax.Array:
-    """One program for copy and write: in place, and three times faster on CPU than device_put and then write."""
+    """One program for copy and write: in place, and three times faster on CPU than device_put and then write.
+
+    A block that is smaller than a slot, of a layer that is packed in fewer bytes, fills its front.
+    """
     for i, block in enumerate(blocks):
         block = jax.device_put(block, jax.memory.Space.Device)
         pool = jax.lax.dynamic_update_index_in_dim(pool, block, slots[i], axis=0)

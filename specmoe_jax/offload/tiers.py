@@ -1,6 +1,7 @@
 """Where the expert store takes its blocks from: host memory that holds all, or a disk with host memory as a cache above it."""
 
 import concurrent.futures
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -34,10 +35,12 @@ class TierCounts(NamedTuple):
 class Tier(Protocol):
     """Blocks [3, F, M] of experts in pinned host memory, ready to be copied over the link.
 
-    shape, dtype: of a block. num_layers: those with experts. num_experts: of all layers. counts: since it was made.
+    shape, dtype: of a block, the largest where layers are packed differently. shapes: [L], of each layer's. num_layers: those with
+    experts. num_experts: of all layers. counts: since it was made.
     """
 
     shape: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
     dtype: np.dtype
     num_layers: int
     num_experts: int
@@ -67,7 +70,8 @@ class HostTier:
 
     def __init__(self, experts: Sequence[Sequence[jax.Array]]):
         self._experts = experts
-        self.shape, self.dtype = experts[0][0].shape, experts[0][0].dtype
+        self.shapes, self.dtype = tuple(layer[0].shape for layer in experts), experts[0][0].dtype
+        self.shape = max(self.shapes, key=math.prod)
         self.num_layers, self.num_experts = len(experts), sum(map(len, experts))
         self._ready = np.ones((len(experts), len(experts[0])), bool)
 
@@ -95,7 +99,8 @@ class DiskTier:
 
     def __init__(self, files, *, capacity: int, policy: HostCachePolicy, keep_pages: bool):
         self._files, self._capacity, self._policy, self._keep_pages = files, capacity, policy, keep_pages
-        self.shape, self.dtype, shape = files.block_shape, files.block_dtype, files.shape
+        self.shapes, self.dtype, shape = files.block_shapes, files.block_dtype, files.shape
+        self.shape = max(self.shapes, key=math.prod)
         self.num_layers, self.num_experts, self.counts = shape[0], shape[0] * shape[1], TierCounts()
         self._cache = cache.empty(*shape)
         self._blocks: dict[tuple[int, int], concurrent.futures.Future] = {}

@@ -10,9 +10,8 @@ from typing import NamedTuple
 from specmoe_jax.config.layer_config import AttentionConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
-from specmoe_jax.models.experts import block_bytes
+from specmoe_jax.models.experts import mean_bytes
 from specmoe_jax.models.families.registry import family_of
-from specmoe_jax.models.packing import planned
 from specmoe_jax.models.spec import LayerWeights
 from specmoe_jax.offload.stream_schedule import ACCELERATOR, CPU, DOWN, UP, Task
 from specmoe_jax.planner.hardware import Hardware
@@ -126,8 +125,8 @@ def cross_attention(config: AttentionConfig, load: Load, itemsize: int) -> Cost:
 
 
 def expert_bytes(config: ModelConfig, plan: Plan) -> int:
-    """Of one expert in memory and on the link, quantised or not."""
-    return block_bytes(planned(config.experts, plan.expert_dtype), plan.dtype)
+    """Of one expert in memory and on the link, quantised or not; the mean where layers differ."""
+    return mean_bytes(config, plan.dtype, plan.expert_dtype)
 
 
 def cache_row(config: AttentionConfig) -> int:

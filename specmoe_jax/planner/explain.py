@@ -32,7 +32,7 @@ def problem(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workl
         return said
     one = Plan(preset="on_demand", dtype=plan.dtype, batch_size=1)
     least = account(config, one, batch_rows=1, positions=64, accelerator_is_cpu=hardware.accelerator_is_cpu)
-    alone_gib = (least.accelerator_bytes - (least.num_slots - 1) * least.expert_bytes) / GIB
+    alone_gib = (least.accelerator_bytes - (least.num_slots - 1) * least.slot_bytes) / GIB
     return f"{said}: one row and one expert alone take {alone_gib:.1f} GiB there"
 
 
@@ -45,9 +45,9 @@ def explain(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workl
         "machine": hardware.name,
         "accelerator_gib": {
             "weights": own.weight_bytes / GIB,
-            "expert slots": ((own.num_slots + own.merged_slots) * own.expert_bytes - own.spare_expert_bytes) / GIB,
+            "expert slots": ((own.num_slots + own.merged_slots) * own.slot_bytes - own.spare_expert_bytes) / GIB,
             "spare-expert cache": own.spare_expert_bytes / GIB,
-            "experts on their way": own.moving_experts * own.expert_bytes / GIB,
+            "experts on their way": own.moving_experts * own.slot_bytes / GIB,
             "KV cache": own.accelerator_kv_bytes / GIB,
             "activations": own.activation_bytes / GIB,
             "staging of prompts": own.staging_bytes / GIB,

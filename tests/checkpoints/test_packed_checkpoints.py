@@ -152,7 +152,7 @@ def test_converted_experts_are_mapped_as_they_are(pair, tmp_path):
 def test_from_disk(pair):
     packed, files = load_model(str(pair[0])), load_model(str(pair[0]), expert_tier="disk").experts
     assert isinstance(files, DiskExperts)
-    assert files.block_shape == packed.experts[0][0].shape and files.block_dtype == np.uint8
+    assert files.block_shapes[0] == packed.experts[0][0].shape and files.block_dtype == np.uint8
     np.testing.assert_array_equal(files.read(1, 2), packed.experts[1][2])
 
 

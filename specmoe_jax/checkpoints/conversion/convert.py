@@ -20,11 +20,10 @@ import numpy as np
 
 from specmoe_jax.checkpoints.conversion import orbax_parts
 from specmoe_jax.checkpoints.conversion.write import Output, padded, write_index, write_safetensors, write_text
-from specmoe_jax.checkpoints.files import MAX_INDEX_BYTES, StoredTensor, read_header, read_json
+from specmoe_jax.checkpoints.files import MAX_INDEX_BYTES, OWN_METHOD, StoredTensor, read_header, read_json
 from specmoe_jax.checkpoints.header import quote
 from specmoe_jax.checkpoints.inventory import PADDING_PREFIX, block_name
 from specmoe_jax.checkpoints.manifest import MANIFEST_FILE, manifest_json, tensor_hash
-from specmoe_jax.checkpoints.published.quantisation import OWN_METHOD
 from specmoe_jax.checkpoints.source import Source, all_specs, open_source
 from specmoe_jax.checkpoints.tensors import TARGET_DTYPES
 from specmoe_jax.config.model_config import ModelConfig
@@ -39,7 +38,7 @@ RECORD_FILE = "conversion.json"  # in OUTPUT.partial only: which parts are done,
 _NOT_COPIED = ("torch_dtype", "quantization_config", "compression_config")  # of config.json: what is decoded, or said anew
 SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-    "README.md", "LICENSE",
+    "tiktoken.model", "qwen.tiktoken", "README.md", "LICENSE",
 )  # fmt: skip
 
 
@@ -187,7 +186,7 @@ def _config_json(source: Source) -> dict:
     built = family_of(source.config).ARCHITECTURE
     bare = built.replace("ForCausalLM", "Model").replace("ForConditionalGeneration", "Model")
     named = {"architectures": [built]} if raw.get("architectures") in (None, [], [bare]) else {}
-    packing = source.config.experts.packing
+    packing = source.config.packing
     packed = {} if packing is None else {"quantization_config": {"quant_method": OWN_METHOD, "packing": packing}}
     return raw | {"dtype": source.dtype} | named | packed
 

@@ -3,12 +3,12 @@
 import os
 import pathlib
 
-from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE
+from specmoe_jax.checkpoints.files import GGUF_TABLE, INDEX_FILE, SINGLE_FILE
 from specmoe_jax.checkpoints.published.torch_files import has_torch_files
 from specmoe_jax.support.errors import CheckpointError
 
 CONVERT = "specmoe convert --model={} --output=NEW_DIR --format=specmoe"
-VOCABULARIES = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "tiktoken.model", "qwen.tiktoken", "vocab.json")
+VOCABULARIES = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "vocab.json")
 
 
 def check_form(path: pathlib.Path, *, torch_files: bool = False) -> None:
@@ -16,7 +16,7 @@ def check_form(path: pathlib.Path, *, torch_files: bool = False) -> None:
 
     A directory without any weights passes: what is missing is told by whoever looks for it.
     """
-    if any(os.path.lexists(path / name) for name in (SINGLE_FILE, INDEX_FILE)):
+    if any(os.path.lexists(path / name) for name in (SINGLE_FILE, INDEX_FILE, GGUF_TABLE)):
         return
     if has_torch_files(path) or (found := _first(path, "*.bin", "*.pt", "*.pth")):
         name = "pytorch_model*.bin" if has_torch_files(path) else found.name
@@ -30,18 +30,8 @@ def check_form(path: pathlib.Path, *, torch_files: bool = False) -> None:
                 f"{path}: its weights are {name}, which are converted once: {CONVERT.format(path)} (needs pip install "
                 "specmoe_jax[torch])"
             )
-    elif found := _first(path, "*.gguf"):
-        raise CheckpointError(gguf_advice(found))
     elif found := _first(path, "*.safetensors"):
         raise CheckpointError(f"{path}: has {found.name}, but neither {SINGLE_FILE} nor {INDEX_FILE}: is the download complete?")
-
-
-def gguf_advice(file: pathlib.Path) -> str:
-    """What to do with a GGUF file."""
-    return (
-        f"{file.name}: GGUF is not loaded; download the model's own repository (config.json, *.safetensors, tokenizer.json). "
-        "A dense GGUF can be carved into experts: specmoe carve"
-    )
 
 
 def tokenizer_advice(path: pathlib.Path | None) -> str | None:
@@ -49,8 +39,7 @@ def tokenizer_advice(path: pathlib.Path | None) -> str | None:
     found = next((name for name in VOCABULARIES if path is not None and (path / name).exists()), None)
     if found is None:
         return None
-    package = "tiktoken" if "tiktoken" in found else "sentencepiece"
-    needed = "transformers" if found == "vocab.json" else f"transformers {package}"
+    needed = "transformers" if found == "vocab.json" else "transformers sentencepiece"
     return (
         f'{path}: has {found} but no tokenizer.json; make it once: pip install {needed}, then python -c "from transformers import '
         f"AutoTokenizer as A; A.from_pretrained('{path}').save_pretrained('{path}')\""

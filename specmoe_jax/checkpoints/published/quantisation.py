@@ -1,6 +1,5 @@
 """The one reader of how a checkpoint is quantised: quantization_config, hf_quant_config.json, or the headers where both lack it."""
 
-import dataclasses
 import fnmatch
 import math
 import pathlib
@@ -8,19 +7,18 @@ import re
 from collections.abc import Collection
 from typing import NamedTuple
 
-from specmoe_jax.checkpoints.files import BLOCK_PREFIX, Checkpoint, read_json
-from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.checkpoints.files import BLOCK_PREFIX, OWN_METHOD, Checkpoint, read_json
+from specmoe_jax.config.model_config import LAYERS, ModelConfig
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.packing import kind_of, packed_bytes
 from specmoe_jax.models.packing.int4_groups import with_scale_type
-from specmoe_jax.models.packing.matrices import matrices
+from specmoe_jax.models.packing.matrices import MatrixKind
 from specmoe_jax.models.packing.parts import matrix_kind, separate_parts
 from specmoe_jax.models.published.config_json import show
 from specmoe_jax.models.spec import TensorSpec, spec_leaves
 from specmoe_jax.support.errors import CheckpointError
 from specmoe_jax.support.units import GIB
 
-OWN_METHOD = "specmoe"  # of a conversion that kept its experts packed
 MODELOPT_FILE = "hf_quant_config.json"
 TYPE_BYTES = {"float32": 4, "float": 4, "float64": 8}  # of what is not quantised; everything else is stored in two bytes
 NEVER = ("embed_tokens", "shared", "lm_head", "router", "gate", "classifier", "shared_expert_gate")  # which formats leave alone
@@ -65,7 +63,7 @@ def from_config(raw: dict) -> Quantisation | None:
     if read is None:
         return Quantisation(f"quant_method {show(found.get('quant_method'))}", None, "config.json")
     told = read(found, "config.json")
-    if told.packing is None or named_type(raw) not in ("bfloat16", "torch.bfloat16"):
+    if told.packing is None or _kind(told.packing).stacked or named_type(raw) not in ("bfloat16", "torch.bfloat16"):
         return told
     return told._replace(packing=with_scale_type(told.packing, matrix_kind(told.packing), "BF16"))
 
@@ -120,8 +118,8 @@ def stored_bytes(path: pathlib.Path, config: ModelConfig, quantisation: Quantisa
         total += spec.size * (quantised if packed else plain)
     if built:
         assert quantisation is not None
-        experts = dataclasses.replace(config.experts, packing=quantisation.packing)
-        return int(total) + config.num_expert_layers * config.num_experts * packed_bytes(experts)
+        packed = config.with_packing(quantisation.packing)
+        return int(total) + config.num_experts * sum(map(packed_bytes, packed.layer_experts))
     for layer in config.expert_layers:
         parts = family_of(config).expert_layouts(config, layer, 0)[0]
         for part in parts:
@@ -158,10 +156,12 @@ def is_built(quantisation: Quantisation, config: ModelConfig) -> bool:
     """Whether weights of this form of this family are loaded, their experts packed as they are."""
     if quantisation.packing is None:
         return False
-    family, kind = family_of(config), matrix_kind(quantisation.packing)
-    experts = dataclasses.replace(config.experts, packing=quantisation.packing)
-    if any(kind.problem(*shape) for shape in matrices(experts).values()):
+    packed = config.with_packing(quantisation.packing)
+    if any(matrix_kind(str(experts.packing)).expert_problem(experts) for experts in packed.layer_experts):
         return False
+    family, kind, experts = family_of(config), _kind(quantisation.packing), packed.experts
+    if kind.stacked:
+        return True
     if kind.fused or hasattr(family, "packed_parts"):
         return kind.fused and hasattr(family, "packed_parts")
     return separate_parts(experts, family.expert_layouts(config, config.expert_layers[0], 0)[0]) is not None
@@ -171,7 +171,7 @@ def as_stored(path: pathlib.Path, config: ModelConfig, checkpoint: Checkpoint | 
     """The config with its experts packed as the checkpoint holds them. checkpoint: its headers, where there are any."""
     found = read_quantisation(path, checkpoint)
     packing = found.packing if found is not None and is_built(found, config) else None
-    if packing is not None and checkpoint is not None:
+    if packing is not None and checkpoint is not None and not _kind(packing).stacked:
         packing = _in_headers(packing, checkpoint)
     return config.with_packing(packing)
 
@@ -183,6 +183,11 @@ def _in_headers(packing: str, checkpoint: Checkpoint) -> str | None:
     kind = matrix_kind(packing)
     marked = next((t for name, t in checkpoint.tensors.items() if name.endswith(kind.mark) and ".experts." in name), None)
     return None if marked is None else with_scale_type(packing, kind, marked.entry.dtype)
+
+
+def _kind(packing: str) -> MatrixKind:
+    """The kind of all layers, which may differ in its parameters."""
+    return matrix_kind(packing.partition(LAYERS)[0])
 
 
 def _fp8(raw: dict, source: str) -> Quantisation:
@@ -212,8 +217,10 @@ def _gptq(raw: dict, source: str) -> Quantisation:
 def _own(raw: dict, source: str) -> Quantisation:
     """A conversion whose experts stayed packed; the rest of it is not."""
     packing = str(raw.get("packing"))
-    kind_of(packing)  # raises for one that this version does not know
-    return Quantisation(f"experts packed as {packing}", None, source, packing=packing, skipped=("re:.*",))
+    for name in set(packing.split(LAYERS)):
+        kind_of(name)  # raises for one that this version does not know
+    words = ", ".join(dict.fromkeys(packing.split(LAYERS)))
+    return Quantisation(f"experts packed as {words}", None, source, packing=packing, skipped=("re:.*",))
 
 
 def _awq(raw: dict, source: str) -> Quantisation:

@@ -36,11 +36,12 @@ class MatrixKind:
     """A packing kind of which a subclass says how one matrix is packed.
 
     mark: a suffix that only packed matrices have. fused: whether all experts of a layer are published in one tensor, so that their
-    family says what it holds (`packed_parts`).
+    family says what it holds (`packed_parts`). stacked: whether they are published in one tensor a matrix, whatever the family.
     """
 
     published = True
     fused = False
+    stacked = False
     mark: str
 
     def matrix(self, rows: int, columns: int) -> dict[str, Section]:
@@ -65,6 +66,14 @@ class MatrixKind:
     def problem(self, rows: int, columns: int) -> str | None:
         """Why a matrix of this shape cannot be packed so; None: it can."""
         return None
+
+    def expert_is_finite(self, config: ExpertConfig, parts: Sections) -> bool:
+        """Whether the matrices of an expert decode to numbers alone."""
+        return all(self.is_finite(sections_of(parts, matrix)) for matrix in matrices(config))
+
+    def expert_problem(self, config: ExpertConfig) -> str | None:
+        """Why an expert of this shape cannot be packed so; None: it can."""
+        return next((found for shape in matrices(config).values() if (found := self.problem(*shape))), None)
 
     def sections(self, config: ExpertConfig) -> dict[str, Section]:
         found = {

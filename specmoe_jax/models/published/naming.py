@@ -6,7 +6,22 @@ import numpy as np
 
 from specmoe_jax.config.layer_config import ExpertConfig
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.models.spec import LayerWeights, Layout, MlpWeights, Part, TensorSpec, Weights, down_of, gate_of, up_of
+from specmoe_jax.models.spec import (
+    LayerWeights,
+    Layout,
+    MlpWeights,
+    Part,
+    TensorSpec,
+    Weights,
+    down_bias_of,
+    down_of,
+    gate_of,
+    outer_of,
+    up_of,
+)
+
+# Experts of a layer, one tensor for each of the three matrices: how GGUF files have them. No other publisher names them so.
+STACKED = {kind: f"mlp.experts.{kind}_stack" for kind in ("gate", "up", "down")}
 
 
 def model_specs(config: ModelConfig, layer_specs) -> Weights[TensorSpec]:
@@ -148,6 +163,27 @@ def transposed_layout(experts: ExpertConfig, num_experts: int, prefix: str, expe
     return (
         Part(TensorSpec(f"{prefix}.gate_up_proj", (num_experts, model, 2 * hidden)), gate_up_transposed_of, expert),
         Part(TensorSpec(f"{prefix}.down_proj", (num_experts, hidden, model)), down_transposed_of, expert),
+    )
+
+
+def stacked_layout(config: ModelConfig, layer: int, expert: int) -> Layout:
+    """All experts of a layer in a tensor for each matrix, and one for each bias where there are any (GGUF, of every family)."""
+    experts, count, prefix = config.experts, config.num_experts, f"model.layers.{layer}"
+    wide, tall = (count, experts.hidden, experts.model), (count, experts.model, experts.hidden)
+    gate, up, down = (f"{prefix}.{STACKED[kind]}" for kind in ("gate", "up", "down"))
+    if not experts.biased:
+        return (
+            Part(TensorSpec(gate, wide), gate_of, expert),
+            Part(TensorSpec(up, wide), up_of, expert),
+            Part(TensorSpec(down, tall), down_of, expert),
+        )
+    return (
+        Part(TensorSpec(gate, wide), lambda block: block[0, :-1, :-1], expert),
+        Part(TensorSpec(up, wide), lambda block: block[1, :-1, :-1], expert),
+        Part(TensorSpec(down, tall), outer_of, expert),
+        Part(TensorSpec(f"{gate}_bias", wide[:2]), lambda block: block[0, :-1, -1], expert),
+        Part(TensorSpec(f"{up}_bias", wide[:2]), lambda block: block[1, :-1, -1], expert),
+        Part(TensorSpec(f"{down}_bias", tall[:2]), down_bias_of, expert),
     )
 
 

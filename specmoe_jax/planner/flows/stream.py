@@ -113,8 +113,8 @@ class StreamFlowDescription:
         """
         if plan.pinned_layers is not None or plan.device_memory_bytes is None:
             return account
-        beside = account.accelerator_bytes - account.num_slots * account.expert_bytes
-        room = int(plan.device_memory_bytes - beside) // (config.num_experts * account.expert_bytes)
+        beside = account.accelerator_bytes - account.num_slots * account.slot_bytes
+        room = int(plan.device_memory_bytes - beside) // (config.num_experts * account.slot_bytes)
         pinned = config.num_moe_layers if room >= config.num_moe_layers else room - plan.layer_buffers
         slots = _layers_held(config, plan, pinned) * config.num_experts
         return account._replace(num_slots=slots, wanted_slots=slots, pinned_slots=pinned * config.num_experts, pinned_layers=pinned)

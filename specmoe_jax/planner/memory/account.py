@@ -3,9 +3,8 @@
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.kv_cache.positions import KV_PAGE
-from specmoe_jax.models.experts import block_bytes
+from specmoe_jax.models.experts import layer_bytes, mean_bytes
 from specmoe_jax.models.families.registry import family_of
-from specmoe_jax.models.packing import planned
 from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
 from specmoe_jax.planner.memory.budgets import fit_device, fit_host, fit_pages, split_draft
 from specmoe_jax.planner.memory.footprint import (
@@ -49,7 +48,8 @@ def account(
     prompt_tokens = needs.paged.prompt_tokens if needs.paged else 0
     whole = MemoryAccount(
         weight_bytes=sum(spec.bytes(plan.dtype) for spec in spec_leaves(family_of(config).weight_specs(config))),
-        expert_bytes=block_bytes(planned(config.experts, plan.expert_dtype), plan.dtype),
+        expert_bytes=mean_bytes(config, plan.dtype, plan.expert_dtype),
+        slot_bytes=max(layer_bytes(config, plan.dtype, plan.expert_dtype)),
         num_slots=needs.wanted_slots + _spare_slots(plan, needs.dispatch),
         wanted_slots=needs.wanted_slots,
         pinned_slots=needs.pinned_slots,

@@ -64,7 +64,7 @@ def fit_host(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
             f"{size_text(whole.host_bytes)}, {_short(whole.host_bytes, plan.host_memory_bytes)}; give "
             f"host_memory_bytes={math.ceil(whole.host_bytes)} or a smaller batch, or leave experts on disk: expert_tier=disk"
         )
-    cached = int(plan.host_memory_bytes - beside) // whole.expert_bytes
+    cached = int(plan.host_memory_bytes - beside) // whole.slot_bytes
     if cached < 1:
         need = beside + whole.expert_bytes
         raise BudgetError(
@@ -79,15 +79,15 @@ def fit_device(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
     """With as many expert slots as the device's budget leaves."""
     if plan.device_memory_bytes is None:
         return whole
-    beside = whole.accelerator_bytes - whole.num_slots * whole.expert_bytes
-    slots = int(plan.device_memory_bytes - beside) // whole.expert_bytes
+    beside = whole.accelerator_bytes - whole.num_slots * whole.slot_bytes
+    slots = int(plan.device_memory_bytes - beside) // whole.slot_bytes
     smallest = plan.flow.smallest_slots(whole)
     if slots < smallest:
-        need = beside + smallest * whole.expert_bytes
+        need = beside + smallest * whole.slot_bytes
         raise BudgetError(
             f"device memory of {size_text(plan.device_memory_bytes)} is too small for {plan.flow.what_needs_slots(plan)}: weights, "
             f"KV cache and activations take {size_text(beside)}, {smallest} expert slots "
-            f"{size_text(smallest * whole.expert_bytes)}, "
+            f"{size_text(smallest * whole.slot_bytes)}, "
             f"{_short(need, plan.device_memory_bytes)}; the smallest that works is device_memory_bytes={math.ceil(need)}"
             + (", or fewer draft experts" if plan.draft_experts else "")
             + (", or fewer pinned layers" if plan.pinned_layers else "")

@@ -14,7 +14,8 @@ class MemoryAccount(NamedTuple):
     """
 
     weight_bytes: int
-    expert_bytes: int  # one expert
+    expert_bytes: int  # one expert, on average where layers are packed differently
+    slot_bytes: int  # the largest expert, which fits into any slot
     num_slots: int
     wanted_slots: int
     pinned_slots: int
@@ -46,7 +47,7 @@ class MemoryAccount(NamedTuple):
     @property
     def spare_expert_bytes(self) -> int:
         """The spare-expert cache: experts beside the stream, which cross the link once."""
-        return self.pinned_slots * self.expert_bytes if self.pinned_layers else 0
+        return self.pinned_slots * self.slot_bytes if self.pinned_layers else 0
 
     @property
     def accelerator_kv_bytes(self) -> int:
@@ -58,7 +59,7 @@ class MemoryAccount(NamedTuple):
 
     @property
     def accelerator_bytes(self) -> int:
-        experts = (self.num_slots + self.merged_slots + self.moving_experts) * self.expert_bytes
+        experts = (self.num_slots + self.merged_slots + self.moving_experts) * self.slot_bytes
         beside = self.draft_model_bytes + self.draft_kv_bytes + self.cross_bytes + self.staging_bytes
         return self.weight_bytes + experts + self.accelerator_kv_bytes + self.activation_bytes + beside
 

@@ -1,10 +1,14 @@
 """The affinity table of a checkpoint, computed once and kept on disk under the checkpoint's hash."""
 
+import functools
+import hashlib
 import pathlib
 
 import numpy as np
 
 from specmoe_jax.checkpoints.manifest import checkpoint_hash
+from specmoe_jax.config.layer_config import ExpertConfig
+from specmoe_jax.config.model_config import LAYERS
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.packing import unpacked
 from specmoe_jax.speculate.hot_experts.affinity import expert_distances, load_table, neighbours, save_table
@@ -36,21 +40,24 @@ def _table_path(model: Model) -> pathlib.Path | None:
     """Of its own for each dtype and packing, whose rounding may change who is nearer."""
     if model.path is None:
         return None
-    kind = "-".join(filter(None, (model.dtype, model.config.experts.packing)))
+    packing = model.config.packing
+    if packing is not None and LAYERS in packing:  # a name for each layer is too long for one of a file
+        packing = hashlib.sha256(packing.encode()).hexdigest()[:12]
+    kind = "-".join(filter(None, (model.dtype, packing)))
     return cache_folder() / "affinity" / f"{checkpoint_hash(model.path)}-{kind}.npz"
 
 
 def _compute(model: Model, progress: str | bool) -> np.ndarray:
     table, count = [], model.config.num_moe_layers  # what an encoder has behind them is not drafted with
     with bar("affinity", count, "layer", mode=progress) as shown:
-        for blocks in (model.experts[layer] for layer in range(count)):
-            table.append(
-                neighbours(
-                    expert_distances(lambda e, blocks=blocks: unpacked(model.config.experts, np.asarray(blocks[e])), len(blocks))
-                )
-            )
+        for config, blocks in zip(model.config.layer_experts, (model.experts[layer] for layer in range(count)), strict=False):
+            table.append(neighbours(expert_distances(functools.partial(_weights, config, blocks), len(blocks))))
             shown.update()
     return np.stack(table)
+
+
+def _weights(config: ExpertConfig, blocks, expert: int) -> np.ndarray:
+    return unpacked(config, np.asarray(blocks[expert]))
 
 
 def _save(path: pathlib.Path, table: np.ndarray) -> None:

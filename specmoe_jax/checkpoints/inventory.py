@@ -84,11 +84,11 @@ def take_inventory(config: ModelConfig, checkpoint: Checkpoint) -> Inventory:
 
 def _check_alike(config: ModelConfig, experts: tuple[tuple[ExpertSource, ...], ...]) -> None:
     """All experts share one pool of slots."""
-    for layer, sources in zip(config.expert_layers, experts, strict=True):
-        if any(source.config.packing != config.experts.packing for source in sources):
+    for layer, expected, sources in zip(config.expert_layers, config.layer_experts, experts, strict=True):
+        if any(source.config.packing != expected.packing for source in sources):
             raise CheckpointError(
                 f"{sources[0].pieces[0][0].tensor.where}: layer {layer} holds experts that are not quantised, others are packed as "
-                f"{config.experts.packing}; expected all alike: take a checkpoint without quantisation"
+                f"{expected.packing}; expected all alike: take a checkpoint without quantisation"
             )
 
 

@@ -39,7 +39,7 @@ def find_mtp(path: pathlib.Path, config: ModelConfig, checkpoint: Checkpoint | N
     config = as_stored(path, config, checkpoint)
     names = _names(config, checkpoint)
     stored = take_weights(config, names, spec_leaves(mtp.weight_specs(config)))
-    whole = mtp.extended(config)
+    whole = mtp.extended(config).with_packing(config.packing)  # the layer is stored like the others
     experts = layer_sources(whole, names, whole.num_expert_layers - 1)
     names.raise_if_missing()
     names.raise_if_unused()

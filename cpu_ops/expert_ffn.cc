@@ -133,7 +133,7 @@ void plan_output(const FfnArgs& a, Plan& plan, int threads) {
 // y of the rows of a group from its partial sums, of which the first is overwritten.
 void add_partials(const FfnArgs& a, int lanes, const FfnGroup& g) {
   const int64_t ld = row_floats(a), blocks = parts(a.F, hidden_block(a)), used = a.w_type == DType::kI4 ? ld : a.M;
-  const char* scales = static_cast<const char*>(a.blocks) + g.slot * a.expert_bytes + code_bytes(DType::kI8, a.F, a.M) + 2 * a.F * 4;
+  const char* scales = expert_at(a, g.slot) + code_bytes(DType::kI8, a.F, a.M) + 2 * a.F * 4;
   for (int64_t r = 0; r < g.count; ++r) {
     float *y = a.y + g.pairs[r] * a.M, *sum = g.partial + r * ld;
     for (int64_t b = 1; b < blocks; ++b) {

@@ -13,11 +13,16 @@ struct FfnArgs {
   const void* x;          // [n, M]
   const void* blocks;     // [R] experts of expert_bytes: gate, up, down transposed, each [F, M]; if packed, their scales behind
   int64_t expert_bytes;
+  const void* const* table;  // [R], where each expert lies, instead of blocks; null where they are one array
   const int32_t* slots;   // [n, A]; outside [0, R): no expert, zeros
   float* y;               // [n, A, M]
   const float* rows;      // [n, row_floats(a)], x as float
   float* hidden;          // pairs * padded(F)
 };
+
+inline const char* expert_at(const FfnArgs& a, int64_t slot) {
+  return a.table ? static_cast<const char*>(a.table[slot]) : static_cast<const char*>(a.blocks) + slot * a.expert_bytes;
+}
 
 // Hidden units summed in one go before they are added to y: keeps 256 x 64 weights in the L1 while all rows pass.
 constexpr int64_t kHiddenBlock = 256;

@@ -60,6 +60,32 @@ ffi::Error run_packed(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U
                     [&](const KernelTable& table, Parallel& parallel) { expert_ffn(a, table, parallel); });
 }
 
+// table [R, 2]: the addresses of experts of `hidden` hidden units in the process's memory, each as two halves, the low one first
+// (JAX has no 64-bit integers by default), which is how a pointer lies in memory; weights of `bits` bits: 32, 16 (bfloat16), or packed.
+ffi::Error run_table(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U32> table, ffi::Buffer<ffi::S32> slots,
+                     ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t bits, int64_t hidden, int64_t threads, std::string_view isa) {
+  const auto xd = x.dimensions(), td = table.dimensions(), sd = slots.dimensions();
+  if (xd.size() != 2 || td.size() != 2 || td[1] != 2 || sd.size() != 2 || sd[0] != xd[0])
+    return wrong("x [n, M], table [R, 2], slots [n, A]");
+  if (x.element_type() != ffi::F32 && x.element_type() != ffi::BF16) return wrong("x must be float32 or bfloat16");
+  if (bits != 32 && bits != 16 && bits != 8 && bits != 4) return wrong("weights have 32, 16, 8 or 4 bits");
+  static_assert(sizeof(void*) == 8);
+  FfnArgs a{};
+  a.n = xd[0];
+  a.M = xd[1];
+  a.R = td[0];
+  a.F = hidden;
+  a.A = sd[1];
+  a.x_type = x.element_type() == ffi::F32 ? DType::kF32 : DType::kBF16;
+  a.w_type = bits == 32 ? DType::kF32 : bits == 16 ? DType::kBF16 : bits == 8 ? DType::kI8 : DType::kI4;
+  a.x = x.untyped_data();
+  a.slots = slots.typed_data();
+  a.y = y->typed_data();
+  a.table = static_cast<const void* const*>(table.untyped_data());
+  return run_kernel("expert_ffn", pool, threads, isa,
+                    [&](const KernelTable& kernels, Parallel& parallel) { expert_ffn(a, kernels, parallel); });
+}
+
 }  // namespace
 }  // namespace specmoe
 
@@ -78,6 +104,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(specmoe_packed_expert_ffn, specmoe::run_packed,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("hidden")
+                                  .Attr<int64_t>("threads")
+                                  .Attr<std::string_view>("isa"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(specmoe_expert_ffn_table, specmoe::run_table,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::U32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("bits")

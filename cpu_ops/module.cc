@@ -11,6 +11,7 @@ XLA_FFI_Error* specmoe_chunked_attention(XLA_FFI_CallFrame*);
 XLA_FFI_Error* specmoe_expert_ffn(XLA_FFI_CallFrame*);
 XLA_FFI_Error* specmoe_packed_expert_ffn(XLA_FFI_CallFrame*);
 XLA_FFI_Error* specmoe_rowwise_expert_ffn(XLA_FFI_CallFrame*);
+XLA_FFI_Error* specmoe_expert_ffn_table(XLA_FFI_CallFrame*);
 XLA_FFI_Error* specmoe_few_rows_product(XLA_FFI_CallFrame*);
 }
 
@@ -25,6 +26,7 @@ PYBIND11_MODULE(_cpu_ops, m) {
     d["specmoe_expert_ffn"] = py::capsule(reinterpret_cast<void*>(&specmoe_expert_ffn));
     d["specmoe_packed_expert_ffn"] = py::capsule(reinterpret_cast<void*>(&specmoe_packed_expert_ffn));
     d["specmoe_rowwise_expert_ffn"] = py::capsule(reinterpret_cast<void*>(&specmoe_rowwise_expert_ffn));
+    d["specmoe_expert_ffn_table"] = py::capsule(reinterpret_cast<void*>(&specmoe_expert_ffn_table));
     d["specmoe_few_rows_product"] = py::capsule(reinterpret_cast<void*>(&specmoe_few_rows_product));
     return d;
   });

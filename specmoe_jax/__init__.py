@@ -16,7 +16,7 @@ if typing.TYPE_CHECKING:
     from specmoe_jax.config.plan import Plan
     from specmoe_jax.config.presets import PRESETS
     from specmoe_jax.config.sampling_params import SamplingParams
-    from specmoe_jax.engine import Completion, Engine, TokenEvent
+    from specmoe_jax.engine import Completion, Engine, Score, TokenEvent
     from specmoe_jax.models.model import Model, random_model
     from specmoe_jax.planner.hardware import Hardware
     from specmoe_jax.support.errors import CheckpointError, PlanError, RequestError, UserError
@@ -34,6 +34,7 @@ _MODULES = {
     "PlanError": "support.errors",
     "RequestError": "support.errors",
     "SamplingParams": "config.sampling_params",
+    "Score": "engine",
     "TokenEvent": "engine",
     "UserError": "support.errors",
     "__version__": "support.version",
@@ -44,8 +45,8 @@ _MODULES = {
     "make_plan": "autotune.choose",
     "random_model": "models.model",
 }
-_ROOMS = ("autotune", "checkpoints", "config", "engine", "jobs", "kv_cache", "models", "offload", "ops", "planner", "speculate",
-          "support", "testing", "types")  # fmt: skip
+_ROOMS = ("autotune", "checkpoints", "config", "engine", "evaluation", "jobs", "kv_cache", "models", "offload", "ops", "planner",
+          "speculate", "support", "testing", "types")  # fmt: skip
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless a program asks: logging.basicConfig(level="INFO")
 
@@ -61,6 +62,7 @@ __all__ = [
     "PlanError",
     "RequestError",
     "SamplingParams",
+    "Score",
     "TokenEvent",
     "UserError",
     "__version__",

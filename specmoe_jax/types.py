@@ -48,17 +48,26 @@ class Routing(NamedTuple):
 class SamplingRows(NamedTuple):
     """Sampling parameters of the rows of a batch, as arrays so that requests may differ.
 
-    temperature: [B] float32, 0 = greedy. top_k: [B] int32, 0 = all. top_p: [B] float32, 1 = all.
+    temperature: [B] float32, 0 = greedy. top_k: [B] int32, 0 = all. top_p: [B] float32, 1 = all. min_p: [B] float32, 0 = all.
     """
 
     temperature: np.ndarray
     top_k: np.ndarray
     top_p: np.ndarray
+    min_p: np.ndarray
 
     @property
     def greedy(self) -> bool:
         """Whether every row takes the argmax, so that no probability has to be computed."""
         return bool((np.asarray(self.temperature) == 0).all())
+
+
+class TokenLogprob(NamedTuple):
+    """The log-probability of a token under the model's own distribution, and the k most likely tokens beside it with theirs."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 class Tree(NamedTuple):

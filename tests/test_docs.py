@@ -46,12 +46,19 @@ def known_families(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/extending.md", "docs/planner.md"])
-def test_python_blocks(page, known_families, capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/planner.md", "docs/scoring.md"])
+def test_python_blocks(page, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # some write a file
     sources = blocks(page, "python")
     assert sources
     run_all(sources, page)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(blocks("docs/extending.md", "python"))))
+def test_blocks_that_are_copied_stand_alone(number, known_families, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run_all([blocks("docs/extending.md", "python")[number]], f"docs/extending.md, block {number}")
 
 
 @pytest.mark.slow
@@ -94,7 +101,7 @@ def test_flags_named_in_the_docs_exist():
     defined = {spec.flag for spec in fields_of_a_plan().values()}
     for command in (ROOT / "specmoe_jax/cli").rglob("*.py"):
         defined |= set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", command.read_text()))
-    for page in ("tutorial", "formats", "troubleshooting"):
+    for page in ("tutorial", "formats", "troubleshooting", "scoring"):
         named = set(re.findall(r"`--(\w+)", (ROOT / f"docs/{page}.md").read_text()))
         assert named <= defined, named - defined
 
@@ -118,7 +125,11 @@ def test_links(page):
 
 
 MODULES = sorted(m.name for m in pkgutil.walk_packages(specmoe_jax.__path__, "specmoe_jax.") if not m.name.endswith("_cpu_ops"))
-DEFINE_FLAGS = {*COMMANDS.values(), "specmoe_jax.cli.plan_flags"}  # when imported, and a name only once in a process
+DEFINE_FLAGS = {
+    *COMMANDS.values(),
+    "specmoe_jax.cli.plan_flags",
+    "specmoe_jax.cli.sampling_flags",
+}  # when imported, and a name only once in a process
 MODULES = [
     name for name in MODULES if name not in DEFINE_FLAGS and ".studies." not in name
 ]  # studies need peers that are not installed

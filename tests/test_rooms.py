@@ -15,15 +15,16 @@ SCRIPTS = PACKAGE.parent / "scripts"
 # The rooms from the ground up; each may import every room before it, with the exceptions below.
 ORDER = (
     "support", "config", "types", "ops", "kv_cache", "models", "checkpoints", "offload", "speculate", "planner", "engine",
-    "autotune", "jobs", "benchmarks", "training", "testing", "cli",
+    "autotune", "jobs", "evaluation", "benchmarks", "training", "testing", "cli",
 )  # fmt: skip
 # Rooms beside each other: neither imports the other. `offload` and `speculate` meet only in the engine.
 APART = {
     "offload": {"speculate"},
     "jobs": {"autotune"},
+    "evaluation": {"autotune"},
     "planner": {"checkpoints"},
-    "training": {"engine", "autotune", "jobs", "benchmarks", "offload"},
-    "testing": {"offload", "speculate", "planner", "engine", "autotune", "jobs", "benchmarks", "training"},
+    "training": {"engine", "autotune", "jobs", "evaluation", "benchmarks", "offload"},
+    "testing": {"offload", "speculate", "planner", "engine", "autotune", "jobs", "evaluation", "benchmarks", "training"},
 }
 MAY_IMPORT = {room: set(ORDER[:place]) - APART.get(room, set()) for place, room in enumerate(ORDER)}
 MAY_IMPORT["speculate"].discard("offload")

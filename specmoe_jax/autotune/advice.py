@@ -9,13 +9,15 @@ from typing import NamedTuple
 from specmoe_jax.autotune.choose import Knowledge, choose, evaluate
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
-from specmoe_jax.config.plan_fields import DECODED, fields_of_a_plan
+from specmoe_jax.config.plan_fields import DECODED, EXPERT_DTYPES
+from specmoe_jax.models.packing.registry import is_published
 from specmoe_jax.planner.search import Choice, Found
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.support.units import GIB
 
 HOST_SHARE = 0.9  # of a machine's memory for experts that are on disk: a system needs some too
 LITTLE = 0.1  # of an accelerator's memory: no word about it
+PACKINGS = tuple(name for name in EXPERT_DTYPES if name != DECODED)  # of experts that are not packed already
 COUNTS = ("cached_experts", "draft_experts")  # of a layer; the search knows powers of two and what is halfway between them
 
 
@@ -67,7 +69,7 @@ def advise(
 
 def searches(fixed: dict) -> int:
     """How many searches an advice takes at most."""
-    return 1 + (0 if fixed.get("expert_dtype") else len(_packings()))
+    return 1 + (0 if fixed.get("expert_dtype") else len(PACKINGS))
 
 
 def _with_disk(config: ModelConfig, known: Knowledge, requests: int, fixed: dict, head: bool) -> Found:
@@ -82,7 +84,8 @@ def _with_disk(config: ModelConfig, known: Knowledge, requests: int, fixed: dict
 
 def _packed(config: ModelConfig, known: Knowledge, search: Callable[..., Found], fixed: dict, best: float) -> dict[str, Choice]:
     found = {}
-    for name in () if fixed.get("expert_dtype") or fixed.get("expert_tier") else _packings():
+    given = fixed.get("expert_dtype") or fixed.get("expert_tier")
+    for name in () if given or is_published(config.experts.packing) else PACKINGS:
         try:
             choice = filled(config, known, search(expert_dtype=name).best, fixed)
         except PlanError:  # it does not fit either, or is not for this model
@@ -90,10 +93,6 @@ def _packed(config: ModelConfig, known: Knowledge, search: Callable[..., Found],
         if choice.tokens_per_s > best:
             found[name] = choice
     return found
-
-
-def _packings() -> tuple[str, ...]:
-    return tuple(name for name in fields_of_a_plan()["expert_dtype"].choices or () if name != DECODED)
 
 
 def filled(config: ModelConfig, known: Knowledge, choice: Choice, fixed: dict) -> Choice:

@@ -13,12 +13,12 @@ import numpy as np
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.registry import DRAFTS
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.drafts.executors import executor_of
 from specmoe_jax.engine.engine import Engine
 from specmoe_jax.engine.state import StepInfo
 from specmoe_jax.models.model import Model
-from specmoe_jax.planner.drafts.search_starts import tree
 from specmoe_jax.planner.measured.operators import LinearCost, Sample, draft_work, fit
 from specmoe_jax.planner.memory.account import account, cache_positions
 
@@ -67,29 +67,32 @@ class Ran(NamedTuple):
 
 
 def cases(num_experts: int, layer_bytes: int, max_positions: int) -> list[Case]:
-    """Batches, flows, drafts and link rates; few of each, because costs are linear between them."""
+    """Batches, flows, drafts and link rates; few of each, because costs are linear between them.
+
+    Each draft names the plans that tell its cost (`DraftDescription.timed`): one that runs the target's gates needs a flow that
+    keeps experts, the others are timed beside resident ones. Passes of several tokens are those of the draft without layers.
+    """
+    drafts = [DRAFTS.description(name) for name in DRAFTS]
+    drafted = [(d, {"draft": d.name} | fields, place) for d in drafts for place, fields in enumerate(d.timed(num_experts))]
+    looked_up = next(fields for d, fields, _ in drafted if d.operator(trees=False) == "lookup")
+    gated = next(fields for d, fields, _ in drafted if d.gated)
     some, most = -(-num_experts // 3), -(-num_experts // 2)
-    looked_up, self_draft = {"draft": "ngram", "draft_length": 3}, {"draft": "self", "draft_experts": some}
     resident, streams = {"expert_flow": "resident"}, {"expert_flow": "stream", "kv_tier": "host"}
-    eagle = resident | {"draft": "eagle"}
     slow = {"link_bytes_per_s": layer_bytes / LAYER_ON_LINK_S}
     long = min(LENGTHS[1], max_positions // 2)
     found = []
     for rows in ROWS:
         for length in _lengths(rows, long):
-            found += [Case("resident", rows, length, resident | more) for more in ({}, looked_up)]
-            found += [Case("resident", rows, length, eagle | {"draft_length": 2})]
-            found += [Case("on_demand", rows, length, more) for more in ({}, self_draft | {"draft_length": 2})]
+            found += [Case("resident", rows, length, resident), Case("on_demand", rows, length, {})]
             found += [Case("streamed", rows, length, streams)]
-        found += [Case("resident", rows, LENGTHS[0], eagle | {"draft_length": 5})]
-        found += [Case("resident", rows, LENGTHS[0], eagle | tree(depth)) for depth in (2, 4)]
+        for draft, fields, place in drafted:
+            group, flow = ("on_demand", {}) if draft.gated else ("resident", resident)
+            lengths = LENGTHS[:1] if place else _lengths(rows, long)
+            found += [Case(group, rows, length, flow | fields) for length in lengths]
         found += [Case("on_demand", rows, LENGTHS[0], {"cached_experts": most}), Case("on_demand", rows, LENGTHS[0], looked_up)]
-        found += [Case("on_demand", rows, LENGTHS[0], self_draft | {"draft_length": 5})]
         found += [Case("on_demand", rows, LENGTHS[0], {}, slots=slots) for slots in (some, most)]
-        found += [Case("linked", rows, LENGTHS[0], slow | self_draft | {"draft_length": 2})]
-        found += [
-            Case("linked", rows, LENGTHS[0], slow | self_draft | {"draft_length": 4, "prefetch": "draft", "draft_experts": most})
-        ]
+        ahead = {"draft_length": 4, "prefetch": "draft", "draft_experts": most}
+        found += [Case("linked", rows, LENGTHS[0], slow | gated | more) for more in ({}, ahead)]
         items = (1, 2) if rows > 1 else (1,)
         found += [Case("streamed", rows, LENGTHS[0], streams | looked_up | {"micro_batches": count}) for count in items]
     return found

@@ -82,6 +82,11 @@ def render_chat(
         raise _failed(path, e) from None
 
 
+def template_text(path: pathlib.Path) -> str:
+    """The chat template of a checkpoint directory. Raises CheckpointError where there is none."""
+    return _template(path, with_tools=False)
+
+
 def special_tokens(path: pathlib.Path) -> dict[str, str]:
     """The special tokens that a template may name: those of tokenizer_config.json, or of the older special_tokens_map.json."""
     raw = _settings(path)

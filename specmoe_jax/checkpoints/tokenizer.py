@@ -22,19 +22,20 @@ CHANNEL, MESSAGE = "<|channel|>", "<|message|>"  # of gpt-oss
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """backend: the parsed tokenizer.json. eos_token_ids: every id that ends a text."""
+    """backend: the parsed tokenizer.json. eos_token_ids: every id that ends a text. bos_token_id: of tokenizer_config.json."""
 
     backend: tokenizers.Tokenizer
     eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None = None
 
     @property
     def vocab_size(self) -> int:
         """Ids run from 0 to vocab_size - 1; the model's vocabulary may be larger (padded)."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text; begins with BOS iff the tokenizer's own post-processor adds it."""
-        return self.backend.encode(text).ids
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text; begins with BOS iff the tokenizer's own post-processor adds it, and add_special_tokens lets it."""
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool | None = None) -> str:
         """Text of ids. An id that the tokenizer lacks, as a padded vocabulary has, decodes to nothing.
@@ -135,7 +136,8 @@ def load_tokenizer(path: pathlib.Path, eos_token_ids: tuple[int, ...]) -> Tokeni
     backend.no_padding()
     _add_ends(backend, settings)
     own = _token_id(backend, settings, "eos_token")
-    return Tokenizer(backend=backend, eos_token_ids=tuple(dict.fromkeys((*eos_token_ids, *(() if own is None else (own,))))))
+    ends = tuple(dict.fromkeys((*eos_token_ids, *(() if own is None else (own,)))))
+    return Tokenizer(backend=backend, eos_token_ids=ends, bos_token_id=_token_id(backend, settings, "bos_token"))
 
 
 def _parse(file: pathlib.Path, content: bytes) -> tokenizers.Tokenizer:

@@ -88,8 +88,8 @@ def _exit_code(main: Callable[[], None]) -> int:
         return _failed(with_flags(str(e), flags.FLAGS))
     except UserError as e:
         return _failed(str(e))
-    except (MemoryError, jax.errors.JaxRuntimeError) as e:
-        if isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(e):
+    except (MemoryError, RuntimeError) as e:  # JAX's errors are RuntimeErrors
+        if isinstance(e, RuntimeError) and not any(said in str(e) for said in ("RESOURCE_EXHAUSTED", "can't start new thread")):
             raise
         return _failed(f"the system gave no memory ({_first_line(e)}); {NO_MEMORY}")
     except OSError as e:

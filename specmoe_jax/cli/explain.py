@@ -10,6 +10,7 @@ import json
 import pathlib
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -18,11 +19,13 @@ from specmoe_jax.autotune.advice import Advised, advise, searches
 from specmoe_jax.autotune.calibrate import cached_calibration
 from specmoe_jax.autotune.choose import REQUESTS, Knowledge
 from specmoe_jax.autotune.profile import cached_profile
+from specmoe_jax.checkpoints.eagle import head_config
 from specmoe_jax.checkpoints.files import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.published.advice import check_form
 from specmoe_jax.checkpoints.published.quantisation import Quantisation, as_stored, is_built, read_quantisation, stored_bytes
-from specmoe_jax.cli import common, explain_text, machine_flag, plan_flags
+from specmoe_jax.cli import common, machine_flag, plan_flags
+from specmoe_jax.cli.shown import explain_text
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.plan_fields import DTYPES
@@ -45,7 +48,7 @@ _PRESET = flags.DEFINE_enum("preset", None, ["auto", *PRESETS], "The plan to exp
 _REQUESTS = flags.DEFINE_integer(
     "requests", None, "Requests of the job that a plan is chosen for. Default: 1, and 64.", lower_bound=1
 )
-_DRAFT_HEAD = flags.DEFINE_string("draft_head", None, "An EAGLE head that is at hand; without one none is recommended.")
+_DRAFT_HEAD = flags.DEFINE_string("draft_head", None, "An EAGLE head to draft with; without one none is recommended.")
 _PLAN = flags.DEFINE_string("plan", None, "A plan as JSON, instead of a preset.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Compute and weight type.")
 _PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 512, "Tokens of a prompt, on average.")
@@ -115,10 +118,11 @@ def know(hardware: Hardware, config: ModelConfig, folder: pathlib.Path | None) -
 
 def given_calibration(workload: Workload) -> Calibration:
     """Every draft accepted as --acceptance says."""
-    return ASSUMED._replace(acceptance={name: Acceptance(workload.acceptance) for name in DRAFTS})
+    rate: Any = workload.acceptance  # maybe a map, as an assumed one
+    return ASSUMED._replace(acceptance={name: Acceptance(rate) for name in DRAFTS})
 
 
-def explained(config: ModelConfig, known: Knowledge, on_disk: int) -> tuple[dict, list[str]]:
+def explained(config: ModelConfig, known: Knowledge, on_disk: int | None) -> tuple[dict, list[str]]:
     """The plan that was asked for, or the recommended ones and the last of them. -> what to show, what was assumed."""
     shown = {}
     if is_auto():
@@ -126,6 +130,8 @@ def explained(config: ModelConfig, known: Knowledge, on_disk: int) -> tuple[dict
         plan, shown = advised[-1].best.plan, {"advice": explain_text.advice(advised, config, known)}
     else:
         plan = make_plan(config)
+    if _DRAFT_HEAD.value and plan.drafting.given != "draft_head":
+        common.usage_error(f"--draft_head has no effect with draft={plan.drafting.name}; leave it out")
     workload = known.calibration.workload(known.workload, plan, config)
     if problem := explain.problem(config, plan, known.hardware, workload):
         raise PlanError(problem)
@@ -136,7 +142,7 @@ def explained(config: ModelConfig, known: Knowledge, on_disk: int) -> tuple[dict
 
 def recommended(config: ModelConfig, known: Knowledge) -> list[Advised]:
     """For one request and for many, or for those of --requests. Raises PlanError that names what would fit."""
-    fixed = plan_flags.given() | {"dtype": _DTYPE.value}
+    fixed: dict[str, Any] = plan_flags.given() | {"dtype": _DTYPE.value} | ({"draft": "eagle"} if _DRAFT_HEAD.value else {})
     if "batch_size" in fixed and _REQUESTS.value is None:
         counts = [fixed["batch_size"]]
     else:
@@ -148,7 +154,7 @@ def recommended(config: ModelConfig, known: Knowledge) -> list[Advised]:
                 for count in counts
             ]
         except PlanError:
-            plainest = plan_flags.over(preset("on_demand", config).replace(dtype=_DTYPE.value))
+            plainest = plan_flags.over(preset("specmoe", config).replace(dtype=_DTYPE.value))
             if problem := explain.problem(config, plainest, known.hardware, known.workload):
                 raise PlanError(problem) from None
             raise
@@ -189,7 +195,7 @@ def as_text(shown: dict) -> str:
     assumptions = shown.pop("assumptions")
     parts = []
     if advice is not None:
-        parts += [explain_text.advice_text(shown.pop("advice"), model=_MODEL.value), f"\nthe best for {[*advice][-1]} in full:"]
+        parts += [explain_text.advice_text(shown.pop("advice")), f"\nthe best for {[*advice][-1]} in full:"]
     if presets is not None:
         parts.append(explain_text.presets_text(shown.pop("presets")))
     return "\n".join([*parts, explain.as_text(shown), explain_text.lines_of("assumptions", assumptions)])
@@ -220,6 +226,7 @@ def make_workload(config: ModelConfig) -> Workload:
         new_tokens=_MAX_NEW_TOKENS.value,
         acceptance=acceptance,
         skew=_SKEW.value,
+        head=head_config(_DRAFT_HEAD.value, config) if _DRAFT_HEAD.value else None,
     )
     choice_probabilities(config.num_experts, config.experts_per_token, workload.skew_of(config))
     return workload

@@ -18,15 +18,13 @@ from specmoe_jax.checkpoints import load_model
 from specmoe_jax.checkpoints.eagle import bundled_head, head_config, head_path, load_head
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.mtp import find_mtp, load_mtp
-from specmoe_jax.checkpoints.published.generation_config import sampling_defaults
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
-from specmoe_jax.cli import common, plan_flags
+from specmoe_jax.cli import common, plan_flags, sampling_flags
 from specmoe_jax.cli.run_files import check_files
 from specmoe_jax.cli.stats_table import table
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.plan_fields import DECODED, DTYPES
 from specmoe_jax.config.presets import PRESETS, preset
-from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.engine import Engine
 from specmoe_jax.engine.requests.completion import Completion, TokenEvent
 from specmoe_jax.engine.requests.incremental_text import IncrementalText
@@ -57,14 +55,7 @@ _PLAN = flags.DEFINE_string("plan", None, "A plan as JSON, instead of a preset."
 _DRAFT_MODEL = flags.DEFINE_string("draft_model", None, "A checkpoint of the same vocabulary (draft=model).")
 _DRAFT_HEAD = flags.DEFINE_string("draft_head", None, "An EAGLE head (draft=eagle); default: the bundled model's own.")
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Compute and weight type. Default float32, where exactness holds.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens per request at most.")
 _CHAT = flags.DEFINE_boolean("chat", False, "Prompts are messages of a user, put through the model's chat template (needs jinja2).")
-_TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy. Default: what the model's generation_config asks for, else 0.")
-_TOP_K = flags.DEFINE_integer("top_k", None, "Sample among the k most likely tokens; 0 is all. Default: the model's, else 0.")
-_TOP_P = flags.DEFINE_float("top_p", None, "Sample within the smallest set of this probability mass. Default: the model's, else 1.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
-_STOP = flags.DEFINE_multi_string("stop", [], "End a request at this text; may be repeated.")
-_IGNORE_EOS = flags.DEFINE_boolean("ignore_eos", False, "Go on after an end-of-sequence token.")
 _STREAM = flags.DEFINE_boolean("stream", False, "Print text as it is committed.")
 _RESTART = flags.DEFINE_boolean("restart", False, "Begin the job of --output anew instead of going on with it.")
 _STATS = flags.DEFINE_string("stats", None, "Where the figures of the run go, as JSON.")
@@ -74,6 +65,7 @@ _TRACE = flags.DEFINE_string(
     "trace", None, "A folder for a profile of the generation (perfetto_trace.json.gz in it; lanes.json of a streamed plan)."
 )
 flags.adopt_module_key_flags(plan_flags)
+flags.adopt_module_key_flags(sampling_flags)
 
 
 def main() -> None:
@@ -179,20 +171,13 @@ def generate(engine: Engine, prompts: list[Prompt]) -> JobWatch:
 
 def read_all_prompts(folder: pathlib.Path) -> list[Prompt]:
     """Prompts of the flags and then of the file, with the sampling flags, or else the model's own defaults."""
-    given = {"temperature": _TEMPERATURE.value, "top_k": _TOP_K.value, "top_p": _TOP_P.value}
-    given = {name: value for name, value in given.items() if value is not None}
-    wishes = {} if _TEMPERATURE.value == 0 else sampling_defaults(folder, but=given)
-    sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0} | wishes | given
-    common_params = {
-        "max_new_tokens": _MAX_NEW_TOKENS.value,
-        "seed": _SEED.value,
-        "stop": tuple(_STOP.value),
-        "ignore_eos": _IGNORE_EOS.value,
-    }
+    sampling = sampling_flags.sampling(folder)
     # What only sampled requests take; the lines of a file may be sampled where the flags say greedy.
-    drawn = {name: sampling[name] for name in ("top_k", "top_p")}
+    drawn = {name: sampling[name] for name in sampling_flags.OF_DRAWS}
     some_may_be_sampled = _PROMPTS.value is not None and sampling["temperature"] == 0
-    defaults = SamplingParams(**common_params, **sampling | ({"top_k": 0, "top_p": 1.0} if some_may_be_sampled else {}))
+    defaults = sampling_flags.params(sampling | (sampling_flags.OF_DRAWS if some_may_be_sampled else {}))
+    if not _OUTPUT.value and (flag := sampling_flags.given_logprobs()):
+        raise RequestError(f"--{flag} has no effect without --output, whose records hold them; give both")
     prompts = [Prompt(number, text, defaults) for number, text in enumerate(_PROMPT.value)]
     if _PROMPTS.value:
         prompts += read_prompts(_PROMPTS.value, defaults, sampled=drawn, keep_bad=_OUTPUT.value is not None)
@@ -204,7 +189,7 @@ def read_all_prompts(folder: pathlib.Path) -> list[Prompt]:
 def refuse_without_effect(drawn: dict[str, Any]) -> None:
     """Raises RequestError for flags that matter to sampled requests alone."""
     given = {"--seed": flags.FLAGS["seed"].present, "--deterministic_sampling": plan_flags.value("deterministic_sampling")}
-    given |= {"--top_k": drawn["top_k"] != 0, "--top_p": drawn["top_p"] != 1}
+    given |= {f"--{name}": drawn[name] != neutral for name, neutral in sampling_flags.OF_DRAWS.items()}
     for flag in filter(given.get, given):
         raise RequestError(f"{flag} has no effect at temperature 0; set a temperature or leave it out")
 

@@ -5,29 +5,43 @@ import importlib
 import importlib.util
 import pathlib
 import sys
+import textwrap
 import types
 from typing import NoReturn
 
 from specmoe_jax.cli import start
 
-COMMANDS = {
-    "generate": "specmoe_jax.cli.generate",
-    "explain": "specmoe_jax.cli.explain",
-    "plan": "specmoe_jax.cli.plan",
-    "doctor": "specmoe_jax.cli.doctor",
-    "convert": "specmoe_jax.cli.convert",
-    "carve": "specmoe_jax.cli.carve",
-    "benchmark": "specmoe_jax.cli.measure.benchmark",
-    "benchmark_disk": "specmoe_jax.cli.measure.benchmark_disk",
-    "benchmark_kernels": "specmoe_jax.cli.measure.benchmark_kernels",
-    "measure_gpu": "specmoe_jax.cli.measure.measure_gpu",
-    "demo_data": "specmoe_jax.cli.train.demo_data",
-    "train_demo": "specmoe_jax.cli.train.train_demo",
-    "train_eagle": "specmoe_jax.cli.train.train_eagle",
-    "witness_data": "specmoe_jax.cli.train.witness_data",
-    "train_witness": "specmoe_jax.cli.train.train_witness",
-    "evaluate_witness": "specmoe_jax.cli.train.evaluate_witness",
+GROUPS = {
+    "run a model": {
+        "demo": "specmoe_jax.cli.demo",
+        "generate": "specmoe_jax.cli.generate",
+        "evaluate": "specmoe_jax.cli.evaluate",
+    },
+    "choose a plan": {
+        "explain": "specmoe_jax.cli.explain",
+        "plan": "specmoe_jax.cli.plan",
+        "doctor": "specmoe_jax.cli.doctor",
+    },
+    "checkpoints": {
+        "convert": "specmoe_jax.cli.convert",
+        "carve": "specmoe_jax.cli.carve",
+    },
+    "measure": {
+        "benchmark": "specmoe_jax.cli.measure.benchmark",
+        "benchmark_disk": "specmoe_jax.cli.measure.benchmark_disk",
+        "benchmark_kernels": "specmoe_jax.cli.measure.benchmark_kernels",
+        "measure_gpu": "specmoe_jax.cli.measure.measure_gpu",
+    },
+    "train": {
+        "demo_data": "specmoe_jax.cli.train.demo_data",
+        "train_demo": "specmoe_jax.cli.train.train_demo",
+        "train_eagle": "specmoe_jax.cli.train.train_eagle",
+        "witness_data": "specmoe_jax.cli.train.witness_data",
+        "train_witness": "specmoe_jax.cli.train.train_witness",
+        "evaluate_witness": "specmoe_jax.cli.train.evaluate_witness",
+    },
 }
+COMMANDS = {name: module for group in GROUPS.values() for name, module in group.items()}
 
 
 def load_command(name: str) -> types.ModuleType:
@@ -60,10 +74,15 @@ def run(name: str) -> None:
 
 
 def overview() -> str:
-    """Every command with the first line of what it says of itself."""
+    """Every command with the first line of what it says of itself, as far as 80 columns go."""
     width = max(map(len, COMMANDS))
-    lines = (f"  {name:<{width}}  {_summary(module)}" for name, module in COMMANDS.items())
-    return "\n".join(["usage: specmoe COMMAND --flags, specmoe COMMAND --help, specmoe --version", "", "commands:", *lines])
+    lines = ["usage: specmoe COMMAND --flags, specmoe COMMAND --help, specmoe --version"]
+    for title, group in GROUPS.items():
+        summaries = {name: textwrap.wrap(_summary(module), 76 - width) for name, module in group.items()}
+        lines += ["", f"{title}:"]
+        for name, (first, *more) in summaries.items():
+            lines += [f"  {name:<{width}}  {first}", *(" " * (width + 4) + line for line in more)]
+    return "\n".join(lines)
 
 
 def _summary(module: str) -> str:

@@ -20,12 +20,13 @@ from specmoe_jax.checkpoints.files import open_checkpoint
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.mtp import holds_mtp, load_mtp
 from specmoe_jax.cli import common, machine_flag, plan_flags
+from specmoe_jax.cli.run_files import check_files
 from specmoe_jax.config.plan_fields import DTYPES
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.jobs.prompts import read_prompts
 from specmoe_jax.planner.calibration import Acceptance
 from specmoe_jax.planner.measured.operators import as_table
-from specmoe_jax.support.atomic_files import check_writable, write_atomically
+from specmoe_jax.support.atomic_files import write_atomically
 
 _MODEL = flags.DEFINE_string("model", "demo", '"demo" (bundled) or a directory with a Hugging Face checkpoint.')
 _PROMPTS = flags.DEFINE_string("prompts", None, "A .txt or .jsonl file: acceptance and routing are measured on its first prompts.")
@@ -42,8 +43,7 @@ flags.adopt_module_key_flags(plan_flags)
 
 
 def main() -> None:
-    if _OUTPUT.value:
-        check_writable(_OUTPUT.value)
+    check_files(read={"--prompts": _PROMPTS.value}, written={"--output": _OUTPUT.value})
     common.use_compile_cache()
     folder = checkpoint_path(_MODEL.value)
     config = load_config(folder)

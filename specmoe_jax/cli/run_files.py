@@ -8,7 +8,9 @@ from specmoe_jax.support.atomic_files import check_writable, descriptor_of
 from specmoe_jax.support.errors import RequestError
 
 
-def check_files(*, read: dict[str, str | None], output: str | None, written: dict[str, str | None], trace: str | None) -> None:
+def check_files(
+    *, read: dict[str, str | None], written: dict[str, str | None], output: str | None = None, trace: str | None = None
+) -> None:
     """read, written: flags with their files, None where they are not given. output: of a job, which has a journal beside it.
 
     Raises RequestError.

@@ -1,10 +1,11 @@
 """What a command needs before anything large is imported: its standard streams, signals, and errors of usage."""
 
 import contextlib
+import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -17,13 +18,48 @@ class Stopped(BaseException):
         self.signal = signal.Signals(signal_number)
 
 
+class Stdout(io.TextIOWrapper):
+    """Standard output that escapes what its encoding lacks, and knows whether it could not be written.
+
+    An unbuffered stream forgets what failed, so a later flush does not tell.
+    """
+
+    failed = False
+
+    def __init__(self, stream: io.TextIOWrapper):
+        super().__init__(
+            stream.buffer,
+            encoding=stream.encoding,
+            errors="backslashreplace",
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        self._stream = stream  # which would close their buffer when it goes
+
+    def write(self, text: str) -> int:
+        with self._noticing():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with self._noticing():
+            super().flush()
+
+    @contextlib.contextmanager
+    def _noticing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.failed = True
+            raise
+
+
 def prepare() -> None:
     """To be called first: a closed stream stays nobody's, no character stops an answer, a stop meanwhile is one line."""
     open_closed_descriptors()
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
-    with contextlib.suppress(AttributeError):  # a stand-in of a test or a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if isinstance(sys.stdout, io.TextIOWrapper) and not isinstance(sys.stdout, Stdout):
+        sys.stdout = Stdout(sys.stdout)
     for number in STOPS:
         signal.signal(number, _leave_while_starting)
 
@@ -61,12 +97,14 @@ def stoppable(main: Callable[[], int]) -> int:
 
 def stdout_failed() -> bool:
     """Whether nothing can be written to standard output any more; what is left of it is dropped then."""
+    failed = getattr(sys.stdout, "failed", False)
     try:
         sys.stdout.flush()
     except OSError:
+        failed = True
+    if failed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
-        return True
-    return False
+    return failed
 
 
 def _stop(signal_number: int, _frame) -> None:

@@ -76,7 +76,9 @@ class PlanFields:
         None, "Slots for prefetch=draft.", none="as many as one layer's dispatch", needs=(DRAFT_PREFETCH,), flag=None
     )
     retain: bool = field(False, "Freed experts stay usable until their slot is overwritten, the least used first.", needs=(MOVING,))
-    expert_flow: str = field("on_demand", "How experts come to the accelerator.", choices=EXPERT_FLOWS)
+    expert_flow: str = field(
+        "on_demand", "How experts come to the accelerator; host_compute: they do not, it is the CPU.", choices=EXPERT_FLOWS
+    )
     expert_tier: ExpertTier = field("host", "Where all experts are; disk needs host_memory_bytes, which cache some of them.")
     dram_policy: str | None = field(
         None,

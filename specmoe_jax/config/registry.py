@@ -74,7 +74,7 @@ def _draft(module: str) -> Choice:
     return Choice(f"specmoe_jax.planner.drafts.{module}:DRAFT", f"specmoe_jax.engine.drafts.{module}:DRAFT")
 
 
-EXPERT_FLOWS = Registry("expert_flow", {"resident": _flow("resident"), "on_demand": _flow("on_demand"), "stream": _flow("stream")})
+EXPERT_FLOWS = Registry("expert_flow", {name: _flow(name) for name in ("resident", "on_demand", "stream", "host_compute")})
 KV_TIERS = Registry(
     "kv_tier",
     {

@@ -1,14 +1,29 @@
 """How requests are sampled."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 
 from specmoe_jax.support.errors import RequestError
 from specmoe_jax.support.validation import is_number, is_text, is_whole, plain, shown
+
+MOST_LOGPROBS = 1000  # beside each token: more would make records of megabytes
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How one request is sampled and when it ends. Temperature 0 is greedy.
+
+    The order: logit_bias, repetition_penalty, presence and frequency penalty, banned_tokens, logits_processor; then, unless greedy,
+    temperature, top_k, top_p, min_p. All of it is done to drafted tokens and to the target alike, so speculation changes nothing.
+
+    min_p: drops tokens of less than min_p times the probability of the most likely one. repetition_penalty: divides the positive
+    and multiplies the negative logits of all tokens of prompt and answer so far. presence_penalty, frequency_penalty: are taken
+    from the logits of the answer's tokens, once and for each time. logit_bias: token id -> what is added to its logit; a mapping,
+    kept as sorted pairs. banned_tokens: ids that are never chosen. logits_processor: a pure function (ids [S] int32, logits [V]
+    float32) -> logits [V] that JAX can trace, called for every position with the tokens of prompt and answer before it, -1 beyond.
+    stop_token_ids: ids that end a request, as an end of sequence does.
+    logprobs: log-probability of each new token under the model's own distribution (before all of the above), and of the k best
+    beside it; None for none. prompt_logprobs: the same of the prompt's tokens but the first.
 
     Raises RequestError for values outside their range.
     """
@@ -20,6 +35,16 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    banned_tokens: tuple[int, ...] = ()
+    logits_processor: Callable | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -39,5 +64,55 @@ class SamplingParams:
             raise RequestError(f"stop is {self.stop!r}; it must be a tuple of texts of at least one character each")
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false")
+        if not is_number(self.min_p) or not 0 <= self.min_p < 1:
+            raise RequestError(f"min_p is {self.min_p!r}; it must be in [0, 1)")
         if self.temperature == 0 and (self.top_k != 0 or self.top_p != 1.0):
             raise RequestError("top_k and top_p have no effect at temperature 0; set a temperature or leave them out")
+        if self.temperature == 0 and self.min_p != 0:
+            raise RequestError("min_p has no effect at temperature 0; set a temperature or leave it out")
+        self._check_edits()
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None and (not is_whole(count) or not 0 <= count <= MOST_LOGPROBS):
+                raise RequestError(f"{name} is {count!r}; it must be a whole number from 0 to {MOST_LOGPROBS}, or none")
+
+    def _check_edits(self) -> None:
+        """What is done to logits before they are a distribution."""
+        if not is_number(self.repetition_penalty) or not 0 < self.repetition_penalty <= 100:
+            raise RequestError(f"repetition_penalty is {self.repetition_penalty!r}; it must be above 0 and at most 100 (1: none)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not is_number(getattr(self, name)) or not -100 <= getattr(self, name) <= 100:
+                raise RequestError(f"{name} is {getattr(self, name)!r}; it must be a number from -100 to 100 (0: none)")
+        object.__setattr__(self, "logit_bias", _bias_pairs(self.logit_bias))
+        for name in ("banned_tokens", "stop_token_ids"):
+            ids = getattr(self, name)
+            if not isinstance(ids, tuple) or not all(is_whole(token) and token >= 0 for token in ids):
+                raise RequestError(f"{name} is {str(ids)[:50]}; it must be a tuple of token ids")
+        if self.logits_processor is not None and not callable(self.logits_processor):
+            raise RequestError(
+                f"logits_processor is a {type(self.logits_processor).__name__}; give a function (ids, logits) -> logits"
+            )
+
+    @property
+    def bias_pairs(self) -> tuple[tuple[int, float], ...]:
+        """logit_bias as it is kept."""
+        assert isinstance(self.logit_bias, tuple)
+        return self.logit_bias
+
+    @property
+    def penalised(self) -> bool:
+        """Whether a logit depends on the tokens before it."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+
+def _bias_pairs(bias) -> tuple[tuple[int, float], ...]:
+    pairs = bias.items() if isinstance(bias, Mapping) else bias
+    try:
+        pairs = sorted((token, amount) for token, amount in pairs)
+    except (TypeError, ValueError):
+        pairs = [(-1, 0.0)]
+    if not all(is_whole(token) and token >= 0 and is_number(amount) and abs(amount) <= 1e6 for token, amount in pairs):
+        raise RequestError(f"logit_bias is {str(bias)[:50]}; it must map token ids to finite numbers")
+    if len({token for token, _ in pairs}) != len(pairs):
+        raise RequestError("logit_bias names a token twice; give each once")
+    return tuple((token, float(amount)) for token, amount in pairs)

@@ -2,5 +2,6 @@
 
 from specmoe_jax.engine.engine import Engine
 from specmoe_jax.engine.requests.completion import Completion, TokenEvent
+from specmoe_jax.engine.scoring.score import Score
 
-__all__ = ["Completion", "Engine", "TokenEvent"]
+__all__ = ["Completion", "Engine", "Score", "TokenEvent"]

@@ -5,12 +5,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.flows.layer_passes import DraftForward
 from specmoe_jax.engine.flows.migration import wait_for_copies
 from specmoe_jax.engine.runtime import Runtime
-from specmoe_jax.engine.state import ExpertMemory, HostKV, State
+from specmoe_jax.engine.state import ExpertMemory, HostKV, Request, State
 from specmoe_jax.kv_cache.positions import KV_PAGE
 from specmoe_jax.speculate.drafts.protocol import DraftView
+from specmoe_jax.speculate.logit_edits import LogitEdits, logit_edits
 from specmoe_jax.speculate.sampling import Stream, coupled_keys, row_keys
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.types import KVCache, Proposal
@@ -26,8 +28,11 @@ class Drafted(NamedTuple):
     prefetched: int
 
 
-def draft(runtime: Runtime, state: State, length: int) -> Drafted:
-    """`length` tokens per row, none for length 0. Blocks until they are there. Consumes the state's buffers."""
+def draft(runtime: Runtime, state: State, length: int, edits: LogitEdits | None = None) -> Drafted:
+    """`length` tokens per row, none for length 0. Blocks until they are there. Consumes the state's buffers.
+
+    edits: of the rows' logits (`step_edits`).
+    """
     if length == 0:
         nothing = Proposal(tokens=np.zeros((len(state.requests), 0), np.int32), probs=None, memory=state.draft_memory)
         return Drafted(nothing, state.kv, state.memory, np.zeros(state.memory.usage_scores.shape, np.int64), 0)
@@ -51,6 +56,7 @@ def draft(runtime: Runtime, state: State, length: int) -> Drafted:
         forward=forward,
         chain=forward and forward.chain,
         memory=state.draft_memory,
+        edits=edits,
     )
     assert runtime.draft is not None  # else the length is 0
     proposed = runtime.draft.propose(view)
@@ -78,6 +84,25 @@ def check_proposed(proposed: object, *, rows: int) -> None:
     if not is_array or tokens.ndim != 2 or len(tokens) != rows or not np.issubdtype(tokens.dtype, np.integer):
         got = f"{tokens.dtype} {list(tokens.shape)}" if is_array else f"a {type(tokens).__name__}"
         raise PlanError(f"the draft object proposed tokens that are {got}; give an int32 array [{rows}, view.length]")
+
+
+def step_edits(state: State) -> LogitEdits | None:
+    """What the rows of a step ask to be done to logits, given what was committed; None in a job that asks for nothing."""
+    if state.options.edits is None:
+        return None
+    nothing = SamplingParams()
+    return logit_edits(
+        state.options.edits,
+        [request.params if request else nothing for request in state.requests],
+        [(*_told(request), *tokens) for request, tokens in zip(state.requests, state.generated, strict=True)],
+        [len(_told(request)) for request in state.requests],
+        _positions(state.kv),
+    )
+
+
+def _told(request: Request | None) -> tuple[int, ...]:
+    """The tokens before the answer's."""
+    return () if request is None else request.token_ids
 
 
 def _positions(kv: KVCache | HostKV) -> int:

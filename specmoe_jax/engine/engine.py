@@ -10,6 +10,9 @@ from specmoe_jax.engine.engine_figures import EngineFigures
 from specmoe_jax.engine.requests.completion import Completion, TokenEvent
 from specmoe_jax.engine.requests.prepare import batch_shape_of, make_requests, resolved
 from specmoe_jax.engine.resources import EngineResources
+from specmoe_jax.engine.scoring.rolling import score_rolling
+from specmoe_jax.engine.scoring.score import Score, score_texts
+from specmoe_jax.engine.scoring.texts import Text, scored_texts
 from specmoe_jax.engine.session import Session
 from specmoe_jax.engine.state import State, StepInfo
 from specmoe_jax.engine.step import step
@@ -93,6 +96,27 @@ class Engine:
         """
         requests = make_requests(self.model, prompts, params, ids)
         return leniently(self._flow.run(self._session, requests, batch_shape_of(self.plan, requests), on_step))
+
+    @lenient()
+    def score(self, pairs: Sequence[tuple[Text, Text]]) -> list[Score]:
+        """The log-probability of every continuation given its context: pairs of texts, or of lists of token ids.
+
+        Each text is read once, whatever the draft; continuations of one context share it. Under expert_flow=stream all texts
+        share each layer's crossing of the link, as far as host memory holds their keys and values. Raises RequestError.
+        """
+        return score_texts(self._session, self._flow, scored_texts(self.model, pairs))
+
+    @lenient()
+    def score_rolling(
+        self, texts: Sequence[Text], *, prefix: int | None = None, window: int | None = None, overlap: int = 0
+    ) -> list[Score]:
+        """The log-probability of whole texts, of any length: windows that score every token once.
+
+        prefix: the token that the first one is given, None for the tokenizer's BOS or else its end token. window: tokens that the
+        model reads at a time, None for its own. overlap: of them at least so many were scored by the window before.
+        Raises RequestError.
+        """
+        return score_rolling(self.model, texts, self.score, prefix=prefix, window=window, overlap=overlap)
 
     @lenient()
     def init(self, prompts, params=None) -> State:

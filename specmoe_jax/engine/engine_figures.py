@@ -26,6 +26,8 @@ class EngineFigures:
         self.totals, self.prefill_s = metrics.Totals(), 0.0
         self._on_demand_experts, self.running = 0, None
         self.prefill_link_bytes = self.prefill_disk_bytes = 0
+        self.scored_tokens = self.score_read_tokens = self.score_link_bytes = self.score_disk_bytes = 0
+        self.score_s = 0.0
 
     def add_step(self, info: StepInfo) -> None:
         """A step that counts as decoding."""
@@ -54,6 +56,16 @@ class EngineFigures:
         self.prefill_link_bytes += after.link_bytes - before.link_bytes
         self.prefill_disk_bytes += after.below.since(before.below).disk_bytes
 
+    def add_scores(self, tokens: int, read: int, seconds: float) -> None:
+        """tokens: whose log-probability was told. read: that went through the model for it, the contexts included."""
+        self.scored_tokens, self.score_read_tokens = self.scored_tokens + tokens, self.score_read_tokens + read
+        self.score_s += seconds
+
+    def add_score_bytes(self, before: Moved, after: Moved) -> None:
+        """What moved while texts were read."""
+        self.score_link_bytes += after.link_bytes - before.link_bytes
+        self.score_disk_bytes += after.below.since(before.below).disk_bytes
+
     def figures(self, hardware: Hardware | None, prediction: Prediction | None, peak_accelerator_bytes: int | None) -> dict:
         """What Engine.stats gives, with its arguments."""
         figures = metrics.figures(
@@ -72,6 +84,11 @@ class EngineFigures:
             "warm_up_s": self.warm_up_s,
             "prefill_link_bytes": self.prefill_link_bytes,
             "prefill_disk_bytes": self.prefill_disk_bytes,
+            "scored_tokens": self.scored_tokens,
+            "score_read_tokens": self.score_read_tokens,
+            "score_s": self.score_s,
+            "score_link_bytes": self.score_link_bytes,
+            "score_disk_bytes": self.score_disk_bytes,
             "compile_s": self.compiles.seconds,
             "compilations_after_warmup": self.recompiled,
             "peak_accelerator_bytes": peak_accelerator_bytes,

@@ -1,8 +1,12 @@
-"""Fills the KV cache with the prompts, chunk by chunk, and leaves the first draft set resident."""
+"""Fills the KV cache with the prompts, chunk by chunk, and leaves the first draft set resident.
+
+What all prompts of a batch begin with (a system prompt, examples) is computed for one row, whose cache rows the others get.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.engine.flows.protocol import Chunk, PooledFlowExecutor
@@ -21,29 +25,51 @@ def prefill(
     draft_memory: Any = None,
     *,
     on_positions: Callable[[int], object] = lambda positions: None,
+    on_states: Callable | None = None,
 ) -> tuple[ExpertMemory, KVCache, Any]:
     """All tokens of each prompt but its last, which is the input of the first step.
 
     prompts: B token tuples, ragged; an empty one is a padding row. The draft set after the prefill is chosen
     by the routing of the whole prompt, not of its last chunk. draft_memory: of a FeatureDraft, which observes every chunk.
-    on_positions: called with the positions that were done since the last call.
+    on_positions: called with the positions that were done since the last call. on_states: with (rows, following, h [B, T, M],
+    num_new) of each chunk.
     """
     every_row = np.arange(len(prompts), dtype=np.int32)
 
-    def observe(one: Chunk, features) -> None:
+    def observe(one: Chunk, features, h) -> None:
         nonlocal draft_memory
+        num_new = one.num_new
+        if one.stands_for > 1:  # caches of drafts and log-probabilities are each row's own
+            row = int(num_new.argmax())
+            num_new = np.where(counts, num_new[row], 0).astype(np.int32)
+            features, h = (None if x is None else jnp.broadcast_to(x[row], x.shape) for x in (features, h))
+        if on_states is not None:
+            on_states(every_row, one.following, h, num_new)
         if features is not None:
-            draft_memory = runtime.feature_draft.observe(draft_memory, every_row, one.following, features, one.lengths, one.num_new)
+            draft_memory = runtime.feature_draft.observe(draft_memory, every_row, one.following, features, one.lengths, num_new)
 
-    memory, kv, totals = flow.prompt_pass(runtime, memory, kv, chunks_of(prompts, chunk), observe, on_positions)
+    counts = _counts(prompts)
+    shared = 0 if runtime.config.encoder else shared_positions(prompts, chunk)
+    memory, kv, totals = flow.prompt_pass(runtime, memory, kv, chunks_of(prompts, chunk, shared), observe, on_positions)
     usage_scores = runtime.policies.draft_set.update(memory.usage_scores, totals, totals)
     memory = memory._replace(usage_scores=usage_scores)
     return runtime.draft_executor.after_prefill(runtime, memory, totals), kv, draft_memory
 
 
-def chunks_of(prompts: list[tuple[int, ...]], chunk: int) -> list[Chunk]:
-    """The prompts but for their last tokens, `chunk` positions of every row at a time."""
-    counts = np.array([max(len(prompt) - 1, 0) for prompt in prompts], np.int32)
+def shared_positions(prompts: list[tuple[int, ...]], chunk: int) -> int:
+    """Positions, whole chunks, in which all prompts of a batch are alike; 0 where there are not two. Empty ones are padding."""
+    real = [prompt[:-1] for prompt in prompts if prompt]
+    if len(real) < 2:
+        return 0
+    first, last = min(real), max(real)  # what these two share, all between them do
+    alike = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return alike // chunk * chunk
+
+
+def chunks_of(prompts: list[tuple[int, ...]], chunk: int, shared: int = 0) -> list[Chunk]:
+    """The prompts but for their last tokens, `chunk` positions of every row at a time; of the first `shared` ones a single row."""
+    counts = _counts(prompts)
+    real = np.flatnonzero(counts)
     found = []
     for start in range(0, int(counts.max()), chunk):
         tokens, following = np.zeros((2, len(prompts), chunk), np.int32)
@@ -51,5 +77,15 @@ def chunks_of(prompts: list[tuple[int, ...]], chunk: int) -> list[Chunk]:
         for row, prompt in enumerate(prompts):
             tokens[row, : num_new[row]] = prompt[start : start + num_new[row]]
             following[row, : num_new[row]] = prompt[start + 1 : start + 1 + num_new[row]]
-        found.append(Chunk(tokens, np.minimum(counts, start).astype(np.int32), num_new, following))
+        one = Chunk(tokens, np.minimum(counts, start).astype(np.int32), num_new, following)
+        if start < shared:
+            last = start + chunk == shared
+            alone = np.where(np.arange(len(prompts)) == real[0], num_new, 0).astype(np.int32)
+            one = one._replace(num_new=alone, stands_for=len(real), spreads_row=int(real[0]) if last else None)
+        found.append(one)
     return found
+
+
+def _counts(prompts: list[tuple[int, ...]]) -> np.ndarray:
+    """[B] positions of each prompt that a prefill takes."""
+    return np.array([max(len(prompt) - 1, 0) for prompt in prompts], np.int32)

@@ -105,11 +105,14 @@ class EngineResources:
         return new_cache(self._model.config, batch_shape.rows, batch_shape.positions, self._plan.dtype, device)
 
     def put_back(self, state: State, batch_shape: BatchShape) -> None:
-        """The adaptive length of a job that has ended, and its pool where the next job can take it: that of an earlier runtime
-        has other slots."""
+        """The adaptive length of a job that has ended, and its pool."""
         self._adaptive_lengths[batch_shape[:2]] = state.adaptive_length
-        if self._shared is not None and state.runtime.experts.store is self._shared.experts.store:
-            self._memory = state.memory
+        self.keep(state.runtime, state.memory)
+
+    def keep(self, runtime: Runtime, memory: ExpertMemory) -> None:
+        """For the next job, where it can take it: the pool of an earlier runtime has other slots."""
+        if self._shared is not None and runtime.experts.store is self._shared.experts.store:
+            self._memory = memory
 
     def peak_accelerator_bytes(self) -> int | None:
         """The device's own figure, or (on CPU, which has none) the account of what the engine allocated."""

@@ -51,6 +51,7 @@ def admit(state: State[HostKV], waiting: Sequence[Request], lookahead: int) -> t
     fills its cache, and from then on it generates. Raises PlanError when nothing runs and the first one does not fit.
     """
     requests, generated, statuses = list(state.requests), list(state.generated), list(state.statuses)
+    logprobs, prompt_logprobs = (list(told or ((),) * len(requests)) for told in (state.logprobs, state.prompt_logprobs))
     lengths, last_token, pages = state.lengths.copy(), state.last_token.copy(), state.kv.pages
     waiting, running = list(waiting), state.active | state.joining
     for row in np.flatnonzero(~running & (pages.table[:, 0] >= 0)).tolist():
@@ -62,6 +63,7 @@ def admit(state: State[HostKV], waiting: Sequence[Request], lookahead: int) -> t
         pages, request = given, waiting.pop(0)
         requests[row], generated[row], statuses[row] = request, (), PREFILLING
         lengths[row], last_token[row] = 0, request.token_ids[-1]
+        logprobs[row], prompt_logprobs[row] = (), ()
         running[row] = True
     if waiting and not running.any():
         raise PlanError(f"request {waiting[0].id} needs more pages than the KV cache has; give more host memory")
@@ -72,6 +74,8 @@ def admit(state: State[HostKV], waiting: Sequence[Request], lookahead: int) -> t
         lengths=lengths,
         last_token=last_token,
         kv=state.kv._replace(pages=pages),
+        logprobs=tuple(logprobs),
+        prompt_logprobs=tuple(prompt_logprobs),
         rows=sampling_rows([request.params if request else SamplingParams() for request in requests]),
     )
     return filled, tuple(waiting)

@@ -10,7 +10,7 @@ from specmoe_jax.engine.resources import EngineResources
 from specmoe_jax.engine.state import State, StepInfo
 from specmoe_jax.engine.step import step, warm_up
 from specmoe_jax.models.model import Model
-from specmoe_jax.support.progress import bar
+from specmoe_jax.support.progress import bar, ticking
 from specmoe_jax.support.timing import Stopwatch
 
 _LOG = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Session:
             return state
         self.warm_shapes.add(key)
         watch = Stopwatch()
-        with bar("compile", None, "step", mode=self.progress, leave=False) as shown:
+        with bar("compile", None, "step", mode=self.progress, leave=False) as shown, ticking(shown):
             state = warm_up(state.runtime, state, on_step=shown.update)
         self.figures.add_warm_up(watch.seconds)
         _LOG.info(

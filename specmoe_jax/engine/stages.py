@@ -171,6 +171,13 @@ def choose_slots(ids: jax.Array, slots: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
+def spread_row(cache: jax.Array, row: jax.Array) -> jax.Array:
+    """All rows of a cache [B, K, S, D] (donated) as one of them."""
+    with jax.named_scope("spread_row"):
+        return jnp.broadcast_to(cache[row], cache.shape)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
 def keep_path(cache: jax.Array, lengths: jax.Array, path: jax.Array, num_accepted: jax.Array) -> jax.Array:
     """Moves the rows of a tree's accepted nodes together, right after the root's. cache [B, K, S, D], donated.
 

@@ -15,7 +15,8 @@ from specmoe_jax.offload.store import Arriving
 from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.ops import PackedCache
 from specmoe_jax.speculate.adaptive_length import AdaptiveLength
-from specmoe_jax.types import KVCache, SamplingRows
+from specmoe_jax.speculate.logit_edits import EditKinds
+from specmoe_jax.types import KVCache, SamplingRows, TokenLogprob
 
 
 class Request(NamedTuple):
@@ -32,6 +33,17 @@ class Request(NamedTuple):
     limit: int
     source: tuple[int, ...] = ()
     stop_ids: tuple[int, ...] = ()
+
+
+class JobOptions(NamedTuple):
+    """What any request of a job asks for beside its tokens, so that one program serves all steps of the job.
+
+    logprobs, prompt_logprobs: k, None where nobody asks. edits: of logits.
+    """
+
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    edits: EditKinds | None = None
 
 
 class PoolSlots(NamedTuple):
@@ -105,7 +117,8 @@ class State(NamedTuple, Generic[Cache]):
     requests: B, the rows of the batch; None pads the batch to its compiled size. lengths: [B] int32, committed
     rows in the cache. last_token: [B] int32, committed but not yet in the cache. generated: per row, the new
     tokens so far. statuses: per row, where its request is.
-    adaptive_length: chooses the draft length, None if it is fixed.
+    adaptive_length: chooses the draft length, None if it is fixed. options: of the job. logprobs, prompt_logprobs: per row, of the
+    tokens in `generated` and of its prompt, where the row's request asks for them.
     draft_memory: what the draft keeps between steps. runtime: the engine.runtime.Runtime that it runs on; another job of the
     engine may meanwhile have another one.
     """
@@ -121,6 +134,9 @@ class State(NamedTuple, Generic[Cache]):
     adaptive_length: AdaptiveLength | None
     draft_memory: Any = None
     runtime: Any = None
+    options: JobOptions = JobOptions()
+    logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
+    prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
 
     @property
     def active(self) -> np.ndarray:

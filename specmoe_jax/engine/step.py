@@ -7,12 +7,13 @@ import jax
 import numpy as np
 
 from specmoe_jax.engine import stages
-from specmoe_jax.engine.drafting import Drafted, draft, step_coupled_keys, step_keys
+from specmoe_jax.engine.drafting import Drafted, draft, step_coupled_keys, step_edits, step_keys
 from specmoe_jax.engine.drafts.accepted_path import Verified, accepted_path, compact_accepted_path
 from specmoe_jax.engine.drafts.split_draft import placed, rows_on_cpu
 from specmoe_jax.engine.flows.layer_passes import fetched
 from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.requests.finish import commit_tokens
+from specmoe_jax.engine.requests.logprobs import path_logprobs, run_logprobs, told_logprobs
 from specmoe_jax.engine.requests.status import EMPTY, finished
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.scheduler import joined
@@ -22,6 +23,7 @@ from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.speculate.acceptance import accept, accept_coupled, accept_greedy, finite_positions, synthetic_accept
 from specmoe_jax.speculate.adaptive_length import choose, observe, resting
 from specmoe_jax.speculate.hot_experts.usage import count_choices
+from specmoe_jax.speculate.logit_edits import LogitEdits, chain_paths, edit_logits, tree_paths
 from specmoe_jax.speculate.sampling import Stream
 from specmoe_jax.support.timing import Laps
 from specmoe_jax.support.tracing import Span, span
@@ -32,6 +34,7 @@ _accept_greedy = jax.jit(accept_greedy)
 _accept_coupled = jax.jit(accept_coupled)
 _synthetic_accept = jax.jit(synthetic_accept)
 _finite_positions = jax.jit(finite_positions)
+_chain_paths, _tree_paths, _edit_logits = jax.jit(chain_paths), jax.jit(tree_paths), jax.jit(edit_logits)
 
 
 def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None) -> tuple[State, StepInfo]:
@@ -49,18 +52,20 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
         length = _length(runtime, state, active)
     if state.adaptive_length:
         state = state._replace(memory=state.memory._replace(resting=resting(state.adaptive_length, length)))
+    edits = step_edits(state)
     with span("draft"):
-        drafted = draft(runtime, state, length)
+        drafted = draft(runtime, state, length, edits)
     interval_s = laps.lap("draft")
     if runtime.context.workers.spans is not None and length:
         runtime.context.workers.spans.append(Span("draft", ACCELERATOR, -1, -1, *interval_s))
     after_draft = moved(runtime)
     with span("verify"):
-        verified, result, sound, proposal = verify(runtime, state, drafted)
+        verified, result, sound, proposal, logprobs = verify(runtime, state, drafted, edits)
     laps.lap("verify")
     after_pass = moved(runtime)
     with span("commit"):
         new_state, accepted, committed = commit(runtime, state, proposal, verified, result, sound, tokenizer)
+        new_state = told_logprobs(runtime, new_state, verified, logprobs, committed)
     laps.lap("commit")
     with span("update draft features"):
         new_state = update_draft_features(runtime, new_state, verified, state.lengths, committed)
@@ -129,8 +134,8 @@ def warm_up(runtime: Runtime, state: State, *, on_step: Callable[[], object] = l
     )
 
 
-def verify(runtime: Runtime, state: State, drafted: Drafted) -> Verified:
-    """One exact pass over [last token, drafted tokens] of every row, and the lossless choice.
+def verify(runtime: Runtime, state: State, drafted: Drafted, edits: LogitEdits | None) -> Verified:
+    """One exact pass over [last token, drafted tokens] of every row, and the lossless choice by the edited logits.
 
     Of a tree, all that comes back is that of the accepted path, as if it alone had been drafted.
     """
@@ -143,11 +148,20 @@ def verify(runtime: Runtime, state: State, drafted: Drafted) -> Verified:
         none = np.zeros(len(num_new), np.int32)
         return Verified(verified, AcceptResult(num_accepted=none, next_token=none), none, proposal)
     logits = stages.head(runtime.config.head, runtime.weights, verified.h)  # [B, T, V]
-    finite = _finite_positions(logits)
+    edited = logits if edits is None else _edit_logits(logits, edits, _paths(proposal))
+    finite = _finite_positions(edited)
     if proposal.tree is not None:
-        return compact_accepted_path(runtime, state, verified, proposal, accepted_path(runtime, state, proposal, logits), finite)
-    result, finite = jax.device_get((_result(runtime, state, proposal, logits), finite))
-    return Verified(verified, result, np.cumprod(finite, axis=1).sum(axis=1), proposal)
+        accepted = accepted_path(runtime, state, proposal, edited)
+        logprobs = path_logprobs(state, proposal, logits, accepted)
+        return compact_accepted_path(runtime, state, verified, proposal, accepted, finite)._replace(logprobs=logprobs)
+    chosen = _result(runtime, state, proposal, edited)
+    result, finite, logprobs = jax.device_get((chosen, finite, run_logprobs(state, proposal, logits, chosen)))
+    return Verified(verified, result, np.cumprod(finite, axis=1).sum(axis=1), proposal, logprobs)
+
+
+def _paths(proposal: Proposal) -> jax.Array:
+    """[B, T, N], the drafted tokens before each position of a pass."""
+    return _chain_paths(proposal.tokens) if proposal.tree is None else _tree_paths(proposal.tokens, proposal.tree)
 
 
 def _result(runtime: Runtime, state: State, proposal: Proposal, logits) -> AcceptResult:

@@ -17,6 +17,7 @@ from specmoe_jax.checkpoints.published.quantisation import check_quantisation
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.engine import Engine
 from specmoe_jax.engine.requests.completion import Completion, TokenEvent
 from specmoe_jax.engine.requests.prepare import check_job, make_requests, refusal
@@ -155,7 +156,7 @@ def fingerprint(prompts: list[Prompt], plan: Plan, model: pathlib.Path) -> dict:
     Batch size and the rest of the plan are not in it: greedy and deterministic sampling do not depend on them, and
     ordinary sampling keeps its distribution.
     """
-    texts = hashlib.sha256(json.dumps([(p.id, p.model_input, dataclasses.asdict(p.params)) for p in prompts]).encode())
+    texts = hashlib.sha256(json.dumps([(p.id, p.model_input, _identity(p.params)) for p in prompts]).encode())
     return {
         "prompts": texts.hexdigest(),
         "model": checkpoint_hash(model),
@@ -166,13 +167,24 @@ def fingerprint(prompts: list[Prompt], plan: Plan, model: pathlib.Path) -> dict:
     }
 
 
+def _identity(params: SamplingParams) -> dict:
+    """The parameters as a job is known by them: fields that came later count where they are used, so older jobs go on."""
+    first = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "ignore_eos")
+    fields = {field.name: field.default for field in dataclasses.fields(params)}
+    return {name: getattr(params, name) for name, default in fields.items() if name in first or getattr(params, name) != default}
+
+
 def record(index: int, prompt: Prompt, completion: Completion) -> dict:
     """A line of the output, in the form of the answers to an OpenAI batch where the prompt came from one."""
     if prompt.batch is not None:
         return response(index, prompt.batch, completion)
-    fields = dataclasses.asdict(completion) | ({"channels": completion.channels} if completion.channels else {})
-    if completion.error is None:
-        del fields["error"]
+    fields = {field.name: getattr(completion, field.name) for field in dataclasses.fields(completion)}
+    fields |= {"channels": completion.channels} if completion.channels else {}
+    for name in ("error", "logprobs", "prompt_logprobs"):
+        if fields[name] is None:
+            del fields[name]
+        elif name != "error":
+            fields[name] = [token._asdict() for token in fields[name]]
     return fields | {"id": prompt.id, "index": index, "num_new_tokens": len(completion.token_ids)}
 
 

@@ -12,12 +12,13 @@ import logging
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 from specmoe_jax.support.errors import RequestError
 from specmoe_jax.support.validation import is_whole
 
 _LOG = logging.getLogger(__name__)
-ANSWERS = ("text", "response")  # a line of a finished request has one of these
+ANSWERS = ("text", "response", "answer")  # a line of a finished request or question has one of these
 
 
 class Journal:
@@ -125,8 +126,8 @@ class Journal:
     def _index(self, line: bytes, done: set[int]) -> int:
         """The number of the request that a line answers. Raises ValueError for a line that answers none."""
         record = json.loads(line)
-        index = record.get("index") if isinstance(record, dict) else None
-        if not is_whole(index) or not 0 <= index < (index + 1 if self._requests is None else self._requests):
+        index: Any = record.get("index") if isinstance(record, dict) else None
+        if not is_whole(index) or index < 0 or (self._requests is not None and index >= self._requests):
             raise ValueError(f"its index is {str(index)[:20]!r}")
         if not any(key in record for key in ANSWERS):
             raise ValueError("it holds no answer")

@@ -7,7 +7,8 @@ PREFIX = "specmoe_"
 COUNTERS = frozenset(
     """new_tokens steps decode_s draft_s verify_s prefill_s warm_up_s compile_s link_bytes draft_link_bytes prefetch_bytes
     prefetch_wasted_bytes activation_link_bytes disk_bytes dram_hits dram_misses expert_hits expert_misses prefill_link_bytes
-    prefill_disk_bytes compilations_after_warmup requests_done requests_failed wall_s""".split()
+    prefill_disk_bytes scored_tokens score_read_tokens score_s score_link_bytes score_disk_bytes compilations_after_warmup
+    requests_done requests_failed wall_s""".split()
 )
 
 

@@ -11,10 +11,10 @@ CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
 LINE_FIELDS = {"custom_id", "method", "url", "body"}
 _NO_EFFECT_ON_TEXT = {"user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier", "parallel_tool_calls"}
 _ONLY = {  # parameters of which one value is built
-    "n": 1, "stream": False, "presence_penalty": 0, "frequency_penalty": 0, "logprobs": (False, None), "top_logprobs": None,
-    "logit_bias": ({}, None), "response_format": {"type": "text"}, "tool_choice": ("auto", None), "best_of": 1, "echo": False,
-    "suffix": None, "modalities": ["text"],
+    "n": 1, "stream": False, "logprobs": (False, None), "top_logprobs": None, "response_format": {"type": "text"},
+    "tool_choice": ("auto", None), "best_of": 1, "echo": False, "suffix": None, "modalities": ["text"],
 }  # fmt: skip
+_MAY_BE_NULL = {"presence_penalty", "frequency_penalty", "logit_bias"}
 _RENAMED = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
 
 
@@ -47,7 +47,7 @@ def read_line(fields: dict, where: str) -> tuple[BatchRequest, dict[str, Any]]:
     for key, value in body.items():
         if key in _ONLY:
             _require(key, value, where)
-        elif key not in _NO_EFFECT_ON_TEXT | {"model"}:
+        elif key not in _NO_EFFECT_ON_TEXT | {"model"} and not (value is None and key in _MAY_BE_NULL):
             own[_RENAMED.get(key, key)] = (value,) if key == "stop" and isinstance(value, str) else value
     return _request(fields), own
 

@@ -159,20 +159,31 @@ def _token_ids(fields: Any, where: str) -> tuple[int, ...] | None:
 
 def _params(fields: dict, where: str, defaults: _Defaults) -> SamplingParams:
     """Those of a line over those of the job."""
-    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    names = {field.name for field in dataclasses.fields(SamplingParams)} - {"logits_processor"}  # a function has no JSON
     if unknown := sorted(set(fields) - names):
         known = ", ".join(("prompt", "id", *sorted(names), *CHAT_FIELDS, *TEMPLATE_OPTIONS))
         raise RequestError(f"{where} has the unknown field {unknown[0]!r}; known are {known}")
-    if isinstance(fields.get("stop"), list):
-        fields["stop"] = tuple(fields["stop"])
+    for name in ("stop", "banned_tokens", "stop_token_ids"):
+        if isinstance(fields.get(name), list):
+            fields[name] = tuple(fields[name])
+    if isinstance(fields.get("logit_bias"), dict):
+        fields["logit_bias"] = _numbered(fields["logit_bias"], where)
     if fields.get("temperature") == 0:  # greedy: what is the default of sampled requests falls away
-        fields = {"top_k": 0, "top_p": 1.0} | fields
+        fields = {"top_k": 0, "top_p": 1.0, "min_p": 0.0} | fields
     elif fields.get("temperature") is not None and defaults.params.temperature == 0:
         fields = defaults.sampled | fields
     try:
         return dataclasses.replace(defaults.params, **fields)
     except RequestError as e:
         raise RequestError(f"{where}: {e}") from e
+
+
+def _numbered(bias: dict, where: str) -> dict:
+    """With token ids for keys, which JSON writes as texts."""
+    try:
+        return {int(token): amount for token, amount in bias.items()}
+    except ValueError as e:
+        raise RequestError(f"{where}: logit_bias maps token ids to numbers, and a key is no id ({e})") from e
 
 
 def _conversation(fields: dict, where: str) -> Conversation | None:

@@ -31,7 +31,7 @@ class JobWatch:
         self._engine, self._path, self._watch = engine, metrics_file, Stopwatch()
         limits = list(limits)
         self._requests, self.failed, self._written_s = len(limits), failed, float("-inf")
-        self._bar = bar("decode", sum(limits), "tok", mode=progress)
+        self._bar, self._tokens, self._mode = None, sum(limits), progress
         self._first_s: dict[int, float] = {}
         self.timings: list[dict] = []
 
@@ -40,7 +40,8 @@ class JobWatch:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
         try:
             self._write()
         except RequestError:
@@ -50,6 +51,8 @@ class JobWatch:
     def on_step(self, info: StepInfo) -> None:
         """Moves the bar; rewrites the metrics file where it is old."""
         committed = int(info.committed.sum())
+        if self._bar is None:  # before, a bar of nothing would stand still over compilation and prefill, which have their own
+            self._bar = bar("decode", self._tokens, "tok", mode=self._mode)
         self._bar.set_postfix_str(f"{committed / max(int(info.active.sum()), 1):.2f} tokens/step", refresh=False)
         self._bar.update(committed)
         if time.perf_counter() - self._written_s >= METRICS_EVERY_S:

@@ -17,14 +17,27 @@ from specmoe_jax.ops.xla.experts import block_ffn
 def expert_ffn(config: ExpertConfig, x: jax.Array, pool: jax.Array, slots: jax.Array) -> jax.Array:
     """Experts pool[slots[i, a]] on x[i], unweighted: x [n, M], pool [R, *block_shape], slots [n, A] -> [n, A, M] float32.
 
-    A slot of -1 gives zeros.
+    A slot of -1 gives zeros. pool: or a table of addresses [R, 2] uint32 (`ops.expert_ffn_table`).
     """
+    if pool.dtype == jnp.uint32:
+        return ops.expert_ffn_table(x, pool, slots, hidden=config.hidden, packing=_form(config))
     if config.packing is None:
         return ops.expert_ffn(x, pool, slots, ffn=None if is_plain(config) else block_function(config))
     kernel, ffn = kind_of(config.packing).kernel(config), block_function(config)
     if kernel is None:
         return ops.expert_ffn(x, pool, slots, ffn=ffn)
     return ops.expert_ffn(x, pool, slots, ffn=ffn, packing=kernel.form, hidden=config.hidden, numbers=kernel.numbers)
+
+
+def is_computed_in_place(config: ExpertConfig) -> bool:
+    """Whether the compiled kernels compute such experts by their addresses."""
+    return is_plain(config) if config.packing is None else _form(config) in ops.FORMS_BY_ADDRESS
+
+
+def _form(config: ExpertConfig) -> str | None:
+    """The kernel's name of how experts are packed; None where they are not, or it has none."""
+    kernel = None if config.packing is None else kind_of(config.packing).kernel(config)
+    return kernel and kernel.form
 
 
 def block_bytes(config: ExpertConfig, dtype: str) -> int:

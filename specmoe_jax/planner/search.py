@@ -17,7 +17,7 @@ from specmoe_jax.planner.drafts.protocol import described
 from specmoe_jax.planner.drafts.search_starts import SearchStart
 from specmoe_jax.planner.estimate import Prediction
 from specmoe_jax.planner.flows.protocol import ExpertFlowDescription
-from specmoe_jax.support.errors import PlanError
+from specmoe_jax.support.errors import MachineError, PlanError
 
 LARGEST_BATCH = 1024
 WORTH_OF_A_DRAFT = 1.15  # acceptance differs from prompt to prompt
@@ -65,7 +65,7 @@ def search(
     choices = [choice for start in starts if (choice := scan.largest_batch(start))]
     if not choices:
         raise PlanError(f"no plan fits: {scan.refusal}" if scan.refusal else "no plan was considered; give at least one draft")
-    ranked = sorted(choices, key=lambda choice: -_preference(choice))
+    ranked = sorted(choices, key=lambda choice: (-_preference(choice), _bytes(choice)))
     best = ranked[0]
     others = [choice for choice in ranked[1:] if _kind(choice.plan) != _kind(best.plan)]
     return Found(best=best, runner_up=others[0] if others else None, tried=scan.tried, refusal=scan.refusal)
@@ -79,6 +79,11 @@ def _preference(choice: Choice) -> float:
     """Tokens/s, a little less for a plan with a draft, whose acceptance is an estimate too, and for one that moves experts."""
     drafts = WORTH_OF_A_DRAFT if choice.plan.drafting.drafts else 1.0
     return choice.tokens_per_s / drafts / (1.0 if choice.plan.flow.all_resident else WORTH)
+
+
+def _bytes(choice: Choice) -> int:
+    """Of two plans as fast as each other the one that takes less memory is better."""
+    return choice.prediction.account.accelerator_bytes + choice.prediction.account.host_bytes
 
 
 def _starts(config: ModelConfig, flows: Sequence[ExpertFlowDescription], drafts: Sequence[str]) -> Iterator[SearchStart]:
@@ -155,7 +160,8 @@ class _Scan:
             self.tried += 1
             prediction = self._evaluate(plan)
         except PlanError as e:
-            self.refusal = str(e)
+            if self.refusal is None or not isinstance(e, MachineError):  # which nobody can change
+                self.refusal = str(e)
             return None
         share = plan.flow.busy_share(self._requests, prediction.rows, prediction.slowest_row_factor)
         return Choice(plan, prediction, prediction.tokens_per_s * share)

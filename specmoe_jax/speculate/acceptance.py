@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.speculate.logit_edits import edit_kinds
 from specmoe_jax.speculate.sampling import choose_coupled, sample, sampling_rows, transform_logits
 from specmoe_jax.types import AcceptResult, SamplingRows
 
@@ -31,10 +32,13 @@ def accept(
     keys: one key, or [B] keys, then row b's result depends on row b's arguments only; draft_tokens: [B, N] int,
     N may be 0; draft_probs: [B, N, V] float32, or None for point masses; target_logits: [B, N+1, V];
     params: SamplingParams for all rows, static under jit, or SamplingRows of arrays [B]. A row with NaN logits gets
-    some token of 0..V-1: check `finite_positions`. Raises ValueError when the shapes disagree.
+    some token of 0..V-1: check `finite_positions`. Raises ValueError when the shapes
+    disagree, or params asks for edits of logits (penalties, biases), which come before.
     """
     _check_shapes(draft_tokens, draft_probs, target_logits)
     if isinstance(params, SamplingParams):
+        if edit_kinds([params]) is not None:
+            raise ValueError("params asks for edits of logits; edit them (speculate.logit_edits) and give the params without")
         if params.temperature == 0:
             return accept_greedy(draft_tokens, target_logits)
         params = sampling_rows([params] * len(draft_tokens))

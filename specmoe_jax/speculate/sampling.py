@@ -31,6 +31,7 @@ def sampling_rows(params: Sequence[SamplingParams]) -> SamplingRows:
         temperature=np.minimum([p.temperature for p in params], 1 / float32.tiny).astype(np.float32),
         top_k=np.asarray([p.top_k for p in params], np.int32),
         top_p=np.maximum([p.top_p for p in params], float32.tiny).astype(np.float32),
+        min_p=np.asarray([p.min_p for p in params], np.float32),
     )
 
 
@@ -49,20 +50,21 @@ def row_keys(seeds, request_ids, positions, *, stream: Stream = Stream.VERIFY) -
 
 
 def transform_logits(logits: jax.Array, rows: SamplingRows) -> jax.Array:
-    """Temperature, then top-k, then top-p (the order of Hugging Face's warpers), renormalised.
+    """Temperature, then top-k, then top-p, then min-p (the order of Hugging Face's warpers), renormalised.
 
     top_k keeps every token at least as likely as the k-th, so ties with it stay, as in Hugging Face. top_p keeps
-    the smallest set whose mass, after top-k, reaches top_p: at least one token, ties to the smaller id.
+    the smallest set whose mass, after top-k, reaches top_p: at least one token, ties to the smaller id. min_p drops what is less
+    than min_p times as likely as the best.
     Temperature 0 is the one-hot of the argmax, ties to the smaller id.
 
     logits: [B, ..., V]; rows: arrays [B] -> probabilities [B, ..., V] float32. A masked token may be -inf; a
     position with a NaN gives NaNs (see `acceptance.finite_positions`).
     """
-    temperature, top_k, top_p = (_beside(x, logits.ndim) for x in rows)
+    temperature, top_k, top_p, min_p = (_beside(x, logits.ndim) for x in rows)
     logits = logits.astype(jnp.float32)
     scores = _scale(logits, temperature)
-    limited = jnp.any((top_k > 0) | (top_p < 1))  # twice the work, and often not needed
-    scores = jax.lax.cond(limited, _truncate, lambda scores, *_: scores, scores, top_k, top_p)
+    limited = jnp.any((top_k > 0) | (top_p < 1) | (min_p > 0))  # twice the work, and often not needed
+    scores = jax.lax.cond(limited, _truncate, lambda scores, *_: scores, scores, top_k, top_p, min_p)
     best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.float32)
     return jnp.where(temperature == 0, best, jax.nn.softmax(scores, axis=-1))
 
@@ -109,8 +111,8 @@ def _scale(logits: jax.Array, temperature: jax.Array) -> jax.Array:
     return shifted / safe
 
 
-def _truncate(scores: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Scores with -inf for what top-k and top-p leave out, the largest being 0. Exactly the identity for 0 and 1."""
+def _truncate(scores: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
+    """Scores with -inf for what top-k, top-p and min-p leave out, the largest being 0. Exactly the identity for 0, 1 and 0."""
     gap = jax.lax.bitcast_convert_type(jnp.abs(scores), jnp.int32)  # ordered as the floats are, none being negative
     kth = _last_gap(gap, jnp.ones_like(gap), jnp.where(top_k > 0, top_k, scores.shape[-1]))
     in_top_k = gap <= kth
@@ -120,7 +122,7 @@ def _truncate(scores: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Arra
     level = (gap == last) & in_top_k
     twins_before = jnp.cumsum(level, axis=-1, dtype=jnp.float32) - 1.0
     kept = (gap < last) | (level & (mass_before + twins_before * probs < top_p)) | (top_p >= 1)
-    return jnp.where(in_top_k & kept, scores, -jnp.inf)
+    return jnp.where(in_top_k & kept & (scores >= jnp.log(min_p)), scores, -jnp.inf)
 
 
 def _last_gap(gap: jax.Array, weights: jax.Array, goal: jax.Array) -> jax.Array:

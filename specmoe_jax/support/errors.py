@@ -13,6 +13,10 @@ class PlanError(UserError):
     """A plan that cannot run, or that holds an option without effect. Names the option and a plan that works."""
 
 
+class MachineError(PlanError):
+    """A plan is for another kind of machine."""
+
+
 class BudgetError(PlanError):
     """A memory budget that a plan does not fit. Names the resource, the shortage and a budget that works."""
 

@@ -3,13 +3,14 @@
 import contextlib
 import threading
 from collections.abc import Generator, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
 from specmoe_jax.support.cache_files import cache_folder
 
 T = TypeVar("T")
+_config: Any = jax.config  # its settings are made when JAX is imported, so that no type knows them
 _of_thread = threading.local()
 
 
@@ -18,7 +19,7 @@ def use_compile_cache() -> None:
 
     A program that has chosen a folder, or JAX_ENABLE_COMPILATION_CACHE=false, keeps that.
     """
-    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+    if _config.jax_compilation_cache_dir is not None or not _config.jax_enable_compilation_cache:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -32,11 +33,11 @@ def lenient() -> Iterator[None]:
     Also a decorator. Copies between two devices stay guarded: the library makes them explicitly.
     """
     with contextlib.ExitStack() as settings:
-        if jax.config.jax_numpy_rank_promotion != "allow":
+        if _config.jax_numpy_rank_promotion != "allow":
             settings.enter_context(jax.numpy_rank_promotion("allow"))
-        if _guarded(jax.config.jax_transfer_guard_host_to_device):
+        if _guarded(_config.jax_transfer_guard_host_to_device):
             settings.enter_context(jax.transfer_guard_host_to_device("allow"))
-        if _guarded(jax.config.jax_transfer_guard_device_to_host):
+        if _guarded(_config.jax_transfer_guard_device_to_host):
             settings.enter_context(jax.transfer_guard_device_to_host("allow"))
         yield
 

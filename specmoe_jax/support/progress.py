@@ -1,6 +1,9 @@
 """Bars with rate and time left: on a terminal, as a log line each 10 seconds, or none."""
 
+import contextlib
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import tqdm
@@ -8,6 +11,7 @@ import tqdm
 PROGRESS = ("auto", "log", "none")
 LOG_EVERY_S = 10.0
 SHOWN_AFTER_S = 0.5  # shorter work shows no bar
+TICK_S = 0.5
 
 
 class _WholeLines:
@@ -54,3 +58,24 @@ def bar(
         rhythm: dict[str, Any] = dict(mininterval=LOG_EVERY_S, maxinterval=LOG_EVERY_S, miniters=1, delay=LOG_EVERY_S)
         return _LogLines(**common, **rhythm, file=_WholeLines(), ncols=100)
     return tqdm.tqdm(**common, disable=None if mode == "auto" else True, leave=leave, delay=0.0 if leave else SHOWN_AFTER_S)
+
+
+@contextlib.contextmanager
+def ticking(shown: tqdm.tqdm) -> Iterator[tqdm.tqdm]:
+    """A bar whose time goes on while nothing calls `update`, as during a compilation."""
+    if shown.disable:
+        yield shown
+        return
+    done, rhythm_s = threading.Event(), LOG_EVERY_S if isinstance(shown, _LogLines) else TICK_S
+
+    def tick() -> None:
+        while not done.wait(rhythm_s):
+            shown.refresh()
+
+    thread = threading.Thread(target=tick, name="specmoe-progress", daemon=True)
+    thread.start()
+    try:
+        yield shown
+    finally:
+        done.set()
+        thread.join()

@@ -67,6 +67,11 @@ def test_refusals_are_one_line(tmp_path):
         ({"do_sample": True}, {"temperature": 1.0}),
         ({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 50}, {"temperature": 0.6, "top_p": 0.9, "top_k": 50}),
         ({"do_sample": True, "temperature": 0, "top_k": 5}, {}),
+        (
+            {"repetition_penalty": 1.1, "min_p": 0.1, "suppress_tokens": [3, 5]},
+            {"repetition_penalty": 1.1, "banned_tokens": (3, 5)},
+        ),
+        ({"do_sample": True, "min_p": 0.05, "presence_penalty": 1.5}, {"temperature": 1.0, "min_p": 0.05, "presence_penalty": 1.5}),
     ],
 )
 def test_sampling_defaults(raw, expected, tmp_path):
@@ -74,8 +79,8 @@ def test_sampling_defaults(raw, expected, tmp_path):
     assert sampling_defaults(tmp_path) == expected
 
 
-@pytest.mark.parametrize("value", [-1, "hot", True, [], 2.5])
-@pytest.mark.parametrize("name", ["top_p", "top_k"])
+@pytest.mark.parametrize("value", [-1, "hot", True, [0.5], 1e9])
+@pytest.mark.parametrize("name", ["top_p", "top_k", "min_p", "repetition_penalty", "suppress_tokens"])
 def test_absurd_sampling_defaults_are_refused(name, value, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True, name: value}))
     with pytest.raises(CheckpointError, match=name):
@@ -83,9 +88,9 @@ def test_absurd_sampling_defaults_are_refused(name, value, tmp_path):
 
 
 WISHES = [
-    ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
-    ({"do_sample": True, "min_p": 0.05, "typical_p": 0.9}, "min_p=0.05, typical_p=0.9"),
-    ({"do_sample": True, "presence_penalty": 1.5, "temperature": 0.6}, "presence_penalty=1.5"),
+    ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size=3"),
+    ({"do_sample": True, "eta_cutoff": 0.05, "typical_p": 0.9}, "typical_p=0.9, eta_cutoff=0.05"),
+    ({"do_sample": True, "diversity_penalty": 1.5, "temperature": 0.6}, "diversity_penalty=1.5"),
 ]
 
 

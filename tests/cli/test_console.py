@@ -3,6 +3,7 @@
 import importlib
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -10,7 +11,7 @@ import tomllib
 import pytest
 
 import specmoe_jax
-from specmoe_jax.cli import main
+from specmoe_jax.cli import main, start
 from specmoe_jax.cli.flag_names import with_flags
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -19,17 +20,21 @@ HELP = "Generates text with a Mixture-of-Experts model whose experts stay in hos
 
 def console(capsys, monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["specmoe", *args])
-    code = 0
+    code, handlers = 0, {number: signal.getsignal(number) for number in start.STOPS}
     try:
         main.main()
     except SystemExit as e:
         code = e.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return code, *capsys.readouterr()
 
 
 def test_help_has_a_line_for_every_command(capsys, monkeypatch):
     code, out, err = console(capsys, monkeypatch, "--help")
-    lines = dict(re.findall(r"^  (\w+) +(\S.*)$", out, flags=re.M))
+    assert max(map(len, out.splitlines())) <= 80 and all(f"{title}:\n" in out for title in main.GROUPS)
+    lines = dict(re.findall(r"^  (\w+) +(\S.*)$", re.sub(r"\n {10,}", " ", out), flags=re.M))
     assert (code, err) == (0, "") and list(lines) == list(main.COMMANDS)
     assert lines["generate"] == HELP
 

@@ -30,6 +30,13 @@ def test_refusals(run_script, checkpoint):
 
 
 @pytest.mark.slow
+def test_the_prompts_are_not_overwritten(run_script, tmp_path):
+    (tmp_path / "p.txt").write_text("Call me\n")
+    ran = run_script("plan.py", "--model=demo", f"--prompts={tmp_path / 'p.txt'}", f"--output={tmp_path / 'p.txt'}")
+    assert ran.code == 1 and "--prompts and --output are both" in ran.err and (tmp_path / "p.txt").read_text() == "Call me\n"
+
+
+@pytest.mark.slow
 def test_a_plan_for_another_machine(run_script, tmp_path):
     """By its rates alone: nothing of this machine is measured."""
     ran = run_script("plan.py", "--model=demo", "--hardware=l4", "--host_memory_gib=32", f"--output={tmp_path / 'plan.json'}")

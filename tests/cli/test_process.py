@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from specmoe_jax.cli import common, start
@@ -94,22 +95,24 @@ def guarded(monkeypatch, capfd):
         signal.signal(number, handler)
 
 
-def left_by_its_reader():
+def left_by_its_reader(buffering):
     reads, writes = os.pipe()
     os.close(reads)
-    return io.TextIOWrapper(open(writes, "wb"))
+    return open(writes, "wb", buffering=buffering)
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("flush", [True, False])
-def test_a_reader_that_leaves_is_a_quiet_end(guarded, flush):
-    """`| head`, a pager that is left."""
-    with left_by_its_reader() as stdout:
+@pytest.mark.parametrize("buffering", [-1, 0], ids=["buffered", "unbuffered"])
+def test_a_reader_that_leaves_is_a_quiet_end(guarded, flush, buffering):
+    """`| head`, a pager that is left; PYTHONUNBUFFERED."""
+    with start.Stdout(io.TextIOWrapper(left_by_its_reader(buffering), write_through=buffering == 0)) as stdout:
         assert guarded(lambda: print("text", flush=flush), stdout) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_a_full_disk_behind_stdout_is_one_line(guarded):
-    with open("/dev/full", "w") as stdout:
+    with start.Stdout(open("/dev/full", "w")) as stdout:
         assert guarded(lambda: print("text"), stdout) == (1, "error: cannot write to stdout (No space left on device)\n")
 
 
@@ -118,10 +121,30 @@ def test_another_system_error_stays_what_it_is(guarded):
         guarded(lambda: open("/nowhere/x"))
 
 
-def test_memory_that_is_refused_is_one_line(guarded):
+@pytest.mark.every_case
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 1 GiB\nfor an array"),
+        RuntimeError("can't start new thread"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_is_refused_is_one_line(guarded, error):
+    """As under ulimit -v."""
+
     def main():
-        raise MemoryError("Unable to allocate 1 GiB\nfor an array")
+        raise error
 
     code, said = guarded(main)
     assert code == 1 and said.count("\n") == 1
-    assert said.startswith("error: the system gave no memory (Unable to allocate 1 GiB); give a smaller --batch_size")
+    assert said.startswith(f"error: the system gave no memory ({str(error).splitlines()[0]}); give a smaller --batch_size")
+
+
+def test_another_runtime_error_is_no_matter_of_memory(guarded):
+    def main():
+        raise RuntimeError("a fault of the program's own")
+
+    with pytest.raises(RuntimeError, match="own"):
+        guarded(main)

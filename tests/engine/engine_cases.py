@@ -1,5 +1,6 @@
 """What the engine's tests share: ragged prompts, ways to run them, and drafts that follow a script."""
 
+import jax
 import numpy as np
 
 import specmoe_jax as sm
@@ -34,6 +35,21 @@ def steps(engine, prompts=PROMPTS, params=GREEDY):
         residency = state.memory.residency
         state, info = engine.step(state)
         yield residency, state, info
+
+
+def reference(model, context, continuation, source=None):
+    """Log-probabilities by the forward without a cache, and whether all are the argmax. Padded: each shape compiles anew."""
+    tokens = np.zeros((1, TINY.max_positions if source is None else 16), np.int32)
+    tokens[0, : len(context) + len(continuation)] = (*context, *continuation)
+    if source is None:
+        logits = np.asarray(model.logits(tokens))[0]
+    else:
+        padded = np.zeros((1, 8), np.int32)
+        padded[0, : len(source)] = source
+        logits = np.asarray(model.logits(tokens, padded, [len(source)]))[0]
+    places = len(context) - 1 + np.arange(len(continuation))
+    logprobs = np.asarray(jax.nn.log_softmax(logits, axis=-1))[places, continuation]
+    return logprobs, (logits[places].argmax(-1) == continuation).all()
 
 
 class ScriptedDraft:

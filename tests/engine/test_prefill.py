@@ -5,6 +5,7 @@ import pytest
 from engine_cases import GREEDY, PROMPTS, plan, run
 
 import specmoe_jax as sm
+from specmoe_jax.engine.prefill import chunks_of, shared_positions
 from specmoe_jax.planner.memory.account import account
 from specmoe_jax.testing import TINY, eagle_head
 
@@ -68,7 +69,10 @@ def test_a_draft_observes_every_chunk_in_order(model, fused):
 
 def test_the_draft_set_is_of_the_whole_prompts(model):
     """The counts that choose it are the same, however the prompts are cut."""
-    states = [sm.Engine(model, plan(draft_experts=2, prefill_chunk=chunk)).init(PROMPTS, GREEDY) for chunk in (64, 4)]
+    states = [
+        sm.Engine(model, plan(draft_experts=2, draft_set="hot_global", prefill_chunk=chunk)).init(PROMPTS, GREEDY)
+        for chunk in (64, 4)
+    ]
     scores = [state.memory.usage_scores for state in states]
     assert (scores[0] == scores[1]).all()
     for state in states:
@@ -83,3 +87,58 @@ def test_what_waits_is_in_the_account(model):
     assert account(TINY, plan("on_demand", prefill_chunk=64), **size).hidden_bytes == 0
     assert account(TINY, plan("resident", prefill_chunk=16), **size).hidden_bytes == 0
     assert account(TINY, plan("on_demand", prefill_chunk=16), **size).hidden_bytes == 4 * 64 * TINY.hidden_size * 4
+
+
+HEADER = PROMPTS[4][:13]
+ALIKE = tuple(HEADER + prompt[:5] for prompt in (PROMPTS[2], PROMPTS[6], PROMPTS[7], (9,)))
+
+
+@pytest.fixture(scope="module")
+def one_by_one(model):
+    """Each prompt alone, where nothing is shared."""
+    return [run(model, plan("resident"), [prompt])[0][0] for prompt in ALIKE]
+
+
+@pytest.mark.parametrize("name", [*PLANS, "resident"])
+def test_what_prompts_share_is_computed_for_one(model, one_by_one, name):
+    a_plan = PLANS.get(name, plan("resident")).replace(prefill_chunk=4)
+    assert run(model, a_plan, ALIKE)[0] == one_by_one
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_draft_observes_what_is_shared_in_every_row(model, fused):
+    shape = {"draft": "eagle", "draft_length": 3}
+    runs = [
+        run(model, plan("on_demand", prefill_chunk=chunk, **shape), ALIKE, draft_head=eagle_head(model, fused=fused))
+        for chunk in (16, 4)
+    ]
+    assert runs[0][0] == runs[1][0]
+    assert runs[0][1]["acceptance_by_position"] == runs[1][1]["acceptance_by_position"]
+
+
+def test_what_is_shared_counts_for_every_row(model):
+    """The draft set is chosen by the same counts."""
+    scores = [
+        sm.Engine(model, plan(draft_set="hot_global", prefill_chunk=chunk)).init(ALIKE, GREEDY).memory.usage_scores
+        for chunk in (16, 4)
+    ]
+    assert scores[0].sum() == TINY.num_layers * 2 * sum(len(prompt) - 1 for prompt in ALIKE)
+    assert (scores[0] == scores[1]).all()
+
+
+def test_shared_positions():
+    a, b, c = (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 9, 9), (1, 2, 3, 7, 7)
+    assert shared_positions([a, b], 2) == 4
+    assert shared_positions([a, b, ()], 1) == 4
+    assert shared_positions([a, b, c], 2) == 2
+    assert shared_positions([a], 2) == shared_positions([a, ()], 2) == 0
+    assert shared_positions([a, a], 2) == 4  # the last token is the first step's
+    assert shared_positions([a, b, (1,)], 2) == 0
+    assert shared_positions([a, (1, 2, 3, 4)], 1) == 3
+
+
+def test_chunks_of_prompts_that_begin_alike():
+    first, second, third = chunks_of([(), (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 9, 8)], 2, shared=4)
+    assert [one.num_new.tolist() for one in (first, second, third)] == [[0, 2, 0], [0, 2, 0], [0, 1, 1]]
+    assert [(one.stands_for, one.spreads_row) for one in (first, second, third)] == [(2, None), (2, 1), (1, None)]
+    assert second.following.tolist() == [[0, 0], [4, 5], [4, 9]]

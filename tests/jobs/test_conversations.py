@@ -9,9 +9,10 @@ from specmoe_jax.checkpoints.channels import split_channels
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.requests.completion import Completion
-from specmoe_jax.jobs.job import error_record, record
+from specmoe_jax.jobs.job import _identity, error_record, record
 from specmoe_jax.jobs.prompts import as_chat, read_prompts
 from specmoe_jax.support.errors import RequestError
+from specmoe_jax.types import TokenLogprob
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if tools is not none %}[{{ tools|tojson }}]{% endif %}"
@@ -52,6 +53,39 @@ def test_what_a_line_says_reaches_the_template(tmp_path):
         "plain",
     ]
     assert rendered(tmp_path, *lines[-1:], every=True) == ["<user>plain"]
+
+
+def test_a_line_says_how_it_is_sampled(tmp_path):
+    asked = {"min_p": 0.1, "temperature": 0.5, "repetition_penalty": 1.2, "frequency_penalty": 0.1, "presence_penalty": -0.5}
+    ids = {"banned_tokens": [3, 4], "stop_token_ids": [5], "logprobs": 2, "prompt_logprobs": 0}
+    (prompt,) = read(tmp_path, {"prompt": "hi", "logit_bias": {"7": 1.5, "2": -1}} | asked | ids)
+    expected = asked | {"banned_tokens": (3, 4), "stop_token_ids": (5,), "logprobs": 2, "prompt_logprobs": 0}
+    assert prompt.params == SamplingParams(logit_bias={2: -1, 7: 1.5}, **expected)
+    (tmp_path / "g.jsonl").write_text('{"prompt": "a", "temperature": 0}')
+    (greedy,) = read_prompts(str(tmp_path / "g.jsonl"), prompt.params)
+    assert greedy.params.min_p == 0 and greedy.params.repetition_penalty == 1.2
+    for line, words in (
+        ({"logit_bias": {"x": 1}}, "a key is no id"),
+        ({"logits_processor": 1}, "unknown field 'logits_processor'"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            read(tmp_path, {"prompt": "hi"} | line)
+
+
+def test_an_older_jobs_identity_stays():
+    """Fields that came later count only where they are used."""
+    assert set(_identity(SamplingParams(temperature=0.5, top_k=3))) == {
+        "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "ignore_eos",
+    }  # fmt: skip
+    assert _identity(SamplingParams(logit_bias={3: 1.0}, logprobs=0)).keys() >= {"logit_bias", "logprobs"}
+
+
+def test_a_record_holds_the_logprobs_that_were_asked_for(tmp_path):
+    (prompt,) = read(tmp_path, {"prompt": "hi", "logprobs": 1})
+    told = (TokenLogprob(5, -0.5, ((7, -0.25),)),)
+    line = record(0, prompt, Completion(0, "hi", "x", (5,), "length", 1, logprobs=told))
+    assert json.loads(json.dumps(line["logprobs"])) == [{"token_id": 5, "logprob": -0.5, "top": [[7, -0.25]]}]
+    assert "prompt_logprobs" not in line and "error" not in line
 
 
 def test_the_text_of_a_conversation_is_its_last_message(tmp_path):
@@ -98,7 +132,7 @@ def test_a_batch_line_is_read(tmp_path):
 BAD_BATCH = [
     (batch({"messages": [HI], "n": 2}), "n is 2; built is 1 alone"),
     (batch({"messages": [HI], "stream": True}), "stream is True"),
-    (batch({"messages": [HI], "frequency_penalty": 0.5}), "frequency_penalty is 0.5; built is 0 alone"),
+    (batch({"messages": [HI], "frequency_penalty": 200}), "frequency_penalty is 200; it must be a number from -100"),
     (batch({"messages": [HI], "response_format": {"type": "json_object"}}), "response_format is"),
     (batch({"messages": [HI], "top_kk": 1}), "unknown field 'top_kk'"),
     (batch({"prompt": "x"}), "body has no messages, which /v1/chat/completions needs"),

@@ -59,7 +59,7 @@ def test_compiled_kernels_come_first(kernels):
         assert platforms == sorted(platforms, key=lambda platform: platform is None)
 
 
-PRODUCT = (jnp.ones((1, 1 << 16)),) * 2
+PRODUCT = (jnp.ones((1, 1 << 18)),) * 2  # of a MiB, the least that it takes
 ATTENTION_OPTIONS = dict(scale=1, window=None, softcap=None, chunk=None)
 CASES = {
     "chunked_attention": ((None,) * 9, ATTENTION_OPTIONS),

@@ -56,6 +56,19 @@ def test_tiles_agree_with_float64(xla_alone, name, weights):
     assert np.all(np.abs(np.asarray(jax.jit(ops.expert_ffn)(*args)) - want) <= 8 * 2.0**-24 * bound)
 
 
+@pytest.mark.parametrize("weights", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_experts_by_address_are_those_of_a_pool(isa, name, weights):
+    """Each in memory of its own, in another order than in the pool; bit for bit."""
+    x, blocks, slots = make(2, *SHAPES[name], weights, weights)
+    apart = [jnp.array(block) for block in reversed(blocks)]
+    addresses = np.array([block.unsafe_buffer_pointer() for block in reversed(apart)], np.uint64)
+    table = jnp.asarray(addresses.view(np.uint32).reshape(-1, 2))
+    hidden = blocks.shape[2]
+    found = jax.jit(lambda *args: ops.expert_ffn_table(*args, hidden=hidden))(x, table, slots)
+    assert (np.asarray(found) == np.asarray(jax.jit(lambda *args: ops.expert_ffn(*args))(x, blocks, slots))).all()
+
+
 @pytest.mark.slow
 def test_tiles_read_bits_and_no_unused_slots(xla_alone):
     test_bits_in_uint16_are_bfloat16(None)

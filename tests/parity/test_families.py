@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from specmoe_jax import PRESETS, Engine
 from specmoe_jax.checkpoints import load_model
 from specmoe_jax.models.families.registry import parse_config
 from specmoe_jax.models.packing.parts import matrix_kind
@@ -98,6 +99,25 @@ def test_logits(family, changes, tmp_path, record_property):
     error = assert_parity(load_model(str(tmp_path)), reference, VARIANT_SHAPES if changes else SHAPES)
     record_property("largest_difference", error)
     print(f"{family}: largest difference of a logit {error:.1e}")
+
+
+CONTEXT = (5, 99, 3, 17, 64, 8, 2, 120, 44, 9, 31)
+SCORED = ((CONTEXT, (7, 7, 3)), (CONTEXT, (7, 21, 3, 9, 88)), ((40,), (12, 3, 5, 77, 20, 6, 1, 55)), (CONTEXT * 2, (1, 100)))
+
+
+@pytest.mark.parametrize("family", RAW_CONFIGS | WITH_TOWERS)
+def test_scores(family, tmp_path):
+    """Log-probabilities of continuations, two of one context; beside batch mates, chunk by chunk, experts on demand."""
+    reference = write(tmp_path, family, {})
+    model = load_model(str(tmp_path))
+    engine = Engine(model, PRESETS["on_demand"](model.config).replace(batch_size=3, prefill_chunk=8))
+    for (context, continuation), score in zip(SCORED, engine.score(SCORED), strict=True):
+        with torch.no_grad():
+            logits = reference(torch.tensor([[*context, *continuation]]), use_cache=False).logits[0].float()
+        places, tokens = len(context) - 1 + torch.arange(len(continuation)), torch.tensor(continuation)
+        theirs = torch.log_softmax(logits, -1)[places, tokens].numpy()
+        np.testing.assert_allclose(score.logprobs, theirs, rtol=0, atol=TOLERANCE)
+        assert score.is_greedy == bool((logits[places].argmax(-1) == tokens).all())
 
 
 @pytest.mark.parametrize("family", FUSED)

@@ -39,12 +39,14 @@ HEAD = """# What is recommended where
 `specmoe explain --model=DIR --hardware=NAME` for ten pairs: prompts of 512 tokens, 128 new ones, bfloat16.
 **Predictions from data sheets, not measurements** ([planner](planner.md)); the hosts are assumed ([machines](machines.md)),
 and so is the acceptance of `draft=self` (0.6 a token). `int8` and `int4` pack the experts anew, which changes the model's
-numbers; they are named where the exact plan leaves experts off the accelerator and they are faster than it. Written by
-`python -m tests.planner.test_advice_table`; the plans in full: [advice.json](advice.json).
+numbers (gpt-oss is published in MXFP4 and stays so: exact); they are named where the exact plan leaves experts off the
+accelerator and they are faster than it. Written by `python -m tests.planner.test_advice_table`; the plans in full:
+[advice.json](advice.json).
 
 | model | machine | requests | exact plan | tokens/s | bound by | packed experts, tokens/s |
 |---|---|---|---|---|---|---|
 """
+UNSAID = {"micro_batches": (1,), "prefetch": ("none",), "retain": (False,)}
 SHOWN = ("draft_experts", "draft_length", "cached_experts", "retain", "prefetch", "micro_batches", "batch_size")
 
 
@@ -59,7 +61,7 @@ class Row(NamedTuple):
 
 
 def known_of(model: str, name: str) -> tuple[ModelConfig, Knowledge]:
-    config = parse_config(CONFIGS[model])
+    config = parse_config(CONFIGS[model]).with_packing("mxfp4" if "quantization_config" in CONFIGS[model] else None)
     encoder = config.encoder is not None
     workload = Workload(prompt_tokens=1 if encoder else 512, source_tokens=512 if encoder else 0, new_tokens=128)
     return config, Knowledge(machine(name), workload)
@@ -94,7 +96,7 @@ def flow(plan: dict) -> str:
 
 
 def described(plan: dict) -> str:
-    given = [f"{name}={plan[name]}" for name in SHOWN if plan[name] not in (None, False, "none", 1) or name == "batch_size"]
+    given = [f"{name}={plan[name]}" for name in SHOWN if plan[name] not in (None, *UNSAID.get(name, ()))]
     tier = ["expert_tier=disk"] if plan["expert_tier"] == "disk" else []
     return f"`{' '.join([flow(plan), *given, *tier]).replace('=True', '')}`"
 
@@ -141,10 +143,10 @@ def test_the_figures_that_started_it():
     prediction = evaluate(config, plan, known)
     active = 48 * 8 * prediction.account.expert_bytes + 2.9 * GIB - 151_936 * 2048 * 2  # without the embedding's table
     by_hand = 0.8 * known.hardware.accelerator_bytes_per_s / active
-    assert prediction.tokens_per_s == pytest.approx(by_hand, rel=0.35) and 100 < prediction.tokens_per_s < by_hand
+    assert by_hand / 2 < prediction.tokens_per_s < by_hand  # the rest are programs and attention
 
 
 if __name__ == "__main__":
-    rows = [row(*pair, requests) for pair in PAIRS for requests in (1, 64)]
+    rows = [row(*pair, requests) for pair in PAIRS for requests in (1, 64)]  # some minutes
     DOCUMENT.write_text(json.dumps([found._asdict() for found in rows], indent=1) + "\n")
     PAGE.write_text(HEAD + "".join(map(line, rows)), encoding="utf-8")

@@ -53,9 +53,12 @@ def test_none_of_all_plans_is_much_faster(link, rate, memory):
     assert found.runner_up is not None and found.runner_up.plan != found.best.plan
 
 
-def test_what_fits_and_drafts_nothing_is_resident():
-    plan = choose(TINY, KNOWN._replace(hardware=CPU), requests=12).best.plan
-    assert plan.expert_flow == "resident" and plan.batch_size == 12 and plan.device_memory_bytes is None
+@pytest.mark.parametrize(("hardware", "flow"), [(HARDWARE, "resident"), (CPU, "host_compute")])
+def test_what_fits_and_drafts_nothing_is_resident(hardware, flow):
+    """Where the accelerator is the CPU, in host memory itself, which takes no copy."""
+    plan = choose(TINY, KNOWN._replace(hardware=hardware), requests=12).best.plan
+    assert plan.expert_flow == flow and plan.batch_size == 12
+    assert (plan.device_memory_bytes is None) == hardware.accelerator_is_cpu
 
 
 TOO_SMALL = evaluate(TINY, PRESETS["resident"](TINY).replace(batch_size=1), KNOWN).account.accelerator_bytes - 1

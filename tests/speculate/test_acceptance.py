@@ -225,6 +225,12 @@ def test_params_of_one_request_serve_all_rows(batch):
     assert as_lists(one) == as_lists(accept(keys, tokens, probs, target, sampling_rows([SAMPLED] * 8)))
 
 
+def test_edits_that_come_before_are_refused(batch):
+    keys, tokens, probs, target, _ = batch
+    with pytest.raises(ValueError, match="params asks for edits of logits"):
+        accept(keys, tokens, probs, target, SamplingParams(temperature=1.0, banned_tokens=(1,)))
+
+
 def test_values_of_the_rows_do_not_recompile(batch):
     keys, tokens, probs, target, rows = batch
     fresh = jax.jit(lambda *args: accept(*args))

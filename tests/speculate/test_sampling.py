@@ -69,6 +69,23 @@ def test_ties_and_limits(params, wanted):
     np.testing.assert_array_equal(transform_logits(logits, sampling_rows([SamplingParams(temperature=2.0, **params)]))[0], wanted)
 
 
+@pytest.mark.every_case
+@pytest.mark.parametrize(
+    ("params", "wanted"),
+    [
+        ({"min_p": 0.5}, [0, 2 / 3, 1 / 3, 0]),  # as likely as the border: stays
+        ({"min_p": 0.51}, [0, 1, 0, 0]),
+        ({"min_p": 0.25, "top_k": 2}, [0, 2 / 3, 1 / 3, 0]),
+        ({"min_p": 0.99}, [0, 1, 0, 0]),
+        ({"min_p": 0.0}, [0.1, 0.5, 0.25, 0.15]),
+    ],
+)
+def test_min_p(params, wanted):
+    logits = jnp.log(jnp.asarray([[0.1, 0.5, 0.25, 0.15]]))
+    probs = transform_logits(logits, sampling_rows([SamplingParams(temperature=1.0, **params)]))[0]
+    np.testing.assert_allclose(probs, wanted, rtol=1e-5)
+
+
 def test_a_temperature_beyond_float32_is_a_flat_law():
     logits = jnp.asarray([[0.0, 1.0, -jnp.inf, 3.0]])
     third = transform_logits(logits, sampling_rows([SamplingParams(temperature=1e300)]))[0]
@@ -106,7 +123,7 @@ def test_rows_apply_to_every_position_of_their_row():
 
 def test_limits_of_a_batch_mate_change_no_bit():
     logits = jax.random.normal(jax.random.key(0), (2, V))
-    free, limited = SamplingParams(temperature=0.7), SamplingParams(temperature=1.0, top_k=2, top_p=0.5)
+    free, limited = SamplingParams(temperature=0.7), SamplingParams(temperature=1.0, top_k=2, top_p=0.5, min_p=0.1)
     alone = transform_logits(logits, sampling_rows([free, free]))
     np.testing.assert_array_equal(transform_logits(logits, sampling_rows([free, limited]))[0], alone[0])
 

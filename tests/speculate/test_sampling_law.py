@@ -15,6 +15,7 @@ from scipy import stats
 
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.speculate.acceptance import accept, accept_chances, next_distribution
+from specmoe_jax.speculate.logit_edits import chain_paths, edit_kinds, edit_logits, logit_edits
 from specmoe_jax.speculate.sampling import Stream, row_keys, sample, sampling_rows, transform_logits
 from specmoe_jax.testing.oracles import accepted_tokens
 from specmoe_jax.types import SamplingRows
@@ -23,6 +24,13 @@ V = 4
 BOS = V
 EMITTED = 3
 
+
+def odd_lengths_prefer_odd_tokens(ids, logits):
+    """A user's processor that depends on every token before."""
+    length = jnp.sum(ids >= 0)
+    return jnp.where((jnp.arange(V) + length) % 2 == 0, logits + 0.3 * ids[0].astype(jnp.float32), logits - 1.0)
+
+
 PARAMS = {
     "plain": SamplingParams(temperature=1.0),
     "top_k": SamplingParams(temperature=0.7, top_k=2),
@@ -30,6 +38,22 @@ PARAMS = {
     "both": SamplingParams(temperature=0.9, top_k=3, top_p=0.7),
     "greedy": SamplingParams(),
 }
+EDITED = {
+    "min_p": SamplingParams(temperature=1.2, min_p=0.2),
+    "min_p, top_k": SamplingParams(temperature=1.2, min_p=0.1, top_k=3),
+    "repetition_penalty": SamplingParams(temperature=1.0, repetition_penalty=1.8),
+    "presence_penalty": SamplingParams(temperature=1.0, presence_penalty=1.1),
+    "frequency_penalty": SamplingParams(temperature=0.8, frequency_penalty=0.9),
+    "logit_bias": SamplingParams(temperature=1.0, logit_bias={0: 1.5, 2: -1.0}),
+    "banned_tokens": SamplingParams(temperature=1.0, banned_tokens=(1,)),
+    "logits_processor": SamplingParams(temperature=1.0, logits_processor=odd_lengths_prefer_odd_tokens),
+    "all": SamplingParams(
+        temperature=0.9, top_p=0.95, min_p=0.02, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3,
+        logit_bias={3: 0.7}, banned_tokens=(0,), logits_processor=odd_lengths_prefer_odd_tokens,
+    ),
+    "greedy, repetition_penalty": SamplingParams(repetition_penalty=2.5, frequency_penalty=0.5),
+}  # fmt: skip
+PROMPT = (2,)  # of one token, which the repetition penalty sees and the others do not
 
 
 def table(seed: int, *, banned: slice = slice(0, 0)) -> np.ndarray:
@@ -50,16 +74,53 @@ def reference_probs(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
         if mass < params.top_p * total:
             probs[i] = weights[i]
         mass += weights[i]
+    probs[probs < params.min_p * probs.max()] = 0
     return probs / probs.sum()
+
+
+def reference_edit(logits: np.ndarray, params: SamplingParams, answer: tuple[int, ...]) -> np.ndarray:
+    """What `edit_logits` computes for one row of logits [V], token by token."""
+    edited = [float(x) for x in logits]
+    for token, amount in params.logit_bias:
+        edited[token] += amount
+    for token in {*PROMPT, *answer}:
+        edited[token] *= params.repetition_penalty if edited[token] < 0 else 1 / params.repetition_penalty
+    for token in set(answer):
+        edited[token] -= params.presence_penalty + params.frequency_penalty * answer.count(token)
+    for token in params.banned_tokens:
+        edited[token] = -np.inf
+    if params.logits_processor is not None:
+        ids = jnp.array([*PROMPT, *answer, *[-1] * 3])
+        edited = np.asarray(params.logits_processor(ids, jnp.asarray(edited, jnp.float32)))
+    return np.asarray(edited)
 
 
 def target_law(target: np.ndarray, params: SamplingParams) -> np.ndarray:
     """Exact law [V, V, V] of the first three tokens that the target alone would emit."""
-    law = np.zeros((V,) * EMITTED)
+    law, known = np.zeros((V,) * EMITTED), {}
+
+    def probs(logits, answer):
+        if answer not in known:
+            known[answer] = reference_probs(reference_edit(logits, params, answer), params)
+        return known[answer]
+
     for a, b, c in np.ndindex(law.shape):
-        steps = [(target[BOS, BOS], a), (target[BOS, a], b), (target[a, b], c)]
-        law[a, b, c] = np.prod([reference_probs(logits, params)[token] for logits, token in steps])
+        first, second, third = probs(target[BOS, BOS], ()), probs(target[BOS, a], (a,)), probs(target[a, b], (a, b))
+        law[a, b, c] = first[a] * second[b] * third[c]
     return law
+
+
+def edited(logits: jax.Array, tokens: np.ndarray, answers: list[tuple[int, ...]], params: list[SamplingParams]) -> jax.Array:
+    """Logits [B, N + 1, V] of a pass over drafted tokens [B, N] as the engine edits them."""
+    kinds = edit_kinds(params)
+    if kinds is None:
+        return logits
+    histories = [PROMPT + answer for answer in answers]
+    edits = logit_edits(kinds, params, histories, [len(PROMPT)] * len(params), positions=9)
+    return jitted_edit(logits, edits, chain_paths(jnp.asarray(tokens)))
+
+
+jitted_edit = jax.jit(edit_logits)
 
 
 def logits_along(logits: np.ndarray, context: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -110,7 +171,11 @@ def step_law(context, draft_length, target, draft, law, told, params) -> dict[tu
     """Law of what one step emits, 1 to N+1 tokens, over every outcome of the draft."""
     drafts = np.array(list(itertools.product(range(V), repeat=draft_length)), np.int32)
     contexts = np.tile(np.array(context, np.int32), (len(drafts), 1))
-    along = [jnp.asarray(logits_along(logits, contexts, drafts)) for logits in (target, draft)]
+    answers = [tuple(token for token in context if token != BOS)] * len(drafts)
+    along = [
+        edited(jnp.asarray(logits_along(logits, contexts, drafts)), drafts, answers, [params] * len(drafts))
+        for logits in (target, draft)
+    ]
     rows = sampling_rows([params] * len(drafts))
     q, chances, after = (np.asarray(x, np.float64) for x in step_algebra(*along, jnp.asarray(drafts), rows, law=law, told=told))
     emitted = {}
@@ -154,6 +219,26 @@ def test_joint_law_is_the_targets(case, params, draft_length):
     np.testing.assert_allclose(speculative_law(draft_length, *case, params), target_law(target, params), atol=1e-6, rtol=0)
 
 
+@pytest.mark.every_case
+@pytest.mark.parametrize("params", EDITED.values(), ids=EDITED.keys())
+def test_joint_law_of_edited_logits_is_the_targets(params):
+    for case in ("stochastic", "point_mass"):
+        law = speculative_law(2, *CASES[case], params)
+        np.testing.assert_allclose(law, target_law(TARGET, params), atol=1e-5, rtol=0)
+        if params.temperature:  # the edit does something
+            assert np.abs(law - target_law(TARGET, SamplingParams(temperature=params.temperature))).max() > 1e-3
+
+
+def test_the_law_sees_an_edit_that_forgets_the_drafted_tokens():
+    """Penalties by what was committed alone: the second token of a step would have another law."""
+    params, drafts = EDITED["presence_penalty"], np.array([[1]], np.int32)
+    logits = jnp.asarray(logits_along(TARGET, np.array([[BOS, BOS]]), drafts))
+    right = edited(logits, drafts, [()], [params])
+    forgetful = jitted_edit(logits, logit_edits(edit_kinds([params]), [params], [PROMPT], [1], 9), jnp.full((1, 2, 1), -1))
+    np.testing.assert_allclose(right[0, 1], reference_edit(logits[0, 1], params, (1,)), atol=1e-6)
+    assert np.abs(np.asarray(right - forgetful)).max() > 1
+
+
 def test_the_enumeration_sees_a_biased_draft():
     """Argmax picks told as softmax draws: the algebra is wrong by far more than the tolerance."""
     params = PARAMS["plain"]
@@ -181,9 +266,17 @@ def draft_one(keys, j, draft_logits, rows, *, law):
 jitted_accept = jax.jit(accept)
 
 
-def generate(target, draft, law, rows: SamplingRows, *, told: str, seed: int) -> np.ndarray:
-    """Runs draft and accept until every row has three tokens, [B, 3]. told: q, none or softmax."""
+def generate(target, draft, law, rows: SamplingRows, *, told: str, seed: int, params=None) -> np.ndarray:
+    """Runs draft and accept until every row has three tokens, [B, 3]. told: q, none or softmax. params: of all rows, if logits
+    are edited."""
     batch = len(rows.temperature)
+
+    def edit(logits, tokens):
+        if params is None:
+            return logits
+        answers = [tuple(line[2:end].tolist()) for line, end in zip(lines, lengths, strict=True)]
+        return edited(logits, tokens, answers, [params] * batch)
+
     seeds, ids = np.full(batch, seed), np.arange(batch)
     lines = np.full((batch, 2 + EMITTED * (DRAFT_LENGTH + 1)), BOS, np.int32)
     lengths = np.full(batch, 2)
@@ -193,12 +286,12 @@ def generate(target, draft, law, rows: SamplingRows, *, told: str, seed: int) ->
         draft_keys = row_keys(seeds, ids, lengths, stream=Stream.DRAFT)
         tokens, qs = np.zeros((batch, 0), np.int32), []
         for j in range(DRAFT_LENGTH):
-            logits = jnp.asarray(logits_along(draft, context, tokens)[:, -1])
+            logits = edit(jnp.asarray(logits_along(draft, context, tokens)), tokens)[:, -1]
             token, q = draft_one(draft_keys, np.uint32(j), logits, rows, law=law)
             tokens = np.concatenate([tokens, np.asarray(token)[:, None]], axis=1)
             qs.append(jax.nn.softmax(logits, axis=-1) if told == "softmax" else q)
         probs = None if told == "none" else jnp.stack(qs, axis=1)
-        target_logits = jnp.asarray(logits_along(target, context, tokens))
+        target_logits = edit(jnp.asarray(logits_along(target, context, tokens)), tokens)
         result = jitted_accept(row_keys(seeds, ids, lengths), jnp.asarray(tokens), probs, target_logits, rows)
         lines[column, lengths[:, None] + np.arange(DRAFT_LENGTH + 1)] = np.asarray(accepted_tokens(tokens, result))
         lengths = lengths + np.asarray(result.num_accepted) + 1
@@ -225,6 +318,18 @@ def same_rows(params: SamplingParams) -> SamplingRows:
 def test_samples_follow_the_target(law, told, params):
     strings = generate(TARGET, table(1), law, same_rows(PARAMS[params]), told=told, seed=7)
     assert p_value(strings, target_law(TARGET, PARAMS[params])) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("params", EDITED.values(), ids=EDITED.keys())
+def test_samples_of_edited_logits_follow_the_target(params):
+    some = sampling_rows([params] * (SAMPLES // 4))
+    strings = generate(TARGET, table(1), drawn, some, told="q", seed=9, params=params)
+    law = target_law(TARGET, params)
+    if params.temperature == 0:
+        assert (strings == np.unravel_index(law.argmax(), law.shape)).all()
+    else:
+        assert p_value(strings, law) > 1e-4
 
 
 def test_samples_of_mixed_rows_follow_each_rows_own_law():

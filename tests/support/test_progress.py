@@ -1,8 +1,11 @@
 """Progress in its three modes; figures in Prometheus' text format; traces."""
 
 import gzip
+import io
 import json
 import re
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -81,3 +84,26 @@ def test_no_trace(tmp_path):
     with trace(None):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_time_goes_on_where_nothing_calls_update(monkeypatch):
+    """A compilation tells nothing until it is over; its bar was shown then."""
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr(progress, "TICK_S", 0.01)
+    with progress.bar("compile", None, "step", mode="auto", leave=False) as shown, progress.ticking(shown):
+        deadline = time.monotonic() + 10
+        while "compile: 0step" not in terminal.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert "compile: 0step" in terminal.getvalue()
+    assert not any(thread.name == "specmoe-progress" for thread in threading.enumerate())
+
+
+def test_a_silent_bar_has_no_thread():
+    with progress.bar("compile", None, "step", mode="none") as shown, progress.ticking(shown):
+        assert not any(thread.name == "specmoe-progress" for thread in threading.enumerate())

@@ -189,6 +189,11 @@ def write_nllb(published: pathlib.Path, reference: pathlib.Path) -> None:
         **{k: v for k, v in NLLB.items() if k not in ("architectures", "model_type", "torch_dtype")}
     )
     model = transformers.NllbMoeForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            # The head is the embedding, so with the usual start every token would be answered by itself.
+            if weight.ndim == 2 and not any(part in name for part in ("shared", "embed", "router", "lm_head")):
+                weight *= 6.0
     model.save_pretrained(reference)
     state = {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     names, half, index = sorted(state), len(state) // 2, {}

@@ -35,12 +35,12 @@ import torch, transformers
 folder, prompts, count, encoder = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
 kind = transformers.AutoModelForSeq2SeqLM if encoder else transformers.AutoModelForCausalLM
 model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+model.generation_config.eos_token_id = None  # an end token is a token like another, as with --ignore_eos
 rows = []
 for ids in prompts:
     ids = torch.tensor([ids])
     with torch.no_grad():
-        lengths = dict(max_new_tokens=count, min_new_tokens=count)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, **lengths)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, max_new_tokens=count)
     rows.append(out[0, 1 if encoder else ids.shape[1]:].tolist())
 print(json.dumps(rows))
 """

@@ -11,6 +11,7 @@ from specmoe_jax.engine import stages
 from specmoe_jax.engine.drafting import step_coupled_keys, step_keys
 from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.runtime import Runtime
+from specmoe_jax.engine.scoring.logprobs import LogProbs
 from specmoe_jax.engine.state import HostKV, State
 from specmoe_jax.speculate.sampling import Stream
 from specmoe_jax.speculate.trees import accept_tree, accept_tree_coupled, accept_tree_greedy
@@ -22,12 +23,16 @@ _accept_tree, _accept_tree_coupled, _accept_tree_greedy = (
 
 
 class Verified(NamedTuple):
-    """What a pass found of a proposal. sound: [B], positions from the first on whose logits give a distribution."""
+    """What a pass found of a proposal. sound: [B], positions from the first on whose logits give a distribution.
+
+    logprobs: [B, N + 1, ...] of the tokens after each position if the run goes on; None where no request asks.
+    """
 
     target_pass: TargetPass
     result: AcceptResult
     sound: np.ndarray
     proposal: Proposal
+    logprobs: LogProbs | None = None
 
 
 def accepted_path(runtime: Runtime, state: State, proposal: Proposal, logits: jax.Array) -> AcceptedPath:
@@ -52,6 +57,8 @@ def compact_accepted_path(
 
     The draft's cache needs no such move: it is extended by the target's features of the committed tokens, over its own rows.
     """
+    # Of a row that joins in this pass the choice means nothing, but its prompt is already in the cache.
+    accepted = accepted._replace(num_accepted=jnp.where(state.active, accepted.num_accepted, 0))
     where = runtime.cache_tier.beside_cache(runtime, (jnp.asarray(state.lengths), accepted.path, accepted.num_accepted))
     if isinstance(verified.kv, HostKV):
         table = jax.device_put(verified.kv.pages.table, runtime.context.host)

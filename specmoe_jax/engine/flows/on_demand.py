@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.engine import stages
 from specmoe_jax.engine.flows.layer_passes import embed, features, fetched, finished
 from specmoe_jax.engine.flows.migration import LayerInfo, execute_waves, migrate_and_compute, needed_experts
 from specmoe_jax.engine.flows.pooled import PooledFlowExecutor
@@ -72,14 +73,14 @@ class OnDemandFlowExecutor(PooledFlowExecutor):
         passing = [_Passing(runtime, chunk) for chunk in chunks]
         totals = np.zeros((runtime.config.num_moe_layers, runtime.config.num_experts), np.int64)
         for layer, moe in enumerate(runtime.config.moe_index):
-            counts = None if moe is None else totals[moe]
+            counts = np.zeros(runtime.config.num_experts, np.int64) if moe is None else totals[moe]
             for one in passing:
                 memory, kv, counts = one.layer(layer, memory, kv, counts, more=one is not passing[-1])
             if moe is not None:
                 totals[moe] = counts
             on_positions(positions * (layer + 1) // layers - positions * layer // layers)
         for one in passing:
-            observe(one.chunk, one.features())
+            observe(one.chunk, one.features(), one.h)
         return memory, kv, totals
 
     def encoder_experts(
@@ -102,8 +103,8 @@ class _Passing:
         self._nothing = np.zeros((runtime.config.num_moe_layers, runtime.config.num_experts), np.int64)
 
     def layer(
-        self, layer: int, memory: ExpertMemory, kv: KVCache, counts: np.ndarray | None, *, more: bool
-    ) -> tuple[ExpertMemory, KVCache, np.ndarray | None]:
+        self, layer: int, memory: ExpertMemory, kv: KVCache, counts: np.ndarray, *, more: bool
+    ) -> tuple[ExpertMemory, KVCache, np.ndarray]:
         """counts: [E], choices of the chunks before it; more: whether others follow. -> memory, kv, counts with its own."""
         runtime, moe = self._runtime, self._runtime.config.moe_index[layer]
         if layer in runtime.feature_layers:
@@ -113,12 +114,19 @@ class _Passing:
             h, _, k, v = runtime.cache_tier.resident_layer(runtime, layer, h, kv, *where, memory.pool, None)
         else:
             _, h, x, routing, k, v = runtime.cache_tier.attention(runtime, layer, h, kv, *where)
-            assert routing is not None and counts is not None
+            assert routing is not None
             h, memory, info = migrate_and_compute(runtime, moe, memory, h, x, routing, counts, self._nothing, more=more)
-            h, counts = finished(h), info.counts
+            h, counts = finished(h), counts + self.chunk.stands_for * (info.counts - counts)
+        if self.chunk.spreads_row is not None:
+            k, v = (stages.spread_row(cache, np.int32(self.chunk.spreads_row)) for cache in (k, v))
         self._h = self._waiting(h)
         keys, values = (*kv.k[:layer], k, *kv.k[layer + 1 :]), (*kv.v[:layer], v, *kv.v[layer + 1 :])
         return memory, kv._replace(k=keys, v=values), counts
+
+    @property
+    def h(self) -> jax.Array:
+        """What waits between two layers; after the last one, its output."""
+        return self._h
 
     def features(self) -> jax.Array | None:
         """What the draft takes, after the last layer."""

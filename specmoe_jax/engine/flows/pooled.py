@@ -1,5 +1,7 @@
 """What the flows over a pool of expert slots share: prompts run before the first step, and batches one after the other."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 import jax
@@ -7,22 +9,25 @@ import numpy as np
 
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine import figures as metrics
+from specmoe_jax.engine import stages
 from specmoe_jax.engine.flows import protocol
 from specmoe_jax.engine.flows.encode import encode
 from specmoe_jax.engine.flows.protocol import Chunk, TargetPass
 from specmoe_jax.engine.prefill import prefill
 from specmoe_jax.engine.requests.completion import TokenEvent, step_events
+from specmoe_jax.engine.requests.logprobs import PromptLogprobs
 from specmoe_jax.engine.requests.prepare import BatchShape
 from specmoe_jax.engine.requests.status import DECODING, EMPTY
 from specmoe_jax.engine.resources import new_draft_memory
 from specmoe_jax.engine.runtime import Runtime
+from specmoe_jax.engine.scoring.layout import CHAIN, ReadPass, ReadRow, read_passes, tree_nodes
 from specmoe_jax.engine.session import Session
 from specmoe_jax.engine.state import ExpertMemory, Request, State, StepInfo
 from specmoe_jax.engine.step import moved
 from specmoe_jax.offload import retained_experts
 from specmoe_jax.offload.residency import empty, plan_layer
 from specmoe_jax.speculate.sampling import sampling_rows
-from specmoe_jax.support.progress import bar
+from specmoe_jax.support.progress import bar, ticking
 from specmoe_jax.support.timing import Stopwatch
 from specmoe_jax.support.tracing import span
 from specmoe_jax.types import KVCache, Tree
@@ -89,8 +94,13 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
         nothing = np.zeros_like(totals)
         for chunk in chunks:
             done = self.target_pass(runtime, memory, kv, *chunk[:3], earlier=totals, predicted=nothing)
-            memory, kv, totals = done.memory, done.kv, done.counts
-            observe(chunk, done.features)
+            assert done.h is not None  # of a streamed pass alone
+            memory, kv = done.memory, done.kv
+            totals = totals + chunk.stands_for * (done.counts - totals)
+            if chunk.spreads_row is not None:
+                spread = functools.partial(stages.spread_row, row=np.int32(chunk.spreads_row))
+                kv = kv._replace(k=tuple(map(spread, kv.k)), v=tuple(map(spread, kv.v)))
+            observe(chunk, done.features, done.h)
             on_positions(int(chunk.num_new.max()))
         return memory, kv, totals
 
@@ -99,6 +109,35 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
     ) -> Generator[TokenEvent, None, None]:
         for start in range(0, len(requests), batch_shape.rows):
             yield from self._run_batch(session, requests[start : start + batch_shape.rows], batch_shape, on_step)
+
+    def read(self, session: Session, rows: Sequence[ReadRow], batch_shape: BatchShape) -> Iterator[tuple[ReadPass, jax.Array]]:
+        """Batch after batch, rows of similar length beside each other."""
+        job = session.resources.take(batch_shape)
+        before, memory = moved(job.runtime), session.resources.expert_memory(job)
+        runtime = dataclasses.replace(job.runtime, draft=None)  # nothing is drafted, so it need not be shown what is read
+        kv, width, nodes = session.resources.new_cache(batch_shape), batch_shape.rows, tree_nodes(rows)
+        nothing = np.zeros(memory.usage_scores.shape, np.int64)
+        order = sorted(range(len(rows)), key=lambda number: -len(rows[number].chain))
+        for start in range(0, len(rows), width):
+            batch = order[start : start + width]
+            if batch_shape.source:
+                sources = [rows[number].source for number in batch] + [()] * (width - len(batch))
+                memory, cross = encode(self, runtime, memory, sources, batch_shape.source)
+                kv = kv._replace(cross=cross)
+            passes = read_passes(rows, batch, width=width, chunk=batch_shape.chunk, nodes=nodes)
+            chains, found = [one for one in passes if one.tree == CHAIN], []
+            chunks = [Chunk(one.tokens, one.lengths, one.num_new, following=one.tokens) for one in chains]
+            how = (lambda chunk, features, h, found=found: found.append(h), lambda positions: None)
+            memory, kv, _ = self.prompt_pass(runtime, memory, kv, chunks, *how)
+            yield from zip(chains, found, strict=True)
+            for one in passes[len(chains) :]:
+                where = (one.tokens, one.lengths, one.num_new)
+                done = self.target_pass(runtime, memory, kv, *where, earlier=nothing, predicted=nothing, tree=one.shape_of_tree)
+                assert done.h is not None
+                memory, kv = done.memory, done.kv
+                yield one, done.h
+        session.figures.add_score_bytes(before, moved(runtime))
+        session.resources.keep(runtime, memory)
 
     def _run_batch(self, session: Session, requests: list[Request], batch_shape: BatchShape, on_step) -> Iterator[TokenEvent]:
         watch = Stopwatch()
@@ -132,10 +171,11 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
             )
             kv = kv._replace(cross=cross)
         draft_memory = new_draft_memory(runtime, batch_shape)
-        with bar("prefill", max(map(len, prompts)) - 1, "position", mode=session.progress, leave=False) as shown, span("prefill"):
-            memory, kv, draft_memory = prefill(
-                self, runtime, memory, kv, prompts, batch_shape.chunk, draft_memory, on_positions=shown.update
-            )
+        shown = bar("prefill", max(map(len, prompts)) - 1, "position", mode=session.progress, leave=False)
+        with shown, ticking(shown), span("prefill"):
+            told = PromptLogprobs(runtime, rows, batch_shape.options)
+            how = {"on_positions": shown.update, "on_states": told.add if told.wanted else None}
+            memory, kv, draft_memory = prefill(self, runtime, memory, kv, prompts, batch_shape.chunk, draft_memory, **how)
             jax.block_until_ready((kv, draft_memory))
         session.figures.add_prefill(watch.seconds)
         state = State(
@@ -150,6 +190,9 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
             adaptive_length=session.resources.new_adaptive_length(batch_shape),
             draft_memory=draft_memory,
             runtime=runtime,
+            options=batch_shape.options,
+            logprobs=((),) * len(rows),
+            prompt_logprobs=told.rows,
         )
         state = session.warm(state, batch_shape)
         session.figures.add_prefill_bytes(before, moved(runtime))  # to warm up may change a draft set

@@ -3,7 +3,7 @@
 The flows are resident.py, on_demand.py and stream.py; the tiers are in kv_tiers.py. The other modules are parts of them.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -14,6 +14,7 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.engine.requests.completion import TokenEvent
 from specmoe_jax.engine.requests.prepare import BatchShape
 from specmoe_jax.engine.scheduler import PromptChunk
+from specmoe_jax.engine.scoring.layout import ReadPass, ReadRow
 from specmoe_jax.engine.state import Cache, ExpertMemory, PassInfo, Request, State, StepInfo
 from specmoe_jax.speculate.drafts.protocol import TokenChoice
 from specmoe_jax.speculate.hot_experts.substitution import DraftSlots
@@ -28,7 +29,7 @@ class TargetPass(NamedTuple, Generic[Cache]):
     """h: [B, T, M] after the last layer, None if all rows only joined. counts: [L, E] int64, how often each expert was chosen.
 
     features: [B, T, M'], what the draft takes of the hidden states; None where it takes nothing. prompts: of a streamed pass,
-    the chunks that joined and their features.
+    the chunks that joined and their features. prompt_states: the chunks and their h [b, T, M].
     """
 
     h: jax.Array | None
@@ -38,6 +39,7 @@ class TargetPass(NamedTuple, Generic[Cache]):
     info: PassInfo
     features: jax.Array | None = None
     prompts: tuple[tuple[PromptChunk, jax.Array], ...] = ()
+    prompt_states: tuple[tuple[PromptChunk, jax.Array], ...] = ()
 
 
 class Unfinished(NamedTuple):
@@ -76,13 +78,16 @@ class ResidentPass(NamedTuple):
 class Chunk(NamedTuple):
     """A part of all prompts of a batch. tokens: [B, T] at positions lengths[b] + t; rows t >= num_new[b] are padding.
 
-    following: [B, T], the token after each.
+    following: [B, T], the token after each. stands_for: rows that begin alike, of which the chunk computes one alone.
+    spreads_row: that row, after the last of such chunks: its cache is copied to all rows.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     num_new: np.ndarray
     following: np.ndarray
+    stands_for: int = 1
+    spreads_row: int | None = None
 
 
 class ExpertFlowExecutor(Protocol[R, S]):
@@ -115,6 +120,10 @@ class ExpertFlowExecutor(Protocol[R, S]):
         """All requests, as many at a time as the batch has rows."""
         ...
 
+    def read(self, session: S, rows: Sequence[ReadRow], batch_shape: BatchShape) -> Iterator[tuple[ReadPass, jax.Array]]:
+        """Reads texts and generates nothing: every pass with its h [b, T, M] after the last layer, as soon as it is there."""
+        ...
+
 
 class PooledFlowExecutor(ExpertFlowExecutor[R, S], Protocol):
     """A flow over a pool of slots, which runs prompts and encoders before the first step."""
@@ -145,12 +154,13 @@ class PooledFlowExecutor(ExpertFlowExecutor[R, S], Protocol):
         memory: ExpertMemory,
         kv: KVCache,
         chunks: Sequence[Chunk],
-        observe: Callable[[Chunk, jax.Array | None], object],
+        observe: Callable[[Chunk, jax.Array | None, jax.Array], object],
         on_positions: Callable[[int], object],
     ) -> tuple[ExpertMemory, KVCache, np.ndarray]:
         """The exact model over prompts. -> memory, kv, and how often each expert [L, E] was chosen.
 
-        observe: called with each chunk and what the draft takes of it. on_positions: with the positions done since the last call.
+        observe: called with each chunk, what the draft takes of it, and h [B, T, M] after the last layer. on_positions: with the
+        positions done since the last call.
         """
         ...
 

@@ -117,7 +117,7 @@ def draft_chain(
     def one(position, carry):
         token, tokens, probs, k, v = carry
         logits, _, k, v = _forward(config, weights, k, v, cross, pool, slots, token, lengths + position, num_new)
-        token, q = choose_token(choice, position, logits)
+        token, q = choose_token(choice, position, logits, tokens)
         return token, tokens.at[:, position].set(token), None if q is None else probs.at[:, position].set(q), k, v
 
     with jax.named_scope("draft"):

@@ -1,6 +1,7 @@
 """The experts of every layer cross the link once a pass (SpecMoEOff): one job, whose rows are filled from a queue."""
 
-from collections.abc import Callable, Generator
+import dataclasses
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,13 @@ from specmoe_jax.engine.requests.status import EMPTY
 from specmoe_jax.engine.resources import new_draft_memory
 from specmoe_jax.engine.runtime import Runtime, empty_pages
 from specmoe_jax.engine.scheduler import MicroBatch, admit, empty_chunk, prompt_chunks, rows_of
+from specmoe_jax.engine.scoring.layout import ReadPass, ReadRow, read_passes, tree_nodes
+from specmoe_jax.engine.scoring.prefixes import batches
 from specmoe_jax.engine.session import Session
 from specmoe_jax.engine.state import Buffers, ExpertMemory, HostKV, PassInfo, Request, State, StepInfo
 from specmoe_jax.engine.step import Moved, moved
 from specmoe_jax.kv_cache.page_table import Pages, no_pages
-from specmoe_jax.kv_cache.positions import KV_PAGE, staged_positions
+from specmoe_jax.kv_cache.positions import KV_PAGE, prefill_rows, staged_positions
 from specmoe_jax.offload.residency import empty
 from specmoe_jax.speculate.sampling import sampling_rows
 from specmoe_jax.support.errors import PlanError
@@ -92,6 +95,7 @@ class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
             info=PassInfo(hits=hits, misses=missed, fetched=missed, waves=0, prefetched=0, prefetch_hits=0, routing=None),
             features=_all_rows(runtime, features[:decoded], running) if features else None,
             prompts=tuple(zip(prompts, features[decoded:], strict=True)) if features else (),
+            prompt_states=tuple(zip(prompts, done.h[decoded:], strict=True)) if micro_batches else (),
         )
 
     def init(self, session: Session, requests: list[Request], batch_shape: BatchShape) -> State[HostKV]:
@@ -128,6 +132,24 @@ class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
             yield from step_events(session.model, state, info, watches)
         session.resources.put_back(state, batch_shape)
 
+    def read(self, session: Session, rows: Sequence[ReadRow], batch_shape: BatchShape) -> Iterator[tuple[ReadPass, jax.Array]]:
+        """All rows in one pass, so that each layer crosses the link once; in several where the cache has no pages for all."""
+        runtime, account = job = session.resources.take(batch_shape)
+        before, memory = moved(runtime), session.resources.expert_memory(job)
+        runtime = dataclasses.replace(runtime, draft=None)  # nothing is drafted, so it need not be shown what is read
+        kv, nodes = _new_host_kv(runtime, no_pages(1, batch_shape.positions, account.kv_pages), batch_shape.chunk), tree_nodes(rows)
+        widths = {"width": prefill_rows(len(rows), batch_shape.chunk), "tree_width": prefill_rows(len(rows), max(nodes, 1))}
+        for heads, batch, pages in batches(rows, batch_shape.positions, account.kv_pages):
+            passes = [
+                one for some in (heads, batch) for one in read_passes(rows, some, chunk=batch_shape.chunk, nodes=nodes, **widths)
+            ]
+            assert memory.buffers is not None
+            done = stream_pass(runtime, memory.buffers, kv, [_read_micro_batch(pages, one) for one in passes])
+            kv, memory = done.kv, memory._replace(buffers=done.buffers)
+            yield from zip(passes, done.h, strict=True)
+        session.figures.add_score_bytes(before, moved(runtime))
+        session.resources.keep(runtime, memory)
+
     def _init_queue(self, session: Session, requests: list[Request], batch_shape: BatchShape) -> tuple[State[HostKV], Moved]:
         """A compiled state with no request in its rows, and what had moved before its pool was made."""
         runtime, account = job = session.resources.take(batch_shape)
@@ -146,10 +168,20 @@ class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
             adaptive_length=session.resources.new_adaptive_length(batch_shape),
             draft_memory=new_draft_memory(runtime, batch_shape),
             runtime=runtime,
+            options=batch_shape.options,
+            logprobs=((),) * batch_shape.rows,
+            prompt_logprobs=((),) * batch_shape.rows,
         )
         for kind in {p.temperature == 0: p for p in params}.values():  # greedy and sampled batches run different programs
             state = session.warm(state._replace(rows=sampling_rows([kind] * batch_shape.rows)), batch_shape)
         return state, before
+
+
+def _read_micro_batch(pages: dict[int, np.ndarray], one: ReadPass) -> MicroBatch:
+    """pages: [P] of each row."""
+    nothing = np.full_like(next(iter(pages.values())), -1)
+    table = np.stack([pages.get(number, nothing) for number in one.rows.tolist()])
+    return MicroBatch(one.tokens, table, one.lengths, one.num_new, offloaded=True, tree=one.shape_of_tree)
 
 
 def _first_buffers(runtime: Runtime) -> Buffers:

@@ -8,9 +8,10 @@ import numpy as np
 
 from specmoe_jax.checkpoints.channels import split_channels
 from specmoe_jax.engine.requests.finish import final_text
-from specmoe_jax.engine.state import Request, State, StepInfo
+from specmoe_jax.engine.state import State, StepInfo
 from specmoe_jax.models.model import Model
 from specmoe_jax.support.timing import Stopwatch
+from specmoe_jax.types import TokenLogprob
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Completion:
     """One finished request.
 
     finish_reason: "stop" (end of sequence or a stop string), "length", or "error", whose reason is in `error`; what was
-    generated before is kept.
+    generated before is kept. logprobs: of each new token, and prompt_logprobs: of each of the prompt's but the first, where
+    SamplingParams asks for them.
     """
 
     id: int
@@ -28,6 +30,8 @@ class Completion:
     finish_reason: str
     num_prompt_tokens: int
     error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
     @property
     def channels(self) -> dict[str, str]:
@@ -44,13 +48,14 @@ _NOT_FINITE = (
 class TokenEvent(NamedTuple):
     """Tokens that one request got in one step; completion is set with its last ones.
 
-    elapsed_s: seconds since the prefill of the request's batch began.
+    elapsed_s: seconds since the prefill of the request's batch began. logprobs: of the tokens, where the request asks for them.
     """
 
     id: int
     token_ids: tuple[int, ...]
     completion: Completion | None
     elapsed_s: float
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 def step_events(model: Model, state: State, info: StepInfo, watches: dict[int, Stopwatch]) -> Iterator[TokenEvent]:
@@ -59,11 +64,14 @@ def step_events(model: Model, state: State, info: StepInfo, watches: dict[int, S
         request, tokens, reason = state.requests[row], state.generated[row], state.statuses[row].reason
         assert request is not None  # the row is active
         new = tokens[info.start[row] :]
-        completion = None if reason is None else _completion(model, request, tokens, reason)
-        yield TokenEvent(id=request.id, token_ids=new, completion=completion, elapsed_s=watches[request.id].seconds)
+        completion = None if reason is None else _completion(model, state, int(row), reason)
+        logprobs = None if request.params.logprobs is None else state.logprobs[row][info.start[row] :]
+        yield TokenEvent(request.id, new, completion, watches[request.id].seconds, logprobs)
 
 
-def _completion(model: Model, request: Request, tokens: tuple[int, ...], reason: str) -> Completion:
+def _completion(model: Model, state: State, row: int, reason: str) -> Completion:
+    request, tokens = state.requests[row], state.generated[row]
+    assert request is not None  # it has finished
     tokenizer, ends = model.tokenizer, model.config.eos_token_ids + request.stop_ids
     return Completion(
         id=request.id,
@@ -73,4 +81,6 @@ def _completion(model: Model, request: Request, tokens: tuple[int, ...], reason:
         finish_reason=reason,
         num_prompt_tokens=len(request.source or request.token_ids),
         error=_NOT_FINITE.format(request.id, len(tokens)) if reason == "error" else None,
+        logprobs=None if request.params.logprobs is None else state.logprobs[row],
+        prompt_logprobs=None if request.params.prompt_logprobs is None else state.prompt_logprobs[row],
     )

@@ -12,12 +12,13 @@ from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.sampling_params import SamplingParams
-from specmoe_jax.engine.state import Request
+from specmoe_jax.engine.state import JobOptions, Request
 from specmoe_jax.models.eagle.config import EagleConfig
 from specmoe_jax.planner.memory.account import cache_positions
 from specmoe_jax.planner.memory.fit import Memories, accounted, nearest, with_nearest
 from specmoe_jax.planner.memory.memory_account import DraftMemory, MemoryAccount, PagedLoad
 from specmoe_jax.planner.workload import Workload
+from specmoe_jax.speculate.logit_edits import edit_kinds
 from specmoe_jax.support.errors import BudgetError, RequestError
 from specmoe_jax.support.validation import is_text, shown
 
@@ -37,7 +38,7 @@ class Reader(Protocol):
 class BatchShape(NamedTuple):
     """The compiled shapes: rows, KV positions S and prefill chunk. paged: what a streamed batch may fill, else None.
 
-    source: positions of an encoder, 0 without one.
+    source: positions of an encoder, 0 without one. options: of the steps, which compile differently for each.
     """
 
     rows: int
@@ -45,6 +46,7 @@ class BatchShape(NamedTuple):
     chunk: int
     paged: PagedLoad | None = None
     source: int = 0
+    options: JobOptions = JobOptions()
 
 
 def resolved(plan: Plan) -> Plan:
@@ -69,7 +71,15 @@ def batch_shape_of(plan: Plan, requests: list[Request]) -> BatchShape:
         chunk=min(plan.prefill_chunk, 1 << max(prompt - 2, 0).bit_length()),
         paged=plan.flow.paged_load(plan, [(len(request.token_ids), request.limit) for request in requests], rows),
         source=source and max(8, 1 << (source - 1).bit_length()),
+        options=_options([request.params for request in requests]),
     )
+
+
+def _options(params: list[SamplingParams]) -> JobOptions:
+    def most(name: str) -> int | None:
+        return max((count for p in params if (count := getattr(p, name)) is not None), default=None)
+
+    return JobOptions(logprobs=most("logprobs"), prompt_logprobs=most("prompt_logprobs"), edits=edit_kinds(params))
 
 
 def job_account(config: ModelConfig, plan: Plan, batch_shape: BatchShape, draft: DraftMemory) -> MemoryAccount:
@@ -179,8 +189,9 @@ def _request(model: Reader, index: int, prompt: str | Sequence[int], params: Sam
     if text == "":  # also where the tokenizer would put a token of its own before it
         raise RequestError(f"prompt {index} is empty; give at least one character")
     token_ids = tuple(model.tokenizer.encode(prompt)) if isinstance(prompt, str) else _token_ids(index, prompt)
-    stop_ids = _stop_ids(index, model.tokenizer, params.stop)
+    stop_ids = _stop_ids(index, model.tokenizer, params.stop) + params.stop_token_ids
     window, vocab = model.config.max_positions, model.config.vocab_size
+    _check_vocabulary(index, params, vocab, has_encoder=model.config.encoder is not None)
     if not token_ids:
         raise RequestError(f"prompt {index} is empty; give at least one token")
     if not all(0 <= token < vocab for token in token_ids):
@@ -199,6 +210,25 @@ def _request(model: Reader, index: int, prompt: str | Sequence[int], params: Sam
         raise RequestError(f"prompt {index} holds the padding token {model.config.embedding.pad_id}; leave it out")
     limit = min(params.max_new_tokens, window - len(encoder.start))
     return Request(id=index, prompt=text, token_ids=encoder.start, params=params, limit=limit, source=token_ids, stop_ids=stop_ids)
+
+
+def _check_vocabulary(index: int, params: SamplingParams, vocab: int, *, has_encoder: bool) -> None:
+    """What of the parameters depends on the model. Raises RequestError."""
+    biased = (token for token, _ in params.bias_pairs)
+    for name, ids in (("logit_bias", biased), ("banned_tokens", params.banned_tokens), ("stop_token_ids", params.stop_token_ids)):
+        if outside := [token for token in ids if token >= vocab]:
+            raise RequestError(f"prompt {index}: {name} names token {outside[0]}, outside 0..{vocab - 1}, the model's vocabulary")
+    if len(set(params.banned_tokens)) == vocab:
+        raise RequestError(f"prompt {index}: banned_tokens bans all {vocab} tokens; leave at least one")
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(params, name) or 0) > vocab:
+            raise RequestError(
+                f"prompt {index}: {name} is {getattr(params, name)} and the vocabulary has {vocab} tokens; give less"
+            )
+    if has_encoder and params.prompt_logprobs is not None:
+        raise RequestError(
+            f"prompt {index}: an encoder-decoder has no prompt_logprobs, its prompt is what the encoder reads; leave it out"
+        )
 
 
 def _stop_ids(index: int, tokenizer, stop: tuple[str, ...]) -> tuple[int, ...]:

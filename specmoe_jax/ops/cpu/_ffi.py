@@ -93,7 +93,7 @@ def choice() -> dict:
     return {"isa": isa, "threads": np.int64(os.environ.get("SPECMOE_THREADS", "0"))}
 
 
-def _required():
+def required():
     loaded = module()
     if loaded is None:
         raise UserError("the compiled kernels are not usable here; reinstall specmoe_jax with a C++ compiler on the machine")
@@ -102,9 +102,9 @@ def _required():
 
 def read_bandwidth(num_bytes: int, threads: int) -> float:
     """Bytes per second of a pure read, in this process (benchmarks)."""
-    return _required().read_bandwidth("auto", num_bytes, threads)
+    return required().read_bandwidth("auto", num_bytes, threads)
 
 
 def fma_peak(threads: int) -> float:
     """Float32 flop/s of independent fused multiply-adds, in this process (benchmarks)."""
-    return _required().fma_peak("auto", threads)
+    return required().fma_peak("auto", threads)

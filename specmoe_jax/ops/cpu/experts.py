@@ -28,6 +28,9 @@ FORMS = {
 }
 
 
+FORMS_BY_ADDRESS = ("int8", "int4")  # those that `table` takes too
+
+
 def fits_plain(*arrays, ffn, packing, hidden, numbers) -> bool:
     """Blocks that are not packed."""
     return ffn is None and packing is None and _ffi.module() is not None
@@ -47,6 +50,13 @@ def packed(x, blocks, slots, *, ffn, packing, hidden, numbers):
     given = {"hidden": hidden, **form.numbers, **numbers}
     attributes = {name: np.float64(value) if isinstance(value, float) else np.int64(value) for name, value in given.items()}
     return _call(form.target, x, blocks, slots, **attributes)
+
+
+def table(x, addresses, slots, *, hidden: int, packing: str | None):
+    """Blocks by their addresses. Raises UserError without the compiled kernels."""
+    _ffi.required()
+    bits = 8 * x.dtype.itemsize if packing is None else FORMS[packing]["bits"]
+    return _call("specmoe_expert_ffn_table", x, addresses, slots, bits=np.int64(bits), hidden=np.int64(hidden))
 
 
 def _call(target: str, x, blocks, slots, **attributes):

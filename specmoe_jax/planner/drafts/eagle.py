@@ -90,6 +90,9 @@ class EagleDraftDescription(DraftDescription):
     def operator(self, *, trees: bool) -> str:
         return "eagle_tree_draft" if trees else "eagle_draft"
 
+    def timed(self, num_experts: int) -> tuple[dict, ...]:
+        return ({"draft_length": 2}, {"draft_length": 5}, tree(2), tree(4))
+
     def layers(self, config: ModelConfig) -> int:
         return 1
 

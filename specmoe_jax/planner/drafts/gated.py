@@ -31,7 +31,7 @@ class GatedDraftDescription(DraftDescription):
             )
         if plan.flow.all_resident:
             raise PlanError(
-                f"draft={self.name} has no effect with expert_flow=resident, where every expert is at hand; use on_demand"
+                f"draft={self.name} has no effect with expert_flow={plan.flow.name}, where every expert is at hand; use on_demand"
             )
         if not plan.flow.keeps_experts:
             raise PlanError(

@@ -8,6 +8,9 @@ class NgramDraftDescription(DraftDescription):
     assumed_acceptance = 0.2
     is_measured = True
 
+    def timed(self, num_experts: int) -> tuple[dict, ...]:
+        return ({"draft_length": 3},)
+
     def operator(self, *, trees: bool) -> str:
         return "lookup"
 

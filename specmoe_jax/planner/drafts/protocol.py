@@ -114,6 +114,11 @@ class DraftDescription(Protocol):
         """The measured operator of its drafting, one of measured.operators; None without one."""
         return None
 
+    def timed(self, num_experts: int) -> tuple[dict, ...]:
+        """Fields of plans whose steps tell what its operator costs, the most telling first; none for a draft without one of its
+        own. Drafts of these plans have random weights (DraftExecutor.random_inputs)."""
+        return ()
+
     def layers(self, config: ModelConfig) -> int:
         """Layers that it runs for a token."""
         return 0

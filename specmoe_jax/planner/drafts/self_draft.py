@@ -23,6 +23,10 @@ class SelfDraftDescription(GatedDraftDescription):
                 f"cached_experts={plan.cached_experts} has no effect with draft=self, which keeps its draft experts; leave it out"
             )
 
+    def timed(self, num_experts: int) -> tuple[dict, ...]:
+        some = -(-num_experts // 3)
+        return ({"draft_length": 2, "draft_experts": some}, {"draft_length": 5, "draft_experts": some})
+
     def pinned_experts(self, plan: Plan) -> int | tuple[int, ...]:
         return plan.draft_experts or 0
 

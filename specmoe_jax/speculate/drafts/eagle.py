@@ -13,7 +13,7 @@ from specmoe_jax.models.eagle import network as eagle
 from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.speculate.drafts.eagle_tree import TreeShape, branch, forest, harvest, sprout
 from specmoe_jax.speculate.drafts.protocol import DraftView
-from specmoe_jax.speculate.drafts.self_draft import choose_token
+from specmoe_jax.speculate.drafts.self_draft import choose_token, so_far
 from specmoe_jax.types import KVCache, Proposal
 
 
@@ -87,7 +87,7 @@ def draft_chain(logits: jax.Array, view: DraftView, feature: jax.Array, advance:
     for position in range(view.length):
         if position:
             logits, feature = advance(tokens[-1], feature, view.lengths + np.int32(position - 1))
-        token, q = choose_token(view.choice, np.int32(position), logits)
+        token, q = choose_token(view.choice, np.int32(position), logits, so_far(tokens, view.choice, view.length))
         tokens.append(token)
         probs += [] if q is None else [q]
     return jnp.stack(tokens, 1), jnp.stack(probs, 1) if probs else None

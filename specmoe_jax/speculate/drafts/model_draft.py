@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.speculate.drafts.protocol import DraftView
-from specmoe_jax.speculate.drafts.self_draft import choose_token
+from specmoe_jax.speculate.drafts.self_draft import choose_token, so_far
 from specmoe_jax.types import KVCache, Proposal
 
 
@@ -43,7 +43,7 @@ class ModelDraft(NamedTuple):
             if position:
                 lengths = view.lengths + np.int32(position)
                 logits, kv = self.forward(kv, drafted[-1][:, None], lengths, view.active.astype(np.int32))
-            token, q = choose_token(view.choice, np.int32(position), logits)
+            token, q = choose_token(view.choice, np.int32(position), logits, so_far(drafted, view.choice, view.length))
             drafted.append(token)
             probs += [] if q is None else [q]
         lengths = np.where(view.active, view.lengths + view.length, valid).astype(np.int32)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from specmoe_jax.speculate.logit_edits import LogitEdits
 from specmoe_jax.types import Proposal, SamplingRows
 
 
@@ -15,6 +16,7 @@ class TokenChoice(NamedTuple):
     rows: SamplingRows
     keys: jax.Array | None
     coupled: jax.Array | None
+    edits: LogitEdits | None = None
 
 
 class DraftView(NamedTuple):
@@ -34,6 +36,8 @@ class DraftView(NamedTuple):
         no expert crosses the link. None where the plan keeps no draft experts.
     chain: (kv, last_token, lengths, choice, length) -> (tokens [B, N], probs [B, N, V] or None, kv): so many calls of `forward`,
         and the choice of a token after each, as one program. None where the engine acts between two tokens.
+    edits: what the requests ask to be done to logits (`speculate.logit_edits.edit_logits`), None where they ask for nothing. A
+        draft that does not do it is safe, and accepted less often.
     memory: of the draft's last proposal for these rows (Proposal.memory), or what a FeatureDraft made of it since; None in
         the first step of any other draft.
     """
@@ -52,10 +56,11 @@ class DraftView(NamedTuple):
     forward: Callable | None
     chain: Callable | None = None
     memory: Any = None
+    edits: LogitEdits | None = None
 
     @property
     def choice(self) -> TokenChoice:
-        return TokenChoice(rows=self.rows, keys=self.keys, coupled=self.coupled)
+        return TokenChoice(rows=self.rows, keys=self.keys, coupled=self.coupled, edits=self.edits)
 
 
 class Draft(Protocol):

@@ -1,13 +1,14 @@
 """SpecMoE's draft: the model itself, with a few resident experts per layer in the place of all."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.speculate.drafts.protocol import DraftView, TokenChoice
+from specmoe_jax.speculate.logit_edits import LogitEdits, edit_logits
 from specmoe_jax.speculate.sampling import choose_coupled, sample, transform_logits
 from specmoe_jax.types import KVCache, Proposal, SamplingRows
 
@@ -32,22 +33,41 @@ def feed_back(
     tokens, probs = [], []
     for position in range(length):
         logits, kv = forward(kv, token, lengths + np.int32(position))
-        token, q = choose_token(choice, np.int32(position), logits)
+        token, q = choose_token(choice, np.int32(position), logits, so_far(tokens, choice, length))
         tokens.append(token)
         probs += [] if q is None else [q]
     return jnp.stack(tokens, 1), jnp.stack(probs, 1) if probs else None, kv
 
 
-def choose_token(choice: TokenChoice, position, logits: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+def so_far(tokens: Sequence[jax.Array], choice: TokenChoice, length: int) -> jax.Array | None:
+    """Drafted tokens, arrays [B], as `choose_token` takes them; None where no logit depends on them."""
+    if choice.edits is None:
+        return None
+    beyond = np.zeros(len(choice.rows.temperature), np.int32)
+    return jnp.stack([*tokens, *[beyond] * (length - len(tokens))], axis=1)
+
+
+def choose_token(
+    choice: TokenChoice, position, logits: jax.Array, drafted: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
     """The drafted token [B] at a position of the step by the rows' parameters, and its distribution [B, V] if drawn.
 
-    position: int32, of numpy or traced.
+    position: int32, of numpy or traced. drafted: [B, N] int32, of which the first `position` columns are the tokens before it in
+    the step; needed where logits are edited.
     """
+    if choice.edits is not None:
+        logits = _edit(logits, choice.edits, drafted, position)
     if choice.keys is None:  # all rows are greedy
         return _argmax(logits), None
     if choice.coupled is not None:
         return _choose_coupled(choice.coupled, position, logits, choice.rows), None
     return _draw(choice.keys, position, logits, choice.rows)
+
+
+@jax.jit
+def _edit(logits: jax.Array, edits: LogitEdits, drafted: jax.Array, position: jax.Array) -> jax.Array:
+    paths = jnp.where(jnp.arange(drafted.shape[1]) < position, drafted, -1)[:, None]  # [B, 1, N]
+    return edit_logits(logits[:, None], edits, paths)[:, 0]
 
 
 @jax.jit

@@ -3,7 +3,7 @@
 import textwrap
 from typing import Any
 
-from specmoe_jax.autotune.advice import Advised, unused
+from specmoe_jax.autotune.advice import PACKINGS, Advised, unused
 from specmoe_jax.autotune.choose import Knowledge
 from specmoe_jax.cli import plan_flags
 from specmoe_jax.config.model_config import ModelConfig
@@ -12,11 +12,10 @@ from specmoe_jax.support.units import GIB
 
 WIDTH = 80
 SHORT = {"link to accelerator": "link", "accelerator": "accel.", "cpu attention": "cpu"}  # of resources
-NOT_EXACT = ("int8", "int4")  # what packs the experts anew, so that the tokens are another model's
 # Columns of the presets: key, title, and what its values are divided by.
 COLUMNS = (
-    ("batch", "batch", 1), ("tokens_per_s", "tokens/s", 1), ("iteration_s", "step ms", 1e-3), ("draft_s", "draft ms", 1e-3),
-    ("tokens_per_step", "tok/step", 1), ("link_bytes_per_token", "MB/token", 1e6), ("bytes x on_demand", "x demand", 1),
+    ("batch", "rows", 1), ("tokens_per_s", "tok/s", 1), ("iteration_s", "step ms", 1e-3), ("draft_s", "draft ms", 1e-3),
+    ("tokens_per_step", "tok/step", 1), ("link_bytes_per_token", "MB/tok", 1e6), ("bytes x on_demand", "x demand", 1),
 )  # fmt: skip
 
 
@@ -41,12 +40,12 @@ def _choice(choice: Choice, config: ModelConfig) -> dict[str, Any]:
         "binding_resource": choice.prediction.binding,
         "accelerator_gib": choice.prediction.account.accelerator_bytes / GIB,
         "host_gib": choice.prediction.account.host_bytes / GIB,
-        "exact": choice.plan.expert_dtype not in NOT_EXACT,
+        "exact": choice.plan.expert_dtype not in PACKINGS,  # which makes the tokens another model's
         "flags": " ".join(plan_flags.as_flags(choice.plan, config)),
     }
 
 
-def advice_text(shown: dict[str, Any], *, model: str) -> str:
+def advice_text(shown: dict[str, Any]) -> str:
     """The advice for people. shown: what `advice` gives."""
     lines = []
     for requests, plans in shown.items():
@@ -59,7 +58,7 @@ def advice_text(shown: dict[str, Any], *, model: str) -> str:
             lines += textwrap.wrap(plan["flags"], WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8, break_on_hyphens=False)
             if plan.get("unused"):
                 lines += textwrap.wrap(f"unused: {plan['unused']}", WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 10)
-    lines.append(f"run one: specmoe generate --model={model} --prompts=FILE and its flags")
+    lines.append("run one: specmoe generate --model=DIR --prompts=FILE, and its flags")
     return "\n".join(lines)
 
 

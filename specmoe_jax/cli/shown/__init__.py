@@ -1,0 +1,1 @@
+"""What commands show to people, in 80 columns."""

@@ -1,0 +1,28 @@
+"""Experts are computed where they lie in host memory, because the accelerator is the CPU: no slot, no copy."""
+
+import jax
+import numpy as np
+
+from specmoe_jax.engine.flows.resident import ResidentFlowExecutor
+from specmoe_jax.engine.runtime import Runtime
+from specmoe_jax.engine.state import ExpertMemory
+from specmoe_jax.offload.residency import empty
+
+
+class HostComputeFlowExecutor(ResidentFlowExecutor):
+    """The resident flow, whose pool is a table of addresses: `models.experts.expert_ffn` takes both."""
+
+    def first_memory(self, runtime: Runtime) -> ExpertMemory:
+        shape, config = (runtime.config.num_expert_layers, runtime.config.num_experts), runtime.config
+        blocks = runtime.experts.store.tier.blocks([(layer, expert) for layer in range(shape[0]) for expert in range(shape[1])])
+        addresses = np.array([block.unsafe_buffer_pointer() for block in blocks], np.uint64)  # of arrays that the tier holds
+        return ExpertMemory(
+            slots=runtime.experts.slots,
+            pool=jax.device_put(addresses.view(np.uint32).reshape(-1, 2), runtime.context.device),
+            residency=empty(*shape, 0),
+            usage_scores=np.zeros((config.num_moe_layers, config.num_experts)),
+            prefetched=np.zeros(shape, bool),
+        )
+
+
+FLOW = HostComputeFlowExecutor()

@@ -1,0 +1,113 @@
+"""Experts computed where they lie in host memory: the resident flow's tokens, no slots, and no byte over the link."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from engine_cases import GREEDY, PROMPTS, SAMPLED, ScriptedDraft, plan, run
+
+import specmoe_jax as sm
+from specmoe_jax.models.quantised import quantise
+from specmoe_jax.planner.memory.account import account
+from specmoe_jax.testing import TINY, eagle_head, tiny
+from specmoe_jax.testing.families import tiny_family
+
+HERE = {"expert_flow": "host_compute"}
+EAGLE = {"draft": "eagle", "draft_length": 3}
+DRAFTS = {
+    "none": {},
+    "ngram": {"draft": "ngram", "draft_length": 3},
+    "eagle": EAGLE,
+    "tree": EAGLE | {"draft_tree_top_k": 2, "draft_tree_tokens": 5},
+    "model": {"draft": "model", "draft_length": 2},
+    "guard": {"draft": "ngram", "draft_length": 4, "guard": True},
+}
+needs_kernels = pytest.mark.skipif(not sm.ops.isas(), reason="needs the compiled kernels")
+pytestmark = needs_kernels
+
+
+def given(model, fields):
+    head = {"draft_head": eagle_head(model)} if fields.get("draft") == "eagle" else {}
+    return head | ({"draft_model": model} if fields.get("draft") == "model" else {})
+
+
+@pytest.fixture(scope="module")
+def resident(model):
+    return {params: run(model, plan("resident"), params=params)[0] for params in (GREEDY, SAMPLED)}
+
+
+@pytest.mark.parametrize("kv_tier", ["accelerator", "host"])
+@pytest.mark.parametrize("name", DRAFTS)
+def test_no_draft_changes_a_token(model, resident, name, kv_tier):
+    fields = DRAFTS[name] | HERE | {"kv_tier": kv_tier}
+    tokens, stats = run(model, plan("resident", **fields), **given(model, fields))
+    assert tokens == resident[GREEDY]
+    assert stats["link_bytes"] == stats["prefill_link_bytes"] == 0
+    assert stats["compilations_after_warmup"] == 0
+
+
+def test_sampled_rows_and_chunks(model, resident):
+    tokens, _ = run(model, plan("resident", prefill_chunk=4, **HERE), params=SAMPLED)
+    assert tokens == resident[SAMPLED]
+
+
+def test_a_custom_draft(model, resident):
+    texts = dict(zip(PROMPTS, resident[GREEDY], strict=True))
+    draft = ScriptedDraft(3, texts, right=lambda row, start: (row + start) % 4)
+    tokens, stats = run(model, plan("resident", draft="custom", draft_length=3, **HERE), draft=draft)
+    assert tokens == resident[GREEDY]
+    assert 1 < stats["tokens_per_step"] < 4
+
+
+@pytest.mark.parametrize("packing", ["bfloat16", "int8", "int4"])
+def test_every_form_of_weights(packing):
+    model = tiny("bfloat16") if packing == "bfloat16" else quantise(tiny(), packing)
+    fields = {"dtype": "bfloat16"} if packing == "bfloat16" else {"expert_dtype": packing}
+    expected, _ = run(model, plan("resident", **fields))
+    assert run(model, plan("resident", **fields, **HERE))[0] == expected
+
+
+def test_experts_are_in_memory_once(model):
+    whole = account(TINY, plan("resident"), batch_rows=4, positions=64)
+    here = account(TINY, plan("resident", **HERE), batch_rows=4, positions=64)
+    assert here.host_expert_bytes == whole.host_expert_bytes
+    assert whole.accelerator_bytes - here.accelerator_bytes == whole.host_expert_bytes
+    engine = sm.Engine(model, plan("resident", **HERE))
+    engine.generate(PROMPTS[:2], GREEDY)
+    assert engine._resources.runtime.experts.store.link.sent_bytes == 0
+
+
+def test_what_is_read_is_the_models_own_memory(model):
+    """The table holds the addresses of the blocks, in the order of the slots."""
+    state = sm.Engine(model, plan("resident", **HERE)).init(PROMPTS[:1], GREEDY)
+    addresses = np.asarray(state.memory.pool).view(np.uint64)[:, 0]
+    blocks = [block for layer in model.experts for block in layer]
+    assert addresses.tolist() == [block.unsafe_buffer_pointer() for block in blocks]
+
+
+def test_what_it_cannot_compute_is_refused(model):
+    with pytest.raises(sm.PlanError, match="no compiled kernel for the experts of gpt_oss; use expert_flow=resident"):
+        family = tiny_family("gpt_oss")
+        sm.Engine(family, sm.PRESETS["resident"](family.config).replace(**HERE))
+    with pytest.raises(sm.PlanError, match="expert_tier is disk; use expert_flow=on_demand"):
+        plan("resident", expert_tier="disk", host_memory_bytes=1 << 20, **HERE).validate(TINY)
+    with pytest.raises(sm.PlanError, match="machines whose accelerator is the CPU"):
+        plan("resident", **HERE).resolved(accelerator_is_cpu=False)
+    with pytest.raises(sm.PlanError, match="draft=self has no effect with expert_flow=host_compute"):
+        plan(draft_length=2, draft_experts=2, **HERE).validate(TINY)
+
+
+def test_without_kernels_it_is_refused(model, monkeypatch):
+    from specmoe_jax.planner.flows import host_compute
+
+    monkeypatch.setattr(host_compute, "isas", lambda: [])
+    with pytest.raises(sm.PlanError, match="needs the compiled kernels"):
+        sm.Engine(model, plan("resident", **HERE))
+
+
+def test_two_pools_of_one_engine(model, resident):
+    """Jobs of other shapes take tables of their own."""
+    engine = sm.Engine(model, plan("resident", **HERE))
+    for count in (1, 8, 2):
+        done = engine.generate(PROMPTS[:count], dataclasses.replace(GREEDY))
+        assert [completion.token_ids for completion in done] == resident[GREEDY][:count]

@@ -55,7 +55,7 @@ def packed(x, blocks, slots, *, ffn, packing, hidden, numbers):
 def table(x, addresses, slots, *, hidden: int, packing: str | None):
     """Blocks by their addresses. Raises UserError without the compiled kernels."""
     _ffi.required()
-    bits = 8 * x.dtype.itemsize if packing is None else FORMS[packing]["bits"]
+    bits = 8 * x.dtype.itemsize if packing is None else FORMS[packing].numbers["bits"]
     return _call("specmoe_expert_ffn_table", x, addresses, slots, bits=np.int64(bits), hidden=np.int64(hidden))
 
 

@@ -15,6 +15,7 @@ from specmoe_jax.checkpoints.header import PREFIX_BYTES, Entry, Header, header_l
 from specmoe_jax.support.errors import CheckpointError
 
 BLOCK_PREFIX = "specmoe.expert."  # of the names of experts in the converted format
+PADDING_PREFIX = "specmoe.padding."  # between tensors of our layout
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 OWN_METHOD = "specmoe"  # quant_method of experts that are packed as quantization_config's `packing` says
 GGUF_TABLE = "gguf_tensors.json"  # of a directory that stands for a GGUF file (gguf/folder.py): where its tensors are

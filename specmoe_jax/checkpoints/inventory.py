@@ -1,6 +1,5 @@
 """Names: which stored tensor is which weight, with nothing missing, nothing left over and every shape as configured."""
 
-import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -8,6 +7,7 @@ from typing import NamedTuple
 from specmoe_jax.checkpoints.experts import ExpertSource, QuantisedMatrix, Weight
 from specmoe_jax.checkpoints.files import BLOCK_PREFIX, INDEX_FILE, SINGLE_FILE, Checkpoint, StoredTensor
 from specmoe_jax.checkpoints.header import quote_list
+from specmoe_jax.checkpoints.published.names import Names, file_named
 from specmoe_jax.checkpoints.tensors import Piece, check_copy, whole
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.families.registry import family_of
@@ -20,8 +20,6 @@ from specmoe_jax.models.spec import Layout, TensorSpec, spec_leaves
 from specmoe_jax.support.errors import CheckpointError
 
 MAX_EXPERTS = 1 << 17  # the largest published models have some 23,000; a sparse file can claim any number
-_log = logging.getLogger(__name__)
-PADDING_PREFIX = "specmoe.padding."
 
 
 class Inventory(NamedTuple):
@@ -61,7 +59,7 @@ def take_inventory(config: ModelConfig, checkpoint: Checkpoint) -> Inventory:
     """Matches a checkpoint with its config. Raises CheckpointError naming what is missing, unused or of the wrong shape."""
     if config.num_layers > len(checkpoint.tensors):
         raise CheckpointError(
-            f"config.json: num_hidden_layers is {config.num_layers}, but {_file(checkpoint)} holds"
+            f"config.json: num_hidden_layers is {config.num_layers}, but {file_named(checkpoint)} holds"
             f" {len(checkpoint.tensors)} tensors in all"
         )
     if config.num_expert_layers * config.num_experts > MAX_EXPERTS:
@@ -134,80 +132,6 @@ def _without_mtp(config: ModelConfig, checkpoint: Checkpoint) -> Callable[[str],
 
 def _copies_of_embedding(config: ModelConfig) -> tuple[str, ...]:
     return (HEAD, *getattr(family_of(config), "COPIES_OF_EMBEDDING", ())) if config.tie_embeddings else ()
-
-
-class Names:
-    """The tensors by canonical name, and which of them have been asked for.
-
-    canonical: a stored name -> the specs' name of it, None for what is not used on purpose.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, *, canonical: Callable[[str], str | None] = str):
-        self._file = _file(checkpoint)
-        used = {name: own for name in checkpoint.tensors if (own := canonical(name)) is not None}
-        self.left_out = tuple(name for name in checkpoint.tensors if name not in used and not name.endswith(BUFFERS))
-        if len(used) < len(checkpoint.tensors):
-            _log.debug("%s: not used on purpose: %s", self._file, quote_list(sorted(set(checkpoint.tensors) - set(used)), 1 << 20))
-        self._tensors = {own: checkpoint.tensors[name] for name, own in used.items()}
-        self._missing: dict[str, None] = {}  # an ordered set
-        self._unused = {name for name in self._tensors if not name.startswith(PADDING_PREFIX)}
-        if len(self._tensors) < len(used):
-            twice = [name for name, own in used.items() if own != name and own in used]
-            raise CheckpointError(f"{self._file}: tensor {quote_list(twice)}: stored under two names; expected one")
-
-    def has(self, name: str) -> bool:
-        return name in self._tensors
-
-    def type_of(self, name: str) -> str:
-        """Of a tensor that is there, as its header names it."""
-        return self._tensors[name].entry.dtype
-
-    def holds(self, spec: TensorSpec) -> bool:
-        """Whether there is a tensor of this name and shape."""
-        return self.has(spec.name) and self._tensors[spec.name].entry.shape == spec.shape
-
-    def take(self, spec: TensorSpec, *, types: tuple[str, ...] = ()) -> StoredTensor | None:
-        """The tensor of a spec; None, and remembered as missing, when there is none. Raises for a wrong shape or dtype.
-
-        types: those that are expected, as a header names them; () for floating-point numbers.
-        """
-        if spec.name not in self._tensors:
-            self._missing[spec.name] = None
-            return None
-        self._unused.discard(spec.name)
-        tensor = self._tensors[spec.name]
-        if tensor.entry.shape != spec.shape and not tensor.entry.size == spec.size == 1:  # one number, with an axis or without
-            hint = ": it is transposed" if tensor.entry.shape == spec.shape[::-1] else ""
-            raise CheckpointError(
-                f"{tensor.where}: shape is {list(tensor.entry.shape)}; config.json asks for {list(spec.shape)}{hint}"
-            )
-        if not types:
-            assert tensor.form or tensor.dtype  # raises CheckpointError for integers
-        elif tensor.entry.dtype not in types:
-            raise CheckpointError(f"{tensor.where}: dtype is {tensor.entry.dtype}; expected one of {', '.join(types)}")
-        return tensor
-
-    def take_all(self, specs: Iterable[TensorSpec], *, types: tuple[str, ...] = ()) -> dict[str, StoredTensor]:
-        """By name the tensors of those specs that have one; the others are remembered as missing."""
-        taken = {spec.name: self.take(spec, types=types) for spec in specs}
-        return {name: tensor for name, tensor in taken.items() if tensor is not None}
-
-    def raise_if_missing(self) -> None:
-        if self._missing:
-            count = len(self._missing)
-            headless = list(self._missing) == [HEAD]
-            hint = ": was it saved from the base class, and the output matrix left out?" if headless else ""
-            raise CheckpointError(
-                f"{self._file}: {count} tensor{'s' * (count > 1)} missing that config.json asks for:"
-                f" {quote_list(list(self._missing))}{hint}"
-            )
-
-    def raise_if_unused(self) -> None:
-        if self._unused:
-            count = len(self._unused)
-            raise CheckpointError(
-                f"{self._file}: {count} tensor{'s' * (count > 1)} that this model does not use: {quote_list(sorted(self._unused))}"
-            )
 
 
 def layer_sources(config: ModelConfig, names: Names, moe: int) -> tuple[ExpertSource, ...]:
@@ -307,8 +231,3 @@ def _entry(tensor: StoredTensor, index: int | None) -> Piece:
         return whole(tensor)
     shape = tensor.entry.shape[1:]
     return Piece(tensor=tensor, first=index * math.prod(shape), shape=shape)
-
-
-def _file(checkpoint: Checkpoint) -> str:
-    """The file to name for what concerns all tensors."""
-    return INDEX_FILE if [f.name for f in checkpoint.files] not in ([SINGLE_FILE], []) else SINGLE_FILE

@@ -27,7 +27,7 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan_fields import DECODED, EXPERT_TIERS
 from specmoe_jax.models.families.registry import family_of, parse_config
 from specmoe_jax.models.model import Model
-from specmoe_jax.models.packing.gguf import TYPES
+from specmoe_jax.models.packing.kinds.gguf import TYPES
 from specmoe_jax.models.spec import Weights, map_specs
 from specmoe_jax.support.errors import CheckpointError, PinnedMemoryError, RequestError
 from specmoe_jax.support.jax_settings import lenient, lenient_thread

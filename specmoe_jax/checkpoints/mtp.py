@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from specmoe_jax.checkpoints.experts import ExpertSource, Weight, read_expert, read_weight
 from specmoe_jax.checkpoints.files import Checkpoint, open_checkpoint
-from specmoe_jax.checkpoints.inventory import Names, canonical_names, further_prefixes, layer_sources, take_weights
+from specmoe_jax.checkpoints.inventory import canonical_names, further_prefixes, layer_sources, take_weights
+from specmoe_jax.checkpoints.published.names import Names
 from specmoe_jax.checkpoints.published.quantisation import as_stored
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models import mtp

@@ -12,8 +12,8 @@ from absl import flags
 
 from specmoe_jax.checkpoints import load_model
 from specmoe_jax.cli import common
+from specmoe_jax.cli.shown.stats_table import table
 from specmoe_jax.cli.shown.wrapped_text import WrappedText
-from specmoe_jax.cli.stats_table import table
 from specmoe_jax.config.presets import preset
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.engine import Engine

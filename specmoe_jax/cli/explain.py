@@ -289,9 +289,8 @@ def save_pictures(config: ModelConfig, plan: Plan, hardware: Hardware, workload:
     try:
         if _ROOFLINE.value:
             load = Load(plan.batch_size, plan.tokens_per_pass, workload.context)
-            pictures.save_roofline(
-                points(config, plan, hardware, load, skew=workload.skew_of(config)), title, pathlib.Path(_ROOFLINE.value)
-            )
+            shown = points(config, plan, hardware, load, skew=workload.skew_of(config))
+            pictures.save_roofline(shown, title, pathlib.Path(_ROOFLINE.value))
         if _GANTT.value:
             simulation = predict(config, plan, hardware, workload, interval=False).simulation
             if simulation is None:

@@ -21,7 +21,7 @@ from specmoe_jax.checkpoints.mtp import find_mtp, load_mtp
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.cli import common, plan_flags, sampling_flags
 from specmoe_jax.cli.run_files import check_files
-from specmoe_jax.cli.stats_table import table
+from specmoe_jax.cli.shown.stats_table import table
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.plan_fields import DECODED, DTYPES
 from specmoe_jax.config.presets import PRESETS, preset

@@ -23,8 +23,8 @@ GROUPS = {
         "doctor": "specmoe_jax.cli.doctor",
     },
     "checkpoints": {
-        "convert": "specmoe_jax.cli.convert",
-        "carve": "specmoe_jax.cli.carve",
+        "convert": "specmoe_jax.cli.checkpoints.convert",
+        "carve": "specmoe_jax.cli.checkpoints.carve",
     },
     "measure": {
         "benchmark": "specmoe_jax.cli.measure.benchmark",

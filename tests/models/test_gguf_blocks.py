@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specmoe_jax.models.packing.gguf import TYPES
+from specmoe_jax.models.packing.kinds.gguf import TYPES
 
 gguf = pytest.importorskip("gguf")
 

@@ -6,7 +6,7 @@ from typing import Any
 from specmoe_jax.checkpoints.gguf.metadata import GgufFile
 from specmoe_jax.checkpoints.header import quote
 from specmoe_jax.config.model_config import LAYERS
-from specmoe_jax.models.packing.gguf import TYPES
+from specmoe_jax.models.packing.kinds.gguf import TYPES
 from specmoe_jax.models.published.naming import STACKED
 from specmoe_jax.support.errors import CheckpointError
 

@@ -11,7 +11,7 @@ from specmoe_jax.checkpoints.files import BLOCK_PREFIX, OWN_METHOD, Checkpoint, 
 from specmoe_jax.config.model_config import LAYERS, ModelConfig
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.packing import kind_of, packed_bytes
-from specmoe_jax.models.packing.int4_groups import with_scale_type
+from specmoe_jax.models.packing.kinds.int4_groups import with_scale_type
 from specmoe_jax.models.packing.matrices import MatrixKind
 from specmoe_jax.models.packing.parts import matrix_kind, separate_parts
 from specmoe_jax.models.published.config_json import show

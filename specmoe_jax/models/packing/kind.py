@@ -29,7 +29,7 @@ class Kernel(NamedTuple):
 
 
 class PackingKind(Protocol):
-    """A module of this folder has `kind(parameters) -> PackingKind`, called with what ExpertConfig.packing has behind a colon.
+    """A module of kinds has `kind(parameters) -> PackingKind`, called with what ExpertConfig.packing has behind a colon.
 
     published: whether a checkpoint holds its experts so. Such experts are kept as they are; the other kinds lose something and are
     only made when a plan asks for them (Plan.expert_dtype), by `pack`.

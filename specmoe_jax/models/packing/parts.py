@@ -7,7 +7,7 @@ import numpy as np
 
 from specmoe_jax.config.layer_config import ExpertConfig
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.models.packing.gguf import Gguf
+from specmoe_jax.models.packing.kinds.gguf import Gguf
 from specmoe_jax.models.packing.matrices import MatrixKind, PublishedTensor, Sections, into, matrices, sections_of
 from specmoe_jax.models.packing.registry import kind_of
 from specmoe_jax.models.published.naming import stacked_layout

@@ -9,7 +9,7 @@ from specmoe_jax.config.plan_fields import DECODED
 from specmoe_jax.models.packing.kind import PackingKind
 from specmoe_jax.support.errors import CheckpointError
 
-# One line a kind: its module in this folder. ExpertConfig.packing is such a name, with the kind's parameters behind a colon if it
+# One line a kind: its module in kinds. ExpertConfig.packing is such a name, with the kind's parameters behind a colon if it
 # has any.
 KINDS = ("int8", "int4", "fp8", "fp8_rows", "mxfp4", "awq", "gptq", "compressed", "nvfp4", "gguf")
 
@@ -21,7 +21,7 @@ def kind_of(packing: str) -> PackingKind:
     if name not in KINDS:
         raise CheckpointError(f"experts are packed as {packing!r}; this version knows {', '.join(KINDS)}")
     try:
-        return importlib.import_module(f"{__package__}.{name}").kind(parameters)
+        return importlib.import_module(f"{__package__}.kinds.{name}").kind(parameters)
     except ValueError as e:
         raise CheckpointError(f"experts are packed as {packing!r}, whose parameters are none of {name} ({e})") from e
 

@@ -1,4 +1,4 @@
-"""Seconds of a streamed prefill by where the prompts attend; run by hand: python -m specmoe_jax.benchmarks.studies.measure_prefill
+"""Seconds of a streamed prefill by where the prompts attend: python -m specmoe_jax.benchmarks.studies.steps.measure_prefill
 
 Whole jobs of two new tokens on a random model of Mixtral's proportions without an emulated link, interleaved; the first compiles.
 """

@@ -2,7 +2,7 @@
 
 Each checkout runs in a process of its own, started once; a round asks every process in turn, in alternating order, and a ratio
 is the median of the rounds' paired ratios. Both need their compiled kernels in the package:
-    python -m specmoe_jax.benchmarks.studies.compare_checkouts --before=DIR --after=DIR
+    python -m specmoe_jax.benchmarks.studies.steps.compare_checkouts --before=DIR --after=DIR
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Speed of the flows on a machine whose accelerator is the CPU; run by hand:
 
-    python -m specmoe_jax.benchmarks.studies.measure_host_compute
+    python -m specmoe_jax.benchmarks.studies.steps.measure_host_compute
 
 A random model of real proportions (hidden 1024, 8 layers, 32 experts x 512, top-8); steps of all flows in turn, medians.
 """

@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 
-from specmoe_jax.models.packing.int4_groups import NIBBLES, Int4Groups, in_order, in_pairs, parsed, spread
+from specmoe_jax.models.packing.kinds.int4_groups import NIBBLES, Int4Groups, in_order, in_pairs, parsed, spread
 from specmoe_jax.models.packing.matrices import PublishedTensor, Sections, into
 
 

@@ -1,6 +1,6 @@
 """The whole road of a published checkpoint at real proportions: explain, convert, generate, and transformers' tokens beside.
 
-    python -m specmoe_jax.benchmarks.published.road --folder=DIR [--forms=qwen3_bf16,...] [--tokenizers=DIR]
+    python -m specmoe_jax.benchmarks.studies.published.road --folder=DIR [--forms=qwen3_bf16,...] [--tokenizers=DIR]
 
 Each step is a command in a process of its own, with its seconds and its peak memory. The reference is transformers in float32
 on the weights that the quantised numbers stand for, also a process of its own; greedy, 32 tokens a prompt. `--tokenizers` holds
@@ -109,7 +109,7 @@ def generated(model: pathlib.Path, folder: pathlib.Path, prompts: pathlib.Path, 
 
 def road(name: str, folder: pathlib.Path, options: argparse.Namespace) -> dict[str, Any]:
     """All steps of one form; prints a line each."""
-    from specmoe_jax.benchmarks.published.checkpoints import FORMS, write_form
+    from specmoe_jax.benchmarks.studies.published.checkpoints import FORMS, write_form
 
     def say(step: str, ran: Ran, more: str = "") -> None:
         print(f"{name:13} {step:20} {ran.seconds:7.1f} s  peak {ran.peak_bytes / 1e9:5.2f} GB  {more}", flush=True)

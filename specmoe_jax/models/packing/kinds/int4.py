@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 
 from specmoe_jax.config.layer_config import ExpertConfig
-from specmoe_jax.models.packing.int8 import codes
 from specmoe_jax.models.packing.kind import Kernel, Section, border_biases, is_plain
+from specmoe_jax.models.packing.kinds.int8 import codes
 
 GROUP = 32
 LARGEST = 7

@@ -1,6 +1,6 @@
 """Tokens scored per second: texts of one length through some presets, beside the generation of as many tokens and transformers.
 
-    python -m specmoe_jax.benchmarks.studies.measure_scoring --texts=256 --tokens=64
+    python -m specmoe_jax.benchmarks.studies.steps.measure_scoring --texts=256 --tokens=64
 
 One JSON line each: of reading every text once (score), of generating as many tokens (generate), and of transformers' forward in
 batches of 8 where it is installed. The first call of each is not timed.

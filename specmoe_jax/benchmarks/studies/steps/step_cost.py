@@ -1,6 +1,6 @@
 """The cost of a step that is not arithmetic: steps of a model so small that hardly any is left; run by hand:
 
-    python -m specmoe_jax.benchmarks.studies.step_cost
+    python -m specmoe_jax.benchmarks.studies.steps.step_cost
 
 Engines take turns in one process; a figure is the median of its steps. What an expert costs that is fetched is the difference
 between steps that fetch all that they need and steps of the same flow that find all of it resident.

@@ -1,4 +1,4 @@
-"""Bytes and seconds of a prefill, bundled model; run by hand: python -m specmoe_jax.benchmarks.studies.measure_prompts
+"""Bytes and seconds of a prefill, bundled model; run by hand: python -m specmoe_jax.benchmarks.studies.steps.measure_prompts
 
 Prompts of 512 tokens on an emulated link, and without one prompts that begin alike beside others that do not. Interleaved rounds.
 """

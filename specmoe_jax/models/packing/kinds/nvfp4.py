@@ -8,11 +8,11 @@ import dataclasses
 import numpy as np
 
 from specmoe_jax.config.layer_config import ExpertConfig
-from specmoe_jax.models.packing.fp8 import CODES as SCALES
-from specmoe_jax.models.packing.fp8 import NAN
 from specmoe_jax.models.packing.kind import Kernel, Section
+from specmoe_jax.models.packing.kinds.fp8 import CODES as SCALES
+from specmoe_jax.models.packing.kinds.fp8 import NAN
+from specmoe_jax.models.packing.kinds.mxfp4 import VALUES, nibbles
 from specmoe_jax.models.packing.matrices import MatrixKind, PublishedTensor, Sections, ignored, into, rowwise_kernel
-from specmoe_jax.models.packing.mxfp4 import VALUES, nibbles
 
 GROUP = 16
 

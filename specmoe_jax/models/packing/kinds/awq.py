@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from specmoe_jax.models.packing.int4_groups import NIBBLES, Int4Groups, in_pairs, parsed, spread
+from specmoe_jax.models.packing.kinds.int4_groups import NIBBLES, Int4Groups, in_pairs, parsed, spread
 from specmoe_jax.models.packing.matrices import PublishedTensor, Sections
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the outputs in the nibbles of a word

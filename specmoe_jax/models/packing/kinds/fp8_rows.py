@@ -8,8 +8,8 @@ import dataclasses
 import numpy as np
 
 from specmoe_jax.config.layer_config import ExpertConfig
-from specmoe_jax.models.packing.fp8 import CODES, NAN
 from specmoe_jax.models.packing.kind import Kernel, Section
+from specmoe_jax.models.packing.kinds.fp8 import CODES, NAN
 from specmoe_jax.models.packing.matrices import MatrixKind, PublishedTensor, Sections, ignored, into, rowwise_kernel
 
 WHOLE = 1 << 30  # rows or columns of a block that is the whole matrix

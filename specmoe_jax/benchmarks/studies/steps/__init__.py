@@ -1,0 +1,1 @@
+"""What steps, prompts and scores cost beside their arithmetic, and two checkouts beside each other."""

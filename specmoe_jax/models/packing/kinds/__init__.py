@@ -1,0 +1,1 @@
+"""One module a packing kind; registry.py lists them."""

@@ -9,8 +9,8 @@ import numpy as np
 
 from specmoe_jax.checkpoints.files import SINGLE_FILE, Checkpoint, StoredTensor, open_checkpoint, read_json
 from specmoe_jax.checkpoints.header import quote
-from specmoe_jax.checkpoints.published.names import Names
 from specmoe_jax.checkpoints.loader import BUNDLED
+from specmoe_jax.checkpoints.published.names import Names
 from specmoe_jax.checkpoints.published.torch_files import has_torch_files, open_torch_checkpoint
 from specmoe_jax.checkpoints.tensors import read_tensor
 from specmoe_jax.config.model_config import ModelConfig

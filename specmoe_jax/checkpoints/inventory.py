@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from specmoe_jax.checkpoints.experts import ExpertSource, QuantisedMatrix, Weight
-from specmoe_jax.checkpoints.files import BLOCK_PREFIX, INDEX_FILE, SINGLE_FILE, Checkpoint, StoredTensor
-from specmoe_jax.checkpoints.header import quote_list
+from specmoe_jax.checkpoints.files import BLOCK_PREFIX, Checkpoint, StoredTensor
 from specmoe_jax.checkpoints.published.names import Names, file_named
 from specmoe_jax.checkpoints.tensors import Piece, check_copy, whole
 from specmoe_jax.config.model_config import ModelConfig
@@ -15,7 +14,7 @@ from specmoe_jax.models.packing import packed_bytes, without_packing
 from specmoe_jax.models.packing.matrices import MatrixKind
 from specmoe_jax.models.packing.parts import PackedPart, matrix_kind, packed_part, separate_parts, stacked_parts
 from specmoe_jax.models.published.naming import mtp_prefixes, stacked_layout
-from specmoe_jax.models.published.published_names import BUFFERS, HEAD, spelling_of
+from specmoe_jax.models.published.published_names import HEAD, spelling_of
 from specmoe_jax.models.spec import Layout, TensorSpec, spec_leaves
 from specmoe_jax.support.errors import CheckpointError
 

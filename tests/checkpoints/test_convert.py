@@ -16,8 +16,7 @@ from small_checkpoint_files import RAW_CONFIG, checkpoint_tensors, write_checkpo
 from specmoe_jax.checkpoints import checkpoint_hash, load_model
 from specmoe_jax.checkpoints.conversion import convert as conversion
 from specmoe_jax.checkpoints.conversion.convert import convert
-from specmoe_jax.checkpoints.files import read_header
-from specmoe_jax.checkpoints.files import BLOCK_PREFIX, PADDING_PREFIX
+from specmoe_jax.checkpoints.files import BLOCK_PREFIX, PADDING_PREFIX, read_header
 from specmoe_jax.models.families.registry import parse_config
 from specmoe_jax.support.errors import CheckpointError, RequestError
 

@@ -207,7 +207,7 @@ def _mxfp4(raw: dict, source: str) -> Quantisation:
 
 def _gptq(raw: dict, source: str) -> Quantisation:
     """Groups with a half-precision scale and a zero point; rows out of order where desc_act."""
-    found = _groups("GPTQ", raw.get("bits"), raw.get("group_size"), source, beside=16 + _zero_bits(raw.get("bits")), raw=raw)
+    found = _groups("GPTQ", raw.get("bits"), raw.get("group_size"), source, beside=16, zeros=True, raw=raw)
     if raw.get("desc_act"):
         return found._replace(words=f"{found.words} with desc_act")
     version = ":v2" if raw.get("checkpoint_format") == "gptq_v2" else ""
@@ -225,7 +225,7 @@ def _own(raw: dict, source: str) -> Quantisation:
 
 def _awq(raw: dict, source: str) -> Quantisation:
     bits, group = raw.get("bits", raw.get("w_bit")), raw.get("group_size", raw.get("q_group_size"))
-    found = _groups("AWQ", bits, group, source, beside=16 + _zero_bits(bits), raw=raw)
+    found = _groups("AWQ", bits, group, source, beside=16, zeros=True, raw=raw)
     usual = str(raw.get("version", "gemm")).lower() == "gemm" and raw.get("zero_point", True)
     return found._replace(packing=_grouped("awq", bits, group)) if usual else found
 
@@ -261,11 +261,11 @@ def _bitsandbytes(raw: dict, source: str) -> Quantisation:
     return Quantisation(kind, 4.5 if four else 8.0, source, skipped=_patterns(raw))
 
 
-def _groups(method: str, bits, group, source: str, *, beside: int, raw: dict, kind: str = "INT") -> Quantisation:
-    """Weights of `bits` in groups that each have `beside` bits of scale and zero point."""
+def _groups(method: str, bits, group, source: str, *, beside: int, zeros=False, raw: dict, kind: str = "INT") -> Quantisation:
+    """Weights of `bits` in groups that each have `beside` bits of scale, and if zeros a zero point of `bits`."""
     if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 16:
         return Quantisation(method, None, source, skipped=_patterns(raw))
-    grouped = isinstance(group, int) and group > 0
+    grouped, beside = isinstance(group, int) and group > 0, beside + bits * zeros
     words = f"{method} {kind}{bits}{f' in groups of {group}' if grouped else ''}"
     return Quantisation(words, bits + (beside / group if grouped else 0.0), source, skipped=_patterns(raw))
 
@@ -273,10 +273,6 @@ def _groups(method: str, bits, group, source: str, *, beside: int, raw: dict, ki
 def _grouped(kind: str, bits, group, more: str = "") -> str | None:
     """The packing of codes of 4 bits in groups; None for others."""
     return f"{kind}:{group}{more}" if bits == 4 and isinstance(group, int) and group > 0 else None
-
-
-def _zero_bits(bits) -> int:
-    return bits if isinstance(bits, int) else 0
 
 
 def _patterns(raw: dict) -> tuple[str, ...]:

@@ -64,13 +64,13 @@ class StoredTensor(NamedTuple):
             raise CheckpointError(f"{self.where}: dtype is {self.entry.dtype}; weights are {', '.join(NUMPY_DTYPES)}")
         return np.dtype(NUMPY_DTYPES[self.entry.dtype])
 
-    def read_steps(self, first: int, count: int, step: int) -> Iterator[bytes]:
+    def read_steps(self, first: int, count: int, step: int) -> Iterator[memoryview]:
         """`count` bytes from byte `first` of the tensor on, `step` at a time. Raises CheckpointError."""
         with Reader(self) as reader:
             for at in range(first, first + count, step):
                 piece = np.empty(min(step, first + count - at), np.uint8)
                 reader.read_into(piece, at)
-                yield piece.tobytes()
+                yield piece.data
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,15 @@ import numpy as np
 
 from specmoe_jax.checkpoints.conversion import orbax_parts
 from specmoe_jax.checkpoints.experts import read_expert, read_weight
-from specmoe_jax.checkpoints.files import INDEX_FILE, NUMPY_DTYPES, SINGLE_FILE, Checkpoint, open_checkpoint, read_bytes
+from specmoe_jax.checkpoints.files import (
+    INDEX_FILE,
+    NUMPY_DTYPES,
+    PADDING_PREFIX,
+    SINGLE_FILE,
+    Checkpoint,
+    open_checkpoint,
+    read_bytes,
+)
 from specmoe_jax.checkpoints.inventory import Inventory, block_name, canonical_names, check_copies, take_inventory
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.manifest import hash_of

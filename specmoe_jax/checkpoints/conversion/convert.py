@@ -20,7 +20,7 @@ import numpy as np
 
 from specmoe_jax.checkpoints.conversion import orbax_parts
 from specmoe_jax.checkpoints.conversion.write import Output, padded, write_index, write_safetensors, write_text
-from specmoe_jax.checkpoints.files import MAX_INDEX_BYTES, OWN_METHOD, StoredTensor, read_header, read_json
+from specmoe_jax.checkpoints.files import MAX_INDEX_BYTES, OWN_METHOD, PADDING_PREFIX, StoredTensor, read_header, read_json
 from specmoe_jax.checkpoints.header import quote
 from specmoe_jax.checkpoints.inventory import block_name
 from specmoe_jax.checkpoints.manifest import MANIFEST_FILE, manifest_json, tensor_hash

@@ -20,6 +20,7 @@ WORKER_BYTES = 4 << 30  # peak memory of one worker of a parallel run, measured 
 # A compiled program takes about seven memory maps, Linux gives a process 65,530, and XLA's answer to one too many is a crash.
 # Programs are let go between files, where nothing shares them, and in the middle of one that makes very many.
 BETWEEN_FILES, ANYWHERE = 1_000, 4_000
+LLVM_LEVEL = "--xla_backend_optimization_level"  # 3 unless it is set
 _COMPILATION = "/jax/core/compile/backend_compile_duration"
 
 
@@ -56,6 +57,10 @@ def pytest_configure(config):
     for name, value in settings.items():
         os.environ[name.upper()] = str(value)  # for the processes that tests start
         jax.config.update(name, value)
+    # Thousands of small programs, each run a few times: half of their processor time would be LLVM's optimisation. `.ci/run` compares
+    # with the reference implementation, and runs the lossless tests once more, as users run them.
+    if LLVM_LEVEL not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{flags} {LLVM_LEVEL}=0"
 
 
 def pytest_xdist_auto_num_workers(config):

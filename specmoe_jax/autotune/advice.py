@@ -76,7 +76,7 @@ def _with_disk(config: ModelConfig, known: Knowledge, requests: int, fixed: dict
     try:
         return choose(config, known, requests=requests, fixed=fixed, head=head)
     except PlanError:
-        if "expert_tier" in fixed or fixed.get("expert_dtype"):
+        if "expert_tier" in fixed or fixed.get("expert_dtype") not in (None, DECODED):
             raise
         memory = {"expert_tier": "disk", "host_memory_bytes": int(known.hardware.host_memory_bytes * HOST_SHARE)} | fixed
         return choose(config, known, requests=requests, fixed=memory, head=head)

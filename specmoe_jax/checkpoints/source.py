@@ -106,7 +106,7 @@ def _source(path: pathlib.Path, checkpoint: Checkpoint, dtype: str | None, decod
 
 def _orbax_source(path: pathlib.Path, dtype: str | None) -> Source:
     stored, hashes = orbax_parts.read_description(path)
-    config = load_config(path)
+    config = load_config(path).with_packing(None)
     part = functools.lru_cache(maxsize=1)(lambda index: orbax_parts.verified(path, index, hashes))
 
     def array(index: int, name: str, keep: str | None = None) -> np.ndarray:

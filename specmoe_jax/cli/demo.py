@@ -19,7 +19,6 @@ from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.engine import Engine
 from specmoe_jax.engine.requests.incremental_text import IncrementalText
 from specmoe_jax.models.model import Model
-from specmoe_jax.models.spec import DTYPE_BYTES
 from specmoe_jax.support.errors import UserError
 from specmoe_jax.support.timing import Stopwatch
 
@@ -73,9 +72,7 @@ def say(text: str) -> None:
 
 def chosen_link(model: Model) -> float:
     """Bytes/s at which plain decoding spends TOKEN_S on the experts of a token."""
-    config = model.config
-    expert_bytes = config.expert_params * DTYPE_BYTES[model.dtype]
-    return config.num_moe_layers * config.experts_per_token * expert_bytes / TOKEN_S
+    return model.config.num_moe_layers * model.config.experts_per_token * model.expert_bytes / TOKEN_S
 
 
 def run(model: Model, name: str, link: float) -> Ran:

@@ -16,7 +16,7 @@ from specmoe_jax.checkpoints import load_model
 from specmoe_jax.cli import common, plan_flags
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
-from specmoe_jax.config.plan_fields import DTYPES
+from specmoe_jax.config.plan_fields import DECODED, DTYPES
 from specmoe_jax.config.presets import PRESETS, preset
 from specmoe_jax.engine.engine import Engine
 from specmoe_jax.evaluation import Perplexity, harness_model, perplexity, run_tasks
@@ -56,7 +56,10 @@ def main() -> None:
     begun = common.read_plan(_PLAN.value) if _PLAN.value else None
     dtype, tier = (begun.dtype, begun.expert_tier) if begun else (_DTYPE.value or "float32", "host")
     tier = plan_flags.value("expert_tier") or tier
-    model = load_model(_MODEL.value, dtype=dtype, expert_tier=tier, progress=_PROGRESS.value)
+    packing = plan_flags.value("expert_dtype") or (begun.expert_dtype if begun else None)
+    if packing not in (None, DECODED):
+        raise PlanError(f"evaluate takes no plan with expert_dtype={packing}; give the engine to specmoe_jax.evaluation")
+    model = load_model(_MODEL.value, dtype=dtype, expert_tier=tier, expert_dtype=packing, progress=_PROGRESS.value)
     engine = Engine(model, make_plan(begun, model.config, dtype), progress=_PROGRESS.value)
     found = of_text(engine, text) if _TEXT.value else of_tasks(engine)
     document = json.dumps(found | {"model": _MODEL.value, "stats": engine.stats()}, default=str)
@@ -82,10 +85,8 @@ def check_flags() -> None:
 def make_plan(begun: Plan | None, config: ModelConfig, dtype: str) -> Plan:
     """The plan file or the preset, with the flags over it."""
     plan = plan_flags.over(begun or preset(_PRESET.value or "streaming", config).replace(dtype=dtype))
-    if plan.drafting.given or plan.expert_dtype:
-        raise PlanError(
-            "evaluate takes no plan with a draft model, a head or packed experts; give the engine to specmoe_jax.evaluation"
-        )
+    if plan.drafting.given:
+        raise PlanError("evaluate takes no plan with a draft model or a head; give the engine to specmoe_jax.evaluation")
     return plan
 
 

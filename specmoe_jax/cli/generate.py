@@ -99,7 +99,11 @@ def main() -> None:
     loading = Stopwatch()
     model, changes, error = load(prompts)
     draft_model = load_model(_DRAFT_MODEL.value, dtype=model.dtype, progress=_PROGRESS.value) if _DRAFT_MODEL.value else None
-    plan = plan.replace(**changes)
+    if changes and is_auto():  # experts went to the disk, where not every plan runs
+        dtype = {} if _DTYPE.value is None else {"dtype": _DTYPE.value}
+        plan = auto_plan(jobs.ModelHead(model.config, model.tokenizer), folder, prompts, plan_flags.given() | dtype | changes)
+    else:
+        plan = plan.replace(**changes)
     spans = [] if _TRACE.value and plan.flow.workers else None
     given = {"draft_model": draft_model, "draft_head": read_head(model, plan)}
     given |= {"mtp_head": load_mtp(model)} if plan.drafting.given == "mtp_head" else {}
@@ -197,7 +201,7 @@ def refuse_without_effect(drawn: dict[str, Any]) -> None:
 def load(prompts: list[Prompt]) -> tuple[Model, dict, dict]:
     """The model, changes to its plan that make it fit, and the logit error of its quantised experts, as figures.
 
-    The weights' types and the experts' place have to be known before the model is loaded; the plan is made after it.
+    The weights' types and the experts' place have to be known before the model is loaded.
     """
     plan = read_plan_file() if _PLAN.value else Plan(preset="")
     dtype, expert_dtype = _DTYPE.value or plan.dtype, plan_flags.value("expert_dtype") or plan.expert_dtype

@@ -183,6 +183,8 @@ def _finish(folder: pathlib.Path, source: Source, to: str, parts: list[Part], do
 def _config_json(source: Source) -> dict:
     """The config of the result, which has the names of the class with the output matrix even if its source had not."""
     raw = {k: v for k, v in read_json(source.path / "config.json").items() if k not in _NOT_COPIED}
+    if isinstance(inner := raw.get("text_config"), dict):
+        raw["text_config"] = {k: v for k, v in inner.items() if k not in _NOT_COPIED}
     built = family_of(source.config).ARCHITECTURE
     bare = built.replace("ForCausalLM", "Model").replace("ForConditionalGeneration", "Model")
     named = {"architectures": [built]} if raw.get("architectures") in (None, [], [bare]) else {}

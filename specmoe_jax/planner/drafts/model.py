@@ -5,7 +5,7 @@ from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import preset
 from specmoe_jax.kv_cache.tiers import ON_ACCELERATOR
 from specmoe_jax.models.spec import DTYPE_BYTES
-from specmoe_jax.planner.costs import Load
+from specmoe_jax.planner.costs import Load, expert_bytes
 from specmoe_jax.planner.drafts.checks import check_decoder
 from specmoe_jax.planner.drafts.protocol import DraftCosts, DraftDescription
 from specmoe_jax.planner.layer_costs import resident_pass
@@ -36,8 +36,10 @@ class ModelDraftDescription(DraftDescription):
         itemsize, length = DTYPE_BYTES[plan.dtype], plan.draft_length or 1
         one = Load(load.rows, 1, load.context + length / 2)
         used = float(model.num_experts) if model.num_moe_layers else 0.0
-        catch_up = resident_pass(model, load, used, itemsize, tier=ON_ACCELERATOR)
-        token = resident_pass(model, one, min(used, load.rows * model.experts_per_token), itemsize, tier=ON_ACCELERATOR)
+        packed = expert_bytes(model, resident_plan(model, plan)) if model.num_moe_layers else None
+        catch_up = resident_pass(model, load, used, itemsize, tier=ON_ACCELERATOR, expert_bytes=packed)
+        used = min(used, load.rows * model.experts_per_token)
+        token = resident_pass(model, one, used, itemsize, tier=ON_ACCELERATOR, expert_bytes=packed)
         return DraftCosts(costs=(*catch_up, *(token * (length - 1))))
 
 

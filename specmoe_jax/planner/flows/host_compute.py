@@ -7,6 +7,7 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import preset
 from specmoe_jax.models.experts import is_computed_in_place
+from specmoe_jax.models.packing import planned
 from specmoe_jax.ops import isas
 from specmoe_jax.planner.drafts.search_starts import SearchStart
 from specmoe_jax.planner.flows.protocol import FlowMemory
@@ -20,8 +21,9 @@ class HostComputeFlowDescription(ResidentFlowDescription):
     def check(self, plan: Plan, config: ModelConfig) -> None:
         """Raises PlanError for experts that no compiled kernel computes, or that are not in memory."""
         super().check(plan, config)
-        if not is_computed_in_place(config.experts):
-            packed = "" if config.experts.packing is None else f" packed as {config.experts.packing}"
+        experts = [planned(one, plan.expert_dtype) for one in config.layer_experts]
+        if other := next((one for one in experts if not is_computed_in_place(one)), None):
+            packed = "" if other.packing is None else f" packed as {other.packing}"
             what = f"the experts of {config.family}{packed}"
             raise PlanError(f"expert_flow={self.name} has no compiled kernel for {what}; use expert_flow=resident")
         if plan.expert_tier != "host":

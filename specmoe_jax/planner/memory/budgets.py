@@ -33,7 +33,7 @@ def fit_pages(whole: MemoryAccount, plan: Plan, positions: int) -> MemoryAccount
     """With as many pages as host memory leaves, at least those of the longest request; the prompts' hidden states shrink alike."""
     paged = whole.host_bytes - whole.host_expert_bytes
     # A disk tier caches in what the pages leave, one expert at least.
-    beside = whole.expert_bytes if plan.expert_tier == "disk" else whole.host_expert_bytes
+    beside = whole.slot_bytes if plan.expert_tier == "disk" else whole.host_expert_bytes
     if not whole.kv_pages or plan.host_memory_bytes is None or beside + paged <= plan.host_memory_bytes:
         return whole
     page = paged / whole.kv_pages
@@ -66,7 +66,7 @@ def fit_host(whole: MemoryAccount, plan: Plan) -> MemoryAccount:
         )
     cached = int(plan.host_memory_bytes - beside) // whole.slot_bytes
     if cached < 1:
-        need = beside + whole.expert_bytes
+        need = beside + whole.slot_bytes
         raise BudgetError(
             f"host memory of {size_text(plan.host_memory_bytes)} is too small to cache one expert of the disk tier"
             f"{' beside the KV cache' if beside else ''}, {_short(need, plan.host_memory_bytes)}; the smallest that works is "

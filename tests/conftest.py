@@ -57,8 +57,8 @@ def pytest_configure(config):
     for name, value in settings.items():
         os.environ[name.upper()] = str(value)  # for the processes that tests start
         jax.config.update(name, value)
-    # Thousands of small programs, each run a few times: half of their processor time would be LLVM's optimisation. `.ci/run` compares
-    # with the reference implementation, and runs the lossless tests once more, as users run them.
+    # Thousands of small programs, each run a few times: half of their processor time would be LLVM's optimisation. `.ci/run` has it
+    # in the comparison with the reference implementation and in the lossless tests.
     if LLVM_LEVEL not in (flags := os.environ.get("XLA_FLAGS", "")):
         os.environ["XLA_FLAGS"] = f"{flags} {LLVM_LEVEL}=0"
 

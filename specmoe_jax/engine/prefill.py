@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from specmoe_jax.engine.flows.layer_passes import fetched
 from specmoe_jax.engine.flows.protocol import Chunk, PooledFlowExecutor
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory
@@ -32,7 +33,7 @@ def prefill(
     prompts: B token tuples, ragged; an empty one is a padding row. The draft set after the prefill is chosen
     by the routing of the whole prompt, not of its last chunk. draft_memory: of a FeatureDraft, which observes every chunk.
     on_positions: called with the positions that were done since the last call. on_states: with (rows, following, h [B, T, M],
-    num_new) of each chunk.
+    num_new) of each chunk; h may be in host memory.
     """
     every_row = np.arange(len(prompts), dtype=np.int32)
 
@@ -42,7 +43,10 @@ def prefill(
         if one.stands_for > 1:  # caches of drafts and log-probabilities are each row's own
             row = int(num_new.argmax())
             num_new = np.where(counts, num_new[row], 0).astype(np.int32)
-            features, h = (None if x is None else jnp.broadcast_to(x[row], x.shape) for x in (features, h))
+            features = None if features is None else jnp.broadcast_to(features[row], features.shape)
+            if on_states is not None:
+                h = fetched(h)  # it may wait in host memory
+                h = jnp.broadcast_to(h[row], h.shape)
         if on_states is not None:
             on_states(every_row, one.following, h, num_new)
         if features is not None:

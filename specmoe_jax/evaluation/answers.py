@@ -31,16 +31,16 @@ class Answers:
     def of(self, kind: str, questions: Sequence[Any], ask: Callable[[list[int]], list[Any]], at_once: int, told: Any) -> list[Any]:
         """The answers to JSON-like questions. ask: numbers of some questions -> their answers. told: a bar, or has `update`."""
         keys = [_key(kind, question) for question in questions]
-        answers = {number: self._known[key] for number, key in enumerate(keys) if key in self._known}
-        told.update(len(answers))
-        for some in _split([number for number in range(len(keys)) if number not in answers], at_once):
-            found = dict(zip(some, ask(some), strict=True))
+        first = {key: number for number, key in reversed([*enumerate(keys)])}  # a question may be asked twice
+        open_ones = sorted(number for key, number in first.items() if key not in self._known)
+        told.update(len(keys) - len(open_ones))
+        for some in _split(open_ones, at_once):
+            records = {keys[number]: answer for number, answer in zip(some, ask(some), strict=True)}
             if self._journal is not None:
-                records = {keys[number]: answer for number, answer in found.items()}  # a question may be asked twice
                 self._journal.append(*({"index": key, "answer": answer} for key, answer in records.items()))
-            answers |= found
+            self._known |= records
             told.update(len(some))
-        return [answers[number] for number in range(len(keys))]
+        return [self._known[key] for key in keys]
 
     def close(self) -> None:
         if self._journal is not None:

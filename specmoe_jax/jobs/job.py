@@ -170,6 +170,8 @@ def fingerprint(prompts: list[Prompt], plan: Plan, model: pathlib.Path) -> dict:
 def _identity(params: SamplingParams) -> dict:
     """The parameters as a job is known by them: fields that came later count where they are used, so older jobs go on."""
     first = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "ignore_eos")
+    if params.logits_processor is not None:
+        raise RequestError("a job cannot have a logits_processor, which nothing identifies across runs; use Engine.generate")
     fields = {field.name: field.default for field in dataclasses.fields(params)}
     return {name: getattr(params, name) for name, default in fields.items() if name in first or getattr(params, name) != default}
 

@@ -13,6 +13,7 @@ _NO_EFFECT_ON_TEXT = {"user", "metadata", "store", "service_tier", "prompt_cache
 _ONLY = {  # parameters of which one value is built
     "n": 1, "stream": False, "logprobs": (False, None), "top_logprobs": None, "response_format": {"type": "text"},
     "tool_choice": ("auto", None), "best_of": 1, "echo": False, "suffix": None, "modalities": ["text"],
+    "prompt_logprobs": None,
 }  # fmt: skip
 _MAY_BE_NULL = {"presence_penalty", "frequency_penalty", "logit_bias"}
 _RENAMED = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}

@@ -59,9 +59,28 @@ def test_answers_are_kept_and_a_broken_run_goes_on(engine, tmp_path):
     first.close()
     second = Answers(engine, path)
     assert second.of("kind", questions, ask, 2, told) == [0, 10, 20, 0]
-    assert calls == [[0, 1], [2, 3], [2]]  # the fourth question is the first one
+    assert calls == [[0, 1], [2], [2]]  # the fourth question is the first one
     assert second.of("other", questions[:1], ask, 2, told) == [0]
     second.close()
+
+
+def test_a_question_is_asked_and_kept_once(engine, tmp_path):
+    """Wherever it recurs: in another lot, or in another call."""
+    asked, path, told = [], str(tmp_path / "answers.jsonl"), types.SimpleNamespace(update=lambda count: None)
+    questions = [["a", 1], ["b", 2], ["a", 1], ["c", 3]]
+
+    def ask(numbers):
+        asked.extend(numbers)
+        return [questions[number][0] for number in numbers]
+
+    first = Answers(engine, path)
+    for _ in range(2):
+        assert first.of("kind", questions, ask, 2, told) == ["a", "b", "a", "c"]
+    first.close()
+    second = Answers(engine, path)
+    assert second.of("kind", questions, ask, 2, told) == ["a", "b", "a", "c"]
+    second.close()
+    assert asked == [0, 1, 3]
 
 
 def test_answers_of_another_model_are_refused(engine, model, tmp_path):

@@ -1,6 +1,7 @@
 """What the engine asks of an expert flow and of the KV cache's tier.
 
-The flows are resident.py, on_demand.py and stream.py; the tiers are in kv_tiers.py. The other modules are parts of them.
+The flows are resident.py, host_compute.py, on_demand.py and stream.py; the tiers are in kv_tiers.py. The other modules are
+parts of them.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence

@@ -76,6 +76,7 @@ def _answers(session: Session, reading: Layout, one: ReadPass, h: jax.Array, col
     assert runtime is not None  # of the pass
     asked = [(position, reading.queries[place]) for position, place in one.places() if place in reading.queries]
     size = min(positions_at_once(config.vocab_size), one.tokens.size)
+    h = fetched(h) if asked else h  # once, not for every few positions
     for start in range(0, len(asked), size):
         some = asked[start : start + size]
         index, tokens = np.zeros(size, np.int32), np.zeros((size, columns), np.int32)
@@ -83,7 +84,7 @@ def _answers(session: Session, reading: Layout, one: ReadPass, h: jax.Array, col
         distinct = [list(dict.fromkeys(query.token for query in queries)) for _, queries in some]
         for n, own in enumerate(distinct):
             tokens[n, : len(own)] = own
-        found = jax.device_get(score_states(config.head, runtime.weights, fetched(h), index, tokens, 0))
+        found = jax.device_get(score_states(config.head, runtime.weights, h, index, tokens, 0))
         for n, (_, queries) in enumerate(some):
             for query in queries:
                 yield query, float(found.of[n, distinct[n].index(query.token)]), int(found.best[n])

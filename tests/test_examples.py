@@ -22,6 +22,7 @@ def example(name):
     return module
 
 
+@pytest.mark.slow
 def test_acceptance(model, tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "a.png"

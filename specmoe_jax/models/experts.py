@@ -1,6 +1,7 @@
 """The feed-forward network of one expert, in every variant that a family has."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,11 @@ def layer_bytes(config: ModelConfig, dtype: str, expert_dtype: str | None = None
 
 def mean_bytes(config: ModelConfig, dtype: str, expert_dtype: str | None = None) -> int:
     """Of an expert of any layer, rounded up: layers may be packed differently."""
-    sizes = layer_bytes(config, dtype, expert_dtype)
+    return mean(layer_bytes(config, dtype, expert_dtype))
+
+
+def mean(sizes: Sequence[int]) -> int:
+    """Rounded up."""
     return -(-sum(sizes) // len(sizes))
 
 

@@ -15,7 +15,7 @@ from specmoe_jax.config.layer_config import AttentionConfig, LayerConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models import encoder, layers
 from specmoe_jax.models.attention import allowed, scores_and_values
-from specmoe_jax.models.experts import block_function, mean_bytes
+from specmoe_jax.models.experts import block_bytes, block_function, mean
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.spec import Weights, map_specs, random_block, random_tensor
 from specmoe_jax.support.errors import PinnedMemoryError
@@ -45,8 +45,8 @@ class Model:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one expert as it crosses the link."""
-        return mean_bytes(self.config, self.dtype)
+        """Bytes of one expert as it crosses the link; the mean where layers are packed differently."""
+        return mean([block_bytes(experts, self.dtype) for experts in self.config.layer_experts])
 
     def logits(self, token_ids: ArrayLike, source: ArrayLike | None = None, source_lengths: ArrayLike | None = None) -> jax.Array:
         """The reference: [B, T] int -> [B, T, V] float32, every expert computed for every token.

@@ -36,6 +36,7 @@ def test_measured_once_a_machine(quick, tmp_path):
     assert probe.probe().measured
 
 
+@pytest.mark.slow
 def test_it_says_how_far_it_is(quick, monkeypatch, capfd):
     monkeypatch.setattr(progress, "LOG_EVERY_S", 0.0)
     probe.probe(progress="log")

@@ -111,6 +111,7 @@ def test_the_twin_shows_presets_and_policies(explain, headers, tmp_path):
     assert all(cache["fetched, belady"] <= cache[f"fetched, {name}"] for name in ("lru", "frequency", "hot_temporal"))
 
 
+@pytest.mark.slow
 def test_a_config_alone_is_enough(explain, headers, tmp_path):
     (tmp_path / "spec").mkdir()
     (tmp_path / "spec" / "config.json").write_text((headers["qwen3_30b_a3b"] / "config.json").read_text())

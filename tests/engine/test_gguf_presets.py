@@ -45,6 +45,7 @@ def run(model, preset: str, **changes):
     return tokens_of(engine.generate(PROMPTS, PARAMS)), engine.stats()
 
 
+@pytest.mark.slow
 def test_every_preset_writes_the_same_tokens(files):
     model, exact = (sm.load_model(str(path)) for path in files)
     logits, wanted = (m.logits([PROMPTS[0]]) for m in (model, exact))

@@ -50,6 +50,7 @@ def test_every_preset_writes_the_same_tokens(packing):
         assert stats["link_bytes"] % model.expert_bytes == 0 and (stats["link_bytes"] > 0 or name not in ("on_demand", "streaming"))
 
 
+@pytest.mark.slow
 def test_gpt_oss_in_mxfp4():
     """Biases and clamps, which the compiled kernel computes as well."""
     model, exact = packed_model(tiny_family("gpt_oss"), "mxfp4")

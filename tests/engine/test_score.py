@@ -162,6 +162,7 @@ def test_no_call_of_the_head_is_large():
         assert positions_at_once(vocab) * vocab <= LOGITS_AT_ONCE
 
 
+@pytest.mark.slow
 def test_an_encoder_reads_the_context():
     model = tiny_family("nllb_moe")
     pairs = [((5, 99, 3, 17, 64), (8, 20, 44)), ((77, 6), (9, 31, 3, 5, 12)), ((4,), (7,))]

@@ -148,12 +148,13 @@ def load_config(path: pathlib.Path) -> ModelConfig:
 
 def load_model_tokenizer(path: pathlib.Path, config: ModelConfig) -> Tokenizer | None:
     """The tokenizer of a directory, None when it has none. Raises CheckpointError when it is broken or too large."""
-    if not os.path.lexists(path / "tokenizer.json") and tiktoken_file(path) is None:
+    file = path / "tokenizer.json" if os.path.lexists(path / "tokenizer.json") else tiktoken_file(path)
+    if file is None:
         return None
     tokenizer = load_tokenizer(path, config.eos_token_ids)
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
-            f"tokenizer: ids up to {tokenizer.vocab_size - 1}, but config.json says vocab_size {config.vocab_size}:"
+            f"{file.name}: ids up to {tokenizer.vocab_size - 1}, but config.json says vocab_size {config.vocab_size}:"
             " this tokenizer is of another model"
         )
     return tokenizer

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from engine_cases import GREEDY, PROMPTS, SAMPLED, plan, run, tokens_of
@@ -89,10 +90,27 @@ def first_difference(a, b):
     return next((i for i, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1]), None)
 
 
+def smallest_router_gap(model, ids, monkeypatch):
+    """Between the last chosen and the first other expert, over all layers and positions."""
+    gaps, top_k = [], jax.lax.top_k
+
+    def spy(logits, k):
+        ordered = np.sort(np.asarray(logits), axis=-1)
+        gaps.append((ordered[..., -k] - ordered[..., -k - 1]).min())
+        return top_k(logits, k)
+
+    with monkeypatch.context() as patch, jax.disable_jit():
+        patch.setattr(jax.lax, "top_k", spy)
+        model.logits(ids)
+    assert len(gaps) == model.config.num_moe_layers
+    return min(gaps)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_tier", ["accelerator", "host"])
-def test_bfloat16_differs_only_where_two_tokens_are_nearly_equal(kv_tier):
-    """Exactness holds in float32; in bfloat16 two correct runs may part where the two best logits are within its rounding."""
+def test_bfloat16_differs_only_where_two_tokens_or_experts_are_nearly_equal(kv_tier, monkeypatch):
+    """Exactness holds in float32; in bfloat16 two correct runs may part where the two best logits are within its rounding, or where
+    the router's are: another expert then computes."""
     model, parted = tiny("bfloat16"), 0
     resident, _ = run(model, plan("resident", dtype="bfloat16", kv_tier=kv_tier))
     for a_plan in (plan("on_demand"), plan(**DRAFTING), plan(draft_length=4, draft_experts=TINY.num_experts)):
@@ -105,6 +123,8 @@ def test_bfloat16_differs_only_where_two_tokens_are_nearly_equal(kv_tier):
             ids = np.zeros((1, 64), np.int32)
             ids[0, : len(prompt) + at] = prompt + want[:at]
             logits = np.asarray(model.logits(ids))[0, len(prompt) + at - 1]
+            if smallest_router_gap(model, ids[:, : len(prompt) + at], monkeypatch) < 2**-8:
+                continue
             # bfloat16 rounds at 2^-9 of a value; a few layers of sums of such errors, on logits of size 1 to 4
             assert abs(logits[want[at]] - logits[got[at]]) < 2**-4
             assert logits.max() - min(logits[want[at]], logits[got[at]]) < 2**-4

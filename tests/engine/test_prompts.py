@@ -62,7 +62,7 @@ def test_byte_order_mark(write):
         ("{", "line 2 is not JSON"),
         ("[1]", 'line 2 has no text "prompt"'),
         ('{"prompt": 3}', 'line 2 has no text "prompt"'),
-        ('{"prompt": "a", "temprature": 1}', "line 2 has the unknown field 'temprature'; known are prompt, id, ignore_eos"),
+        ('{"prompt": "a", "temprature": 1}', "line 2 has the unknown field 'temprature'; known are prompt, id, "),
         ('{"prompt": "a", "max_new_tokens": "5"}', "line 2: max_new_tokens is '5'"),
         ('{"prompt": "a", "max_new_tokens": 1.5}', "line 2: max_new_tokens is 1.5"),
         ('{"prompt": "a", "temperature": NaN}', "line 2: temperature is nan"),

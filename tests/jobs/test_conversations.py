@@ -102,7 +102,7 @@ BAD = [
     ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "system must be a text, and the only message"),
     ({"messages": [HI], "chat_template_kwargs": [1]}, "chat_template_kwargs must be an object"),
     ({"messages": [HI], "chat_template_kwargs": {"tools": []}}, "without tools, which is a field of its own"),
-    ({"messages": [HI], "temprature": 1}, "unknown field 'temprature'; known are prompt, id, ignore_eos"),
+    ({"messages": [HI], "temprature": 1}, "unknown field 'temprature'; known are prompt, id, "),
     ({"system": "x"}, 'no text "prompt"'),
 ]
 

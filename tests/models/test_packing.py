@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from specmoe_jax.config.layer_config import ExpertConfig
 from specmoe_jax.models.packing import kind_of, pack, packed_bytes, unpack, unpacked
+from specmoe_jax.models.packing.kinds import int4, int8
 from specmoe_jax.models.packing.kinds.int4 import GROUP
 from specmoe_jax.support.errors import CheckpointError
 

@@ -55,27 +55,16 @@ class Ran(NamedTuple):
 
 
 def run(command: list[str]) -> Ran:
+    """Runs a command to its end; what it says on stderr is shown."""
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    output, errors = process.communicate()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)  # of this child alone, unlike getrusage
+    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{' '.join(command[:6])} ended with {process.returncode}: {errors.strip().splitlines()[-1:]}")
-    return Ran(time.perf_counter() - began, 0, output)
-
-
-def measured(command: list[str]) -> Ran:
-    """`run`, with the peak memory of the process, which a child's own usage tells when it has ended."""
-    code = (
-        "import json, resource, subprocess, sys\n"
-        "done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, text=True)\n"
-        "peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024\n"
-        "print(json.dumps([done.returncode, peak, done.stdout]))\n"
-    )
-    ran = run([sys.executable, "-c", code, *command])
-    status, peak, output = json.loads(ran.output)
-    if status:
-        raise SystemExit(f"{' '.join(command[:6])} ended with {status}")
-    return ran._replace(peak_bytes=peak, output=output)
+        raise SystemExit(f"{' '.join(command[:6])} ended with {process.returncode}")
+    return Ran(time.perf_counter() - began, usage.ru_maxrss * 1024, output)
 
 
 def specmoe(*arguments: str) -> list[str]:
@@ -100,7 +89,7 @@ def prompt_ids(folder: pathlib.Path, vocabulary: int) -> list[list[int]]:
 def generated(model: pathlib.Path, folder: pathlib.Path, prompts: pathlib.Path, preset: str, *more: str) -> tuple[Ran, list, dict]:
     out, stats = folder / "out.jsonl", folder / "stats.json"
     flags = [f"--model={model}", f"--prompts={prompts}", f"--preset={preset}", f"--output={out}", f"--stats={stats}", "--restart"]
-    ran = measured(specmoe("generate", *flags, f"--max_new_tokens={NEW_TOKENS}", "--ignore_eos", "--temperature=0", *more))
+    ran = run(specmoe("generate", *flags, f"--max_new_tokens={NEW_TOKENS}", "--ignore_eos", "--temperature=0", *more))
     rows = sorted(map(json.loads, out.read_text().splitlines()), key=lambda row: row["index"])
     if failed := [row["error"] for row in rows if row.get("error")]:
         raise SystemExit(f"{model} with --preset={preset}: {failed[0]}")
@@ -126,8 +115,8 @@ def road(name: str, folder: pathlib.Path, options: argparse.Namespace) -> dict[s
     prompts = folder / "prompts.jsonl"
     rows = TEXTS if (published / "tokenizer.json").exists() else ids
     prompts.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
-    say("explain", measured(specmoe("explain", f"--model={published}", "--preset=specmoe", "--dtype=float32")))
-    ran = measured(specmoe("convert", f"--model={published}", f"--output={converted}", "--format=specmoe"))
+    say("explain", run(specmoe("explain", f"--model={published}", "--preset=specmoe", "--dtype=float32")))
+    ran = run(specmoe("convert", f"--model={published}", f"--output={converted}", "--format=specmoe"))
     say("convert", ran, f"{size_of(converted) / disk:.2f} of the size")
     figures |= {"convert_s": ran.seconds, "convert_peak_bytes": ran.peak_bytes, "converted_bytes": size_of(converted)}
     tokens = {}

@@ -1,7 +1,5 @@
 // XLA FFI face of expert_ffn: checks, then the call.
-#include "expert_ffn.h"
-
-#include "handler.h"
+#include "expert_rows.h"
 
 namespace ffi = xla::ffi;
 
@@ -15,22 +13,16 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer blocks, ff
   const auto xd = x.dimensions(), bd = blocks.dimensions(), sd = slots.dimensions();
   if (xd.size() != 2 || bd.size() != 4 || sd.size() != 2) return wrong("x [n, M], blocks [R, 3, F, M], slots [n, A]");
   FfnArgs a{};
-  a.n = xd[0];
-  a.M = xd[1];
+  set_rows(a, x, slots, *y);
   a.R = bd[0];
   a.F = bd[2];
-  a.A = sd[1];
   if (bd[1] != 3 || bd[3] != a.M || sd[0] != a.n) return wrong("shapes of x, blocks and slots do not agree");
-  if (x.element_type() != ffi::F32 && x.element_type() != ffi::BF16) return wrong("x must be float32 or bfloat16");
+  if (!is_float_row(x)) return wrong("x must be float32 or bfloat16");
   const auto w = blocks.element_type();
   if (w != ffi::F32 && w != ffi::BF16 && w != ffi::U16) return wrong("blocks must be float32, bfloat16 or its bits as uint16");
-  a.x_type = x.element_type() == ffi::F32 ? DType::kF32 : DType::kBF16;
   a.w_type = w == ffi::F32 ? DType::kF32 : DType::kBF16;
   a.expert_bytes = 3 * a.F * a.M * (a.w_type == DType::kF32 ? 4 : 2);
-  a.x = x.untyped_data();
   a.blocks = blocks.untyped_data();
-  a.slots = slots.typed_data();
-  a.y = y->typed_data();
   return run_kernel("expert_ffn", pool, threads, isa,
                     [&](const KernelTable& table, Parallel& parallel) { expert_ffn(a, table, parallel); });
 }
@@ -40,22 +32,16 @@ ffi::Error run_packed(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U
                       ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t bits, int64_t hidden, int64_t threads, std::string_view isa) {
   const auto xd = x.dimensions(), bd = blocks.dimensions(), sd = slots.dimensions();
   if (xd.size() != 2 || bd.size() != 2 || sd.size() != 2 || sd[0] != xd[0]) return wrong("x [n, M], blocks [R, bytes], slots [n, A]");
-  if (x.element_type() != ffi::F32 && x.element_type() != ffi::BF16) return wrong("x must be float32 or bfloat16");
+  if (!is_float_row(x)) return wrong("x must be float32 or bfloat16");
   if (bits != 8 && bits != 4) return wrong("codes have 8 or 4 bits");
   FfnArgs a{};
-  a.n = xd[0];
-  a.M = xd[1];
+  set_rows(a, x, slots, *y);
   a.R = bd[0];
   a.F = hidden;
-  a.A = sd[1];
-  a.x_type = x.element_type() == ffi::F32 ? DType::kF32 : DType::kBF16;
   a.w_type = bits == 8 ? DType::kI8 : DType::kI4;
   a.expert_bytes = packed_expert_bytes(a.w_type, a.F, a.M);
   if (bd[1] != a.expert_bytes) return wrong("a packed expert has another number of bytes than its shape takes");
-  a.x = x.untyped_data();
   a.blocks = blocks.typed_data();
-  a.slots = slots.typed_data();
-  a.y = y->typed_data();
   return run_kernel("expert_ffn", pool, threads, isa,
                     [&](const KernelTable& table, Parallel& parallel) { expert_ffn(a, table, parallel); });
 }
@@ -67,20 +53,14 @@ ffi::Error run_table(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U3
   const auto xd = x.dimensions(), td = table.dimensions(), sd = slots.dimensions();
   if (xd.size() != 2 || td.size() != 2 || td[1] != 2 || sd.size() != 2 || sd[0] != xd[0])
     return wrong("x [n, M], table [R, 2], slots [n, A]");
-  if (x.element_type() != ffi::F32 && x.element_type() != ffi::BF16) return wrong("x must be float32 or bfloat16");
+  if (!is_float_row(x)) return wrong("x must be float32 or bfloat16");
   if (bits != 32 && bits != 16 && bits != 8 && bits != 4) return wrong("weights have 32, 16, 8 or 4 bits");
   static_assert(sizeof(void*) == 8);
   FfnArgs a{};
-  a.n = xd[0];
-  a.M = xd[1];
+  set_rows(a, x, slots, *y);
   a.R = td[0];
   a.F = hidden;
-  a.A = sd[1];
-  a.x_type = x.element_type() == ffi::F32 ? DType::kF32 : DType::kBF16;
   a.w_type = bits == 32 ? DType::kF32 : bits == 16 ? DType::kBF16 : bits == 8 ? DType::kI8 : DType::kI4;
-  a.x = x.untyped_data();
-  a.slots = slots.typed_data();
-  a.y = y->typed_data();
   a.table = static_cast<const void* const*>(table.untyped_data());
   return run_kernel("expert_ffn", pool, threads, isa,
                     [&](const KernelTable& kernels, Parallel& parallel) { expert_ffn(a, kernels, parallel); });

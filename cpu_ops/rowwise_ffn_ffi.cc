@@ -1,7 +1,7 @@
 // XLA FFI face of rowwise_ffn: checks, then the call.
 #include "rowwise_ffn.h"
 
-#include "handler.h"
+#include "expert_rows.h"
 
 namespace ffi = xla::ffi;
 
@@ -16,14 +16,12 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> bloc
                std::string_view isa) {
   const auto xd = x.dimensions(), bd = blocks.dimensions(), sd = slots.dimensions();
   if (xd.size() != 2 || bd.size() != 2 || sd.size() != 2 || sd[0] != xd[0]) return wrong("x [n, M], blocks [R, bytes], slots [n, A]");
-  if (x.element_type() != ffi::F32 && x.element_type() != ffi::BF16) return wrong("x must be float32 or bfloat16");
+  if (!is_float_row(x)) return wrong("x must be float32 or bfloat16");
   if (format < 0 || format >= static_cast<int64_t>(RowFormat::kCount)) return wrong("no such format");
   RowwiseArgs a{};
-  a.n = xd[0];
-  a.M = xd[1];
+  set_rows(a, x, slots, *y);
   a.R = bd[0];
   a.F = hidden;
-  a.A = sd[1];
   a.format = static_cast<RowFormat>(format);
   const int64_t unit = a.format == RowFormat::kNvfp4 ? 16 : kColumnUnit;
   if (a.M % kColumnUnit != 0 || a.F % kColumnUnit != 0) return wrong("model and hidden dimension must be multiples of 32");
@@ -36,13 +34,9 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> bloc
   a.clamped = clamped != 0;
   a.alpha = static_cast<float>(alpha);
   a.limit = static_cast<float>(limit);
-  a.x_type = x.element_type() == ffi::F32 ? DType::kF32 : DType::kBF16;
   a.expert_bytes = rowwise_expert_bytes(a);
   if (bd[1] != a.expert_bytes) return wrong("a packed expert has another number of bytes than its shape takes");
-  a.x = x.untyped_data();
   a.blocks = blocks.typed_data();
-  a.slots = slots.typed_data();
-  a.y = y->typed_data();
   return run_kernel("rowwise_expert_ffn", pool, threads, isa,
                     [&](const KernelTable& table, Parallel& parallel) { rowwise_ffn(a, table, parallel); });
 }

@@ -164,7 +164,31 @@ double ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, bool bf1
   return 0;
 }
 
-// Experts whose codes are all the same, so that every output is the same number for its row.
+// Random rows through experts whose weights are all `weight`, so that every output is the same number for its row. Fills in x, y and
+// one slot a row, calls `compute`, and gives the largest difference, relative beyond 1.
+template <typename Compute>
+double worst_of_alike(FfnArgs& a, double weight, const Compute& compute) {
+  Exact<float> x(a.n * a.M), y(a.n * a.M);
+  Exact<int32_t> slots(a.n);
+  for (int64_t i = 0; i < x.size; ++i) x[i] = draw();
+  for (int64_t i = 0; i < a.n; ++i) slots[i] = static_cast<int32_t>(i % a.R);
+  a.A = 1;
+  a.x_type = DType::kF32;
+  a.x = x.data;
+  a.slots = slots.data;
+  a.y = y.data;
+  compute();
+  double worst = 0;
+  for (int64_t i = 0; i < a.n; ++i) {
+    double sum = 0;
+    for (int64_t m = 0; m < a.M; ++m) sum += static_cast<double>(x[i * a.M + m]);
+    const double gate = sum * weight, want = gate / (1 + std::exp(-gate)) * gate * weight * static_cast<double>(a.F);
+    for (int64_t m = 0; m < a.M; ++m) worst = std::fmax(worst, std::fabs(y[i * a.M + m] - want) / (1 + std::fabs(want)));
+  }
+  return worst;
+}
+
+// Experts whose codes are all the same.
 double packed_ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, DType type, int threads) {
   const int64_t R = 2, bytes = packed_expert_bytes(type, F, M), codes = code_bytes(type, F, M);
   const float code = 3, scale = 0.25f / static_cast<float>(M);  // exact in bfloat16 where M is a power of two
@@ -179,33 +203,18 @@ double packed_ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, D
       std::memcpy(expert + i, &bits, type == DType::kI8 ? 4 : 2);
     }
   }
-  Exact<float> x(n * M), y(n * M);
-  Exact<int32_t> slots(n);
-  for (int64_t i = 0; i < x.size; ++i) x[i] = draw();
-  for (int64_t i = 0; i < n; ++i) slots[i] = static_cast<int32_t>(i % R);
   FfnArgs a{};
   a.n = n;
-  a.A = 1;
   a.M = M;
   a.F = F;
   a.R = R;
-  a.x_type = DType::kF32;
   a.w_type = type;
   a.expert_bytes = bytes;
-  a.x = x.data;
   a.blocks = blocks.data;
-  a.slots = slots.data;
-  a.y = y.data;
-  Threads parallel(threads);
-  expert_ffn(a, kernels, parallel);
-  double worst = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    double sum = 0;
-    for (int64_t m = 0; m < M; ++m) sum += static_cast<double>(x[i * M + m]);
-    const double gate = sum * code * scale, want = gate / (1 + std::exp(-gate)) * gate * code * scale * static_cast<double>(F);
-    for (int64_t m = 0; m < M; ++m) worst = std::fmax(worst, std::fabs(y[i * M + m] - want) / (1 + std::fabs(want)));
-  }
-  return worst;
+  return worst_of_alike(a, static_cast<double>(code) * static_cast<double>(scale), [&] {
+    Threads parallel(threads);
+    expert_ffn(a, kernels, parallel);
+  });
 }
 
 // One matrix of a format whose every weight is 3 times the scale, a power of two.
@@ -230,11 +239,9 @@ double rowwise(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, RowF
   const float code = 3, scale = 0.25f / static_cast<float>(M);
   RowwiseArgs a{};
   a.n = n;
-  a.A = 1;
   a.M = M;
   a.F = F;
   a.R = R;
-  a.x_type = DType::kF32;
   a.format = format;
   a.group = format == RowFormat::kNvfp4 ? 16 : 32;
   a.block_rows = 24;
@@ -249,24 +256,11 @@ double rowwise(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, RowF
     fill_matrix(a, F, M, scale, expert + inner);
     fill_matrix(a, M, F, scale, expert + 2 * inner);
   }
-  Exact<float> x(n * M), y(n * M);
-  Exact<int32_t> slots(n);
-  for (int64_t i = 0; i < x.size; ++i) x[i] = draw();
-  for (int64_t i = 0; i < n; ++i) slots[i] = static_cast<int32_t>(i % R);
-  a.x = x.data;
   a.blocks = blocks.data;
-  a.slots = slots.data;
-  a.y = y.data;
-  Threads parallel(threads);
-  rowwise_ffn(a, kernels, parallel);
-  double worst = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    double sum = 0;
-    for (int64_t m = 0; m < M; ++m) sum += static_cast<double>(x[i * M + m]);
-    const double gate = sum * code * scale, want = gate / (1 + std::exp(-gate)) * gate * code * scale * static_cast<double>(F);
-    for (int64_t m = 0; m < M; ++m) worst = std::fmax(worst, std::fabs(y[i * M + m] - want) / (1 + std::fabs(want)));
-  }
-  return worst;
+  return worst_of_alike(a, static_cast<double>(code) * static_cast<double>(scale), [&] {
+    Threads parallel(threads);
+    rowwise_ffn(a, kernels, parallel);
+  });
 }
 
 double product(const KernelTable& kernels, int64_t n, int64_t N, int64_t M, DType x_type, DType w_type, int threads) {

@@ -1,5 +1,6 @@
 """docs/guides: every command runs as it stands, every flag that is named exists, every generated page is what its source says."""
 
+import json
 import os
 import pathlib
 import re
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 
+import specmoe_jax as sm
 from specmoe_jax.config.plan_fields import fields_of_a_plan
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -63,3 +65,25 @@ def test_flags_named_in_the_guides_exist():
             text = page.read_text()
         named = set(re.findall(r"(?<![\w-])--(\w+)", text)) - {"model", "help", "version"}
         assert named <= defined, (page.name, named - defined)
+
+
+def test_the_api_page_has_every_public_name():
+    named = re.findall(r"^::: specmoe_jax[\w.]*\.(\w+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), flags=re.M)
+    errors = {"CheckpointError", "PlanError", "RequestError", "UserError"}  # on the page as the members of their module
+    assert "errors" in named and set(sm.__all__) - errors - {"__version__", "speculate"} <= set(named)
+
+
+def test_every_figure_file_is_named_on_a_page_beside_it():
+    """Tables stand beside their JSON, figures beside their tables."""
+    for page in (ROOT / "docs/benchmarks").glob("*/index.md"):
+        text = page.read_text(encoding="utf-8")
+        unnamed = [path.name for path in page.parent.iterdir() if path != page and f"]({path.name})" not in text]
+        assert not unnamed, (page.parent.name, unnamed)
+
+
+def test_the_notebook_is_stored_as_it_was_run():
+    cells = [cell for cell in json.loads((ROOT / "docs/tour.ipynb").read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    shown = [output for cell in cells for output in cell["outputs"]]
+    assert sum("image/png" in output.get("data", {}) for output in shown) == 3
+    assert not [output for output in shown if output["output_type"] == "error" or output.get("name") == "stderr"]

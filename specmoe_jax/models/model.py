@@ -28,7 +28,7 @@ class Model:
     """A model whose experts lie in host memory.
 
     weights: everything but the experts, arrays in the compute dtype.
-    experts: experts[i][expert] is one block of the i-th layer that has experts (the decoder's, then the encoder's), in
+    experts: `experts[i][e]` is one block of the i-th layer that has experts (the decoder's, then the encoder's), in
         pinned host memory; bfloat16 as uint16 bits. [3, F, M], or as ExpertConfig.block_shape says; packed ones are bytes.
     tokenizer: see checkpoints.tokenizer; None for a random model.
     dtype: "float32" or "bfloat16". synthetic: stamps for every figure made with it, see metrics.figures.

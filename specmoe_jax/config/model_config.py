@@ -69,7 +69,12 @@ class ModelConfig:
 
     @functools.cached_property
     def head(self) -> Head:
-        return Head(norm_eps=self.norm_eps, divisor=self.logits_divisor)
+        return Head(norm_eps=self.norm_eps, divisor=self.logits_divisor, norm_plus=self.layers[-1].norm_plus)
+
+    @functools.cached_property
+    def recurrent_layers(self) -> tuple[int, ...]:
+        """Layers with a state of fixed size in the place of a cache by positions."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.attention.recurrent is not None)
 
     @property
     def num_moe_layers(self) -> int:

@@ -11,6 +11,14 @@ _YARN = {
     "original_max_position_embeddings": 24,
 }  # fmt: skip
 
+_HYBRID = {
+    "hidden_size": 40, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 36, "num_hidden_layers": 4,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12, "num_experts": 7, "num_experts_per_tok": 3,
+    "rms_norm_eps": 1e-6, "attention_bias": False, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6, "linear_value_head_dim": 10, "linear_conv_kernel_dim": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
+
 RAW_CONFIGS = {
     "mixtral": _COMMON
     | {
@@ -99,6 +107,18 @@ RAW_CONFIGS = {
         "num_experts_per_tok": 3, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4,
         "logits_scaling": 0.7, "attention_bias": False, "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1.5e6},
+    },
+    # Two recurrent layers to one that attends; two value heads to a key head; the second layer dense by name.
+    "qwen3_next": _COMMON | _HYBRID | {
+        "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "intermediate_size": 56, "mlp_only_layers": [1],
+        "norm_topk_prob": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5},
+    },
+    "qwen3_5_moe": _COMMON | _HYBRID | {
+        "architectures": ["Qwen3_5MoeForCausalLM"], "model_type": "qwen3_5_moe_text", "linear_num_value_heads": 6,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 1],
+            "mrope_interleaved": True,
+        },
     },
     "gpt_oss": _COMMON
     | {

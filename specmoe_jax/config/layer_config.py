@@ -83,6 +83,7 @@ class AttentionConfig:
     that grow with their position (Llama-4). latent: then K = 1 and D is what the cache holds, rank + rope.
     qkv_bias, qk_norm: whether the layer has biases of queries, keys and values, and norms of queries and keys, where its
     family leaves that open. gated: queries come with a gate of their outputs (Qwen3-Next), behind them in the last axis.
+    value_dim: of a value head where it is not D (MiMo); zeros fill its cache. value_scale: multiplies values.
     recurrent: then nothing is attended, H and K are value and key heads, and there is no cache by positions.
     """
 
@@ -99,6 +100,8 @@ class AttentionConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     gated: bool = False
+    value_dim: int | None = None
+    value_scale: float = 1.0
     recurrent: Recurrence | None = None
 
     @property
@@ -110,6 +113,11 @@ class AttentionConfig:
     def cache_row(self) -> int:
         """Numbers that one position takes in the key cache, and again in the value cache."""
         return 0 if self.recurrent else self.num_kv_heads * self.cache_dim
+
+    @property
+    def output_dim(self) -> int:
+        """Of what one query head gives: of a value head."""
+        return self.value_dim or self.head_dim
 
     @property
     def query_dim(self) -> int:

@@ -54,6 +54,9 @@ def queries_keys_values(
     q = heads(_normed(config, q, weights.q_norm), attention.num_heads)
     k = heads(_normed(config, affine(x, weights.k, weights.k_bias), weights.k_norm), attention.num_kv_heads)
     v = heads(affine(x, weights.v, weights.v_bias), attention.num_kv_heads)
+    if attention.value_scale != 1.0:
+        v = v * attention.value_scale
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, attention.head_dim - attention.output_dim)))
     q, k = rope(q, positions, attention.rope), rope(k, positions, attention.rope)
     if attention.l2_norm:
         q, k = (rms_norm(a, jnp.ones((), a.dtype), config.norm_eps) for a in (q, k))
@@ -79,6 +82,8 @@ def post_attention(
         attended = latent.values(config.attention, weights, attended)
     if config.attention.recurrent is not None:
         attended = recurrent.values(config, weights, attended)
+    if config.attention.value_dim is not None:
+        attended = attended[..., : config.attention.value_dim]
     h = h + config.residual_scale * affine(attended.reshape(*h.shape[:2], -1), weights.o, weights.o_bias)
     if config.cross is not None:
         assert weights.cross is not None and cross is not None

@@ -25,6 +25,9 @@ _MODULES = (
     "nllb_moe",
     "hybrid.qwen3_next",
     "hybrid.qwen3_5_moe",
+    "hybrid.mimo_v2_flash",
+    "sparse.deepseek_v32",
+    "sparse.glm_moe_dsa",
 )
 FAMILIES: dict[str, ModuleType] = {name.rpartition(".")[2]: importlib.import_module(f"{__package__}.{name}") for name in _MODULES}
 OTHER_TYPES = {"granitemoe": "granite_moe", "kimi_k2": "deepseek_v3", "kimi_k25": "deepseek_v3"}  # model_type -> family

@@ -48,6 +48,7 @@ def attention_specs(
     attention, hidden = config.layers[layer].attention, config.hidden_size
     prefix = f"model.layers.{layer}"
     q, kv = attention.num_heads * attention.query_dim, attention.num_kv_heads * attention.head_dim
+    values = attention.num_kv_heads * attention.output_dim
 
     def bias(name: str, width: int, wanted: bool) -> TensorSpec | None:
         return TensorSpec(f"{prefix}.self_attn.{name}_proj.bias", (width,)) if wanted else None
@@ -57,11 +58,11 @@ def attention_specs(
         post_norm=norm_spec(f"{prefix}.post_attention_layernorm", hidden),
         q=TensorSpec(f"{prefix}.self_attn.q_proj.weight", (q, hidden)),
         k=TensorSpec(f"{prefix}.self_attn.k_proj.weight", (kv, hidden)),
-        v=TensorSpec(f"{prefix}.self_attn.v_proj.weight", (kv, hidden)),
-        o=TensorSpec(f"{prefix}.self_attn.o_proj.weight", (hidden, attention.num_heads * attention.head_dim)),
+        v=TensorSpec(f"{prefix}.self_attn.v_proj.weight", (values, hidden)),
+        o=TensorSpec(f"{prefix}.self_attn.o_proj.weight", (hidden, attention.num_heads * attention.output_dim)),
         q_bias=bias("q", q, qkv_bias),
         k_bias=bias("k", kv, qkv_bias),
-        v_bias=bias("v", kv, qkv_bias),
+        v_bias=bias("v", values, qkv_bias),
         o_bias=bias("o", hidden, o_bias),
         **others,
     )

@@ -99,6 +99,12 @@ def first_dense(raw: dict, *, default: int) -> frozenset[int]:
     return frozenset(range(min(count, read.num_layers(raw))))
 
 
+def listed_dense(raw: dict, *, default: int) -> frozenset[int]:
+    """The dense layers that mlp_layer_types lists; where it is left out, by DeepSeek's rule."""
+    types = read.named_layers(raw, "mlp_layer_types", read.num_layers(raw), ("dense", "sparse"))
+    return first_dense(raw, default=default) if types is None else frozenset(i for i, kind in enumerate(types) if kind == "dense")
+
+
 def mtp_layers(raw: dict) -> int:
     """How many layers after the last predict further tokens."""
     keys = [key for key in ("num_nextn_predict_layers", "num_mtp_layers") if raw.get(key)]

@@ -101,8 +101,9 @@ class EngineResources:
 
     def new_cache(self, batch_shape: BatchShape) -> KVCache:
         assert self.runtime is not None  # a job has been taken
-        device = self.runtime.cache_tier.device(self.runtime)
-        return new_cache(self._model.config, batch_shape.rows, batch_shape.positions, self._plan.dtype, device)
+        device, replayed = self.runtime.cache_tier.device(self.runtime), self._plan.tokens_per_pass - 1
+        shape = (batch_shape.rows, batch_shape.positions)
+        return new_cache(self._model.config, *shape, self._plan.dtype, device, replayed=replayed)
 
     def put_back(self, state: State, batch_shape: BatchShape) -> None:
         """The adaptive length of a job that has ended, and its pool."""

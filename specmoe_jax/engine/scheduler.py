@@ -24,12 +24,13 @@ class MicroBatch(NamedTuple):
     """Some rows' new tokens, or one chunk of some rows' prompts: what a streamed pass takes through a layer at a time.
 
     tokens: [b, T] int32 at positions lengths[b] + t of the rows whose pages are table [b, P]; t >= num_new[b] is padding.
-    tree: of the new tokens, None for a chain. offloaded: its hidden states wait in host memory between the layers (prompts,
-    of which there may be many).
+    rows: [b] int32, whose states are theirs in recurrent layers, -1 for padding. tree: of the new tokens, None for a chain.
+    offloaded: its hidden states wait in host memory between the layers (prompts, of which there may be many).
     """
 
     tokens: np.ndarray
     table: np.ndarray
+    rows: np.ndarray
     lengths: np.ndarray
     num_new: np.ndarray
     offloaded: bool = False
@@ -120,7 +121,7 @@ def _chunk(state: State[HostKV], group: list[int], start: int) -> PromptChunk:
         piece = prompt[:-1][start : start + chunk]
         tokens[i, : len(piece)], following[i, : len(piece)] = piece, prompt[start + 1 : start + 1 + len(piece)]
         num_new[i], lengths[i] = len(piece), min(start, len(prompt) - 1)
-    return PromptChunk(MicroBatch(tokens, rows_of(state.kv, rows), lengths, num_new, offloaded=True), rows, following)
+    return PromptChunk(MicroBatch(tokens, rows_of(state.kv, rows), rows, lengths, num_new, offloaded=True), rows, following)
 
 
 def rows_of(kv: HostKV, rows: np.ndarray) -> np.ndarray:

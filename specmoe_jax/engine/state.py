@@ -16,7 +16,7 @@ from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.ops import PackedCache
 from specmoe_jax.speculate.adaptive_length import AdaptiveLength
 from specmoe_jax.speculate.logit_edits import EditKinds
-from specmoe_jax.types import KVCache, SamplingRows, TokenLogprob
+from specmoe_jax.types import KVCache, RecurrentState, SamplingRows, TokenLogprob
 
 
 class Request(NamedTuple):
@@ -84,11 +84,13 @@ class ExpertMemory(NamedTuple):
 class HostKV(NamedTuple):
     """The KV cache of a streamed plan, paged in host memory: one cache of pages per layer, and which pages are whose.
 
+    A recurrent layer has the states of all rows instead, on the accelerator.
+
     chunk: positions of a prompt that one micro-batch of a pass takes in. staged: S of the rows in which prompts attend on the
     accelerator.
     """
 
-    caches: tuple[PackedCache, ...]
+    caches: tuple[PackedCache | RecurrentState, ...]
     pages: Pages
     chunk: int
     staged: int

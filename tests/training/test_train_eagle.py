@@ -89,7 +89,7 @@ def test_features_are_the_targets_last_hidden_states(changes):
     h = layers.embed(model.weights, jnp.asarray(last[:, :12], jnp.int32))
     for config, weights, blocks in zip(TINY.layers, model.weights.layers, model.experts, strict=True):
         h = _reference_layer(config, weights, [jax.device_put(b, jax.memory.Space.Device) for b in blocks], h, None)
-    np.testing.assert_allclose(features, layers.final_norm(TINY.norm_eps, model.weights, h), atol=3e-5)
+    np.testing.assert_allclose(features, layers.final_norm(TINY.head, model.weights, h), atol=3e-5)
 
 
 def run_script(folder, work, *extra):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specmoe_jax.config.layer_config import AttentionConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.flows.protocol import ExpertFlowExecutor, TargetPass
@@ -15,7 +16,7 @@ from specmoe_jax.engine.requests.completion import TokenEvent, step_events
 from specmoe_jax.engine.requests.prepare import BatchShape
 from specmoe_jax.engine.requests.status import EMPTY
 from specmoe_jax.engine.resources import new_draft_memory
-from specmoe_jax.engine.runtime import Runtime, empty_pages
+from specmoe_jax.engine.runtime import Runtime, empty_pages, new_states
 from specmoe_jax.engine.scheduler import MicroBatch, admit, empty_chunk, prompt_chunks, rows_of
 from specmoe_jax.engine.scoring.layout import ReadPass, ReadRow, read_passes, tree_nodes
 from specmoe_jax.engine.scoring.prefixes import batches
@@ -25,10 +26,11 @@ from specmoe_jax.engine.step import Moved, moved
 from specmoe_jax.kv_cache.page_table import Pages, no_pages
 from specmoe_jax.kv_cache.positions import KV_PAGE, prefill_rows, staged_positions
 from specmoe_jax.offload.residency import empty
+from specmoe_jax.ops import PackedCache
 from specmoe_jax.speculate.sampling import sampling_rows
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.support.timing import Stopwatch
-from specmoe_jax.types import Tree
+from specmoe_jax.types import RecurrentState, Tree
 
 
 class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
@@ -70,6 +72,7 @@ class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
             MicroBatch(
                 tokens[rows],
                 rows_of(kv, rows),
+                rows,
                 state.lengths[rows],
                 num_new[rows],
                 tree=tree and Tree(*(part[rows] for part in tree)),
@@ -137,14 +140,16 @@ class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
         runtime, account = job = session.resources.take(batch_shape)
         before, memory = moved(runtime), session.resources.expert_memory(job)
         runtime = dataclasses.replace(runtime, draft=None)  # nothing is drafted, so it need not be shown what is read
-        kv, nodes = _new_host_kv(runtime, no_pages(1, batch_shape.positions, account.kv_pages), batch_shape.chunk), tree_nodes(rows)
+        kv = _new_host_kv(runtime, no_pages(1, batch_shape.positions, account.kv_pages), batch_shape.chunk, batch_shape.rows)
+        nodes, most = tree_nodes(rows), batch_shape.rows if runtime.config.recurrent_layers else None
         widths = {"width": prefill_rows(len(rows), batch_shape.chunk), "tree_width": prefill_rows(len(rows), max(nodes, 1))}
-        for heads, batch, pages in batches(rows, batch_shape.positions, account.kv_pages):
+        for heads, batch, pages in batches(rows, batch_shape.positions, account.kv_pages, most):
             passes = [
                 one for some in (heads, batch) for one in read_passes(rows, some, chunk=batch_shape.chunk, nodes=nodes, **widths)
             ]
             assert memory.buffers is not None
-            done = stream_pass(runtime, memory.buffers, kv, [_read_micro_batch(pages, one) for one in passes])
+            places = {number: place for place, number in enumerate(batch)}
+            done = stream_pass(runtime, memory.buffers, kv, [_read_micro_batch(pages, places, one) for one in passes])
             kv, memory = done.kv, memory._replace(buffers=done.buffers)
             yield from zip(passes, done.h, strict=True)
         session.figures.add_score_bytes(before, moved(runtime))
@@ -158,7 +163,7 @@ class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
         params = [request.params for request in requests]
         state = State(
             requests=(None,) * batch_shape.rows,
-            kv=_new_host_kv(runtime, pages, batch_shape.chunk),
+            kv=_new_host_kv(runtime, pages, batch_shape.chunk, batch_shape.rows),
             memory=memory,
             lengths=np.zeros(batch_shape.rows, np.int32),
             last_token=np.zeros(batch_shape.rows, np.int32),
@@ -177,11 +182,12 @@ class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
         return state, before
 
 
-def _read_micro_batch(pages: dict[int, np.ndarray], one: ReadPass) -> MicroBatch:
-    """pages: [P] of each row."""
+def _read_micro_batch(pages: dict[int, np.ndarray], places: dict[int, int], one: ReadPass) -> MicroBatch:
+    """pages: [P] of each row. places: of each row among those of its batch."""
     nothing = np.full_like(next(iter(pages.values())), -1)
     table = np.stack([pages.get(number, nothing) for number in one.rows.tolist()])
-    return MicroBatch(one.tokens, table, one.lengths, one.num_new, offloaded=True, tree=one.shape_of_tree)
+    rows = np.array([places.get(number, -1) for number in one.rows.tolist()], np.int32)
+    return MicroBatch(one.tokens, table, rows, one.lengths, one.num_new, offloaded=True, tree=one.shape_of_tree)
 
 
 def _first_buffers(runtime: Runtime) -> Buffers:
@@ -201,13 +207,17 @@ def _first_buffers(runtime: Runtime) -> Buffers:
     return Buffers(spare=store.new_buffer(), readers=(), coming=coming, pinned=pinned)
 
 
-def _new_host_kv(runtime: Runtime, pages: Pages, chunk: int) -> HostKV:
-    """A paged cache of zeros in host memory, in the plan's dtype."""
+def _new_host_kv(runtime: Runtime, pages: Pages, chunk: int, rows: int) -> HostKV:
+    """A paged cache of zeros in host memory, in the plan's dtype, and the states of so many rows on the accelerator."""
     # A chunk below the plan's is as long as the longest prompt.
     staged = chunk if chunk < runtime.plan.prefill_chunk else staged_positions(pages.table.shape[1] * KV_PAGE, chunk)
-    caches = (
-        empty_pages(layer.attention, len(pages.free), runtime.plan.dtype, runtime.context.host) for layer in runtime.config.layers
-    )
+
+    def cache(attention: AttentionConfig) -> PackedCache | RecurrentState:
+        if attention.recurrent is not None:
+            return new_states(attention.recurrent, rows, runtime.plan.tokens_per_pass - 1)
+        return empty_pages(attention, len(pages.free), runtime.plan.dtype, runtime.context.host)
+
+    caches = (cache(layer.attention) for layer in runtime.config.layers)
     return HostKV(caches=tuple(caches), pages=pages, chunk=chunk, staged=staged)
 
 

@@ -129,5 +129,5 @@ def step_coupled_keys(state: State, num_positions: int) -> jax.Array:
 
 def _seeds_and_ids(state: State) -> tuple[np.ndarray, np.ndarray]:
     seeds = [0 if request is None else request.params.seed for request in state.requests]
-    ids = [0 if request is None else request.id for request in state.requests]
+    ids = [0 if request is None else request.key_id for request in state.requests]
     return np.array(seeds, np.uint32), np.array(ids, np.uint32)

@@ -211,6 +211,23 @@ def spread_row(cache, row: jax.Array):
         return jax.tree.map(lambda held: jnp.broadcast_to(held[row], held.shape), cache)
 
 
+@jax.jit
+def take_rows(cache: jax.Array, rows: jax.Array) -> jax.Array:
+    """Some rows [b] of a cache [B, K, S, D] as one of their own [b, K, S, D]."""
+    with jax.named_scope("take_rows"):
+        return cache[rows]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def put_rows(cache: jax.Array, some: jax.Array, rows: jax.Array) -> jax.Array:
+    """A cache [B, K, S, D] (donated) with `some` [b, K, S, D] in the rows [b]; a row of B is padding."""
+    with jax.named_scope("put_rows"):
+        if cache.dtype == jnp.bfloat16:  # as in ops.xla.attention.append
+            bits = put_rows(jax.lax.bitcast_convert_type(cache, jnp.uint16), jax.lax.bitcast_convert_type(some, jnp.uint16), rows)
+            return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+        return cache.at[rows].set(some, mode="drop")
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def keep_path(cache, lengths: jax.Array, path: jax.Array, num_accepted: jax.Array):
     """Moves the rows of a tree's accepted nodes together, right after the root's. cache [B, K, S, D] or a recurrent one, donated.

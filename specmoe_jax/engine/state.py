@@ -23,7 +23,7 @@ class Request(NamedTuple):
     """One prompt with its parameters. limit: new tokens it may get (max_new_tokens, or what the window leaves).
 
     token_ids: what the decoder begins with. source: what the encoder reads, empty without one. stop_ids: stop strings of
-    params that are special tokens, which no text shows.
+    params that are special tokens, which no text shows. sampling_id: what the keys of its draws know it by, None for `id`.
     """
 
     id: int
@@ -33,6 +33,11 @@ class Request(NamedTuple):
     limit: int
     source: tuple[int, ...] = ()
     stop_ids: tuple[int, ...] = ()
+    sampling_id: int | None = None
+
+    @property
+    def key_id(self) -> int:
+        return self.id if self.sampling_id is None else self.sampling_id
 
 
 class JobOptions(NamedTuple):

@@ -14,8 +14,7 @@ from specmoe_jax.engine.flows.protocol import ExpertFlowExecutor, TargetPass
 from specmoe_jax.engine.flows.stream_pass import StreamedPass, stream_pass
 from specmoe_jax.engine.requests.completion import TokenEvent, step_events
 from specmoe_jax.engine.requests.prepare import BatchShape
-from specmoe_jax.engine.requests.status import EMPTY
-from specmoe_jax.engine.resources import new_draft_memory
+from specmoe_jax.engine.resources import empty_state
 from specmoe_jax.engine.runtime import Runtime, empty_pages, new_states
 from specmoe_jax.engine.scheduler import MicroBatch, admit, empty_chunk, prompt_chunks, rows_of
 from specmoe_jax.engine.scoring.layout import ReadPass, ReadRow, read_passes, tree_nodes
@@ -103,17 +102,30 @@ class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
 
     def init(self, session: Session, requests: list[Request], batch_shape: BatchShape) -> State[HostKV]:
         """The prompts run through one step."""
-        state, _ = self._init_queue(session, requests, batch_shape)
+        state, _ = self._init_queue(session, [request.params for request in requests], batch_shape)
         state, waiting = admit(state, requests, session.plan.lookahead)
         if waiting:
             raise PlanError(f"{len(waiting)} of {len(requests)} prompts find no room in the KV cache; give more host memory")
         return session.step(state)[0]
 
+    def open(self, session: Session, batch_shape: BatchShape) -> State[HostKV]:
+        """Compiled for greedy and for sampled requests."""
+        state, before = self._init_queue(session, (SamplingParams(), SamplingParams(temperature=1.0)), batch_shape)
+        session.figures.add_prefill_bytes(before, moved(state.runtime))
+        return state
+
+    def admit(
+        self, session: Session, state: State[HostKV], waiting: Sequence[Request], batch_shape: BatchShape
+    ) -> tuple[State[HostKV], tuple[Request, ...]]:
+        """The next pass reads their prompts."""
+        return admit(state, waiting, session.plan.lookahead)
+
     def run(
         self, session: Session, requests: list[Request], batch_shape: BatchShape, on_step: Callable[[StepInfo], None] | None
     ) -> Generator[TokenEvent, None, None]:
         """A streamed job: rows are filled from the queue as they become free. Steps in which all rows join count as prefill."""
-        (state, before), waiting, watches = self._init_queue(session, requests, batch_shape), tuple(requests), {}
+        params = [request.params for request in requests]
+        (state, before), waiting, watches = self._init_queue(session, params, batch_shape), tuple(requests), {}
         now = moved(state.runtime)
         session.figures.add_prefill_bytes(before, now)
         while waiting or not state.done:
@@ -155,29 +167,17 @@ class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
         session.figures.add_score_bytes(before, moved(runtime))
         session.resources.keep(runtime, memory)
 
-    def _init_queue(self, session: Session, requests: list[Request], batch_shape: BatchShape) -> tuple[State[HostKV], Moved]:
+    def _init_queue(
+        self, session: Session, params: Sequence[SamplingParams], batch_shape: BatchShape
+    ) -> tuple[State[HostKV], Moved]:
         """A compiled state with no request in its rows, and what had moved before its pool was made."""
         runtime, account = job = session.resources.take(batch_shape)
         before, memory = moved(runtime), session.resources.expert_memory(job)
         pages = no_pages(batch_shape.rows, batch_shape.positions, account.kv_pages)
-        params = [request.params for request in requests]
-        state = State(
-            requests=(None,) * batch_shape.rows,
-            kv=_new_host_kv(runtime, pages, batch_shape.chunk, batch_shape.rows),
-            memory=memory,
-            lengths=np.zeros(batch_shape.rows, np.int32),
-            last_token=np.zeros(batch_shape.rows, np.int32),
-            generated=((),) * batch_shape.rows,
-            statuses=(EMPTY,) * batch_shape.rows,
-            rows=sampling_rows([SamplingParams()] * batch_shape.rows),
-            adaptive_length=session.resources.new_adaptive_length(batch_shape),
-            draft_memory=new_draft_memory(runtime, batch_shape),
-            runtime=runtime,
-            options=batch_shape.options,
-            logprobs=((),) * batch_shape.rows,
-            prompt_logprobs=((),) * batch_shape.rows,
-        )
-        for kind in {p.temperature == 0: p for p in params}.values():  # greedy and sampled batches run different programs
+        kv = _new_host_kv(runtime, pages, batch_shape.chunk, batch_shape.rows)
+        state = empty_state(session.resources, runtime, batch_shape, kv, memory)
+        # Greedy and sampled batches run different programs.
+        for kind in {p.temperature == 0: p for p in params}.values():
             state = session.warm(state._replace(rows=sampling_rows([kind] * batch_shape.rows)), batch_shape)
         return state, before
 

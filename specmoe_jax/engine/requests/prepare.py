@@ -71,11 +71,13 @@ def batch_shape_of(plan: Plan, requests: list[Request]) -> BatchShape:
         chunk=min(plan.prefill_chunk, 1 << max(prompt - 2, 0).bit_length()),
         paged=plan.flow.paged_load(plan, [(len(request.token_ids), request.limit) for request in requests], rows),
         source=source and max(8, 1 << (source - 1).bit_length()),
-        options=_options([request.params for request in requests]),
+        options=options_of([request.params for request in requests]),
     )
 
 
-def _options(params: list[SamplingParams]) -> JobOptions:
+def options_of(params: list[SamplingParams]) -> JobOptions:
+    """What requests with these parameters ask for together."""
+
     def most(name: str) -> int | None:
         return max((count for p in params if (count := getattr(p, name)) is not None), default=None)
 

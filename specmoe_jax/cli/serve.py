@@ -62,17 +62,18 @@ def main() -> None:
             raise RequestError("a server needs a tokenizer and the model has none; give the checkpoint its tokenizer.json")
         service = engine.service(max_tokens=engine_flags.MAX_TOKENS.value, max_waiting=_MAX_WAITING.value)
         runner = Runner(service, ServerFigures())
-        service.submit([0], SamplingParams(max_new_tokens=1)).result()  # takes the memory and compiles
+        service.warm_up()
         assert engine.model.path is not None  # it was loaded
         settings = Settings(
             name=_SERVED_NAME.value or engine_flags.MODEL.value.rstrip("/").rsplit("/", 1)[-1],
             api_key=key,
             max_body_bytes=int(_MAX_BODY_MIB.value * (1 << 20)),
-            hosts=("localhost", "127.0.0.1") if is_loopback(_HOST.value) else None,
+            hosts=("localhost", _HOST.value) if is_loopback(_HOST.value) and ":" not in _HOST.value else None,
             defaults=sampling_defaults(engine.model.path),
         )
         with background(engine, runner):
-            url = f"http://{_HOST.value}:{own.getsockname()[1]}"
+            host = f"[{_HOST.value}]" if ":" in _HOST.value else _HOST.value
+            url = f"http://{host}:{own.getsockname()[1]}"
             print(
                 f"serving {settings.name} at {url} ({service.rows} rows of {service.max_tokens} tokens)",
                 file=sys.stderr,
@@ -127,9 +128,9 @@ def background(engine: Engine, runner) -> Iterator[None]:
         return
     from specmoe_jax.serving.background import BackgroundJob
 
-    prompts = read_prompts(_PROMPTS.value, SamplingParams(), keep_bad=True)
+    folder = pathlib.Path(engine.model.path or "")
+    prompts = read_prompts(_PROMPTS.value, SamplingParams(**sampling_defaults(folder)), keep_bad=True)
     if any(prompt.conversation for prompt in prompts):
-        folder = pathlib.Path(engine.model.path or "")
         prompts = as_chat(prompts, folder, engine.model.tokenizer, keep_bad=True, must_work=0, every=False)
     job = BackgroundJob(engine, runner, prompts, _OUTPUT.value, restart=_RESTART.value)
     job.start()

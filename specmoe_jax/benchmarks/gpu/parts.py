@@ -15,12 +15,12 @@ from specmoe_jax import checkpoints
 from specmoe_jax.benchmarks import specmoeoff
 from specmoe_jax.benchmarks.gpu import ffn, overlap, peers, presets, settle, shapes, timing
 from specmoe_jax.checkpoints import load_head, load_model
-from specmoe_jax.checkpoints.memory import available_bytes
 from specmoe_jax.config.presets import PRESETS
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.jobs.prompts import read_prompts
 from specmoe_jax.models.model import PINNED_LIMIT, Model
 from specmoe_jax.models.synthetic import NLLB_SHAPED, synthetic_model, synthetic_prompts
+from specmoe_jax.support.host_memory import available_bytes
 
 COMMAND = (sys.executable, "-m", "specmoe_jax", "measure_gpu")  # which runs a part in a process of its own
 SYSTEMS = ("on_demand", "caching", "specmoe", "streaming", "specmoeoff")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from specmoe_jax.checkpoints.memory import available_bytes
+from specmoe_jax.support.host_memory import available_bytes
 
 
 def seconds(call: Callable, repeats: int = 3) -> float:

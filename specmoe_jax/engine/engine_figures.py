@@ -27,6 +27,7 @@ class EngineFigures:
         self.compiles = CompileCounter()
         self.recompiled, self.warm_up_s = 0, 0.0
         self.totals, self.prefill_s = metrics.Totals(), 0.0
+        self.prefill_tokens, self._computing_s = 0, 0.0
         self._on_demand_experts, self.running = 0, None
         self.prefill_link_bytes = self.prefill_disk_bytes = 0
         self.scored_tokens = self.score_read_tokens = self.score_link_bytes = self.score_disk_bytes = 0
@@ -40,8 +41,11 @@ class EngineFigures:
         """Compilations during a step, which should be none. since: `compiles.count` before it."""
         self.recompiled += self.compiles.count - since
 
-    def add_prefill(self, seconds: float) -> None:
+    def add_prefill(self, seconds: float, *, tokens: int, computing_s: float) -> None:
+        """computing_s: of these seconds, those in which the prompts of so many tokens went through the model."""
         self.prefill_s += seconds
+        self.prefill_tokens += tokens
+        self._computing_s += computing_s
 
     def add_warm_up(self, seconds: float) -> None:
         self.warm_up_s += seconds
@@ -84,6 +88,8 @@ class EngineFigures:
             figures |= predicted_figures(prediction, self.totals)
         return figures | {
             "prefill_s": self.prefill_s,
+            "prefill_tokens": self.prefill_tokens,
+            "prefill_tokens_per_s": self.prefill_tokens / self._computing_s if self._computing_s > 0 else None,
             "warm_up_s": self.warm_up_s,
             "prefill_link_bytes": self.prefill_link_bytes,
             "prefill_disk_bytes": self.prefill_disk_bytes,

@@ -233,12 +233,15 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
             kv = kv._replace(cross=cross)
         draft_memory = new_draft_memory(runtime, batch_shape)
         shown = bar("prefill", max(map(len, prompts)) - 1, "position", mode=session.progress, leave=False)
+        jax.block_until_ready(memory.pool)  # so that its filling is not taken for the prompts'
+        computing, compiled_s = Stopwatch(), session.figures.compiles.seconds
         with shown, ticking(shown), span("prefill"):
             told = PromptLogprobs(runtime, rows, batch_shape.options)
             how = {"on_positions": shown.update, "on_states": told.add if told.wanted else None}
             memory, kv, draft_memory = prefill(self, runtime, memory, kv, prompts, batch_shape.chunk, draft_memory, **how)
             jax.block_until_ready((kv, draft_memory))
-        session.figures.add_prefill(watch.seconds)
+        computing_s = computing.seconds - (session.figures.compiles.seconds - compiled_s)
+        session.figures.add_prefill(watch.seconds, tokens=sum(map(len, prompts)), computing_s=computing_s)
         state = empty_state(session.resources, runtime, batch_shape, kv, memory)
         state = joined(seated(state, dict(enumerate(requests))))._replace(draft_memory=draft_memory, prompt_logprobs=told.rows)
         state = session.warm(state, batch_shape)

@@ -1,6 +1,5 @@
 """The OpenAI batch form of a job: a request a line with custom_id, method, url and body, and answers in the form of responses."""
 
-import json
 import time
 from typing import Any, NamedTuple
 
@@ -69,12 +68,8 @@ def answer_form(value: Any, where: str) -> dict[str, Any]:
     return {"json_schema": given["schema"]}
 
 
-def request_of(line: str) -> BatchRequest | None:
-    """What an answer to a line repeats that cannot be served; None of a line that is not in this form."""
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
+def request_of(fields: Any) -> BatchRequest | None:
+    """What an answer repeats to a line that cannot be served; None of a line that is not in this form."""
     return _request(fields) if isinstance(fields, dict) and is_batch_line(fields) else None
 
 

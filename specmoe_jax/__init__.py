@@ -17,6 +17,7 @@ if typing.TYPE_CHECKING:
     from specmoe_jax.config.presets import PRESETS
     from specmoe_jax.config.sampling_params import SamplingParams
     from specmoe_jax.engine import Completion, Engine, Score, TokenEvent
+    from specmoe_jax.jobs.features import read_features, write_features
     from specmoe_jax.models.model import Model, random_model
     from specmoe_jax.planner.hardware import Hardware
     from specmoe_jax.support.errors import CheckpointError, PlanError, RequestError, UserError
@@ -44,6 +45,8 @@ _MODULES = {
     "load_mtp": "checkpoints",
     "make_plan": "autotune.choose",
     "random_model": "models.model",
+    "read_features": "jobs.features",
+    "write_features": "jobs.features",
 }
 _ROOMS = ("autotune", "checkpoints", "config", "engine", "evaluation", "jobs", "kv_cache", "models", "offload", "ops", "planner",
           "speculate", "support", "testing", "types")  # fmt: skip
@@ -73,7 +76,9 @@ __all__ = [
     "make_plan",
     "ops",
     "random_model",
+    "read_features",
     "speculate",
+    "write_features",
 ]
 
 

@@ -45,10 +45,15 @@ def known_families(monkeypatch):
     monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
 
 
+PAGES = ("docs/tutorial.md", "docs/planner.md", "docs/scoring.md", "docs/serving.md", "docs/structured.md", "docs/features.md")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/planner.md", "docs/scoring.md", "docs/serving.md"])
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
 def test_python_blocks(page, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # some write a file
+    if page == "docs/structured.md":
+        pytest.importorskip("llguidance")
     sources = blocks(page, "python")
     assert sources
     run_all(sources, page)
@@ -96,7 +101,7 @@ def test_flags_named_in_the_docs_exist():
     defined = {spec.flag for spec in fields_of_a_plan().values()}
     for command in (ROOT / "specmoe_jax/cli").rglob("*.py"):
         defined |= set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", command.read_text()))
-    for page in ("tutorial", "formats", "troubleshooting", "scoring"):
+    for page in ("tutorial", "formats", "troubleshooting", "scoring", "structured", "adapters", "features"):
         named = set(re.findall(r"`--(\w+)", (ROOT / f"docs/{page}.md").read_text()))
         assert named <= defined, named - defined
 

@@ -70,7 +70,7 @@ def calibrate(
     skew = counted_skew(model.config, counts)
     row_share, run_share = fitted_shares(model.config, skew, seen)
     found = Calibration(acceptance=acceptance, skew=skew, measured=True, row_share=row_share, run_share=run_share)
-    if model.path is not None:
+    if model.path is not None and model.adapter is None:
         write_cached("calibration", checkpoint_hash(model.path), found.to_dict())
     return found
 

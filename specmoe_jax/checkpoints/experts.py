@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from specmoe_jax.checkpoints.adapters.low_rank import LowRank
 from specmoe_jax.checkpoints.files import STORED_DTYPES, Reader, StoredTensor
 from specmoe_jax.checkpoints.gguf.blocks import raw_bytes
 from specmoe_jax.checkpoints.tensors import (
@@ -36,13 +37,15 @@ class ExpertSource(NamedTuple):
 
     pieces: each with the view of the block that it fills; of a packed expert, with a function that fills sections of its bytes.
     config: what the expert computes, packed as it is stored. mapped: whether its only piece is the block itself, as it lies in
-    memory. decode: whether a packed expert is decoded when it is read.
+    memory. decode: whether a packed expert is decoded when it is read. deltas: what an adapter adds, each with
+    the view of the block that it is added to.
     """
 
     pieces: tuple[tuple[Piece, Callable], ...]
     config: ExpertConfig
     mapped: bool = False
     decode: bool = False
+    deltas: tuple[tuple[Callable, LowRank], ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -85,11 +88,31 @@ class QuantisedMatrix(NamedTuple):
         return math.prod(self.shape)
 
 
-Weight = StoredTensor | QuantisedMatrix
+class AdaptedWeight(NamedTuple):
+    """A matrix that an adapter adds to when it is loaded."""
+
+    weight: StoredTensor | QuantisedMatrix
+    delta: LowRank
+
+    @property
+    def bytes(self) -> int:
+        """On disk, without the adapter's."""
+        return self.weight.bytes
+
+    @property
+    def size(self) -> int:
+        return self.weight.size
+
+
+Weight = StoredTensor | QuantisedMatrix | AdaptedWeight
 
 
 def read_weight(weight: Weight, dtype: str, *, check_finite: bool) -> np.ndarray:
     """A tensor that is no expert, in the compute dtype. Raises CheckpointError."""
+    if isinstance(weight, AdaptedWeight):
+        values = read_weight(weight.weight, "float32", check_finite=check_finite)
+        weight.delta.add_to(values)
+        return values.astype(TARGET_DTYPES[dtype])
     if isinstance(weight, StoredTensor):
         return read_tensor(weight, dtype, check_finite=check_finite)
     kind, (rows, columns) = weight.kind, weight.shape
@@ -106,6 +129,8 @@ def read_expert(source: ExpertSource, dtype: str, *, check_finite: bool) -> np.n
 
     Raises CheckpointError.
     """
+    if source.deltas:
+        return _read_adapted(source, dtype, check_finite=check_finite)
     if source.config.packing is None:
         return _read_plain(source, dtype, check_finite=check_finite)
     packed = _read_packed(source, check_finite=check_finite)
@@ -140,7 +165,7 @@ class HostBlocks:
 def is_mappable(source: ExpertSource, dtype: str) -> bool:
     """Whether the block stands in the file as it is needed in memory."""
     tensor = source.pieces[0][0].tensor
-    if not source.mapped or tensor.entry.start % ALIGNMENT:
+    if not source.mapped or source.deltas or tensor.entry.start % ALIGNMENT:
         return False
     return source.stays_packed if source.config.packing is not None else tensor.dtype == TARGET_DTYPES[dtype]
 
@@ -155,6 +180,18 @@ def _read_plain(source: ExpertSource, dtype: str, *, check_finite: bool) -> np.n
         if check_finite:
             check_finite_values(out, piece.tensor, dtype)
     return block if dtype == "float32" else block.view(np.uint16)
+
+
+def _read_adapted(source: ExpertSource, dtype: str, *, check_finite: bool) -> np.ndarray:
+    """Summed in float32, then rounded once."""
+    merged = read_expert(source._replace(deltas=()), "float32", check_finite=check_finite)
+    for view, delta in source.deltas:
+        delta.add_to(view(merged))
+    if dtype == "float32":
+        return merged
+    block = aligned_empty(source.block_shape, TARGET_DTYPES[dtype])
+    block[...] = merged
+    return block.view(np.uint16)
 
 
 def _read_packed(source: ExpertSource, *, check_finite: bool) -> np.ndarray:

@@ -9,6 +9,8 @@ import pathlib
 import jax
 
 from specmoe_jax.checkpoints import manifest
+from specmoe_jax.checkpoints.adapters.merge import adapted
+from specmoe_jax.checkpoints.adapters.peft import read_adapter
 from specmoe_jax.checkpoints.conversion import orbax_parts
 from specmoe_jax.checkpoints.disk import DiskExperts
 from specmoe_jax.checkpoints.experts import HostBlocks, read_weight
@@ -47,6 +49,7 @@ def load_model(
     verify: bool = False,
     expert_tier: str = "host",
     expert_dtype: str | None = None,
+    adapter: str | pathlib.Path | None = None,
 ) -> Model:
     """A model from "demo", a Hugging Face directory, a GGUF file or the name of a repository, its experts in pinned memory.
 
@@ -57,6 +60,7 @@ def load_model(
     verify: first compare every tensor with the manifest of hashes in the directory.
     expert_tier: "disk" leaves the experts where they are; an engine whose plan says so reads them as it needs them.
     expert_dtype: None keeps experts of a quantised checkpoint packed as they are stored; "decoded" has them in `dtype`.
+    adapter: a directory with a LoRA adapter as PEFT writes it, merged into the weights as they are read (docs/adapters.md).
     Peak host memory: the weights and two experts. Of a checkpoint converted to the mappable layout (convert.py) and loaded
     in the dtype it is stored in, the experts are pages of the files, which must not change while the model is in use.
     Raises CheckpointError, one line that names file and tensor.
@@ -83,6 +87,8 @@ def load_model(
     inventory = take_inventory(config, checkpoint)
     if expert_dtype is not None:
         config, inventory = _decoded(config, inventory, path)
+    if adapter is not None:
+        inventory = adapted(config, inventory, read_adapter(adapter))
     on_disk = expert_tier == "disk"
     if not on_disk:
         check_memory(inventory, dtype, str(path_or_name))
@@ -102,7 +108,15 @@ def load_model(
         else:
             experts = _read_experts(inventory, dtype, check_finite, shown)
     _LOG.info("loaded %s: %s, %s, %d bytes, experts on %s", path, config.family, dtype, inventory.bytes, expert_tier)
-    return Model(config=config, weights=weights, experts=experts, tokenizer=tokenizer, dtype=dtype, path=path)
+    return Model(
+        config=config,
+        weights=weights,
+        experts=experts,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        path=path,
+        adapter=None if adapter is None else pathlib.Path(adapter).expanduser(),
+    )
 
 
 def checkpoint_path(path_or_name: str) -> pathlib.Path:

@@ -4,8 +4,10 @@ import hashlib
 import json
 import pathlib
 
+from specmoe_jax.checkpoints.adapters.peft import adapter_hash
 from specmoe_jax.checkpoints.files import Checkpoint, StoredTensor, open_checkpoint, read_bytes, read_json
 from specmoe_jax.checkpoints.header import quote_list
+from specmoe_jax.models.model import Model
 from specmoe_jax.support.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.sha256.json"
@@ -26,6 +28,13 @@ def checkpoint_hash(path: str | pathlib.Path) -> str:
     that is what the manifest is for. A conversion of a checkpoint has an id of its own. Raises CheckpointError.
     """
     return hash_of(open_checkpoint(pathlib.Path(path)))
+
+
+def model_hash(model: Model) -> str | None:
+    """checkpoint_hash of a loaded model, another with an adapter merged into it; None of one without a checkpoint."""
+    if model.path is None or model.adapter is None:
+        return None if model.path is None else checkpoint_hash(model.path)
+    return hashlib.sha256(f"{checkpoint_hash(model.path)} {adapter_hash(model.adapter)}".encode()).hexdigest()
 
 
 def hash_of(checkpoint: Checkpoint) -> str:

@@ -25,6 +25,7 @@ from specmoe_jax.support.errors import PlanError, RequestError
 from specmoe_jax.support.progress import PROGRESS
 
 _MODEL = flags.DEFINE_string("model", "demo", '"demo" (bundled) or a directory with a Hugging Face checkpoint.')
+_ADAPTER = flags.DEFINE_string("adapter", None, "A directory with a LoRA adapter (PEFT), merged into the model as it is loaded.")
 _TEXT = flags.DEFINE_string("text", None, "A UTF-8 text file whose perplexity is told.")
 _TASKS = flags.DEFINE_list("tasks", None, "Tasks of lm-evaluation-harness, by name (needs the [eval] extra).")
 _INCLUDE_PATH = flags.DEFINE_string("include_path", None, "A folder with task files of your own.")
@@ -59,7 +60,8 @@ def main() -> None:
     packing = plan_flags.value("expert_dtype") or (begun.expert_dtype if begun else None)
     if packing not in (None, DECODED):
         raise PlanError(f"evaluate takes no plan with expert_dtype={packing}; give the engine to specmoe_jax.evaluation")
-    model = load_model(_MODEL.value, dtype=dtype, expert_tier=tier, expert_dtype=packing, progress=_PROGRESS.value)
+    how = {"expert_tier": tier, "expert_dtype": packing, "adapter": _ADAPTER.value, "progress": _PROGRESS.value}
+    model = load_model(_MODEL.value, dtype=dtype, **how)
     engine = Engine(model, make_plan(begun, model.config, dtype), progress=_PROGRESS.value)
     found = of_text(engine, text) if _TEXT.value else of_tasks(engine)
     document = json.dumps(found | {"model": _MODEL.value, "stats": engine.stats()}, default=str)

@@ -15,6 +15,7 @@ from absl import flags
 
 from specmoe_jax.autotune import choose as planning
 from specmoe_jax.checkpoints import load_model
+from specmoe_jax.checkpoints.adapters.peft import read_adapter
 from specmoe_jax.checkpoints.eagle import bundled_head, head_config, head_path, load_head
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.mtp import find_mtp, load_mtp
@@ -30,7 +31,8 @@ from specmoe_jax.engine.requests.completion import Completion, TokenEvent
 from specmoe_jax.engine.requests.incremental_text import IncrementalText
 from specmoe_jax.jobs import job as jobs
 from specmoe_jax.jobs.journal import Journal
-from specmoe_jax.jobs.prompts import Prompt, as_chat, read_prompts
+from specmoe_jax.jobs.prompts import STDIN, Prompt, as_chat, read_prompts
+from specmoe_jax.jobs.tables import as_table, check_output, lines_of, write_table
 from specmoe_jax.jobs.watch import JobWatch
 from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model
@@ -44,9 +46,16 @@ SAMPLED_PROMPTS = 64  # whose lengths stand for all of a job's
 
 _MODEL = flags.DEFINE_string("model", "demo", '"demo" (bundled) or a directory with a Hugging Face checkpoint.')
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
-_PROMPTS = flags.DEFINE_string("prompts", None, "A file of prompts: .txt, one a line, or .jsonl.")
+_PROMPTS = flags.DEFINE_string(
+    "prompts", None, "A file of prompts: .txt, one a line, .jsonl or .parquet; a dataset's folder; or - for standard input."
+)
+_PROMPT_COLUMN = flags.DEFINE_string(
+    "prompt_column", None, "The column of a table that holds the prompts; others but id are left out. Default: each is a field."
+)
 _OUTPUT = flags.DEFINE_string(
-    "output", None, "Where finished requests go, as JSON lines; the same command goes on after an interruption. Default: stdout."
+    "output",
+    None,
+    "Where finished requests go: JSON lines, or .parquet; the same command goes on after an interruption. Default: stdout.",
 )
 _PRESET = flags.DEFINE_enum(
     "preset", None, ["auto", *PRESETS], "The plan; README.md says what each does. Default: auto, chosen for this machine and job."
@@ -56,6 +65,7 @@ _DRAFT_MODEL = flags.DEFINE_string("draft_model", None, "A checkpoint of the sam
 _DRAFT_HEAD = flags.DEFINE_string("draft_head", None, "An EAGLE head (draft=eagle); default: the bundled model's own.")
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Compute and weight type. Default float32, where exactness holds.")
 _CHAT = flags.DEFINE_boolean("chat", False, "Prompts are messages of a user, put through the model's chat template (needs jinja2).")
+_ADAPTER = flags.DEFINE_string("adapter", None, "A directory with a LoRA adapter (PEFT), merged into the model as it is loaded.")
 _STREAM = flags.DEFINE_boolean("stream", False, "Print text as it is committed.")
 _RESTART = flags.DEFINE_boolean("restart", False, "Begin the job of --output anew instead of going on with it.")
 _STATS = flags.DEFINE_string("stats", None, "Where the figures of the run go, as JSON.")
@@ -77,13 +87,16 @@ def main() -> None:
     folder = checkpoint_path(_MODEL.value)
     prompts = read_all_prompts(folder)
     check_files(
-        read={"--prompts": _PROMPTS.value, "--plan": _PLAN.value},
-        output=_OUTPUT.value,
-        written={"--stats": _STATS.value, "--metrics_file": _METRICS_FILE.value},
+        read={"--prompts": None if _PROMPTS.value == STDIN else _PROMPTS.value, "--plan": _PLAN.value},
+        output=_OUTPUT.value and lines_of(_OUTPUT.value),
+        written=({"the table of --output": _OUTPUT.value} if as_table(_OUTPUT.value) else {})
+        | {"--stats": _STATS.value, "--metrics_file": _METRICS_FILE.value},
         trace=_TRACE.value,
     )
     if _DRAFT_HEAD.value:
         head_path(_DRAFT_HEAD.value)  # says what is wrong before a weight is read
+    if _ADAPTER.value:
+        read_adapter(_ADAPTER.value)  # says what is wrong before the machine is measured
     common.use_compile_cache()
     if head := jobs.read_head(folder):
         keep_bad = _OUTPUT.value is not None
@@ -162,14 +175,15 @@ def generate(engine: Engine, prompts: list[Prompt]) -> JobWatch:
         return watch
     reasons = jobs.refusals(engine.model, prompts, must_work=len(_PROMPT.value))
     assert engine.model.path is not None  # it was loaded
-    job = jobs.fingerprint(prompts, engine.plan, engine.model.path)
-    with contextlib.closing(Journal(_OUTPUT.value, job, restart=_RESTART.value, requests=len(prompts))) as journal:
+    job = jobs.fingerprint(prompts, engine.plan, engine.model.path, engine.model.adapter)
+    with contextlib.closing(Journal(lines_of(_OUTPUT.value), job, restart=_RESTART.value, requests=len(prompts))) as journal:
         todo = jobs.record_errors(prompts, reasons, journal)
         if done := len(prompts) - len(todo) - sum(map(bool, reasons)):
             print(f"{done} of {len(prompts)} prompts were done before, {len(todo)} are left: {_OUTPUT.value}", file=sys.stderr)
         with watched(todo, failed=sum(map(bool, reasons))) as watch:
             jobs.run_job(engine, todo, journal, watch, on_event=on_event)
         journal.check_present()
+        write_table(_OUTPUT.value)
     return watch
 
 
@@ -184,7 +198,13 @@ def read_all_prompts(folder: pathlib.Path) -> list[Prompt]:
         raise RequestError(f"--{flag} has no effect without --output, whose records hold them; give both")
     prompts = [Prompt(number, text, defaults) for number, text in enumerate(_PROMPT.value)]
     if _PROMPTS.value:
-        prompts += read_prompts(_PROMPTS.value, defaults, sampled=drawn, keep_bad=_OUTPUT.value is not None)
+        prompts += read_prompts(
+            _PROMPTS.value, defaults, sampled=drawn, keep_bad=_OUTPUT.value is not None, column=_PROMPT_COLUMN.value
+        )
+    elif _PROMPT_COLUMN.value:
+        raise RequestError("--prompt_column has no effect without --prompts; leave it out")
+    if as_table(_OUTPUT.value):
+        check_output(_OUTPUT.value, prompts)
     if all(prompt.params.temperature == 0 for prompt in prompts):
         refuse_without_effect(drawn)
     return prompts
@@ -203,14 +223,14 @@ def load(prompts: list[Prompt]) -> tuple[Model, dict, dict]:
 
     The weights' types and the experts' place have to be known before the model is loaded.
     """
-    plan = read_plan_file() if _PLAN.value else Plan(preset="")
+    plan, load = read_plan_file() if _PLAN.value else Plan(preset=""), functools.partial(load_model, adapter=_ADAPTER.value)
     dtype, expert_dtype = _DTYPE.value or plan.dtype, plan_flags.value("expert_dtype") or plan.expert_dtype
     if expert_dtype not in (None, DECODED):
         options = {"dtype": dtype, "expert_dtype": expert_dtype, "prompts": prompts, "progress": _PROGRESS.value}
-        model, error = jobs.load_quantised(load_model, _MODEL.value, **options)
+        model, error = jobs.load_quantised(load, _MODEL.value, **options)
         return model, {}, error
     tier = plan_flags.value("expert_tier") or plan.expert_tier
-    load_as = functools.partial(load_model, expert_dtype=expert_dtype) if expert_dtype else load_model
+    load_as = functools.partial(load, expert_dtype=expert_dtype) if expert_dtype else load
     return *jobs.load_that_fits(load_as, _MODEL.value, dtype=dtype, expert_tier=tier, progress=_PROGRESS.value), {}
 
 

@@ -33,6 +33,10 @@ _BANNED_TOKENS = flags.DEFINE_list(
     "banned_tokens", None, "Ids of tokens that are never chosen, separated by commas. Default: the model's, else none."
 )
 _STOP_TOKEN_IDS = flags.DEFINE_list("stop_token_ids", [], "End a request at one of these tokens, ids separated by commas.")
+_JSON_SCHEMA = flags.DEFINE_string(
+    "json_schema", None, "What every answer must be: a JSON schema, or a file that holds one (needs llguidance)."
+)
+_REGEX = flags.DEFINE_string("regex", None, "A regular expression that every answer must match as a whole (needs llguidance).")
 _LOGPROBS = flags.DEFINE_integer(
     "logprobs", None, "Records tell the log-probability of each new token, and this many of the best beside it."
 )
@@ -66,6 +70,8 @@ def params(sampling: dict[str, Any]) -> SamplingParams:
         stop_token_ids=tuple(_ids("stop_token_ids", _STOP_TOKEN_IDS.value)),
         logprobs=_LOGPROBS.value,
         prompt_logprobs=_PROMPT_LOGPROBS.value,
+        json_schema=_schema(),
+        regex=_REGEX.value,
         **sampling,
     )
 
@@ -80,6 +86,17 @@ def _ids(name: str, values: list[str]) -> list[int]:
         return [int(value) for value in values]
     except ValueError as e:
         raise RequestError(f"--{name} is {','.join(values)!r}; give token ids, separated by commas") from e
+
+
+def _schema() -> str | None:
+    """The JSON text, from the flag itself or the file that it names."""
+    given = _JSON_SCHEMA.value
+    if given is None or given.lstrip().startswith("{"):
+        return given
+    try:
+        return pathlib.Path(given).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as e:
+        raise RequestError(f"--json_schema is {given[:80]!r}, no JSON object and no file to read ({e}); give one of them") from e
 
 
 def _bias() -> dict[int, float]:

@@ -1,7 +1,9 @@
 """How requests are sampled."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from specmoe_jax.support.errors import RequestError
 from specmoe_jax.support.validation import is_number, is_text, is_whole, plain, shown
@@ -13,14 +15,18 @@ MOST_LOGPROBS = 1000  # beside each token: more would make records of megabytes
 class SamplingParams:
     """How one request is sampled and when it ends. Temperature 0 is greedy.
 
-    The order: logit_bias, repetition_penalty, presence and frequency penalty, banned_tokens, logits_processor; then, unless greedy,
-    temperature, top_k, top_p, min_p. All of it is done to drafted tokens and to the target alike, so speculation changes nothing.
+    The order: logit_bias, repetition_penalty, presence and frequency penalty, banned_tokens, logits_processor, the grammar; then,
+    unless greedy, temperature, top_k, top_p, min_p. All of it is done to drafted tokens and to the target alike, so speculation
+    changes nothing.
 
     min_p: drops tokens of less than min_p times the probability of the most likely one. repetition_penalty: divides the positive
     and multiplies the negative logits of all tokens of prompt and answer so far. presence_penalty, frequency_penalty: are taken
     from the logits of the answer's tokens, once and for each time. logit_bias: token id -> what is added to its logit; a mapping,
     kept as sorted pairs. banned_tokens: ids that are never chosen. logits_processor: a pure function (ids [S] int32, logits [V]
     float32) -> logits [V] that JAX can trace, called for every position with the tokens of prompt and answer before it, -1 beyond.
+    json_schema, regex: what the whole answer must be, one of the two: a JSON schema (a mapping, kept as its JSON text) or a regular
+    expression. Only tokens that can lead there are chosen, and the end of sequence only where it is reached; an answer that
+    max_new_tokens cuts before ends with "length" (docs/structured.md).
     stop_token_ids: ids that end a request, as an end of sequence does.
     logprobs: log-probability of each new token under the model's own distribution (before all of the above), and of the k best
     beside it; None for none. prompt_logprobs: the same of the prompt's tokens but the first.
@@ -45,6 +51,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    json_schema: Mapping[str, Any] | str | None = None
+    regex: str | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -71,6 +79,7 @@ class SamplingParams:
         if self.temperature == 0 and self.min_p != 0:
             raise RequestError("min_p has no effect at temperature 0; set a temperature or leave it out")
         self._check_edits()
+        self._check_grammar()
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             if count is not None and (not is_whole(count) or not 0 <= count <= MOST_LOGPROBS):
@@ -92,6 +101,24 @@ class SamplingParams:
             raise RequestError(
                 f"logits_processor is a {type(self.logits_processor).__name__}; give a function (ids, logits) -> logits"
             )
+
+    def _check_grammar(self) -> None:
+        """What an answer must be."""
+        object.__setattr__(self, "json_schema", _schema_text(self.json_schema))
+        if self.regex is not None and not (isinstance(self.regex, str) and is_text(self.regex)):
+            raise RequestError(f"regex is {shown(self.regex)}; it must be a regular expression, as a text")
+        if self.json_schema is not None and self.regex is not None:
+            raise RequestError("both json_schema and regex are given; leave one out")
+        if self.grammar and self.ignore_eos:
+            raise RequestError(f"ignore_eos and {self.grammar[0]} exclude each other: the end of the answer is an end of sequence")
+
+    @property
+    def grammar(self) -> tuple[str, str] | None:
+        """The field that says what the answer must be, and its text."""
+        if self.regex is not None:
+            return "regex", self.regex
+        assert not isinstance(self.json_schema, Mapping)
+        return None if self.json_schema is None else ("json_schema", self.json_schema)
 
     @property
     def bias_pairs(self) -> tuple[tuple[int, float], ...]:
@@ -116,3 +143,16 @@ def _bias_pairs(bias) -> tuple[tuple[int, float], ...]:
     if len({token for token, _ in pairs}) != len(pairs):
         raise RequestError("logit_bias names a token twice; give each once")
     return tuple((token, float(amount)) for token, amount in pairs)
+
+
+def _schema_text(schema) -> str | None:
+    """A JSON schema as the text that it is kept as, its properties in their order."""
+    try:
+        value = json.loads(schema) if isinstance(schema, str) else schema
+        if value is None and schema is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise ValueError("it is no object")
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise RequestError(f"json_schema is {str(schema)[:50]!r} ({str(e)[:80]}); it must be a JSON object, or its text") from None

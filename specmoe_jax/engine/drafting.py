@@ -8,6 +8,7 @@ import numpy as np
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.flows.layer_passes import DraftForward
 from specmoe_jax.engine.flows.migration import wait_for_copies
+from specmoe_jax.engine.requests.grammars import Rows, draft_masks, pass_masks
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, HostKV, Request, State
 from specmoe_jax.kv_cache.positions import KV_PAGE
@@ -38,6 +39,7 @@ def draft(runtime: Runtime, state: State, length: int, edits: LogitEdits | None 
         return Drafted(nothing, state.kv, state.memory, np.zeros(state.memory.usage_scores.shape, np.int64), 0)
     active = state.active
     forward = _forward(runtime, state, active, length)
+    masks = draft_masks(_grammars(state), runtime.config.vocab_size) if _constrained(state) else None
     view = DraftView(
         length=length,
         positions=_positions(state.kv),
@@ -54,9 +56,10 @@ def draft(runtime: Runtime, state: State, length: int, edits: LogitEdits | None 
         keys=None if state.rows.greedy else step_keys(state, Stream.DRAFT),
         coupled=step_coupled_keys(state, runtime.plan.draft_length or length) if runtime.plan.deterministic_sampling else None,
         forward=forward,
-        chain=forward and forward.chain,
+        chain=None if masks else forward and forward.chain,
         memory=state.draft_memory,
         edits=edits,
+        masks=masks,
     )
     assert runtime.draft is not None  # else the length is 0
     proposed = runtime.draft.propose(view)
@@ -98,6 +101,24 @@ def step_edits(state: State) -> LogitEdits | None:
         [len(_told(request)) for request in state.requests],
         _positions(state.kv),
     )
+
+
+def pass_edits(runtime: Runtime, state: State, edits: LogitEdits | None, proposal: Proposal) -> LogitEdits | None:
+    """`edits` with what the grammars of the rows allow at each position of the pass that verifies a proposal."""
+    if edits is None or not _constrained(state):
+        return edits
+    return edits._replace(masks=pass_masks(_grammars(state), proposal, runtime.config.vocab_size))
+
+
+def _constrained(state: State) -> bool:
+    return state.options.edits is not None and state.options.edits.grammars
+
+
+def _grammars(state: State) -> Rows:
+    return [
+        (request.grammar, tokens) if request and request.grammar and active else None
+        for request, tokens, active in zip(state.requests, state.generated, state.active, strict=True)
+    ]
 
 
 def _told(request: Request | None) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from specmoe_jax.engine.engine_figures import EngineFigures
 from specmoe_jax.engine.requests.completion import Completion, TokenEvent
 from specmoe_jax.engine.requests.prepare import batch_shape_of, make_requests, resolved
 from specmoe_jax.engine.resources import EngineResources
+from specmoe_jax.engine.scoring.features import Features, checked_layers, feature_texts, features_of
 from specmoe_jax.engine.scoring.rolling import score_rolling
 from specmoe_jax.engine.scoring.score import Score, score_texts
 from specmoe_jax.engine.scoring.texts import Text, scored_texts
@@ -142,6 +143,16 @@ class Engine:
         Raises RequestError.
         """
         return score_rolling(self.model, texts, self.score, prefix=prefix, window=window, overlap=overlap)
+
+    def features(self, texts: Sequence[Text], *, layers: Sequence[int] | None = None) -> Generator[Features, None, None]:
+        """The hidden states of texts (or lists of token ids), in their order, as Hugging Face counts them.
+
+        layers: 0 for the embeddings, i for what comes out of the i-th layer, the last after the final norm; None for that alone.
+        Texts are read as `score` reads them, so under expert_flow=stream they share each layer's crossing; all that was read and
+        not yet taken is in host memory (jobs.features writes many texts, shard by shard). Raises RequestError at the call.
+        """
+        wanted = checked_layers(self.model.config, layers)
+        return leniently(features_of(self._session, self._flow, feature_texts(self.model, texts), wanted))
 
     @lenient()
     def init(self, prompts, params=None) -> State:

@@ -13,7 +13,7 @@ from specmoe_jax.models.experts import layer_bytes
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.estimate import Prediction
 from specmoe_jax.planner.hardware import Hardware
-from specmoe_jax.support.timing import CompileCounter
+from specmoe_jax.support.timing import CompileCounter, Stopwatch
 
 
 class EngineFigures:
@@ -46,6 +46,10 @@ class EngineFigures:
         self.prefill_s += seconds
         self.prefill_tokens += tokens
         self._computing_s += computing_s
+
+    def without_compiling(self, watch: Stopwatch, compiled_s: float) -> float:
+        """Seconds of a watch but for the compilations of that time. compiled_s: `compiles.seconds` when it began."""
+        return watch.seconds - (self.compiles.seconds - compiled_s)
 
     def add_warm_up(self, seconds: float) -> None:
         self.warm_up_s += seconds

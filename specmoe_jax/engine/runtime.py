@@ -62,7 +62,10 @@ class Policies(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """draft, draft_executor: what proposes tokens, and what the engine asks about it. flow: of a Session."""
+    """draft, draft_executor: what proposes tokens, and what the engine asks about it. flow: of a Session.
+
+    watched: layers whose inputs a pass gives where it only reads, None where it gives what the draft takes.
+    """
 
     config: ModelConfig
     plan: Plan
@@ -74,10 +77,18 @@ class Runtime:
     context: DeviceContext
     experts: ExpertPlaces
     policies: Policies
+    watched: tuple[int, ...] | None = None
+
+    @property
+    def gives_features(self) -> bool:
+        """Whether a pass gives hidden states beside its last ones."""
+        return bool(self.watched) if self.watched is not None else isinstance(self.draft, FeatureDraft)
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
-        """Layers whose inputs the draft takes; none for most drafts, nor for one of the last hidden state."""
+        """Layers whose inputs are watched; none for most drafts, nor for one of the last hidden state."""
+        if self.watched is not None:
+            return self.watched
         return self.draft.feature_layers if isinstance(self.draft, FeatureDraft) else ()
 
     @property

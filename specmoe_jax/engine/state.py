@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.engine.requests.grammars import Grammar
 from specmoe_jax.engine.requests.status import Phase, Status
 from specmoe_jax.kv_cache.page_table import Pages
 from specmoe_jax.offload.residency import Residency
@@ -23,7 +24,8 @@ class Request(NamedTuple):
     """One prompt with its parameters. limit: new tokens it may get (max_new_tokens, or what the window leaves).
 
     token_ids: what the decoder begins with. source: what the encoder reads, empty without one. stop_ids: stop strings of
-    params that are special tokens, which no text shows. sampling_id: what the keys of its draws know it by, None for `id`.
+    params that are special tokens, which no text shows. grammar: what the answer must be, None for anything. sampling_id: what the
+    keys of its draws know it by, None for `id`.
     """
 
     id: int
@@ -33,6 +35,7 @@ class Request(NamedTuple):
     limit: int
     source: tuple[int, ...] = ()
     stop_ids: tuple[int, ...] = ()
+    grammar: Grammar | None = None
     sampling_id: int | None = None
 
     @property

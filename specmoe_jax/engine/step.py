@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from specmoe_jax.engine import stages
-from specmoe_jax.engine.drafting import Drafted, draft, step_coupled_keys, step_edits, step_keys
+from specmoe_jax.engine.drafting import Drafted, draft, pass_edits, step_coupled_keys, step_edits, step_keys
 from specmoe_jax.engine.drafts.accepted_path import Verified, accepted_path, compact_accepted_path
 from specmoe_jax.engine.drafts.split_draft import placed, rows_on_cpu
 from specmoe_jax.engine.flows.layer_passes import fetched
@@ -148,6 +148,7 @@ def verify(runtime: Runtime, state: State, drafted: Drafted, edits: LogitEdits |
         none = np.zeros(len(num_new), np.int32)
         return Verified(verified, AcceptResult(num_accepted=none, next_token=none), none, proposal)
     logits = stages.head(runtime.config.head, runtime.weights, verified.h)  # [B, T, V]
+    edits = pass_edits(runtime, state, edits, proposal)
     edited = logits if edits is None else _edit_logits(logits, edits, _paths(proposal))
     finite = _finite_positions(edited)
     if proposal.tree is not None:
@@ -196,6 +197,8 @@ def commit(
         generated[row], reason = commit_tokens(request, state.generated[row], run, runtime.config.eos_token_ids, tokenizer)
         if reason is not None or broken:
             statuses[row] = finished(reason or "error")
+            if request.grammar is not None:
+                request.grammar.forget()
         accepted[row] = min(result.num_accepted[row], sound[row])
         committed[row] = len(generated[row]) - len(state.generated[row])
         if generated[row]:

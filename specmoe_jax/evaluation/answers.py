@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from specmoe_jax.checkpoints.manifest import checkpoint_hash
+from specmoe_jax.checkpoints.manifest import model_hash
 from specmoe_jax.engine.engine import Engine
 from specmoe_jax.jobs.journal import Journal
 
@@ -49,10 +48,9 @@ class Answers:
 
 def _identity(engine: Engine) -> dict:
     """What the answers depend on beside the questions."""
-    path: pathlib.Path | None = engine.model.path
     return {
         "evaluation": 1,
-        "model": None if path is None else checkpoint_hash(path),
+        "model": model_hash(engine.model),
         "dtype": engine.plan.dtype,
         "expert_dtype": engine.plan.expert_dtype,
         "synthetic_acceptance": engine.plan.synthetic_acceptance,

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from specmoe_jax.checkpoints.adapters.peft import adapter_hash
 from specmoe_jax.checkpoints.loader import load_config, load_model_tokenizer, with_end_tokens
 from specmoe_jax.checkpoints.manifest import checkpoint_hash
 from specmoe_jax.checkpoints.published.advice import check_form, tokenizer_advice
@@ -150,7 +151,7 @@ def completions(
             yield dataclasses.replace(event.completion, prompt=prompts[event.id].text)
 
 
-def fingerprint(prompts: list[Prompt], plan: Plan, model: pathlib.Path) -> dict:
+def fingerprint(prompts: list[Prompt], plan: Plan, model: pathlib.Path, adapter: pathlib.Path | None = None) -> dict:
     """Everything that the finished requests of a job depend on.
 
     Batch size and the rest of the plan are not in it: greedy and deterministic sampling do not depend on them, and
@@ -164,7 +165,7 @@ def fingerprint(prompts: list[Prompt], plan: Plan, model: pathlib.Path) -> dict:
         "expert_dtype": plan.expert_dtype,
         "deterministic_sampling": plan.deterministic_sampling,
         "synthetic_acceptance": plan.synthetic_acceptance,  # its text is not the model's
-    }
+    } | ({"adapter": adapter_hash(adapter)} if adapter else {})
 
 
 def _identity(params: SamplingParams) -> dict:

@@ -1,6 +1,5 @@
 """The OpenAI batch form of a job: a request a line with custom_id, method, url and body, and answers in the form of responses."""
 
-import json
 import time
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
 LINE_FIELDS = {"custom_id", "method", "url", "body"}
 _NO_EFFECT_ON_TEXT = {"user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier", "parallel_tool_calls"}
 _ONLY = {  # parameters of which one value is built
-    "n": 1, "stream": False, "logprobs": (False, None), "top_logprobs": None, "response_format": {"type": "text"},
+    "n": 1, "stream": False, "logprobs": (False, None), "top_logprobs": None,
     "tool_choice": ("auto", None), "best_of": 1, "echo": False, "suffix": None, "modalities": ["text"],
     "prompt_logprobs": None,
 }  # fmt: skip
@@ -48,17 +47,29 @@ def read_line(fields: dict, where: str) -> tuple[BatchRequest, dict[str, Any]]:
     for key, value in body.items():
         if key in _ONLY:
             _require(key, value, where)
+        elif key == "response_format":
+            own |= answer_form(value, where)
         elif key not in _NO_EFFECT_ON_TEXT | {"model"} and not (value is None and key in _MAY_BE_NULL):
             own[_RENAMED.get(key, key)] = (value,) if key == "stop" and isinstance(value, str) else value
     return _request(fields), own
 
 
-def request_of(line: str) -> BatchRequest | None:
-    """What an answer to a line repeats that cannot be served; None of a line that is not in this form."""
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
+def answer_form(value: Any, where: str) -> dict[str, Any]:
+    """response_format as fields of SamplingParams. Raises RequestError."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if value is None or kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"json_schema": {"type": "object"}}
+    given = value.get("json_schema") if kind == "json_schema" else None
+    if not isinstance(given, dict) or not isinstance(given.get("schema"), dict):
+        said = '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": {...}}}'
+        raise RequestError(f"{where}: response_format is {str(value)[:80]}; give {said}")
+    return {"json_schema": given["schema"]}
+
+
+def request_of(fields: Any) -> BatchRequest | None:
+    """What an answer repeats to a line that cannot be served; None of a line that is not in this form."""
     return _request(fields) if isinstance(fields, dict) and is_batch_line(fields) else None
 
 

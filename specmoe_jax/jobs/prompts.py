@@ -1,18 +1,22 @@
-"""Prompt files: text, one prompt a line, or JSON lines with parameters of their own."""
+"""Prompt files: text, one prompt a line; JSON lines, or rows of a table, with parameters of their own."""
 
 import dataclasses
 import json
 import pathlib
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from specmoe_jax.checkpoints.chat import FIXED, encode_chat
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.jobs.openai_batch import BatchRequest, is_batch_line, read_line, request_of
+from specmoe_jax.jobs.tables import is_table, read_rows
 from specmoe_jax.support.errors import RequestError
 from specmoe_jax.support.validation import is_text, is_whole
 
 CHAT_FIELDS = ("messages", "system", "tools", "documents", "chat_template_kwargs")
+STDIN = "-"
 TEMPLATE_OPTIONS = ("enable_thinking", "reasoning_effort")  # the ones that most templates with options know, without a nest
 
 
@@ -87,48 +91,86 @@ def as_chat(
     return [one(number, prompt) for number, prompt in enumerate(prompts)]
 
 
-def read_prompts(path: str, defaults: SamplingParams, *, sampled: dict | None = None, keep_bad: bool = False) -> list[Prompt]:
-    """Reads a .txt or .jsonl file. Raises RequestError naming the line.
+def read_prompts(
+    path: str, defaults: SamplingParams, *, sampled: dict | None = None, keep_bad: bool = False, column: str | None = None
+) -> list[Prompt]:
+    """Reads a .txt, .jsonl or .parquet file, a dataset's folder, or standard input ("-"). Raises RequestError naming the line.
 
     keep_bad: an invalid line becomes a Prompt with an `error` instead, as long jobs need. sampled: defaults of what only sampled
-    requests have (top_k, top_p), for lines with a temperature of their own where `defaults` are greedy.
+    requests have (top_k, top_p), for lines with a temperature of their own where `defaults` are greedy. column: of a table, see
+    `tables.read_rows`.
 
     Text: empty lines are skipped, the id is the number of the prompt. JSON lines: objects with `prompt` or `messages`, and
     optionally `id`, `system`, `tools`, `documents`, options of the chat template and any field of SamplingParams; or requests in
-    the OpenAI batch form.
+    the OpenAI batch form. Rows: the same, a column for each field. Standard input is JSON lines if its first line is an object.
     """
-    file = pathlib.Path(path)
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split at U+2028, inside JSON texts
-    except (OSError, ValueError) as e:  # ValueError: not UTF-8, or a NUL in the path
-        raise RequestError(f"cannot read prompts from {path} ({e}); give a UTF-8 .txt or .jsonl file") from e
     form = _Defaults(defaults, sampled or {})
-    if file.suffix == ".jsonl":
-        prompts = [_parse_or_keep(line, number, form, keep_bad, file) for number, line in enumerate(lines, 1) if line.strip()]
-    elif file.suffix == ".txt":
-        prompts = [Prompt(number, line, defaults) for number, line in enumerate(filter(str.strip, lines))]
+    if is_table(path):
+        rows = ((number, f"row {number}", lambda row=row: row) for number, row in enumerate(read_rows(path, column), 1))
+        prompts = [_parse_or_keep(*row, form, keep_bad, path) for row in rows]
+    elif column is not None:
+        raise RequestError(f"{path} has no columns, of which {column!r} is to be read; give a .parquet file or a dataset's folder")
     else:
-        raise RequestError(f"prompts file {path} ends in {file.suffix!r}; it must be .txt (one a line) or .jsonl")
+        prompts = _of_lines(path, _lines(path), form, keep_bad)
     if not prompts:
         raise RequestError(f"prompts file {path} holds no prompt; give at least one")
     return prompts
 
 
-def _parse_or_keep(line: str, number: int, defaults: _Defaults, keep_bad: bool, file: pathlib.Path) -> Prompt:
+def _lines(path: str) -> list[str]:
+    """Of a file or of standard input."""
     try:
-        return _parse(line, number, defaults)
+        if path == STDIN:
+            return sys.stdin.buffer.read().decode("utf-8-sig").split("\n")
+        return pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines would split at U+2028, inside JSON too
+    except (OSError, ValueError) as e:  # ValueError: not UTF-8, or a NUL in the path
+        raise RequestError(f"cannot read prompts from {path} ({e}); give a UTF-8 .txt or .jsonl file") from e
+
+
+def _of_lines(path: str, lines: Sequence[str], form: _Defaults, keep_bad: bool) -> list[Prompt]:
+    suffix = pathlib.Path(path).suffix
+    if path == STDIN:
+        path, suffix = "standard input", ".jsonl" if _is_object(next(filter(str.strip, lines), "")) else ".txt"
+    if suffix == ".jsonl":
+        found = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        numbered = ((number, f"line {number}", lambda line=line, number=number: _load(line, number)) for number, line in found)
+        return [_parse_or_keep(*one, form, keep_bad, path) for one in numbered]
+    if suffix == ".txt":
+        return [Prompt(number, line, form.params) for number, line in enumerate(filter(str.strip, lines))]
+    raise RequestError(
+        f"prompts file {path} ends in {suffix!r}; it must be .txt (one a line), .jsonl, .parquet, a dataset's folder, or {STDIN}"
+    )
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _load(line: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise RequestError(f"line {number} is not JSON ({e}); give one object a line") from e
+
+
+def _parse_or_keep(number: int, where: str, read: Callable[[], Any], form: _Defaults, keep_bad: bool, file: str) -> Prompt:
+    """read: gives the fields of the line or row, which are consumed."""
+    batch = None
+    try:
+        fields = read()
+        batch = request_of(fields)
+        return _parse(fields, number, where, form)
     except RequestError as e:
         if not keep_bad:
             raise RequestError(f"{file}: {e}") from e
-        return Prompt(number - 1, "", defaults.params, error=str(e), batch=request_of(line))
+        return Prompt(number - 1, "", form.params, error=str(e), batch=batch)
 
 
-def _parse(line: str, number: int, defaults: _Defaults) -> Prompt:
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise RequestError(f"line {number} is not JSON ({e}); give one object a line") from e
-    where, batch = f"line {number}", None
+def _parse(fields: Any, number: int, where: str, defaults: _Defaults) -> Prompt:
+    batch = None
     if isinstance(fields, dict) and is_batch_line(fields):
         batch, fields = read_line(fields, where)
     token_ids = _token_ids(fields, where)

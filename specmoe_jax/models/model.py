@@ -32,7 +32,8 @@ class Model:
         pinned host memory; bfloat16 as uint16 bits. [3, F, M], or as ExpertConfig.block_shape says; packed ones are bytes.
     tokenizer: see checkpoints.tokenizer; None for a random model.
     dtype: "float32" or "bfloat16". synthetic: stamps for every figure made with it, see metrics.figures.
-    path: of the checkpoint whose weights these are, unchanged but perhaps packed; None for every other model.
+    path: of the checkpoint whose weights these are, unchanged but perhaps packed; None for every other model. adapter: of the
+        directory of an adapter that is merged into them.
     """
 
     config: ModelConfig
@@ -42,6 +43,7 @@ class Model:
     dtype: str
     synthetic: tuple[str, ...] = ()
     path: pathlib.Path | None = None
+    adapter: pathlib.Path | None = None
 
     @property
     def expert_bytes(self) -> int:

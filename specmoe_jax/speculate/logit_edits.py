@@ -19,12 +19,14 @@ from specmoe_jax.types import Tree
 class EditKinds(NamedTuple):
     """Which edits any request of a job asks for, so that one program serves all its steps.
 
-    biases: entries of the largest logit_bias and ban list, a power of two. processors: the different functions.
+    biases: entries of the largest logit_bias and ban list, a power of two. processors: the different functions. grammars: whether
+    an answer must be what a JSON schema or a regular expression says.
     """
 
     penalties: bool = False
     biases: int = 0
     processors: tuple[Callable, ...] = ()
+    grammars: bool = False
 
 
 class Penalties(NamedTuple):
@@ -55,7 +57,8 @@ class LogitEdits(NamedTuple):
     """Of the rows of a batch; a part that no request of the job asks for is None.
 
     history: [B, S] int32, prompt and answer so far, -1 beyond. lengths: [B] int32, tokens in it. processor: [B] int32, which of the
-    functions a row has, -1 for none.
+    functions a row has, -1 for none. masks: [B, T, W] int32, the tokens that the grammars allow at each position, 32 to a word;
+    whoever edits puts them in, since they depend on what was drafted.
     """
 
     penalties: Penalties | None
@@ -64,6 +67,7 @@ class LogitEdits(NamedTuple):
     lengths: np.ndarray | None
     processor: np.ndarray | None
     processors: Processors
+    masks: np.ndarray | None = None
 
 
 def edit_kinds(params: Sequence[SamplingParams]) -> EditKinds | None:
@@ -73,6 +77,7 @@ def edit_kinds(params: Sequence[SamplingParams]) -> EditKinds | None:
         penalties=any(p.penalised for p in params),
         biases=most and 1 << (most - 1).bit_length(),
         processors=tuple(dict.fromkeys(p.logits_processor for p in params if p.logits_processor is not None)),
+        grammars=any(p.grammar is not None for p in params),
     )
     return None if kinds == EditKinds() else kinds
 
@@ -151,7 +156,15 @@ def edit_logits(logits: jax.Array, edits: LogitEdits, paths: jax.Array) -> jax.A
         logits = _penalised(logits, edits, paths)
     if edits.processors.functions:
         logits = _processed(logits, edits, paths)
+    if edits.masks is not None:
+        logits = jnp.where(_unpacked(edits.masks, logits.shape[-1]), logits, -jnp.inf)
     return logits
+
+
+def _unpacked(masks, count: int) -> jax.Array:
+    """[..., W] int32 -> [..., count] bool, the lowest bit of a word first."""
+    bits = jnp.right_shift(jnp.asarray(masks)[..., None], jnp.arange(32, dtype=jnp.int32)) & 1
+    return bits.reshape(*bits.shape[:-2], -1)[..., :count].astype(bool)
 
 
 def _dropped(tokens) -> jax.Array:

@@ -5,6 +5,7 @@ import errno
 import os
 import pathlib
 import secrets
+from collections.abc import Iterator
 
 from specmoe_jax.support.errors import RequestError
 
@@ -31,9 +32,17 @@ def write_atomically(path: str, text: str) -> None:
         if (descriptor := descriptor_of(path)) is not None:
             _write_all(descriptor, text.encode())
             return
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[pathlib.Path]:
+    """A file beside the one of this path, whose place it takes at the end; it is gone after an error. Raises RequestError."""
+    with _writing_to(path):
         temporary = _new_file_beside(_target(path))
         try:
-            temporary.write_text(text, encoding="utf-8")
+            yield temporary
             os.replace(temporary, _target(path))
         finally:
             temporary.unlink(missing_ok=True)

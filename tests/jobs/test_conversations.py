@@ -129,11 +129,32 @@ def test_a_batch_line_is_read(tmp_path):
     assert (text.id, text.text, text.conversation, text.params.stop) == ("b", "once", None, ("a", "b"))
 
 
+def test_forms_of_answers(tmp_path):
+    schema = {"type": "object", "properties": {"größe": {"type": "integer"}}}
+    forms = [
+        {"type": "text"},
+        None,
+        {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+    ]
+    own = read(tmp_path, *[batch({"messages": [HI], "response_format": form}, custom_id=str(n)) for n, form in enumerate(forms)],
+               {"prompt": "x", "json_schema": schema}, {"prompt": "x", "regex": "a+"})  # fmt: skip
+    assert [p.params.json_schema for p in own] == [
+        None,
+        None,
+        '{"type": "object"}',
+        *[json.dumps(schema, ensure_ascii=False)] * 2,
+        None,
+    ]
+    assert own[-1].params.regex == "a+"
+
+
 BAD_BATCH = [
     (batch({"messages": [HI], "n": 2}), "n is 2; built is 1 alone"),
     (batch({"messages": [HI], "stream": True}), "stream is True"),
     (batch({"messages": [HI], "frequency_penalty": 200}), "frequency_penalty is 200; it must be a number from -100"),
-    (batch({"messages": [HI], "response_format": {"type": "json_object"}}), "response_format is"),
+    (batch({"messages": [HI], "response_format": {"type": "json_schema"}}), "response_format is"),
+    (batch({"messages": [HI], "response_format": "json"}), "response_format is json; give"),
     (batch({"messages": [HI], "top_kk": 1}), "unknown field 'top_kk'"),
     (batch({"prompt": "x"}), "body has no messages, which /v1/chat/completions needs"),
     (batch({"messages": [HI]}, url="/v1/embeddings"), "asks for POST '/v1/embeddings'"),

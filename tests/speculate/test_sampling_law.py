@@ -6,19 +6,23 @@ three. `BOS` stands before the first token.
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from scipy import stats
 
+from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.engine.requests.grammars import make_grammar, pass_masks
 from specmoe_jax.speculate.acceptance import accept, accept_chances, next_distribution
 from specmoe_jax.speculate.logit_edits import chain_paths, edit_kinds, edit_logits, logit_edits
 from specmoe_jax.speculate.sampling import Stream, row_keys, sample, sampling_rows, transform_logits
 from specmoe_jax.testing.oracles import accepted_tokens
-from specmoe_jax.types import SamplingRows
+from specmoe_jax.types import Proposal, SamplingRows
 
 V = 4
 BOS = V
@@ -51,8 +55,10 @@ EDITED = {
         temperature=0.9, top_p=0.95, min_p=0.02, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3,
         logit_bias={3: 0.7}, banned_tokens=(0,), logits_processor=odd_lengths_prefer_odd_tokens,
     ),
+    "regex": SamplingParams(temperature=1.1, top_p=0.95, regex="(a[bc]|b[abd]|[cd]{2})[ad]{4}"),
     "greedy, repetition_penalty": SamplingParams(repetition_penalty=2.5, frequency_penalty=0.5),
 }  # fmt: skip
+ANSWER_TOKENS = 6  # of the regular expression: too many for an end of sequence, which these tables lack
 PROMPT = (2,)  # of one token, which the repetition penalty sees and the others do not
 
 
@@ -92,7 +98,25 @@ def reference_edit(logits: np.ndarray, params: SamplingParams, answer: tuple[int
     if params.logits_processor is not None:
         ids = jnp.array([*PROMPT, *answer, *[-1] * 3])
         edited = np.asarray(params.logits_processor(ids, jnp.asarray(edited, jnp.float32)))
+    if params.regex is not None and leads_to_a_match(params.regex, answer):  # else nothing comes here, and nothing is masked
+        edited = [logit if leads_to_a_match(params.regex, (*answer, token)) else -np.inf for token, logit in enumerate(edited)]
     return np.asarray(edited)
+
+
+@functools.cache
+def leads_to_a_match(regex: str, tokens: tuple[int, ...]) -> bool:
+    """Whether some answer that begins so matches, by trying them all."""
+    text = "".join("abcd"[token] for token in tokens)
+    return any(re.fullmatch(regex, text + "".join(rest)) for rest in itertools.product("abcd", repeat=ANSWER_TOKENS - len(text)))
+
+
+@functools.cache
+def letters() -> Tokenizer:
+    """One token a letter, and an end that the tables do not know."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={letter: token for token, letter in enumerate("abcd")}, merges=[]))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(backend=backend, eos_token_ids=(V,))
 
 
 def target_law(target: np.ndarray, params: SamplingParams) -> np.ndarray:
@@ -117,6 +141,9 @@ def edited(logits: jax.Array, tokens: np.ndarray, answers: list[tuple[int, ...]]
         return logits
     histories = [PROMPT + answer for answer in answers]
     edits = logit_edits(kinds, params, histories, [len(PROMPT)] * len(params), positions=9)
+    if kinds.grammars:
+        grammar = make_grammar(0, letters(), V + 1, (V,), params[0])
+        edits = edits._replace(masks=pass_masks([(grammar, answer) for answer in answers], Proposal(tokens, None), V + 1))
     return jitted_edit(logits, edits, chain_paths(jnp.asarray(tokens)))
 
 

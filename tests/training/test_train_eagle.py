@@ -13,13 +13,10 @@ import pytest
 import safetensors.numpy
 
 import specmoe_jax as sm
-from specmoe_jax.models import layers
 from specmoe_jax.models.eagle import network
-from specmoe_jax.models.model import _reference_layer
 from specmoe_jax.speculate.drafts.eagle import EagleDraft
 from specmoe_jax.testing import TINY, eagle_head, tiny, write_tiny
 from specmoe_jax.training import eagle
-from specmoe_jax.training.features import FeatureTap
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "train_eagle.py"
 TRAINING = eagle.HeadTraining(steps=30, batch_size=2, length=12, learning_rate=3e-3, warmup_steps=1, seed=0, noise=0.0)
@@ -74,22 +71,6 @@ def test_a_written_head_loads_with_half_precision(tmp_path):
     assert loaded.config == head.config
     for got, want in zip(jax.tree.leaves(loaded.weights), jax.tree.leaves(state.weights), strict=True):
         np.testing.assert_array_equal(got, np.asarray(want).astype(np.float16).astype(np.float32))
-
-
-@pytest.mark.parametrize("changes", [{}, {"expert_flow": "on_demand", "prefill_chunk": 5}], ids=["whole", "pieces"])
-def test_features_are_the_targets_last_hidden_states(changes):
-    model, tap = tiny(), FeatureTap()
-    plan = sm.Plan(preset="features", draft="custom", draft_length=1, expert_flow="resident", batch_size=2, prefill_chunk=12)
-    engine = sm.Engine(model, plan.replace(**changes), draft=tap)
-    rows = np.random.default_rng(2).integers(0, TINY.vocab_size, (2, 13))
-    for _ in range(2):  # the second batch replaces the first
-        engine.generate(rows.tolist(), sm.SamplingParams(max_new_tokens=1, ignore_eos=True))
-        features = tap.take(12)
-        rows, last = rows[::-1], rows
-    h = layers.embed(model.weights, jnp.asarray(last[:, :12], jnp.int32))
-    for config, weights, blocks in zip(TINY.layers, model.weights.layers, model.experts, strict=True):
-        h = _reference_layer(config, weights, [jax.device_put(b, jax.memory.Space.Device) for b in blocks], h, None)
-    np.testing.assert_allclose(features, layers.final_norm(TINY.head, model.weights, h), atol=3e-5)
 
 
 def run_script(folder, work, *extra):

@@ -25,7 +25,6 @@ from specmoe_jax.engine.engine import Engine
 from specmoe_jax.models.model import Model
 from specmoe_jax.support.errors import RequestError
 from specmoe_jax.training import data, eagle
-from specmoe_jax.training.features import FeatureTap
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "demo", '"demo" (bundled) or a directory with a Hugging Face checkpoint.')
@@ -117,23 +116,15 @@ class Batches:
     """Tokens and the target's features of the batch of any step, computed when it is asked for."""
 
     def __init__(self, training: eagle.HeadTraining, model: Model, tokens: np.ndarray):
-        plan = Plan(
-            preset="features",
-            draft="custom",
-            draft_length=1,
-            expert_flow=_FLOW.value,
-            batch_size=training.batch_size,
-            prefill_chunk=training.length,
-        )
-        self._tap, self._training, self._tokens = FeatureTap(), training, tokens
-        self._engine = Engine(model, plan, draft=self._tap)
+        plan = Plan(preset="features", expert_flow=_FLOW.value, batch_size=training.batch_size, prefill_chunk=training.length)
+        self._engine, self._training, self._tokens = Engine(model, plan), training, tokens
 
     def at(self, step: int):
         """-> following [B, T] int32, features [B, T, M]."""
         shape = dict(batch_size=self._training.batch_size, length=self._training.length)
         rows = data.batch_at(self._tokens, step, **shape, seed=self._training.seed)  # [B, T + 1]
-        self._engine.generate(rows.tolist(), SamplingParams(max_new_tokens=1, ignore_eos=True))
-        return rows[:, 1:], self._tap.take(self._training.length)
+        found = self._engine.features(rows[:, :-1].tolist())
+        return rows[:, 1:], np.stack([features.hidden[0] for features in found])
 
 
 def measure(model: Model, folder: pathlib.Path, tokens: np.ndarray) -> dict:

@@ -12,15 +12,18 @@ from specmoe_jax.engine.flows.migration import prefetch
 from specmoe_jax.engine.flows.protocol import Unfinished
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory
-from specmoe_jax.speculate.drafts.protocol import FeatureDraft, TokenChoice
+from specmoe_jax.speculate.drafts.protocol import TokenChoice
 from specmoe_jax.speculate.hot_experts.substitution import DraftSlots
 from specmoe_jax.speculate.hot_experts.usage import count_choices
 from specmoe_jax.types import KVCache, Tree
 
 
 def features(runtime: Runtime, h: jax.Array, inputs: dict[int, jax.Array]) -> jax.Array | None:
-    """What a FeatureDraft takes of a pass. h [B, T, M] after the last layer; inputs: those of `runtime.feature_layers`."""
-    if not isinstance(runtime.draft, FeatureDraft):
+    """What a FeatureDraft, or whoever reads, takes of a pass. h [B, T, M] after the last layer.
+
+    inputs: those of `runtime.feature_layers`.
+    """
+    if not runtime.gives_features:
         return None
     if not runtime.feature_layers:
         return stages.final_norm(runtime.config.head, runtime.weights, h)

@@ -12,7 +12,7 @@ from specmoe_jax.engine import figures as metrics
 from specmoe_jax.engine import stages
 from specmoe_jax.engine.flows import protocol
 from specmoe_jax.engine.flows.encode import encode
-from specmoe_jax.engine.flows.protocol import Chunk, TargetPass
+from specmoe_jax.engine.flows.protocol import Chunk, ReadStates, TargetPass
 from specmoe_jax.engine.prefill import prefill
 from specmoe_jax.engine.requests.completion import TokenEvent, step_events
 from specmoe_jax.engine.requests.logprobs import PromptLogprobs
@@ -20,7 +20,7 @@ from specmoe_jax.engine.requests.prepare import BatchShape
 from specmoe_jax.engine.resources import empty_state, new_draft_memory
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.scheduler import joined, seated
-from specmoe_jax.engine.scoring.layout import CHAIN, ReadPass, ReadRow, read_passes, tree_nodes
+from specmoe_jax.engine.scoring.layout import CHAIN, ReadRow, read_passes, tree_nodes
 from specmoe_jax.engine.service.joins import JOIN_ROWS, Join, plan_joins, prefill_chunk, prefill_width
 from specmoe_jax.engine.session import Session
 from specmoe_jax.engine.state import ExpertMemory, Request, State, StepInfo
@@ -112,11 +112,13 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
         for start in range(0, len(requests), batch_shape.rows):
             yield from self._run_batch(session, requests[start : start + batch_shape.rows], batch_shape, on_step)
 
-    def read(self, session: Session, rows: Sequence[ReadRow], batch_shape: BatchShape) -> Iterator[tuple[ReadPass, jax.Array]]:
+    def read(
+        self, session: Session, rows: Sequence[ReadRow], batch_shape: BatchShape, watched: tuple[int, ...] = ()
+    ) -> Iterator[ReadStates]:
         """Batch after batch, rows of similar length beside each other."""
         job = session.resources.take(batch_shape)
         before, memory = moved(job.runtime), session.resources.expert_memory(job)
-        runtime = dataclasses.replace(job.runtime, draft=None)  # nothing is drafted, so it need not be shown what is read
+        runtime = dataclasses.replace(job.runtime, draft=None, watched=watched)  # no draft is shown what is read
         kv, width, nodes = session.resources.new_cache(batch_shape), batch_shape.rows, tree_nodes(rows)
         nothing = np.zeros(memory.usage_scores.shape, np.int64)
         order = sorted(range(len(rows)), key=lambda number: -len(rows[number].chain))
@@ -129,15 +131,15 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
             passes = read_passes(rows, batch, width=width, chunk=batch_shape.chunk, nodes=nodes)
             chains, found = [one for one in passes if one.tree == CHAIN], []
             chunks = [Chunk(one.tokens, one.lengths, one.num_new, following=one.tokens) for one in chains]
-            how = (lambda chunk, features, h, found=found: found.append(h), lambda positions: None)
+            how = (lambda chunk, features, h, found=found: found.append((h, features)), lambda positions: None)
             memory, kv, _ = self.prompt_pass(runtime, memory, kv, chunks, *how)
-            yield from zip(chains, found, strict=True)
+            yield from (ReadStates(one, *states) for one, states in zip(chains, found, strict=True))
             for one in passes[len(chains) :]:
                 where = (one.tokens, one.lengths, one.num_new)
                 done = self.target_pass(runtime, memory, kv, *where, earlier=nothing, predicted=nothing, tree=one.shape_of_tree)
                 assert done.h is not None
                 memory, kv = done.memory, done.kv
-                yield one, done.h
+                yield ReadStates(one, done.h, done.features)
         session.figures.add_score_bytes(before, moved(runtime))
         session.resources.keep(runtime, memory)
 
@@ -161,9 +163,12 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
         reuse = cuts and not isinstance(state.runtime.draft, FeatureDraft)
         decoding = bool(state.active.any())
         while waiting and (joins := plan_joins(state, waiting, reuse=reuse)):
-            watch, before = Stopwatch(), moved(state.runtime)
+            watch, before, compiled_s = Stopwatch(), moved(state.runtime), session.figures.compiles.seconds
             state = self._joined(session, state, joins)
-            session.figures.add_prefill(watch.seconds)
+            read = sum(len(join.request.token_ids) - join.shared for join in joins)
+            session.figures.add_prefill(
+                watch.seconds, tokens=read, computing_s=session.figures.without_compiling(watch, compiled_s)
+            )
             state = self._warm(session, state, batch_shape)
             session.figures.add_prefill_bytes(before, moved(state.runtime))
             waiting = waiting[len(joins) :]
@@ -240,7 +245,7 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
             how = {"on_positions": shown.update, "on_states": told.add if told.wanted else None}
             memory, kv, draft_memory = prefill(self, runtime, memory, kv, prompts, batch_shape.chunk, draft_memory, **how)
             jax.block_until_ready((kv, draft_memory))
-        computing_s = computing.seconds - (session.figures.compiles.seconds - compiled_s)
+        computing_s = session.figures.without_compiling(computing, compiled_s)
         session.figures.add_prefill(watch.seconds, tokens=sum(map(len, prompts)), computing_s=computing_s)
         state = empty_state(session.resources, runtime, batch_shape, kv, memory)
         state = joined(seated(state, dict(enumerate(requests))))._replace(draft_memory=draft_memory, prompt_logprobs=told.rows)

@@ -76,6 +76,14 @@ class ResidentPass(NamedTuple):
     inputs: dict[int, jax.Array]
 
 
+class ReadStates(NamedTuple):
+    """h: [b, T, M] after the last layer. inputs: [b, T, M * layers], of the watched layers side by side, None if none is."""
+
+    read_pass: ReadPass
+    h: jax.Array
+    inputs: jax.Array | None
+
+
 class Chunk(NamedTuple):
     """A part of all prompts of a batch. tokens: [B, T] at positions lengths[b] + t; rows t >= num_new[b] are padding.
 
@@ -134,8 +142,10 @@ class ExpertFlowExecutor(Protocol[R, S]):
         """All requests, as many at a time as the batch has rows."""
         ...
 
-    def read(self, session: S, rows: Sequence[ReadRow], batch_shape: BatchShape) -> Iterator[tuple[ReadPass, jax.Array]]:
-        """Reads texts and generates nothing: every pass with its h [b, T, M] after the last layer, as soon as it is there."""
+    def read(
+        self, session: S, rows: Sequence[ReadRow], batch_shape: BatchShape, watched: tuple[int, ...] = ()
+    ) -> Iterator[ReadStates]:
+        """Reads texts and generates nothing: every pass as soon as it is there. watched: layers whose inputs are told."""
         ...
 
 

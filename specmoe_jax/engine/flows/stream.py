@@ -10,7 +10,7 @@ import numpy as np
 from specmoe_jax.config.layer_config import AttentionConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.sampling_params import SamplingParams
-from specmoe_jax.engine.flows.protocol import ExpertFlowExecutor, TargetPass
+from specmoe_jax.engine.flows.protocol import ExpertFlowExecutor, ReadStates, TargetPass
 from specmoe_jax.engine.flows.stream_pass import StreamedPass, stream_pass
 from specmoe_jax.engine.requests.completion import TokenEvent, step_events
 from specmoe_jax.engine.requests.prepare import BatchShape
@@ -137,7 +137,7 @@ class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
             now = moved(state.runtime)
             info = info._replace(below=now.below.since(before.below))  # the link's thread reads between two steps too
             if not info.active.any():
-                computing_s = watch.seconds - (session.figures.compiles.seconds - compiled_s)
+                computing_s = session.figures.without_compiling(watch, compiled_s)
                 tokens = sum(len(request.token_ids) for request in joining)
                 session.figures.add_prefill(watch.seconds, tokens=tokens, computing_s=computing_s)
                 session.figures.add_prefill_bytes(before, now)
@@ -148,11 +148,13 @@ class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
             yield from step_events(session.model, state, info, watches)
         session.resources.put_back(state, batch_shape)
 
-    def read(self, session: Session, rows: Sequence[ReadRow], batch_shape: BatchShape) -> Iterator[tuple[ReadPass, jax.Array]]:
+    def read(
+        self, session: Session, rows: Sequence[ReadRow], batch_shape: BatchShape, watched: tuple[int, ...] = ()
+    ) -> Iterator[ReadStates]:
         """All rows in one pass, so that each layer crosses the link once; in several where the cache has no pages for all."""
         runtime, account = job = session.resources.take(batch_shape)
         before, memory = moved(runtime), session.resources.expert_memory(job)
-        runtime = dataclasses.replace(runtime, draft=None)  # nothing is drafted, so it need not be shown what is read
+        runtime = dataclasses.replace(runtime, draft=None, watched=watched)  # no draft is shown what is read
         kv = _new_host_kv(runtime, no_pages(1, batch_shape.positions, account.kv_pages), batch_shape.chunk, batch_shape.rows)
         nodes, most = tree_nodes(rows), batch_shape.rows if runtime.config.recurrent_layers else None
         widths = {"width": prefill_rows(len(rows), batch_shape.chunk), "tree_width": prefill_rows(len(rows), max(nodes, 1))}
@@ -164,7 +166,7 @@ class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
             places = {number: place for place, number in enumerate(batch)}
             done = stream_pass(runtime, memory.buffers, kv, [_read_micro_batch(pages, places, one) for one in passes])
             kv, memory = done.kv, memory._replace(buffers=done.buffers)
-            yield from zip(passes, done.h, strict=True)
+            yield from map(ReadStates, passes, done.h, done.features)
         session.figures.add_score_bytes(before, moved(runtime))
         session.resources.keep(runtime, memory)
 

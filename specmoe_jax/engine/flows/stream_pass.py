@@ -20,7 +20,6 @@ from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.scheduler import MicroBatch
 from specmoe_jax.engine.state import Buffers, HostKV
 from specmoe_jax.offload.stream_schedule import KINDS, Task, pass_tasks
-from specmoe_jax.speculate.drafts.protocol import FeatureDraft
 from specmoe_jax.support.tracing import Span
 
 
@@ -97,7 +96,7 @@ class _Run:
         )
 
     def _features(self, micro_batch: int) -> jax.Array | None:
-        if not isinstance(self.runtime.draft, FeatureDraft):
+        if not self.runtime.gives_features:
             return None
         inputs = {layer: fetched(h) for layer, h in self.inputs[micro_batch].items()}
         taken = features(self.runtime, self._h(micro_batch), inputs)

@@ -8,7 +8,7 @@ import numpy as np
 
 from specmoe_jax.checkpoints.channels import split_channels
 from specmoe_jax.engine.requests.finish import final_text
-from specmoe_jax.engine.state import State, StepInfo
+from specmoe_jax.engine.state import Request, State, StepInfo
 from specmoe_jax.models.model import Model
 from specmoe_jax.support.timing import Stopwatch
 from specmoe_jax.types import TokenLogprob
@@ -42,6 +42,10 @@ class Completion:
 _NOT_FINITE = (
     "prompt {}: the logits of new token {} hold NaN or Inf; check the weights (load_model refuses such ones by default) "
     "or compute in dtype=float32"
+)
+_NOT_ALLOWED = (
+    "prompt {}: no token can follow its {} new ones within its {}{}; check banned_tokens, logit_bias and logits_processor beside "
+    "it, and the weights (load_model refuses broken ones by default)"
 )
 
 
@@ -81,7 +85,16 @@ def completion_of(model: Model, state: State, row: int, reason: str) -> Completi
         token_ids=tokens,
         finish_reason=reason,
         num_prompt_tokens=len(request.source or request.token_ids),
-        error=_NOT_FINITE.format(request.id, len(tokens)) if reason == "error" else None,
+        error=_error(request, len(tokens)) if reason == "error" else None,
         logprobs=None if request.params.logprobs is None else state.logprobs[row],
         prompt_logprobs=None if request.params.prompt_logprobs is None else state.prompt_logprobs[row],
     )
+
+
+def _error(request: Request, count: int) -> str:
+    """Why a request has ended after so many tokens."""
+    if request.grammar is None:
+        return _NOT_FINITE.format(request.id, count)
+    field, _ = request.params.grammar or ("", "")
+    reason = f" ({request.grammar.error})" if request.grammar.error else ""
+    return _NOT_ALLOWED.format(request.id, count, field, reason)

@@ -12,6 +12,7 @@ from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.engine.requests.grammars import make_grammar
 from specmoe_jax.engine.state import JobOptions, Request
 from specmoe_jax.models.eagle.config import EagleConfig
 from specmoe_jax.planner.memory.account import cache_positions
@@ -210,14 +211,15 @@ def _request(model: Reader, index: int, prompt: str | Sequence[int], params: Sam
             f"{window}{reason}: give max_new_tokens={window - len(token_ids)} or less"
         )
     encoder = model.config.encoder
+    asked = {"id": index, "prompt": text, "params": params, "stop_ids": stop_ids}
+    asked["grammar"] = make_grammar(index, model.tokenizer, vocab, model.config.eos_token_ids, params)
     if encoder is None:
-        limit = min(params.max_new_tokens, window - len(token_ids))
-        return Request(id=index, prompt=text, token_ids=token_ids, params=params, limit=limit, stop_ids=stop_ids)
+        return Request(token_ids=token_ids, limit=min(params.max_new_tokens, window - len(token_ids)), **asked)
     assert model.config.embedding is not None  # it has an encoder
     if model.config.embedding.pad_id in token_ids:
         raise RequestError(f"prompt {index} holds the padding token {model.config.embedding.pad_id}; leave it out")
     limit = min(params.max_new_tokens, window - len(encoder.start))
-    return Request(id=index, prompt=text, token_ids=encoder.start, params=params, limit=limit, source=token_ids, stop_ids=stop_ids)
+    return Request(token_ids=encoder.start, limit=limit, source=token_ids, **asked)
 
 
 def _check_vocabulary(index: int, params: SamplingParams, vocab: int, *, has_encoder: bool) -> None:

@@ -60,7 +60,7 @@ def score_texts(session: Session, flow: ExpertFlowExecutor, texts: Sequence[Scor
         reading = reading._replace(rows=share_prefixes(reading.rows, reading.unscored))
     total = sum(row.num_read for row in reading.rows)
     with bar("score", total, "tok", mode=session.progress, leave=False) as shown:
-        for one, h in flow.read(session, reading.rows, read_shape(config, session.plan, reading.rows)):
+        for one, h, _ in flow.read(session, reading.rows, read_shape(config, session.plan, reading.rows)):
             for query, logprob, best in _answers(session, reading, one, h, columns):
                 logprobs[query.text][query.index], greedy[query.text][query.index] = logprob, best == query.token
             shown.update(int(one.num_new.sum()))

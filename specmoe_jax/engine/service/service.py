@@ -177,12 +177,17 @@ class Service:
         if state.done:
             self._state = state
             return
-        watch, before = Stopwatch(), moved(state.runtime)
+        watch, before, compiled_s = Stopwatch(), moved(state.runtime), session.figures.compiles.seconds
+        read = sum(
+            len(request.token_ids) for request, joins in zip(state.requests, state.joining, strict=True) if request and joins
+        )
         state, info = self._counted_step(state)
         if info.active.any():
             self._count(info)
         else:
-            session.figures.add_prefill(watch.seconds)
+            session.figures.add_prefill(
+                watch.seconds, tokens=read, computing_s=session.figures.without_compiling(watch, compiled_s)
+            )
             session.figures.add_prefill_bytes(before, moved(state.runtime))
         self._state = state
         for event in step_events(session.model, state, info, self._watches):

@@ -17,6 +17,7 @@ class TokenChoice(NamedTuple):
     keys: jax.Array | None
     coupled: jax.Array | None
     edits: LogitEdits | None = None
+    masks: Callable | None = None
 
 
 class DraftView(NamedTuple):
@@ -38,6 +39,8 @@ class DraftView(NamedTuple):
         and the choice of a token after each, as one program. None where the engine acts between two tokens.
     edits: what the requests ask to be done to logits (`speculate.logit_edits.edit_logits`), None where they ask for nothing. A
         draft that does not do it is safe, and accepted less often.
+    masks: (position, drafted [B, N]) -> [B, 1, W], `edits.masks` of the token at a position of the step, from the host; None where
+        no answer has a grammar. `choose_token` asks it, a call of `forward` after the other, so there is no `chain` then.
     memory: of the draft's last proposal for these rows (Proposal.memory), or what a FeatureDraft made of it since; None in
         the first step of any other draft.
     """
@@ -57,10 +60,11 @@ class DraftView(NamedTuple):
     chain: Callable | None = None
     memory: Any = None
     edits: LogitEdits | None = None
+    masks: Callable | None = None
 
     @property
     def choice(self) -> TokenChoice:
-        return TokenChoice(rows=self.rows, keys=self.keys, coupled=self.coupled, edits=self.edits)
+        return TokenChoice(rows=self.rows, keys=self.keys, coupled=self.coupled, edits=self.edits, masks=self.masks)
 
 
 class Draft(Protocol):

@@ -56,7 +56,8 @@ def choose_token(
     the step; needed where logits are edited.
     """
     if choice.edits is not None:
-        logits = _edit(logits, choice.edits, drafted, position)
+        masks = choice.masks and choice.masks(int(position), drafted)
+        logits = _edit(logits, choice.edits._replace(masks=masks), drafted, position)
     if choice.keys is None:  # all rows are greedy
         return _argmax(logits), None
     if choice.coupled is not None:

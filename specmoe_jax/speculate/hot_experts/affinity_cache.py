@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from specmoe_jax.checkpoints.manifest import checkpoint_hash
+from specmoe_jax.checkpoints.manifest import model_hash
 from specmoe_jax.config.layer_config import ExpertConfig
 from specmoe_jax.config.model_config import LAYERS
 from specmoe_jax.models.model import Model
@@ -44,7 +44,7 @@ def _table_path(model: Model) -> pathlib.Path | None:
     if packing is not None and LAYERS in packing:  # a name for each layer is too long for one of a file
         packing = hashlib.sha256(packing.encode()).hexdigest()[:12]
     kind = "-".join(filter(None, (model.dtype, packing)))
-    return cache_folder() / "affinity" / f"{checkpoint_hash(model.path)}-{kind}.npz"
+    return cache_folder() / "affinity" / f"{model_hash(model)}-{kind}.npz"
 
 
 def _compute(model: Model, progress: str | bool) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Adapters that are merged into a model when it is loaded."""

@@ -10,12 +10,15 @@ import sys
 PAGE = pathlib.Path(__file__).parents[2] / "docs/reference/flags.md"
 HEAD = """# Commands and flags
 
-`specmoe COMMAND --flags`; `specmoe COMMAND --help` prints the same on a terminal. A true-or-false flag is `--name` or `--noname`. Flags that set
-[fields of a plan](../plan.md) and those of sampling are listed once, at the end. Generated from the commands.
+`specmoe COMMAND --flags`; `specmoe COMMAND --help` prints the same on a terminal. A true-or-false flag is `--name` or `--noname`.
+Flags that set [fields of a plan](../plan.md) and those of sampling are listed once, at the end. Generated from the commands.
 """
 SHARED = {
     "specmoe_jax.cli.plan_flags": ("Flags of a plan", "They change the plan of `--preset` or `--plan`; units are in their names."),
-    "specmoe_jax.cli.sampling_flags": ("Flags of sampling", "Defaults of requests that do not say otherwise ([options](../scoring.md))."),
+    "specmoe_jax.cli.sampling_flags": (
+        "Flags of sampling",
+        "Defaults of requests that do not say otherwise ([options](../scoring.md)).",
+    ),
 }
 
 
@@ -23,7 +26,9 @@ def table(flags) -> str:
     lines = ["| flag | values | default | |", "|---|---|---|---|"]
     for flag in flags:
         default = "" if flag.default in (None, [], "") else f"`{flag.default}`"
-        said = re.sub(r"^<.*?>: |;\s+repeat this option to specify a list of values$", "", flag.help)  # absl's, shown as values here
+        said = re.sub(
+            r"^<.*?>: |;\s+repeat this option to specify a list of values$", "", flag.help
+        )  # absl's, shown as values here
         help_text = " ".join(said.split()).replace("|", "\\|").replace("<", "&lt;")
         lines.append(f"| `--{flag.name}` | {values(flag)} | {default} | {help_text} |")
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""docs/reference/environment.md: every environment variable that the code reads is in its tables, and every one there is in the code."""
+"""docs/reference/environment.md has every environment variable that the code reads, and no other."""
 
 import ast
 import pathlib
@@ -15,7 +15,9 @@ def sources() -> list[pathlib.Path]:
 
 def constants(trees) -> dict[str, str]:
     """NAME = "text" at the top of a module: variables that are read by a name."""
-    assigned = [node for tree in trees for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)]
+    assigned = [
+        node for tree in trees for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+    ]
     return {target.id: node.value.value for node in assigned for target in node.targets if isinstance(target, ast.Name)}
 
 

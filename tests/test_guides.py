@@ -68,7 +68,7 @@ def test_flags_named_in_the_guides_exist():
 
 
 def test_the_api_page_has_every_public_name():
-    named = re.findall(r"^::: specmoe_jax[\w.]*\.(\w+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), flags=re.M)
+    named = re.findall(r"^::: specmoe_jax[\w.]*\.(\w+)$", (ROOT / "docs/reference/api.md").read_text(encoding="utf-8"), flags=re.M)
     errors = {"CheckpointError", "PlanError", "RequestError", "UserError"}  # on the page as the members of their module
     assert "errors" in named and set(sm.__all__) - errors - {"__version__", "speculate"} <= set(named)
 

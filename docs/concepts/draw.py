@@ -47,7 +47,7 @@ def slots():
     held += [("1.0", FETCHED), ("1.4", FETCHED), ("", FREE), ("", FREE)]
     for number, (text, color) in enumerate(held):
         box(axis, 9 + 1.2 * (number % 6), 3.2 - 1.4 * (number // 6), text, color=color)
-    for x, text, color in ((9, "stays and drafts", HOT), (12.4, "fetched for this pass", FETCHED), (16.1, "free", FREE)):
+    for x, text, color in ((8.6, "stays and drafts", HOT), (12.1, "fetched for this pass", FETCHED), (16.7, "free", FREE)):
         box(axis, x - 0.5 + 0.3, 0.2, "", color=color, width=0.4, height=0.4)
         axis.text(x + 0.4, 0.4, text, va="center", fontsize=9)
     axis.set_xlim(-1.6, 18)

@@ -1,4 +1,4 @@
-"""Figures of the benchmark's tables as a paper prints them: one message each, systems as colours, ratios to the base with their ranges."""
+"""Figures of the benchmark's tables as a paper prints them: one message each, systems as colours, ratios with their ranges."""
 
 import pathlib
 import re

@@ -8,6 +8,7 @@ Example:
 
 import json
 import sys
+import textwrap
 
 from absl import flags
 
@@ -21,6 +22,7 @@ from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.mtp import holds_mtp, load_mtp
 from specmoe_jax.cli import common, machine_flag, plan_flags
 from specmoe_jax.cli.run_files import check_files
+from specmoe_jax.cli.shown.machine_text import machine_text
 from specmoe_jax.config.plan_fields import DTYPES
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.jobs.prompts import read_prompts
@@ -52,7 +54,9 @@ def main() -> None:
         common.usage_error("--fresh measures this machine, and --hardware names another; leave one out")
     named = machine_flag.read_hardware(_HARDWARE.value, fresh=_FRESH.value)
     hardware = machine_flag.with_budgets(named.hardware, plan_flags.budgets()) if elsewhere else named.hardware
-    tell("\n".join(filter(None, (hardware.to_json(), named.said))))
+    tell(machine_text(hardware))
+    if named.said:
+        tell(textwrap.fill(named.said, 80))
     if not elsewhere:
         operators = profile(config, _DTYPE.value, fresh=_FRESH.value, progress=True) if config.encoder is None else None
         tell(as_table(operators) if operators else "no operators were measured: the model has an encoder")
@@ -76,7 +80,7 @@ def main() -> None:
     requests = _REQUESTS.value or len(prompts) or planning.REQUESTS
     fixed = plan_flags.given() | {"dtype": _DTYPE.value}
     chosen = planning.choose(config, known, requests=requests, fixed=fixed, head=head_name is not None)
-    tell(f"{planning.as_line(chosen)} ({chosen.tried} plans)")
+    tell("\n".join(textwrap.fill(part, 80) for part in f"{planning.as_line(chosen)} ({chosen.tried} plans)".split("; ")))
     text = chosen.best.plan.to_json() + "\n"
     if _OUTPUT.value:
         write_atomically(_OUTPUT.value, text)

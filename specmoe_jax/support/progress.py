@@ -54,6 +54,8 @@ def bar(
     if mode not in PROGRESS:
         raise ValueError(f"progress is {mode!r}; it must be one of {', '.join(PROGRESS)}")
     common: dict[str, Any] = dict(desc=name, total=total, unit=unit, unit_scale=scale, initial=initial)
+    if total is None:  # nothing to count: how long it has taken, not "0step [00:10, ?step/s]"
+        common["bar_format"] = "{desc}: {elapsed}"
     if mode == "log":
         rhythm: dict[str, Any] = dict(mininterval=LOG_EVERY_S, maxinterval=LOG_EVERY_S, miniters=1, delay=LOG_EVERY_S)
         return _LogLines(**common, **rhythm, file=_WholeLines(), ncols=100)

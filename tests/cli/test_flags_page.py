@@ -10,10 +10,12 @@ import sys
 PAGE = pathlib.Path(__file__).parents[2] / "docs/reference/flags.md"
 HEAD = """# Commands and flags
 
-`specmoe COMMAND --flags`; `specmoe COMMAND --help` prints the same on a terminal. A true-or-false flag is `--name` or `--noname`. Flags that set
-[fields of a plan](../plan.md) and those of sampling are listed once, at the end. Generated from the commands.
+`specmoe COMMAND --flags`; `specmoe COMMAND --help` prints the same on a terminal. A true-or-false flag is `--name` or `--noname`.
+Flags of models, of sampling, and those that set [fields of a plan](../plan.md) are listed once, at the end.
+Generated from the commands.
 """
 SHARED = {
+    "specmoe_jax.cli.engine_flags": ("Flags of a model", "Of `chat` and `serve`."),
     "specmoe_jax.cli.plan_flags": ("Flags of a plan", "They change the plan of `--preset` or `--plan`; units are in their names."),
     "specmoe_jax.cli.sampling_flags": (
         "Flags of sampling",
@@ -51,10 +53,12 @@ def section(name: str) -> str:
     command = load_command(name)
     known = flags.FLAGS.get_key_flags_for_module(command.__name__)
     own = [flag for flag in known if flags.FLAGS.find_module_defining_flag(flag.name) == command.__name__]
-    used = [module for module in SHARED if any(flags.FLAGS.find_module_defining_flag(flag.name) == module for flag in known)]
+    defining = {flags.FLAGS.find_module_defining_flag(flag.name) for flag in known}
+    assert defining <= {command.__name__, *SHARED}, f"{name} adopts flags of {defining}; name their module in SHARED"
+    used = [module for module in SHARED if module in defining]
     links = [f"[{SHARED[module][0].lower()}](#{SHARED[module][0].lower().replace(' ', '-')})" for module in used]
-    also = f"\nAlso {' and '.join(links)}.\n" if links else ""
-    return f"\n## {name}\n\n{command.__doc__.strip().splitlines()[0]}\n{also}\n{table(own)}"
+    also = f"\nAlso {', '.join(links)}.\n" if links else ""
+    return f"\n## {name}\n\n{command.__doc__.strip().splitlines()[0]}\n{also}" + (f"\n{table(own)}" if own else "")
 
 
 def shared(module: str) -> str:
@@ -64,7 +68,10 @@ def shared(module: str) -> str:
 
     importlib.import_module(module)
     title, text = SHARED[module]
-    return f"\n## {title}\n\n{text}\n\n{table(flags.FLAGS.get_key_flags_for_module(module))}"
+    known = flags.FLAGS.get_key_flags_for_module(module)
+    return (
+        f"\n## {title}\n\n{text}\n\n{table(flag for flag in known if flags.FLAGS.find_module_defining_flag(flag.name) == module)}"
+    )
 
 
 def page() -> str:

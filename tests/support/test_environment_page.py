@@ -1,4 +1,4 @@
-"""docs/reference/environment.md: every environment variable that the code reads is in its tables, and every one there is in the code."""
+"""docs/reference/environment.md has every environment variable that the code reads, and no other."""
 
 import ast
 import pathlib

@@ -98,9 +98,9 @@ def test_time_goes_on_where_nothing_calls_update(monkeypatch):
     monkeypatch.setattr(progress, "TICK_S", 0.01)
     with progress.bar("compile", None, "step", mode="auto", leave=False) as shown, progress.ticking(shown):
         deadline = time.monotonic() + 10
-        while "compile: 0step" not in terminal.getvalue() and time.monotonic() < deadline:
+        while "compile: 00:0" not in terminal.getvalue() and time.monotonic() < deadline:
             time.sleep(0.01)
-    assert "compile: 0step" in terminal.getvalue()
+    assert "compile: 00:0" in terminal.getvalue()
     assert not any(thread.name == "specmoe-progress" for thread in threading.enumerate())
 
 

@@ -29,6 +29,7 @@ from specmoe_jax.checkpoints.files import open_checkpoint
 from specmoe_jax.checkpoints.loader import BUNDLED
 from specmoe_jax.checkpoints.mtp import holds_mtp, load_mtp
 from specmoe_jax.cli import common
+from specmoe_jax.cli.shown.benchmark_table import as_text
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.jobs.prompts import read_prompts
 from specmoe_jax.models.model import Model
@@ -62,7 +63,7 @@ _TOKENS = flags.DEFINE_integer("tokens", 16, "New tokens per request and round."
 _STEPS = flags.DEFINE_integer("steps", 2, "Steps per round at least.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy, where small models soon repeat themselves.")
 _QUICK = flags.DEFINE_boolean("quick", False, "One short round, the ends of every sweep.")
-_PLOTS = flags.DEFINE_string("plots", None, "A folder for PNGs (needs matplotlib: the [plot] extra).")
+_PLOTS = flags.DEFINE_string("plots", None, "A folder for SVGs (needs matplotlib: the [plot] extra).")
 _OUTPUT = flags.DEFINE_string("output", None, "Where the JSON document goes too.")
 _PROGRESS = flags.DEFINE_enum("progress", "auto", PROGRESS, "Bars on a terminal, a log line each 10 s, or nothing.")
 _APPEND = flags.DEFINE_boolean("append", False, "Keep the rows that --output holds already; those measured again replace theirs.")
@@ -209,50 +210,3 @@ def machine() -> dict:
         "architecture": platform.machine(),
         "jax": jax.__version__,
     }
-
-
-COLUMNS = (
-    ("tok/s", "decode_tokens_per_s", 1),
-    ("job tok/s", "job_tokens_per_s", 1),
-    ("step s", "step_latency_s", 3),
-    ("tok/step", "tokens_per_step", 2),
-    *((f"acc. {n}", f"accepted_{n}", 2) for n in (1, 2, 3, 4)),
-    ("kB/tok", "link_bytes_per_token", 1),
-    ("floor", "fraction_of_floor", 2),
-    ("floor s", "floor_s", 2),
-    ("wasted", "prefetch_wasted_share", 2),
-    ("growth", "bytes_growth", 2),
-    ("x caching", "speed_over_caching", 2),
-    ("link s", "link_s", 3),
-    ("compute s", "compute_s", 3),
-    ("x floor", "iteration_over_floor", 2),
-    ("x sum", "iteration_over_sum", 2),
-    ("CPU rows", "draft_cpu_row_share", 2),
-    ("moves", "draft_moves", 0),
-    ("MiB acc.", "peak_accelerator_bytes", 0),
-)
-
-
-def as_text(rows: dict) -> str:
-    """A table for people; "speed" and "bytes" are ratios to the row's base, median and range."""
-    width = max(map(len, rows))
-    columns = [column for column in COLUMNS if any(row.get(column[1]) for row in rows.values())]
-    lines = ["  ".join([" " * width, *(f"{title:>9}" for title, *_ in columns), "speed x base         bytes x base"])]
-    for name, row in rows.items():
-        cells = [_cell(row.get(key), digits, _SCALES.get(title, 1)) for title, key, digits in columns]
-        ratios = row["ratios"] or {}
-        lines.append("  ".join([f"{name:<{width}}", *cells, *(_range(ratios.get(key)) for key in _RATIOS), row["base"] or ""]))
-    stamps = sorted({stamp for row in rows.values() for stamp in row["synthetic"]})
-    return "\n".join([*lines, f"SYNTHETIC: {', '.join(stamps) or 'nothing'}"])
-
-
-_SCALES = {"kB/tok": 1e-3, "MiB acc.": 2**-20}
-_RATIOS = ("decode_tokens_per_s", "link_bytes_per_token")
-
-
-def _cell(value: float | None, digits: int, scale: float) -> str:
-    return f"{'-':>9}" if value is None else f"{value * scale:>9.{digits}f}"
-
-
-def _range(values: list[float] | None) -> str:
-    return f"{'-':<19}" if values is None else f"{values[0]:.3f} ({values[1]:.3f}-{values[2]:.3f})"

@@ -1,5 +1,9 @@
 """The figures of a run as a table for people."""
 
+import textwrap
+
+WIDTH = 80
+
 
 def table(stats: dict) -> str:
     """The closing table of a run, for people."""
@@ -38,7 +42,13 @@ def table(stats: dict) -> str:
     if stats["synthetic"]:
         rows.append(("SYNTHETIC", f"{', '.join(stats['synthetic'])}: emulated, not this machine's"))
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return "\n".join(line for name, value in rows for line in _lines(name, value, width))
+
+
+def _lines(name: str, value: str, width: int) -> list[str]:
+    """In 80 columns; what a row has beyond them goes on below, as it is spaced."""
+    first, *more = textwrap.wrap(value, WIDTH - width - 2, drop_whitespace=True, break_on_hyphens=False) or [""]
+    return [f"{name:<{width}}  {first}", *(f"{'':<{width}}  {line.strip()}" for line in more)]
 
 
 def _link_row(stats: dict) -> str:

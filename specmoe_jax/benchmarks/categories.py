@@ -6,13 +6,10 @@ of which the first is taken. The bundled prompts are our own, eight of each of S
 
 import json
 import pathlib
-from typing import TYPE_CHECKING
 
 from specmoe_jax.benchmarks.rounds import Case, compare
+from specmoe_jax.benchmarks.setting import Setting
 from specmoe_jax.support.errors import RequestError
-
-if TYPE_CHECKING:
-    from specmoe_jax.benchmarks.specmoe import Setting
 
 BUNDLED = pathlib.Path(__file__).parent / "prompts" / "categories.jsonl"
 
@@ -47,7 +44,7 @@ def _parse(line: str, where: str) -> tuple[str, str]:
     return given["category"], prompt
 
 
-def categories(s: "Setting") -> dict:
+def categories(s: Setting) -> dict:
     """Every draft by kind of text (--prompts): acceptance by position, bytes, speed; not among the default tables."""
     rows = {}
     for category, prompts in s.categories.items():
@@ -58,7 +55,7 @@ def categories(s: "Setting") -> dict:
     return rows
 
 
-def _cases(s: "Setting", batch: int) -> list[Case]:
+def _cases(s: Setting, batch: int) -> list[Case]:
     """Drafts of one length on demand and from the hot experts; those with weights of their own where the setting has them."""
     cases = [
         Case("on_demand", s.plan("on_demand", batch)),

@@ -92,12 +92,7 @@ def load_model(
     on_disk = expert_tier == "disk"
     if not on_disk:
         check_memory(inventory, dtype, str(path_or_name))
-    if inventory.left_out:
-        parts = sorted({".".join(name.split(".")[:3]) for name in inventory.left_out})
-        note(f"load: {len(inventory.left_out)} tensors of other parts are left out: {quote_list(parts)}", mode=progress)
-    if types := _decoded_types(inventory):
-        kept = f"these would stay packed: {', '.join(TYPES)}"
-        note(f"load: experts in GGUF blocks of {quote_list(types)} are decoded; {kept}", mode=progress)
+    _say_what_differs(inventory, progress)
     if verify:
         with bar("verify", inventory.bytes, "B", mode=progress, scale=True) as shown:
             manifest.verify(checkpoint, shown.update)
@@ -177,6 +172,16 @@ def load_model_tokenizer(path: pathlib.Path, config: ModelConfig) -> Tokenizer |
 def with_end_tokens(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
     """The config with the end-of-sequence token that only the tokenizer's own config names."""
     return config if tokenizer is None else dataclasses.replace(config, eos_token_ids=tokenizer.eos_token_ids)
+
+
+def _say_what_differs(inventory: Inventory, progress: str | bool) -> None:
+    """Tensors that are left out, and experts that do not stay as they are stored."""
+    if inventory.left_out:
+        parts = sorted({".".join(name.split(".")[:3]) for name in inventory.left_out})
+        note(f"load: {len(inventory.left_out)} tensors of other parts are left out: {quote_list(parts)}", mode=progress)
+    if types := _decoded_types(inventory):
+        kept = f"these would stay packed: {', '.join(TYPES)}"
+        note(f"load: experts in GGUF blocks of {quote_list(types)} are decoded; {kept}", mode=progress)
 
 
 def _decoded_types(inventory: Inventory) -> list[str]:

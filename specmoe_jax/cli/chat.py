@@ -15,7 +15,7 @@ from absl import flags
 from specmoe_jax.autotune.choose import Job
 from specmoe_jax.checkpoints.chat import encode_chat, template_text
 from specmoe_jax.checkpoints.loader import checkpoint_path
-from specmoe_jax.cli import engine_flags, sampling_flags
+from specmoe_jax.cli.flag_groups import engine_flags, sampling_flags
 from specmoe_jax.cli.start import Stopped
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.engine import Engine

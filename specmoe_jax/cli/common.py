@@ -14,7 +14,7 @@ from absl import app, flags, logging
 
 from specmoe_jax.checkpoints.memory import raise_pinned_limit
 from specmoe_jax.cli import start
-from specmoe_jax.cli.flag_names import with_flags
+from specmoe_jax.cli.flag_groups.flag_names import with_flags
 from specmoe_jax.cli.start import usage_error
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.support.errors import PinnedMemoryError, PlanError, UserError

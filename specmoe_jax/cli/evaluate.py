@@ -13,7 +13,8 @@ import sys
 from absl import flags
 
 from specmoe_jax.checkpoints import load_model
-from specmoe_jax.cli import common, plan_flags
+from specmoe_jax.cli import common
+from specmoe_jax.cli.flag_groups import plan_flags
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.plan_fields import DECODED, DTYPES

@@ -24,7 +24,8 @@ from specmoe_jax.checkpoints.files import GGUF_TABLE, INDEX_FILE, SINGLE_FILE, C
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.published.advice import check_form
 from specmoe_jax.checkpoints.published.quantisation import Quantisation, as_stored, is_built, read_quantisation, stored_bytes
-from specmoe_jax.cli import common, machine_flag, plan_flags
+from specmoe_jax.cli import common
+from specmoe_jax.cli.flag_groups import machine_flag, plan_flags
 from specmoe_jax.cli.shown import explain_text
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan

@@ -20,7 +20,8 @@ from specmoe_jax.checkpoints.eagle import bundled_head, head_config, head_path, 
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.mtp import find_mtp, load_mtp
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
-from specmoe_jax.cli import common, plan_flags, sampling_flags
+from specmoe_jax.cli import common
+from specmoe_jax.cli.flag_groups import plan_flags, sampling_flags
 from specmoe_jax.cli.run_files import check_files
 from specmoe_jax.cli.shown.stats_table import table
 from specmoe_jax.config.plan import Plan
@@ -289,10 +290,7 @@ def job_of(tokenizer: Tokenizer | None, prompts: list[Prompt]) -> planning.Job:
 def print_piece(event: TokenEvent, shown: IncrementalText, several: bool) -> None:
     """Prints the text of one event; with several prompts, one line each with the number of the prompt."""
     text = shown.push(event)
-    if several:
-        print(f"[{event.id}] {text!r}", flush=True)
-    else:
-        print(text, end="\n" if event.completion else "", flush=True)
+    print(f"[{event.id}] {text!r}" if several else text, end="\n" if several or event.completion else "", flush=True)
 
 
 def print_completions(completions: list[Completion]) -> None:

@@ -20,7 +20,8 @@ from specmoe_jax.checkpoints.eagle import bundled_head, load_head
 from specmoe_jax.checkpoints.files import open_checkpoint
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.mtp import holds_mtp, load_mtp
-from specmoe_jax.cli import common, machine_flag, plan_flags
+from specmoe_jax.cli import common
+from specmoe_jax.cli.flag_groups import machine_flag, plan_flags
 from specmoe_jax.cli.run_files import check_files
 from specmoe_jax.cli.shown.machine_text import machine_text
 from specmoe_jax.config.plan_fields import DTYPES

@@ -18,7 +18,8 @@ from absl import flags
 
 from specmoe_jax.autotune.choose import Job
 from specmoe_jax.checkpoints.published.generation_config import sampling_defaults
-from specmoe_jax.cli import common, engine_flags
+from specmoe_jax.cli import common
+from specmoe_jax.cli.flag_groups import engine_flags
 from specmoe_jax.cli.run_files import check_files
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.engine import Engine

@@ -46,8 +46,8 @@ def load_script(name: str):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(absl, "flags", stand_in)
         for group in GROUPS_OF_FLAGS:  # define flags for whoever imports them first
-            patch.delitem(sys.modules, f"specmoe_jax.cli.{group}", raising=False)
-            patch.delattr(f"specmoe_jax.cli.{group}", raising=False)
+            patch.delitem(sys.modules, f"specmoe_jax.cli.flag_groups.{group}", raising=False)
+            patch.delattr(f"specmoe_jax.cli.flag_groups.{group}", raising=False)
         patch.delitem(sys.modules, COMMANDS[name], raising=False)
         return importlib.import_module(COMMANDS[name])
 

@@ -12,7 +12,7 @@ import pytest
 
 import specmoe_jax
 from specmoe_jax.cli import main, start
-from specmoe_jax.cli.flag_names import with_flags
+from specmoe_jax.cli.flag_groups.flag_names import with_flags
 
 ROOT = pathlib.Path(__file__).parents[2]
 HELP = "Generates text with a Mixture-of-Experts model whose experts stay in host memory."

@@ -124,7 +124,7 @@ def test_a_config_alone_is_enough(explain, headers, tmp_path):
 
 def test_without_a_machine_it_is_this_one(explain, explain_script, monkeypatch):
     mine = machine("l4").replace(name="mine", measured=True)
-    monkeypatch.setattr("specmoe_jax.cli.machine_flag.probe", lambda **_: mine)
+    monkeypatch.setattr("specmoe_jax.cli.flag_groups.machine_flag.probe", lambda **_: mine)
     found = shown(explain("--model=demo", "--json"))
     assert found["machine"] == "mine" and not any("data sheets" in said for said in found["assumptions"])
 

@@ -15,9 +15,12 @@ Flags of models, of sampling, and those that set [fields of a plan](../plan.md) 
 Generated from the commands.
 """
 SHARED = {
-    "specmoe_jax.cli.engine_flags": ("Flags of a model", "Of `chat` and `serve`."),
-    "specmoe_jax.cli.plan_flags": ("Flags of a plan", "They change the plan of `--preset` or `--plan`; units are in their names."),
-    "specmoe_jax.cli.sampling_flags": (
+    "specmoe_jax.cli.flag_groups.engine_flags": ("Flags of a model", "Of `chat` and `serve`."),
+    "specmoe_jax.cli.flag_groups.plan_flags": (
+        "Flags of a plan",
+        "They change the plan of `--preset` or `--plan`; units are in their names.",
+    ),
+    "specmoe_jax.cli.flag_groups.sampling_flags": (
         "Flags of sampling",
         "Defaults of requests that do not say otherwise ([options](../scoring.md)).",
     ),

@@ -5,7 +5,7 @@ from typing import Any
 
 from specmoe_jax.autotune.advice import PACKINGS, Advised, unused
 from specmoe_jax.autotune.choose import Knowledge
-from specmoe_jax.cli import plan_flags
+from specmoe_jax.cli.flag_groups import plan_flags
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.planner.search import Choice
 from specmoe_jax.support.units import GIB

@@ -8,7 +8,8 @@ The same command goes on after an interruption.
 from absl import flags
 
 from specmoe_jax.checkpoints import load_model
-from specmoe_jax.cli import common, plan_flags
+from specmoe_jax.cli import common
+from specmoe_jax.cli.flag_groups import plan_flags
 from specmoe_jax.config.plan_fields import DTYPES
 from specmoe_jax.config.presets import PRESETS, preset
 from specmoe_jax.config.sampling_params import SamplingParams

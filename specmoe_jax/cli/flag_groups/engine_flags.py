@@ -11,7 +11,8 @@ from specmoe_jax.checkpoints import load_model
 from specmoe_jax.checkpoints.eagle import bundled_head, load_head
 from specmoe_jax.checkpoints.loader import checkpoint_path
 from specmoe_jax.checkpoints.mtp import load_mtp
-from specmoe_jax.cli import common, plan_flags
+from specmoe_jax.cli import common
+from specmoe_jax.cli.flag_groups import plan_flags
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.plan_fields import DECODED, DTYPES
 from specmoe_jax.config.presets import PRESETS, preset

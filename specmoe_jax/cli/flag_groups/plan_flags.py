@@ -5,7 +5,7 @@ They are made from the table of fields (config/plan_fields.py): a field with a f
 
 from absl import flags
 
-from specmoe_jax.cli.flag_names import scale_of, with_flags
+from specmoe_jax.cli.flag_groups.flag_names import scale_of, with_flags
 from specmoe_jax.config.field_info import FieldSpec
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan

@@ -114,7 +114,7 @@ def _over_places(rows: dict[str, dict], places: list[str], key: str) -> Chart:
 def _sweep(table: str, rows: dict[str, dict], key: str) -> Chart:
     series: dict[str, dict] = {}
     for row in rows.values():
-        name, number = re.fullmatch(r"(.*?) ?([\d.]+)", row["case"]).groups()
+        name, number = re.findall(r"^(.*?) ?([\d.]+)$", row["case"])[0]
         known = series.setdefault(name, {})
         if re.fullmatch(r"[\d.]+", row["base"]):  # the base is a point of the sweep
             known.setdefault(float(row["base"]), (1.0, 1.0, 1.0))

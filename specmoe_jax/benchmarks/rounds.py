@@ -27,9 +27,10 @@ class Case(NamedTuple):
     base: str | None = None
     head: EagleHead | MtpHead | None = None
 
-    def engine(self, model: Model) -> Engine:
-        eagle, mtp = (self.head if isinstance(self.head, kind) else None for kind in (EagleHead, MtpHead))
-        return Engine(model, self.plan, draft_head=eagle, mtp_head=mtp)
+    def engine(self, model: Model, **options) -> Engine:
+        if isinstance(self.head, MtpHead):
+            return Engine(model, self.plan, mtp_head=self.head, **options)
+        return Engine(model, self.plan, draft_head=self.head, **options)
 
 
 class Job(NamedTuple):

@@ -10,7 +10,6 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import preset
 from specmoe_jax.config.sampling_params import SamplingParams
-from specmoe_jax.engine import Engine
 from specmoe_jax.kv_cache.positions import KV_PAGE, pages_of
 from specmoe_jax.models.eagle import config as eagle_config
 from specmoe_jax.models.eagle import network as eagle
@@ -228,7 +227,7 @@ def breakdown(s: Setting) -> dict:
 def lanes(s: Setting, case: Case) -> dict[str, float]:
     """Seconds that each lane works in one iteration; noted in a run of its own, because noting costs."""
     spans: list[tracing.Span] = []
-    engine = Engine(s.model, case.plan, draft_head=case.head, spans=spans)
+    engine = case.engine(s.model, spans=spans)
     state = engine.init(s.job(s.largest, s.prompt).prompts, SamplingParams(max_new_tokens=64, ignore_eos=True))
     state, _ = engine.step(state)
     spans.clear()

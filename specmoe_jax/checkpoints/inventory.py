@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from specmoe_jax.checkpoints.experts import ExpertSource, QuantisedMatrix, Weight
+from specmoe_jax.checkpoints.experts import AdaptedWeight, ExpertSource, QuantisedMatrix, Weight
 from specmoe_jax.checkpoints.files import BLOCK_PREFIX, Checkpoint, StoredTensor
 from specmoe_jax.checkpoints.published.names import Names, file_named
 from specmoe_jax.checkpoints.tensors import Piece, check_copy, whole
@@ -93,6 +93,7 @@ def check_copies(inventory: Inventory) -> None:
     """Raises CheckpointError where a copy of the tied embedding is another matrix."""
     for copy in inventory.copies:
         embedding = inventory.weights[inventory.embedding]
+        embedding = embedding.weight if isinstance(embedding, AdaptedWeight) else embedding
         if isinstance(embedding, QuantisedMatrix):
             raise CheckpointError(
                 f"{copy.where}: a copy of an embedding that is stored quantised; one of the two is to be left out"

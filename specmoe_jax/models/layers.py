@@ -170,7 +170,7 @@ def split_gate(config: AttentionConfig, q: jax.Array) -> tuple[jax.Array, jax.Ar
     if not config.gated:
         return q, None
     q, gate = jnp.split(heads(q, config.num_heads), 2, axis=-1)
-    return tuple(a.reshape(*a.shape[:2], -1) for a in (q, gate))
+    return q.reshape(*q.shape[:2], -1), gate.reshape(*gate.shape[:2], -1)
 
 
 def _tempered(config: AttentionConfig, q: jax.Array, positions: jax.Array) -> jax.Array:

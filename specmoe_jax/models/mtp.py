@@ -9,7 +9,7 @@ after their norm, which accepts more than before it (Qwen3.5: 2.7 tokens a pass 
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Generic, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ class MtpHead:
     @property
     def chain(self) -> tuple["MtpHead", ...]:
         """All layers, each without the others."""
-        return (self.replace(further=()), *self.further)
+        return (dataclasses.replace(self, further=()), *self.further)
 
 
 class Layer(NamedTuple):
@@ -162,9 +162,9 @@ def check_head(model: Model, head: MtpHead) -> None:
 
 def attach(model: Model, found: Sequence[Layer]) -> MtpHead:
     """The layers of a model, which lends them embedding and output matrix."""
-    borrowed = {"embed": model.weights.embed, "output": layers.output_matrix(model.weights)}
+    borrowed: dict[str, Any] = {"embed": model.weights.embed, "output": layers.output_matrix(model.weights)}
     first, *further = (MtpHead(**layer._asdict(), **borrowed) for layer in found)
-    return first.replace(further=tuple(further))
+    return dataclasses.replace(first, further=tuple(further))
 
 
 def stacked(config: LayerConfig, blocks: Sequence[np.ndarray]) -> jax.Array | None:

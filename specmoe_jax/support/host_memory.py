@@ -42,7 +42,9 @@ def _groups() -> Iterator[tuple[pathlib.Path, Version]]:
         for line in GROUPS.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             version = V2 if not controllers else V1 if "memory" in controllers.split(",") else None
-            for mount in () if version is None else version.mounts:
+            if version is None:
+                continue
+            for mount in version.mounts:
                 inside = [part for part in path.split("/") if part not in ("", "..")]
                 for depth in range(len(inside), -1, -1):
                     yield ROOT.joinpath(mount, *inside[:depth]), version

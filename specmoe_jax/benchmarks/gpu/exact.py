@@ -68,7 +68,7 @@ def compared(model: Model, prompts: list[tuple[int, ...]], wanted: Tokens, found
 def difference(model: Model, prompt: tuple[int, ...], wanted: list[int], found: list[int]) -> dict:
     """The first token that differs, with the reference forward's logits of both there."""
     at = next(i for i, (a, b) in enumerate(zip(wanted, found, strict=True)) if a != b)
-    logits = np.asarray(model.logits([[*prompt, *wanted[:at]]]))[0, -1]
+    logits = np.asarray(model.logits(np.array([[*prompt, *wanted[:at]]], np.int32)))[0, -1]
     of_wanted, of_found = float(logits[wanted[at]]), float(logits[found[at]])
     row = {"token": at, "wanted": wanted[at], "found": found[at], "logit_wanted": of_wanted, "logit_found": of_found}
     return row | {"logit_difference": of_wanted - of_found}
@@ -77,9 +77,9 @@ def difference(model: Model, prompt: tuple[int, ...], wanted: list[int], found: 
 def tokens_of(model: Model, flow: str, prompts: list[tuple[int, ...]]) -> Tokens:
     """Greedy tokens of a preset, of one batch."""
     plan = preset(flow, model.config).replace(batch_size=len(prompts), dtype="float32")
-    head = {"draft_head": load_head("demo", model)} if flow == "specmoeoff" else {}
+    head = load_head("demo", model) if flow == "specmoeoff" else None
     params = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
-    return [list(completion.token_ids) for completion in Engine(model, plan, **head).generate(prompts, params)]
+    return [list(completion.token_ids) for completion in Engine(model, plan, draft_head=head).generate(prompts, params)]
 
 
 def prompts_of(model: Model) -> list[tuple[int, ...]]:

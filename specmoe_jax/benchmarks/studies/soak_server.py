@@ -189,7 +189,9 @@ async def run(port: int, pid: int, asked: list[Case], clients: int, minutes: flo
     seen, begun, before = Seen(), time.monotonic(), await metrics(port)
     end = begun + 60 * minutes
     own = [client(number, port, asked, end, seen) for number in range(clients)]
-    memory, *_ = await asyncio.gather(watch(pid, end), *own)
+    watching = asyncio.create_task(watch(pid, end))
+    await asyncio.gather(*own)
+    memory = await watching
     seconds, after = time.monotonic() - begun, await metrics(port)
     return seen, memory, {name: after[name] - before.get(name, 0) for name in after}, seconds
 

@@ -30,7 +30,8 @@ class Grammar:
     def __init__(self, compiled: Any, vocab_size: int):
         self.error = ""
         self._compiled, self._words = compiled, -(-vocab_size // 32)
-        self._matcher, self._read = None, ()
+        self._matcher: Any = None
+        self._read: tuple[int, ...] = ()
 
     def allowed(self, answer: tuple[int, ...]) -> np.ndarray | None:
         """[W] int32, a bit for each token that may follow these; None where they are not allowed, or the answer has ended.

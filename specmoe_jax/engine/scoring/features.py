@@ -74,7 +74,7 @@ def _states(session: Session, states: ReadStates, watched: tuple[int, ...], laye
     """[b, T, layers, M] of a pass, on the host."""
     config, runtime = session.model.config, session.resources.runtime
     assert runtime is not None  # of the pass
-    found: dict[int, jax.Array] = {}
+    found: dict[int, jax.Array | np.ndarray] = {}
     if states.inputs is not None:
         found |= dict(zip(watched, np.split(np.asarray(jax.device_get(states.inputs)), len(watched), axis=-1), strict=True))
     if config.num_layers in layers:

@@ -1,6 +1,7 @@
 """NLLB-MoE (NLLB Team 2022): an encoder-decoder with experts in every few layers of both, the main model of SpecMoE."""
 
 import math
+from typing import Any
 
 from specmoe_jax.config.layer_config import AttentionConfig, Embedding, EncoderConfig, ExpertConfig, LayerConfig, RouterConfig
 from specmoe_jax.config.model_config import ModelConfig
@@ -171,7 +172,7 @@ def _layer_specs(config: ModelConfig, index: int) -> LayerWeights[TensorSpec]:
     )
 
 
-def _projections(module: str, hidden: int) -> dict[str, TensorSpec]:
+def _projections(module: str, hidden: int) -> dict[str, Any]:
     specs = {}
     for name, stored in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("o", "out_proj")):
         specs[name], specs[f"{name}_bias"] = _affine_specs(f"{module}.{stored}", (hidden, hidden))

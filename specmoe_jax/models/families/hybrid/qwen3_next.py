@@ -1,6 +1,7 @@
 """Qwen3-Next (Qwen Team 2025): three Gated DeltaNet layers to one of gated attention, each with Qwen2-MoE's experts."""
 
 import dataclasses
+from typing import Any
 
 from specmoe_jax.config.layer_config import AttentionConfig, Recurrence, RouterConfig
 from specmoe_jax.config.model_config import ModelConfig
@@ -106,7 +107,7 @@ def further_name(config: ModelConfig, name: str) -> str:
 
 def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights[TensorSpec]:
     kind = config.layers[layer]
-    ffn = {"mlp": naming.mlp_specs(config, layer, "mlp")}
+    ffn: dict[str, Any] = {"mlp": naming.mlp_specs(config, layer, "mlp")}
     if kind.router is not None:
         ffn = {
             "router": naming.router_spec(config, layer),

@@ -46,7 +46,7 @@ def known_families(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/planner.md", "docs/scoring.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/planner.md", "docs/scoring.md", "docs/serving.md"])
 def test_python_blocks(page, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # some write a file
     sources = blocks(page, "python")

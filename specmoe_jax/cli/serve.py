@@ -68,11 +68,12 @@ def main() -> None:
             name=_SERVED_NAME.value or engine_flags.MODEL.value.rstrip("/").rsplit("/", 1)[-1],
             api_key=key,
             max_body_bytes=int(_MAX_BODY_MIB.value * (1 << 20)),
-            hosts=("localhost", "127.0.0.1") if is_loopback(_HOST.value) else None,
+            hosts=("localhost", _HOST.value) if is_loopback(_HOST.value) and ":" not in _HOST.value else None,
             defaults=sampling_defaults(engine.model.path),
         )
         with background(engine, runner):
-            url = f"http://{_HOST.value}:{own.getsockname()[1]}"
+            host = f"[{_HOST.value}]" if ":" in _HOST.value else _HOST.value
+            url = f"http://{host}:{own.getsockname()[1]}"
             print(
                 f"serving {settings.name} at {url} ({service.rows} rows of {service.max_tokens} tokens)",
                 file=sys.stderr,

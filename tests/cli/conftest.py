@@ -19,6 +19,7 @@ from specmoe_jax.cli.main import COMMANDS
 from specmoe_jax.planner.machines import machine
 from specmoe_jax.testing import byte_tokenizer, write_tiny
 
+GROUPS_OF_FLAGS = ("plan_flags", "sampling_flags", "engine_flags")
 SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 
 
@@ -44,9 +45,10 @@ def load_script(name: str):
     stand_in = types.SimpleNamespace(**{**vars(absl.flags), **define, "FLAGS": own})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(absl, "flags", stand_in)
-        for module in ("specmoe_jax.cli.plan_flags", COMMANDS[name]):  # define flags for whoever imports them first
-            patch.delitem(sys.modules, module, raising=False)
-        patch.delattr("specmoe_jax.cli.plan_flags", raising=False)
+        for group in GROUPS_OF_FLAGS:  # define flags for whoever imports them first
+            patch.delitem(sys.modules, f"specmoe_jax.cli.{group}", raising=False)
+            patch.delattr(f"specmoe_jax.cli.{group}", raising=False)
+        patch.delitem(sys.modules, COMMANDS[name], raising=False)
         return importlib.import_module(COMMANDS[name])
 
 

@@ -154,9 +154,11 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
     ) -> tuple[State[KVCache], tuple[Request, ...]]:
         """Reads their prompts in a small cache of their own, a group at a time; one group while others decode.
 
-        What the cache of any row holds of a prompt is copied, not read again (not with a draft of features, whose cache is apart).
+        What the cache of any row holds of a prompt is copied, not read again: not with a draft of features, whose cache is apart,
+        nor with a cache that is more than rows of positions.
         """
-        waiting, reuse = tuple(waiting), not isinstance(state.runtime.draft, FeatureDraft)
+        waiting, cuts = tuple(waiting), all(isinstance(cache, jax.Array) for cache in state.kv.k)
+        reuse = cuts and not isinstance(state.runtime.draft, FeatureDraft)
         decoding = bool(state.active.any())
         while waiting and (joins := plan_joins(state, waiting, reuse=reuse)):
             watch, before = Stopwatch(), moved(state.runtime)

@@ -137,8 +137,7 @@ class Service:
     def close(self) -> None:
         """Cancels what runs and gives the memory back to the engine."""
         with self._stepping:
-            for handle in [*self.waiting.due(self.rows, 0), *self._inside.values()]:
-                self.waiting.take(handle.id)
+            for handle in [*self.waiting.take_all(), *self._inside.values()]:
                 handle.deliver(_ended(handle, "cancelled"))
             self._inside.clear()
             if self._state is not None:

@@ -39,6 +39,11 @@ class WaitingList:
         with self._lock:
             return self._handles.pop(request_id, None)
 
+    def take_all(self) -> list[Handle]:
+        with self._lock:
+            handles, self._handles = list(self._handles.values()), {}
+        return handles
+
     def due(self, rows: int, background: int) -> list[Handle]:
         """In the order in which they may take rows. background: requests of that kind that have rows, of `rows`."""
         with self._lock:

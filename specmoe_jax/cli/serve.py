@@ -62,7 +62,7 @@ def main() -> None:
             raise RequestError("a server needs a tokenizer and the model has none; give the checkpoint its tokenizer.json")
         service = engine.service(max_tokens=engine_flags.MAX_TOKENS.value, max_waiting=_MAX_WAITING.value)
         runner = Runner(service, ServerFigures())
-        service.submit([0], SamplingParams(max_new_tokens=1)).result()  # takes the memory and compiles
+        service.warm_up()
         assert engine.model.path is not None  # it was loaded
         settings = Settings(
             name=_SERVED_NAME.value or engine_flags.MODEL.value.rstrip("/").rsplit("/", 1)[-1],
@@ -128,9 +128,9 @@ def background(engine: Engine, runner) -> Iterator[None]:
         return
     from specmoe_jax.serving.background import BackgroundJob
 
-    prompts = read_prompts(_PROMPTS.value, SamplingParams(), keep_bad=True)
+    folder = pathlib.Path(engine.model.path or "")
+    prompts = read_prompts(_PROMPTS.value, SamplingParams(**sampling_defaults(folder)), keep_bad=True)
     if any(prompt.conversation for prompt in prompts):
-        folder = pathlib.Path(engine.model.path or "")
         prompts = as_chat(prompts, folder, engine.model.tokenizer, keep_bad=True, must_work=0, every=False)
     job = BackgroundJob(engine, runner, prompts, _OUTPUT.value, restart=_RESTART.value)
     job.start()

@@ -19,6 +19,8 @@ CASES = {
     "streaming": dict(batch_size=3, micro_batches=1),
     "resident": dict(batch_size=2),
     "eagle": dict(preset="specmoeoff", batch_size=4, draft_length=2),
+    "eagle_cache": dict(preset="on_demand", batch_size=3, draft="eagle", draft_length=2),
+    "merged": dict(preset="specmoe", batch_size=2, draft="merged", draft_experts=2, draft_length=2),
     "ngram": dict(preset="resident", batch_size=3, draft="ngram", draft_length=2),
     "host_kv": dict(preset="specmoe", batch_size=2, draft_experts=2, draft_length=2, kv_tier="host"),
 }
@@ -27,7 +29,7 @@ CASES = {
 def engine_of(model, name, **changes):
     preset, options = CASES[name].get("preset", name), {}
     fields = {key: value for key, value in CASES[name].items() if key != "preset"} | {"deterministic_sampling": True} | changes
-    if name == "eagle":
+    if name.startswith("eagle"):
         options["draft_head"] = eagle_head(model)
     return sm.Engine(model, plan(preset, **fields), **options)
 

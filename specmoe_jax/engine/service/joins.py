@@ -8,6 +8,7 @@ import numpy as np
 from specmoe_jax.engine.state import Request, State
 
 JOIN_ROWS = 8  # requests whose prompts are read together between two steps: those that run wait for them
+WIDTHS = (1, 4, JOIN_ROWS)  # of a pass over prompts: few, since each compiles programs of its own
 LEAST_CHUNK = 16  # positions that a pass over prompts takes at least
 LEAST_SHARED = 8  # positions in common that are worth a copy
 
@@ -41,16 +42,21 @@ def plan_joins(state: State, waiting: Sequence[Request], *, reuse: bool) -> tupl
 
 
 def prefill_width(count: int) -> int:
-    """Rows of the pass over so many prompts, of few different widths, since each compiles programs of its own."""
-    return 1 << (count - 1).bit_length()
+    """Rows of the pass over so many prompts."""
+    return next(width for width in WIDTHS if width >= count)
 
 
 def prefill_chunk(positions: int, most: int) -> int:
-    """Positions of a chunk of the longest of some prompts, at most `most`: 16, 64, 256, ..."""
-    chunk = LEAST_CHUNK
-    while chunk < positions:
-        chunk *= 4
-    return min(chunk, most)
+    """Positions of a chunk, the longest of some prompts having so many to be read."""
+    return next((chunk for chunk in prefill_chunks(most) if chunk >= positions), most)
+
+
+def prefill_chunks(most: int) -> list[int]:
+    """Those that there are: 16, 64, 256, ... and the largest."""
+    chunks = []
+    while (chunk := LEAST_CHUNK * 4 ** len(chunks)) < most:
+        chunks.append(chunk)
+    return [*chunks, most]
 
 
 def _held(state: State, row: int) -> tuple[int, ...]:

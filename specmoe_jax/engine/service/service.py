@@ -16,6 +16,7 @@ from specmoe_jax.engine.requests.completion import Completion, TokenEvent, compl
 from specmoe_jax.engine.requests.prepare import BatchShape, make_requests, options_of
 from specmoe_jax.engine.scheduler import cancelled
 from specmoe_jax.engine.service.handles import Handle
+from specmoe_jax.engine.service.joins import WIDTHS, prefill_chunks
 from specmoe_jax.engine.service.waiting import WaitingList
 from specmoe_jax.engine.session import Session
 from specmoe_jax.engine.state import JobOptions, Request, State, StepInfo
@@ -98,11 +99,7 @@ class Service:
         on_events: Sequence[Callable[[TokenEvent], None] | None],
     ) -> list[Handle]:
         """As `submit`, all or none."""
-        requests, handles = make_requests(self._session.model, prompts, params), []
-        for request, sampling_id, on_event in zip(requests, sampling_ids, on_events, strict=True):
-            self._check(request)
-            request = request._replace(id=next(self._ids) % IDS, sampling_id=sampling_id)
-            handles.append(Handle(self, request, on_event, background=background))
+        handles = self._handles(prompts, params, sampling_ids, background=background, on_events=on_events)
         self.waiting.add(handles)
         return handles
 
@@ -134,6 +131,15 @@ class Service:
         while self.step():
             pass
 
+    def warm_up(self) -> None:
+        """Compiles what prompts of every length and number run, so that no request waits for it; before the first one."""
+        vocab, most, numbers = self._session.model.config.vocab_size, self.max_tokens - 1, itertools.count()
+        for chunk in prefill_chunks(self._session.plan.prefill_chunk):
+            for width in dict.fromkeys(min(width, self.rows) for width in WIDTHS):
+                prompts = [[next(numbers) % vocab] * min(chunk + 1, most) for _ in range(width)]  # no two begin alike
+                self.waiting.add(self._handles(prompts, SamplingParams(max_new_tokens=1), [None] * width), bounded=False)
+                self.run()
+
     def close(self) -> None:
         """Cancels what runs and gives the memory back to the engine."""
         with self._stepping:
@@ -144,6 +150,14 @@ class Service:
                 self._session.resources.put_back(self._state, self._batch_shape)
                 self._session.figures.end_batch(self._on_demand)
                 self._state, self._on_demand = None, _no_on_demand(self._session)
+
+    def _handles(self, prompts, params, sampling_ids, *, background: bool = False, on_events=None) -> list[Handle]:
+        requests, handles = make_requests(self._session.model, prompts, params), []
+        for request, sampling_id, on_event in zip(requests, sampling_ids, on_events or [None] * len(requests), strict=True):
+            self._check(request)
+            request = request._replace(id=next(self._ids) % IDS, sampling_id=sampling_id)
+            handles.append(Handle(self, request, on_event, background=background))
+        return handles
 
     def _check(self, request: Request) -> None:
         """Raises RequestError for one that is longer than the rows."""

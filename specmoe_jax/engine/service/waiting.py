@@ -25,12 +25,12 @@ class WaitingList:
         with self._lock:
             return self._count()
 
-    def add(self, handles: Iterable[Handle]) -> None:
-        """All of them or none. Raises QueueFull."""
+    def add(self, handles: Iterable[Handle], *, bounded: bool = True) -> None:
+        """All of them or none. Raises QueueFull, unless not bounded."""
         handles = list(handles)
         with self._lock:
             coming = sum(not handle.background for handle in handles)
-            if coming and self._count() + coming > self._most:
+            if bounded and coming and self._count() + coming > self._most:
                 raise QueueFull(f"{self._count()} requests wait and at most {self._most} may; try again later")
             self._handles |= {handle.id: handle for handle in handles}
 

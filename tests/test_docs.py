@@ -96,7 +96,7 @@ def test_flags_named_in_the_docs_exist():
     defined = {spec.flag for spec in fields_of_a_plan().values()}
     for command in (ROOT / "specmoe_jax/cli").rglob("*.py"):
         defined |= set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", command.read_text()))
-    for page in ("tutorial", "formats", "troubleshooting", "scoring"):
+    for page in ("tutorial", "formats", "troubleshooting", "scoring", "serving"):
         named = set(re.findall(r"`--(\w+)", (ROOT / f"docs/{page}.md").read_text()))
         assert named <= defined, named - defined
 

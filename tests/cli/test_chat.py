@@ -7,10 +7,10 @@ import shutil
 import signal
 
 import pytest
-from conftest import in_process, load_script
 
 import specmoe_jax as sm
 from specmoe_jax.testing import TINY
+from tests.cli.conftest import in_process, load_script
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}>"
 FLAGS = ("--preset=specmoe", "--draft_experts=2", "--draft_length=2", "--max_new_tokens=6", "--ignore_eos", "--progress=none")

@@ -11,7 +11,8 @@ import time
 import urllib.request
 
 import pytest
-from conftest import SCRIPTS, in_process, load_script
+
+from tests.cli.conftest import SCRIPTS, in_process, load_script
 
 
 @pytest.fixture

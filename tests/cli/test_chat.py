@@ -7,10 +7,10 @@ import shutil
 import signal
 
 import pytest
-from conftest import in_process, load_script
 
 import specmoe_jax as sm
 from specmoe_jax.testing import TINY
+from tests.cli.conftest import in_process, load_script
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}>"
 FLAGS = ("--preset=specmoe", "--draft_experts=2", "--draft_length=2", "--max_new_tokens=6", "--ignore_eos", "--progress=none")
@@ -57,7 +57,7 @@ def test_turns_build_on_each_other(chat, model, tmp_path):
     engine = sm.Engine(model, sm.PRESETS["resident"](TINY))
     for turn in (1, 3):
         text = "".join(f"<{message['role']}>{message['content']}" for message in talk[:turn]) + ">"
-        (want,) = engine.generate([list(text.encode())], sm.SamplingParams(max_new_tokens=6, ignore_eos=True))
+        (want,) = engine.generate([text], sm.SamplingParams(max_new_tokens=6, ignore_eos=True))
         assert want.text.startswith(talk[turn]["content"][:2]) and talk[turn]["content"] in ran.out
     assert "/nothing is not known" in ran.err and "no turn to take back" in ran.err
     assert json.loads((tmp_path / "new.json").read_text()) == []

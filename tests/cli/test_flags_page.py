@@ -15,10 +15,10 @@ Flags of models, of sampling, and those that set [fields of a plan](../plan.md) 
 Generated from the commands.
 """
 SHARED = {
-    "specmoe_jax.cli.flag_groups.engine_flags": ("Flags of a model", "Of `chat` and `serve`."),
-    "specmoe_jax.cli.flag_groups.plan_flags": (
-        "Flags of a plan",
-        "They change the plan of `--preset` or `--plan`; units are in their names.",
+    "specmoe_jax.cli.flag_groups.plan_flags": ("Flags of a plan", "They change the plan of `--preset` or `--plan`; units are in their names."),
+    "specmoe_jax.cli.flag_groups.engine_flags": (
+        "Flags of the engine",
+        "The model and the plan of commands that keep one engine for many requests.",
     ),
     "specmoe_jax.cli.flag_groups.sampling_flags": (
         "Flags of sampling",
@@ -72,9 +72,8 @@ def shared(module: str) -> str:
     importlib.import_module(module)
     title, text = SHARED[module]
     known = flags.FLAGS.get_key_flags_for_module(module)
-    return (
-        f"\n## {title}\n\n{text}\n\n{table(flag for flag in known if flags.FLAGS.find_module_defining_flag(flag.name) == module)}"
-    )
+    own = [flag for flag in known if flags.FLAGS.find_module_defining_flag(flag.name) == module]
+    return f"\n## {title}\n\n{text}\n\n{table(own)}"
 
 
 def page() -> str:

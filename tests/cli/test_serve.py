@@ -11,7 +11,8 @@ import time
 import urllib.request
 
 import pytest
-from conftest import SCRIPTS, in_process, load_script
+
+from tests.cli.conftest import SCRIPTS, in_process, load_script
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def serve(capfd, monkeypatch, tmp_path):
         (["--host=0.0.0.0"], 2, "--host=0.0.0.0 lets other machines in; give --api_key=KEY"),
         (["--prompts=p.txt"], 2, "--prompts and --output belong together"),
         (["--restart"], 2, "--restart has no effect without --output"),
-        (["--host=nowhere.invalid", "--api_key=k"], 1, "cannot listen at nowhere.invalid:8000"),
+        (["--host=203.0.113.7", "--api_key=k"], 1, "cannot listen at 203.0.113.7:8000"),
         (["--model=/nowhere", "--port=0"], 1, "/nowhere"),
     ],
     ids=str,

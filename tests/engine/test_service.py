@@ -12,6 +12,7 @@ from specmoe_jax.engine.service.service import Service
 from specmoe_jax.kv_cache.page_table import Pages
 from specmoe_jax.support.errors import QueueFull
 from specmoe_jax.testing import TINY, eagle_head
+from specmoe_jax.testing.families import tiny_family
 
 CASES = {
     "specmoe": dict(batch_size=3, draft_experts=2, draft_length=3),
@@ -227,3 +228,22 @@ def test_threads_share_a_service(model):
     assert [found[number] for number in range(6)] == want
     service.close()
     assert service.running == (0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["specmoe", "streaming"])
+def test_recurrent_states_are_of_the_request_that_has_the_row(preset):
+    """A state cannot be cut at a position, so prompts that begin alike are read whole."""
+    model = tiny_family("qwen3_next")
+    rng = np.random.default_rng(5)
+    begin = rng.integers(0, 131, 20).tolist()
+    prompts = [[*begin, *rng.integers(0, 131, length).tolist()] if length % 2 else [length] for length in (3, 2, 7, 4, 5)]
+    params = sm.SamplingParams(max_new_tokens=7, ignore_eos=True)
+    want = sm.Engine(model, sm.PRESETS["resident"](model.config)).generate(prompts, params)
+    changes = {"draft_experts": 2, "draft_length": 2} if preset == "specmoe" else {"micro_batches": 1}
+    service = sm.Engine(model, sm.PRESETS[preset](model.config).replace(batch_size=2, **changes)).service(max_tokens=64)
+    handles = []
+    for prompt in prompts:
+        handles.append(service.submit(prompt, params))
+        service.step()
+    assert [handle.result().token_ids for handle in handles] == [one.token_ids for one in want]

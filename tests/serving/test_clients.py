@@ -11,9 +11,10 @@ from served import KEY, until
 import specmoe_jax as sm
 from specmoe_jax.engine.requests.completion import TokenEvent
 from specmoe_jax.engine.requests.incremental_text import IncrementalText
+from specmoe_jax.testing import byte_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hello"}]
-IDS = tuple(b"<user>hello>")
+IDS = tuple(byte_tokenizer().encode("<user>hello>"))
 DRAWN = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
 
 

@@ -46,7 +46,9 @@ def known_families(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/planner.md", "docs/scoring.md", "docs/structured.md", "docs/features.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/tutorial.md", "docs/planner.md", "docs/scoring.md", "docs/structured.md", "docs/features.md"]
+)
 def test_python_blocks(page, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # some write a file
     if page == "docs/structured.md":

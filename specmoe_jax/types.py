@@ -22,15 +22,28 @@ class CrossCache(NamedTuple):
     lengths: jax.Array
 
 
+class RecurrentState(NamedTuple):
+    """What a recurrent layer keeps of each sequence (models/recurrent.py), float32.
+
+    state: [B, Hv, Dk, Dv] after the first start[b] positions. start: [B] int32. rows: [B, kept, row] of the positions since
+    then and of a few before, position p at p % kept: what a pass that begins at any of them replays.
+    """
+
+    state: jax.Array
+    start: jax.Array
+    rows: jax.Array
+
+
 class KVCache(NamedTuple):
     """Keys and values of every layer, one buffer a layer so that each can be donated on its own.
 
-    k, v: L arrays [B, K, S, D]. Row b holds `lengths[b]` committed positions; what lies beyond is never read.
+    k, v: L arrays [B, K, S, D]. Row b holds `lengths[b]` committed positions; what lies beyond is never read. A recurrent layer
+    has its RecurrentState in k, and nothing, (), in v.
     cross: of each layer, written by the encoder and never donated; None without one.
     """
 
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
+    k: tuple[Any, ...]
+    v: tuple[Any, ...]
     cross: tuple[CrossCache, ...] | None = None
 
 

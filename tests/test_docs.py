@@ -78,11 +78,6 @@ def test_the_notebook(monkeypatch):
     plt.close("all")
 
 
-def test_the_notebook_is_kept_without_outputs():
-    for cell in json.loads((ROOT / "docs/tour.ipynb").read_text())["cells"]:
-        assert cell.get("outputs", []) == [] and cell.get("execution_count") is None
-
-
 @pytest.mark.slow
 def test_commands_of_the_tutorial(tmp_path):
     """In an empty folder, with a prompts file as it describes one."""

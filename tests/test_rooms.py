@@ -15,16 +15,17 @@ SCRIPTS = PACKAGE.parent / "scripts"
 # The rooms from the ground up; each may import every room before it, with the exceptions below.
 ORDER = (
     "support", "config", "types", "ops", "kv_cache", "models", "checkpoints", "offload", "speculate", "planner", "engine",
-    "autotune", "jobs", "evaluation", "benchmarks", "training", "testing", "cli",
+    "autotune", "jobs", "evaluation", "serving", "benchmarks", "training", "testing", "cli",
 )  # fmt: skip
 # Rooms beside each other: neither imports the other. `offload` and `speculate` meet only in the engine.
 APART = {
     "offload": {"speculate"},
     "jobs": {"autotune"},
     "evaluation": {"autotune"},
+    "serving": {"autotune", "evaluation"},
     "planner": {"checkpoints"},
-    "training": {"engine", "autotune", "jobs", "evaluation", "benchmarks", "offload"},
-    "testing": {"offload", "speculate", "planner", "engine", "autotune", "jobs", "evaluation", "benchmarks", "training"},
+    "training": {"engine", "autotune", "jobs", "evaluation", "serving", "benchmarks", "offload"},
+    "testing": {"offload", "speculate", "planner", "engine", "autotune", "jobs", "evaluation", "serving", "benchmarks", "training"},
 }
 MAY_IMPORT = {room: set(ORDER[:place]) - APART.get(room, set()) for place, room in enumerate(ORDER)}
 MAY_IMPORT["speculate"].discard("offload")

@@ -32,7 +32,8 @@ class OperatorBench:
     def __init__(self, model: Model):
         self.model = model
         self.config = model.config
-        self.layer_config = self.config.layers[0]
+        self.layer = next(i for i in self.config.moe_layers if i not in self.config.recurrent_layers)  # stands for all
+        self.layer_config = self.config.layers[self.layer]
         self.spreads: list[float] = []
         room = model.config.max_positions - max(new for _, new in SHAPES) - 1
         self.lengths = tuple(sorted({max(1, min(length, room)) for length in (48, 448)}))
@@ -52,8 +53,8 @@ class OperatorBench:
 
         def call():
             nonlocal kv
-            _, _, _, routing, k, v = self.on_demand.cache_tier.attention(self.on_demand, 0, h, kv, lengths, num_new)
-            kv = kv._replace(k=(k,), v=(v,))
+            _, _, _, routing, k, v = self.on_demand.cache_tier.attention(self.on_demand, self.layer, h, kv, lengths, num_new)
+            kv = kv._replace(k=(*kv.k[:-1], k), v=(*kv.v[:-1], v))
             assert routing is not None
             return np.asarray(routing.ids)
 
@@ -124,11 +125,12 @@ class OperatorBench:
 
     @property
     def _weights(self):
-        return self.model.weights.layers[0]
+        return self.model.weights.layers[self.layer]
 
     def _cache(self, rows: int):
-        kv = new_cache(self.config, rows, self.positions, self.model.dtype, self.resident.context.device)
-        return kv._replace(k=kv.k[:1], v=kv.v[:1])
+        kv = new_cache(self.config, rows, self.positions, self.model.dtype, self.resident.context.device, replayed=0)
+        before = (None,) * self.layer  # whose caches are not needed
+        return kv._replace(k=(*before, kv.k[self.layer]), v=(*before, kv.v[self.layer]))
 
     def _inputs(self, rows: int, new: int, length: int):
         h = np.random.default_rng(0).standard_normal((rows, new, self.config.hidden_size), np.float32)

@@ -14,17 +14,22 @@ from specmoe_jax.engine import Engine
 from specmoe_jax.engine import figures as metrics
 from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model
+from specmoe_jax.models.mtp import MtpHead
 from specmoe_jax.support.progress import bar
 from specmoe_jax.support.timing import CompileCounter, Stopwatch
 
 
 class Case(NamedTuple):
-    """A plan under a name; base: the name of the case that its ratios are taken against. head: of an EAGLE draft."""
+    """A plan under a name; base: the name of the case that its ratios are taken against. head: of an EAGLE or MTP draft."""
 
     name: str
     plan: Plan
     base: str | None = None
-    head: EagleHead | None = None
+    head: EagleHead | MtpHead | None = None
+
+    def engine(self, model: Model) -> Engine:
+        eagle, mtp = (self.head if isinstance(self.head, kind) else None for kind in (EagleHead, MtpHead))
+        return Engine(model, self.plan, draft_head=eagle, mtp_head=mtp)
 
 
 class Job(NamedTuple):
@@ -47,7 +52,7 @@ def compare(model: Model, cases: list[Case], job: Job) -> dict[str, dict]:
 
     The order within a round is shuffled, so that a neighbour's noise falls on nobody in particular.
     """
-    engines = {case.name: Engine(model, case.plan, draft_head=case.head) for case in cases}
+    engines = {case.name: case.engine(model) for case in cases}
     params = SamplingParams(max_new_tokens=_limit(model, job), ignore_eos=True, temperature=job.temperature)
     states, rounds = {}, {case.name: [] for case in cases}
     order, shuffle = [case.name for case in cases], random.Random(0)
@@ -74,7 +79,7 @@ def whole_jobs(model: Model, cases: list[Case], job: Job) -> dict[str, dict]:
 
     job_tokens_per_s: all of it, the median round's.
     """
-    engines = {case.name: Engine(model, case.plan, draft_head=case.head) for case in cases}
+    engines = {case.name: case.engine(model) for case in cases}
     params = SamplingParams(max_new_tokens=job.tokens, ignore_eos=True, temperature=job.temperature)
     rounds: dict[str, list[metrics.Totals]] = {case.name: [] for case in cases}
     walls: dict[str, list[float]] = {case.name: [] for case in cases}

@@ -1,20 +1,25 @@
 """The SpecMoE suite: tables in the shape of the paper's figures 11 to 16 and tables II and III, and what lies beyond it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
+from specmoe_jax.benchmarks.categories import categories
 from specmoe_jax.benchmarks.rounds import Case, Job, compare
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import preset
 from specmoe_jax.config.registry import DRAFT_SETS
+from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model
+from specmoe_jax.models.mtp import MtpHead
 
 
 class Setting(NamedTuple):
     """What all tables of a run share.
 
     link_bytes_per_s: of the emulated link. acceptance: synthetic, None for the real one. experts, length: N and draft
-    length where they are not swept. job: (batch) -> Job. quick: only the ends of every sweep.
+    length where they are not swept. job: (batch) -> Job. quick: only the ends of every sweep. categories: prompts by kind of
+    text. heads: of the drafts that have weights of their own, by the draft's name.
     """
 
     model: Model
@@ -25,6 +30,8 @@ class Setting(NamedTuple):
     batches: tuple[int, ...]
     job: Callable[[int], Job]
     quick: bool
+    categories: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    heads: Mapping[str, EagleHead | MtpHead] = MappingProxyType({})
 
     def plan(self, name: str, batch: int, **changes) -> Plan:
         return preset(name, self.model.config).replace(batch_size=batch, link_bytes_per_s=self.link_bytes_per_s, **changes)
@@ -174,7 +181,9 @@ TABLES = {
     "substitution": substitution,
     "drafts": drafts,
     "guard": guard,
+    "categories": categories,
 }
+ON_REQUEST = ("categories",)  # tables that run when they are named
 
 
 def _rows(s: Setting, cases: list[Case], batch: int, also: str | None = None) -> dict:

@@ -14,6 +14,7 @@ from specmoe_jax.engine import Engine
 from specmoe_jax.kv_cache.positions import KV_PAGE, pages_of
 from specmoe_jax.models.eagle import config as eagle_config
 from specmoe_jax.models.eagle import network as eagle
+from specmoe_jax.models.eagle.config import EagleConfig
 from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model, random_model
 from specmoe_jax.planner.workload import EAGLE_MIXTRAL
@@ -100,7 +101,11 @@ def mixtral_shaped(dtype: str = "float32") -> tuple[Model, EagleHead]:
 
 
 def random_head_of(model: Model) -> EagleHead:
-    """A random head as wide as its model, whose experts' width its own layer has too."""
+    return eagle.random_head(head_config_of(model), model)
+
+
+def head_config_of(model: Model) -> EagleConfig:
+    """Of a head as wide as its model, whose experts' width its own layer has too."""
     config = model.config
     raw = {
         "hidden_size": config.hidden_size,
@@ -111,7 +116,7 @@ def random_head_of(model: Model) -> EagleHead:
         "max_position_embeddings": config.max_positions,
         "vocab_size": config.vocab_size,
     }
-    return eagle.random_head(eagle_config.parse_config(raw, config, fused=False), model)
+    return eagle_config.parse_config(raw, config, fused=False)
 
 
 def batches(s: Setting) -> dict:

@@ -15,6 +15,8 @@ GROUPS = {
     "run a model": {
         "demo": "specmoe_jax.cli.demo",
         "generate": "specmoe_jax.cli.generate",
+        "chat": "specmoe_jax.cli.chat",
+        "serve": "specmoe_jax.cli.serve",
         "evaluate": "specmoe_jax.cli.evaluate",
     },
     "choose a plan": {

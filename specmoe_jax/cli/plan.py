@@ -38,7 +38,7 @@ _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens of a reque
 _DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Compute and weight type.")
 _HARDWARE = flags.DEFINE_string("hardware", machine_flag.THIS, machine_flag.HELP)
 _FRESH = flags.DEFINE_boolean("fresh", False, "Measure machine and operators again.")
-_OUTPUT = flags.DEFINE_string("output", None, "Where the plan goes, as JSON for generate.py --plan. Default: stdout.")
+_OUTPUT = flags.DEFINE_string("output", None, "Where the plan goes, as JSON for specmoe generate --plan. Default: stdout.")
 flags.adopt_module_key_flags(plan_flags)
 
 

@@ -40,6 +40,41 @@ class Latent:
 
 
 @dataclasses.dataclass(frozen=True)
+class Recurrence:
+    """Linear attention by the gated delta rule (Yang et al. 2024, Gated DeltaNet): a state of fixed size instead of a cache.
+
+    key_heads, value_heads: each key head serves as many consecutive value heads. key, value: dims of a head. taps: of the causal
+    convolution before the rule. by_key_head: whether what is projected is stored key head by key head (Qwen3-Next).
+    """
+
+    key_heads: int
+    value_heads: int
+    key: int
+    value: int
+    taps: int
+    by_key_head: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Numbers of a position that are convolved: queries, keys and values."""
+        return 2 * self.key_heads * self.key + self.value_heads * self.value
+
+    @property
+    def row(self) -> int:
+        """Numbers of a position that are kept until it can no longer be rolled back: the channels, and two rates a value head."""
+        return self.channels + 2 * self.value_heads
+
+    @property
+    def state(self) -> int:
+        """Numbers of the state of one sequence."""
+        return self.value_heads * self.key * self.value
+
+    def kept_rows(self, replayed: int) -> int:
+        """Positions of which rows are kept, where up to `replayed` may be rolled back: those, and what the convolution sees."""
+        return replayed + self.taps - 1
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     """H, K, D and the variants. What is None or False is absent.
 
@@ -47,7 +82,9 @@ class AttentionConfig:
     of so many (Llama-4). l2_norm: of queries and keys, after the rotation. temperature: (floor, scale) of queries
     that grow with their position (Llama-4). latent: then K = 1 and D is what the cache holds, rank + rope.
     qkv_bias, qk_norm: whether the layer has biases of queries, keys and values, and norms of queries and keys, where its
-    family leaves that open.
+    family leaves that open. gated: queries come with a gate of their outputs (Qwen3-Next), behind them in the last axis.
+    value_dim: of a value head where it is not D (MiMo); zeros fill its cache. value_scale: multiplies values.
+    recurrent: then nothing is attended, H and K are value and key heads, and there is no cache by positions.
     """
 
     num_heads: int
@@ -62,11 +99,30 @@ class AttentionConfig:
     latent: Latent | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
+    gated: bool = False
+    value_dim: int | None = None
+    value_scale: float = 1.0
+    recurrent: Recurrence | None = None
 
     @property
     def cache_dim(self) -> int:
         """Row length of the KV cache: D up to the next multiple of 8, which the attention kernel asks for."""
         return -(-self.head_dim // 8) * 8
+
+    @property
+    def cache_row(self) -> int:
+        """Numbers that one position takes in the key cache, and again in the value cache."""
+        return 0 if self.recurrent else self.num_kv_heads * self.cache_dim
+
+    @property
+    def output_dim(self) -> int:
+        """Of what one query head gives: of a value head."""
+        return self.value_dim or self.head_dim
+
+    @property
+    def query_dim(self) -> int:
+        """Of what is projected for one query head: itself, and its gate where there is one."""
+        return 2 * self.head_dim if self.gated else self.head_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +188,8 @@ class LayerConfig:
 
     mlp_hidden: width of the dense MLP or of the shared expert, None where there is neither. cross: attention to what an
     encoder has read, between the self-attention and the rest. residual_scale: multiplies what attention and MLP add to the
-    residual (Granite); experts have it in their router's scaling.
+    residual (Granite); experts have it in their router's scaling. norm_plus: added to the weights of RMSNorms, which are stored
+    less that (Qwen3-Next: 1).
     """
 
     attention: AttentionConfig
@@ -142,6 +199,7 @@ class LayerConfig:
     mlp_hidden: int | None = None
     cross: AttentionConfig | None = None
     residual_scale: float = 1.0
+    norm_plus: float = 0.0
 
     @property
     def own_router(self) -> RouterConfig:
@@ -169,10 +227,11 @@ class Embedding:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """Final norm and logits. divisor: of the logits (Granite)."""
+    """Final norm and logits. divisor: of the logits (Granite). norm_plus: as of LayerConfig."""
 
     norm_eps: float
     divisor: float = 1.0
+    norm_plus: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

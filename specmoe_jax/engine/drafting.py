@@ -16,7 +16,7 @@ from specmoe_jax.speculate.drafts.protocol import DraftView
 from specmoe_jax.speculate.logit_edits import LogitEdits, logit_edits
 from specmoe_jax.speculate.sampling import Stream, coupled_keys, row_keys
 from specmoe_jax.support.errors import PlanError
-from specmoe_jax.types import KVCache, Proposal
+from specmoe_jax.types import KVCache, Proposal, RecurrentState
 
 
 class Drafted(NamedTuple):
@@ -127,7 +127,10 @@ def _told(request: Request | None) -> tuple[int, ...]:
 
 
 def _positions(kv: KVCache | HostKV) -> int:
-    return kv.pages.table.shape[1] * KV_PAGE if isinstance(kv, HostKV) else kv.k[0].shape[2]
+    """S of the cache; in every layer alike, but recurrent ones have none."""
+    if isinstance(kv, HostKV):
+        return kv.pages.table.shape[1] * KV_PAGE
+    return next(keys.shape[2] for keys in kv.k if not isinstance(keys, RecurrentState))
 
 
 _row_keys = jax.jit(row_keys, static_argnames="stream")
@@ -147,5 +150,5 @@ def step_coupled_keys(state: State, num_positions: int) -> jax.Array:
 
 def _seeds_and_ids(state: State) -> tuple[np.ndarray, np.ndarray]:
     seeds = [0 if request is None else request.params.seed for request in state.requests]
-    ids = [0 if request is None else request.id for request in state.requests]
+    ids = [0 if request is None else request.key_id for request in state.requests]
     return np.array(seeds, np.uint32), np.array(ids, np.uint32)

@@ -14,6 +14,8 @@ from specmoe_jax.engine.scoring.features import Features, checked_layers, featur
 from specmoe_jax.engine.scoring.rolling import score_rolling
 from specmoe_jax.engine.scoring.score import Score, score_texts
 from specmoe_jax.engine.scoring.texts import Text, scored_texts
+from specmoe_jax.engine.service.handles import Handle
+from specmoe_jax.engine.service.service import Service
 from specmoe_jax.engine.session import Session
 from specmoe_jax.engine.state import State, StepInfo
 from specmoe_jax.engine.step import step
@@ -67,6 +69,7 @@ class Engine:
         self._resources = EngineResources(model, self.plan, inputs, draft_set=draft_set, progress=progress, spans=spans)
         self._flow = EXPERT_FLOWS.executor(self.plan.flow.name)
         self._session = Session(model, self.plan, self._resources, self._figures, progress)
+        self._own: Service | None = None
 
     def generate(
         self,
@@ -97,6 +100,28 @@ class Engine:
         """
         requests = make_requests(self.model, prompts, params, ids)
         return leniently(self._flow.run(self._session, requests, batch_shape_of(self.plan, requests), on_step))
+
+    def service(self, *, max_tokens: int | None = None, max_waiting: int | None = None) -> Service:
+        """A batch that requests join and leave while it runs (continuous batching in every flow), with the memory of a job.
+
+        max_tokens: of prompt and answer together, None for the model's window and at most 2048. max_waiting: requests that may wait
+        for a row before `submit` raises QueueFull, None for four times the rows. Raises PlanError.
+        """
+        return Service(self._session, self._flow, max_tokens=max_tokens, max_waiting=max_waiting)
+
+    def submit(self, prompt: str | Sequence[int], params: SamplingParams | None = None, **options) -> Handle:
+        """A request that joins the engine's own service at the next step. options: of Service.submit."""
+        self._own = self._own or self.service()
+        return self._own.submit(prompt, params, **options)
+
+    def cancel(self, handle: Handle) -> None:
+        """Ends a submitted request; its row and pages are free at the next step."""
+        handle.cancel()
+
+    def run(self) -> None:
+        """Until every submitted request has ended; `Handle.result` and iterating a handle run as far as they need."""
+        if self._own is not None:
+            self._own.run()
 
     @lenient()
     def score(self, pairs: Sequence[tuple[Text, Text]]) -> list[Score]:

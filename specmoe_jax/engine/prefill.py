@@ -25,6 +25,8 @@ def prefill(
     chunk: int,
     draft_memory: Any = None,
     *,
+    rows: np.ndarray | None = None,
+    starts: np.ndarray | None = None,
     on_positions: Callable[[int], object] = lambda positions: None,
     on_states: Callable | None = None,
 ) -> tuple[ExpertMemory, KVCache, Any]:
@@ -32,10 +34,12 @@ def prefill(
 
     prompts: B token tuples, ragged; an empty one is a padding row. The draft set after the prefill is chosen
     by the routing of the whole prompt, not of its last chunk. draft_memory: of a FeatureDraft, which observes every chunk.
-    on_positions: called with the positions that were done since the last call. on_states: with (rows, following, h [B, T, M],
-    num_new) of each chunk; h may be in host memory.
+    rows: [B], of the batch whose draft memory it is, -1 for padding; None for its first B. starts: [B], positions of each prompt
+    that are in the cache already, None for none. on_positions: called with the positions that were done since the last call.
+    on_states: with (rows, following, h [B, T, M], num_new) of each chunk; h may be in host memory.
     """
-    every_row = np.arange(len(prompts), dtype=np.int32)
+    every_row = np.arange(len(prompts), dtype=np.int32) if rows is None else rows
+    starts = np.zeros(len(prompts), np.int32) if starts is None else starts
 
     def observe(one: Chunk, features, h) -> None:
         nonlocal draft_memory
@@ -53,8 +57,9 @@ def prefill(
             draft_memory = runtime.feature_draft.observe(draft_memory, every_row, one.following, features, one.lengths, num_new)
 
     counts = _counts(prompts)
-    shared = 0 if runtime.config.encoder else shared_positions(prompts, chunk)
-    memory, kv, totals = flow.prompt_pass(runtime, memory, kv, chunks_of(prompts, chunk, shared), observe, on_positions)
+    shared = 0 if runtime.config.encoder or starts.any() else shared_positions(prompts, chunk)
+    chunks = chunks_of(prompts, chunk, shared, starts)
+    memory, kv, totals = flow.prompt_pass(runtime, memory, kv, chunks, observe, on_positions)
     usage_scores = runtime.policies.draft_set.update(memory.usage_scores, totals, totals)
     memory = memory._replace(usage_scores=usage_scores)
     return runtime.draft_executor.after_prefill(runtime, memory, totals), kv, draft_memory
@@ -70,18 +75,23 @@ def shared_positions(prompts: list[tuple[int, ...]], chunk: int) -> int:
     return alike // chunk * chunk
 
 
-def chunks_of(prompts: list[tuple[int, ...]], chunk: int, shared: int = 0) -> list[Chunk]:
-    """The prompts but for their last tokens, `chunk` positions of every row at a time; of the first `shared` ones a single row."""
-    counts = _counts(prompts)
+def chunks_of(prompts: list[tuple[int, ...]], chunk: int, shared: int = 0, starts: np.ndarray | None = None) -> list[Chunk]:
+    """The prompts but for their last tokens, `chunk` positions of every row at a time; of the first `shared` ones a single row.
+
+    starts: [B], positions of each that are left out; None for none.
+    """
+    starts = np.zeros(len(prompts), np.int32) if starts is None else starts
+    counts = _counts(prompts) - starts
     real = np.flatnonzero(counts)
     found = []
     for start in range(0, int(counts.max()), chunk):
         tokens, following = np.zeros((2, len(prompts), chunk), np.int32)
         num_new = np.clip(counts - start, 0, chunk).astype(np.int32)
         for row, prompt in enumerate(prompts):
-            tokens[row, : num_new[row]] = prompt[start : start + num_new[row]]
-            following[row, : num_new[row]] = prompt[start + 1 : start + 1 + num_new[row]]
-        one = Chunk(tokens, np.minimum(counts, start).astype(np.int32), num_new, following)
+            first = starts[row] + start
+            tokens[row, : num_new[row]] = prompt[first : first + num_new[row]]
+            following[row, : num_new[row]] = prompt[first + 1 : first + 1 + num_new[row]]
+        one = Chunk(tokens, (starts + np.minimum(counts, start)).astype(np.int32), num_new, following)
         if start < shared:
             last = start + chunk == shared
             alone = np.where(np.arange(len(prompts)) == real[0], num_new, 0).astype(np.int32)

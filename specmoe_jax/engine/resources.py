@@ -5,11 +5,14 @@ import logging
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from specmoe_jax.config.plan import Plan
+from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.drafts.executors import executor_of
 from specmoe_jax.engine.drafts.protocol import DraftInputs
 from specmoe_jax.engine.requests.prepare import BatchShape, job_account, smallest_job
+from specmoe_jax.engine.requests.status import EMPTY
 from specmoe_jax.engine.runtime import Runtime, build, new_cache
 from specmoe_jax.engine.state import ExpertMemory, State
 from specmoe_jax.models.model import Model
@@ -17,6 +20,7 @@ from specmoe_jax.planner.memory.memory_account import MemoryAccount
 from specmoe_jax.speculate.adaptive_length import AdaptiveLength, make_adaptive_length
 from specmoe_jax.speculate.drafts.protocol import FeatureDraft
 from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy
+from specmoe_jax.speculate.sampling import sampling_rows
 from specmoe_jax.support.tracing import Span
 from specmoe_jax.types import KVCache
 
@@ -101,8 +105,9 @@ class EngineResources:
 
     def new_cache(self, batch_shape: BatchShape) -> KVCache:
         assert self.runtime is not None  # a job has been taken
-        device = self.runtime.cache_tier.device(self.runtime)
-        return new_cache(self._model.config, batch_shape.rows, batch_shape.positions, self._plan.dtype, device)
+        device, replayed = self.runtime.cache_tier.device(self.runtime), self._plan.tokens_per_pass - 1
+        shape = (batch_shape.rows, batch_shape.positions)
+        return new_cache(self._model.config, *shape, self._plan.dtype, device, replayed=replayed)
 
     def put_back(self, state: State, batch_shape: BatchShape) -> None:
         """The adaptive length of a job that has ended, and its pool."""
@@ -130,6 +135,27 @@ def _holds(shared: Runtime, account: MemoryAccount, needed: MemoryAccount) -> bo
     if needed.num_slots > account.num_slots or needed.dispatch_slots > slots.dispatch:
         return False
     return slots.single_wave == (needed.num_slots >= needed.wanted_slots)
+
+
+def empty_state(resources: EngineResources, runtime: Runtime, batch_shape: BatchShape, kv: Any, memory: ExpertMemory) -> State:
+    """With no request in its rows."""
+    nothing: tuple[tuple, ...] = ((),) * batch_shape.rows
+    return State(
+        requests=(None,) * batch_shape.rows,
+        kv=kv,
+        memory=memory,
+        lengths=np.zeros(batch_shape.rows, np.int32),
+        last_token=np.zeros(batch_shape.rows, np.int32),
+        generated=nothing,
+        statuses=(EMPTY,) * batch_shape.rows,
+        rows=sampling_rows([SamplingParams()] * batch_shape.rows),
+        adaptive_length=resources.new_adaptive_length(batch_shape),
+        draft_memory=new_draft_memory(runtime, batch_shape),
+        runtime=runtime,
+        options=batch_shape.options,
+        logprobs=nothing,
+        prompt_logprobs=nothing,
+    )
 
 
 def new_draft_memory(runtime: Runtime, batch_shape: BatchShape) -> Any:

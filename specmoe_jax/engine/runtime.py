@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specmoe_jax.config.layer_config import AttentionConfig, LayerConfig
+from specmoe_jax.config.layer_config import AttentionConfig, LayerConfig, Recurrence
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.registry import EXPERT_FLOWS, HOST_CACHE_POLICIES, KV_TIERS
@@ -29,7 +29,7 @@ from specmoe_jax.planner.memory.memory_account import MemoryAccount, arriving_ex
 from specmoe_jax.speculate.drafts.protocol import Draft, FeatureDraft
 from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy, keep_rule, make_policy
 from specmoe_jax.support.tracing import Span
-from specmoe_jax.types import Device, KVCache
+from specmoe_jax.types import Device, KVCache, RecurrentState
 
 
 class ExpertPlaces(NamedTuple):
@@ -186,15 +186,36 @@ def empty_pages(attention: AttentionConfig, count: int, dtype, device: Device) -
     return jax.device_put(pages, device)
 
 
-def new_cache(config: ModelConfig, rows: int, positions: int, dtype: str, device: Device) -> KVCache:
-    """A KV cache of zeros."""
+def new_cache(config: ModelConfig, rows: int, positions: int, dtype: str, device: Device, *, replayed: int) -> KVCache:
+    """A KV cache of zeros. replayed: positions that may be rolled back, of which recurrent layers keep the rows.
+
+    States are on the accelerator wherever the cache is.
+    """
 
     def buffer(layer: LayerConfig) -> jax.Array:
         shape = (rows, layer.attention.num_kv_heads, positions, layer.attention.cache_dim)
         with jax.default_device(device):  # zeros(device=...) makes them on the default device and copies
             return jax.device_put(jnp.zeros(shape, dtype), device)
 
-    return KVCache(k=tuple(map(buffer, config.layers)), v=tuple(map(buffer, config.layers)))
+    def states(layer: LayerConfig) -> RecurrentState | None:
+        recurrence = layer.attention.recurrent
+        return None if recurrence is None else new_states(recurrence, rows, replayed)
+
+    keys = tuple(states(layer) or buffer(layer) for layer in config.layers)
+    values = tuple(() if layer.attention.recurrent else buffer(layer) for layer in config.layers)
+    return KVCache(k=keys, v=values)
+
+
+def new_states(config: Recurrence, rows: int, replayed: int) -> RecurrentState:
+    """Of a recurrent layer before any position, on the accelerator."""
+    return jax.device_put(
+        RecurrentState(
+            state=jnp.zeros((rows, config.value_heads, config.key, config.value)),
+            start=jnp.zeros(rows, jnp.int32),
+            rows=jnp.zeros((rows, config.kept_rows(replayed), config.row)),
+        ),
+        jax.devices()[0],
+    )
 
 
 def _merged_slots(config: ModelConfig, account: MemoryAccount) -> np.ndarray:

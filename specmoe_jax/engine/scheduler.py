@@ -4,13 +4,13 @@ A long job thus keeps its batch full (SpecMoEOff serves a fixed batch and exclud
 new requests run through the pass in which the others decode, so they cost no expert bytes of their own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from specmoe_jax.config.sampling_params import SamplingParams
-from specmoe_jax.engine.requests.status import DECODING, PREFILLING
+from specmoe_jax.engine.requests.status import DECODING, PREFILLING, finished
 from specmoe_jax.engine.state import HostKV, Request, State
 from specmoe_jax.kv_cache.page_table import admit as admit_pages
 from specmoe_jax.kv_cache.page_table import release
@@ -24,12 +24,13 @@ class MicroBatch(NamedTuple):
     """Some rows' new tokens, or one chunk of some rows' prompts: what a streamed pass takes through a layer at a time.
 
     tokens: [b, T] int32 at positions lengths[b] + t of the rows whose pages are table [b, P]; t >= num_new[b] is padding.
-    tree: of the new tokens, None for a chain. offloaded: its hidden states wait in host memory between the layers (prompts,
-    of which there may be many).
+    rows: [b] int32, whose states are theirs in recurrent layers, -1 for padding. tree: of the new tokens, None for a chain.
+    offloaded: its hidden states wait in host memory between the layers (prompts, of which there may be many).
     """
 
     tokens: np.ndarray
     table: np.ndarray
+    rows: np.ndarray
     lengths: np.ndarray
     num_new: np.ndarray
     offloaded: bool = False
@@ -50,9 +51,7 @@ def admit(state: State[HostKV], waiting: Sequence[Request], lookahead: int) -> t
     lookahead: positions that a pass may write beyond a request's last token. A row that gets a request joins: the next pass
     fills its cache, and from then on it generates. Raises PlanError when nothing runs and the first one does not fit.
     """
-    requests, generated, statuses = list(state.requests), list(state.generated), list(state.statuses)
-    logprobs, prompt_logprobs = (list(told or ((),) * len(requests)) for told in (state.logprobs, state.prompt_logprobs))
-    lengths, last_token, pages = state.lengths.copy(), state.last_token.copy(), state.kv.pages
+    pages, seats = state.kv.pages, {}
     waiting, running = list(waiting), state.active | state.joining
     for row in np.flatnonzero(~running & (pages.table[:, 0] >= 0)).tolist():
         pages = release(pages, row)
@@ -60,25 +59,40 @@ def admit(state: State[HostKV], waiting: Sequence[Request], lookahead: int) -> t
         given = admit_pages(pages, row, _positions(waiting[0], lookahead)) if waiting else None
         if given is None:
             break
-        pages, request = given, waiting.pop(0)
-        requests[row], generated[row], statuses[row] = request, (), PREFILLING
-        lengths[row], last_token[row] = 0, request.token_ids[-1]
-        logprobs[row], prompt_logprobs[row] = (), ()
+        pages, seats[row] = given, waiting.pop(0)
         running[row] = True
     if waiting and not running.any():
         raise PlanError(f"request {waiting[0].id} needs more pages than the KV cache has; give more host memory")
-    filled = state._replace(
+    return seated(state._replace(kv=state.kv._replace(pages=pages)), seats), tuple(waiting)
+
+
+def seated(state: State, seats: Mapping[int, Request]) -> State:
+    """With requests in rows, by row, whose prompts are yet to be read."""
+    requests, generated, statuses = list(state.requests), list(state.generated), list(state.statuses)
+    logprobs, prompt_logprobs = (list(told or ((),) * len(requests)) for told in (state.logprobs, state.prompt_logprobs))
+    lengths, last_token = state.lengths.copy(), state.last_token.copy()
+    for row, request in seats.items():
+        requests[row], generated[row], statuses[row] = request, (), PREFILLING
+        lengths[row], last_token[row] = 0, request.token_ids[-1]
+        logprobs[row], prompt_logprobs[row] = (), ()
+    return state._replace(
         requests=tuple(requests),
         generated=tuple(generated),
         statuses=tuple(statuses),
         lengths=lengths,
         last_token=last_token,
-        kv=state.kv._replace(pages=pages),
         logprobs=tuple(logprobs),
         prompt_logprobs=tuple(prompt_logprobs),
         rows=sampling_rows([request.params if request else SamplingParams() for request in requests]),
     )
-    return filled, tuple(waiting)
+
+
+def cancelled(state: State, rows: Iterable[int]) -> State:
+    """With the requests of some rows ended: the next step decodes nothing in them, and they can be given away."""
+    statuses = list(state.statuses)
+    for row in rows:
+        statuses[row] = finished("cancelled")
+    return state._replace(statuses=tuple(statuses))
 
 
 def joined(state: State) -> State:
@@ -120,7 +134,7 @@ def _chunk(state: State[HostKV], group: list[int], start: int) -> PromptChunk:
         piece = prompt[:-1][start : start + chunk]
         tokens[i, : len(piece)], following[i, : len(piece)] = piece, prompt[start + 1 : start + 1 + len(piece)]
         num_new[i], lengths[i] = len(piece), min(start, len(prompt) - 1)
-    return PromptChunk(MicroBatch(tokens, rows_of(state.kv, rows), lengths, num_new, offloaded=True), rows, following)
+    return PromptChunk(MicroBatch(tokens, rows_of(state.kv, rows), rows, lengths, num_new, offloaded=True), rows, following)
 
 
 def rows_of(kv: HostKV, rows: np.ndarray) -> np.ndarray:

@@ -9,15 +9,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from specmoe_jax.config.layer_config import LayerConfig
+from specmoe_jax.config.layer_config import LayerConfig, Recurrence
 from specmoe_jax.models import attention as attentions
-from specmoe_jax.models import encoder, layers, prefill_attention
+from specmoe_jax.models import encoder, layers, prefill_attention, recurrent
 from specmoe_jax.models import experts as ffn
-from specmoe_jax.models.spec import LayerWeights
+from specmoe_jax.models.spec import LayerWeights, RecurrentWeights
 from specmoe_jax.ops import PackedCache, packed
 from specmoe_jax.ops.xla.attention import append
 from specmoe_jax.speculate.hot_experts.substitution import DistinctSlots, MaskedSlots, choose_distinct
-from specmoe_jax.types import CrossCache, Routing, Tree
+from specmoe_jax.types import CrossCache, RecurrentState, Routing, Tree
 
 embed = jax.jit(layers.embed, static_argnames="config")
 head = functools.partial(jax.jit, static_argnums=0)(layers.head)
@@ -40,6 +40,37 @@ def attend(config: LayerConfig, q, k, v, sinks, k_cache, v_cache, lengths, num_n
     """Appends k, v to the caches [B, K, S, D] (donated) and attends. -> attended [B, T, H, D], caches."""
     with jax.named_scope("attend"):
         return attentions.attend(config.attention, q, k, v, sinks, k_cache, v_cache, lengths, num_new, tree)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def recur(
+    config: LayerConfig,
+    weights: RecurrentWeights[jax.Array],
+    channels,
+    z,
+    rates,
+    cache: RecurrentState,
+    lengths,
+    num_new,
+    tree: Tree | None = None,
+):
+    """In a recurrent layer what `attend` is in others; channels, z, rates: of `pre_attention`. -> outputs, cache (donated)."""
+    with jax.named_scope("recur"):
+        return recurrent.recur(own_recurrence(config), weights, channels, z, rates, cache, lengths, num_new, tree)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def recur_rows(config: LayerConfig, weights, channels, z, rates, cache: RecurrentState, rows, lengths, num_new, tree=None):
+    """`recur` of the sequences whose states are rows [b] int32 of the cache (donated), -1 for padding."""
+    with jax.named_scope("recur_rows"):
+        recurrence = own_recurrence(config)
+        return recurrent.recur_rows(recurrence, weights, channels, z, rates, cache, rows, lengths, num_new, tree)
+
+
+def own_recurrence(config: LayerConfig) -> Recurrence:
+    """Of a recurrent layer."""
+    assert config.attention.recurrent is not None
+    return config.attention.recurrent
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
@@ -85,7 +116,10 @@ def attention(
 ):
     """The three stages above as one program, for a cache on the accelerator (donated)."""
     q, k, v = pre_attention(config, weights, h, lengths, tree)
-    attended, k_cache, v_cache = attend(config, q, k, v, weights.sinks, k_cache, v_cache, lengths, num_new, tree)
+    if config.attention.recurrent is not None:
+        attended, k_cache = recur(config, weights.recurrent, q, k, v, k_cache, lengths, num_new, tree)
+    else:
+        attended, k_cache, v_cache = attend(config, q, k, v, weights.sinks, k_cache, v_cache, lengths, num_new, tree)
     return *post_attention(config, weights, h, attended, num_new, cross), k_cache, v_cache
 
 
@@ -171,19 +205,38 @@ def choose_slots(ids: jax.Array, slots: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def spread_row(cache: jax.Array, row: jax.Array) -> jax.Array:
-    """All rows of a cache [B, K, S, D] (donated) as one of them."""
+def spread_row(cache, row: jax.Array):
+    """All rows of a cache [B, K, S, D] or of a RecurrentState (donated) as one of them."""
     with jax.named_scope("spread_row"):
-        return jnp.broadcast_to(cache[row], cache.shape)
+        return jax.tree.map(lambda held: jnp.broadcast_to(held[row], held.shape), cache)
+
+
+@jax.jit
+def take_rows(cache: jax.Array, rows: jax.Array) -> jax.Array:
+    """Some rows [b] of a cache [B, K, S, D] as one of their own [b, K, S, D]."""
+    with jax.named_scope("take_rows"):
+        return cache[rows]
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def keep_path(cache: jax.Array, lengths: jax.Array, path: jax.Array, num_accepted: jax.Array) -> jax.Array:
-    """Moves the rows of a tree's accepted nodes together, right after the root's. cache [B, K, S, D], donated.
+def put_rows(cache: jax.Array, some: jax.Array, rows: jax.Array) -> jax.Array:
+    """A cache [B, K, S, D] (donated) with `some` [b, K, S, D] in the rows [b]; a row of B is padding."""
+    with jax.named_scope("put_rows"):
+        if cache.dtype == jnp.bfloat16:  # as in ops.xla.attention.append
+            bits = put_rows(jax.lax.bitcast_convert_type(cache, jnp.uint16), jax.lax.bitcast_convert_type(some, jnp.uint16), rows)
+            return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+        return cache.at[rows].set(some, mode="drop")
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def keep_path(cache, lengths: jax.Array, path: jax.Array, num_accepted: jax.Array):
+    """Moves the rows of a tree's accepted nodes together, right after the root's. cache [B, K, S, D] or a recurrent one, donated.
 
     path [B, depth], num_accepted [B]: see AcceptedPath. Siblings are left behind and overwritten by the next pass.
     """
     with jax.named_scope("keep_path"):
+        if isinstance(cache, RecurrentState):
+            return recurrent.keep_path(cache, lengths, path, num_accepted)
         rows = jnp.take_along_axis(cache, (lengths[:, None] + path)[:, None, :, None], axis=2)  # [B, K, depth, D]
         return append(cache, rows.swapaxes(1, 2), lengths + 1, num_accepted)
 

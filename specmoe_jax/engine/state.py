@@ -17,14 +17,15 @@ from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.ops import PackedCache
 from specmoe_jax.speculate.adaptive_length import AdaptiveLength
 from specmoe_jax.speculate.logit_edits import EditKinds
-from specmoe_jax.types import KVCache, SamplingRows, TokenLogprob
+from specmoe_jax.types import KVCache, RecurrentState, SamplingRows, TokenLogprob
 
 
 class Request(NamedTuple):
     """One prompt with its parameters. limit: new tokens it may get (max_new_tokens, or what the window leaves).
 
     token_ids: what the decoder begins with. source: what the encoder reads, empty without one. stop_ids: stop strings of
-    params that are special tokens, which no text shows. grammar: what the answer must be, None for anything.
+    params that are special tokens, which no text shows. sampling_id: what the keys of its draws know it by, None for `id`.
+    grammar: what the answer must be, None for anything.
     """
 
     id: int
@@ -34,7 +35,12 @@ class Request(NamedTuple):
     limit: int
     source: tuple[int, ...] = ()
     stop_ids: tuple[int, ...] = ()
+    sampling_id: int | None = None
     grammar: Grammar | None = None
+
+    @property
+    def key_id(self) -> int:
+        return self.id if self.sampling_id is None else self.sampling_id
 
 
 class JobOptions(NamedTuple):
@@ -86,11 +92,13 @@ class ExpertMemory(NamedTuple):
 class HostKV(NamedTuple):
     """The KV cache of a streamed plan, paged in host memory: one cache of pages per layer, and which pages are whose.
 
+    A recurrent layer has the states of all rows instead, on the accelerator.
+
     chunk: positions of a prompt that one micro-batch of a pass takes in. staged: S of the rows in which prompts attend on the
     accelerator.
     """
 
-    caches: tuple[PackedCache, ...]
+    caches: tuple[PackedCache | RecurrentState, ...]
     pages: Pages
     chunk: int
     staged: int

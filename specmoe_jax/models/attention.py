@@ -11,15 +11,16 @@ from specmoe_jax.types import KVCache, Tree
 def attend(config: AttentionConfig, q, k, v, sinks, k_cache, v_cache, lengths, num_new, tree: Tree | None = None):
     """Appends k, v [B, T, K, D] to the caches [B, K, S, cache_dim] at lengths[b] and attends q [B, T, H, D] to them.
 
-    sinks: [H] or None. tree: of the new tokens, None for a chain.
+    sinks: [H] or None. tree: of the new tokens, None for a chain. Gated queries are [B, T, H, 2 D].
     -> attended [B, T, H, D] and the caches. Rows t >= num_new[b] write nothing and give zeros.
     """
+    q, gate = gate_of(config, q)
     q, k, v = (_padded(config, a) for a in (q, k, v))
     mask = None if tree is None else tree.mask
     out, *caches = ops.chunked_attention(
         q, k, v, k_cache, v_cache, lengths, num_new=num_new, tree_mask=mask, sinks=sinks, **_options(config)
     )
-    return out[..., : config.head_dim], *caches
+    return gated(out[..., : config.head_dim], gate), *caches
 
 
 def attend_rows(config: AttentionConfig, q, k, v, kv: KVCache, rows, lengths, num_new) -> tuple[jax.Array, KVCache]:
@@ -42,6 +43,7 @@ def attend_paged(
     config: AttentionConfig, q, k, v, sinks, cache: ops.PackedCache, table, lengths, num_new, tree: Tree | None = None
 ):
     """As `attend`, over a paged packed cache: rows of `table` [B, P] int32 name the pages of each row. -> attended, cache."""
+    q, gate = gate_of(config, q)
     q, k, v = (_padded(config, a) for a in (q, k, v))
     outs = []
     for start in range(0, q.shape[1], ops.MAX_NEW):  # each piece finds those before it in the cache
@@ -59,7 +61,17 @@ def attend_paged(
             **_options(config),
         )
         outs.append(out)
-    return jnp.concatenate(outs, axis=1)[..., : config.head_dim], cache
+    return gated(jnp.concatenate(outs, axis=1)[..., : config.head_dim], gate), cache
+
+
+def gate_of(config: AttentionConfig, q: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Queries [B, T, H, D], and their gates where they have some."""
+    return (q[..., : config.head_dim], q[..., config.head_dim :]) if config.gated else (q, None)
+
+
+def gated(attended: jax.Array, gate: jax.Array | None) -> jax.Array:
+    """Attention's outputs [B, T, H, D] times the sigmoids of their gates, where they have some."""
+    return attended if gate is None else attended * jax.nn.sigmoid(gate)
 
 
 def _padded(config: AttentionConfig, a: jax.Array) -> jax.Array:

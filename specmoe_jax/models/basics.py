@@ -8,17 +8,19 @@ from specmoe_jax import ops
 from specmoe_jax.config.layer_config import Rope
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Zhang & Sennrich 2019, in float32 whatever the dtype of x [..., M]."""
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, plus: float = 0.0) -> jax.Array:
+    """Zhang & Sennrich 2019, in float32 whatever the dtype of x [..., M]. plus: added to the weight, in float32."""
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    if plus:
+        return (x32 * scale * (plus + weight.astype(jnp.float32))).astype(x.dtype)
     return (x32 * scale).astype(x.dtype) * weight
 
 
-def norm(x: jax.Array, weight: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
+def norm(x: jax.Array, weight: jax.Array, bias: jax.Array | None, eps: float, plus: float = 0.0) -> jax.Array:
     """LayerNorm (Ba et al. 2016) in float32 where there is a bias [M], else `rms_norm`."""
     if bias is None:
-        return rms_norm(x, weight, eps)
+        return rms_norm(x, weight, eps, plus)
     x32 = x.astype(jnp.float32)
     x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from specmoe_jax import ops
 from specmoe_jax.config.layer_config import AttentionConfig, Embedding, Head, LayerConfig
-from specmoe_jax.models import latent
+from specmoe_jax.models import latent, recurrent
 from specmoe_jax.models.attention import scores_and_values, within
 from specmoe_jax.models.basics import affine, heads, linear, norm, rms_norm, rope, sinusoids
 from specmoe_jax.models.routing import route
@@ -31,9 +31,13 @@ def embed(
 def pre_attention(
     config: LayerConfig, weights: LayerWeights[jax.Array], h: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Norm, projections and RoPE ("other1" of SpecMoEOff). h [B, T, M] -> q [B, T, H, D], k and v [B, T, K, D]."""
+    """Norm, projections and RoPE ("other1" of SpecMoEOff). h [B, T, M] -> q [B, T, H, D], k and v [B, T, K, D].
+
+    Gated queries are [B, T, H, 2 D]; of a recurrent layer: see recurrent.project.
+    """
     assert weights.input_norm is not None
-    return queries_keys_values(config, weights, norm(h, weights.input_norm, weights.input_norm_bias, config.norm_eps), positions)
+    x = norm(h, weights.input_norm, weights.input_norm_bias, config.norm_eps, config.norm_plus)
+    return queries_keys_values(config, weights, x, positions)
 
 
 def queries_keys_values(
@@ -42,15 +46,22 @@ def queries_keys_values(
     """`pre_attention` of what is normed already (or, in EAGLE's layer, never is). x [B, T, in]."""
     if config.attention.latent is not None:
         return latent.project(config.attention, weights, x, positions)
+    if config.attention.recurrent is not None:
+        return recurrent.project(config.attention.recurrent, weights, x)
     attention = config.attention
     assert weights.k is not None and weights.v is not None  # without latent attention
-    q = heads(_normed(affine(x, weights.q, weights.q_bias), weights.q_norm, config.norm_eps), attention.num_heads)
-    k = heads(_normed(affine(x, weights.k, weights.k_bias), weights.k_norm, config.norm_eps), attention.num_kv_heads)
+    q, gate = split_gate(attention, affine(x, weights.q, weights.q_bias))
+    q = heads(_normed(config, q, weights.q_norm), attention.num_heads)
+    k = heads(_normed(config, affine(x, weights.k, weights.k_bias), weights.k_norm), attention.num_kv_heads)
     v = heads(affine(x, weights.v, weights.v_bias), attention.num_kv_heads)
+    if attention.value_scale != 1.0:
+        v = v * attention.value_scale
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, attention.head_dim - attention.output_dim)))
     q, k = rope(q, positions, attention.rope), rope(k, positions, attention.rope)
     if attention.l2_norm:
         q, k = (rms_norm(a, jnp.ones((), a.dtype), config.norm_eps) for a in (q, k))
-    return _tempered(attention, q, positions), k, v
+    q = _tempered(attention, q, positions)
+    return q if gate is None else jnp.concatenate([q, heads(gate, attention.num_heads)], axis=-1), k, v
 
 
 def post_attention(
@@ -69,11 +80,15 @@ def post_attention(
     """
     if config.attention.latent is not None:
         attended = latent.values(config.attention, weights, attended)
+    if config.attention.recurrent is not None:
+        attended = recurrent.values(config, weights, attended)
+    if config.attention.value_dim is not None:
+        attended = attended[..., : config.attention.value_dim]
     h = h + config.residual_scale * affine(attended.reshape(*h.shape[:2], -1), weights.o, weights.o_bias)
     if config.cross is not None:
         assert weights.cross is not None and cross is not None
         h = h + _cross_attention(config.cross, config.norm_eps, weights.cross, h, cross)
-    x = norm(h, weights.post_norm, weights.post_norm_bias, config.norm_eps)
+    x = norm(h, weights.post_norm, weights.post_norm_bias, config.norm_eps, config.norm_plus)
     if weights.mlp is not None:
         h = h + config.residual_scale * _gated(mlp(weights.mlp, x), x, weights.shared_gate)
     x = x.reshape(-1, x.shape[-1])  # [n, M]
@@ -106,12 +121,12 @@ def combine(h: jax.Array, expert_outputs: jax.Array, routing: Routing) -> jax.Ar
 
 def head(config: Head, weights: Weights[jax.Array], h: jax.Array) -> jax.Array:
     """Final norm and output matrix. h [B, T, M] -> logits [B, T, V] float32."""
-    return output(output_matrix(weights), final_norm(config.norm_eps, weights, h)) / config.divisor
+    return output(output_matrix(weights), final_norm(config, weights, h)) / config.divisor
 
 
-def final_norm(norm_eps: float, weights: Weights[jax.Array], h: jax.Array) -> jax.Array:
+def final_norm(config: Head, weights: Weights[jax.Array], h: jax.Array) -> jax.Array:
     """The last hidden state, which is EAGLE's feature: after the final norm, before the output matrix. h [..., M]."""
-    return norm(h, weights.final_norm, weights.final_norm_bias, norm_eps)
+    return norm(h, weights.final_norm, weights.final_norm_bias, config.norm_eps, config.norm_plus)
 
 
 def output(matrix: jax.Array, x: jax.Array) -> jax.Array:
@@ -142,11 +157,20 @@ def _cross_attention(
     return affine(attended.reshape(*h.shape[:2], -1), weights.o, weights.o_bias)
 
 
-def _normed(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
+def _normed(config: LayerConfig, x: jax.Array, weight: jax.Array | None) -> jax.Array:
     """Query or key norm over as many numbers as it has weights: a head's (Qwen3), or all heads' (OLMoE). None: as it is."""
     if weight is None:
         return x
-    return rms_norm(x.reshape(*x.shape[:-1], -1, weight.shape[0]), weight, eps).reshape(x.shape)
+    apart = x.reshape(*x.shape[:-1], -1, weight.shape[0])
+    return rms_norm(apart, weight, config.norm_eps, config.norm_plus).reshape(x.shape)
+
+
+def split_gate(config: AttentionConfig, q: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Projected [B, T, H * query_dim] -> queries and their gates [B, T, H * D] each; None where there are none."""
+    if not config.gated:
+        return q, None
+    q, gate = jnp.split(heads(q, config.num_heads), 2, axis=-1)
+    return tuple(a.reshape(*a.shape[:2], -1) for a in (q, gate))
 
 
 def _tempered(config: AttentionConfig, q: jax.Array, positions: jax.Array) -> jax.Array:

@@ -13,8 +13,8 @@ from jax.typing import ArrayLike
 
 from specmoe_jax.config.layer_config import AttentionConfig, LayerConfig
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.models import encoder, layers
-from specmoe_jax.models.attention import allowed, scores_and_values
+from specmoe_jax.models import encoder, layers, recurrent
+from specmoe_jax.models.attention import allowed, gate_of, gated, scores_and_values
 from specmoe_jax.models.experts import block_bytes, block_function, mean
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.spec import Weights, map_specs, random_block, random_tensor
@@ -28,7 +28,7 @@ class Model:
     """A model whose experts lie in host memory.
 
     weights: everything but the experts, arrays in the compute dtype.
-    experts: experts[i][expert] is one block of the i-th layer that has experts (the decoder's, then the encoder's), in
+    experts: `experts[i][e]` is one block of the i-th layer that has experts (the decoder's, then the encoder's), in
         pinned host memory; bfloat16 as uint16 bits. [3, F, M], or as ExpertConfig.block_shape says; packed ones are bytes.
     tokenizer: see checkpoints.tokenizer; None for a random model.
     dtype: "float32" or "bfloat16". synthetic: stamps for every figure made with it, see metrics.figures.
@@ -83,7 +83,10 @@ class Model:
 def _reference_layer(config: LayerConfig, weights, blocks, h: jax.Array, cross: CrossCache | None) -> jax.Array:
     """One decoder layer over whole sequences h [B, T, M]; quadratic in T and linear in E by intent."""
     q, k, v = layers.pre_attention(config, weights, h, _positions(h))
-    attended = reference_attention(config.attention, q, k, v, weights.sinks)
+    if config.attention.recurrent is None:
+        attended = reference_attention(config.attention, q, k, v, weights.sinks)
+    else:
+        attended = recurrent.reference(config.attention.recurrent, weights.recurrent, q, k, v)
     return _all_experts(config, blocks, *layers.post_attention(config, weights, h, attended, jnp.ones(h.shape[:2], bool), cross))
 
 
@@ -107,10 +110,11 @@ def _all_experts(config: LayerConfig, blocks, h: jax.Array, x: jax.Array, routin
 
 
 def reference_attention(config: AttentionConfig, q, k, v, sinks: jax.Array | None = None) -> jax.Array:
-    """Causal attention, scores in full. q [B, T, H, D]; k, v [B, T, K, D] -> [B, T, H, D]."""
+    """Causal attention, scores in full. q [B, T, H, D], or with gates; k, v [B, T, K, D] -> [B, T, H, D]."""
+    q, gate = gate_of(config, q)
     positions = jnp.arange(q.shape[1])
     seen = allowed(config, positions, positions)[None]
-    return scores_and_values(config, q, k.swapaxes(1, 2), v.swapaxes(1, 2), seen, sinks)
+    return gated(scores_and_values(config, q, k.swapaxes(1, 2), v.swapaxes(1, 2), seen, sinks), gate)
 
 
 @lenient()

@@ -87,6 +87,22 @@ class CrossWeights(Generic[Leaf]):
 
 
 @struct.dataclass
+class RecurrentWeights(Generic[Leaf]):
+    """Of a recurrent layer, beside LayerWeights' q, which projects all channels, and o.
+
+    Where what is projected is stored key head by key head, q holds z too, and b holds a.
+    """
+
+    z: Leaf | None  # [Hv * Dv, M], the gate of the outputs
+    b: Leaf  # [Hv, M], how much of a value is written
+    a: Leaf | None  # [Hv, M], how much of the state is kept
+    conv: Leaf  # [channels, 1, taps]
+    decay: Leaf  # [Hv], logarithm of the rate; float32 whatever the compute dtype, as the next
+    step: Leaf  # [Hv], added to a
+    norm: Leaf  # [Dv], of the outputs; its weights are as they are
+
+
+@struct.dataclass
 class LayerWeights(Generic[Leaf]):
     """Everything of one layer but its routed experts. Leaves are TensorSpecs or arrays of those shapes.
 
@@ -120,6 +136,7 @@ class LayerWeights(Generic[Leaf]):
     kv_a: Leaf | None = None  # [rank + rope, M]
     kv_a_norm: Leaf | None = None  # [rank]
     kv_b: Leaf | None = None  # [H * (nope + value), rank]
+    recurrent: RecurrentWeights[Leaf] | None = None
 
 
 @struct.dataclass

@@ -8,6 +8,7 @@ their traffic can be compared. Figures that it touched are stamped `synthetic_ro
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -46,12 +47,18 @@ NLLB_SHAPED = ModelConfig(
 def synthetic_model(
     config: ModelConfig = NLLB_SHAPED, *, skew: float = NLLB_SKEW, topic_share: float = 0.5, seed: int = 0, dtype: str = "float32"
 ) -> Model:
-    """Random weights; in every layer the Gini coefficient of the expert counts over a large batch is `skew`.
+    """Random weights with routing as `with_synthetic_routing` makes it."""
+    return with_synthetic_routing(random_model(config, seed=seed, dtype=dtype), skew=skew, topic_share=topic_share, seed=seed)
+
+
+def with_synthetic_routing(model: Model, *, skew: float = NLLB_SKEW, topic_share: float = 0.5, seed: int = 0) -> Model:
+    """The model with other routers, embeddings and output matrix: in every layer the Gini coefficient of the expert counts over a
+    large batch is `skew`.
 
     topic_share: how much of the choice, beyond an expert's own hotness, is due to the row's topic, which stays, and not
     to the token, which changes. Which experts are hot differs by layer. vocab_size must be a multiple of TOPIC.
     """
-    model, rng = random_model(config, seed=seed, dtype=dtype), np.random.default_rng([seed, 1])
+    config, dtype, rng = model.config, model.dtype, np.random.default_rng([seed, 1])
     embed, head = _vocabulary(config, topic_share, rng)
     weights = dataclasses.replace(model.weights, embed=jnp.asarray(embed, dtype), lm_head=jnp.asarray(head, dtype))
     h = layers.embed(weights, jnp.asarray(_walks(config, SAMPLE_ROWS, SAMPLE_TOKENS, rng), jnp.int32))
@@ -61,7 +68,7 @@ def synthetic_model(
         router = jnp.asarray(_router(config, np.asarray(x, np.float32), skew, rng), dtype)
         layer = dataclasses.replace(layer, router=router)
         routing = layers.route(kind.own_router, x, router, None, jnp.ones(len(x), bool))
-        h = layers.combine(h, ops.expert_ffn(x, jnp.stack([jnp.asarray(np.asarray(b)) for b in blocks]), routing.ids), routing)
+        h = layers.combine(h, ops.expert_ffn(x, _on_accelerator(blocks), routing.ids), routing)
         calibrated.append(layer)
     weights = dataclasses.replace(weights, layers=tuple(calibrated))
     return dataclasses.replace(model, weights=weights, synthetic=("synthetic_routing",))
@@ -70,6 +77,11 @@ def synthetic_model(
 def synthetic_prompts(config: ModelConfig, count: int, length: int, seed: int = 0) -> list[tuple[int, ...]]:
     """Prompts that begin somewhere in some topic and count on."""
     return [tuple(row) for row in _walks(config, count, length, np.random.default_rng([seed, 2])).tolist()]
+
+
+def _on_accelerator(blocks) -> jax.Array:
+    """All experts of a layer [E, *block]."""
+    return jnp.stack([jax.device_put(block, jax.memory.Space.Device) for block in blocks])
 
 
 def _walks(config: ModelConfig, rows: int, length: int, rng: np.random.Generator) -> np.ndarray:

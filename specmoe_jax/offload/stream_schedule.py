@@ -3,7 +3,8 @@
 The engine executes this list (engine/flows/stream_pass.py) and the simulator times it (simulate.py): one description.
 Per layer and micro-batch: `pre_attention` -> queries, keys, values to the host -> attention on the CPU -> back ->
 `post_attention` -> experts, while the experts of a later layer stream into a free one of two or more buffers, unless they are
-pinned on the accelerator. The first layers' of the next pass stream through the drafting (one layer with two buffers, as in the
+pinned on the accelerator. A recurrent layer keeps its states on the accelerator, and `recur` there stands in the place of the
+three tasks between. The first layers' of the next pass stream through the drafting (one layer with two buffers, as in the
 paper; with more the link is busy for longer).
 """
 
@@ -25,6 +26,7 @@ _RESOURCE_OF = {
     "attend_chunk": ACCELERATOR,
     "store": DOWN,
     "append": CPU,
+    "recur": ACCELERATOR,
 }
 KINDS = tuple(_RESOURCE_OF)
 
@@ -61,6 +63,7 @@ class _Shape(NamedTuple):
     """The shape of a pass, as arguments of `pass_tasks`. streamed: layers whose experts cross the link."""
 
     has_experts: tuple[bool, ...]
+    recurrent: tuple[int, ...]
     streamed: list[int]
     decoding: range
     prompts: range
@@ -76,17 +79,19 @@ def pass_tasks(
     buffers: int = 2,
     pinned: tuple[int, ...] = (),
     prompts: int = 0,
+    recurrent: tuple[int, ...] = (),
 ) -> tuple[Task, ...]:
     """The tasks of one pass of so many micro-batches, in an order in which they can be issued one after the other.
 
     has_experts: per layer. chunks: pieces in which a layer's experts cross the link. buffers: 2 to the streamed layers. pinned:
     layers whose experts stay on the accelerator, so nothing streams for them. prompts: so many of the last micro-batches are chunks
-    of prompts that attend on the accelerator (`attend_chunk`), while their keys and values go to the host (`store`, `append`). The
+    of prompts that attend on the accelerator (`attend_chunk`), while their keys and values go to the host (`store`, `append`).
+    recurrent: layers without a cache. The
     streams of the first buffers - 1 streamed layers are those of the next pass and come late in the list.
     """
     streamed = [layer for layer, has in enumerate(has_experts) if has and layer not in pinned]
     decoding = micro_batches - prompts
-    shape = _Shape(has_experts, streamed, range(decoding), range(decoding, micro_batches), chunks, buffers)
+    shape = _Shape(has_experts, recurrent, streamed, range(decoding), range(decoding, micro_batches), chunks, buffers)
     order = _order(shape)
     place = {key: i for i, key in enumerate(order)}
     return tuple(Task(*key, after=_after(key, place, shape)) for key in order)
@@ -98,19 +103,26 @@ def _order(shape: _Shape) -> list[tuple[str, int, int]]:
     A prompt's tasks of a layer are issued together, so that nothing of it is kept between; before those of the
     micro-batches that wait for the CPU's attention.
     """
-    head, streamed = ("pre_attention", "to_host", "attention"), shape.streamed
-    order = [(kind, 0, micro_batch) for micro_batch in shape.decoding for kind in ("embed", *head)]
+    streamed = shape.streamed
+
+    def head(layer: int) -> tuple[str, ...]:
+        return ("pre_attention", "recur") if layer in shape.recurrent else ("pre_attention", "to_host", "attention")
+
+    order = [(kind, 0, micro_batch) for micro_batch in shape.decoding for kind in ("embed", *head(0))]
     for layer, has in enumerate(shape.has_experts):
         experts = ("experts",) if has else ()
         if layer in streamed:
             following = streamed[(streamed.index(layer) + shape.buffers - 1) % len(streamed)]
             order += [("stream", following, chunk) for chunk in range(shape.chunks)]
+        recurs = layer in shape.recurrent
+        attended = ("recur",) if recurs else ("attend_chunk", "store", "append")
         for micro_batch in shape.prompts:
-            kinds = (*(() if layer else ("embed",)), "pre_attention", "attend_chunk", "store", "append", "post_attention", *experts)
+            kinds = (*(() if layer else ("embed",)), "pre_attention", *attended, "post_attention", *experts)
             order += [(kind, layer, micro_batch) for kind in kinds]
         for micro_batch in shape.decoding:
-            order += [(kind, layer, micro_batch) for kind in ("to_accelerator", "post_attention", *experts)]
-            order += [(kind, layer + 1, micro_batch) for kind in head] if layer + 1 < len(shape.has_experts) else []
+            back = () if recurs else ("to_accelerator",)
+            order += [(kind, layer, micro_batch) for kind in (*back, "post_attention", *experts)]
+            order += [(kind, layer + 1, micro_batch) for kind in head(layer + 1)] if layer + 1 < len(shape.has_experts) else []
     return order
 
 
@@ -119,6 +131,7 @@ def _after(key, place: dict, shape: _Shape) -> tuple[int, ...]:
     last = {True: "experts", False: "post_attention"}
     pieces = range(shape.chunks) if layer in shape.streamed else ()
     attended = "attend_chunk" if micro_batch in shape.prompts else "to_accelerator"
+    attended = "recur" if layer in shape.recurrent else attended
     before = {
         "embed": lambda: (),
         "pre_attention": lambda: (
@@ -131,6 +144,7 @@ def _after(key, place: dict, shape: _Shape) -> tuple[int, ...]:
         "attend_chunk": lambda: (("pre_attention", layer, micro_batch),),
         "store": lambda: (("pre_attention", layer, micro_batch),),
         "append": lambda: (("store", layer, micro_batch),),
+        "recur": lambda: (("pre_attention", layer, micro_batch),),
         "experts": lambda: (("post_attention", layer, micro_batch), *(("stream", layer, chunk) for chunk in pieces)),
         "stream": lambda: _users_of_the_buffer(shape, layer),
     }

@@ -93,7 +93,8 @@ def layer_sizes(config: ModelConfig) -> tuple[LayerSizes, ...]:
 
 
 def _sizes(weights: LayerWeights) -> LayerSizes:
-    before = (weights.q, weights.k, weights.v, weights.q_a, weights.kv_a)
+    recurrent = (weights.recurrent.z, weights.recurrent.b, weights.recurrent.a) if weights.recurrent else ()
+    before = (weights.q, weights.k, weights.v, weights.q_a, weights.kv_a, *recurrent)
     cross = (weights.cross.q, weights.cross.o) if weights.cross else ()
     mlp = (weights.mlp.gate, weights.mlp.up, weights.mlp.down) if weights.mlp else ()
     after = (weights.o, weights.router, weights.shared_gate, *cross, *mlp)
@@ -118,6 +119,17 @@ def attention(config: AttentionConfig, load: Load, itemsize: int, *, resource: s
     return Cost(resource, operator, flops, load.rows * context * cache_row(config) * itemsize, programs)
 
 
+def recurrence(config: AttentionConfig, load: Load, *, programs: int = 1) -> Cost:
+    """A recurrent layer's rule: states in float32 read and written once, and four products with them for each new position.
+
+    Deviation: the products of replayed positions are left out; they share the read.
+    """
+    assert config.recurrent is not None
+    numbers = config.recurrent.state
+    moved = 4 * (2 * load.rows * numbers + 2 * load.tokens * config.recurrent.row)
+    return Cost(ACCELERATOR, "attention", 8 * load.tokens * numbers, moved, programs)
+
+
 def cross_attention(config: AttentionConfig, load: Load, itemsize: int) -> Cost:
     """Over what an encoder has read, on the accelerator. Its projections are counted with those after the attention."""
     flops = 4 * load.tokens * load.source * config.num_heads * config.head_dim
@@ -131,7 +143,7 @@ def expert_bytes(config: ModelConfig, plan: Plan) -> int:
 
 def cache_row(config: AttentionConfig) -> int:
     """Numbers of keys and values of one position."""
-    return 2 * config.num_kv_heads * config.cache_dim
+    return 2 * config.cache_row
 
 
 def experts(
@@ -151,7 +163,7 @@ def fetch(expert_bytes: float, count: float, *, operator: str = "stream", resour
 
 def queries_down(config: AttentionConfig, load: Load, itemsize: int) -> Cost:
     """Queries, keys and values of the new positions to the host."""
-    numbers = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    numbers = config.num_heads * config.query_dim + 2 * config.num_kv_heads * config.head_dim
     return Cost(DOWN, "copy", bytes=load.tokens * numbers * itemsize)
 
 
@@ -193,4 +205,5 @@ def task_cost(
         "attend_chunk": lambda: attention(layer.attention, load, itemsize, resource=ACCELERATOR),
         "store": lambda: keys_down(layer.attention, load, itemsize),
         "append": lambda: append(layer.attention, load, itemsize),
+        "recur": lambda: recurrence(layer.attention, load),
     }[task.kind]()

@@ -49,6 +49,7 @@ def explain(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workl
             "spare-expert cache": own.spare_expert_bytes / GIB,
             "experts on their way": own.moving_experts * own.slot_bytes / GIB,
             "KV cache": own.accelerator_kv_bytes / GIB,
+            "recurrent states": own.state_bytes / GIB,
             "activations": own.activation_bytes / GIB,
             "staging of prompts": own.staging_bytes / GIB,
             "draft": own.draft_model_bytes / GIB,

@@ -23,6 +23,9 @@ def resident_pass(
 def attention_block(config: ModelConfig, index: int, load: Load, itemsize: int, *, tier: KvTierDescription) -> list[Cost]:
     """A layer up to its router: one program with a cache on the accelerator, else three and two copies."""
     layer, sizes = config.layers[index], costs.layer_sizes(config)[index]
+    if layer.attention.recurrent is not None:
+        before, after = (costs.projections(size, load, itemsize, programs=1 - i) for i, size in enumerate(sizes))
+        return [before, costs.recurrence(layer.attention, load, programs=0), after]
     on_cpu = tier.on_host
     attend = costs.attention(layer.attention, load, itemsize, resource=CPU if on_cpu else ACCELERATOR, programs=int(on_cpu))
     around = [costs.queries_down(layer.attention, load, itemsize)], [costs.attended_up(layer.attention, load, itemsize)]

@@ -46,7 +46,7 @@ def roofs(hardware: Hardware, dtype: str) -> dict[str, Roof]:
 
 def points(config: ModelConfig, plan: Plan, hardware: Hardware, load: Load, *, skew: float) -> tuple[Point, ...]:
     """The operators of a layer with experts under a plan, and the attention as it would be with the cache moved over the link."""
-    itemsize, index = DTYPE_BYTES[plan.dtype], config.moe_layers[0]
+    itemsize, index = DTYPE_BYTES[plan.dtype], next(i for i in config.moe_layers if i not in config.recurrent_layers)
     layer, sizes = config.layers[index], costs.layer_sizes(config)[index]
     p = routing.choice_probabilities(config.num_experts, config.experts_per_token, skew)
     one = costs.expert_bytes(config, plan)

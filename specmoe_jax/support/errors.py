@@ -25,6 +25,10 @@ class RequestError(UserError):
     """A prompt or its sampling parameters that cannot be served."""
 
 
+class QueueFull(UserError):
+    """More requests wait than may."""
+
+
 class PinnedMemoryError(UserError):
     """Pinned host memory that the system refused. pinned_bytes: what the experts had got before."""
 

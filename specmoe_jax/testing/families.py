@@ -11,6 +11,22 @@ _YARN = {
     "original_max_position_embeddings": 24,
 }  # fmt: skip
 
+_HYBRID = {
+    "hidden_size": 40, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 36, "num_hidden_layers": 4,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12, "num_experts": 7, "num_experts_per_tok": 3,
+    "rms_norm_eps": 1e-6, "attention_bias": False, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6, "linear_value_head_dim": 10, "linear_conv_kernel_dim": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
+
+_LATENT = {
+    "hidden_size": 40, "intermediate_size": 56, "moe_intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 5,
+    "num_key_value_heads": 5, "n_routed_experts": 9, "n_shared_experts": 1, "num_experts_per_tok": 3, "first_k_dense_replace": 1,
+    "kv_lora_rank": 20, "q_lora_rank": 14, "qk_nope_head_dim": 12, "qk_rope_head_dim": 6, "v_head_dim": 10,
+    "norm_topk_prob": True, "routed_scaling_factor": 2.5, "attention_bias": False, "index_n_heads": 2, "index_head_dim": 8,
+    "index_topk": 64,
+}  # fmt: skip
+
 RAW_CONFIGS = {
     "mixtral": _COMMON
     | {
@@ -99,6 +115,42 @@ RAW_CONFIGS = {
         "num_experts_per_tok": 3, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4,
         "logits_scaling": 0.7, "attention_bias": False, "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1.5e6},
+    },
+    # Two recurrent layers to one that attends; two value heads to a key head; the second layer dense by name.
+    "qwen3_next": _COMMON | _HYBRID | {
+        "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "intermediate_size": 56, "mlp_only_layers": [1],
+        "norm_topk_prob": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5},
+    },
+    "qwen3_5_moe": _COMMON | _HYBRID | {
+        "architectures": ["Qwen3_5MoeForCausalLM"], "model_type": "qwen3_5_moe_text", "linear_num_value_heads": 6,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 1],
+            "mrope_interleaved": True,
+        },
+    },
+    # An indexer that keeps more positions than the tests have.
+    "deepseek_v32": _COMMON | _LATENT | {
+        "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", "n_group": 3, "topk_group": 2,
+        "rms_norm_eps": 1e-6, "rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+    "glm_moe_dsa": _COMMON | _LATENT | {
+        "architectures": ["GlmMoeDsaForCausalLM"], "model_type": "glm_moe_dsa", "n_group": 1, "topk_group": 1, "v_head_dim": 14,
+        "rms_norm_eps": 1e-5, "mlp_layer_types": ["dense", "sparse", "sparse"], "indexer_types": ["full", "full", "shared"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+    # Values narrower than keys; twice the KV heads, another theta and sinks where there is a window; the first layer dense.
+    "mimo_v2_flash": _COMMON
+    | {
+        "architectures": ["MiMoV2FlashForCausalLM"], "model_type": "mimo_v2_flash", "hidden_size": 40, "intermediate_size": 56,
+        "moe_intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 12,
+        "v_head_dim": 10, "n_routed_experts": 7, "num_experts_per_tok": 3, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0, "sliding_window": 6, "attention_bias": False, "rms_norm_eps": 1e-5,
+        "attention_value_scale": 0.707, "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
     },
     "gpt_oss": _COMMON
     | {

@@ -8,6 +8,7 @@ import pytest
 
 import specmoe_jax as sm
 from specmoe_jax.benchmarks import plots, specmoe
+from specmoe_jax.benchmarks.categories import BUNDLED, read_categories
 from specmoe_jax.benchmarks.rounds import Case, Job, compare
 from specmoe_jax.models.synthetic import NLLB_SHAPED, TOPIC, synthetic_model, synthetic_prompts
 from specmoe_jax.support.statistics import gini
@@ -29,6 +30,7 @@ def setting(model):
         batches=(1, 4),
         job=lambda batch: Job(prompts=PROMPTS[:batch], rounds=2, tokens=2),
         quick=True,
+        categories={"novels": PROMPTS[:2], "code": PROMPTS[2:]},
     )
 
 
@@ -51,6 +53,41 @@ def test_batches_and_growth(setting, tmp_path):
     pytest.importorskip("matplotlib")
     plots.save({"suite": "specmoe", "model": "tiny", "tables": {"batches": rows}}, tmp_path)
     assert (tmp_path / "specmoe_tiny_batches.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_kinds_of_text_are_measured_apart(setting):
+    rows = specmoe.TABLES["categories"](setting)
+    assert {row["category"] for row in rows.values()} == {"novels", "code"} and {row["batch"] for row in rows.values()} == {2}
+    drafted = rows["novels: self"]
+    assert drafted["accepted_1"] == drafted["acceptance_by_position"][0] and "accepted_3" not in drafted
+    assert rows["code: on_demand"]["base"] is None and rows["code: merged"]["base"] == "on_demand"
+
+
+def test_prompts_by_category(tmp_path):
+    bundled = read_categories(BUNDLED)
+    assert len(bundled) == 6 and {len(prompts) for prompts in bundled.values()} == {8}
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(
+        '{"category": "a", "turns": ["x", "y"]}\n\n{"category": "b", "prompt": "z"}\n{"category": "a", "prompt": "w"}\n'
+    )
+    assert read_categories(file) == {"a": ("x", "w"), "b": ("z",)}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "line 1 is not JSON"),
+        ('{"prompt": "x"}', "line 1 has no category"),
+        ('{"category": "a"}', "neither"),
+        ("\n", "no prompt"),
+    ],
+)
+def test_a_bad_line_of_categories_is_named(tmp_path, text, named):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(text)
+    with pytest.raises(sm.RequestError, match=named):
+        read_categories(file)
 
 
 def test_nobody_finishes_while_measuring(model):

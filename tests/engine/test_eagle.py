@@ -99,7 +99,7 @@ def target_features(model, head, ids):
         blocks = [jax.device_put(block, jax.memory.Space.Device) for block in model.experts[layer]]
         h = _reference_layer(TINY.layers[layer], model.weights.layers[layer], blocks, h, None)
     if not head.config.fused:
-        return np.asarray(layers.final_norm(TINY.norm_eps, model.weights, h)[0], np.float64)
+        return np.asarray(layers.final_norm(TINY.head, model.weights, h)[0], np.float64)
     taken = np.concatenate([np.asarray(inputs[i][0], np.float64) for i in head.config.feature_layers], -1)
     return taken @ np.asarray(head.weights.fc, np.float64).T
 

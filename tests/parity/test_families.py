@@ -49,6 +49,9 @@ VARIANTS = (
     ("glm4_moe", {"attention_bias": False, "rope_parameters": YARN | {"partial_rotary_factor": 0.34}, "norm_topk_prob": False}),
     ("minimax_m2", {"rotary_dim": 12, "tie_word_embeddings": True}),
     ("granite_moe", {"tie_word_embeddings": True, "logits_scaling": 6.0, "residual_multiplier": 0.22}),
+    ("qwen3_next", {"layer_types": None, "norm_topk_prob": False, "tie_word_embeddings": True, "linear_conv_kernel_dim": 2}),
+    ("qwen3_5_moe", {"layer_types": None, "full_attention_interval": 2, "linear_num_value_heads": 2}),
+    ("mimo_v2_flash", {"attention_value_scale": None, "v_head_dim": 12, "mlp_layer_types": ["sparse"] * 3}),
     ("gpt_oss", {"sliding_window": 50, "tie_word_embeddings": True}),
     ("gpt_oss", {"layer_types": ["full_attention"] * 3, "swiglu_limit": 7.0}),
     ("llama4", {"no_rope_layers": [1, 1, 1, 1], "use_qk_norm": False, "tie_word_embeddings": True}),
@@ -56,7 +59,7 @@ VARIANTS = (
 )
 FUSED = (
     "mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm4_moe", "minimax_m2",
-    "granite_moe",
+    "granite_moe", "qwen3_next", "qwen3_5_moe", "deepseek_v32", "glm_moe_dsa", "mimo_v2_flash",
 )  # fmt: skip
 
 
@@ -71,7 +74,8 @@ def write(path, family: str, changes: dict, *, original: bool = True):
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name or "bias" in name or "sinks" in name:  # which start as ones, zeros or not at all
-                weight.copy_(float("norm" in name) + 0.3 * torch.randn_like(weight))
+                ones = "norm" in name and bool((weight == 1).all())  # others are stored less 1
+                weight.copy_(float(ones) + 0.3 * torch.randn_like(weight))
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.3 * torch.randn_like(buffer))

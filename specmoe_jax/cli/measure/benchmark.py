@@ -5,8 +5,9 @@ Example:
 Columns: tok/s of the decoding, job tok/s of whole jobs; kB/tok: expert bytes over the link per token; floor: share of the roofline
 bound (floor s); wasted: of the prefetched bytes; growth: bytes for one token of every row, over the smallest batch's;
 x caching: speed over that preset's; link s, compute s: of a step alone, x floor and x sum: a step over their maximum and their sum;
-CPU rows, moves: of a split draft cache; MiB acc.: peak of the accelerator. Speed and bytes are ratios to the named base: median
-(least-most) of the rounds. Empty columns are left out.
+acc. 1, ...: share of rows whose first, second, ... drafted token was accepted; CPU rows, moves: of a split draft cache; MiB acc.:
+peak of the accelerator. Speed and bytes are ratios to the named base: median (least-most) of the rounds. Empty columns are left
+out.
 """
 
 import json
@@ -20,25 +21,35 @@ import numpy as np
 from absl import flags
 
 from specmoe_jax.benchmarks import plots, specmoe, specmoeoff
+from specmoe_jax.benchmarks.categories import BUNDLED as CATEGORIES
+from specmoe_jax.benchmarks.categories import read_categories
 from specmoe_jax.benchmarks.rounds import Job
 from specmoe_jax.checkpoints import load_head, load_model
+from specmoe_jax.checkpoints.files import open_checkpoint
 from specmoe_jax.checkpoints.loader import BUNDLED
+from specmoe_jax.checkpoints.mtp import holds_mtp, load_mtp
 from specmoe_jax.cli import common
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.jobs.prompts import read_prompts
+from specmoe_jax.models.model import Model
 from specmoe_jax.models.synthetic import synthetic_model, synthetic_prompts
 from specmoe_jax.support.errors import RequestError, UserError
 from specmoe_jax.support.progress import PROGRESS
 
 _SUITES = {"specmoe": specmoe, "specmoeoff": specmoeoff}
 _SUITE = flags.DEFINE_enum("suite", "specmoe", list(_SUITES), "Which tables.")
-_TABLES = flags.DEFINE_list("tables", None, "Some of the suite's tables; default all.")
+_TABLES = flags.DEFINE_list("tables", None, "Some of the suite's tables; default all but categories.")
 _MODEL = flags.DEFINE_string(
     "model", "demo", '"demo", "nllb_shaped", "mixtral_shaped" (random; synthetic acceptance) or a checkpoint.'
 )
 _DRAFT_HEAD = flags.DEFINE_string("draft_head", None, "An EAGLE head (specmoeoff); default: the bundled model's.")
 _PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 256, "Tokens of a prompt where they are not swept (specmoeoff).")
-_PROMPTS = flags.DEFINE_string("prompts", None, "A .txt or .jsonl file; default: the held-out text of the bundled model.")
+_PROMPTS = flags.DEFINE_string(
+    "prompts",
+    None,
+    "A .txt or .jsonl file; default: the held-out text of the bundled model. For --tables=categories JSON lines with category and "
+    "prompt (or turns); default: 48 bundled ones.",
+)
 _BATCHES = flags.DEFINE_list("batches", None, "Batch sizes; default 1,4,16,64 (demo) or 1,4,16,64,256 (nllb_shaped).")
 _LINK_GBPS = flags.DEFINE_float("link_gbps", 0.02, "Rate of the emulated link, in GB/s; small against the compute.")
 _DRAFT_EXPERTS = flags.DEFINE_integer("draft_experts", 4, "N where it is not swept.")
@@ -86,10 +97,15 @@ def main() -> None:
 
 def choose_tables() -> list[str]:
     known = _SUITES[_SUITE.value].TABLES
-    names = _TABLES.value or list(known)
+    on_request = specmoe.ON_REQUEST if _SUITES[_SUITE.value] is specmoe else ()
+    names = _TABLES.value or [name for name in known if name not in on_request]
     for name in names:
         if name not in known:
             common.usage_error(f"tables has {name!r}; suite {_SUITE.value} has {', '.join(known)}")
+    if "categories" in names and _BATCHES.value:
+        common.usage_error("--batches has no effect on --tables=categories, whose batch is a category's prompts; leave it out")
+    if "categories" in names and len(names) > 1 and _PROMPTS.value:
+        common.usage_error("--prompts of --tables=categories is another file than the other tables'; run them one after the other")
     return names
 
 
@@ -97,8 +113,12 @@ def make_setting() -> specmoe.Setting:
     synthetic = _MODEL.value == "nllb_shaped"
     model = synthetic_model(skew=_SKEW.value, topic_share=_TOPIC_SHARE.value) if synthetic else load_model(_MODEL.value)
     default_batches = ["1", "4", "16", "64", "256"] if synthetic else ["1", "4", "16", "64"]
+    by_kind = "categories" in choose_tables()
     sizes = tuple(int(size) for size in _BATCHES.value or default_batches)
-    prompts = synthetic_prompts(model.config, max(sizes), 17) if synthetic else real_prompts(max(sizes))
+    if by_kind and synthetic:
+        common.usage_error("--tables=categories needs a model that reads text, and nllb_shaped is random; give a checkpoint")
+    alone = by_kind and choose_tables() == ["categories"]  # whose prompts are texts of another form
+    prompts = synthetic_prompts(model.config, max(sizes), 17) if synthetic else () if alone else real_prompts(max(sizes))
     acceptance = _ACCEPTANCE.value
     if acceptance is None and synthetic:
         acceptance = 0.913
@@ -118,7 +138,19 @@ def make_setting() -> specmoe.Setting:
             progress=_PROGRESS.value,
         ),
         quick=_QUICK.value,
+        categories=read_categories(_PROMPTS.value or CATEGORIES) if by_kind else {},
+        heads=own_heads(model) if by_kind else {},
     )
+
+
+def own_heads(model: Model) -> dict:
+    """Of the drafts that come with the model: its MTP layer, and the EAGLE head that --draft_head names or that is bundled."""
+    heads = {}
+    if model.path is not None and holds_mtp(model.config, open_checkpoint(model.path)):
+        heads["mtp"] = load_mtp(model)
+    if _DRAFT_HEAD.value or _MODEL.value == "demo":
+        heads["eagle"] = load_head(_DRAFT_HEAD.value or _MODEL.value, model)
+    return heads
 
 
 def make_streaming_setting() -> specmoeoff.Setting:
@@ -184,6 +216,7 @@ COLUMNS = (
     ("job tok/s", "job_tokens_per_s", 1),
     ("step s", "step_latency_s", 3),
     ("tok/step", "tokens_per_step", 2),
+    *((f"acc. {n}", f"accepted_{n}", 2) for n in (1, 2, 3, 4)),
     ("kB/tok", "link_bytes_per_token", 1),
     ("floor", "fraction_of_floor", 2),
     ("floor s", "floor_s", 2),

@@ -15,7 +15,7 @@ from specmoe_jax.engine.scoring.logprobs import LogProbs
 from specmoe_jax.engine.state import HostKV, State
 from specmoe_jax.speculate.sampling import Stream
 from specmoe_jax.speculate.trees import accept_tree, accept_tree_coupled, accept_tree_greedy
-from specmoe_jax.types import AcceptedPath, AcceptResult, Proposal
+from specmoe_jax.types import AcceptedPath, AcceptResult, KVCache, Proposal, RecurrentState
 
 _accept_tree, _accept_tree_coupled, _accept_tree_greedy = (
     functools.partial(jax.jit, static_argnames="depth")(f) for f in (accept_tree, accept_tree_coupled, accept_tree_greedy)
@@ -59,13 +59,7 @@ def compact_accepted_path(
     """
     # Of a row that joins in this pass the choice means nothing, but its prompt is already in the cache.
     accepted = accepted._replace(num_accepted=jnp.where(state.active, accepted.num_accepted, 0))
-    where = runtime.cache_tier.beside_cache(runtime, (jnp.asarray(state.lengths), accepted.path, accepted.num_accepted))
-    if isinstance(verified.kv, HostKV):
-        table = jax.device_put(verified.kv.pages.table, runtime.context.host)
-        kv = verified.kv._replace(caches=tuple(stages.keep_path_paged(cache, table, *where) for cache in verified.kv.caches))
-    else:
-        k, v = (tuple(stages.keep_path(cache, *where) for cache in caches) for caches in (verified.kv.k, verified.kv.v))
-        kv = verified.kv._replace(k=k, v=v)
+    kv = _compacted(runtime, verified.kv, (jnp.asarray(state.lengths), accepted.path, accepted.num_accepted))
     order = jnp.pad(accepted.path, ((0, 0), (1, 0)))  # the root first
     features = None if verified.features is None else jnp.take_along_axis(verified.features, order[..., None], axis=1)
     (path, num_accepted, next_token), finite, order = jax.device_get((accepted, finite, order))
@@ -80,3 +74,20 @@ def compact_accepted_path(
         sound,
         proposal._replace(tokens=tokens),
     )
+
+
+def _compacted(runtime: Runtime, kv: KVCache | HostKV, here: tuple[jax.Array, ...]) -> KVCache | HostKV:
+    """The cache rows of the accepted path together. here: lengths, path and number accepted, on the accelerator as all states."""
+    there = runtime.cache_tier.beside_cache(runtime, here)
+    if isinstance(kv, HostKV):
+        table = jax.device_put(kv.pages.table, runtime.context.host)
+        return kv._replace(
+            caches=tuple(
+                stages.keep_path(cache, *here)
+                if isinstance(cache, RecurrentState)
+                else stages.keep_path_paged(cache, table, *there)
+                for cache in kv.caches
+            )
+        )
+    k = tuple(stages.keep_path(cache, *(here if isinstance(cache, RecurrentState) else there)) for cache in kv.k)
+    return kv._replace(k=k, v=tuple(cache if cache == () else stages.keep_path(cache, *there) for cache in kv.v))

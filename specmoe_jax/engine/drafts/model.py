@@ -38,6 +38,7 @@ class ModelExecutor(DraftExecutor):
         counted = account(config, own, batch_rows=1, positions=1)
         runtime = build(draft_model, own, counted, None, progress=False)
         flow = EXPERT_FLOWS.executor(own.flow.name)
+        on, replayed = runtime.context.device, plan.tokens_per_pass - 1
         memory, nothing = flow.first_memory(runtime), np.zeros((config.num_moe_layers, config.num_experts), np.int64)
 
         def forward(kv: KVCache, tokens, lengths, num_new):
@@ -46,7 +47,7 @@ class ModelExecutor(DraftExecutor):
 
         return ModelDraft(
             forward=forward,
-            new_cache=lambda rows, positions: new_cache(config, rows, positions, draft_model.dtype, runtime.context.device),
+            new_cache=lambda rows, positions: new_cache(config, rows, positions, draft_model.dtype, on, replayed=replayed),
             chunk=plan.prefill_chunk,
         )
 

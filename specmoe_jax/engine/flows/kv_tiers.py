@@ -108,6 +108,8 @@ class HostKv:
 
     def attention(self, runtime: Runtime, layer: int, h, kv: KVCache, lengths, num_new, tree: Tree | None = None):
         config, weights, cross = runtime.config.layers[layer], runtime.weights.layers[layer], kv.cross and kv.cross[layer]
+        if config.attention.recurrent is not None:  # its state is small and stays on the accelerator
+            return ON_ACCELERATOR.attention(runtime, layer, h, kv, lengths, num_new, tree)
         h = before = finished(h)
         inputs = runtime.context.on_host(
             runtime.context.to_host((*stages.pre_attention(config, weights, h, lengths, tree), weights.sinks))

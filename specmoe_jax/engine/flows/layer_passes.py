@@ -26,7 +26,7 @@ def features(runtime: Runtime, h: jax.Array, inputs: dict[int, jax.Array]) -> ja
     if not runtime.gives_features:
         return None
     if not runtime.feature_layers:
-        return stages.final_norm(runtime.config.norm_eps, runtime.weights, h)
+        return stages.final_norm(runtime.config.head, runtime.weights, h)
     return jnp.concatenate([inputs[layer] for layer in runtime.feature_layers], axis=-1)
 
 

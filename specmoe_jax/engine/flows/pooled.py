@@ -17,15 +17,17 @@ from specmoe_jax.engine.prefill import prefill
 from specmoe_jax.engine.requests.completion import TokenEvent, step_events
 from specmoe_jax.engine.requests.logprobs import PromptLogprobs
 from specmoe_jax.engine.requests.prepare import BatchShape
-from specmoe_jax.engine.requests.status import DECODING, EMPTY
-from specmoe_jax.engine.resources import new_draft_memory
+from specmoe_jax.engine.resources import empty_state, new_draft_memory
 from specmoe_jax.engine.runtime import Runtime
+from specmoe_jax.engine.scheduler import joined, seated
 from specmoe_jax.engine.scoring.layout import CHAIN, ReadRow, read_passes, tree_nodes
+from specmoe_jax.engine.service.joins import JOIN_ROWS, Join, plan_joins, prefill_chunk, prefill_width
 from specmoe_jax.engine.session import Session
 from specmoe_jax.engine.state import ExpertMemory, Request, State, StepInfo
 from specmoe_jax.engine.step import moved
 from specmoe_jax.offload import retained_experts
 from specmoe_jax.offload.residency import empty, plan_layer
+from specmoe_jax.speculate.drafts.protocol import FeatureDraft
 from specmoe_jax.speculate.sampling import sampling_rows
 from specmoe_jax.support.progress import bar, ticking
 from specmoe_jax.support.timing import Stopwatch
@@ -141,6 +143,63 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
         session.figures.add_score_bytes(before, moved(runtime))
         session.resources.keep(runtime, memory)
 
+    def open(self, session: Session, batch_shape: BatchShape) -> State[KVCache]:
+        """The memory is accounted with the rows whose prompts are read beside the batch."""
+        runtime, _ = job = session.resources.take(_beside(batch_shape))
+        before, memory = moved(runtime), session.resources.expert_memory(job)
+        kv = session.resources.new_cache(batch_shape)
+        session.figures.add_prefill_bytes(before, moved(runtime))
+        return empty_state(session.resources, runtime, batch_shape, kv, memory)
+
+    def admit(
+        self, session: Session, state: State[KVCache], waiting: Sequence[Request], batch_shape: BatchShape
+    ) -> tuple[State[KVCache], tuple[Request, ...]]:
+        """Reads their prompts in a small cache of their own, a group at a time; one group while others decode.
+
+        What the cache of any row holds of a prompt is copied, not read again (not with a draft of features, whose cache is apart).
+        """
+        waiting, reuse = tuple(waiting), not isinstance(state.runtime.draft, FeatureDraft)
+        decoding = bool(state.active.any())
+        while waiting and (joins := plan_joins(state, waiting, reuse=reuse)):
+            watch, before = Stopwatch(), moved(state.runtime)
+            state = self._joined(session, state, joins)
+            session.figures.add_prefill(watch.seconds)
+            state = self._warm(session, state, batch_shape)
+            session.figures.add_prefill_bytes(before, moved(state.runtime))
+            waiting = waiting[len(joins) :]
+            if decoding:
+                break
+        return state, waiting
+
+    def _joined(self, session: Session, state: State[KVCache], joins: Sequence[Join]) -> State[KVCache]:
+        """The state in which requests that took rows decode."""
+        runtime, width, rows = state.runtime, prefill_width(len(joins)), len(state.requests)
+        own, starts = np.full(width, -1, np.int32), np.zeros(width, np.int32)
+        own[: len(joins)], starts[: len(joins)] = [join.row for join in joins], [join.shared for join in joins]
+        prompts = [join.request.token_ids for join in joins] + [()] * (width - len(joins))
+        longest = max(len(prompt) - 1 - int(start) for prompt, start in zip(prompts, starts, strict=True))
+        state = seated(state, {join.row: join.request for join in joins})
+        sources = np.zeros(width, np.int32)
+        sources[: len(joins)] = [join.source for join in joins]
+        some = _each_layer(lambda cache: stages.take_rows(cache, sources), state.kv)
+        told = PromptLogprobs(runtime, state.requests, state.options, state.prompt_logprobs)
+        how = {"rows": own, "starts": starts, "on_states": told.add if told.wanted else None}
+        chunk = prefill_chunk(longest, session.plan.prefill_chunk)
+        with span("prefill"):
+            memory, some, draft_memory = prefill(self, runtime, state.memory, some, prompts, chunk, state.draft_memory, **how)
+            at = np.where(own < 0, rows, own)
+            kv = _each_layer(lambda cache, new: stages.put_rows(cache, new, at), state.kv, some)
+            jax.block_until_ready((kv, draft_memory))
+        return joined(state._replace(kv=kv, memory=memory, draft_memory=draft_memory, prompt_logprobs=told.rows))
+
+    def _warm(self, session: Session, state: State[KVCache], batch_shape: BatchShape) -> State[KVCache]:
+        """Compiled for greedy and for sampled requests; after the first prompts, without which some drafts cannot run."""
+        rows, options = state.rows, state.options
+        for temperature in (0.0, 1.0):
+            kind = sampling_rows([SamplingParams(temperature=temperature)] * len(state.requests))
+            state = session.warm(state._replace(rows=kind, options=batch_shape.options), _beside(batch_shape))
+        return state._replace(rows=rows, options=options)
+
     def _run_batch(self, session: Session, requests: list[Request], batch_shape: BatchShape, on_step) -> Iterator[TokenEvent]:
         watch = Stopwatch()
         state = self.init(session, requests, batch_shape)
@@ -180,22 +239,19 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
             memory, kv, draft_memory = prefill(self, runtime, memory, kv, prompts, batch_shape.chunk, draft_memory, **how)
             jax.block_until_ready((kv, draft_memory))
         session.figures.add_prefill(watch.seconds)
-        state = State(
-            requests=rows,
-            kv=kv,
-            memory=memory,
-            lengths=np.array([max(len(prompt) - 1, 0) for prompt in prompts], np.int32),
-            last_token=np.array([prompt[-1] if prompt else 0 for prompt in prompts], np.int32),
-            generated=((),) * len(rows),
-            statuses=tuple(DECODING if request else EMPTY for request in rows),
-            rows=sampling_rows([request.params if request else SamplingParams() for request in rows]),
-            adaptive_length=session.resources.new_adaptive_length(batch_shape),
-            draft_memory=draft_memory,
-            runtime=runtime,
-            options=batch_shape.options,
-            logprobs=((),) * len(rows),
-            prompt_logprobs=told.rows,
-        )
+        state = empty_state(session.resources, runtime, batch_shape, kv, memory)
+        state = joined(seated(state, dict(enumerate(requests))))._replace(draft_memory=draft_memory, prompt_logprobs=told.rows)
         state = session.warm(state, batch_shape)
         session.figures.add_prefill_bytes(before, moved(runtime))  # to warm up may change a draft set
         return state
+
+
+def _each_layer(change: Callable[..., jax.Array], *caches: KVCache) -> KVCache:
+    """With every layer's keys and values changed."""
+    keys, values = (tuple(map(change, *arrays)) for arrays in ((c.k for c in caches), (c.v for c in caches)))
+    return caches[0]._replace(k=keys, v=values)
+
+
+def _beside(batch_shape: BatchShape) -> BatchShape:
+    """With the rows whose prompts are read beside a batch."""
+    return batch_shape._replace(rows=batch_shape.rows + JOIN_ROWS)

@@ -123,6 +123,19 @@ class ExpertFlowExecutor(Protocol[R, S]):
         """The state of one batch whose prompts have run, with compiled steps."""
         ...
 
+    def open(self, session: S, batch_shape: BatchShape) -> State:
+        """The state of a batch without a request, whose rows `admit` fills."""
+        ...
+
+    def admit(
+        self, session: S, state: State, waiting: Sequence[Request], batch_shape: BatchShape
+    ) -> tuple[State, tuple[Request, ...]]:
+        """Gives free rows to waiting requests, the first ones first. -> the state before a step, requests that still wait.
+
+        batch_shape: that the state was opened with.
+        """
+        ...
+
     def run(
         self, session: S, requests: list[Request], batch_shape: BatchShape, on_step: Callable[[StepInfo], None] | None
     ) -> Generator[TokenEvent, None, None]:

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specmoe_jax.config.layer_config import AttentionConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.flows.protocol import ExpertFlowExecutor, ReadStates, TargetPass
 from specmoe_jax.engine.flows.stream_pass import StreamedPass, stream_pass
 from specmoe_jax.engine.requests.completion import TokenEvent, step_events
 from specmoe_jax.engine.requests.prepare import BatchShape
-from specmoe_jax.engine.requests.status import EMPTY
-from specmoe_jax.engine.resources import new_draft_memory
-from specmoe_jax.engine.runtime import Runtime, empty_pages
+from specmoe_jax.engine.resources import empty_state
+from specmoe_jax.engine.runtime import Runtime, empty_pages, new_states
 from specmoe_jax.engine.scheduler import MicroBatch, admit, empty_chunk, prompt_chunks, rows_of
 from specmoe_jax.engine.scoring.layout import ReadPass, ReadRow, read_passes, tree_nodes
 from specmoe_jax.engine.scoring.prefixes import batches
@@ -25,10 +25,11 @@ from specmoe_jax.engine.step import Moved, moved
 from specmoe_jax.kv_cache.page_table import Pages, no_pages
 from specmoe_jax.kv_cache.positions import KV_PAGE, prefill_rows, staged_positions
 from specmoe_jax.offload.residency import empty
+from specmoe_jax.ops import PackedCache
 from specmoe_jax.speculate.sampling import sampling_rows
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.support.timing import Stopwatch
-from specmoe_jax.types import Tree
+from specmoe_jax.types import RecurrentState, Tree
 
 
 class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
@@ -70,6 +71,7 @@ class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
             MicroBatch(
                 tokens[rows],
                 rows_of(kv, rows),
+                rows,
                 state.lengths[rows],
                 num_new[rows],
                 tree=tree and Tree(*(part[rows] for part in tree)),
@@ -100,17 +102,30 @@ class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
 
     def init(self, session: Session, requests: list[Request], batch_shape: BatchShape) -> State[HostKV]:
         """The prompts run through one step."""
-        state, _ = self._init_queue(session, requests, batch_shape)
+        state, _ = self._init_queue(session, [request.params for request in requests], batch_shape)
         state, waiting = admit(state, requests, session.plan.lookahead)
         if waiting:
             raise PlanError(f"{len(waiting)} of {len(requests)} prompts find no room in the KV cache; give more host memory")
         return session.step(state)[0]
 
+    def open(self, session: Session, batch_shape: BatchShape) -> State[HostKV]:
+        """Compiled for greedy and for sampled requests."""
+        state, before = self._init_queue(session, (SamplingParams(), SamplingParams(temperature=1.0)), batch_shape)
+        session.figures.add_prefill_bytes(before, moved(state.runtime))
+        return state
+
+    def admit(
+        self, session: Session, state: State[HostKV], waiting: Sequence[Request], batch_shape: BatchShape
+    ) -> tuple[State[HostKV], tuple[Request, ...]]:
+        """The next pass reads their prompts."""
+        return admit(state, waiting, session.plan.lookahead)
+
     def run(
         self, session: Session, requests: list[Request], batch_shape: BatchShape, on_step: Callable[[StepInfo], None] | None
     ) -> Generator[TokenEvent, None, None]:
         """A streamed job: rows are filled from the queue as they become free. Steps in which all rows join count as prefill."""
-        (state, before), waiting, watches = self._init_queue(session, requests, batch_shape), tuple(requests), {}
+        params = [request.params for request in requests]
+        (state, before), waiting, watches = self._init_queue(session, params, batch_shape), tuple(requests), {}
         now = moved(state.runtime)
         session.figures.add_prefill_bytes(before, now)
         while waiting or not state.done:
@@ -139,51 +154,42 @@ class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
         runtime, account = job = session.resources.take(batch_shape)
         before, memory = moved(runtime), session.resources.expert_memory(job)
         runtime = dataclasses.replace(runtime, draft=None, watched=watched)  # no draft is shown what is read
-        kv, nodes = _new_host_kv(runtime, no_pages(1, batch_shape.positions, account.kv_pages), batch_shape.chunk), tree_nodes(rows)
+        kv = _new_host_kv(runtime, no_pages(1, batch_shape.positions, account.kv_pages), batch_shape.chunk, batch_shape.rows)
+        nodes, most = tree_nodes(rows), batch_shape.rows if runtime.config.recurrent_layers else None
         widths = {"width": prefill_rows(len(rows), batch_shape.chunk), "tree_width": prefill_rows(len(rows), max(nodes, 1))}
-        for heads, batch, pages in batches(rows, batch_shape.positions, account.kv_pages):
+        for heads, batch, pages in batches(rows, batch_shape.positions, account.kv_pages, most):
             passes = [
                 one for some in (heads, batch) for one in read_passes(rows, some, chunk=batch_shape.chunk, nodes=nodes, **widths)
             ]
             assert memory.buffers is not None
-            done = stream_pass(runtime, memory.buffers, kv, [_read_micro_batch(pages, one) for one in passes])
+            places = {number: place for place, number in enumerate(batch)}
+            done = stream_pass(runtime, memory.buffers, kv, [_read_micro_batch(pages, places, one) for one in passes])
             kv, memory = done.kv, memory._replace(buffers=done.buffers)
             yield from map(ReadStates, passes, done.h, done.features)
         session.figures.add_score_bytes(before, moved(runtime))
         session.resources.keep(runtime, memory)
 
-    def _init_queue(self, session: Session, requests: list[Request], batch_shape: BatchShape) -> tuple[State[HostKV], Moved]:
+    def _init_queue(
+        self, session: Session, params: Sequence[SamplingParams], batch_shape: BatchShape
+    ) -> tuple[State[HostKV], Moved]:
         """A compiled state with no request in its rows, and what had moved before its pool was made."""
         runtime, account = job = session.resources.take(batch_shape)
         before, memory = moved(runtime), session.resources.expert_memory(job)
         pages = no_pages(batch_shape.rows, batch_shape.positions, account.kv_pages)
-        params = [request.params for request in requests]
-        state = State(
-            requests=(None,) * batch_shape.rows,
-            kv=_new_host_kv(runtime, pages, batch_shape.chunk),
-            memory=memory,
-            lengths=np.zeros(batch_shape.rows, np.int32),
-            last_token=np.zeros(batch_shape.rows, np.int32),
-            generated=((),) * batch_shape.rows,
-            statuses=(EMPTY,) * batch_shape.rows,
-            rows=sampling_rows([SamplingParams()] * batch_shape.rows),
-            adaptive_length=session.resources.new_adaptive_length(batch_shape),
-            draft_memory=new_draft_memory(runtime, batch_shape),
-            runtime=runtime,
-            options=batch_shape.options,
-            logprobs=((),) * batch_shape.rows,
-            prompt_logprobs=((),) * batch_shape.rows,
-        )
-        for kind in {p.temperature == 0: p for p in params}.values():  # greedy and sampled batches run different programs
+        kv = _new_host_kv(runtime, pages, batch_shape.chunk, batch_shape.rows)
+        state = empty_state(session.resources, runtime, batch_shape, kv, memory)
+        # Greedy and sampled batches run different programs.
+        for kind in {p.temperature == 0: p for p in params}.values():
             state = session.warm(state._replace(rows=sampling_rows([kind] * batch_shape.rows)), batch_shape)
         return state, before
 
 
-def _read_micro_batch(pages: dict[int, np.ndarray], one: ReadPass) -> MicroBatch:
-    """pages: [P] of each row."""
+def _read_micro_batch(pages: dict[int, np.ndarray], places: dict[int, int], one: ReadPass) -> MicroBatch:
+    """pages: [P] of each row. places: of each row among those of its batch."""
     nothing = np.full_like(next(iter(pages.values())), -1)
     table = np.stack([pages.get(number, nothing) for number in one.rows.tolist()])
-    return MicroBatch(one.tokens, table, one.lengths, one.num_new, offloaded=True, tree=one.shape_of_tree)
+    rows = np.array([places.get(number, -1) for number in one.rows.tolist()], np.int32)
+    return MicroBatch(one.tokens, table, rows, one.lengths, one.num_new, offloaded=True, tree=one.shape_of_tree)
 
 
 def _first_buffers(runtime: Runtime) -> Buffers:
@@ -203,13 +209,17 @@ def _first_buffers(runtime: Runtime) -> Buffers:
     return Buffers(spare=store.new_buffer(), readers=(), coming=coming, pinned=pinned)
 
 
-def _new_host_kv(runtime: Runtime, pages: Pages, chunk: int) -> HostKV:
-    """A paged cache of zeros in host memory, in the plan's dtype."""
+def _new_host_kv(runtime: Runtime, pages: Pages, chunk: int, rows: int) -> HostKV:
+    """A paged cache of zeros in host memory, in the plan's dtype, and the states of so many rows on the accelerator."""
     # A chunk below the plan's is as long as the longest prompt.
     staged = chunk if chunk < runtime.plan.prefill_chunk else staged_positions(pages.table.shape[1] * KV_PAGE, chunk)
-    caches = (
-        empty_pages(layer.attention, len(pages.free), runtime.plan.dtype, runtime.context.host) for layer in runtime.config.layers
-    )
+
+    def cache(attention: AttentionConfig) -> PackedCache | RecurrentState:
+        if attention.recurrent is not None:
+            return new_states(attention.recurrent, rows, runtime.plan.tokens_per_pass - 1)
+        return empty_pages(attention, len(pages.free), runtime.plan.dtype, runtime.context.host)
+
+    caches = (cache(layer.attention) for layer in runtime.config.layers)
     return HostKV(caches=tuple(caches), pages=pages, chunk=chunk, staged=staged)
 
 

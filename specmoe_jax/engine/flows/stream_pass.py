@@ -47,6 +47,7 @@ def stream_pass(runtime: Runtime, buffers: Buffers, kv: HostKV, micro_batches: l
         "buffers": runtime.plan.layer_buffers,
         "pinned": runtime.experts.pinned_layers,
         "prompts": sum(map(run.attends_chunk, micro_batches)),
+        "recurrent": runtime.config.recurrent_layers,
     }
     for task in pass_tasks(moe, len(micro_batches), 1, **shape):
         run.handlers[task.kind](task)
@@ -160,6 +161,15 @@ class _Run:
         cache = stages.append_paged(config, *projected, self.caches[task.layer], *where)
         self.caches[task.layer] = jax.block_until_ready(cache)
         self._note(task, start_s, cache)
+
+    def _recur(self, task: Task) -> None:
+        start_s = time.perf_counter()
+        config, weights = self.runtime.config.layers[task.layer], self.runtime.weights.layers[task.layer].recurrent
+        *projected, _ = self.projected.pop(task.micro_batch)
+        micro_batch, state = self.micro_batches[task.micro_batch], self.caches[task.layer]
+        where = (jnp.asarray(micro_batch.rows), self.lengths[task.micro_batch], self.num_new[task.micro_batch], micro_batch.tree)
+        self.attended[task.micro_batch], self.caches[task.layer] = stages.recur_rows(config, weights, *projected, state, *where)
+        self._note(task, start_s, self.attended[task.micro_batch])
 
     def _to_host(self, task: Task) -> None:
         self.projected[task.micro_batch] = self.runtime.context.to_host(self.projected[task.micro_batch])

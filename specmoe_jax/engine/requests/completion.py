@@ -18,8 +18,8 @@ from specmoe_jax.types import TokenLogprob
 class Completion:
     """One finished request.
 
-    finish_reason: "stop" (end of sequence or a stop string), "length", or "error", whose reason is in `error`; what was
-    generated before is kept. logprobs: of each new token, and prompt_logprobs: of each of the prompt's but the first, where
+    finish_reason: "stop" (end of sequence or a stop string), "length", "cancelled", or "error", whose reason is in `error`; what
+    was generated before is kept. logprobs: of each new token, and prompt_logprobs: of each of the prompt's but the first, where
     SamplingParams asks for them.
     """
 
@@ -68,12 +68,13 @@ def step_events(model: Model, state: State, info: StepInfo, watches: dict[int, S
         request, tokens, reason = state.requests[row], state.generated[row], state.statuses[row].reason
         assert request is not None  # the row is active
         new = tokens[info.start[row] :]
-        completion = None if reason is None else _completion(model, state, int(row), reason)
+        completion = None if reason is None else completion_of(model, state, int(row), reason)
         logprobs = None if request.params.logprobs is None else state.logprobs[row][info.start[row] :]
         yield TokenEvent(request.id, new, completion, watches[request.id].seconds, logprobs)
 
 
-def _completion(model: Model, state: State, row: int, reason: str) -> Completion:
+def completion_of(model: Model, state: State, row: int, reason: str) -> Completion:
+    """Of the request of a row that has ended for this reason."""
     request, tokens = state.requests[row], state.generated[row]
     assert request is not None  # it has finished
     tokenizer, ends = model.tokenizer, model.config.eos_token_ids + request.stop_ids

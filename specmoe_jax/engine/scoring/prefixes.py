@@ -58,12 +58,12 @@ def _runs(common: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def batches(
-    rows: Sequence[ReadRow], positions: int, num_pages: int
+    rows: Sequence[ReadRow], positions: int, num_pages: int, most: int | None = None
 ) -> Iterator[tuple[list[int], list[int], dict[int, np.ndarray]]]:
     """What an empty cache of so many pages holds at a time. -> beginnings and rows by number, and the pages [P] of each.
 
-    positions: of the longest row. Rows of one beginning come one after the other, the longest first. Raises PlanError for a row
-    that does not fit.
+    positions: of the longest row. most: rows at a time, where pages are not all that they take. Rows of one beginning come one
+    after the other, the longest first. Raises PlanError for a row that does not fit.
     """
     heads = {row.prefix for row in rows if row.prefix is not None}
     wanted = [number for number in range(len(rows)) if number not in heads]
@@ -77,7 +77,7 @@ def batches(
     for number in wanted:
         row = rows[number]
         own, begun = pages_of(row_positions(row) - row.shared), row.shared // KV_PAGE
-        if used + own + (begun if row.prefix not in tables else 0) > num_pages:
+        if used + own + (begun if row.prefix not in tables else 0) > num_pages or len(tables) == most:
             if not tables:
                 raise _too_long(row, num_pages)
             yield done()

@@ -49,8 +49,9 @@ class Score:
 def score_texts(session: Session, flow: ExpertFlowExecutor, texts: Sequence[ScoredText]) -> list[Score]:
     """In the order of the texts. Requests of the engine that are running are not touched."""
     watch, config = Stopwatch(), session.model.config
-    # Chunks that attend on the accelerator reach the cache after their layer, too late for trees of the same pass.
-    share = session.plan.prefill_attention != "accelerator"
+    # Chunks that attend on the accelerator reach the cache after their layer, too late for trees of the same pass. A state has
+    # no pages that several rows could read.
+    share = session.plan.prefill_attention != "accelerator" and not config.recurrent_layers
     reading = layout(texts, share=share)
     columns = _power_of_two(max(len({query.token for query in queries}) for queries in reading.queries.values()))
     logprobs = [np.zeros(len(text.continuation)) for text in texts]

@@ -2,8 +2,7 @@
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.families import deepseek_v3
-from specmoe_jax.models.published.config_json import named_layers, num_layers
-from specmoe_jax.models.published.parse import first_dense
+from specmoe_jax.models.published.parse import listed_dense
 
 ARCHITECTURE = "Glm4MoeLiteForCausalLM"
 
@@ -12,8 +11,7 @@ weight_specs, expert_layouts = deepseek_v3.weight_specs, deepseek_v3.expert_layo
 
 def parse_config(raw: dict) -> ModelConfig:
     """ModelConfig from the keys of a config.json. Raises CheckpointError for a missing or impossible value."""
-    types = named_layers(raw, "mlp_layer_types", num_layers(raw), ("dense", "sparse"))
-    dense = first_dense(raw, default=1) if types is None else frozenset(i for i, kind in enumerate(types) if kind == "dense")
+    dense = listed_dense(raw, default=1)
     return deepseek_v3.latent_model(raw, family="glm4_moe_lite", dense=dense, scaling=1.8, default_eps=1e-5)
 
 

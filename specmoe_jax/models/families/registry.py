@@ -23,8 +23,13 @@ _MODULES = (
     "gpt_oss",
     "llama4",
     "nllb_moe",
+    "hybrid.qwen3_next",
+    "hybrid.qwen3_5_moe",
+    "hybrid.mimo_v2_flash",
+    "sparse.deepseek_v32",
+    "sparse.glm_moe_dsa",
 )
-FAMILIES: dict[str, ModuleType] = {name: importlib.import_module(f"{__package__}.{name}") for name in _MODULES}
+FAMILIES: dict[str, ModuleType] = {name.rpartition(".")[2]: importlib.import_module(f"{__package__}.{name}") for name in _MODULES}
 OTHER_TYPES = {"granitemoe": "granite_moe", "kimi_k2": "deepseek_v3", "kimi_k25": "deepseek_v3"}  # model_type -> family
 
 
@@ -46,8 +51,8 @@ def parse_config(raw: dict) -> ModelConfig:
         text = {"tie_word_embeddings": raw.get("tie_word_embeddings")} | raw["text_config"] if _has_text_part(raw, family) else None
         if any(name in _class_names(family) for name in named) or (not classes and _model_type(raw) == key):
             return family.parse_config(text or raw)
-        if text and any(name in wrappers(family) for name in named):
-            return family.parse_config(text)
+        if any(name in wrappers(family) for name in named) and (text or _model_type(raw) == key):  # some are written flat
+            return family.parse_config(text or raw)
     known = ", ".join(name for family in FAMILIES.values() for name in (family.ARCHITECTURE, *wrappers(family)))
     got = f"architectures is {show(classes)}" if classes else f"no architectures, and model_type is {show(raw.get('model_type'))}"
     raise CheckpointError(f"config.json: {got}; this version runs {known}")

@@ -11,6 +11,7 @@ from specmoe_jax.models.spec import (
     Layout,
     MlpWeights,
     Part,
+    RecurrentWeights,
     TensorSpec,
     Weights,
     down_bias_of,
@@ -46,7 +47,8 @@ def attention_specs(
     """The two norms and the projections under their usual names; `others` are further fields of LayerWeights."""
     attention, hidden = config.layers[layer].attention, config.hidden_size
     prefix = f"model.layers.{layer}"
-    q, kv = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
+    q, kv = attention.num_heads * attention.query_dim, attention.num_kv_heads * attention.head_dim
+    values = attention.num_kv_heads * attention.output_dim
 
     def bias(name: str, width: int, wanted: bool) -> TensorSpec | None:
         return TensorSpec(f"{prefix}.self_attn.{name}_proj.bias", (width,)) if wanted else None
@@ -56,11 +58,11 @@ def attention_specs(
         post_norm=norm_spec(f"{prefix}.post_attention_layernorm", hidden),
         q=TensorSpec(f"{prefix}.self_attn.q_proj.weight", (q, hidden)),
         k=TensorSpec(f"{prefix}.self_attn.k_proj.weight", (kv, hidden)),
-        v=TensorSpec(f"{prefix}.self_attn.v_proj.weight", (kv, hidden)),
-        o=TensorSpec(f"{prefix}.self_attn.o_proj.weight", (hidden, q)),
+        v=TensorSpec(f"{prefix}.self_attn.v_proj.weight", (values, hidden)),
+        o=TensorSpec(f"{prefix}.self_attn.o_proj.weight", (hidden, attention.num_heads * attention.output_dim)),
         q_bias=bias("q", q, qkv_bias),
         k_bias=bias("k", kv, qkv_bias),
-        v_bias=bias("v", kv, qkv_bias),
+        v_bias=bias("v", values, qkv_bias),
         o_bias=bias("o", hidden, o_bias),
         **others,
     )
@@ -110,6 +112,44 @@ def latent_specs(config: ModelConfig, layer: int, **others) -> LayerWeights[Tens
         kv_a_norm=norm_spec(f"{attention}.kv_a_layernorm", latent.rank),
         kv_b=TensorSpec(f"{attention}.kv_b_proj.weight", (num_heads * (latent.nope + latent.value), latent.rank)),
         o=TensorSpec(f"{attention}.o_proj.weight", (hidden, num_heads * latent.value)),
+        **others,
+    )
+
+
+def recurrent_specs(config: ModelConfig, layer: int, **others) -> LayerWeights[TensorSpec]:
+    """The two norms and all of a Gated DeltaNet (Qwen's names); `others` are further fields of LayerWeights."""
+    recurrence, hidden, prefix = config.layers[layer].attention.recurrent, config.hidden_size, f"model.layers.{layer}"
+    assert recurrence is not None
+    heads, outputs = recurrence.value_heads, recurrence.value_heads * recurrence.value
+
+    def projection(name: str, width: int) -> TensorSpec:
+        return TensorSpec(f"{prefix}.linear_attn.in_proj_{name}.weight", (width, hidden))
+
+    def number(name: str, *shape: int) -> TensorSpec:
+        return TensorSpec(f"{prefix}.linear_attn.{name}", shape, keep="float32")
+
+    if recurrence.by_key_head:
+        q, z = projection("qkvz", recurrence.channels + outputs), None
+        b, a = projection("ba", 2 * heads), None
+    else:
+        q, z = projection("qkv", recurrence.channels), projection("z", outputs)
+        b, a = projection("b", heads), projection("a", heads)
+    return LayerWeights(
+        input_norm=norm_spec(f"{prefix}.input_layernorm", hidden),
+        post_norm=norm_spec(f"{prefix}.post_attention_layernorm", hidden),
+        q=q,
+        k=None,
+        v=None,
+        o=TensorSpec(f"{prefix}.linear_attn.out_proj.weight", (hidden, outputs)),
+        recurrent=RecurrentWeights(
+            z=z,
+            b=b,
+            a=a,
+            conv=TensorSpec(f"{prefix}.linear_attn.conv1d.weight", (recurrence.channels, 1, recurrence.taps)),
+            decay=number("A_log", heads),
+            step=number("dt_bias", heads),
+            norm=TensorSpec(f"{prefix}.linear_attn.norm.weight", (recurrence.value,), "ones", keep="float32"),
+        ),
         **others,
     )
 

@@ -99,6 +99,12 @@ def first_dense(raw: dict, *, default: int) -> frozenset[int]:
     return frozenset(range(min(count, read.num_layers(raw))))
 
 
+def listed_dense(raw: dict, *, default: int) -> frozenset[int]:
+    """The dense layers that mlp_layer_types lists; where it is left out, by DeepSeek's rule."""
+    types = read.named_layers(raw, "mlp_layer_types", read.num_layers(raw), ("dense", "sparse"))
+    return first_dense(raw, default=default) if types is None else frozenset(i for i, kind in enumerate(types) if kind == "dense")
+
+
 def mtp_layers(raw: dict) -> int:
     """How many layers after the last predict further tokens."""
     keys = [key for key in ("num_nextn_predict_layers", "num_mtp_layers") if raw.get(key)]
@@ -126,12 +132,14 @@ def model_config(
     query_rank: int | None = None,
     mtp_layers: int = 0,
     residual_scale: float = 1.0,
+    norm_plus: float = 0.0,
     **expert_options,
 ) -> ModelConfig:
     """A decoder whose layers differ only in `attention_of(layer, attention)` and in whether they are `dense`.
 
     dense_hidden, shared_hidden: widths of the dense layers' MLP and of the others' shared expert. query_rank: of
-    compressed queries. mtp_layers: see ModelConfig; residual_scale: LayerConfig. expert_options: further fields of ExpertConfig.
+    compressed queries. mtp_layers: see ModelConfig; residual_scale, norm_plus: LayerConfig. expert_options: further fields of
+    ExpertConfig.
     """
     read.check_choice(raw, router.num_experts, router.experts_per_token)
     eps, count = read.number(raw, "rms_norm_eps", default_eps), read.num_layers(raw)
@@ -146,6 +154,7 @@ def model_config(
         norm_eps=eps,
         mlp_hidden=shared_hidden,
         residual_scale=residual_scale,
+        norm_plus=norm_plus,
     )
     plain = dataclasses.replace(moe, router=None, experts=None, mlp_hidden=dense_hidden)
     if len(dense.intersection(range(count))) == count:

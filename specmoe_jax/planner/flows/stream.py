@@ -144,7 +144,9 @@ class StreamFlowDescription:
 
         alike = [config.layers.index(layer) for layer in config.layers]  # of each layer the first whose tasks cost the same
         pinned = spread(config.moe_layers, setting.account.pinned_layers)
-        tasks = pass_tasks(_has_experts(config), plan.micro_batches, chunks, plan.layer_buffers, pinned)
+        tasks = pass_tasks(
+            _has_experts(config), plan.micro_batches, chunks, plan.layer_buffers, pinned, recurrent=config.recurrent_layers
+        )
         head = costs.head(config, setting.load.tokens, itemsize)
         simulation = simulate(
             tasks,
@@ -176,7 +178,8 @@ class StreamFlowDescription:
         pinned = spread(setting.config.moe_layers, setting.account.pinned_layers)
         prompts = 1 if plan.prefill_attention == "accelerator" else 0
         how = {"itemsize": setting.itemsize, "expert_bytes": setting.account.expert_bytes}
-        for task in pass_tasks(_has_experts(setting.config), 1, 1, plan.layer_buffers, pinned, prompts):
+        has, recurrent = _has_experts(setting.config), setting.config.recurrent_layers
+        for task in pass_tasks(has, 1, 1, plan.layer_buffers, pinned, prompts, recurrent):
             cost = costs.task_cost(setting.config, task, load, distinct=used, chunks=1, **how)
             once = task.resource == UP and task.kind == "stream"
             busy[task.resource] += setting.seconds(cost) * (1 if once else chunks)
@@ -187,7 +190,8 @@ class StreamFlowDescription:
     ) -> MeasuredPass:
         """The engine's own list of tasks, simulated."""
         pinned = spread(config.moe_layers, case.pinned_layers)
-        tasks = pass_tasks(_has_experts(config), plan.micro_batches, 1, buffers=plan.layer_buffers, pinned=pinned)
+        shape = {"buffers": plan.layer_buffers, "pinned": pinned, "recurrent": config.recurrent_layers}
+        tasks = pass_tasks(_has_experts(config), plan.micro_batches, 1, **shape)
         seconds, without = _measured_seconds(config, plan, operators, case, accelerator_is_cpu=accelerator_is_cpu)
 
         def of(task: Task) -> float:
@@ -244,6 +248,7 @@ def _measured_seconds(
         "to_host": 0.0,  # part of the operators that were measured
         "attention": operators.seconds("attend_paged", **work),
         "to_accelerator": 0.0,
+        "recur": operators.seconds("attend_paged", **work),  # not measured apart
         "post_attention": operators.seconds("post_attention", **work),
         "experts": operators.seconds("experts", choices=choices, blocks=used),
     }

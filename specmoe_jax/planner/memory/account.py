@@ -14,6 +14,7 @@ from specmoe_jax.planner.memory.footprint import (
     encoder_bytes,
     position_bytes,
     staging_bytes,
+    state_bytes,
     token_numbers,
 )
 from specmoe_jax.planner.memory.memory_account import DraftMemory, MemoryAccount, PagedLoad
@@ -55,6 +56,7 @@ def account(
         pinned_slots=needs.pinned_slots,
         merged_slots=plan.drafting.merged_slots(plan, config),
         kv_bytes=needs.cached_positions * position_bytes(config, itemsize),
+        state_bytes=state_bytes(config, batch_rows, plan.tokens_per_pass - 1),
         activation_bytes=max(
             activation_bytes(config, plan, batch_rows, needs.pass_tokens, itemsize),
             encoder_bytes(config, batch_rows, source_positions, itemsize),

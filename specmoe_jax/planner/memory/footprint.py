@@ -8,7 +8,7 @@ from specmoe_jax.kv_cache.positions import PREFILL_TOKENS, prefill_rows, staged_
 
 def _cache_row(layer: LayerConfig) -> int:
     """Numbers that one position of one row takes in the key cache of a layer, and again in its value cache."""
-    return layer.attention.num_kv_heads * layer.attention.cache_dim
+    return layer.attention.cache_row
 
 
 def position_bytes(config: ModelConfig, itemsize: int) -> int:
@@ -16,10 +16,20 @@ def position_bytes(config: ModelConfig, itemsize: int) -> int:
     return 2 * sum(map(_cache_row, config.layers)) * itemsize
 
 
+def state_bytes(config: ModelConfig, rows: int, replayed: int) -> int:
+    """States of the recurrent layers, with the rows of positions that may be rolled back; those of one layer twice, in a pass."""
+    each = [
+        recurrence.state + recurrence.kept_rows(replayed) * recurrence.row
+        for layer in config.layers
+        if (recurrence := layer.attention.recurrent) is not None
+    ]
+    return rows * (sum(each) + max(each, default=0)) * 4  # float32
+
+
 def activation_bytes(config: ModelConfig, plan: Plan, batch_rows: int, passes: int, itemsize: int) -> int:
     """Largest live activations: residual, expert inputs and outputs of a pass, and the logits of a verification."""
-    heads = max(token_numbers(layer) for layer in config.layers)
-    per_token = (2 * config.hidden_size + heads) * itemsize
+    heads = max(token_numbers(layer) * itemsize + _recurrent_bytes(layer) for layer in config.layers)
+    per_token = 2 * config.hidden_size * itemsize + heads
     outputs = config.experts_per_token * config.hidden_size * 4
     logits = batch_rows * plan.tokens_per_pass * config.vocab_size * 4
     return passes * (per_token + outputs) + logits
@@ -32,6 +42,8 @@ def attention_bytes(config: ModelConfig, rows: int, tokens: int, positions: int,
     """
     most = 0
     for layer in config.layers:
+        if layer.attention.recurrent is not None:
+            continue
         scores, values = rows * tokens * layer.attention.num_heads * positions, rows * positions * _cache_row(layer)
         most = max(most, (4 + itemsize) * scores, itemsize * (scores + values))
     return most
@@ -61,5 +73,13 @@ def encoder_bytes(config: ModelConfig, batch_rows: int, positions: int, itemsize
 
 
 def token_numbers(layer: LayerConfig) -> int:
-    """Numbers of the queries, keys and values of one token."""
-    return (layer.attention.num_heads + 2 * layer.attention.num_kv_heads) * layer.attention.cache_dim
+    """Numbers of the queries, keys and values of one token; none where the layer is recurrent."""
+    attention = layer.attention
+    gates = attention.num_heads * attention.head_dim if attention.gated else 0
+    return 0 if attention.recurrent else (attention.num_heads + 2 * attention.num_kv_heads) * attention.cache_dim + gates
+
+
+def _recurrent_bytes(layer: LayerConfig) -> int:
+    """Of one token in a recurrent layer, float32: what is projected, convolved and split by heads, and outputs with their gates."""
+    recurrence = layer.attention.recurrent
+    return 0 if recurrence is None else 4 * (3 * recurrence.row + 4 * recurrence.value_heads * recurrence.value)

@@ -33,6 +33,7 @@ class MemoryAccount(NamedTuple):
     cross_bytes: int = 0  # keys and values of what an encoder read
     staging_bytes: int = 0  # keys and values of the prompts' chunks that attend on the accelerator, of one layer at a time
     pinned_layers: int = 0  # of the spare-expert cache (expert_flow=stream): its experts are the pinned_slots
+    state_bytes: int = 0  # of recurrent layers, on the accelerator wherever the KV cache is
     moving_experts: int = 0  # beside the slots, on an accelerator of its own: on their way, and the copy of the one it multiplies
 
     @property
@@ -60,7 +61,7 @@ class MemoryAccount(NamedTuple):
     @property
     def accelerator_bytes(self) -> int:
         experts = (self.num_slots + self.merged_slots + self.moving_experts) * self.slot_bytes
-        beside = self.draft_model_bytes + self.draft_kv_bytes + self.cross_bytes + self.staging_bytes
+        beside = self.draft_model_bytes + self.draft_kv_bytes + self.cross_bytes + self.staging_bytes + self.state_bytes
         return self.weight_bytes + experts + self.accelerator_kv_bytes + self.activation_bytes + beside
 
     @property

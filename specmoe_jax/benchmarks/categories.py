@@ -1,0 +1,72 @@
+"""Prompts by kind of text, and what every draft is worth on each.
+
+The file has the form of Spec-Bench (Xia et al. 2024) and SPEED-Bench: JSON lines with a `category` and either `prompt` or `turns`,
+of which the first is taken. The bundled prompts are our own, eight of each of Spec-Bench's six kinds.
+"""
+
+import json
+import pathlib
+from typing import TYPE_CHECKING
+
+from specmoe_jax.benchmarks.rounds import Case, compare
+from specmoe_jax.support.errors import RequestError
+
+if TYPE_CHECKING:
+    from specmoe_jax.benchmarks.specmoe import Setting
+
+BUNDLED = pathlib.Path(__file__).parent / "prompts" / "categories.jsonl"
+
+
+def read_categories(path: str | pathlib.Path) -> dict[str, tuple[str, ...]]:
+    """{category: prompts}, in the order of the file. Raises RequestError that names file and line."""
+    try:
+        lines = pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as e:  # ValueError: not UTF-8
+        raise RequestError(f"cannot read prompts from {path} ({e}); give JSON lines in UTF-8") from e
+    found: dict[str, tuple[str, ...]] = {}
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            category, prompt = _parse(line, f"{path}, line {number}")
+            found[category] = (*found.get(category, ()), prompt)
+    if not found:
+        raise RequestError(f"prompts file {path} holds no prompt; give at least one")
+    return found
+
+
+def _parse(line: str, where: str) -> tuple[str, str]:
+    try:
+        given = json.loads(line)
+    except ValueError as e:
+        raise RequestError(f"{where} is not JSON ({e}); it must be an object with category and prompt or turns") from e
+    if not isinstance(given, dict) or not isinstance(given.get("category"), str):
+        raise RequestError(f"{where} has no category; it must be an object with category and prompt or turns")
+    turns = given.get("turns")
+    prompt = given.get("prompt", turns[0] if isinstance(turns, list) and turns else None)
+    if not isinstance(prompt, str) or not prompt:
+        raise RequestError(f"{where} has neither a prompt nor turns, or an empty one; give a text")
+    return given["category"], prompt
+
+
+def categories(s: "Setting") -> dict:
+    """Every draft by kind of text (--prompts): acceptance by position, bytes, speed; not among the default tables."""
+    rows = {}
+    for category, prompts in s.categories.items():
+        job = s.job(len(prompts))._replace(prompts=prompts)
+        for name, figures in compare(s.model, _cases(s, len(prompts)), job).items():
+            accepted = {f"accepted_{n}": share for n, share in enumerate(figures["acceptance_by_position"][:4], 1)}
+            rows[f"{category}: {name}"] = figures | accepted | {"case": name, "category": category, "batch": len(prompts)}
+    return rows
+
+
+def _cases(s: "Setting", batch: int) -> list[Case]:
+    """Drafts of one length on demand and from the hot experts; those with weights of their own where the setting has them."""
+    cases = [
+        Case("on_demand", s.plan("on_demand", batch)),
+        Case("ngram", s.ngram(batch, s.length), "on_demand"),
+        Case("self", s.specmoe(batch), "on_demand"),
+        Case("merged", s.specmoe(batch, draft="merged"), "on_demand"),
+    ]
+    for draft, head in s.heads.items():
+        plan = s.plan("on_demand", batch, draft=draft, draft_length=s.length, synthetic_acceptance=s.acceptance)
+        cases.append(Case(draft, plan, "on_demand", head))
+    return cases

@@ -24,6 +24,7 @@ from specmoe_jax.cli.run_files import check_files
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.engine import Engine
 from specmoe_jax.jobs.prompts import as_chat, read_prompts
+from specmoe_jax.jobs.tables import as_table
 from specmoe_jax.support.errors import RequestError, UserError
 
 USUAL = Job(prompt_tokens=256, new_tokens=256)  # of a request, for the planner's choice
@@ -90,6 +91,8 @@ def check_flags(key: str | None) -> None:
         common.usage_error("--prompts and --output belong together; give both or none")
     if _RESTART.value and not _OUTPUT.value:
         common.usage_error("--restart has no effect without --output; leave it out")
+    if as_table(_OUTPUT.value):
+        common.usage_error(f"--output is {_OUTPUT.value}; serve writes JSON lines: give a .jsonl file")
 
 
 def is_loopback(host: str) -> bool:

@@ -24,8 +24,8 @@ class Request(NamedTuple):
     """One prompt with its parameters. limit: new tokens it may get (max_new_tokens, or what the window leaves).
 
     token_ids: what the decoder begins with. source: what the encoder reads, empty without one. stop_ids: stop strings of
-    params that are special tokens, which no text shows. grammar: what the answer must be, None for anything. sampling_id: what the
-    keys of its draws know it by, None for `id`.
+    params that are special tokens, which no text shows. sampling_id: what the keys of its draws know it by, None for `id`.
+    grammar: what the answer must be, None for anything.
     """
 
     id: int
@@ -35,8 +35,8 @@ class Request(NamedTuple):
     limit: int
     source: tuple[int, ...] = ()
     stop_ids: tuple[int, ...] = ()
-    grammar: Grammar | None = None
     sampling_id: int | None = None
+    grammar: Grammar | None = None
 
     @property
     def key_id(self) -> int:

@@ -48,13 +48,20 @@ def read_line(fields: dict, where: str) -> tuple[BatchRequest, dict[str, Any]]:
         if key in _ONLY:
             _require(key, value, where)
         elif key == "response_format":
-            own |= answer_form(value, where)
+            own |= _form_at(where, value)
         elif key not in _NO_EFFECT_ON_TEXT | {"model"} and not (value is None and key in _MAY_BE_NULL):
             own[_RENAMED.get(key, key)] = (value,) if key == "stop" and isinstance(value, str) else value
     return _request(fields), own
 
 
-def answer_form(value: Any, where: str) -> dict[str, Any]:
+def _form_at(where: str, value: Any) -> dict[str, Any]:
+    try:
+        return answer_form(value)
+    except RequestError as e:
+        raise RequestError(f"{where}: {e}") from e
+
+
+def answer_form(value: Any) -> dict[str, Any]:
     """response_format as fields of SamplingParams. Raises RequestError."""
     kind = value.get("type") if isinstance(value, dict) else None
     if value is None or kind == "text":
@@ -64,7 +71,7 @@ def answer_form(value: Any, where: str) -> dict[str, Any]:
     given = value.get("json_schema") if kind == "json_schema" else None
     if not isinstance(given, dict) or not isinstance(given.get("schema"), dict):
         said = '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": {...}}}'
-        raise RequestError(f"{where}: response_format is {str(value)[:80]}; give {said}")
+        raise RequestError(f"response_format is {str(value)[:80]}; give {said}")
     return {"json_schema": given["schema"]}
 
 

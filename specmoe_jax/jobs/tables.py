@@ -35,6 +35,8 @@ def read_rows(path: str, column: str | None) -> Iterator[dict[str, Any]]:
         yield from (_fields(row, column) for row in rows)
     except ImportError as e:
         raise RequestError(f"{path} {_NEEDS_LIBRARY.format(e.name)}") from None
+    except RequestError:
+        raise
     except (OSError, ValueError) as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
         raise RequestError(f"cannot read prompts from {path} ({reason}); give a parquet file or a dataset") from e

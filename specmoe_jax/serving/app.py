@@ -22,6 +22,7 @@ from specmoe_jax.checkpoints.chat import FIXED, encode_chat
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.engine import Engine
 from specmoe_jax.engine.requests.completion import TokenEvent
+from specmoe_jax.engine.requests.grammars import make_grammar
 from specmoe_jax.serving.answers import Choice, Envelope, usage_of
 from specmoe_jax.serving.bodies import check_key, read_json
 from specmoe_jax.serving.errors import ApiError, error_body
@@ -118,7 +119,18 @@ class Api:
             asked = "" if ask.max_tokens is None else f" and max_tokens is {ask.max_tokens}"
             said = f"the prompt has {longest} tokens{asked}; prompt and answer together may have {most}"
             raise ApiError(400, said, param="messages" if ask.form == CHAT else "prompt", code="context_length_exceeded")
-        return prompts, sampling_params(ask, self._settings.defaults, ask.max_tokens or room)
+        params = sampling_params(ask, self._settings.defaults, ask.max_tokens or room)
+        self._check_grammar(params)
+        return prompts, params
+
+    def _check_grammar(self, params: SamplingParams) -> None:
+        """Compiles it here, which may take a second, and not where all requests wait."""
+        model = self._engine.model
+        try:
+            make_grammar(0, model.tokenizer, model.config.vocab_size, model.config.eos_token_ids, params)
+        except RequestError as e:
+            param = "regex" if params.regex is not None else "response_format"
+            raise ApiError(400, str(e).removeprefix("prompt 0: "), param=param, code="invalid_value") from None
 
     def _ids(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
         if not isinstance(prompt, str):

@@ -22,7 +22,7 @@ class BackgroundJob:
     def __init__(self, engine: Engine, runner: Runner, prompts: list[Prompt], output: str, *, restart: bool):
         assert engine.model.path is not None  # it was loaded
         reasons = jobs.refusals(engine.model, prompts)
-        job = jobs.fingerprint(prompts, engine.plan, engine.model.path)
+        job = jobs.fingerprint(prompts, engine.plan, engine.model.path, engine.model.adapter)
         self._journal = Journal(output, job, restart=restart, requests=len(prompts))
         self._todo = jobs.record_errors(prompts, reasons, self._journal)
         self._runner, self._ended, self._stopping = runner, queue.SimpleQueue(), False

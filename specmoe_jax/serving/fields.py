@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.jobs.openai_batch import answer_form
 from specmoe_jax.serving.errors import ApiError
 from specmoe_jax.support.errors import RequestError
 from specmoe_jax.support.validation import is_text, is_whole, shown
@@ -158,12 +159,19 @@ def _only(*built) -> Callable[[str, Any], dict]:
     return read
 
 
+def _answer_form(name: str, value) -> dict:
+    try:
+        return answer_form(value)
+    except RequestError as e:
+        raise ApiError(400, str(e), param=name, code="invalid_value") from None
+
+
 def _no_effect(name: str, value) -> dict:
     """What the API has for its own books."""
     return {}
 
 
-# A field that is null is as if it were left out. Where structured output is built, `response_format` reads what it asks for.
+# A field that is null is as if it were left out.
 FIELDS: dict[str, Field] = {
     "model": Field(BOTH, _text),
     "messages": Field((CHAT,), _messages),
@@ -188,7 +196,8 @@ FIELDS: dict[str, Field] = {
     "stream_options": Field(BOTH, _stream_options),
     "top_logprobs": Field((CHAT,), _logprobs_count),
     "chat_template_kwargs": Field((CHAT,), _template_options),
-    "response_format": Field(BOTH, _only({"type": "text"})),
+    "response_format": Field(BOTH, _answer_form),
+    "regex": Field(BOTH, _as_it_is),
     "modalities": Field((CHAT,), _only(["text"])),
     "tools": Field((CHAT,), _only([])),
     "tool_choice": Field((CHAT,), _only("none")),

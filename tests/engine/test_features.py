@@ -31,7 +31,7 @@ def reference(model, tokens):
     for config, weights, blocks in zip(TINY.layers, model.weights.layers, model.experts, strict=True):
         h = _reference_layer(config, weights, [jax.device_put(b, jax.memory.Space.Device) for b in blocks], h, None)
         found.append(h)
-    found[-1] = layers.final_norm(TINY.norm_eps, model.weights, h)
+    found[-1] = layers.final_norm(TINY.head, model.weights, h)
     return np.stack([np.asarray(x)[0, : len(tokens)] for x in found])
 
 

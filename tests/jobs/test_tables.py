@@ -60,7 +60,7 @@ def test_a_column_of_texts_ids_or_messages(tmp_path):
 def test_folders_of_parquet_files_and_broken_ones(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
-    with pytest.raises(RequestError, match=r"has no state\.json"):
+    with pytest.raises(RequestError, match=r"^\S*data has no state\.json"):
         read_prompts(str(folder), DEFAULTS)
     for number in (1, 0):
         write(folder / f"train-{number}.parquet", [{"prompt": f"text {number}"}])

@@ -29,7 +29,9 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
         (CHAT, HELLO | {"temperature": 0, "top_p": 0.5}, 400, None, "top_k and top_p have no effect"),
         (CHAT, HELLO | {"top_logprobs": 2}, 400, "top_logprobs", "without logprobs=true"),
         (CHAT, HELLO | {"max_completion_tokens": 3}, 400, "max_completion_tokens", "says 3 and another field 2"),
-        (CHAT, HELLO | {"response_format": {"type": "json_object"}}, 400, "response_format", "is built|built is"),
+        (CHAT, HELLO | {"response_format": {"type": "json_schema"}}, 400, "response_format", "response_format is"),
+        (CHAT, HELLO | {"regex": 3}, 400, "regex", "regex is 3"),
+        (CHAT, HELLO | {"regex": "a("}, 400, "regex", "unclosed group|needs the library"),
         (CHAT, HELLO | {"tools": [{"type": "function"}]}, 400, "tools", "built is"),
         (CHAT, HELLO | {"stream_options": {"include_usage": True}}, 400, "stream_options", "without stream=true"),
         (CHAT, HELLO | {"n": 5}, 400, "n", "more than 4 answers"),
@@ -75,6 +77,15 @@ def test_keys_hosts_kinds_and_paths(served):
 def test_null_is_as_if_left_out(served):
     body = HELLO | {"temperature": 0, "stop": None, "logit_bias": None, "response_format": {"type": "text"}, "user": "me"}
     assert served.post(CHAT, body).status_code == 200
+
+
+def test_answers_that_a_schema_describes(served):
+    pytest.importorskip("llguidance")
+    schema = {"enum": [["ja", 1], ["nein", 2]]}
+    form = {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}}
+    for extra, wanted in ((form, schema["enum"]), ({"regex": '"(yes|no)"'}, ["yes", "no"])):
+        (choice,) = served.post(CHAT, HELLO | extra | {"max_tokens": 40, "temperature": 0}).json()["choices"]
+        assert choice["finish_reason"] == "stop" and json.loads(choice["message"]["content"]) in wanted
 
 
 def test_a_body_of_no_stated_length_is_cut_off(served):

@@ -24,6 +24,7 @@ from specmoe_jax.support.errors import CheckpointError, PlanError
 from specmoe_jax.support.progress import PROGRESS
 
 MODEL = flags.DEFINE_string("model", "demo", '"demo" (bundled) or a directory with a Hugging Face checkpoint.')
+_ADAPTER = flags.DEFINE_string("adapter", None, "A directory with a LoRA adapter (PEFT), merged into the model as it is loaded.")
 _PRESET = flags.DEFINE_enum("preset", None, ["auto", *PRESETS], "The plan. Default: auto, chosen for this machine.")
 _PLAN = flags.DEFINE_string("plan", None, "A plan as JSON, instead of a preset.")
 _DRAFT_MODEL = flags.DEFINE_string("draft_model", None, "A checkpoint of the same vocabulary (draft=model).")
@@ -79,8 +80,10 @@ def _plan(head: jobs.ModelHead, folder: pathlib.Path, job: planning.Job, request
 def _load(plan: Plan) -> tuple[Model, dict]:
     """The model as the plan wants it, and the changes to the plan that make it fit."""
     if plan.expert_dtype not in (None, DECODED):
-        exact = load_model(MODEL.value, dtype=plan.dtype, expert_tier="disk", progress=_PROGRESS.value)
+        how = {"adapter": _ADAPTER.value, "progress": _PROGRESS.value}
+        exact = load_model(MODEL.value, dtype=plan.dtype, expert_tier="disk", **how)
         return quantise(exact, plan.expert_dtype), {}
-    load = functools.partial(load_model, expert_dtype=plan.expert_dtype) if plan.expert_dtype else load_model
+    load = functools.partial(load_model, adapter=_ADAPTER.value)
+    load = functools.partial(load, expert_dtype=plan.expert_dtype) if plan.expert_dtype else load
     how = {"dtype": plan.dtype, "expert_tier": plan.expert_tier, "progress": _PROGRESS.value}
     return jobs.load_that_fits(load, MODEL.value, **how)

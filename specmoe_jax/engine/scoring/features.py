@@ -78,5 +78,5 @@ def _states(session: Session, states: ReadStates, watched: tuple[int, ...], laye
     if states.inputs is not None:
         found |= dict(zip(watched, np.split(np.asarray(jax.device_get(states.inputs)), len(watched), axis=-1), strict=True))
     if config.num_layers in layers:
-        found[config.num_layers] = jax.device_get(stages.final_norm(config.norm_eps, runtime.weights, fetched(states.h)))
+        found[config.num_layers] = jax.device_get(stages.final_norm(config.head, runtime.weights, fetched(states.h)))
     return np.stack([np.asarray(found[layer]) for layer in layers], axis=2)

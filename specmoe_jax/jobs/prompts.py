@@ -101,7 +101,8 @@ def read_prompts(path: str, defaults: SamplingParams, *, sampled: dict | None = 
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split at U+2028, inside JSON texts
     except (OSError, ValueError) as e:  # ValueError: not UTF-8, or a NUL in the path
-        raise RequestError(f"cannot read prompts from {path} ({e}); give a UTF-8 .txt or .jsonl file") from e
+        form = '.txt with a prompt a line, or .jsonl with {"prompt": "..."} a line'
+        raise RequestError(f"cannot read prompts from {path} ({e}); give a file in UTF-8, {form}") from e
     form = _Defaults(defaults, sampled or {})
     if file.suffix == ".jsonl":
         prompts = [_parse_or_keep(line, number, form, keep_bad, file) for number, line in enumerate(lines, 1) if line.strip()]

@@ -9,6 +9,7 @@ import functools
 import json
 import pathlib
 import sys
+import textwrap
 from typing import Any
 
 from absl import flags
@@ -24,6 +25,7 @@ from specmoe_jax.cli import common
 from specmoe_jax.cli.flag_groups import plan_flags, sampling_flags
 from specmoe_jax.cli.run_files import check_files
 from specmoe_jax.cli.shown.stats_table import table
+from specmoe_jax.cli.shown.wrapped_text import WIDTH
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.plan_fields import DECODED, DTYPES
 from specmoe_jax.config.presets import PRESETS, preset
@@ -39,7 +41,7 @@ from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model
 from specmoe_jax.support.atomic_files import write_atomically
 from specmoe_jax.support.errors import PlanError, RequestError
-from specmoe_jax.support.progress import PROGRESS
+from specmoe_jax.support.progress import PROGRESS, beside_bars
 from specmoe_jax.support.timing import Stopwatch
 from specmoe_jax.support.tracing import trace, write_lanes
 
@@ -277,7 +279,7 @@ def auto_plan(head: jobs.ModelHead, folder: pathlib.Path, prompts: list[Prompt],
     has_head = bool(_DRAFT_HEAD.value or bundled_head(_MODEL.value))
     found = planning.choose(head.config, known, requests=len(prompts), fixed=overrides, head=has_head)
     by = "" if known.operators else ", by this machine's rates alone: specmoe plan measures the model"
-    print(f"auto: {planning.as_line(found)}{by}", file=sys.stderr)
+    print(textwrap.fill(f"auto: {planning.as_line(found)}{by}", WIDTH), file=sys.stderr)
     return found.best.plan
 
 
@@ -295,7 +297,9 @@ def print_piece(event: TokenEvent, shown: IncrementalText, several: bool) -> Non
 
 def print_completions(completions: list[Completion]) -> None:
     """The texts, in the order of the prompts (--stream has printed them already)."""
-    for completion in sorted(completions, key=lambda completion: completion.id):
-        if not _STREAM.value:
+    if _STREAM.value:
+        return
+    with beside_bars():
+        for completion in sorted(completions, key=lambda completion: completion.id):
             between = "\n" if _CHAT.value else ""
             print(f"[{completion.id}] {completion.prompt}{between}{completion.text}\n")

@@ -24,6 +24,7 @@ from specmoe_jax.cli import common
 from specmoe_jax.cli.flag_groups import machine_flag, plan_flags
 from specmoe_jax.cli.run_files import check_files
 from specmoe_jax.cli.shown.machine_text import machine_text
+from specmoe_jax.cli.shown.wrapped_text import WIDTH
 from specmoe_jax.config.plan_fields import DTYPES
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.jobs.prompts import read_prompts
@@ -57,7 +58,7 @@ def main() -> None:
     hardware = machine_flag.with_budgets(named.hardware, plan_flags.budgets()) if elsewhere else named.hardware
     tell(machine_text(hardware))
     if named.said:
-        tell(textwrap.fill(named.said, 80))
+        tell(textwrap.fill(named.said, WIDTH))
     if not elsewhere:
         operators = profile(config, _DTYPE.value, fresh=_FRESH.value, progress=True) if config.encoder is None else None
         tell(as_table(operators) if operators else "no operators were measured: the model has an encoder")
@@ -81,7 +82,7 @@ def main() -> None:
     requests = _REQUESTS.value or len(prompts) or planning.REQUESTS
     fixed = plan_flags.given() | {"dtype": _DTYPE.value}
     chosen = planning.choose(config, known, requests=requests, fixed=fixed, head=head_name is not None)
-    tell("\n".join(textwrap.fill(part, 80) for part in f"{planning.as_line(chosen)} ({chosen.tried} plans)".split("; ")))
+    tell("\n".join(textwrap.fill(part, WIDTH) for part in f"{planning.as_line(chosen)} ({chosen.tried} plans)".split("; ")))
     text = chosen.best.plan.to_json() + "\n"
     if _OUTPUT.value:
         write_atomically(_OUTPUT.value, text)

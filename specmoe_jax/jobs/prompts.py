@@ -124,7 +124,8 @@ def _lines(path: str) -> list[str]:
             return sys.stdin.buffer.read().decode("utf-8-sig").split("\n")
         return pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines would split at U+2028, inside JSON too
     except (OSError, ValueError) as e:  # ValueError: not UTF-8, or a NUL in the path
-        raise RequestError(f"cannot read prompts from {path} ({e}); give a UTF-8 .txt or .jsonl file") from e
+        form = '.txt with a prompt a line, or .jsonl with {"prompt": "..."} a line'
+        raise RequestError(f"cannot read prompts from {path} ({e}); give a file in UTF-8, {form}") from e
 
 
 def _of_lines(path: str, lines: Sequence[str], form: _Defaults, keep_bad: bool) -> list[Prompt]:

@@ -41,6 +41,11 @@ def note(text: str, *, mode: str | bool) -> None:
         tqdm.tqdm.write(text, file=sys.stderr)
 
 
+def beside_bars() -> contextlib.AbstractContextManager:
+    """In it whole lines are printed to standard output: bars that are shown on the same terminal make room for them."""
+    return tqdm.tqdm.external_write_mode()
+
+
 def bar(
     name: str, total: int | None, unit: str, *, mode: str | bool, leave: bool = True, scale: bool = False, initial: int = 0
 ) -> tqdm.tqdm:

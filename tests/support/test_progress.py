@@ -107,3 +107,15 @@ def test_time_goes_on_where_nothing_calls_update(monkeypatch):
 def test_a_silent_bar_has_no_thread():
     with progress.bar("compile", None, "step", mode="none") as shown, progress.ticking(shown):
         assert not any(thread.name == "specmoe-progress" for thread in threading.enumerate())
+
+
+def test_a_line_beside_a_bar_begins_at_the_edge(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr("sys.stdout", terminal)
+    with progress.bar("decode", 8, "tok", mode="auto") as shown:
+        shown.update(1)
+        with progress.beside_bars():
+            print("an answer")
+    before, _, after = terminal.getvalue().partition("an answer\n")
+    assert "decode" in before and before.endswith("\r") and "decode" in after

@@ -3,6 +3,7 @@
 import functools
 import pathlib
 import sys
+import textwrap
 
 from absl import flags
 
@@ -13,6 +14,7 @@ from specmoe_jax.checkpoints.loader import checkpoint_path
 from specmoe_jax.checkpoints.mtp import load_mtp
 from specmoe_jax.cli import common
 from specmoe_jax.cli.flag_groups import plan_flags
+from specmoe_jax.cli.shown.wrapped_text import WIDTH
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.plan_fields import DECODED, DTYPES
 from specmoe_jax.config.presets import PRESETS, preset
@@ -73,7 +75,7 @@ def _plan(head: jobs.ModelHead, folder: pathlib.Path, job: planning.Job, request
     known = planning.know(head.config, fixed.get("dtype", "float32"), folder, job, progress=_PROGRESS.value)
     has_head = bool(_DRAFT_HEAD.value or bundled_head(MODEL.value))
     found = planning.choose(head.config, known, requests=requests, fixed=fixed, head=has_head)
-    print(f"auto: {planning.as_line(found)}", file=sys.stderr)
+    print(textwrap.fill(f"auto: {planning.as_line(found)}", WIDTH), file=sys.stderr)
     return found.best.plan
 
 

@@ -15,6 +15,7 @@ from specmoe_jax.benchmarks import rounds
 from specmoe_jax.checkpoints import load_model
 from specmoe_jax.checkpoints.loader import BUNDLED
 from specmoe_jax.cli import common
+from specmoe_jax.cli.shown.benchmark_table import folded
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import preset
 from specmoe_jax.config.registry import HOST_CACHE_POLICIES
@@ -95,14 +96,24 @@ def read_held_out(count: int) -> list[str]:
 
 def as_text(batch: int, rows: dict[str, dict]) -> str:
     """A table for people; speed is a paired ratio, median and range."""
-    lines = [f"batch {batch}", f"{'':34}   tok/s tok/step  disk kB/tok  link kB/tok  host hits  speed x on_demand"]
-    for name, row in rows.items():
-        demanded = row["dram_hits"] + row["dram_misses"]
-        hits = f"{row['dram_hits'] / demanded:.2f}" if demanded else "-"
-        ratio = row["ratios"] and row["ratios"]["decode_tokens_per_s"]
-        speed = f"{ratio[0]:.2f} ({ratio[1]:.2f}-{ratio[2]:.2f})" if ratio else ""
-        lines.append(
-            f"{name:34} {row['decode_tokens_per_s']:7.1f} {row['tokens_per_step']:8.2f} {row['disk_bytes_per_token'] / 1e3:12.0f}"
-            f" {row['link_bytes_per_token'] / 1e3:12.0f} {hits:>10}  {speed}"
-        )
-    return "\n".join(lines)
+    columns = [
+        ["speed x on_demand", *(_range(row["ratios"]) for row in rows.values())],
+        ["tok/s", *(f"{row['decode_tokens_per_s']:.1f}" for row in rows.values())],
+        ["tok/step", *(f"{row['tokens_per_step']:.2f}" for row in rows.values())],
+        ["disk kB/tok", *(f"{row['disk_bytes_per_token'] / 1e3:.0f}" for row in rows.values())],
+        ["link kB/tok", *(f"{row['link_bytes_per_token'] / 1e3:.0f}" for row in rows.values())],
+        ["host hits", *map(_hits, rows.values())],
+    ]
+    return "\n".join([f"batch {batch}", *folded(["", *rows], columns)])
+
+
+def _range(ratios: dict | None) -> str:
+    if not ratios:
+        return "-"
+    median, least, most = ratios["decode_tokens_per_s"]
+    return f"{median:.2f} ({least:.2f}-{most:.2f})"
+
+
+def _hits(row: dict) -> str:
+    demanded = row["dram_hits"] + row["dram_misses"]
+    return f"{row['dram_hits'] / demanded:.2f}" if demanded else "-"

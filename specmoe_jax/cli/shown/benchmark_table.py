@@ -1,5 +1,9 @@
 """A table of the benchmark for people, in 80 columns; the JSON beside it has every figure."""
 
+import textwrap
+
+from specmoe_jax.cli.shown.wrapped_text import WIDTH
+
 COLUMNS = (
     ("tok/s", "decode_tokens_per_s", 1),
     ("job tok/s", "job_tokens_per_s", 1),
@@ -32,10 +36,10 @@ def as_text(rows: dict) -> str:
     bases = ["base", *(row["base"] or "-" for row in rows.values())]
     blocks = folded(["", *rows], [*ratios, bases, *figures] if any(row["base"] for row in rows.values()) else figures)
     stamps = sorted({stamp for row in rows.values() for stamp in row["synthetic"]})
-    return "\n".join([*blocks, f"SYNTHETIC: {', '.join(stamps) or 'nothing'}"])
+    return "\n".join([*blocks, textwrap.fill(f"SYNTHETIC: {', '.join(stamps) or 'nothing'}", WIDTH)])
 
 
-def folded(names: list[str], columns: list[list[str]], most: int = 80) -> list[str]:
+def folded(names: list[str], columns: list[list[str]], most: int = WIDTH) -> list[str]:
     """The columns beside the names, in as many blocks as `most` characters a line need; an empty line between two."""
     first = max(map(len, names))
     lines, widths = [[f"{name:<{first}}" for name in names]], [max(map(len, column)) for column in columns]

@@ -2,7 +2,7 @@
 
 import textwrap
 
-WIDTH = 80
+from specmoe_jax.cli.shown.wrapped_text import WIDTH
 
 
 def table(stats: dict) -> str:

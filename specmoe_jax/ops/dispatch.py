@@ -1,7 +1,7 @@
 """The one place that chooses between implementations of a kernel.
 
-To add a variant: write its function in one file of `cpu/` or `xla/`, and add one line to KERNELS below, before those that it shall
-precede.
+To add a variant: write its function in one file of `cpu/`, `pallas/` or `xla/`, and add one line to KERNELS below, before those that
+it shall precede.
 """
 
 import functools
@@ -13,6 +13,7 @@ import jax
 from specmoe_jax.ops.cpu import attention as cpu_attention
 from specmoe_jax.ops.cpu import dense as cpu_dense
 from specmoe_jax.ops.cpu import experts as cpu_experts
+from specmoe_jax.ops.pallas import grouped_experts
 from specmoe_jax.ops.xla import attention as xla_attention
 from specmoe_jax.ops.xla import dense, prefill_attention
 from specmoe_jax.ops.xla import experts as xla_experts
@@ -61,6 +62,8 @@ KERNELS: dict[str, dict[str, Variant]] = {
     "expert_ffn": {
         "cpu": Variant(cpu_experts.plain, "cpu", cpu_experts.fits_plain),
         "cpu_packed": Variant(cpu_experts.packed, "cpu", cpu_experts.fits_packed),
+        "tpu": Variant(functools.partial(grouped_experts.run, "tpu"), "tpu", functools.partial(grouped_experts.fits, "tpu")),
+        "cuda": Variant(functools.partial(grouped_experts.run, "cuda"), "cuda", functools.partial(grouped_experts.fits, "cuda")),
         "xla": Variant(xla_experts.tiles),
     },
     "dense_product": {

@@ -1,7 +1,7 @@
 """The one place that chooses between implementations of a kernel.
 
-To add a variant: write its function in one file of `cpu/`, `pallas/` or `xla/`, and add one line to KERNELS below, before those that
-it shall precede.
+To add a variant: write its function in one file of `cpu/`, `pallas/` or `xla/`, and add one line to KERNELS below, before those
+that it shall precede.
 """
 
 import functools

@@ -13,6 +13,7 @@ from specmoe_jax.models.model import Model
 from specmoe_jax.models.synthetic import synthetic_prompts
 from specmoe_jax.support.timing import Stopwatch
 
+GROUPED = "grouped experts"  # the row that later parts heed: without agreement they run XLA's loop
 COMMAND = (sys.executable, "-m", "specmoe_jax", "measure_gpu")  # which runs a part in a process of its own
 
 
@@ -46,7 +47,8 @@ def attention_rows(effort: Effort) -> Iterator[dict]:
 
 
 def machine_rows(effort: Effort) -> Iterator[dict]:
-    """This machine as the planner knows it, in OUTPUT/machine.json: --hardware takes the file."""
+    """Whether the grouped products are right, and the machine as the planner knows it, in OUTPUT/machine.json (--hardware)."""
+    yield from record.asked(GROUPED, lambda: iter([{"question": GROUPED} | ffn.check()]))
     found = probe(fresh=True)
     found = found.replace(host_memory_bytes=float(effort.host_bytes)) if effort.host_bytes else found
     (effort.folder / "machine.json").write_text(found.to_json() + "\n", encoding="utf-8")
@@ -128,4 +130,12 @@ PARTS = {
     "peers": Part(peer_rows, 70),
     "ffn": Part(ffn_rows, 50),
 }
+
+
+def grouped_failed(rows: list[dict]) -> bool:
+    """Whether the rows of a folder say that this machine must do without the grouped products."""
+    asked = [row for row in rows if row.get("part") == "machine"]
+    return bool(asked) and not any(row.get("question") == GROUPED and row["agrees"] for row in asked)
+
+
 RUNS = {1: ("device", "link", "machine", "streaming", "attention"), 2: ("machine", "nllb", "qwen3", "ffn", "peers")}

@@ -84,7 +84,7 @@ def run_part(name: str, folder: pathlib.Path, limit_s: float) -> str:
     start_s = time.monotonic()
     with open(folder / record.LOG, "ab") as log:
         process = subprocess.Popen(
-            command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+            command, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             ended = "time is over" if _watched(name, process, log, start_s + limit_s) is None else None
@@ -96,12 +96,15 @@ def run_part(name: str, folder: pathlib.Path, limit_s: float) -> str:
     return f"{ended} after {seconds:.0f} s" + ("" if ended == "done" else "; what it had is kept")
 
 
-def environment() -> dict[str, str]:
-    """Of a part: fast compilation on a GPU, and room for pinned memory by what the machine is said to have."""
+def environment(folder: pathlib.Path) -> dict[str, str]:
+    """Of a part: fast compilation on a GPU, room for pinned memory by what the machine is said to have, and no grouped products
+    where an earlier part found them wrong."""
     env = dict(os.environ)
     env["XLA_FLAGS"] = f"{DRY_RUN if _DRY_RUN.value else FIRST_RUN} {env.get('XLA_FLAGS', '')}".strip()
     if _HOST_GIB.value is not None:
         env.setdefault(PINNED_LIMIT, str(int(_HOST_GIB.value * 3 / 4)))
+    if parts.grouped_failed(record.read(folder)):
+        env.setdefault("SPECMOE_GROUPED", "none")
     return env
 
 

@@ -120,14 +120,14 @@ def ffn_rows(effort: Effort) -> Iterator[dict]:
 
 
 PARTS = {
-    "device": Part(device_rows, 80),
-    "link": Part(link_rows, 50),
-    "attention": Part(attention_rows, 25),
-    "streaming": Part(stream_rows, 180),
+    "device": Part(device_rows, 75),
+    "link": Part(link_rows, 45),
+    "attention": Part(attention_rows, 20),
+    "streaming": Part(stream_rows, 165),
     "machine": Part(machine_rows, 25),
-    "nllb": Part(nllb_rows, 110),
-    "qwen3": Part(qwen_rows, 95),
-    "peers": Part(peer_rows, 70),
+    "nllb": Part(nllb_rows, 105),
+    "qwen3": Part(qwen_rows, 85),
+    "peers": Part(peer_rows, 65),
     "ffn": Part(ffn_rows, 50),
 }
 

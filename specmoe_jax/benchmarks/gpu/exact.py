@@ -3,13 +3,14 @@
 As a program (python -m specmoe_jax.benchmarks.gpu.exact), which the rows run on the CPU: prints its tokens of the resident preset.
 """
 
+import functools
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -32,37 +33,25 @@ Tokens = list[list[int]]
 
 
 def rows(flows: tuple[str, ...] = FLOWS) -> Iterator[dict]:
-    """A row for each flow: whether its tokens are the CPU's, and where not, the first difference of each row and its logits."""
+    """Two rows for each flow: what generating took; whether the tokens are the CPU's, and where not, the first differences."""
     jax.config.update("jax_default_matmul_precision", "highest")
     with cpu_process() as process:
-        model = load_model("demo")
-        prompts, found = prompts_of(model), {}
+        wanted, model = functools.cache(lambda: tokens_of_cpu(process)), load_model("demo")
+        prompts = prompts_of(model)
         for flow in flows:
-
-            def generated(flow=flow) -> Iterator[dict]:
-                start_s, compiles = time.perf_counter(), CompileCounter()
-                found[flow] = tokens_of(model, flow, prompts)
-                seconds = {"seconds": time.perf_counter() - start_s, "compilations": compiles.count, "compile_s": compiles.seconds}
-                yield {"question": "generated", "flow": flow, "new_tokens": sum(map(len, found[flow]))} | seconds
-
-            yield from record.asked(f"exact: {flow}", generated)
-        out, err = process.communicate(timeout=60)
-        if process.returncode:
-            yield {"question": "failure", "asked": "exact: tokens of the CPU", "failed": err[-3000:]}
-            return
-        yield from compared(model, prompts, json.loads(out.splitlines()[-1]), found)
+            yield from record.asked(f"exact: {flow}", lambda flow=flow: compared(model, flow, prompts, wanted))
 
 
-def compared(model: Model, prompts: list[tuple[int, ...]], wanted: Tokens, found: dict[str, Tokens]) -> Iterator[dict]:
+def compared(model: Model, flow: str, prompts: list[tuple[int, ...]], wanted: Callable[[], Tokens]) -> Iterator[dict]:
     """exact: all tokens are equal. only_ties: every row's first difference is between two logits as good as equal."""
-    for flow, tokens in found.items():
-        differences = [
-            difference(model, prompt, of_cpu, own)
-            for prompt, of_cpu, own in zip(prompts, wanted, tokens, strict=True)
-            if of_cpu != own
-        ]
-        ties = all(abs(one["logit_difference"]) <= TIE for one in differences)
-        yield {"question": "exact", "flow": flow, "exact": not differences, "only_ties": ties, "differences": differences}
+    start_s, compiles = time.perf_counter(), CompileCounter()
+    found = tokens_of(model, flow, prompts)
+    seconds = {"seconds": time.perf_counter() - start_s, "compilations": compiles.count, "compile_s": compiles.seconds}
+    yield {"question": "generated", "flow": flow, "new_tokens": sum(map(len, found))} | seconds
+    rows = zip(prompts, wanted(), found, strict=True)
+    differences = [difference(model, prompt, of_cpu, own) for prompt, of_cpu, own in rows if of_cpu != own]
+    ties = all(abs(one["logit_difference"]) <= TIE for one in differences)
+    yield {"question": "exact", "flow": flow, "exact": not differences, "only_ties": ties, "differences": differences}
 
 
 def difference(model: Model, prompt: tuple[int, ...], wanted: list[int], found: list[int]) -> dict:
@@ -94,6 +83,13 @@ def cpu_process() -> subprocess.Popen[str]:
     env = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "specmoe_jax.benchmarks.gpu.exact"]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def tokens_of_cpu(process: subprocess.Popen[str]) -> Tokens:
+    out, err = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"the tokens of the CPU could not be computed: {err[-2000:]}")
+    return json.loads(out.splitlines()[-1])
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Does every flow on this machine's accelerator give the tokens of the CPU? The bundled model, float32 at the highest precision.
 
-As a program (python -m specmoe_jax.benchmarks.gpu.exact), which the rows run on the CPU: prints its tokens of the resident preset.
+As a program (python -m specmoe_jax.benchmarks.gpu.exact FILE), which the rows run on the CPU: its tokens of the resident preset in FILE.
 """
 
 import functools
@@ -9,6 +9,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 
@@ -35,8 +36,8 @@ Tokens = list[list[int]]
 def rows(flows: tuple[str, ...] = FLOWS) -> Iterator[dict]:
     """Two rows for each flow: what generating took; whether the tokens are the CPU's, and where not, the first differences."""
     jax.config.update("jax_default_matmul_precision", "highest")
-    with cpu_process() as process:
-        wanted, model = functools.cache(lambda: tokens_of_cpu(process)), load_model("demo")
+    with tempfile.TemporaryDirectory() as folder, cpu_process(path := pathlib.Path(folder) / "tokens.json") as process:
+        wanted, model = functools.cache(lambda: tokens_of_cpu(process, path)), load_model("demo")
         prompts = prompts_of(model)
         for flow in flows:
             yield from record.asked(f"exact: {flow}", lambda flow=flow: compared(model, flow, prompts, wanted))
@@ -57,7 +58,7 @@ def compared(model: Model, flow: str, prompts: list[tuple[int, ...]], wanted: Ca
 def difference(model: Model, prompt: tuple[int, ...], wanted: list[int], found: list[int]) -> dict:
     """The first token that differs, with the reference forward's logits of both there."""
     at = next(i for i, (a, b) in enumerate(zip(wanted, found, strict=True)) if a != b)
-    logits = np.asarray(model.logits([[*prompt, *wanted[:at]]]))[0, -1]
+    logits = np.asarray(model.logits(np.array([[*prompt, *wanted[:at]]])))[0, -1]
     of_wanted, of_found = float(logits[wanted[at]]), float(logits[found[at]])
     row = {"token": at, "wanted": wanted[at], "found": found[at], "logit_wanted": of_wanted, "logit_found": of_found}
     return row | {"logit_difference": of_wanted - of_found}
@@ -66,9 +67,9 @@ def difference(model: Model, prompt: tuple[int, ...], wanted: list[int], found: 
 def tokens_of(model: Model, flow: str, prompts: list[tuple[int, ...]]) -> Tokens:
     """Greedy tokens of a preset, of one batch."""
     plan = preset(flow, model.config).replace(batch_size=len(prompts), dtype="float32")
-    head = {"draft_head": load_head("demo", model)} if flow == "specmoeoff" else {}
+    head = load_head("demo", model) if flow == "specmoeoff" else None
     params = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
-    return [list(completion.token_ids) for completion in Engine(model, plan, **head).generate(prompts, params)]
+    return [list(completion.token_ids) for completion in Engine(model, plan, draft_head=head).generate(prompts, params)]
 
 
 def prompts_of(model: Model) -> list[tuple[int, ...]]:
@@ -78,23 +79,23 @@ def prompts_of(model: Model) -> list[tuple[int, ...]]:
     return [tuple(model.tokenizer.encode(text)[: PROMPT - 3 * i]) for i, text in enumerate(texts)]
 
 
-def cpu_process() -> subprocess.Popen[str]:
+def cpu_process(path: pathlib.Path) -> subprocess.Popen[str]:
     """This program on the CPU, beside what runs here."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "specmoe_jax.benchmarks.gpu.exact"]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "specmoe_jax.benchmarks.gpu.exact", str(path)]
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
 
-def tokens_of_cpu(process: subprocess.Popen[str]) -> Tokens:
-    out, err = process.communicate()
+def tokens_of_cpu(process: subprocess.Popen[str], path: pathlib.Path) -> Tokens:
+    _, err = process.communicate()
     if process.returncode:
         raise RuntimeError(f"the tokens of the CPU could not be computed: {err[-2000:]}")
-    return json.loads(out.splitlines()[-1])
+    return json.loads(path.read_text())
 
 
 def main() -> None:
     model = load_model("demo")
-    print(json.dumps(tokens_of(model, "resident", prompts_of(model))))
+    pathlib.Path(sys.argv[1]).write_text(json.dumps(tokens_of(model, "resident", prompts_of(model))))
 
 
 if __name__ == "__main__":

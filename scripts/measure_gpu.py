@@ -1,11 +1,10 @@
-"""Everything that a machine with one GPU is asked, unattended: every part a process of its own, ended after --part_minutes.
+"""Two short runs on a machine with one GPU, unattended: correctness and the link (--run=1), then the systems (--run=2).
 
-A part's rows go to OUTPUT/PART.json as they are measured, so what is killed keeps what it had. Parts that have their file are done
-again only with --again. --dry_run runs the same code on sizes for a CPU, whose figures mean nothing.
+What they need and write, and how to read the rows: docs/accelerator_run.md.
 
 Examples:
-    python scripts/measure_gpu.py --output=results
-    python scripts/measure_gpu.py --output=results --minutes=25 --part_minutes=4 --parts=settle,mixtral_streaming,ffn
+    python scripts/measure_gpu.py --run=1 --output=run1 --host_gib=128 --minutes=5.5
+    python scripts/measure_gpu.py --output=results --parts=link,streaming --dry_run
 """
 
 from _run import run

@@ -6,6 +6,7 @@ their traffic can be compared. Figures that it touched are stamped `synthetic_ro
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -67,8 +68,7 @@ def with_synthetic_routing(model: Model, *, skew: float = NLLB_SKEW, topic_share
         h, x = _attend(kind, layer, h)
         router = jnp.asarray(_router(config, np.asarray(x, np.float32), skew, rng), dtype)
         layer = dataclasses.replace(layer, router=router)
-        routing = layers.route(kind.own_router, x, router, None, jnp.ones(len(x), bool))
-        h = layers.combine(h, ops.expert_ffn(x, _on_accelerator(blocks), routing.ids), routing)
+        h = _through_experts(kind, router, _on_accelerator(blocks), h, x)
         calibrated.append(layer)
     weights = dataclasses.replace(weights, layers=tuple(calibrated))
     return dataclasses.replace(model, weights=weights, synthetic=("synthetic_routing",))
@@ -109,6 +109,14 @@ def _units(rng: np.random.Generator, count: int, width: int) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _through_experts(config: LayerConfig, router: jax.Array, blocks: jax.Array, h: jax.Array, x: jax.Array) -> jax.Array:
+    """h with the chosen experts of blocks [E, *block] added."""
+    routing = layers.route(config.own_router, x, router, None, jnp.ones(len(x), bool))
+    return layers.combine(h, ops.expert_ffn(x, blocks, routing.ids), routing)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _attend(config: LayerConfig, layer, h):
     """h after the attention of whole sequences [B, T, M], and the experts' input x [n, M]."""
     positions = jnp.broadcast_to(jnp.arange(h.shape[1]), h.shape[:2])

@@ -45,7 +45,7 @@ def test_no_program_waits_for_the_link(found, programs):
     assert {program["name"] for program in programs if program["waits_for_link"]} == set()
 
 
-def test_no_program_makes_a_float32_copy_of_an_expert(found, programs):
-    temp = {program["name"]: program["temp_bytes"] for program in programs if program["plan"].startswith("half")}
-    # On a GPU XLA cuts the expert out of the pool, which is a copy in its own dtype; on a TPU it makes none.
-    assert {name: size for name, size in temp.items() if size > 1.5 * found["expert_bytes"]} == {}
+def test_no_program_copies_an_expert(found, programs):
+    """Neither in float32 nor as it is: the grouped products read it where it lies in the pool."""
+    temp = [(program["name"], program["temp_bytes"]) for program in programs if program["plan"].startswith("half")]
+    assert [(name, size) for name, size in temp if size > 0.9 * found["expert_bytes"]] == []

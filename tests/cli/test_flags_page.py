@@ -15,7 +15,10 @@ Flags of models, of sampling, and those that set [fields of a plan](../plan.md) 
 Generated from the commands.
 """
 SHARED = {
-    "specmoe_jax.cli.flag_groups.plan_flags": ("Flags of a plan", "They change the plan of `--preset` or `--plan`; units are in their names."),
+    "specmoe_jax.cli.flag_groups.plan_flags": (
+        "Flags of a plan",
+        "They change the plan of `--preset` or `--plan`; units are in their names.",
+    ),
     "specmoe_jax.cli.flag_groups.engine_flags": (
         "Flags of the engine",
         "The model and the plan of commands that keep one engine for many requests.",

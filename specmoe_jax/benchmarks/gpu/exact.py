@@ -1,15 +1,17 @@
 """Does every flow on this machine's accelerator give the tokens of the CPU? The bundled model, float32 at the highest precision.
 
-As a program (python -m specmoe_jax.benchmarks.gpu.exact), which the rows run on the CPU: prints its tokens of the resident preset.
+As a program (python -m specmoe_jax.benchmarks.gpu.exact FILE), which the rows run on the CPU: its tokens of the resident preset in FILE.
 """
 
+import functools
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -32,43 +34,31 @@ Tokens = list[list[int]]
 
 
 def rows(flows: tuple[str, ...] = FLOWS) -> Iterator[dict]:
-    """A row for each flow: whether its tokens are the CPU's, and where not, the first difference of each row and its logits."""
+    """Two rows for each flow: what generating took; whether the tokens are the CPU's, and where not, the first differences."""
     jax.config.update("jax_default_matmul_precision", "highest")
-    with cpu_process() as process:
-        model = load_model("demo")
-        prompts, found = prompts_of(model), {}
+    with tempfile.TemporaryDirectory() as folder, cpu_process(path := pathlib.Path(folder) / "tokens.json") as process:
+        wanted, model = functools.cache(lambda: tokens_of_cpu(process, path)), load_model("demo")
+        prompts = prompts_of(model)
         for flow in flows:
-
-            def generated(flow=flow) -> Iterator[dict]:
-                start_s, compiles = time.perf_counter(), CompileCounter()
-                found[flow] = tokens_of(model, flow, prompts)
-                seconds = {"seconds": time.perf_counter() - start_s, "compilations": compiles.count, "compile_s": compiles.seconds}
-                yield {"question": "generated", "flow": flow, "new_tokens": sum(map(len, found[flow]))} | seconds
-
-            yield from record.asked(f"exact: {flow}", generated)
-        out, err = process.communicate(timeout=60)
-        if process.returncode:
-            yield {"question": "failure", "asked": "exact: tokens of the CPU", "failed": err[-3000:]}
-            return
-        yield from compared(model, prompts, json.loads(out.splitlines()[-1]), found)
+            yield from record.asked(f"exact: {flow}", lambda flow=flow: compared(model, flow, prompts, wanted))
 
 
-def compared(model: Model, prompts: list[tuple[int, ...]], wanted: Tokens, found: dict[str, Tokens]) -> Iterator[dict]:
+def compared(model: Model, flow: str, prompts: list[tuple[int, ...]], wanted: Callable[[], Tokens]) -> Iterator[dict]:
     """exact: all tokens are equal. only_ties: every row's first difference is between two logits as good as equal."""
-    for flow, tokens in found.items():
-        differences = [
-            difference(model, prompt, of_cpu, own)
-            for prompt, of_cpu, own in zip(prompts, wanted, tokens, strict=True)
-            if of_cpu != own
-        ]
-        ties = all(abs(one["logit_difference"]) <= TIE for one in differences)
-        yield {"question": "exact", "flow": flow, "exact": not differences, "only_ties": ties, "differences": differences}
+    start_s, compiles = time.perf_counter(), CompileCounter()
+    found = tokens_of(model, flow, prompts)
+    seconds = {"seconds": time.perf_counter() - start_s, "compilations": compiles.count, "compile_s": compiles.seconds}
+    yield {"question": "generated", "flow": flow, "new_tokens": sum(map(len, found))} | seconds
+    rows = zip(prompts, wanted(), found, strict=True)
+    differences = [difference(model, prompt, of_cpu, own) for prompt, of_cpu, own in rows if of_cpu != own]
+    ties = all(abs(one["logit_difference"]) <= TIE for one in differences)
+    yield {"question": "exact", "flow": flow, "exact": not differences, "only_ties": ties, "differences": differences}
 
 
 def difference(model: Model, prompt: tuple[int, ...], wanted: list[int], found: list[int]) -> dict:
     """The first token that differs, with the reference forward's logits of both there."""
     at = next(i for i, (a, b) in enumerate(zip(wanted, found, strict=True)) if a != b)
-    logits = np.asarray(model.logits(np.array([[*prompt, *wanted[:at]]], np.int32)))[0, -1]
+    logits = np.asarray(model.logits(np.array([[*prompt, *wanted[:at]]])))[0, -1]
     of_wanted, of_found = float(logits[wanted[at]]), float(logits[found[at]])
     row = {"token": at, "wanted": wanted[at], "found": found[at], "logit_wanted": of_wanted, "logit_found": of_found}
     return row | {"logit_difference": of_wanted - of_found}
@@ -89,16 +79,23 @@ def prompts_of(model: Model) -> list[tuple[int, ...]]:
     return [tuple(model.tokenizer.encode(text)[: PROMPT - 3 * i]) for i, text in enumerate(texts)]
 
 
-def cpu_process() -> subprocess.Popen[str]:
+def cpu_process(path: pathlib.Path) -> subprocess.Popen[str]:
     """This program on the CPU, beside what runs here."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "specmoe_jax.benchmarks.gpu.exact"]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "specmoe_jax.benchmarks.gpu.exact", str(path)]
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def tokens_of_cpu(process: subprocess.Popen[str], path: pathlib.Path) -> Tokens:
+    _, err = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"the tokens of the CPU could not be computed: {err[-2000:]}")
+    return json.loads(path.read_text())
 
 
 def main() -> None:
     model = load_model("demo")
-    print(json.dumps(tokens_of(model, "resident", prompts_of(model))))
+    pathlib.Path(sys.argv[1]).write_text(json.dumps(tokens_of(model, "resident", prompts_of(model))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a part measured and what it is doing: rows go to one file as they are measured, and what fails becomes a row too."""
 
 import json
+import logging
 import os
 import pathlib
 import time
@@ -8,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 
 ROWS, LOG = "rows.jsonl", "log.txt"
+_LOG = logging.getLogger(__name__)
 SHOWN = 160  # characters of a row or a message that are printed
 
 
@@ -31,7 +33,8 @@ def read(folder: pathlib.Path) -> list[dict]:
 
 
 def say(what: str) -> None:
-    print(what, flush=True)
+    """What is under way, for whoever listens (the command prints it)."""
+    _LOG.info("%s", what)
 
 
 def asked(question: str, rows: Callable[[], Iterator[dict]]) -> Iterator[dict]:

@@ -115,10 +115,10 @@ def _normal(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
 def small(config: ModelConfig) -> ModelConfig:
     """The rules of a shape at sizes for a CPU."""
     layer = config.layers[0]
-    attention = dataclasses.replace(layer.attention, num_heads=4, num_kv_heads=2, head_dim=16)
+    attention = dataclasses.replace(layer.attention, num_heads=2, num_kv_heads=1)
     router = dataclasses.replace(layer.own_router, num_experts=8, experts_per_token=2)
     experts = dataclasses.replace(layer.own_experts, hidden=32, model=64)
     layer = dataclasses.replace(layer, attention=attention, router=router, experts=experts)
-    sizes = {"vocab_size": 2 * TOPIC, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "expert_hidden": 32}
+    sizes = {"vocab_size": 2 * TOPIC, "hidden_size": 64, "num_heads": 2, "num_kv_heads": 1, "expert_hidden": 32}
     sizes |= {"num_experts": 8, "experts_per_token": 2}
     return dataclasses.replace(config, **sizes, layer_configs=(layer,) * config.num_layers)

@@ -9,6 +9,7 @@ Examples:
     specmoe measure_gpu --output=results --parts=link,streaming --dry_run
 """
 
+import logging
 import os
 import pathlib
 import queue
@@ -148,11 +149,20 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def keep_rows(name: str, folder: pathlib.Path) -> None:
     """Runs a part here."""
     common.use_compile_cache()
+    _print_what_is_said()
     host_bytes = None if _HOST_GIB.value is None else int(_HOST_GIB.value * GIB)
     effort = parts.Effort(folder, _DRY_RUN.value, host_bytes)
     failed = False
     for row in record.asked(name, lambda: parts.PARTS[name].rows(effort)):
         record.append(folder, {"part": name, "dry_run": _DRY_RUN.value} | row)
         record.say(record.line(row))
-        failed |= row.get("asked") == name
+        failed |= row["question"] == "failure"
     sys.exit(1 if failed else 0)
+
+
+def _print_what_is_said() -> None:
+    said, printed = logging.getLogger(record.__name__), logging.StreamHandler(sys.stdout)
+    printed.setFormatter(logging.Formatter("%(message)s"))
+    said.addHandler(printed)
+    said.setLevel(logging.INFO)
+    said.propagate = False

@@ -86,9 +86,11 @@ def mxfp4_meant(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return meant.to(torch.bfloat16).transpose(1, 2).contiguous()
 
 
-def qwen3(fp8: bool) -> Iterator[Made]:
-    normal, c = draws(0), QWEN3
+def qwen3(config: dict[str, Any], fp8: bool = False) -> Iterator[Made]:
+    """A shard a layer, then embedding, head and last norm."""
+    normal, c = draws(0), config
     hidden, queries, keys = c["hidden_size"], c["num_attention_heads"] * 128, c["num_key_value_heads"] * 128
+    width = c["moe_intermediate_size"]
     ones = torch.ones
     for layer in range(c["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
@@ -99,7 +101,7 @@ def qwen3(fp8: bool) -> Iterator[Made]:
             "self_attn.o_proj": normal(hidden, queries),
         }
         for expert in range(c["num_experts"]):
-            for name, shape in (("gate_proj", (768, hidden)), ("up_proj", (768, hidden)), ("down_proj", (hidden, 768))):
+            for name, shape in (("gate_proj", (width, hidden)), ("up_proj", (width, hidden)), ("down_proj", (hidden, width))):
                 matrices[f"mlp.experts.{expert}.{name}"] = normal(*shape)
         plain = {
             "input_layernorm": ones(hidden),
@@ -168,11 +170,12 @@ def gpt_oss() -> Iterator[Made]:
     yield Made(shard, shard)
 
 
-def write_shards(made: Iterator[Made], published: pathlib.Path, reference: pathlib.Path) -> None:
-    """Two directories of shards with their indexes; one shard is in memory at a time."""
-    indexes: dict[pathlib.Path, dict[str, str]] = {published: {}, reference: {}}
+def write_shards(made: Iterator[Made], published: pathlib.Path, reference: pathlib.Path | None = None) -> None:
+    """Directories of shards with their indexes; one shard is in memory at a time."""
+    folders = [folder for folder in (published, reference) if folder is not None]
+    indexes: dict[pathlib.Path, dict[str, str]] = {folder: {} for folder in folders}
     for number, pair in enumerate(made):
-        for folder, shard in ((published, pair.published), (reference, pair.meant)):
+        for folder, shard in zip(folders, pair, strict=False):
             file = f"model-{number:05d}.safetensors"
             save_file(shard, folder / file, metadata={"format": "pt"})
             indexes[folder] |= dict.fromkeys(shard, file)
@@ -214,8 +217,8 @@ class Form(NamedTuple):
 
 
 FORMS = {
-    "qwen3_bf16": Form(QWEN3, None, "qwen3", lambda *folders: write_shards(qwen3(fp8=False), *folders)),
-    "qwen3_fp8": Form(QWEN3, FP8, "qwen3", lambda *folders: write_shards(qwen3(fp8=True), *folders)),
+    "qwen3_bf16": Form(QWEN3, None, "qwen3", lambda *folders: write_shards(qwen3(QWEN3), *folders)),
+    "qwen3_fp8": Form(QWEN3, FP8, "qwen3", lambda *folders: write_shards(qwen3(QWEN3, fp8=True), *folders)),
     "gptoss_mxfp4": Form(GPT_OSS, MXFP4, "gptoss", lambda *folders: write_shards(gpt_oss(), *folders)),
     "nllb_bin": Form(NLLB, None, None, write_nllb),
 }

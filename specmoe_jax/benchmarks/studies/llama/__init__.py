@@ -1,0 +1,1 @@
+"""The same weights in this engine and in llama.cpp."""

@@ -1,0 +1,124 @@
+"""One engine in a process of its own, which answers lines of JSON: run by compare.py, with the Python of that engine.
+
+    python worker.py own   '{"model": DIR, "dtype": "bfloat16", "expert_dtype": null, "flow": "host_compute"}'
+    python worker.py llama '{"model": FILE.gguf, "threads": 2}'
+
+Nothing but the standard library and numpy is imported before the engine is known: llama.cpp's Python has no JAX.
+"""
+
+import ctypes
+import importlib
+import json
+import pathlib
+import re
+import sys
+import time
+
+import numpy as np
+
+PROMPT, ROOM = 32, 512  # tokens of a row before its steps; positions of a row
+
+
+class Own:
+    def __init__(self, model: str, dtype: str, expert_dtype: str | None, flow: str):
+        import specmoe_jax as sm
+        from specmoe_jax.models.quantised import quantise
+
+        self._sm, self._flow = sm, flow
+        loaded = sm.load_model(model, dtype=dtype)
+        self._model = quantise(loaded, expert_dtype) if expert_dtype else loaded
+        self._plan = sm.Plan(preset="probe").replace(dtype=dtype, expert_flow=flow, expert_dtype=expert_dtype)
+        self.vocabulary = loaded.config.vocab_size
+        self._engine = self._state = None
+
+    def start(self, prompts: list[list[int]]) -> None:
+        params = self._sm.SamplingParams(max_new_tokens=ROOM - len(prompts[0]) - 1, ignore_eos=True)
+        self._state = None  # before another takes its place
+        self._engine = self._sm.Engine(self._model, self._plan.replace(batch_size=len(prompts)))
+        self._state = self._engine.init(prompts, params)
+
+    def step(self) -> None:
+        self._state, _ = self._engine.step(self._state)
+
+
+class Llama:
+    def __init__(self, model: str, threads: int):
+        import llama_cpp
+
+        self._lib = lib = llama_cpp
+        lib.llama_backend_init()
+        self._quiet = lib.llama_log_callback(lambda *_: None)
+        lib.llama_log_set(self._quiet, None)
+        self._threads, self._context = threads, None
+        self._model = lib.llama_model_load_from_file(model.encode(), lib.llama_model_default_params())
+        if not self._model:
+            raise SystemExit(f"llama.cpp cannot load {model}")
+        self.vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
+
+    def start(self, prompts: list[list[int]]) -> None:
+        lib, rows = self._lib, len(prompts)
+        if self._context:
+            lib.llama_free(self._context)
+        params = lib.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = rows * ROOM, 512, 512, rows
+        params.n_threads = params.n_threads_batch = self._threads
+        self._context = lib.llama_init_from_model(self._model, params)
+        self._batch = lib.llama_batch_init(512, 0, 1)
+        self._last, self._length = [], len(prompts[0])
+        for row, prompt in enumerate(prompts):
+            self._decode([(token, position, row, position + 1 == len(prompt)) for position, token in enumerate(prompt)])
+            self._last += self._greedy(1)
+
+    def step(self) -> None:
+        self._decode([(token, self._length, row, True) for row, token in enumerate(self._last)])
+        self._last, self._length = self._greedy(len(self._last)), self._length + 1
+
+    def _decode(self, tokens: list[tuple[int, int, int, bool]]) -> None:
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for i, (token, position, row, answered) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, answered
+            batch.seq_id[i][0] = row
+        if failed := self._lib.llama_decode(self._context, batch):
+            raise SystemExit(f"llama_decode answered {failed}")
+
+    def _greedy(self, rows: int) -> list[int]:
+        logits = self._lib.llama_get_logits(self._context)
+        array = np.ctypeslib.as_array(ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), (rows, self.vocabulary))
+        return array.argmax(-1).tolist()
+
+
+def peak_bytes() -> int:
+    (found,) = re.findall(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
+    return int(found) << 10
+
+
+def prompts(vocabulary: int, rows: int, tokens: int) -> list[list[int]]:
+    return np.random.default_rng(0).integers(3, vocabulary, size=(rows, tokens)).tolist()
+
+
+def main() -> None:
+    kind, imported = {"own": (Own, "specmoe_jax.engine"), "llama": (Llama, "llama_cpp")}[sys.argv[1]]
+    importlib.import_module(imported)  # not part of the load
+    start_s = time.perf_counter()
+    engine = kind(**json.loads(sys.argv[2]))
+    print(json.dumps({"load_s": time.perf_counter() - start_s}), flush=True)
+    for line in sys.stdin:
+        asked, start_s = json.loads(line), time.perf_counter()
+        answer = {}
+        if asked["do"] == "start":
+            engine.start(prompts(engine.vocabulary, asked["rows"], asked.get("tokens", PROMPT)))
+            answer = {"seconds": time.perf_counter() - start_s}
+        elif asked["do"] == "steps":
+            answer = {"seconds": [_timed(engine.step) for _ in range(asked["count"])]}
+        print(json.dumps(answer | {"peak_bytes": peak_bytes()}), flush=True)
+
+
+def _timed(call) -> float:
+    start_s = time.perf_counter()
+    call()
+    return time.perf_counter() - start_s
+
+
+if __name__ == "__main__":
+    main()

@@ -83,7 +83,7 @@ class PlanFields:
     dram_policy: str | None = field(
         None,
         "Which experts host memory caches (expert_tier=disk).",
-        none="mru where experts stream, else frequency",
+        none="mru where experts stream, else expected",
         choices=HOST_CACHE_POLICIES,
         needs=(DISK,),
     )

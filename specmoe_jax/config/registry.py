@@ -108,6 +108,8 @@ HOST_CACHE_POLICIES = Registry(
         "lru": _policy("specmoe_jax.offload.host_cache_policies:least_recently_used"),
         "mru": _policy("specmoe_jax.offload.host_cache_policies:most_recently_used"),
         "frequency": _policy("specmoe_jax.offload.host_cache_policies:least_frequently_used"),
+        "lfru": _policy("specmoe_jax.offload.host_cache_policies:least_frequently_recently_used"),
+        "expected": _policy("specmoe_jax.offload.host_cache_policies:longest_expected_wait"),
     },
 )
 DRAFT_SETS = Registry(

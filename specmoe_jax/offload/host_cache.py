@@ -1,22 +1,25 @@
 """Which experts of a disk tier stay in host memory: the cache's decisions. Pure: integers in, integers out."""
 
+import itertools
+import operator
 from typing import NamedTuple
 
 import numpy as np
 
-from specmoe_jax.offload.host_cache_policies import HostCachePolicy, Usage, eviction_order
+from specmoe_jax.offload.host_cache_policies import HostCachePolicy, Usage, Visits, eviction_order, expected_wait, visited
 
 
 class HostCache(NamedTuple):
     """present: [L, E] bool, experts in host memory or on their way into it. uses: [L, E], how often each was asked for.
 
-    last_use: [L, E], the value of `clock` when it last was. clock: uses so far.
+    last_use: [L, E], the value of `clock` when it last was. clock: uses so far. visits: of the layers, lately.
     """
 
     present: np.ndarray
     uses: np.ndarray
     last_use: np.ndarray
     clock: int
+    visits: Visits
 
 
 class Admission(NamedTuple):
@@ -29,7 +32,8 @@ class Admission(NamedTuple):
 def empty(num_layers: int, num_experts: int) -> HostCache:
     """Nothing in host memory."""
     zeros = np.zeros((num_layers, num_experts), np.int64)
-    return HostCache(present=zeros > 0, uses=zeros, last_use=zeros, clock=0)
+    visits = Visits(uses=np.zeros((num_layers, num_experts)), visits=np.zeros(num_layers))
+    return HostCache(present=zeros > 0, uses=zeros, last_use=zeros, clock=0, visits=visits)
 
 
 def touch(cache: HostCache, keys: list[tuple[int, int]]) -> HostCache:
@@ -38,7 +42,10 @@ def touch(cache: HostCache, keys: list[tuple[int, int]]) -> HostCache:
     for clock, key in enumerate(keys, cache.clock + 1):
         uses[key] += 1
         last_use[key] = clock
-    return cache._replace(uses=uses, last_use=last_use, clock=cache.clock + len(keys))
+    visits = cache.visits
+    for layer, of_layer in itertools.groupby(keys, operator.itemgetter(0)):
+        visits = visited(visits, layer, [expert for _, expert in of_layer])
+    return cache._replace(uses=uses, last_use=last_use, clock=cache.clock + len(keys), visits=visits)
 
 
 def admit(
@@ -51,7 +58,8 @@ def admit(
     present, keep = cache.present.copy(), protected.copy()
     keep[tuple(np.transpose(wanted))] = True
     wanted = [key for key in dict.fromkeys(wanted) if not present[key]]
-    order = iter(eviction_order(policy, Usage(last=cache.last_use, count=cache.uses), present & ~keep))
+    usage = Usage(last=cache.last_use, count=cache.uses, now=cache.clock, wait=expected_wait(cache.visits))
+    order = iter(eviction_order(policy, usage, present & ~keep))
     admitted, evicted, room = [], [], capacity - int(present.sum())
     for key in wanted:
         if room <= 0:

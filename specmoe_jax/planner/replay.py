@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from specmoe_jax.config.registry import DRAFT_SETS, HOST_CACHE_POLICIES
-from specmoe_jax.offload.host_cache_policies import HostCachePolicy, Usage, eviction_order
+from specmoe_jax.offload.host_cache_policies import HostCachePolicy, Usage, Visits, eviction_order, expected_wait, visited
 from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy, keep_rule, make_policy
 from specmoe_jax.support.errors import PlanError
 
@@ -59,7 +59,7 @@ def cached(trace: np.ndarray, capacity: int, policy: HostCachePolicy) -> int:
     shape = trace.shape[1:]
     kept = np.zeros(shape, bool)
     last, count, needed_next = (np.zeros(shape, np.int64) for _ in range(3))
-    usage = Usage(last=last, count=count, following=needed_next)  # which the loop writes into
+    seen = Visits(uses=np.zeros(shape), visits=np.zeros(shape[0]))
     fetched = clock = 0
     for (_, layer, ids), following in zip(_visits(trace), _next_visits(trace), strict=True):
         fetched += int((~kept[layer, ids]).sum())
@@ -68,6 +68,8 @@ def cached(trace: np.ndarray, capacity: int, policy: HostCachePolicy) -> int:
         count[layer, ids] += 1
         needed_next[layer, ids] = following
         clock += len(ids)
+        seen = visited(seen, layer, ids)
+        usage = Usage(last=last, count=count, now=clock, wait=expected_wait(seen), following=needed_next)
         for victim in eviction_order(policy, usage, kept)[: max(int(kept.sum()) - capacity, 0)]:
             kept[victim] = False
     return fetched

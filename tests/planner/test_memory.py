@@ -179,7 +179,9 @@ def test_a_disk_tier_caches_what_the_pages_of_a_streamed_plan_leave():
 @pytest.mark.parametrize("length", [None, 1, 8, 63])
 def test_cache_positions_hold_the_longest_row_and_its_drafts(length):
     a_plan = plan("on_demand") if length is None else plan(draft_length=length)
-    for longest in np.unique(np.geomspace(1, 40_000, 60).astype(int)):
-        positions = cache_positions(int(longest), a_plan)
-        assert positions >= longest + (length or 0) + 1
-        assert positions <= max(64, 2 * (longest + 64)) and positions % 64 == 0
+    shapes = set()
+    for longest in np.unique(np.geomspace(1, 40_000, 600).astype(int)):
+        positions, needed = cache_positions(int(longest), a_plan), longest + (length or 0) + 1
+        assert needed <= positions < needed + max(64, positions / 8) and positions % 64 == 0
+        shapes.add(positions)
+    assert len(shapes) <= 16 + 8 * 6  # to 1024, and in each of the doublings beyond

@@ -22,7 +22,7 @@ class PooledFlowDescription:
     tells_routing: bool
     streams_layers: bool = False
     workers: bool = False
-    host_cache_policy: str = "frequency"
+    host_cache_policy: str = "expected"
 
     def check(self, plan: Plan, config: ModelConfig) -> None:
         """No checks beyond the table of a plan's fields."""

@@ -86,12 +86,12 @@ def account(
 def cache_positions(longest: int, plan: Plan) -> int:
     """S: KV positions per row for sequences of `longest` tokens plus the rows a draft may overshoot.
 
-    In steps (powers of two to 1024, then multiples of 1024), so that similar jobs share compiled programs.
+    In steps of a page or, where that is more, eight between a power of two and the next, so that similar jobs share compiled
+    programs and at most an eighth is never filled.
     """
     needed = longest + plan.lookahead
-    if needed > 1024:
-        return -(-needed // 1024) * 1024
-    return max(64, 1 << (needed - 1).bit_length())
+    step = max(KV_PAGE, 1 << (needed - 1).bit_length() >> 4)
+    return -(-needed // step) * step
 
 
 def pinned_experts(config: ModelConfig, plan: Plan) -> tuple[int, ...]:

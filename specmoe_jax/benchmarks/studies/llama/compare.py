@@ -29,7 +29,7 @@ READ_BYTES = 1 << 30
 
 
 class Ours(NamedTuple):
-    """What is loaded, the packing of its experts, the flow. bits: of a dense weight; expert_bits: of an expert's, scales included."""
+    """What is loaded, how its experts are packed, the flow. bits: of a dense weight; expert_bits: of an expert's, with scales."""
 
     dtype: str
     expert_dtype: str | None
@@ -90,7 +90,11 @@ def step_bytes(c: dict, ours: Ours, rows: int) -> float:
     hidden, experts, chosen = c["hidden_size"], c["num_experts"], c["num_experts_per_tok"]
     heads = (2 * c["num_attention_heads"] + 2 * c["num_key_value_heads"]) * c["head_dim"]
     read = experts * (1 - (1 - chosen / experts) ** rows)
-    layer = heads * hidden * ours.bits + experts * hidden * ours.bits + read * 3 * hidden * c["moe_intermediate_size"] * ours.expert_bits
+    layer = (
+        heads * hidden * ours.bits
+        + experts * hidden * ours.bits
+        + read * 3 * hidden * c["moe_intermediate_size"] * ours.expert_bits
+    )
     return (c["num_hidden_layers"] * layer + c["vocab_size"] * hidden * ours.bits) / 8
 
 

@@ -21,10 +21,22 @@ float value(const FfnArgs& a, int64_t i) {
   return x;
 }
 
-// Where column m stands in split order.
-int64_t split(int64_t m, int lanes) {
-  const int64_t inside = m % (2 * lanes);
-  return m - inside + inside % 2 * lanes + inside / 2;
+// to[i] = from[where column i stands in split order], for whole pairs of registers. A division for each column would take as long as
+// its products with few rows.
+void join(const float* from, int64_t columns, int lanes, float* to) {
+  for (int64_t m = 0; m < columns; m += 2 * lanes) {
+    const int64_t last = std::min<int64_t>(columns - m, 2 * lanes);
+    for (int64_t i = 0; i < last; ++i) to[m + i] = from[m + i % 2 * lanes + i / 2];
+  }
+}
+
+// The other way.
+template <class Value>
+void part(const Value& from, int64_t columns, int lanes, float* to) {
+  for (int64_t m = 0; m < columns; m += 2 * lanes) {
+    const int64_t last = std::min<int64_t>(columns - m, 2 * lanes);
+    for (int64_t i = 0; i < last; ++i) to[m + i % 2 * lanes + i / 2] = from(m + i);
+  }
 }
 
 }  // namespace
@@ -34,7 +46,7 @@ void float_rows(const FfnArgs& a, int lanes, bool is_split, int64_t ld, float* r
     float* to = rows + i * ld;
     std::fill(to + a.M / (2 * lanes) * (2 * lanes), to + ld, 0.0f);
     if (is_split) {
-      for (int64_t m = 0; m < a.M; ++m) to[split(m, lanes)] = value(a, i * a.M + m);
+      part([&](int64_t m) { return value(a, i * a.M + m); }, a.M, lanes, to);
     } else {
       for (int64_t m = 0; m < a.M; ++m) to[m] = value(a, i * a.M + m);
     }
@@ -141,7 +153,7 @@ void add_partials(const FfnArgs& a, int lanes, const FfnGroup& g) {
       for (int64_t m = 0; m < used; ++m) sum[m] += p[m];
     }
     if (a.w_type == DType::kI4) {
-      for (int64_t m = 0; m < a.M; ++m) y[m] = sum[split(m, lanes)];
+      join(sum, a.M, lanes, y);
     } else {
       std::copy(sum, sum + a.M, y);
     }

@@ -10,7 +10,8 @@ namespace {
 
 ffi::Error wrong(const char* what) { return wrong_argument("rowwise_expert_ffn", what); }
 
-ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> blocks, ffi::Buffer<ffi::S32> slots,
+// blocks: [R, bytes] uint8; or [R, 2] uint32, the addresses of experts anywhere in the process's memory, as in expert_ffn_ffi.cc.
+ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer blocks, ffi::Buffer<ffi::S32> slots,
                ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t format, int64_t hidden, int64_t group, int64_t block_rows,
                int64_t half_scales, int64_t zeros, int64_t biased, int64_t clamped, double alpha, double limit, int64_t threads,
                std::string_view isa) {
@@ -35,8 +36,15 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> bloc
   a.alpha = static_cast<float>(alpha);
   a.limit = static_cast<float>(limit);
   a.expert_bytes = rowwise_expert_bytes(a);
-  if (bd[1] != a.expert_bytes) return wrong("a packed expert has another number of bytes than its shape takes");
-  a.blocks = blocks.typed_data();
+  if (blocks.element_type() == ffi::U32) {
+    if (bd[1] != 2) return wrong("table [R, 2]");
+    static_assert(sizeof(void*) == 8);
+    a.table = static_cast<const void* const*>(blocks.untyped_data());
+  } else {
+    if (blocks.element_type() != ffi::U8) return wrong("blocks must be uint8, or addresses as uint32");
+    if (bd[1] != a.expert_bytes) return wrong("a packed expert has another number of bytes than its shape takes");
+    a.blocks = blocks.untyped_data();
+  }
   return run_kernel("rowwise_expert_ffn", pool, threads, isa,
                     [&](const KernelTable& table, Parallel& parallel) { rowwise_ffn(a, table, parallel); });
 }
@@ -49,7 +57,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(specmoe_rowwise_expert_ffn, specmoe::run,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("format")

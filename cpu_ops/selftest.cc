@@ -1,5 +1,6 @@
 // Small odd shapes on exactly sized, misaligned heap buffers, on every instruction set of the machine:
 //   cmake -S cpu_ops -B build/sanitize -DSPECMOE_SANITIZE=ON && cmake --build build/sanitize && ctest --test-dir build/sanitize
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdio>
@@ -257,10 +258,18 @@ double rowwise(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, RowF
     fill_matrix(a, M, F, scale, expert + 2 * inner);
   }
   a.blocks = blocks.data;
-  return worst_of_alike(a, static_cast<double>(code) * static_cast<double>(scale), [&] {
-    Threads parallel(threads);
-    rowwise_ffn(a, kernels, parallel);
-  });
+  const void* table[R];
+  for (int64_t r = 0; r < R; ++r) table[r] = blocks.data + r * a.expert_bytes;
+  const auto worst = [&] {
+    return worst_of_alike(a, static_cast<double>(code) * static_cast<double>(scale), [&] {
+      Threads parallel(threads);
+      rowwise_ffn(a, kernels, parallel);
+    });
+  };
+  const double in_one_array = worst();
+  a.blocks = nullptr;  // by the addresses of the experts
+  a.table = table;
+  return std::max(in_one_array, worst());
 }
 
 double product(const KernelTable& kernels, int64_t n, int64_t N, int64_t M, DType x_type, DType w_type, int threads) {

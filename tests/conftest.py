@@ -11,8 +11,8 @@ import os
 import jax
 import pytest
 
-from specmoe_jax.checkpoints.memory import available_bytes
 from specmoe_jax.support.cache_files import machine_key
+from specmoe_jax.support.host_memory import available_bytes
 from specmoe_jax.testing import tiny
 
 WORKER_BYTES = 4 << 30  # peak memory of one worker of a parallel run, measured at 3.5 GB

@@ -21,6 +21,7 @@ import numpy as np
 from specmoe_jax.planner.hardware import Hardware
 from specmoe_jax.support.cache_files import cache_folder, machine_key, read_cached, write_cached
 from specmoe_jax.support.errors import PlanError
+from specmoe_jax.support.host_memory import available_bytes
 from specmoe_jax.support.jax_settings import lenient
 from specmoe_jax.support.progress import bar
 from specmoe_jax.types import Device
@@ -226,11 +227,8 @@ def _disk() -> Measured:
 
 
 def _host_memory() -> float:
-    """The memory that the system reports as available."""
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-        return float(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    """What is available to this process; without a word of the system all that the machine has."""
+    return float(available_bytes() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def _accelerator_memory(device: Device) -> float:

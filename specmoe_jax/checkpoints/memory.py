@@ -1,15 +1,13 @@
 """Whether the weights fit into host memory, asked before the first of them is read."""
 
 import os
-import pathlib
 
 from specmoe_jax.checkpoints.experts import is_mappable
 from specmoe_jax.checkpoints.inventory import Inventory
 from specmoe_jax.checkpoints.tensors import TARGET_DTYPES
 from specmoe_jax.models.model import PINNED_LIMIT
 from specmoe_jax.support.errors import CheckpointError
-
-MEMINFO, CGROUP = pathlib.Path("/proc/meminfo"), pathlib.Path("/sys/fs/cgroup")
+from specmoe_jax.support.host_memory import available_bytes
 
 
 def weight_bytes(inventory: Inventory, dtype: str) -> int:
@@ -17,21 +15,6 @@ def weight_bytes(inventory: Inventory, dtype: str) -> int:
     weights = TARGET_DTYPES[dtype].itemsize * sum(weight.size for weight in inventory.weights.values())
     read = (source for layer in inventory.experts for source in layer if not is_mappable(source, dtype))
     return weights + sum(source.block_bytes(dtype) for source in read)
-
-
-def available_bytes() -> int | None:
-    """Host memory that is free or can be freed, within the limit of a container; None where that cannot be told."""
-    limits = []
-    try:
-        fields = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
-        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        limits.append(int((CGROUP / "memory.max").read_text()) - int((CGROUP / "memory.current").read_text()))
-    except (OSError, ValueError):  # "max": no limit
-        pass
-    return min(limits, default=None)
 
 
 def raise_pinned_limit() -> None:

@@ -1,6 +1,7 @@
 """Counters of an engine since it was made, and the figures derived from them."""
 
 import resource
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,7 +14,14 @@ from specmoe_jax.models.experts import layer_bytes
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.estimate import Prediction
 from specmoe_jax.planner.hardware import Hardware
-from specmoe_jax.support.timing import CompileCounter
+from specmoe_jax.support.timing import CompileCounter, Stopwatch
+
+
+class PromptWatch(NamedTuple):
+    """Started before prompts go through the model. compile_s: of compilations before."""
+
+    watch: Stopwatch
+    compile_s: float
 
 
 class EngineFigures:
@@ -27,6 +35,7 @@ class EngineFigures:
         self.compiles = CompileCounter()
         self.recompiled, self.warm_up_s = 0, 0.0
         self.totals, self.prefill_s = metrics.Totals(), 0.0
+        self.prefill_tokens, self._computing_s = 0, 0.0
         self._on_demand_experts, self.running = 0, None
         self.prefill_link_bytes = self.prefill_disk_bytes = 0
         self.scored_tokens = self.score_read_tokens = self.score_link_bytes = self.score_disk_bytes = 0
@@ -40,8 +49,14 @@ class EngineFigures:
         """Compilations during a step, which should be none. since: `compiles.count` before it."""
         self.recompiled += self.compiles.count - since
 
-    def add_prefill(self, seconds: float) -> None:
+    def add_prefill(self, seconds: float, *, tokens: int, computing: PromptWatch) -> None:
+        """Prompts of so many tokens have gone through the model while `computing` ran, a part of these seconds."""
         self.prefill_s += seconds
+        self.prefill_tokens += tokens
+        self._computing_s += computing.watch.seconds - (self.compiles.seconds - computing.compile_s)
+
+    def prompt_watch(self) -> PromptWatch:
+        return PromptWatch(Stopwatch(), self.compiles.seconds)
 
     def add_warm_up(self, seconds: float) -> None:
         self.warm_up_s += seconds
@@ -84,6 +99,8 @@ class EngineFigures:
             figures |= predicted_figures(prediction, self.totals)
         return figures | {
             "prefill_s": self.prefill_s,
+            "prefill_tokens": self.prefill_tokens,
+            "prefill_tokens_per_s": self.prefill_tokens / self._computing_s if self._computing_s > 0 else None,
             "warm_up_s": self.warm_up_s,
             "prefill_link_bytes": self.prefill_link_bytes,
             "prefill_disk_bytes": self.prefill_disk_bytes,

@@ -11,7 +11,7 @@ from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.drafts.executors import executor_of
 from specmoe_jax.engine.drafts.protocol import DraftInputs
-from specmoe_jax.engine.requests.prepare import BatchShape, job_account, smallest_job
+from specmoe_jax.engine.requests.prepare import BatchShape, accelerator_is_cpu, job_account, smallest_job
 from specmoe_jax.engine.requests.status import EMPTY
 from specmoe_jax.engine.runtime import Runtime, build, new_cache
 from specmoe_jax.engine.state import ExpertMemory, State
@@ -21,7 +21,10 @@ from specmoe_jax.speculate.adaptive_length import AdaptiveLength, make_adaptive_
 from specmoe_jax.speculate.drafts.protocol import FeatureDraft
 from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy
 from specmoe_jax.speculate.sampling import sampling_rows
+from specmoe_jax.support.errors import BudgetError
+from specmoe_jax.support.host_memory import available_bytes
 from specmoe_jax.support.tracing import Span
+from specmoe_jax.support.units import size_text
 from specmoe_jax.types import KVCache
 
 _LOG = logging.getLogger(__name__)
@@ -73,6 +76,7 @@ class EngineResources:
         shared, account = self._shared, self.account
         if shared is None or account is None or not _holds(shared, account, needed) or self._too_big(account, needed):
             self._memory = None
+            _check_room(self._plan, needed, held=None if shared is None else account)
             how = {"draft_set": self._draft_set, "earlier": self._shared, "progress": self._progress, "spans": self._spans}
             self._shared = shared = build(self._model, self._plan, needed, self._draft, **how)
             self.account = account = needed
@@ -156,6 +160,25 @@ def empty_state(resources: EngineResources, runtime: Runtime, batch_shape: Batch
         logprobs=nothing,
         prompt_logprobs=nothing,
     )
+
+
+def _check_room(plan: Plan, needed: MemoryAccount, *, held: MemoryAccount | None) -> None:
+    """Raises BudgetError where the CPU is the accelerator and a job would take more memory than there is, before it takes any.
+
+    Loaded weights, and experts that the host holds, are there already; what the job before it `held` is given back.
+    """
+    available = available_bytes() if accelerator_is_cpu() else None
+
+    def beside(own: MemoryAccount) -> int:
+        loaded = own.host_expert_bytes if plan.expert_tier == "host" else 0
+        return int(own.accelerator_bytes - own.weight_bytes + own.host_bytes - loaded)
+
+    more = beside(needed) - (0 if held is None else beside(held))
+    if available is not None and more > available:
+        raise BudgetError(
+            f"the job takes {size_text(more)} beside the loaded model, but {size_text(available)} of memory are free,"
+            f" {size_text(more - available)} short; give a smaller batch, fewer resident experts, or expert_flow=host_compute"
+        )
 
 
 def new_draft_memory(runtime: Runtime, batch_shape: BatchShape) -> Any:

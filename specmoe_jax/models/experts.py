@@ -10,7 +10,7 @@ from specmoe_jax import ops
 from specmoe_jax.config.layer_config import ExpertConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.packing import kind_of, packed_bytes, planned, unpack, without_packing
-from specmoe_jax.models.packing.kind import is_plain
+from specmoe_jax.models.packing.kind import Kernel, is_plain
 from specmoe_jax.models.spec import DTYPE_BYTES
 from specmoe_jax.ops.products import as_float32, einsum
 from specmoe_jax.ops.xla.experts import block_ffn
@@ -21,25 +21,22 @@ def expert_ffn(config: ExpertConfig, x: jax.Array, pool: jax.Array, slots: jax.A
 
     A slot of -1 gives zeros. pool: or a table of addresses [R, 2] uint32 (`ops.expert_ffn_table`).
     """
+    kernel = _kernel(config)
+    packed = {} if kernel is None else {"packing": kernel.form, "numbers": kernel.numbers}
     if pool.dtype == jnp.uint32:
-        return ops.expert_ffn_table(x, pool, slots, hidden=config.hidden, packing=_form(config))
-    if config.packing is None:
-        return ops.expert_ffn(x, pool, slots, ffn=None if is_plain(config) else block_function(config))
-    kernel, ffn = kind_of(config.packing).kernel(config), block_function(config)
-    if kernel is None:
-        return ops.expert_ffn(x, pool, slots, ffn=ffn)
-    return ops.expert_ffn(x, pool, slots, ffn=ffn, packing=kernel.form, hidden=config.hidden, numbers=kernel.numbers)
+        return ops.expert_ffn_table(x, pool, slots, hidden=config.hidden, **packed)
+    ffn = None if config.packing is None and is_plain(config) else block_function(config)
+    return ops.expert_ffn(x, pool, slots, ffn=ffn, hidden=config.hidden, **packed)
 
 
 def is_computed_in_place(config: ExpertConfig) -> bool:
     """Whether the compiled kernels compute such experts by their addresses."""
-    return is_plain(config) if config.packing is None else _form(config) in ops.FORMS_BY_ADDRESS
+    return is_plain(config) if config.packing is None else _kernel(config) is not None
 
 
-def _form(config: ExpertConfig) -> str | None:
-    """The kernel's name of how experts are packed; None where they are not, or it has none."""
-    kernel = None if config.packing is None else kind_of(config.packing).kernel(config)
-    return kernel and kernel.form
+def _kernel(config: ExpertConfig) -> Kernel | None:
+    """What decodes packed experts; None where they are not packed, or it has none."""
+    return None if config.packing is None else kind_of(config.packing).kernel(config)
 
 
 def block_bytes(config: ExpertConfig, dtype: str) -> int:

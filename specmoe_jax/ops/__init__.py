@@ -8,14 +8,13 @@ from specmoe_jax.ops.attention import chunked_attention, chunked_attention_packe
 from specmoe_jax.ops.cpu._ffi import isas
 from specmoe_jax.ops.cpu.attention import MAX_NEW
 from specmoe_jax.ops.dense import dense_product
-from specmoe_jax.ops.experts import FORMS_BY_ADDRESS, expert_ffn, expert_ffn_table
+from specmoe_jax.ops.experts import expert_ffn, expert_ffn_table
 from specmoe_jax.ops.packed import PackedCache, empty_cache, pack_cache, unpack_cache
 from specmoe_jax.ops.reference.attention import chunked_attention_packed_ref, chunked_attention_ref
 from specmoe_jax.ops.reference.dense import dense_product_ref
 from specmoe_jax.ops.reference.experts import expert_ffn_ref
 
 __all__ = [
-    "FORMS_BY_ADDRESS",
     "MAX_NEW",
     "PackedCache",
     "chunked_attention",

@@ -7,21 +7,20 @@ import jax.numpy as jnp
 from specmoe_jax.ops import _check, dispatch
 from specmoe_jax.ops.cpu import experts as cpu_experts
 
-FORMS_BY_ADDRESS = cpu_experts.FORMS_BY_ADDRESS
 WEIGHTS = (jnp.float32, jnp.bfloat16, jnp.uint16)
 
 
-def expert_ffn_table(x, table, slots, *, hidden: int, packing: str | None = None):
-    """As `expert_ffn`, for SwiGLU experts of `hidden` units anywhere in the memory of this process: same kernel, same bits.
+def expert_ffn_table(x, table, slots, *, hidden: int, packing: str | None = None, numbers: Mapping[str, int | float] | None = None):
+    """As `expert_ffn`, for experts of `hidden` units anywhere in the memory of this process: same kernel, same bits.
 
-    table [R, 2] uint32: addresses of blocks, low half first, which the caller keeps alive; of weights in x's dtype, or packed in
-    one of FORMS_BY_ADDRESS. There is no form of it but the compiled kernels' (UserError without them).
+    table [R, 2] uint32: addresses of blocks, low half first, which the caller keeps alive; of SwiGLUs in x's dtype, or packed.
+    There is no form of it but the compiled kernels' (UserError without them).
     """
     op = "expert_ffn_table"
     _check.array(op, "x", x, (None, None), _check.FLOATS)
     _check.array(op, "table", table, (None, 2), (jnp.uint32,))
     _check.array(op, "slots", slots, (x.shape[0], None), (jnp.int32,))
-    return cpu_experts.table(x, table, slots, hidden=hidden, packing=packing)
+    return cpu_experts.table(x, table, slots, hidden=hidden, packing=packing, numbers=numbers or {})
 
 
 def expert_ffn(

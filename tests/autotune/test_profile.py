@@ -80,6 +80,13 @@ def test_the_floor_by_hand():
     positions = 11 + 3 / 2  # cached, and half of the new ones
     assert parts["cache reads"] == pytest.approx(2 * 3 * 2 * positions * 3 * 8 * 4 / hardware.accelerator_bytes_per_s)
     dense = 40 * 8 * (6 + 3 + 3 + 6) + 40 * 5  # projections and router
+    experts = 2 * 3 * 2  # passes, layers, choices of one token: at least so many are read
+    weights = 2 * (3 * dense + 40 * 263) + experts * TINY.expert_params
+    assert parts["weight reads"] == pytest.approx(weights * 4 / hardware.accelerator_bytes_per_s)
+    assert parts["weight and cache reads"] == parts["weight reads"] + parts["cache reads"]
+    counted = roofline_figures(TINY, sm.PRESETS["on_demand"](TINY), totals._replace(hits=10, misses=9), hardware)["floor_parts_s"]
+    more = 7 * TINY.expert_params * 4 / hardware.accelerator_bytes_per_s
+    assert counted["weight reads"] == pytest.approx(parts["weight reads"] + more)
     per_token = 3 * (2 * dense + 2 * 2 * TINY.expert_params + 4 * positions * 6 * 8) + 2 * 40 * 263
     assert parts["accelerator"] == pytest.approx(6 * per_token / hardware.accelerator_flops_float32)
     prediction = evaluate(TINY, sm.PRESETS["on_demand"](TINY), KNOWN)

@@ -15,7 +15,10 @@ HEAD = """# Commands and flags
 """
 SHARED = {
     "specmoe_jax.cli.plan_flags": ("Flags of a plan", "They change the plan of `--preset` or `--plan`; units are in their names."),
-    "specmoe_jax.cli.sampling_flags": ("Flags of sampling", "Defaults of requests that do not say otherwise ([options](../scoring.md))."),
+    "specmoe_jax.cli.sampling_flags": (
+        "Flags of sampling",
+        "Defaults of requests that do not say otherwise ([options](../scoring.md)).",
+    ),
 }
 
 
@@ -23,7 +26,9 @@ def table(flags) -> str:
     lines = ["| flag | values | default | |", "|---|---|---|---|"]
     for flag in flags:
         default = "" if flag.default in (None, [], "") else f"`{flag.default}`"
-        said = re.sub(r"^<.*?>: |;\s+repeat this option to specify a list of values$", "", flag.help)  # absl's, shown as values here
+        said = re.sub(
+            r"^<.*?>: |;\s+repeat this option to specify a list of values$", "", flag.help
+        )  # absl's, shown as values here
         help_text = " ".join(said.split()).replace("|", "\\|").replace("<", "&lt;")
         lines.append(f"| `--{flag.name}` | {values(flag)} | {default} | {help_text} |")
     return "\n".join(lines) + "\n"

@@ -7,10 +7,12 @@ import pytest
 from engine_cases import GREEDY, PROMPTS, SAMPLED, ScriptedDraft, plan, run
 
 import specmoe_jax as sm
+from specmoe_jax.models.model import random_model
 from specmoe_jax.models.quantised import quantise
 from specmoe_jax.planner.memory.account import account
 from specmoe_jax.testing import TINY, eagle_head, tiny
 from specmoe_jax.testing.families import tiny_family
+from tests.packed_experts import packed_model
 
 HERE = {"expert_flow": "host_compute"}
 EAGLE = {"draft": "eagle", "draft_length": 3}
@@ -65,6 +67,20 @@ def test_every_form_of_weights(packing):
     fields = {"dtype": "bfloat16"} if packing == "bfloat16" else {"expert_dtype": packing}
     expected, _ = run(model, plan("resident", **fields))
     assert run(model, plan("resident", **fields, **HERE))[0] == expected
+
+
+@pytest.mark.parametrize("packing", ["fp8:128x128", "mxfp4", "awq:32", "compressed:32:bfloat16", "nvfp4"])
+def test_every_published_form_with_a_kernel(packing):
+    sizes = dataclasses.replace(TINY, hidden_size=64, expert_hidden=32)  # whole groups of every format
+    model, _ = packed_model(random_model(sizes), packing)
+    expected, _ = run(model, plan("resident"))
+    assert run(model, plan("resident", **HERE))[0] == expected
+
+
+def test_packed_experts_with_biases_and_clamps():
+    model, _ = packed_model(tiny_family("gpt_oss"), "mxfp4")
+    expected, _ = run(model, plan("resident"))
+    assert run(model, plan("resident", **HERE))[0] == expected
 
 
 def test_experts_are_in_memory_once(model):

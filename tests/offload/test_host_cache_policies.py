@@ -43,7 +43,7 @@ def test_a_wait_is_the_turn_of_the_layer_and_the_recent_rate():
         for layer in (0, 1):
             seen = visited(seen, layer, experts)
     wait = expected_wait(seen)
-    assert wait[0, 0] == wait[1, 0] - 0.5  # layer 1 was visited last, so layer 0 has its turn half a pass earlier
+    assert np.isclose(wait[0, 0], wait[1, 0] - 0.5)  # layer 1 was visited last, so layer 0 has its turn half a pass earlier
     assert wait[0, 1] > wait[1, 0] > wait[0, 0]
     more = visited(visited(seen, 0, [0]), 0, [1])  # in two waves
     assert more.visits[0] == visited(seen, 0, [0, 1]).visits[0] and np.array_equal(more.uses, visited(seen, 0, [0, 1]).uses)

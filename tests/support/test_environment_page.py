@@ -15,7 +15,9 @@ def sources() -> list[pathlib.Path]:
 
 def constants(trees) -> dict[str, str]:
     """NAME = "text" at the top of a module: variables that are read by a name."""
-    assigned = [node for tree in trees for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)]
+    assigned = [
+        node for tree in trees for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+    ]
     return {target.id: node.value.value for node in assigned for target in node.targets if isinstance(target, ast.Name)}
 
 

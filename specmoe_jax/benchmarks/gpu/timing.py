@@ -12,8 +12,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from specmoe_jax.checkpoints.memory import available_bytes
 from specmoe_jax.ops.cpu import _ffi
+from specmoe_jax.support.host_memory import available_bytes
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "numpy", "torch", "transformers", "accelerate")
 

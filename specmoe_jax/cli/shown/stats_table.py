@@ -13,6 +13,7 @@ def table(stats: dict) -> str:
         ("expert bytes while drafting", str(stats["draft_link_bytes"])),
         ("link, activation bytes", str(stats["activation_link_bytes"])),
         ("accelerator / host peak", f"{_mebi(stats['peak_accelerator_bytes'])} / {_mebi(stats['peak_host_bytes'])} MiB"),
+        ("prompts", f"{_number(stats['prefill_tokens_per_s'])} tokens/s"),
         ("load, compile, prefill", "  ".join(f"{stats[name]:.2f} s" for name in ("load_s", "compile_s", "prefill_s"))),
         ("compilations after warm-up", str(stats["compilations_after_warmup"])),
     ]
@@ -49,7 +50,7 @@ def _link_row(stats: dict) -> str:
 
 def _rates_row(rates: dict) -> str:
     """Decimal units, as those of Hardware."""
-    units = {"link_bytes_per_s": "link", "cache_bytes_per_s": "cache reads"}
+    units = {"link_bytes_per_s": "link", "cache_bytes_per_s": "cache reads", "weight_bytes_per_s": "weights"}
     shown = [f"{name} {rates[key] / 1e9:.3g} GB/s" for key, name in units.items() if key in rates]
     return "  ".join([*shown, f"{rates['flops_per_s'] / 1e9:.3g} GFLOP/s"]) if rates else "-"
 

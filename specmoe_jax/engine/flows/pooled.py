@@ -159,9 +159,10 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
         waiting, reuse = tuple(waiting), not isinstance(state.runtime.draft, FeatureDraft)
         decoding = bool(state.active.any())
         while waiting and (joins := plan_joins(state, waiting, reuse=reuse)):
-            watch, before = Stopwatch(), moved(state.runtime)
+            computing, before = session.figures.prompt_watch(), moved(state.runtime)
             state = self._joined(session, state, joins)
-            session.figures.add_prefill(watch.seconds)
+            tokens = sum(len(join.request.token_ids) - join.shared for join in joins)
+            session.figures.add_prefill(computing.watch.seconds, tokens=tokens, computing=computing)
             state = self._warm(session, state, batch_shape)
             session.figures.add_prefill_bytes(before, moved(state.runtime))
             waiting = waiting[len(joins) :]
@@ -231,12 +232,14 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
             kv = kv._replace(cross=cross)
         draft_memory = new_draft_memory(runtime, batch_shape)
         shown = bar("prefill", max(map(len, prompts)) - 1, "position", mode=session.progress, leave=False)
+        jax.block_until_ready(memory.pool)  # so that its filling is not taken for the prompts'
+        computing = session.figures.prompt_watch()
         with shown, ticking(shown), span("prefill"):
             told = PromptLogprobs(runtime, rows, batch_shape.options)
             how = {"on_positions": shown.update, "on_states": told.add if told.wanted else None}
             memory, kv, draft_memory = prefill(self, runtime, memory, kv, prompts, batch_shape.chunk, draft_memory, **how)
             jax.block_until_ready((kv, draft_memory))
-        session.figures.add_prefill(watch.seconds)
+        session.figures.add_prefill(watch.seconds, tokens=sum(map(len, prompts)), computing=computing)
         state = empty_state(session.resources, runtime, batch_shape, kv, memory)
         state = joined(seated(state, dict(enumerate(requests))))._replace(draft_memory=draft_memory, prompt_logprobs=told.rows)
         state = session.warm(state, batch_shape)

@@ -130,15 +130,15 @@ class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
         session.figures.add_prefill_bytes(before, now)
         while waiting or not state.done:
             state, waiting = admit(state, waiting, session.plan.lookahead)
-            watches |= {
-                request.id: Stopwatch() for request, joins in zip(state.requests, state.joining, strict=True) if joins and request
-            }
-            watch, before = Stopwatch(), now
+            joining = [request for request, joins in zip(state.requests, state.joining, strict=True) if joins and request]
+            watches |= {request.id: Stopwatch() for request in joining}
+            computing, before = session.figures.prompt_watch(), now
             state, info = session.counted_step(state)
             now = moved(state.runtime)
             info = info._replace(below=now.below.since(before.below))  # the link's thread reads between two steps too
             if not info.active.any():
-                session.figures.add_prefill(watch.seconds)
+                tokens = sum(len(request.token_ids) for request in joining)
+                session.figures.add_prefill(computing.watch.seconds, tokens=tokens, computing=computing)
                 session.figures.add_prefill_bytes(before, now)
                 continue
             session.figures.add_step(info)

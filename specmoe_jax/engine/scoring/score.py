@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from specmoe_jax.checkpoints.memory import available_bytes
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.engine.flows.layer_passes import fetched
@@ -22,6 +21,7 @@ from specmoe_jax.models.spec import DTYPE_BYTES
 from specmoe_jax.planner.memory.account import cache_positions
 from specmoe_jax.planner.memory.footprint import position_bytes, token_numbers
 from specmoe_jax.planner.memory.memory_account import PagedLoad
+from specmoe_jax.support.host_memory import available_bytes
 from specmoe_jax.support.progress import bar
 from specmoe_jax.support.timing import Stopwatch
 

@@ -1,5 +1,6 @@
 """expert_ffn by the compiled kernels: of weights in float32, bfloat16, or packed in one of the forms below."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ class Form(NamedTuple):
     numbers: dict[str, int]
 
 
-BLOCKS, ROWS = "specmoe_packed_expert_ffn", "specmoe_rowwise_expert_ffn"
+BLOCKS, ROWS, TABLE = "specmoe_packed_expert_ffn", "specmoe_rowwise_expert_ffn", "specmoe_expert_ffn_table"
 FORMS = {
     "int8": Form(BLOCKS, {"bits": 8}),
     "int4": Form(BLOCKS, {"bits": 4}),
@@ -26,9 +27,6 @@ FORMS = {
     "int4_groups": Form(ROWS, {"format": 2}),
     "nvfp4": Form(ROWS, {"format": 3}),
 }
-
-
-FORMS_BY_ADDRESS = ("int8", "int4")  # those that `table` takes too
 
 
 def fits_plain(*arrays, ffn, packing, hidden, numbers) -> bool:
@@ -47,18 +45,20 @@ def fits_packed(*arrays, ffn, packing, hidden, numbers) -> bool:
 
 def packed(x, blocks, slots, *, ffn, packing, hidden, numbers):
     form = FORMS[packing]
-    given = {"hidden": hidden, **form.numbers, **numbers}
-    attributes = {name: np.float64(value) if isinstance(value, float) else np.int64(value) for name, value in given.items()}
-    return _call(form.target, x, blocks, slots, **attributes)
+    return _call(form.target, x, blocks, slots, hidden=hidden, **form.numbers, **numbers)
 
 
-def table(x, addresses, slots, *, hidden: int, packing: str | None):
+def table(x, addresses, slots, *, hidden: int, packing: str | None, numbers: Mapping[str, int | float]):
     """Blocks by their addresses. Raises UserError without the compiled kernels."""
     _ffi.required()
-    bits = 8 * x.dtype.itemsize if packing is None else FORMS[packing].numbers["bits"]
-    return _call("specmoe_expert_ffn_table", x, addresses, slots, bits=np.int64(bits), hidden=np.int64(hidden))
+    if packing is None:
+        return _call(TABLE, x, addresses, slots, bits=8 * x.dtype.itemsize, hidden=hidden)
+    form = FORMS[packing]
+    target = TABLE if form.target == BLOCKS else form.target  # which takes both
+    return _call(target, x, addresses, slots, hidden=hidden, **form.numbers, **numbers)
 
 
-def _call(target: str, x, blocks, slots, **attributes):
+def _call(target: str, x, blocks, slots, **given: int | float):
+    attributes = {name: np.float64(value) if isinstance(value, float) else np.int64(value) for name, value in given.items()}
     shape = jax.ShapeDtypeStruct((*slots.shape, x.shape[1]), jnp.float32)
     return jax.ffi.ffi_call(target, shape, vmap_method="sequential")(x, blocks, slots, **attributes, **_ffi.choice())

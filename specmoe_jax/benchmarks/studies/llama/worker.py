@@ -40,6 +40,9 @@ class Own:
     def step(self) -> None:
         self._state, _ = self._engine.step(self._state)
 
+    def tokens(self) -> list[int]:
+        return list(self._state.generated[0])
+
 
 class Llama:
     def __init__(self, model: str, threads: int):
@@ -68,10 +71,15 @@ class Llama:
         for row, prompt in enumerate(prompts):
             self._decode([(token, position, row, position + 1 == len(prompt)) for position, token in enumerate(prompt)])
             self._last += self._greedy(1)
+        self._tokens = self._last[:1]
 
     def step(self) -> None:
         self._decode([(token, self._length, row, True) for row, token in enumerate(self._last)])
         self._last, self._length = self._greedy(len(self._last)), self._length + 1
+        self._tokens.append(self._last[0])
+
+    def tokens(self) -> list[int]:
+        return self._tokens
 
     def _decode(self, tokens: list[tuple[int, int, int, bool]]) -> None:
         batch = self._batch
@@ -110,7 +118,7 @@ def main() -> None:
             engine.start(prompts(engine.vocabulary, asked["rows"], asked.get("tokens", PROMPT)))
             answer = {"seconds": time.perf_counter() - start_s}
         elif asked["do"] == "steps":
-            answer = {"seconds": [_timed(engine.step) for _ in range(asked["count"])]}
+            answer = {"seconds": [_timed(engine.step) for _ in range(asked["count"])], "tokens": engine.tokens()[:8]}
         print(json.dumps(answer | {"peak_bytes": peak_bytes()}), flush=True)
 
 

@@ -3,10 +3,10 @@
     python -m specmoe_jax.benchmarks.studies.measure_promises --model=DIR [--host_gib=0.5] [--batches=1,8] [--cgroup=FOLDER]
 
 Every case is a process of its own, which loads the model, generates, and tells its account and its own peak. Promised: the account
-of accelerator and host (of a CPU both are the process's memory) and what a process takes before a model is loaded and for its
-programs (PROCESS_BYTES). Measured: the peak of anonymous memory, since file pages that are mapped or read give way. --cgroup: a
-folder of a control group (version 1 or 2) that this user may write to; each case then runs again in a group below it, limited to
-1.05 of what was promised, so a broken promise is a killed process.
+of accelerator and host (of a CPU both are the process's memory), and what the process takes before a model is loaded. Measured: the
+peak of anonymous memory, since file pages that are mapped or read give way. --cgroup: a folder of a control group (version 1 or 2)
+that this user may write to; each case then runs again in a group below it, limited to 1.05 of what was promised, so a broken
+promise is a killed process.
 """
 
 import argparse

@@ -8,6 +8,7 @@ medians, and the first tokens of the first row are beside them: greedy, so alike
 --llama_python the package llama-cpp-python is built from the registry's source into DIR/llama; where that fails, its last line is
 shown and our own rows are measured alone.
 
+`others` is the share of the processors that other processes took meanwhile: measure rows of a busy machine again.
 The read bound is the bytes that a step has to read (every dense weight, and of the experts what uniform routing chooses, as they
 are stored here) over the rate at which this process's threads read memory.
 """
@@ -19,6 +20,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import time
 import venv
 from typing import Any, NamedTuple
 
@@ -65,7 +67,7 @@ class Worker:
             text=True,
             env=environment,
         )
-        self.load_s = self._answer()["load_s"]
+        self.load_s, self.pid = self._answer()["load_s"], self._process.pid
 
     def ask(self, **what) -> Any:
         assert self._process.stdin is not None
@@ -137,6 +139,33 @@ def workers(folder: pathlib.Path, options: argparse.Namespace) -> list[tuple[Wor
     return started
 
 
+def busy_s(pid: int | None = None) -> float:
+    """Processor seconds of a process with its threads so far, or of all together (Linux)."""
+    if pid is None:
+        user, nice, system, *_ = map(int, pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:])
+        return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Others:
+    """share: of the processors, that other processes took while it was open."""
+
+    def __init__(self, pids: list[int]):
+        self._pids, self.share = pids, 0.0
+
+    def __enter__(self):
+        self._before = time.perf_counter(), self._busy()
+        return self
+
+    def __exit__(self, *_):
+        seconds, busy = time.perf_counter() - self._before[0], self._busy() - self._before[1]
+        self.share = max(busy, 0.0) / seconds / (os.cpu_count() or 1)
+
+    def _busy(self) -> float:
+        return busy_s() - sum(map(busy_s, [os.getpid(), *self._pids]))
+
+
 def decode(running: list[tuple[Worker, Ours | None]], rows: int, rounds: int) -> dict[str, float]:
     """Median seconds of a step by engine."""
     turns, found = {}, {worker.name: [] for worker, _ in running}
@@ -177,12 +206,14 @@ def main() -> None:
 
     for rows in map(int, options.batches.split(",") if options.batches and running else ()):
         rate = max(_ffi.read_bandwidth(READ_BYTES, os.cpu_count() or 1) for _ in range(3))
-        for (worker, plan), s in zip(running, decode(running, rows, options.rounds).values(), strict=True):
+        with Others([worker.pid for worker, _ in running]) as others:
+            found = decode(running, rows, options.rounds)
+        for (worker, plan), s in zip(running, found.values(), strict=True):
             bound = None if plan is None else rows / (step_bytes(files.SHAPES[options.shape], plan, rows) / rate)
             share = None if bound is None else rows / s / bound
             say(
                 engine=worker.name, batch=rows, tokens_per_s=rows / s, read_bound=bound, share_of_bound=share,
-                read_gbps=rate / 1e9, first_tokens=worker.tokens,
+                read_gbps=rate / 1e9, others=others.share, first_tokens=worker.tokens,
             )  # fmt: skip
     for worker, _ in running if options.prompt else ():
         worker.ask(do="start", rows=1, tokens=options.prompt)  # compiles

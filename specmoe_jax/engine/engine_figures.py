@@ -1,6 +1,7 @@
 """Counters of an engine since it was made, and the figures derived from them."""
 
 import resource
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,13 @@ from specmoe_jax.models.model import Model
 from specmoe_jax.planner.estimate import Prediction
 from specmoe_jax.planner.hardware import Hardware
 from specmoe_jax.support.timing import CompileCounter, Stopwatch
+
+
+class PromptWatch(NamedTuple):
+    """Started before prompts go through the model. compile_s: of compilations before."""
+
+    watch: Stopwatch
+    compile_s: float
 
 
 class EngineFigures:
@@ -41,15 +49,14 @@ class EngineFigures:
         """Compilations during a step, which should be none. since: `compiles.count` before it."""
         self.recompiled += self.compiles.count - since
 
-    def add_prefill(self, seconds: float, *, tokens: int, computing_s: float) -> None:
-        """computing_s: of these seconds, those in which the prompts of so many tokens went through the model."""
+    def add_prefill(self, seconds: float, *, tokens: int, computing: PromptWatch) -> None:
+        """Prompts of so many tokens have gone through the model while `computing` ran, a part of these seconds."""
         self.prefill_s += seconds
         self.prefill_tokens += tokens
-        self._computing_s += computing_s
+        self._computing_s += computing.watch.seconds - (self.compiles.seconds - computing.compile_s)
 
-    def without_compiling(self, watch: Stopwatch, compiled_s: float) -> float:
-        """Seconds of a watch but for the compilations of that time. compiled_s: `compiles.seconds` when it began."""
-        return watch.seconds - (self.compiles.seconds - compiled_s)
+    def prompt_watch(self) -> PromptWatch:
+        return PromptWatch(Stopwatch(), self.compiles.seconds)
 
     def add_warm_up(self, seconds: float) -> None:
         self.warm_up_s += seconds

@@ -16,7 +16,7 @@ from specmoe_jax.engine.requests.status import EMPTY
 from specmoe_jax.engine.runtime import Runtime, build, new_cache
 from specmoe_jax.engine.state import ExpertMemory, State
 from specmoe_jax.models.model import Model
-from specmoe_jax.planner.memory.memory_account import MemoryAccount
+from specmoe_jax.planner.memory.memory_account import PROGRAM_BYTES, MemoryAccount
 from specmoe_jax.speculate.adaptive_length import AdaptiveLength, make_adaptive_length
 from specmoe_jax.speculate.drafts.protocol import FeatureDraft
 from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy
@@ -173,7 +173,7 @@ def _check_room(plan: Plan, needed: MemoryAccount, *, held: MemoryAccount | None
         loaded = own.host_expert_bytes if plan.expert_tier == "host" else 0
         return int(own.accelerator_bytes - own.weight_bytes + own.host_bytes - loaded)
 
-    more = beside(needed) - (0 if held is None else beside(held))
+    more = beside(needed) + PROGRAM_BYTES if held is None else beside(needed) - beside(held)
     if available is not None and more > available:
         raise BudgetError(
             f"the job takes {size_text(more)} beside the loaded model, but {size_text(available)} of memory are free,"

@@ -65,7 +65,7 @@ def test_few_rows_of_a_large_matrix_take_the_kernel(kernels):
     enough = dense.LEAST_BYTES // 4 // wide  # rows of the matrix
     assert takes_it(1, 512, 512) and takes_it(dense.CACHED // 512, 512, 512) and takes_it(dense.FEW_ROWS, enough, wide)
     assert not takes_it(dense.CACHED // 512 + 1, 512, 512) and not takes_it(dense.FEW_ROWS + 1, enough, wide)
-    assert not takes_it(1, 511, 512) and not takes_it(0, 512, 512)
+    assert not takes_it(1, dense.LEAST_BYTES // 4 // 512 - 1, 512) and not takes_it(0, 512, 512)
 
 
 def test_what_is_not_finite_stays_in_its_row(isa):

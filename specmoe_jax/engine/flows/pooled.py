@@ -163,12 +163,10 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
         reuse = cuts and not isinstance(state.runtime.draft, FeatureDraft)
         decoding = bool(state.active.any())
         while waiting and (joins := plan_joins(state, waiting, reuse=reuse)):
-            watch, before, compiled_s = Stopwatch(), moved(state.runtime), session.figures.compiles.seconds
+            computing, before = session.figures.prompt_watch(), moved(state.runtime)
             state = self._joined(session, state, joins)
-            read = sum(len(join.request.token_ids) - join.shared for join in joins)
-            session.figures.add_prefill(
-                watch.seconds, tokens=read, computing_s=session.figures.without_compiling(watch, compiled_s)
-            )
+            tokens = sum(len(join.request.token_ids) - join.shared for join in joins)
+            session.figures.add_prefill(computing.watch.seconds, tokens=tokens, computing=computing)
             state = self._warm(session, state, batch_shape)
             session.figures.add_prefill_bytes(before, moved(state.runtime))
             waiting = waiting[len(joins) :]
@@ -239,14 +237,13 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
         draft_memory = new_draft_memory(runtime, batch_shape)
         shown = bar("prefill", max(map(len, prompts)) - 1, "position", mode=session.progress, leave=False)
         jax.block_until_ready(memory.pool)  # so that its filling is not taken for the prompts'
-        computing, compiled_s = Stopwatch(), session.figures.compiles.seconds
+        computing = session.figures.prompt_watch()
         with shown, ticking(shown), span("prefill"):
             told = PromptLogprobs(runtime, rows, batch_shape.options)
             how = {"on_positions": shown.update, "on_states": told.add if told.wanted else None}
             memory, kv, draft_memory = prefill(self, runtime, memory, kv, prompts, batch_shape.chunk, draft_memory, **how)
             jax.block_until_ready((kv, draft_memory))
-        computing_s = session.figures.without_compiling(computing, compiled_s)
-        session.figures.add_prefill(watch.seconds, tokens=sum(map(len, prompts)), computing_s=computing_s)
+        session.figures.add_prefill(watch.seconds, tokens=sum(map(len, prompts)), computing=computing)
         state = empty_state(session.resources, runtime, batch_shape, kv, memory)
         state = joined(seated(state, dict(enumerate(requests))))._replace(draft_memory=draft_memory, prompt_logprobs=told.rows)
         state = session.warm(state, batch_shape)

@@ -132,14 +132,13 @@ class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
             state, waiting = admit(state, waiting, session.plan.lookahead)
             joining = [request for request, joins in zip(state.requests, state.joining, strict=True) if joins and request]
             watches |= {request.id: Stopwatch() for request in joining}
-            watch, before, compiled_s = Stopwatch(), now, session.figures.compiles.seconds
+            computing, before = session.figures.prompt_watch(), now
             state, info = session.counted_step(state)
             now = moved(state.runtime)
             info = info._replace(below=now.below.since(before.below))  # the link's thread reads between two steps too
             if not info.active.any():
-                computing_s = session.figures.without_compiling(watch, compiled_s)
                 tokens = sum(len(request.token_ids) for request in joining)
-                session.figures.add_prefill(watch.seconds, tokens=tokens, computing_s=computing_s)
+                session.figures.add_prefill(computing.watch.seconds, tokens=tokens, computing=computing)
                 session.figures.add_prefill_bytes(before, now)
                 continue
             session.figures.add_step(info)

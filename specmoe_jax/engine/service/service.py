@@ -177,17 +177,14 @@ class Service:
         if state.done:
             self._state = state
             return
-        watch, before, compiled_s = Stopwatch(), moved(state.runtime), session.figures.compiles.seconds
-        read = sum(
-            len(request.token_ids) for request, joins in zip(state.requests, state.joining, strict=True) if request and joins
-        )
+        joining = [request for request, joins in zip(state.requests, state.joining, strict=True) if joins and request]
+        computing, before = session.figures.prompt_watch(), moved(state.runtime)
         state, info = self._counted_step(state)
         if info.active.any():
             self._count(info)
         else:
-            session.figures.add_prefill(
-                watch.seconds, tokens=read, computing_s=session.figures.without_compiling(watch, compiled_s)
-            )
+            tokens = sum(len(request.token_ids) for request in joining)
+            session.figures.add_prefill(computing.watch.seconds, tokens=tokens, computing=computing)
             session.figures.add_prefill_bytes(before, moved(state.runtime))
         self._state = state
         for event in step_events(session.model, state, info, self._watches):

@@ -3,6 +3,9 @@
 from typing import NamedTuple
 
 ARRIVING_BYTES = 256 << 20  # 5 ms of a fast link: enough to keep it busy between two looks at what has arrived
+PROGRAM_BYTES = (
+    160 << 20
+)  # of a process beside all that: XLA's programs and their compilation (benchmarks/studies/measure_promises.py)
 
 
 class MemoryAccount(NamedTuple):

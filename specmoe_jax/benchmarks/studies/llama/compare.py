@@ -4,9 +4,11 @@
 
 DIR keeps what is made: the checkpoint, its mapped forms, GGUF files, and results.jsonl, to which a row is added as it is
 measured, so contests can be run one by one. Every engine is a process of its own and is asked in turn for a few steps; figures are
-medians. Without --llama_python the package llama-cpp-python is built from the registry's source into DIR/llama; where that
-fails, its last line is shown and our own rows are measured alone.
+medians, and the first tokens of the first row are beside them: greedy, so alike where rounding decides nothing. Without
+--llama_python the package llama-cpp-python is built from the registry's source into DIR/llama; where that fails, its last line is
+shown and our own rows are measured alone.
 
+`others` is the share of the processors that other processes took meanwhile: measure rows of a busy machine again.
 The read bound is the bytes that a step has to read (every dense weight, and of the experts what uniform routing chooses, as they
 are stored here) over the rate at which this process's threads read memory.
 """
@@ -18,6 +20,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import time
 import venv
 from typing import Any, NamedTuple
 
@@ -55,7 +58,7 @@ class Worker:
     """A process that is idle but while it is asked."""
 
     def __init__(self, name: str, python: str, kind: str, options: dict):
-        self.name, self.peak_bytes = name, 0
+        self.name, self.peak_bytes, self.tokens = name, 0, []
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} if kind == "own" else dict(os.environ)
         self._process = subprocess.Popen(
             [python, str(WORKER), kind, json.dumps(options)],
@@ -64,14 +67,14 @@ class Worker:
             text=True,
             env=environment,
         )
-        self.load_s = self._answer()["load_s"]
+        self.load_s, self.pid = self._answer()["load_s"], self._process.pid
 
     def ask(self, **what) -> Any:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(what) + "\n")
         self._process.stdin.flush()
         answer = self._answer()
-        self.peak_bytes = answer["peak_bytes"]
+        self.peak_bytes, self.tokens = answer["peak_bytes"], answer.get("tokens", self.tokens)
         return answer.get("seconds")
 
     def close(self) -> None:
@@ -117,7 +120,7 @@ def workers(folder: pathlib.Path, options: argparse.Namespace) -> list[tuple[Wor
     from specmoe_jax.benchmarks.studies.llama import files
 
     ours, theirs = CONTESTS[options.contest]
-    python = options.llama_python or llama_python(folder)
+    python = None if options.alone else options.llama_python or llama_python(folder)
     for plan in ours:
         files.mapped(folder, options.shape, plan.dtype)
     made = [files.gguf_file(folder, options.shape, kind) for kind in theirs] if python else []
@@ -134,6 +137,33 @@ def workers(folder: pathlib.Path, options: argparse.Namespace) -> list[tuple[Wor
         given = {"model": str(file), "threads": os.cpu_count()}
         started.append((Worker(f"llama.cpp {kind}", python or "", "llama", given), None))
     return started
+
+
+def busy_s(pid: int | None = None) -> float:
+    """Processor seconds of a process with its threads so far, or of all together (Linux)."""
+    if pid is None:
+        user, nice, system, *_ = map(int, pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:])
+        return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Others:
+    """share: of the processors, that other processes took while it was open."""
+
+    def __init__(self, pids: list[int]):
+        self._pids, self.share = pids, 0.0
+
+    def __enter__(self):
+        self._before = time.perf_counter(), self._busy()
+        return self
+
+    def __exit__(self, *_):
+        seconds, busy = time.perf_counter() - self._before[0], self._busy() - self._before[1]
+        self.share = max(busy, 0.0) / seconds / (os.cpu_count() or 1)
+
+    def _busy(self) -> float:
+        return busy_s() - sum(map(busy_s, [os.getpid(), *self._pids]))
 
 
 def decode(running: list[tuple[Worker, Ours | None]], rows: int, rounds: int) -> dict[str, float]:
@@ -161,6 +191,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt that is timed; 0: none")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--llama_python", help="a Python that has llama-cpp-python")
+    parser.add_argument("--alone", action="store_true", help="without llama.cpp")
     parser.add_argument("--make_only", action="store_true", help="make the files of the contest and measure nothing")
     options = parser.parse_args()
     folder = pathlib.Path(options.folder)
@@ -175,10 +206,15 @@ def main() -> None:
 
     for rows in map(int, options.batches.split(",") if options.batches and running else ()):
         rate = max(_ffi.read_bandwidth(READ_BYTES, os.cpu_count() or 1) for _ in range(3))
-        for (worker, plan), s in zip(running, decode(running, rows, options.rounds).values(), strict=True):
+        with Others([worker.pid for worker, _ in running]) as others:
+            found = decode(running, rows, options.rounds)
+        for (worker, plan), s in zip(running, found.values(), strict=True):
             bound = None if plan is None else rows / (step_bytes(files.SHAPES[options.shape], plan, rows) / rate)
             share = None if bound is None else rows / s / bound
-            say(engine=worker.name, batch=rows, tokens_per_s=rows / s, read_bound=bound, share_of_bound=share, read_gbps=rate / 1e9)
+            say(
+                engine=worker.name, batch=rows, tokens_per_s=rows / s, read_bound=bound, share_of_bound=share,
+                read_gbps=rate / 1e9, others=others.share, first_tokens=worker.tokens,
+            )  # fmt: skip
     for worker, _ in running if options.prompt else ():
         worker.ask(do="start", rows=1, tokens=options.prompt)  # compiles
         seconds = [worker.ask(do="start", rows=1, tokens=options.prompt) for _ in range(3)]

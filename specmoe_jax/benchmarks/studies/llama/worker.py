@@ -13,7 +13,6 @@ import pathlib
 import re
 import sys
 import time
-from typing import Any
 
 import numpy as np
 
@@ -30,8 +29,7 @@ class Own:
         self._model = quantise(loaded, expert_dtype) if expert_dtype else loaded
         self._plan = sm.Plan(preset="probe").replace(dtype=dtype, expert_flow=flow, expert_dtype=expert_dtype)
         self.vocabulary = loaded.config.vocab_size
-        self._engine: Any = None
-        self._state: Any = None
+        self._engine = self._state = None
 
     def start(self, prompts: list[list[int]]) -> None:
         params = self._sm.SamplingParams(max_new_tokens=ROOM - len(prompts[0]) - 1, ignore_eos=True)
@@ -40,13 +38,15 @@ class Own:
         self._state = self._engine.init(prompts, params)
 
     def step(self) -> None:
-        assert self._engine is not None and self._state is not None
         self._state, _ = self._engine.step(self._state)
+
+    def tokens(self) -> list[int]:
+        return list(self._state.generated[0])
 
 
 class Llama:
     def __init__(self, model: str, threads: int):
-        import llama_cpp  # pyright: ignore[reportMissingImports]
+        import llama_cpp
 
         self._lib = lib = llama_cpp
         lib.llama_backend_init()
@@ -71,10 +71,15 @@ class Llama:
         for row, prompt in enumerate(prompts):
             self._decode([(token, position, row, position + 1 == len(prompt)) for position, token in enumerate(prompt)])
             self._last += self._greedy(1)
+        self._tokens = self._last[:1]
 
     def step(self) -> None:
         self._decode([(token, self._length, row, True) for row, token in enumerate(self._last)])
         self._last, self._length = self._greedy(len(self._last)), self._length + 1
+        self._tokens.append(self._last[0])
+
+    def tokens(self) -> list[int]:
+        return self._tokens
 
     def _decode(self, tokens: list[tuple[int, int, int, bool]]) -> None:
         batch = self._batch
@@ -113,7 +118,7 @@ def main() -> None:
             engine.start(prompts(engine.vocabulary, asked["rows"], asked.get("tokens", PROMPT)))
             answer = {"seconds": time.perf_counter() - start_s}
         elif asked["do"] == "steps":
-            answer = {"seconds": [_timed(engine.step) for _ in range(asked["count"])]}
+            answer = {"seconds": [_timed(engine.step) for _ in range(asked["count"])], "tokens": engine.tokens()[:8]}
         print(json.dumps(answer | {"peak_bytes": peak_bytes()}), flush=True)
 
 

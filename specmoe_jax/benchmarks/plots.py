@@ -2,7 +2,7 @@
 
 import pathlib
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MESSAGES = (
     ("decode_tokens_per_s", "speed", "tokens/s,\ntimes those of {base}"),
@@ -62,7 +62,7 @@ def save(document: dict, folder: pathlib.Path) -> list[pathlib.Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     model, written = pathlib.Path(document["model"]).name, []
-    with plt.rc_context(STYLE):
+    with plt.rc_context(dict[Any, Any](STYLE)):
         for table, rows in document["tables"].items():
             for name, figure in _figures(table, rows):
                 stamps = sorted({stamp for row in rows.values() for stamp in row["synthetic"]})

@@ -20,7 +20,8 @@ from specmoe_jax.engine.service.joins import WIDTHS, prefill_chunks
 from specmoe_jax.engine.service.waiting import WaitingList
 from specmoe_jax.engine.session import Session
 from specmoe_jax.engine.state import JobOptions, Request, State, StepInfo
-from specmoe_jax.engine.step import moved
+from specmoe_jax.engine.step import Moved, moved
+from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.planner.memory.account import cache_positions
 from specmoe_jax.support.errors import PlanError, RequestError
 from specmoe_jax.support.jax_settings import lenient
@@ -61,6 +62,7 @@ class Service:
         self._session, self._flow, self._batch_shape = session, flow, _batch_shape(plan, self.max_tokens)
         self._stepping, self._ids = threading.RLock(), itertools.count()
         self._state: State | None = None
+        self._moved = Moved(0, 0, TierCounts())  # when the last step ended
         self._inside: dict[int, Handle] = {}  # those that have rows, by id
         self._coming: list[Handle] = []  # those that are being given rows
         self._cancelled: collections.deque[int] = collections.deque()
@@ -172,20 +174,27 @@ class Service:
         """One step; the state is consumed and replaced."""
         session, state = self._session, self._state
         self._state = None  # until the step has gone well
-        state = self._flow.open(session, self._batch_shape) if state is None else self._let_go(state)
+        if state is None:
+            state = self._flow.open(session, self._batch_shape)
+            self._moved = moved(state.runtime)
+        else:
+            state = self._let_go(state)
         state = self._admitted(state)
         if state.done:
             self._state = state
             return
         joining = [request for request, joins in zip(state.requests, state.joining, strict=True) if joins and request]
-        computing, before = session.figures.prompt_watch(), moved(state.runtime)
+        computing, before = session.figures.prompt_watch(), self._moved
         state, info = self._counted_step(state)
-        if info.active.any():
-            self._count(info)
-        else:
+        self._moved = now = moved(state.runtime)
+        if not info.active.any():  # of a streamed plan, where all rows joined
             tokens = sum(len(request.token_ids) for request in joining)
             session.figures.add_prefill(computing.watch.seconds, tokens=tokens, computing=computing)
-            session.figures.add_prefill_bytes(before, moved(state.runtime))
+            session.figures.add_prefill_bytes(before, now)
+        elif session.plan.flow.streams_layers:  # the link's thread reads between two steps too
+            self._count(info._replace(below=now.below.since(before.below)))
+        else:
+            self._count(info)
         self._state = state
         for event in step_events(session.model, state, info, self._watches):
             self._deliver(self._inside[event.id], event)

@@ -203,7 +203,7 @@ def read_all_prompts(folder: pathlib.Path) -> list[Prompt]:
         )
     elif _PROMPT_COLUMN.value:
         raise RequestError("--prompt_column has no effect without --prompts; leave it out")
-    if as_table(_OUTPUT.value):
+    if _OUTPUT.value and as_table(_OUTPUT.value):
         check_output(_OUTPUT.value, prompts)
     if all(prompt.params.temperature == 0 for prompt in prompts):
         refuse_without_effect(drawn)

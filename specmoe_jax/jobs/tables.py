@@ -66,7 +66,7 @@ def _dataset_rows(path: str, column: str | None) -> Iterator[dict[str, Any]]:
             raise RequestError(f"{path} has no {_STATE_FILE}, as a saved dataset has, and no *{SUFFIX}; give a folder with one")
         yield from _parquet_rows(files, column)
         return
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]
 
     table = datasets.load_from_disk(path)
     chosen = _chosen(table.column_names, column, path)

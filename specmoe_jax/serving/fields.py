@@ -259,7 +259,7 @@ def _take(found: dict, name: str, entries: dict) -> None:
 
 def sampling_params(ask: Ask, defaults: Mapping[str, Any], max_new_tokens: int) -> SamplingParams:
     """Of a request. defaults: of the model, over temperature 1 as in the API; a request without a seed draws one."""
-    given = {"temperature": 1.0} | dict(defaults) | {"seed": secrets.randbits(32)} | ask.sampling
+    given: dict[str, Any] = {"temperature": 1.0} | dict(defaults) | {"seed": secrets.randbits(32)} | ask.sampling
     if given["temperature"] == 0:  # what the model likes of sampled requests falls away
         given = {name: value for name, value in given.items() if name not in OF_DRAWS or name in ask.sampling}
     try:

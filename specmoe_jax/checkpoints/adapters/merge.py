@@ -36,10 +36,10 @@ def adapted(config: ModelConfig, inventory: Inventory, adapter: Adapter) -> Inve
     for pair in adapter.pairs:
         name = _canonical(config, pair.module)
         if (own := f"{name}.weight") in weights:
-            stored = weights[own]
-            if isinstance(stored, AdaptedWeight):
-                raise CheckpointError(f"adapter: {pair.module} is a second pair of matrices for {own}; expected one")
-            weights[own] = AdaptedWeight(stored, _of_matrix(adapter, pair, shapes[own]))
+            base = weights[own]
+            if isinstance(base, AdaptedWeight):
+                raise CheckpointError(f"{pair.where}: two pairs of matrices are for this weight of the model; expected one")
+            weights[own] = AdaptedWeight(base, _of_matrix(adapter, pair, shapes[own]))
         elif own in parts:
             _add(experts, inventory, pair, ((place, _of_matrix(adapter, pair, place.part.spec.shape)) for place in parts[own]))
         else:

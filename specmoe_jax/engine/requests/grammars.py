@@ -38,12 +38,13 @@ class Grammar:
 
         No bit is set where the parser fails (a grammar beyond its limits).
         """
-        if not self._moved(answer):
+        matcher = self._moved(answer)
+        if matcher is None:
             return None
         mask = np.zeros(self._words, np.int32)
-        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        if self._matcher.is_error():
-            self.error, self._matcher = self._matcher.get_error().split("\n")[0], None
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if matcher.is_error():
+            self.error, self._matcher = matcher.get_error().split("\n")[0], None
             return np.zeros_like(mask)
         return mask
 
@@ -51,15 +52,16 @@ class Grammar:
         """Frees the parser of an answer that has ended."""
         self._matcher, self._read = None, ()
 
-    def _moved(self, answer: tuple[int, ...]) -> bool:
-        """Whether the parser stands after these tokens now, with more to come."""
+    def _moved(self, answer: tuple[int, ...]) -> Any:
+        """The parser after these tokens; None if it cannot stand there, or the answer has ended."""
         if self._matcher is None:
             self._matcher, self._read = self._compiled.deep_copy(), ()
+        matcher = self._matcher
         common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._read, answer, strict=False)))
-        self._matcher.rollback(len(self._read) - common)
-        taken = self._matcher.try_consume_tokens(list(answer[common:]))
+        matcher.rollback(len(self._read) - common)
+        taken = matcher.try_consume_tokens(list(answer[common:]))
         self._read = answer[: common + taken]
-        return len(self._read) == len(answer) and self._matcher.stop_reason() != "EndOfSentence"
+        return matcher if len(self._read) == len(answer) and matcher.stop_reason() != "EndOfSentence" else None
 
 
 def make_grammar(index: int, tokenizer: Any, vocab_size: int, end_ids: tuple[int, ...], params: SamplingParams) -> Grammar | None:

@@ -74,9 +74,9 @@ def _states(session: Session, states: ReadStates, watched: tuple[int, ...], laye
     """[b, T, layers, M] of a pass, on the host."""
     config, runtime = session.model.config, session.resources.runtime
     assert runtime is not None  # of the pass
-    found: dict[int, jax.Array | np.ndarray] = {}
+    found: dict[int, np.ndarray] = {}
     if states.inputs is not None:
         found |= dict(zip(watched, np.split(np.asarray(jax.device_get(states.inputs)), len(watched), axis=-1), strict=True))
     if config.num_layers in layers:
-        found[config.num_layers] = jax.device_get(stages.final_norm(config.head, runtime.weights, fetched(states.h)))
-    return np.stack([np.asarray(found[layer]) for layer in layers], axis=2)
+        found[config.num_layers] = np.asarray(stages.final_norm(config.head, runtime.weights, fetched(states.h)))
+    return np.stack([found[layer] for layer in layers], axis=2)

@@ -109,11 +109,12 @@ def further_prefixes(config: ModelConfig) -> tuple[str, ...]:
 def canonical_names(config: ModelConfig, checkpoint: Checkpoint) -> Callable[[str], str | None]:
     """A stored name -> the specs' name of it: what is common to all publishers of checkpoints, then what is the family's own."""
     embedding = family_of(config).weight_specs(config).embed.name
-    spelling, own = spelling_of(checkpoint.tensors.keys(), embedding), family_of(config).canonical_name
+    spelling, family = spelling_of(checkpoint.tensors.keys(), embedding), family_of(config)
+    further = getattr(family, "further_name", lambda config, name: name)  # of tensors of layers for further tokens
 
     def canonical(name: str) -> str | None:
         spelled = spelling(name)
-        return None if spelled is None else own(spelled)
+        return None if spelled is None else family.canonical_name(further(config, spelled))
 
     return canonical
 

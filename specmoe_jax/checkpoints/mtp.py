@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from specmoe_jax.checkpoints.experts import ExpertSource, Weight, read_expert, read_weight
 from specmoe_jax.checkpoints.files import Checkpoint, open_checkpoint
@@ -13,35 +12,36 @@ from specmoe_jax.checkpoints.inventory import canonical_names, further_prefixes,
 from specmoe_jax.checkpoints.published.names import Names
 from specmoe_jax.checkpoints.published.quantisation import as_stored
 from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.plan_fields import QUANTISED
 from specmoe_jax.models import mtp
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.mtp import MtpHead
 from specmoe_jax.models.published.naming import mtp_prefixes
 from specmoe_jax.models.spec import TensorSpec, map_specs, spec_leaves
-from specmoe_jax.support.errors import CheckpointError
+from specmoe_jax.support.errors import CheckpointError, RequestError
 from specmoe_jax.support.jax_settings import lenient
 
 COPIES = ("embed_tokens.weight", "shared_head.head.weight")  # of the target's matrices, stored again beside the layer
 
 
 class MtpTensors(NamedTuple):
-    """weights: by name of the spec; experts: one source each. Headers alone have been read."""
+    """weights: by name of the spec; experts: of each layer that has any, one source each. Headers alone have been read."""
 
     weights: dict[str, Weight]
-    experts: tuple[ExpertSource, ...]
+    experts: tuple[tuple[ExpertSource, ...], ...]
 
 
 def find_mtp(path: pathlib.Path, config: ModelConfig, checkpoint: Checkpoint | None = None) -> MtpTensors:
-    """The layer's tensors in a directory, or in the checkpoint that was opened there.
+    """The layers' tensors in a directory, or in the checkpoint that was opened there.
 
     Raises CheckpointError, one line, where there is none, or not all of it.
     """
     checkpoint = checkpoint or open_checkpoint(path)
     config = as_stored(path, config, checkpoint)
     names = _names(config, checkpoint)
-    stored = take_weights(config, names, spec_leaves(mtp.weight_specs(config)))
-    whole = mtp.extended(config).with_packing(config.packing)  # the layer is stored like the others
-    experts = layer_sources(whole, names, whole.num_expert_layers - 1)
+    stored = take_weights(config, names, spec_leaves(mtp.all_weight_specs(config)))
+    whole = mtp.extended(config).with_packing(config.packing)  # the layers are stored like the others
+    experts = tuple(layer_sources(whole, names, moe) for moe in range(config.num_expert_layers, whole.num_expert_layers))
     names.raise_if_missing()
     names.raise_if_unused()
     return MtpTensors(weights=stored, experts=experts)
@@ -53,29 +53,33 @@ def holds_mtp(config: ModelConfig, checkpoint: Checkpoint) -> bool:
 
 
 @lenient()
-def load_mtp(model: Model) -> MtpHead:
-    """The layer of a model that was loaded from a directory, in its dtype, all experts on the accelerator.
+def load_mtp(model: Model, *, expert_dtype: str | None = None) -> MtpHead:
+    """The layers of a model that was loaded from a directory, in its dtype, all experts on the accelerator.
 
+    expert_dtype: what their experts are packed as (Plan.draft_expert_dtype); None decodes those that are stored packed.
     Raises CheckpointError as `find_mtp`.
     """
+    if expert_dtype is not None and expert_dtype not in QUANTISED:
+        raise RequestError(f"expert_dtype is {expert_dtype!r}; it must be one of {', '.join(QUANTISED)}, or None")
     if model.path is None:
         raise CheckpointError("this model is not a checkpoint as it was loaded, and draft=mtp takes its layer from one")
-    found = find_mtp(model.path, model.config)
+    found, config = find_mtp(model.path, model.config), mtp.layer_config(model.config, expert_dtype)
 
     def weight(spec: TensorSpec) -> jax.Array:
         return jax.device_put(read_weight(found.weights[spec.name], spec.in_dtype(model.dtype), check_finite=True))
 
-    sources = (source._replace(decode=True) for source in found.experts)
-    blocks = [jax.device_put(read_expert(source, model.dtype, check_finite=True)) for source in sources]
-    return mtp.attach(model, map_specs(weight, mtp.weight_specs(model.config)), jnp.stack(blocks))
+    def layer(index: int) -> mtp.Layer:
+        sources = (source._replace(decode=True) for source in found.experts[index]) if found.experts else ()
+        experts = mtp.stacked(config, [read_expert(source, model.dtype, check_finite=True) for source in sources])
+        return mtp.Layer(config, map_specs(weight, mtp.weight_specs(model.config, index)), experts)
+
+    return mtp.attach(model, [layer(index) for index in range(model.config.mtp_layers)])
 
 
 def _names(config: ModelConfig, checkpoint: Checkpoint) -> Names:
     """The layer's tensors alone."""
     if config.mtp_layers == 0:
         raise CheckpointError("config.json: num_nextn_predict_layers is 0; draft=mtp needs a layer that predicts further tokens")
-    if config.mtp_layers > 1:
-        raise CheckpointError(f"config.json: num_nextn_predict_layers is {config.mtp_layers}; draft=mtp is built for 1")
 
     own = _own_names(config, checkpoint)
     if not holds_mtp(config, checkpoint):

@@ -29,7 +29,7 @@ from specmoe_jax.checkpoints.published.torch_files import has_torch_files, open_
 from specmoe_jax.checkpoints.tensors import TARGET_DTYPES
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.families.registry import family_of
-from specmoe_jax.models.mtp import weight_specs
+from specmoe_jax.models.mtp import all_weight_specs
 from specmoe_jax.models.spec import TensorSpec, spec_leaves
 from specmoe_jax.support.errors import CheckpointError, RequestError
 
@@ -80,7 +80,7 @@ def _source(path: pathlib.Path, checkpoint: Checkpoint, dtype: str | None, decod
     mtp = holds_mtp(config, checkpoint)
     if mtp:
         further = find_mtp(path, config, checkpoint)
-        inventory = Inventory(weights=inventory.weights | further.weights, experts=(*inventory.experts, further.experts))
+        inventory = Inventory(weights=inventory.weights | further.weights, experts=inventory.experts + further.experts)
 
     @functools.lru_cache(maxsize=1)  # the Hugging Face layout asks for the three matrices of an expert one by one
     def expert(layer: int, expert: int) -> np.ndarray:
@@ -129,13 +129,13 @@ def _orbax_source(path: pathlib.Path, dtype: str | None) -> Source:
 
 def all_specs(config: ModelConfig, *, mtp: bool) -> list[TensorSpec]:
     """Of everything but the experts; mtp: those of the layer for further tokens, too."""
-    return spec_leaves(family_of(config).weight_specs(config)) + (spec_leaves(weight_specs(config)) if mtp else [])
+    return spec_leaves(family_of(config).weight_specs(config)) + (spec_leaves(all_weight_specs(config)) if mtp else [])
 
 
 def _stored_dtype(config: ModelConfig, checkpoint: Checkpoint) -> str:
     """The narrowest compute dtype that loses nothing of what is stored (of float64, which no model needs, it does)."""
     canonical = canonical_names(config, checkpoint)
-    kept = {spec.name for spec in all_specs(config, mtp=config.mtp_layers == 1) if spec.keep}
+    kept = {spec.name for spec in all_specs(config, mtp=config.mtp_layers > 0) if spec.keep}
     weights = (t for name, t in checkpoint.tensors.items() if not name.startswith(PADDING_PREFIX))
     names = {t.entry.dtype for t in weights if canonical(t.entry.name) not in kept}
     exact = names.intersection((*NUMPY_DTYPES, *INEXACT)) == {"BF16"}

@@ -106,7 +106,7 @@ def main() -> None:
         plan = plan.replace(**changes)
     spans = [] if _TRACE.value and plan.flow.workers else None
     given = {"draft_model": draft_model, "draft_head": read_head(model, plan)}
-    given |= {"mtp_head": load_mtp(model)} if plan.drafting.given == "mtp_head" else {}
+    given |= {"mtp_head": load_mtp(model, expert_dtype=plan.draft_expert_dtype)} if plan.drafting.given == "mtp_head" else {}
     options = given | {"progress": _PROGRESS.value, "spans": spans}
     engine = Engine(model, plan, **options)
     load_s = loading.seconds

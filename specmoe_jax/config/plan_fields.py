@@ -14,6 +14,7 @@ Prefetch = Literal["none", "draft", "oracle"]
 ExpertTier = Literal["host", "disk"]
 PrefillAttention = Literal["cpu", "accelerator"]
 Dtype = Literal["float32", "bfloat16"]
+Quantised = Literal["int8", "int4"]
 ExpertDtype = Literal["int8", "int4", "decoded"]
 
 SUBSTITUTIONS: tuple[str, ...] = typing.get_args(Substitution)
@@ -21,6 +22,7 @@ EXPERT_TIERS: tuple[str, ...] = typing.get_args(ExpertTier)
 PREFILL_ATTENTIONS: tuple[str, ...] = typing.get_args(PrefillAttention)
 DTYPES: tuple[str, ...] = typing.get_args(Dtype)
 EXPERT_DTYPES: tuple[str, ...] = typing.get_args(ExpertDtype)
+QUANTISED: tuple[str, ...] = typing.get_args(Quantised)
 DECODED = "decoded"  # of these: not quantised by the plan, and unpacked where the checkpoint is
 
 # The choices that give other fields a meaning.
@@ -56,6 +58,12 @@ class PlanFields:
         unit="bytes",
         by_draft=True,
         flag="draft_kv_gib",
+    )
+    draft_expert_dtype: Quantised | None = field(
+        None,
+        "Quantise the experts of the layer for further tokens, which are all on the accelerator (draft=mtp).",
+        none="not quantised",
+        by_draft=True,
     )
     draft_set: str | None = field(
         None, "Which experts stay and draft (draft=self).", none="hot_temporal", choices=DRAFT_SETS, by_draft=True

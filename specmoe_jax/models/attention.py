@@ -23,7 +23,7 @@ def attend(config: AttentionConfig, q, k, v, sinks, k_cache, v_cache, lengths, n
     return gated(out[..., : config.head_dim], gate), *caches
 
 
-def attend_rows(config: AttentionConfig, q, k, v, kv: KVCache, rows, lengths, num_new) -> tuple[jax.Array, KVCache]:
+def attend_rows(config: AttentionConfig, q, k, v, kv: KVCache, rows, lengths, num_new, *, sinks=None) -> tuple[jax.Array, KVCache]:
     """`attend` of b sequences to one layer of B rows of cache, of which `rows` [b] int32 are theirs; another number is padding.
 
     q, k, v [b, T, ..., D]; lengths, num_new [b]. -> attended [b, T, H, D] and the cache.
@@ -35,7 +35,7 @@ def attend_rows(config: AttentionConfig, q, k, v, kv: KVCache, rows, lengths, nu
         return jnp.zeros((held, *a.shape[1:]), a.dtype).at[rows].set(a, mode="drop")
 
     q, k, v, lengths, num_new = (spread(a) for a in (q, k, v, lengths, num_new))
-    attended, k_cache, v_cache = attend(config, q, k, v, None, kv.k[0], kv.v[0], lengths, num_new)
+    attended, k_cache, v_cache = attend(config, q, k, v, sinks, kv.k[0], kv.v[0], lengths, num_new)
     return attended.at[rows].get(mode="fill", fill_value=0), KVCache(k=(k_cache,), v=(v_cache,))
 
 

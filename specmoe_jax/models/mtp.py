@@ -8,10 +8,12 @@ after their norm, which accepts more than before it (Qwen3.5: 2.7 tokens a pass 
 """
 
 import dataclasses
-from typing import Generic
+from collections.abc import Sequence
+from typing import Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from specmoe_jax.config.layer_config import LayerConfig
@@ -22,7 +24,7 @@ from specmoe_jax.models.basics import linear, rms_norm
 from specmoe_jax.models.experts import block_bytes, expert_ffn
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.model import Model
-from specmoe_jax.models.packing import without_packing
+from specmoe_jax.models.packing import pack
 from specmoe_jax.models.published.naming import mtp_prefixes, norm_spec
 from specmoe_jax.models.spec import LayerWeights, Layout, Leaf, TensorSpec, map_specs, random_block, random_tensor, spec_leaves
 from specmoe_jax.support.errors import PlanError
@@ -42,45 +44,76 @@ class MtpWeights(Generic[Leaf]):
 
 @struct.dataclass
 class MtpHead:
-    """The loaded layer. experts: all of them, [E, *block_shape], on the accelerator. embed, output: the target's, [V, M]."""
+    """The loaded layer. experts: all of them, [E, *block_shape], on the accelerator, or None where it has a dense MLP.
+
+    embed, output: the target's, [V, M]. further: the layers for the tokens after the first, in turn; without any, this one
+    feeds itself.
+    """
 
     config: LayerConfig = struct.field(pytree_node=False)
     weights: MtpWeights[jax.Array]
-    experts: jax.Array
+    experts: jax.Array | None
     embed: jax.Array
     output: jax.Array
+    further: tuple["MtpHead", ...] = ()
+
+    @property
+    def chain(self) -> tuple["MtpHead", ...]:
+        """All layers, each without the others."""
+        return (self.replace(further=()), *self.further)
+
+
+class Layer(NamedTuple):
+    """One of the layers, apart from what it borrows of the target. As MtpHead."""
+
+    config: LayerConfig
+    weights: MtpWeights[jax.Array]
+    experts: jax.Array | None
 
 
 def extended(config: ModelConfig) -> ModelConfig:
-    """The model with the layer after its last one, as checkpoints count: its tensors then have specs like any other's.
+    """The model with these layers after its last one, as checkpoints count: their tensors then have specs like any other's.
 
-    Its experts are never packed.
+    Their experts are not packed.
     """
-    layer = config.layers[config.moe_layers[-1]]
-    layer = dataclasses.replace(layer, experts=without_packing(layer.own_experts))
-    return dataclasses.replace(config, num_layers=config.num_layers + 1, layer_configs=(*config.layers, layer), mtp_layers=0)
+    layer = layer_config(config)
+    count, layers = config.num_layers + config.mtp_layers, (layer,) * config.mtp_layers
+    return dataclasses.replace(config, num_layers=count, layer_configs=(*config.layers, *layers), mtp_layers=0)
 
 
-def layer_config(config: ModelConfig) -> LayerConfig:
-    """What the layer computes: it is like the last one that has experts, wherever the dense ones are."""
-    return extended(config).layers[-1]
+def layer_config(config: ModelConfig, expert_dtype: str | None = None) -> LayerConfig:
+    """What a layer computes: it is like the last one that attends and has experts, wherever others are, unless the family says.
+
+    expert_dtype: what its experts are packed as (Plan.draft_expert_dtype).
+    """
+    own = getattr(family_of(config), "further_layer", None)
+    last = [layer for layer in config.moe_layers if layer not in config.recurrent_layers][-1]
+    layer = config.layers[last] if own is None else own(config)
+    if layer.experts is None:
+        return layer
+    return dataclasses.replace(layer, experts=dataclasses.replace(layer.experts, packing=expert_dtype))
 
 
-def weight_specs(config: ModelConfig) -> MtpWeights[TensorSpec]:
-    """Names and shapes beside the experts'."""
-    prefix, hidden = mtp_prefixes(config)[0].removesuffix("."), config.hidden_size
+def weight_specs(config: ModelConfig, index: int = 0) -> MtpWeights[TensorSpec]:
+    """Names and shapes beside the experts' of one of the layers."""
+    prefix, hidden = mtp_prefixes(config)[index].removesuffix("."), config.hidden_size
     return MtpWeights(
         token_norm=norm_spec(f"{prefix}.enorm", hidden),
         state_norm=norm_spec(f"{prefix}.hnorm", hidden),
         fc=TensorSpec(f"{prefix}.eh_proj.weight", (hidden, 2 * hidden)),
-        layer=family_of(config).weight_specs(extended(config)).layers[-1],
+        layer=family_of(config).weight_specs(extended(config)).layers[config.num_layers + index],
         norm=norm_spec(f"{prefix}.shared_head.norm", hidden),
     )
 
 
-def expert_layouts(config: ModelConfig, expert: int) -> tuple[Layout, ...]:
-    """The ways in which one of the layer's experts may be stored."""
-    return family_of(config).expert_layouts(extended(config), config.num_layers, expert)
+def all_weight_specs(config: ModelConfig) -> tuple[MtpWeights[TensorSpec], ...]:
+    """Of all layers."""
+    return tuple(weight_specs(config, index) for index in range(config.mtp_layers))
+
+
+def expert_layouts(config: ModelConfig, expert: int, index: int = 0) -> tuple[Layout, ...]:
+    """The ways in which one of a layer's experts may be stored."""
+    return family_of(config).expert_layouts(extended(config), config.num_layers + index, expert)
 
 
 def forward(
@@ -95,15 +128,17 @@ def forward(
     config, weights = head.config, head.weights
     eps, valid = config.norm_eps, jnp.arange(tokens.shape[1]) < num_new[:, None]
     embedded = head.embed[tokens].astype(state.dtype)
-    both = rms_norm(embedded, weights.token_norm, eps), rms_norm(state, weights.state_norm, eps)
-    h = linear(jnp.concatenate(both, axis=-1), weights.fc)
+    norms = ((embedded, weights.token_norm), (state, weights.state_norm))
+    both = (rms_norm(x, weight, eps, config.norm_plus) for x, weight in norms)
+    h = linear(jnp.concatenate(tuple(both), axis=-1), weights.fc)
     positions = lengths[:, None] + 1 + jnp.arange(tokens.shape[1], dtype=jnp.int32)  # the token's, one after the state's
     projected = layers.pre_attention(config, weights.layer, h, positions)
-    attended, kv = attend_rows(config.attention, *projected, kv, rows, lengths, num_new)
+    attended, kv = attend_rows(config.attention, *projected, kv, rows, lengths, num_new, sinks=weights.layer.sinks)
     h, x, routing = layers.post_attention(config, weights.layer, h, attended, valid)
-    assert routing is not None  # the layer has experts
-    h = layers.combine(h, expert_ffn(config.own_experts, x, head.experts, routing.ids), routing)
-    return rms_norm(h, weights.norm, eps), kv
+    if routing is not None:
+        assert head.experts is not None  # the layer has some
+        h = layers.combine(h, expert_ffn(config.own_experts, x, head.experts, routing.ids), routing)
+    return rms_norm(h, weights.norm, eps, config.norm_plus), kv
 
 
 def logits(head: MtpHead, state: jax.Array) -> jax.Array:
@@ -111,10 +146,12 @@ def logits(head: MtpHead, state: jax.Array) -> jax.Array:
     return layers.output(head.output, state)
 
 
-def head_bytes(config: ModelConfig, dtype: str) -> int:
-    """Accelerator bytes of the layer's weights and all of its experts; what it borrows is the target's."""
-    weights = sum(spec.bytes(dtype) for spec in spec_leaves(weight_specs(config)))
-    return weights + config.num_experts * block_bytes(layer_config(config).own_experts, dtype)
+def head_bytes(config: ModelConfig, dtype: str, expert_dtype: str | None = None) -> int:
+    """Accelerator bytes of the layers' weights and all of their experts; what they borrow is the target's."""
+    weights = sum(spec.bytes(dtype) for specs in all_weight_specs(config) for spec in spec_leaves(specs))
+    layer = layer_config(config, expert_dtype)
+    experts = 0 if layer.experts is None else config.num_experts * block_bytes(layer.experts, dtype)
+    return weights + config.mtp_layers * experts
 
 
 def check_head(model: Model, head: MtpHead) -> None:
@@ -123,20 +160,31 @@ def check_head(model: Model, head: MtpHead) -> None:
         raise PlanError("the layer for further tokens is of another model; load this one's: checkpoints.load_mtp(model)")
 
 
-def attach(model: Model, weights: MtpWeights[jax.Array], experts: jax.Array) -> MtpHead:
-    """The layer of a model, which lends it embedding and output matrix."""
-    return MtpHead(
-        config=layer_config(model.config),
-        weights=weights,
-        experts=experts,
-        embed=model.weights.embed,
-        output=layers.output_matrix(model.weights),
-    )
+def attach(model: Model, found: Sequence[Layer]) -> MtpHead:
+    """The layers of a model, which lends them embedding and output matrix."""
+    borrowed = {"embed": model.weights.embed, "output": layers.output_matrix(model.weights)}
+    first, *further = (MtpHead(**layer._asdict(), **borrowed) for layer in found)
+    return first.replace(further=tuple(further))
 
 
-def random_head(model: Model, *, seed: int = 0) -> MtpHead:
-    """A layer of random weights for a model, for tests."""
-    config, shape = model.config, layer_config(model.config).own_experts.block_shape
-    weights = map_specs(lambda spec: jnp.asarray(random_tensor(spec, seed), spec.in_dtype(model.dtype)), weight_specs(config))
-    blocks = [random_block(expert_layouts(config, expert)[0], shape, seed, model.dtype) for expert in range(config.num_experts)]
-    return attach(model, weights, jnp.stack(blocks))
+def stacked(config: LayerConfig, blocks: Sequence[np.ndarray]) -> jax.Array | None:
+    """Experts in memory, packed as the config says; None without any. blocks: as models.spec has them."""
+    if config.experts is None:
+        return None
+    packs = config.experts.packing is not None
+    return jnp.stack([jnp.asarray(pack(config.experts, block) if packs else block) for block in blocks])
+
+
+def random_head(model: Model, *, seed: int = 0, expert_dtype: str | None = None) -> MtpHead:
+    """Layers of random weights for a model, for tests."""
+    config, layer = model.config, layer_config(model.config, expert_dtype)
+
+    def one(index: int) -> Layer:
+        specs, blocks = weight_specs(config, index), []
+        weights = map_specs(lambda spec: jnp.asarray(random_tensor(spec, seed), spec.in_dtype(model.dtype)), specs)
+        if layer.experts is not None:
+            layouts = (expert_layouts(config, expert, index)[0] for expert in range(config.num_experts))
+            blocks = [random_block(layout, layer.experts.block_shape, seed, model.dtype) for layout in layouts]
+        return Layer(layer, weights, stacked(layer, blocks))
+
+    return attach(model, [one(index) for index in range(config.mtp_layers)])

@@ -9,6 +9,8 @@ from specmoe_jax import load_model, load_mtp
 from specmoe_jax.checkpoints.conversion.convert import convert
 from specmoe_jax.checkpoints.mtp import find_mtp
 from specmoe_jax.models import mtp
+from specmoe_jax.models.families.registry import parse_config
+from specmoe_jax.models.model import random_model
 from specmoe_jax.models.spec import random_tensor, spec_leaves
 from specmoe_jax.support.errors import CheckpointError
 from specmoe_jax.testing.families import RAW_CONFIGS, tiny_family
@@ -79,9 +81,52 @@ def test_a_part_of_it(tmp_path):
 
 
 def test_none_or_several(tmp_path):
-    for count, said in ((0, "num_nextn_predict_layers is 0; draft=mtp needs a layer"), (2, "is 2; draft=mtp is built for 1")):
-        path = checkpoint(tmp_path / str(count), "glm4_moe", {}, num_nextn_predict_layers=count)
-        assert said in refusal(path)
+    path = checkpoint(tmp_path / "none", "glm4_moe", {}, num_nextn_predict_layers=0)
+    assert "num_nextn_predict_layers is 0; draft=mtp needs a layer" in refusal(path)
+    path = checkpoint(tmp_path / "one", "glm4_moe", layer_tensors(tiny_family("glm4_moe")), num_nextn_predict_layers=2)
+    assert "tensors missing that config.json asks for: model.layers.4." in refusal(path)
+
+
+LAYERS = {"glm4_moe": {"num_nextn_predict_layers": 2}, "qwen3_next": {}, "qwen3_5_moe": {}, "mimo_v2_flash": {}}
+
+
+@pytest.mark.parametrize("family", LAYERS)
+def test_layers_under_their_published_names(family, tmp_path):
+    """Several, apart from the others, or without experts; quantised where that is asked for."""
+    raw = RAW_CONFIGS[family] | LAYERS[family]
+    model = random_model(parse_config(raw))
+    config, tensors, experts = model.config, {}, 0
+    expected = mtp.random_head(model)
+    for index, head in enumerate(expected.chain):
+        tensors |= {spec.name: random_tensor(spec, 0) for spec in spec_leaves(mtp.weight_specs(config, index))}
+        if head.experts is not None:
+            experts += 1
+            for expert in range(config.num_experts):
+                for part in mtp.expert_layouts(config, expert, index)[0]:
+                    tensors[part.name] = np.array(part.view(np.asarray(head.experts[expert])))
+    tensors = {published(family, config.num_layers, name): tensor for name, tensor in tensors.items()}
+    loaded = load_model(str(write(tmp_path / "checkpoint", raw, stored_tensors(model, 0) | tensors)))
+    assert len(expected.chain) == config.mtp_layers and experts in (0, config.mtp_layers)
+    for ours, theirs in zip(load_mtp(loaded).chain, expected.chain, strict=True):
+        assert ours.config == theirs.config
+        jax.tree.map(np.testing.assert_array_equal, (ours.weights, ours.experts), (theirs.weights, theirs.experts))
+    if experts:
+        packed, held = load_mtp(loaded, expert_dtype="int8"), mtp.random_head(model, expert_dtype="int8")
+        np.testing.assert_array_equal(packed.experts, held.experts)
+        assert packed.experts.dtype == np.uint8
+
+
+def published(family: str, count: int, name: str) -> str:
+    """The name of a tensor of such a layer in the files of its family."""
+    if family == "mimo_v2_flash":
+        for index in range(3):
+            name = name.replace(f"model.layers.{count + index}.", f"model.mtp.layers.{index}.")
+        return name.replace("post_attention_layernorm", "pre_mlp_layernorm").replace("shared_head.norm", "final_layernorm")
+    if not family.startswith("qwen"):
+        return name
+    own = {"eh_proj": "fc", "enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "shared_head.norm": "norm"}
+    inner = name.removeprefix(f"model.layers.{count}.").removesuffix(".weight")
+    return f"mtp.{own.get(inner, f'layers.0.{inner}')}.weight"
 
 
 @pytest.mark.parametrize("way", ["specmoe", "huggingface", "orbax"])

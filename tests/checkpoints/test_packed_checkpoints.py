@@ -46,6 +46,11 @@ FORMS = {
         FP8 | {"weight_block_size": [16, 8]},
         lambda: quantised("deepseek_v3", fp8((16, 8), ml_dtypes.bfloat16)),
     ),
+    "fp8 of a hybrid": (
+        "qwen3_5_moe",
+        FP8 | {"weight_block_size": [16, 8]},
+        lambda: quantised("qwen3_5_moe", fp8((16, 8), ml_dtypes.bfloat16)),
+    ),
     "fp8 with a scale per output": ("groups", FP8_CHANNELS, lambda: of_groups(fp8_rows(per_row=True))),
     "fp8 with a scale per matrix": (
         "groups",

@@ -47,6 +47,11 @@ WRAPPED = {
     "llama4": ("Llama4ForConditionalGeneration", "language_model.{}", ("vision_model.a", "multi_modal_projector.linear_1.weight")),
     "deepseek_v3": ("KimiK25ForConditionalGeneration", "language_model.{}", ("vision_tower.a", "mm_projector.linear_1.weight")),
     "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", "model.language_model.{}", ("model.visual.patch_embed.proj.weight",)),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeForConditionalGeneration",
+        "model.language_model.{}",
+        ("model.visual.patch_embed.proj.weight", "mtp.fc.weight", "mtp.layers.0.mlp.gate.weight"),
+    ),
 }
 
 
@@ -68,6 +73,41 @@ def test_text_part_beside_a_vision_part(family, tmp_path, capsys):
     load_model(str(path), progress="log")
     found = capsys.readouterr().err
     assert found.startswith(f"load: {len(others)} tensors of other parts are left out: {sorted(others)[0].rsplit('.', 1)[0][:12]}")
+
+
+OTHERS = {
+    "qwen3_next": ("mtp.fc.weight", "mtp.layers.0.self_attn.q_proj.weight"),
+    "deepseek_v32": ("model.layers.0.self_attn.indexer.wq_b.weight", "model.layers.2.self_attn.indexer.k_norm.bias"),
+    "mimo_v2_flash": ("model.mtp.layers.0.eh_proj.weight",),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_what_is_not_built_yet_is_left_out(family, tmp_path):
+    """Layers for further tokens, and what an indexer is made of."""
+    model = tiny_family(family)
+    tensors = stored_tensors(model, 0) | {name: np.zeros((2, 2), np.float32) for name in OTHERS[family]}
+    assert_same(load_model(str(write(tmp_path / "checkpoint", ALL[family], tensors))), model)
+
+
+def test_a_wrapper_may_be_written_flat(tmp_path):
+    """Its architecture, and the text part's model_type beside the text part's keys."""
+    raw = ALL["qwen3_5_moe"] | {"architectures": ["Qwen3_5MoeForConditionalGeneration"]}
+    model = tiny_family("qwen3_5_moe")
+    assert_same(load_model(str(write(tmp_path / "checkpoint", raw, stored_tensors(model, 1)))), model)
+
+
+def test_mimo_in_the_keys_of_the_publisher():
+    """hybrid_layer_pattern, moe_layer_freq, swa_*, layernorm_epsilon; the window counts what is before one's own position."""
+    raw = {
+        key: value for key, value in ALL["mimo_v2_flash"].items() if key not in ("layer_types", "mlp_layer_types", "rms_norm_eps")
+    }
+    raw |= {
+        "hybrid_layer_pattern": [0, 1, 1], "moe_layer_freq": [0, 1, 1], "layernorm_epsilon": 1e-5, "rope_parameters": None,
+        "sliding_window_size": 5, "sliding_window": 5, "swa_num_key_value_heads": 4, "swa_head_dim": 12, "rope_theta": 5e6,
+        "swa_rope_theta": 1e4, "partial_rotary_factor": 0.5, "routed_scaling_factor": None,
+    }  # fmt: skip
+    assert parse_config(raw) == tiny_family("mimo_v2_flash").config
 
 
 REFUSALS = (
@@ -101,6 +141,12 @@ REFUSALS = (
     ("minimax_m2", {"use_routing_bias": False}, "use_routing_bias is False"),
     ("granite_moe", {"residual_multiplier": 0}, "residual_multiplier is 0.0; it must be above 0"),
     ("granite_moe", {"attention_bias": True}, "attention_bias is True"),
+    ("qwen3_next", {"layer_types": ["linear_attention"] * 4}, "layer_types has no full_attention"),
+    ("qwen3_next", {"linear_num_value_heads": 3}, "linear_num_value_heads 3 is not a multiple of linear_num_key_heads 2"),
+    ("qwen3_5_moe", {"attn_output_gate": False}, "attn_output_gate is False"),
+    ("deepseek_v32", {"index_topk": 0}, "index_topk is 0"),
+    ("mimo_v2_flash", {"hybrid_layer_pattern": [0, 2, 1]}, "hybrid_layer_pattern is [0, 2, 1]; it must be 3 of 0 and 1"),
+    ("mimo_v2_flash", {"swa_head_dim": 16}, "swa_head_dim is 16; this family is built with 12"),
     ("qwen3_vl_moe", {"text_config": None}, "this version runs MixtralForCausalLM"),
     ("gpt_oss", {"layer_types": ["linear_attention"] * 3}, "layer_types is"),
     ("llama4", {"num_experts_per_tok": 2}, "num_experts_per_tok is 2; this family is built with 1"),

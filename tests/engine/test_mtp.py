@@ -1,6 +1,7 @@
 """The target's own layer for further tokens as a draft: no token changes in any flow, and every proposal is the layer's own."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,13 @@ from engine_cases import tokens_of
 from specmoe_jax import PRESETS, CheckpointError, Engine, PlanError, SamplingParams, load_mtp
 from specmoe_jax.autotune.calibrate import calibrate
 from specmoe_jax.models import mtp
-from specmoe_jax.models.model import Model
+from specmoe_jax.models.families.registry import parse_config
+from specmoe_jax.models.model import Model, random_model
 from specmoe_jax.models.spec import DTYPE_BYTES
 from specmoe_jax.planner.costs import cache_row
 from specmoe_jax.speculate.drafts.mtp import MtpDraft
 from specmoe_jax.testing import TINY
-from specmoe_jax.testing.families import tiny_family
+from specmoe_jax.testing.families import RAW_CONFIGS, tiny_family
 from specmoe_jax.types import KVCache
 
 FAMILIES = ("glm4_moe", "deepseek_v3")
@@ -77,6 +79,83 @@ def test_bfloat16_runs():
     assert stats["compilations_after_warmup"] == 0
 
 
+SEVERAL = {
+    "glm4_moe": {"num_nextn_predict_layers": 3},
+    "mimo_v2_flash": {},
+    "qwen3_5_moe": {},
+}
+
+
+@functools.cache
+def other_model(family: str) -> Model:
+    """With several layers for further tokens, with dense ones, or with one beside recurrent layers."""
+    return random_model(parse_config(RAW_CONFIGS[family] | SEVERAL[family]))
+
+
+@pytest.mark.parametrize("case", ["on demand", "rows that change", "streaming"])
+@pytest.mark.parametrize("family", SEVERAL)
+def test_several_layers_are_lossless(family, case):
+    model = other_model(family)
+    want, _ = generated(model, "resident")
+    tokens, stats = generated(model, **{"draft": "mtp", "draft_length": 3} | CASES[case])
+    assert tokens == want
+    assert stats["draft_link_bytes"] == stats["compilations_after_warmup"] == 0
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "mimo_v2_flash"])
+def test_every_proposal_of_several_layers_is_their_own(family):
+    """Whatever was accepted before: drafted again from nothing, each layer over all rows, as MtpModel of transformers goes."""
+    model = other_model(family)
+    head, length = mtp.random_head(model), 3
+    Watched.seen = []
+    plan = PRESETS["on_demand"](model.config).replace(draft="custom", draft_length=length, prefill_chunk=4, batch_size=4)
+    Engine(model, plan, draft=Watched(head)).generate(PROMPTS, GREEDY)
+    checked = 0
+    for history, active, tokens in Watched.seen[1::2]:
+        for row in np.flatnonzero(active):
+            if len(history[row]) > length:
+                assert tokens[row].tolist() == slow_proposal(head, model, history[row])
+                checked += 1
+    assert checked > 5
+
+
+def slow_proposal(head, model: Model, text: tuple[int, ...]) -> list[int]:
+    """One token of each layer: the k-th reads all rows, with the states of the layer before and the tokens k + 1 further on."""
+    states, padded = last_states(model, text)
+    known, tokens, found = len(text) - 1, np.roll(padded, -1, axis=1), []
+    for layer in head.chain:
+        attention = layer.config.attention
+        cache = jnp.zeros((1, attention.num_kv_heads, 40, attention.cache_dim))
+        kv, rows = KVCache(k=(cache,), v=(cache,)), jnp.zeros(1, jnp.int32)
+        states, _ = FORWARD(layer, jnp.asarray(tokens), states, kv, rows, jnp.array([0]), jnp.array([known]))
+        found.append(int(mtp.logits(layer, states[:, known - 1])[0].argmax()))
+        tokens = np.roll(tokens, -1, axis=1)
+        tokens[0, known - 1] = found[-1]
+    return found
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3"])
+def test_quantised_experts(family):
+    """All of them on the accelerator in a quarter of the bytes; the text is the target's whatever is drafted."""
+    model = tiny_family(family)
+    plan = PRESETS["on_demand"](model.config).replace(
+        draft="mtp", draft_length=3, batch_size=4, prefill_chunk=4, draft_expert_dtype="int8"
+    )
+    engine = Engine(model, plan, mtp_head=mtp.random_head(model, expert_dtype="int8"))
+    assert tokens_of(engine.generate(PROMPTS, GREEDY)) == generated(model, "resident")[0]
+    head = mtp.random_head(model, expert_dtype="int8")
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((head.weights, head.experts)))
+    assert mtp.head_bytes(model.config, "float32", "int8") == held < mtp.head_bytes(model.config, "float32")
+    with pytest.raises(PlanError, match="draft_expert_dtype is int8, and the experts of the layer .* are packed as None"):
+        Engine(model, plan, mtp_head=mtp.random_head(model))
+    with pytest.raises(PlanError, match="draft_expert_dtype=int8 has no effect with draft=ngram"):
+        plan.replace(draft="ngram").validate(model.config)
+    with pytest.raises(PlanError, match="draft_expert_dtype has no effect: the layers for further tokens have no experts"):
+        plan.validate(other_model("mimo_v2_flash").config)
+    with pytest.raises(PlanError, match="draft_length is 4; this model's 3 layers .* draft one each: give at most 3"):
+        plan.replace(draft_length=4).validate(other_model("glm4_moe").config)
+
+
 class Watched(MtpDraft):
     """Notes what is proposed after which history."""
 
@@ -88,10 +167,7 @@ class Watched(MtpDraft):
 
 def own_proposal(head, model: Model, text: tuple[int, ...], length: int) -> list[int]:
     """Tokens after a text, from the reference forward's states in one pass of the layer, then row by row."""
-    plain = model.weights.replace(lm_head=jnp.eye(model.config.hidden_size))
-    padded = np.zeros((1, 32), np.int32)  # of one length, so that it compiles once
-    padded[0, : len(text)] = text
-    states = dataclasses.replace(model, weights=plain).logits(padded)  # against the identity: after the final norm
+    states, padded = last_states(model, text)
     attention, known = head.config.attention, len(text) - 1
     cache = jnp.zeros((1, attention.num_kv_heads, 40, attention.cache_dim))
     kv, rows = KVCache(k=(cache,), v=(cache,)), jnp.zeros(1, jnp.int32)
@@ -106,6 +182,14 @@ def own_proposal(head, model: Model, text: tuple[int, ...], length: int) -> list
 
 
 FORWARD = jax.jit(mtp.forward)
+
+
+def last_states(model: Model, text: tuple[int, ...]):
+    """[1, 32, M] after the final norm, and the text, padded."""
+    plain = model.weights.replace(lm_head=jnp.eye(model.config.hidden_size))
+    padded = np.zeros((1, 32), np.int32)  # of one length, so that it compiles once
+    padded[0, : len(text)] = text
+    return dataclasses.replace(model, weights=plain).logits(padded), padded  # against the identity
 
 
 @pytest.mark.slow
@@ -152,7 +236,7 @@ def test_refused():
     other = dataclasses.replace(model, weights=model.weights.replace(embed=model.weights.embed + 0))
     with pytest.raises(PlanError, match="of another model"):
         Engine(other, plan, mtp_head=mtp.random_head(model))
-    with pytest.raises(PlanError, match="needs a model with one layer for further tokens, this one has 0"):
+    with pytest.raises(PlanError, match="needs a model with a layer for further tokens, this one has 0"):
         plan.validate(TINY)
     with pytest.raises(PlanError, match="draft_tree_top_k=2 has no effect with draft=mtp"):
         plan.replace(draft_tree_top_k=2, draft_tree_tokens=4).validate(model.config)

@@ -18,11 +18,10 @@ LENGTH = 3
 # Of one token; shorter and longer than a chunk; two that begin alike; one that crosses a page of 64 positions as it grows.
 PROMPTS = tuple(tuple(int(t) for t in np.random.default_rng([3, i]).integers(3, 131, n)) for i, n in enumerate((1, 5, 18, 9, 58)))
 PROMPTS += ((*PROMPTS[2][:9], 7, 8, 9),)
-PARAMS = sm.SamplingParams(max_new_tokens=14, ignore_eos=True)
+PARAMS = sm.SamplingParams(max_new_tokens=10, ignore_eos=True)
 PLANS = {
     "on_demand": {"batch_size": 3, "prefill_chunk": 4},
     "on_demand host": {"batch_size": 6, "prefill_chunk": 4, "kv_tier": "host"},
-    "resident": {"batch_size": 6, "prefill_chunk": 16},
     "streaming": {"batch_size": 2, "micro_batches": 2, "prefill_chunk": 8},
     "streaming accelerator": {"batch_size": 3, "prefill_chunk": 8, "prefill_attention": "accelerator"},
 }
@@ -57,7 +56,7 @@ def test_any_acceptance(case, kind, tree):
     plan = sm.PRESETS[case.split()[0]](model.config).replace(draft="custom", draft_length=LENGTH, **PLANS[case], **tree)
     engine = sm.Engine(model, plan, draft=draft)
 
-    @settings(max_examples=5, deadline=None)
+    @settings(max_examples=3, deadline=None)
     @given(st.lists(st.integers(0, LENGTH), min_size=7, max_size=7))
     def holds(drawn):
         pattern[:] = drawn

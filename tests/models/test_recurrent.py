@@ -62,7 +62,7 @@ def check(outputs, lengths, count):
         np.testing.assert_allclose(outputs[row, : count[row], :, : CONFIG.value], expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_any_passes_with_any_acceptance_give_the_definition(data):
     """Ragged prompts in chunks; then steps of a draft that runs through the same cache, token by token, and a verification."""
@@ -86,7 +86,7 @@ def test_any_passes_with_any_acceptance_give_the_definition(data):
         lengths = (lengths + np.where(active, right, 0)).astype(np.int32)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=3, max_size=3), st.integers(0, 99))
 def test_trees(depths, seed):
     """The text's next rows stand in a tree of four nodes behind the root, among others; two trees one after the other."""

@@ -49,7 +49,7 @@ VARIANTS = (
     ("glm4_moe", {"attention_bias": False, "rope_parameters": YARN | {"partial_rotary_factor": 0.34}, "norm_topk_prob": False}),
     ("minimax_m2", {"rotary_dim": 12, "tie_word_embeddings": True}),
     ("granite_moe", {"tie_word_embeddings": True, "logits_scaling": 6.0, "residual_multiplier": 0.22}),
-    ("qwen3_next", {"layer_types": None, "norm_topk_prob": False, "tie_word_embeddings": True, "linear_conv_kernel_dim": 2}),
+    ("qwen3_next", {"layer_types": None, "norm_topk_prob": False, "tie_word_embeddings": True}),
     ("qwen3_5_moe", {"layer_types": None, "full_attention_interval": 2, "linear_num_value_heads": 2}),
     ("mimo_v2_flash", {"attention_value_scale": None, "v_head_dim": 12, "mlp_layer_types": ["sparse"] * 3}),
     ("gpt_oss", {"sliding_window": 50, "tie_word_embeddings": True}),

@@ -24,23 +24,25 @@ TOLERANCE, FURTHER, LENGTH = 1e-4, 4, 11
 RENAMED = {"mtp_block.": "", "post_norm.weight": "shared_head.norm.weight"}
 
 
-def reference(family: str, path):
-    """A random target with its layer; saved as published, the layer after the last one, experts one by one."""
+def reference(family: str, path, count: int = 1):
+    """A random target with its layers; saved as published, the layers after the last one, experts one by one."""
     torch.manual_seed(0)
     raw = {key: value for key, value in RAW_CONFIGS[family].items() if key != "architectures"}
+    raw["num_nextn_predict_layers"] = count
     config = transformers.AutoConfig.for_model(**raw, initializer_range=0.15)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     model.save_pretrained(path)
-    head = modeling.MtpModel(model, 1).eval()
+    head = modeling.MtpModel(model, count).eval()
     with torch.no_grad():
         for name, weight in (*head.layers.named_parameters(), *head.layers.named_buffers()):
             normal = 0.15 * torch.randn_like(weight)
             weight.copy_(1 + normal if "norm" in name else normal)
     stored = safetensors.torch.load_file(path / "model.safetensors")
-    for name, weight in head.layers[0].state_dict().items():
-        for old, new in RENAMED.items():
-            name = name.replace(old, new)
-        stored |= {f"model.layers.{config.num_hidden_layers}.{part}": w.contiguous() for part, w in published(name, weight)}
+    for index, layer in enumerate(head.layers, config.num_hidden_layers):
+        for name, weight in layer.state_dict().items():
+            for old, new in RENAMED.items():
+                name = name.replace(old, new)
+            stored |= {f"model.layers.{index}.{part}": w.contiguous() for part, w in published(name, weight)}
     safetensors.torch.save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
     return model, head
 
@@ -111,3 +113,40 @@ def test_logits_of_further_tokens(family, tmp_path):
         for k, (ours, expected) in enumerate(pairs, 1):
             np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE, err_msg=f"k = {k}")
             assert ours.argmax() == expected.argmax()
+
+
+def our_logits_of_several(model, head, token_ids) -> list[np.ndarray]:
+    """Each layer over all rows, with the states of the one before it and the tokens one further on."""
+    states, found = last_states(model, token_ids), []
+    nxt = layers.output(head.output, states[:, -1:]).argmax(-1)
+    for layer in head.chain:
+        token_ids = jnp.concatenate([token_ids[:, 1:], nxt], axis=1).astype(jnp.int32)
+        attention = layer.config.attention
+        cache = jnp.zeros((1, attention.num_kv_heads, LENGTH, attention.cache_dim))
+        where = (KVCache(k=(cache,), v=(cache,)), jnp.zeros(1, jnp.int32), jnp.array([0]), jnp.array([LENGTH]))
+        states, _ = mtp.forward(layer, token_ids, states, *where)
+        found.append(np.asarray(mtp.logits(layer, states[:, -1]))[0])
+        nxt = found[-1].argmax()[None, None]
+    return found
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
+def test_logits_of_several_layers(family, tmp_path):
+    """Three layers, each of which gives one token: what MtpModel itself computes."""
+    their_model, their_head = reference(family, tmp_path, 3)
+    model = load_model(str(tmp_path))
+    head = load_mtp(model)
+    token_ids = np.random.default_rng(5).integers(0, model.config.vocab_size, (1, LENGTH))
+    with torch.no_grad():
+        states = their_model.model(torch.from_numpy(token_ids), use_cache=False).last_hidden_state
+        following = torch.cat([torch.from_numpy(token_ids[:, 1:]), their_model.lm_head(states[:, -1:]).argmax(-1)], dim=1)
+        _, logits, _ = their_head(
+            input_ids=following,
+            last_hidden_states=states,
+            attention_mask=None,
+            position_ids=torch.arange(1, LENGTH + 1)[None],
+            mtp_cache=MtpCache(config=their_head.config),
+        )
+    for ours, theirs in zip(our_logits_of_several(model, head, token_ids), logits[0].numpy(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+        assert ours.argmax() == theirs.argmax()

@@ -90,4 +90,4 @@ def _compacted(runtime: Runtime, kv: KVCache | HostKV, here: tuple[jax.Array, ..
             )
         )
     k = tuple(stages.keep_path(cache, *(here if isinstance(cache, RecurrentState) else there)) for cache in kv.k)
-    return kv._replace(k=k, v=tuple(cache if cache == () else stages.keep_path(cache, *there) for cache in kv.v))
+    return kv._replace(k=k, v=tuple(cache if isinstance(cache, tuple) else stages.keep_path(cache, *there) for cache in kv.v))

@@ -1,14 +1,16 @@
-"""The target's own layer for further tokens as the draft: one layer with attention and experts, all of them resident; chains."""
+"""The target's own layers for further tokens as the draft: attention and experts, all of them resident; chains."""
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.models import mtp
+from specmoe_jax.models.experts import block_bytes
 from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
 from specmoe_jax.offload.stream_schedule import ACCELERATOR
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import Cost, Load
+from specmoe_jax.planner.drafts.checks import CHAIN_FIELDS
 from specmoe_jax.planner.drafts.protocol import DraftCosts, DraftDescription
-from specmoe_jax.planner.drafts.search_starts import SearchStart
+from specmoe_jax.planner.drafts.search_starts import LENGTHS, SearchStart
 from specmoe_jax.planner.memory.memory_account import DraftMemory
 from specmoe_jax.support.errors import PlanError
 
@@ -18,45 +20,69 @@ class MtpDraftDescription(DraftDescription):
     given = "mtp_head"
     assumed_acceptance = 0.7  # of the first token 0.7 to 0.9, of the third 0.33 to 0.65 in published figures
 
+    fields = CHAIN_FIELDS | {"draft_expert_dtype"}
+
     def check(self, plan: Plan, config: ModelConfig) -> None:
-        if config.mtp_layers != 1:
+        count = config.mtp_layers
+        if count == 0:
             raise PlanError(
-                f"draft=mtp needs a model with one layer for further tokens, this one has {config.mtp_layers} "
-                "(num_nextn_predict_layers in config.json); take another draft"
+                "draft=mtp needs a model with a layer for further tokens, this one has 0 (num_nextn_predict_layers in "
+                "config.json); take another draft"
             )
         super().check(plan, config)
+        if count > 1 and (plan.draft_length or 0) > count:
+            raise PlanError(
+                f"draft_length is {plan.draft_length}; this model's {count} layers for further tokens draft one each: give at most "
+                f"{count}"
+            )
+        layer = mtp.layer_config(config)
+        if plan.draft_expert_dtype is not None and layer.experts is None:
+            raise PlanError("draft_expert_dtype has no effect: the layers for further tokens have no experts; leave it out")
 
     def memory(self, plan: Plan, config: ModelConfig, *, head=None, model=None) -> DraftMemory:
-        itemsize = DTYPE_BYTES[plan.dtype]
+        itemsize, count = DTYPE_BYTES[plan.dtype], config.mtp_layers
         return DraftMemory(
-            fixed=mtp.head_bytes(config, plan.dtype),
-            row=config.hidden_size * itemsize,
-            position=costs.cache_row(mtp.layer_config(config).attention) * itemsize,
+            fixed=mtp.head_bytes(config, plan.dtype, plan.draft_expert_dtype),
+            row=count * config.hidden_size * itemsize,
+            position=count * costs.cache_row(mtp.layer_config(config).attention) * itemsize,
         )
 
     def costs(self, plan: Plan, config: ModelConfig, load: Load, *, skew: float, **_) -> DraftCosts:
-        """The layer reads the pass's committed tokens (padded to all of the pass's), then its own; an output matrix each."""
+        """Each layer reads the pass's committed tokens (padded to all of the pass's), then drafted ones; an output matrix a token.
+
+        One layer reads each token that it drafts on its own; of several the k-th reads the k tokens before its own at once.
+        """
         itemsize, length = DTYPE_BYTES[plan.dtype], plan.draft_length or 1
-        one = Load(load.rows, 1, load.context + length / 2)
         probabilities = routing.choice_probabilities(config.num_experts, config.experts_per_token, skew)
         size = sum(spec.size for spec in spec_leaves(mtp.weight_specs(config)))
+        layer = mtp.layer_config(config, plan.draft_expert_dtype)
 
-        def layer(of: Load) -> tuple[Cost, ...]:
-            used = routing.distinct(probabilities, of.tokens)
-            return (
+        def one(of: Load, *, draws: bool = True) -> tuple[Cost, ...]:
+            found = [
                 costs.projections(size, of, itemsize),
-                costs.attention(mtp.layer_config(config).attention, of, itemsize, resource=ACCELERATOR, programs=0),
-                costs.experts(config, of.tokens, used, itemsize, programs=0),
-                costs.head(config, load.rows, itemsize),
-            )
+                costs.attention(layer.attention, of, itemsize, resource=ACCELERATOR, programs=0),
+            ]
+            if layer.experts is not None:
+                held, used = block_bytes(layer.experts, plan.dtype), routing.distinct(probabilities, of.tokens)
+                found.append(costs.experts(config, of.tokens, used, itemsize, expert_bytes=held, programs=0))
+            return (*found, *([costs.head(config, load.rows, itemsize)] if draws else []))
 
-        return DraftCosts(costs=(*layer(load), *(layer(one) * (length - 1))))
+        if config.mtp_layers == 1:
+            again = one(Load(load.rows, 1, load.context + length / 2))
+            return DraftCosts(costs=(*one(load), *(again * (length - 1))))
+        committed = [cost for layer in range(config.mtp_layers) for cost in one(load, draws=layer == 0)]
+        drafted = [cost for new in range(1, length) for cost in one(Load(load.rows, new, load.context))]
+        return DraftCosts(costs=(*committed, *drafted))
 
     def layers(self, config: ModelConfig) -> int:
         return 1
 
     def start(self, config: ModelConfig, flow: SearchStart, *, trees: bool = False) -> SearchStart | None:
-        return super().start(config, flow, trees=trees) if config.mtp_layers == 1 else None
+        if config.mtp_layers == 0:
+            return None
+        lengths = LENGTHS if config.mtp_layers == 1 else tuple(range(1, config.mtp_layers + 1))
+        first = flow.plan.replace(draft=self.name, draft_length=lengths[0])
+        return SearchStart(first, (("draft_length", lengths), *flow.axes))
 
 
 DRAFT = MtpDraftDescription()

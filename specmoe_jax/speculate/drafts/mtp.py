@@ -1,4 +1,4 @@
-"""The target's own layer for further tokens as a draft: a cache of its own, fed by the target's states of what was committed."""
+"""The target's own layers for further tokens as a draft: caches of their own, fed by the target's states of what was committed."""
 
 import functools
 from typing import NamedTuple
@@ -9,16 +9,28 @@ import numpy as np
 
 from specmoe_jax.models import mtp
 from specmoe_jax.models.mtp import MtpHead
-from specmoe_jax.speculate.drafts.eagle import EagleMemory, draft_chain, known, remember
+from specmoe_jax.speculate.drafts.eagle import draft_chain, known, remember
 from specmoe_jax.speculate.drafts.protocol import DraftView
 from specmoe_jax.types import KVCache, Proposal
 
 
-class MtpDraft(NamedTuple):
-    """Drafts chains with a layer whose weights and experts are on the accelerator.
+class MtpMemory(NamedTuple):
+    """kv: a cache of one layer for each. states: of each, [B, M] after its norm, of the last row that it wrote.
 
-    A step goes as EAGLE's: the target's states of the committed tokens extend the layer's cache (`observe`), which gives the
-    first token; each further one feeds the layer's own state back. EagleMemory.feature is that state, after its norm.
+    Layer k reads the token k + 1 places behind a row's position, so of P known tokens its cache holds P - k rows; what is beyond
+    was drafted and is overwritten.
+    """
+
+    kv: tuple[KVCache, ...]
+    states: tuple[jax.Array, ...]
+
+
+class MtpDraft(NamedTuple):
+    """Drafts chains with layers whose weights and experts are on the accelerator.
+
+    A step goes as EAGLE's: the target's states of the committed tokens extend the first layer's cache (`observe`), and its own
+    those of the next; the first gives the first token. A layer alone is then fed its own states; of several, each gives one token
+    more, of the states of the layer before it.
     """
 
     head: MtpHead
@@ -28,38 +40,85 @@ class MtpDraft(NamedTuple):
         """None: it takes the state after the final norm."""
         return ()
 
-    def new_memory(self, rows: int, positions: int) -> EagleMemory:
-        attention, weights = self.head.config.attention, self.head.weights.fc
-        shape = (rows, attention.num_kv_heads, positions, attention.cache_dim)
-        k, v = (jnp.zeros(shape, weights.dtype, device=weights.device) for _ in range(2))
-        state = jnp.zeros((rows, len(weights)), weights.dtype, device=weights.device)
-        return EagleMemory(kv=KVCache(k=(k,), v=(v,)), feature=state)
+    def new_memory(self, rows: int, positions: int) -> MtpMemory:
+        weights, caches = self.head.weights.fc, []
+        for layer in self.head.chain:
+            attention = layer.config.attention
+            shape = (rows, attention.num_kv_heads, positions, attention.cache_dim)
+            k, v = (jnp.zeros(shape, weights.dtype, device=weights.device) for _ in range(2))
+            caches.append(KVCache(k=(k,), v=(v,)))
+        states = (jnp.zeros((rows, len(weights)), weights.dtype, device=weights.device) for _ in caches)
+        return MtpMemory(kv=tuple(caches), states=tuple(states))
 
-    def observe(self, memory: EagleMemory, rows, following, features, lengths, num_new) -> EagleMemory:
+    def observe(self, memory: MtpMemory, rows, following, features, lengths, num_new) -> MtpMemory:
         return _observe(self.head, memory, rows, following, features, lengths, num_new)
 
     def propose(self, view: DraftView) -> tuple[Proposal, KVCache]:
-        memory = view.memory
-        kv, state, num_new = memory.kv, known(memory.feature, view.lengths), view.active.astype(np.int32)
+        memory, chain = view.memory, self.head.chain
+        caches, state, num_new = list(memory.kv), known(memory.states[0], view.lengths), view.active.astype(np.int32)
+        drafted, outputs = [], jnp.zeros((len(num_new), 0, state.shape[1]), state.dtype)
 
         def advance(token, state, at):
-            nonlocal kv
-            logits, state, kv = _next(self.head, token, state, kv, at, num_new)
+            nonlocal outputs
+            if len(chain) == 1:
+                logits, state, caches[0] = _next(chain[0], token, state, caches[0], at, num_new)
+                return logits, state
+            drafted.append(token)
+            index = len(drafted)
+            given = (jnp.stack(drafted, 1), outputs, memory.states[index - 1], caches[index])
+            logits, outputs, caches[index] = _further(chain[index], index, *given, view.lengths, num_new)
             return logits, state
 
         tokens, probs = draft_chain(_logits(self.head, state), view, state, advance)
-        return Proposal(tokens=tokens, probs=probs, memory=memory._replace(kv=kv)), view.kv
+        return Proposal(tokens=tokens, probs=probs, memory=memory._replace(kv=tuple(caches))), view.kv
 
 
 _logits = jax.jit(mtp.logits)
 
 
 @functools.partial(jax.jit, donate_argnums=1)
-def _observe(head: MtpHead, memory: EagleMemory, rows, following, features, lengths, num_new) -> EagleMemory:
+def _observe(head: MtpHead, memory: MtpMemory, rows, following, features, lengths, num_new) -> MtpMemory:
     """See speculate.drafts.protocol.FeatureDraft."""
     with jax.named_scope("mtp_observe"):
-        states, kv = mtp.forward(head, following, features.astype(head.weights.fc.dtype), memory.kv, rows, lengths, num_new)
-        return EagleMemory(kv=kv, feature=remember(memory.feature, states, rows, num_new))
+        outputs, caches, states = features.astype(head.weights.fc.dtype), [], []
+        for index, layer in enumerate(head.chain):
+            before = None if index == 0 else memory.states[index - 1][jnp.clip(rows, 0)]
+            given = (following, outputs, before, memory.kv[index], rows, lengths, num_new)
+            outputs, kv, count = _behind(layer, index, *given)
+            caches.append(kv)
+            states.append(remember(memory.states[index], outputs, rows, count))
+        return MtpMemory(kv=tuple(caches), states=tuple(states))
+
+
+def _behind(layer: MtpHead, index: int, tokens, outputs, before, kv: KVCache, rows, lengths, num_new):
+    """Extends the cache of the index-th layer, which is `index` rows behind the first.
+
+    tokens [b, T] follow positions lengths[b] + t; outputs: of the layer before it, of its own rows for these tokens; before
+    [b, M]: of that layer's last row before them. -> outputs, the cache, and the number of rows [b].
+    """
+    if index == 0:
+        return *mtp.forward(layer, tokens, outputs, kv, rows, lengths, num_new), num_new
+    width, begins = tokens.shape[1], lengths < index  # then no row is behind, and the first tokens are not read
+    skipped = jnp.maximum(index - lengths, 0)
+    shifted = jnp.concatenate([before[:, None], outputs], axis=1)[:, :width]
+    aligned = jnp.pad(outputs, ((0, 0), (0, width - outputs.shape[1]), (0, 0)))
+    states = jnp.where(begins[:, None, None], aligned, shifted)
+    tokens = jnp.take_along_axis(tokens, jnp.minimum(jnp.arange(width) + skipped[:, None], width - 1), axis=1)
+    count = jnp.maximum(num_new - skipped, 0)
+    return *mtp.forward(layer, tokens, states, kv, rows, jnp.maximum(lengths - index, 0), count), count
+
+
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=5)
+def _further(layer: MtpHead, index: int, tokens, outputs, before, kv: KVCache, lengths, num_new):
+    """The logits [B, V] of the index-th layer after the tokens [B, index] that were drafted; its outputs and its cache.
+
+    outputs [B, index - 1, M]: of the layer before it, of the rows that were drafted; num_new [B]: 1 for rows that draft.
+    """
+    with jax.named_scope("mtp_further"):
+        rows = jnp.arange(len(tokens), dtype=jnp.int32)
+        outputs, kv, count = _behind(layer, index, tokens, outputs, before, kv, rows, lengths, num_new * index)
+        last = jnp.take_along_axis(outputs, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+        return mtp.logits(layer, last), outputs, kv
 
 
 @functools.partial(jax.jit, donate_argnums=3)

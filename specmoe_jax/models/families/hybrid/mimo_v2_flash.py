@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from specmoe_jax.config.layer_config import AttentionConfig
+from specmoe_jax.config.layer_config import AttentionConfig, LayerConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.published import naming
 from specmoe_jax.models.published.config_json import layer_types, named_layers, num_layers, number, require, show, size
@@ -12,6 +12,7 @@ from specmoe_jax.support.errors import CheckpointError
 
 ARCHITECTURE = "MiMoV2FlashForCausalLM"
 TYPES = ("full_attention", "sliding_attention")
+FURTHER, FURTHER_LAYERS = "model.mtp.layers.", 3  # which config.json does not count
 THETAS = {"full_attention": ("rope_theta", 5e6), "sliding_attention": ("swa_rope_theta", 1e4)}
 
 expert_layouts = naming.swiglu_layouts
@@ -38,6 +39,7 @@ def parse_config(raw: dict) -> ModelConfig:
         dense=dense,
         dense_hidden=size(raw, "intermediate_size") if dense else None,
         default_eps=1e-5,
+        mtp_layers=FURTHER_LAYERS if dense and "sliding_attention" in kinds else 0,  # what those are made of is taken from these
     )
 
 
@@ -85,11 +87,29 @@ def weight_specs(config: ModelConfig) -> Weights[TensorSpec]:
     return naming.model_specs(config, _layer_specs)
 
 
-def canonical_name(name: str) -> str | None:
-    """None for the layers that predict further tokens."""
-    if name.startswith("model.mtp."):
-        return None
+def canonical_name(name: str) -> str:
+    """As published; newer writers say sinks."""
     return name.replace(".self_attn.sinks", ".self_attn.attention_sink_bias")
+
+
+def further_name(config: ModelConfig, name: str) -> str:
+    """The usual names of the layers that predict further tokens, which are counted from 0 here."""
+    if not name.startswith(FURTHER):
+        return name
+    index, _, rest = name.removeprefix(FURTHER).partition(".")
+    for own, usual in {"pre_mlp_layernorm.": "post_attention_layernorm.", "final_layernorm.": "shared_head.norm."}.items():
+        rest = rest.replace(own, usual)
+    return f"model.layers.{config.num_layers + int(index)}.{rest}" if index.isdigit() else name
+
+
+def further_layer(config: ModelConfig) -> LayerConfig:
+    """With a window, and a dense MLP as wide as that of the first layer."""
+    windowed = next(layer for layer in config.layers if layer.attention.window is not None)
+    return dataclasses.replace(windowed, router=None, experts=None, mlp_hidden=_dense_hidden(config))
+
+
+def _dense_hidden(config: ModelConfig) -> int | None:
+    return next((layer.mlp_hidden for layer in config.layers if layer.mlp_hidden is not None), None)
 
 
 def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights[TensorSpec]:

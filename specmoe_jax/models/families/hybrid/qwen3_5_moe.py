@@ -6,7 +6,7 @@ from specmoe_jax.models.families.hybrid import qwen3_next
 ARCHITECTURE = "Qwen3_5MoeForCausalLM"
 WRAPPERS = ("Qwen3_5MoeForConditionalGeneration",)
 
-weight_specs, expert_layouts = qwen3_next.weight_specs, qwen3_next.expert_layouts
+weight_specs, expert_layouts, further_name = qwen3_next.weight_specs, qwen3_next.expert_layouts, qwen3_next.further_name
 
 
 def parse_config(raw: dict) -> ModelConfig:
@@ -19,4 +19,4 @@ def parse_config(raw: dict) -> ModelConfig:
 
 def canonical_name(name: str) -> str | None:
     """Without the prefix that the text part has beside the vision part; None for other parts."""
-    return None if name.startswith(("model.visual.", "mtp.")) else name.replace("model.language_model.", "model.", 1)
+    return None if name.startswith("model.visual.") else name.replace("model.language_model.", "model.", 1)

@@ -12,6 +12,11 @@ from specmoe_jax.support.errors import CheckpointError
 
 ARCHITECTURE = "Qwen3NextForCausalLM"
 
+FURTHER = {
+    "mtp.layers.0.": "", "mtp.fc.": "eh_proj.", "mtp.norm.": "shared_head.norm.", "mtp.pre_fc_norm_embedding.": "enorm.",
+    "mtp.pre_fc_norm_hidden.": "hnorm.",
+}  # fmt: skip
+
 expert_layouts = naming.swiglu_layouts
 
 
@@ -47,6 +52,7 @@ def hybrid_model(raw: dict, *, family: str, by_key_head: bool, renormalise: bool
         dense_hidden=size(raw, "intermediate_size") if dense else None,
         default_eps=1e-6,
         norm_plus=1.0,
+        mtp_layers=size(raw, "mtp_num_hidden_layers", default=1),
     )
 
 
@@ -85,9 +91,17 @@ def weight_specs(config: ModelConfig) -> Weights[TensorSpec]:
     return naming.model_specs(config, _layer_specs)
 
 
-def canonical_name(name: str) -> str | None:
-    """None for the layer that predicts further tokens."""
-    return None if name.startswith("mtp.") else name
+def canonical_name(name: str) -> str:
+    return name
+
+
+def further_name(config: ModelConfig, name: str) -> str:
+    """The usual names of the layer that predicts further tokens, which stands apart here."""
+    layer = f"model.layers.{config.num_layers}."
+    for own, usual in FURTHER.items():
+        if name.startswith(own):
+            return layer + usual + name.removeprefix(own)
+    return name
 
 
 def _layer_specs(config: ModelConfig, layer: int) -> LayerWeights[TensorSpec]:

@@ -146,13 +146,13 @@ def test_quantised_experts(family):
     head = mtp.random_head(model, expert_dtype="int8")
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((head.weights, head.experts)))
     assert mtp.head_bytes(model.config, "float32", "int8") == held < mtp.head_bytes(model.config, "float32")
-    with pytest.raises(PlanError, match="draft_expert_dtype is int8, and the experts of the layer .* are packed as None"):
+    with pytest.raises(PlanError, match=r"draft_expert_dtype is int8, and the experts of the layer .* are packed as None"):
         Engine(model, plan, mtp_head=mtp.random_head(model))
     with pytest.raises(PlanError, match="draft_expert_dtype=int8 has no effect with draft=ngram"):
         plan.replace(draft="ngram").validate(model.config)
     with pytest.raises(PlanError, match="draft_expert_dtype has no effect: the layers for further tokens have no experts"):
         plan.validate(other_model("mimo_v2_flash").config)
-    with pytest.raises(PlanError, match="draft_length is 4; this model's 3 layers .* draft one each: give at most 3"):
+    with pytest.raises(PlanError, match=r"draft_length is 4; this model's 3 layers .* draft one each: give at most 3"):
         plan.replace(draft_length=4).validate(other_model("glm4_moe").config)
 
 

@@ -94,3 +94,12 @@ def test_scores_are_read_row_by_row():
         logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         for score in scores:
             np.testing.assert_allclose(score.logprobs, logprobs[np.arange(len(continuation)), continuation], atol=1e-4)
+
+
+def test_what_all_prompts_begin_with_is_computed_once():
+    """For one row, whose state the others get."""
+    model, begun = tiny_family(FAMILY), PROMPTS[4][:11]
+    prompts = [(*begun, 5, 6, 7), (*begun, 8), (*begun, 9, 9)]
+    plan = sm.PRESETS["specmoe"](model.config).replace(draft_length=2, draft_experts=3, batch_size=4, prefill_chunk=4)
+    alone = sm.Engine(model, sm.PRESETS["resident"](model.config).replace(batch_size=1))
+    assert tokens_of(sm.Engine(model, plan).generate(prompts, PARAMS)) == tokens_of(alone.generate(prompts, PARAMS))

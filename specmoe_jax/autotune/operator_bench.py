@@ -82,7 +82,8 @@ class OperatorBench:
 
     def post_attention(self, rows: int, new: int) -> Sample:
         h, lengths, num_new = self._inputs(rows, new, self.lengths[0])
-        attended = jnp.zeros_like(stages.pre_attention(self.layer_config, self._weights, h, lengths)[0])
+        queries = stages.pre_attention(self.layer_config, self._weights, h, lengths)[0]
+        attended = jnp.zeros((*queries.shape[:-1], self.layer_config.attention.head_dim), queries.dtype)  # they may have gates
         return self._sample(lambda: stages.post_attention(self.layer_config, self._weights, h, attended, num_new), rows, new)
 
     def experts(self, rows: int, new: int, share: float) -> Sample:

@@ -24,13 +24,18 @@ def run(seconds, layers=(True,) * 3, items=2, chunks=2, **options):
     st.integers(1, 3),
     st.integers(0, 4),
     st.integers(0, 3),
+    st.frozensets(st.integers(0, 3)),
     st.booleans(),
 )
 @settings(max_examples=150, deadline=None)
-def test_order_edges_and_exclusive_resources_hold(seconds, layers, items, chunks, pinned, prompts, accelerator_is_cpu):
+def test_order_edges_and_exclusive_resources_hold(seconds, layers, items, chunks, pinned, prompts, recurrent, accelerator_is_cpu):
+    recurrent = tuple(sorted(layer for layer in recurrent if layer < len(layers)))
     moe = tuple(layer for layer, has in enumerate(layers) if has)
     stay = spread(moe, min(pinned, len(moe)))
-    tasks = pass_tasks(tuple(layers), items, chunks, pinned=stay, prompts=min(prompts, items))
+    tasks = pass_tasks(tuple(layers), items, chunks, pinned=stay, prompts=min(prompts, items), recurrent=recurrent)
+    across = ("to_host", "attention", "to_accelerator", "attend_chunk", "store", "append")
+    assert not any(task.kind in across for task in tasks if task.layer in recurrent)
+    assert sorted(task.layer for task in tasks if task.kind == "recur") == sorted(items * recurrent)
     assert len(stay) == min(pinned, len(moe))
     assert sorted(task.layer for task in tasks if task.kind == "stream") == sorted(chunks * [n for n in moe if n not in stay])
     nodes = module._unroll(tasks, [seconds[task.kind] for task in tasks], draft_s=3.0)

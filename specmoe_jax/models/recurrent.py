@@ -87,7 +87,6 @@ def recur(
     active = num_new > 0
     begins = active & (lengths == 0)
     start, end = jnp.where(begins, 0, cache.start), lengths + num_new
-    state = jnp.where(begins[:, None, None, None], 0.0, cache.state)
     new = jnp.concatenate([channels.astype(jnp.float32), rates.reshape(*rates.shape[:2], -1)], axis=-1)  # [B, T, row]
     places = start[:, None] - width + jnp.arange(kept + new.shape[1], dtype=jnp.int32)  # of kept and new rows, in one
     node = places - lengths[:, None]  # of each its place among the new rows; negative for kept ones
@@ -97,16 +96,15 @@ def recur(
     replayed = slice(width, None)
     valid = (places[:, replayed] < end[:, None])[..., None]
     rows_of = _split(config, mixed, jnp.where(valid, rows[:, replayed, config.channels :], 0.0))
-    moved = jnp.maximum(start, end - (kept - width))  # what is before it can be rolled back no more
-    outputs, state = _rule(config, rows_of, state, moved - start, None if tree is None else _seen(node[:, replayed], tree))
+    moved = jnp.where(active, jnp.maximum(start, end - (kept - width)), start)  # what is before it can be rolled back no more
+    seen = None if tree is None else _seen(node[:, replayed], tree)
+    outputs, state = _rule(config, rows_of, cache.state, begins, moved - start, seen)
     outputs = _take(outputs.reshape(*outputs.shape[:2], -1), lengths[:, None] - start[:, None] + jnp.arange(new.shape[1]))
     slots = jnp.arange(kept, dtype=jnp.int32)
     last = end[:, None] - 1 - (end[:, None] - 1 - slots) % kept  # the latest position that belongs into each slot
-    updated = RecurrentState(state=state, start=moved, rows=_take(rows, last - places[:, :1]))
-    return (
-        jnp.concatenate([outputs.reshape(z.shape).astype(z.dtype), z], axis=-1),
-        jax.tree.map(lambda a, b: jnp.where(active.reshape(-1, *(1,) * (a.ndim - 1)), a, b), updated, cache),
-    )
+    rows = jnp.where(active[:, None, None], _take(rows, last - places[:, :1]), cache.rows)
+    outputs = jnp.concatenate([outputs.reshape(z.shape).astype(z.dtype), z], axis=-1)
+    return outputs, RecurrentState(state=state, start=jnp.where(active, moved, cache.start), rows=rows)
 
 
 def recur_rows(config: Recurrence, weights, channels, z, rates, cache: RecurrentState, rows, lengths, num_new, tree=None):
@@ -173,16 +171,16 @@ def _chain(count: int) -> jax.Array:
 
 
 def _rule(
-    config: Recurrence, rows: _Rows, state: jax.Array, count: jax.Array, seen: jax.Array | None
+    config: Recurrence, rows: _Rows, state: jax.Array, begins: jax.Array, count: jax.Array, seen: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """-> outputs [B, J, Hk, each, Dv] of all rows, and the state [B, Hv, Dk, Dv] after the first count[b] of them.
 
-    seen: of a tree, which is short and goes in one chunk.
+    begins: [B] bool, rows of which the state is to be taken as zeros. seen: of a tree, which is short and goes in one chunk.
     """
     batch, total = rows.beta.shape[:2]
     grouped = state.reshape(batch, config.key_heads, -1, config.key, config.value)
     if total <= CHUNK or seen is not None:
-        outputs, _, after = _chunk(rows, grouped, count, _chain(total) if seen is None else seen)
+        outputs, _, after = _chunk(rows, grouped, begins, count, _chain(total) if seen is None else seen)
         return outputs, after.reshape(state.shape)
     chunks = -(-total // CHUNK)
     missing = chunks * CHUNK - total
@@ -194,7 +192,7 @@ def _rule(
     def one(carry, chunk):
         state, kept = carry
         first, own = chunk
-        outputs, state, after = _chunk(own, state, jnp.clip(count - first, 0, CHUNK), _chain(CHUNK))
+        outputs, state, after = _chunk(own, state, begins & (first == 0), jnp.clip(count - first, 0, CHUNK), _chain(CHUNK))
         return (state, jnp.where((count > first)[:, None, None, None, None], after, kept)), outputs
 
     carry, outputs = jax.lax.scan(one, (grouped, grouped), (jnp.arange(chunks) * CHUNK, _Rows(*map(cut, rows))))
@@ -202,32 +200,36 @@ def _rule(
     return outputs.reshape(batch, chunks * CHUNK, *outputs.shape[3:])[:, :total], carry[1].reshape(state.shape)
 
 
-def _chunk(rows: _Rows, state: jax.Array, count: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _chunk(
+    rows: _Rows, state: jax.Array, begins: jax.Array, count: jax.Array, seen: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The rule's WY form. state [B, Hk, each, Dk, Dv] -> outputs, the state after all rows, and after the first count[b].
 
+    begins: [B] bool, whether the state counts as zeros; what is read of it is dropped, so that no pass over it is spent on that.
     Letters: h key heads, e value heads of each, i and j rows, d of keys, f of values.
     """
     follows = jnp.broadcast_to(seen, (len(count), *seen.shape[1:])).astype(jnp.float32)
     along = jnp.einsum("bij,bjhe->bhei", follows, rows.decay, precision="highest")  # logarithms, [B, Hk, each, J]
     between = jnp.exp(jnp.where(seen[:, None, None], along[..., None] - along[..., None, :], -jnp.inf))
     beta = rows.beta.transpose(0, 2, 3, 1)  # [B, Hk, each, J]
-    keys = jnp.einsum("bihd,bjhd->bhij", rows.k, rows.k, precision="highest")[:, :, None]
-    system = beta[..., None] * keys * between
-    known = jnp.exp(along)[..., None] * jnp.einsum("bihd,bhedf->bheif", rows.k, state, precision="highest")
+    both = jnp.concatenate([rows.k, rows.q], axis=1)  # one product, so that the state is read once
+    read = jnp.exp(jnp.tile(along, 2))[..., None] * jnp.einsum("bihd,bhedf->bheif", both, state, precision="highest")
+    known, asked = jnp.split(jnp.where(begins[:, None, None, None, None], 0.0, read), 2, axis=3)
+    keys, scores = jnp.split(jnp.einsum("bihd,bjhd->bhij", both, rows.k, precision="highest")[:, :, None], 2, axis=3)
     missing = beta[..., None] * (rows.v.transpose(0, 2, 3, 1, 4) - known)
-    # The diagonal is not read.
+    # The diagonal of the system is not read.
+    system = beta[..., None] * keys * between
     written = jax.scipy.linalg.solve_triangular(system, missing, lower=True, unit_diagonal=True)  # [B, Hk, each, J, Dv]
-    scores = jnp.einsum("bihd,bjhd->bhij", rows.q, rows.k, precision="highest")[:, :, None] * between
-    outputs = jnp.exp(along)[..., None] * jnp.einsum("bihd,bhedf->bheif", rows.q, state, precision="highest")
-    outputs = outputs + jnp.einsum("bheij,bhejf->bheif", scores, written, precision="highest")
+    outputs = asked + jnp.einsum("bheij,bhejf->bheif", scores * between, written, precision="highest")
 
     def after(some: jax.Array) -> jax.Array:
-        """The state after the first some[b] rows, which are a chain."""
+        """The state after the first some[b] rows, which are a chain; as it was, bit for bit, after none."""
         place = jnp.arange(along.shape[-1])
         total = jnp.where(some[:, None, None] > 0, _take_last(along, some), 0.0)
-        share = jnp.where(place < some[:, None, None, None], jnp.exp(total[..., None] - along), 0.0)
-        added = jnp.einsum("bjhd,bhej,bhejf->bhedf", rows.k, share, written, precision="highest")
-        return jnp.exp(total)[..., None, None] * state + added
+        weight = jnp.where(place < some[:, None, None, None], jnp.exp(total[..., None] - along), 0.0)
+        added = jnp.einsum("bjhd,bhej,bhejf->bhedf", rows.k, weight, written, precision="highest")
+        before = jnp.where(begins[:, None, None, None, None], 0.0, state)
+        return jnp.exp(total)[..., None, None] * before + added
 
     return outputs.transpose(0, 3, 1, 2, 4), after(jnp.full_like(count, along.shape[-1])), after(count)
 

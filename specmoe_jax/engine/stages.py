@@ -212,20 +212,24 @@ def spread_row(cache, row: jax.Array):
 
 
 @jax.jit
-def take_rows(cache: jax.Array, rows: jax.Array) -> jax.Array:
-    """Some rows [b] of a cache [B, K, S, D] as one of their own [b, K, S, D]."""
+def take_rows(cache, rows: jax.Array):
+    """Some rows [b] of a cache [B, K, S, D] or of a RecurrentState as one of their own [b, K, S, D]."""
     with jax.named_scope("take_rows"):
-        return cache[rows]
+        return jax.tree.map(lambda held: held[rows], cache)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def put_rows(cache: jax.Array, some: jax.Array, rows: jax.Array) -> jax.Array:
-    """A cache [B, K, S, D] (donated) with `some` [b, K, S, D] in the rows [b]; a row of B is padding."""
+def put_rows(cache, some, rows: jax.Array):
+    """A cache [B, K, S, D] or a RecurrentState (donated) with `some` [b, K, S, D] in the rows [b]; a row of B is padding."""
+
+    def put(held: jax.Array, new: jax.Array) -> jax.Array:
+        if held.dtype != jnp.bfloat16:
+            return held.at[rows].set(new, mode="drop")
+        bits = put(*(jax.lax.bitcast_convert_type(a, jnp.uint16) for a in (held, new)))  # as in ops.xla.attention.append
+        return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+
     with jax.named_scope("put_rows"):
-        if cache.dtype == jnp.bfloat16:  # as in ops.xla.attention.append
-            bits = put_rows(jax.lax.bitcast_convert_type(cache, jnp.uint16), jax.lax.bitcast_convert_type(some, jnp.uint16), rows)
-            return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
-        return cache.at[rows].set(some, mode="drop")
+        return jax.tree.map(put, cache, some)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

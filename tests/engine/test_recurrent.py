@@ -103,3 +103,19 @@ def test_what_all_prompts_begin_with_is_computed_once():
     plan = sm.PRESETS["specmoe"](model.config).replace(draft_length=2, draft_experts=3, batch_size=4, prefill_chunk=4)
     alone = sm.Engine(model, sm.PRESETS["resident"](model.config).replace(batch_size=1))
     assert tokens_of(sm.Engine(model, plan).generate(prompts, PARAMS)) == tokens_of(alone.generate(prompts, PARAMS))
+
+
+@pytest.mark.parametrize("preset", ["specmoe", "streaming"])
+def test_requests_that_join_a_running_batch(preset):
+    """One takes the row that holds its own prompt and more: it is read again, since a state cannot be cut to a beginning."""
+    model = tiny_family(FAMILY)
+    changes = {"draft_length": 2, "draft_experts": 3} if preset == "specmoe" else {"draft": "ngram", "draft_length": 2}
+    engine = sm.Engine(model, sm.PRESETS[preset](model.config).replace(batch_size=2, prefill_chunk=8, **changes))
+    service = engine.service(max_tokens=90)
+    order, handles = (2, 5, 2, 3, 0), []
+    for number in order:
+        handles.append(service.submit(PROMPTS[number], PARAMS))
+        service.step()
+    while not all(handle.done for handle in handles):
+        service.step()
+    assert [handle.completion.token_ids for handle in handles] == [expected()[number] for number in order]

@@ -58,7 +58,7 @@ def load_engine(job: planning.Job, *, requests: int) -> Engine:
     if _DRAFT_MODEL.value:
         given["draft_model"] = load_model(_DRAFT_MODEL.value, dtype=model.dtype, progress=_PROGRESS.value)
     if plan.drafting.given == "mtp_head":
-        given["mtp_head"] = load_mtp(model)
+        given["mtp_head"] = load_mtp(model, expert_dtype=plan.draft_expert_dtype)
     return Engine(model, plan, progress=_PROGRESS.value, **given)
 
 

@@ -156,11 +156,11 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
     ) -> tuple[State[KVCache], tuple[Request, ...]]:
         """Reads their prompts in a small cache of their own, a group at a time; one group while others decode.
 
-        What the cache of any row holds of a prompt is copied, not read again: not with a draft of features, whose cache is apart,
-        nor with a cache that is more than rows of positions.
+        What the cache of any row holds of a prompt is copied, not read again (not with a draft of features, whose cache is apart,
+        nor with recurrent layers, whose states are of all that was read).
         """
-        waiting, cuts = tuple(waiting), all(isinstance(cache, jax.Array) for cache in state.kv.k)
-        reuse = cuts and not isinstance(state.runtime.draft, FeatureDraft)
+        waiting = tuple(waiting)
+        reuse = not isinstance(state.runtime.draft, FeatureDraft) and not state.runtime.config.recurrent_layers
         decoding = bool(state.active.any())
         while waiting and (joins := plan_joins(state, waiting, reuse=reuse)):
             computing, before = session.figures.prompt_watch(), moved(state.runtime)
@@ -251,7 +251,7 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
         return state
 
 
-def _each_layer(change: Callable[..., jax.Array], *caches: KVCache) -> KVCache:
+def _each_layer(change: Callable, *caches: KVCache) -> KVCache:
     """With every layer's keys and values changed."""
     keys, values = (tuple(map(change, *arrays)) for arrays in ((c.k for c in caches), (c.v for c in caches)))
     return caches[0]._replace(k=keys, v=values)

@@ -2,7 +2,7 @@
 
 import pathlib
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MESSAGES = (
     ("decode_tokens_per_s", "speed", "tokens/s,\ntimes those of {base}"),
@@ -42,7 +42,13 @@ SYNTHETIC = {
 }
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442")  # distinct for colour-blind readers too
 MOST_COLOURS = len(COLOURS)
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "specmoe", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "specmoe",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 
 class Chart(NamedTuple):
@@ -114,7 +120,7 @@ def _over_places(rows: dict[str, dict], places: list[str], key: str) -> Chart:
 def _sweep(table: str, rows: dict[str, dict], key: str) -> Chart:
     series: dict[str, dict] = {}
     for row in rows.values():
-        name, number = re.fullmatch(r"(.*?) ?([\d.]+)", row["case"]).groups()
+        name, number = re.findall(r"^(.*?) ?([\d.]+)$", row["case"])[0]
         known = series.setdefault(name, {})
         if re.fullmatch(r"[\d.]+", row["base"]):  # the base is a point of the sweep
             known.setdefault(float(row["base"]), (1.0, 1.0, 1.0))

@@ -42,7 +42,19 @@ SYNTHETIC = {
 }
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442")  # distinct for colour-blind readers too
 MOST_COLOURS = len(COLOURS)
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "specmoe", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "specmoe",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+    "svg.fonttype": "none",
+    "svg.hashsalt": "specmoe",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 
 class Chart(NamedTuple):

@@ -13,6 +13,7 @@ import pathlib
 import re
 import sys
 import time
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,8 @@ class Own:
         self._model = quantise(loaded, expert_dtype) if expert_dtype else loaded
         self._plan = sm.Plan(preset="probe").replace(dtype=dtype, expert_flow=flow, expert_dtype=expert_dtype)
         self.vocabulary = loaded.config.vocab_size
-        self._engine = self._state = None
+        self._engine: sm.Engine | None = None
+        self._state: Any = None
 
     def start(self, prompts: list[list[int]]) -> None:
         params = self._sm.SamplingParams(max_new_tokens=ROOM - len(prompts[0]) - 1, ignore_eos=True)
@@ -38,6 +40,7 @@ class Own:
         self._state = self._engine.init(prompts, params)
 
     def step(self) -> None:
+        assert self._engine is not None  # started
         self._state, _ = self._engine.step(self._state)
 
     def tokens(self) -> list[int]:
@@ -46,7 +49,7 @@ class Own:
 
 class Llama:
     def __init__(self, model: str, threads: int):
-        import llama_cpp
+        import llama_cpp  # pyright: ignore[reportMissingImports]
 
         self._lib = lib = llama_cpp
         lib.llama_backend_init()

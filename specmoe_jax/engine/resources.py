@@ -168,13 +168,15 @@ def _check_room(plan: Plan, needed: MemoryAccount, *, held: MemoryAccount | None
     Loaded weights, and experts that the host holds, are there already; what the job before it `held` is given back.
     """
     available = available_bytes() if accelerator_is_cpu() else None
+    if available is None:
+        return
 
     def beside(own: MemoryAccount) -> int:
         loaded = own.host_expert_bytes if plan.expert_tier == "host" else 0
         return int(own.accelerator_bytes - own.weight_bytes + own.host_bytes - loaded)
 
     more = beside(needed) + PROGRAM_BYTES if held is None else beside(needed) - beside(held)
-    if available is not None and more > available:
+    if more > available:
         raise BudgetError(
             f"the job takes {size_text(more)} beside the loaded model, but {size_text(available)} of memory are free,"
             f" {size_text(more - available)} short; give a smaller batch, fewer resident experts, or expert_flow=host_compute"

@@ -4,6 +4,7 @@ Both versions of Linux's control groups are read, with the groups above this pro
 """
 
 import contextlib
+import itertools
 import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -41,12 +42,9 @@ def _groups() -> Iterator[tuple[pathlib.Path, Version]]:
     with contextlib.suppress(OSError):
         for line in GROUPS.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            version = V2 if not controllers else V1 if "memory" in controllers.split(",") else None
-            if version is None:
-                continue
-            for mount in version.mounts:
-                inside = [part for part in path.split("/") if part not in ("", "..")]
-                for depth in range(len(inside), -1, -1):
+            inside = [part for part in path.split("/") if part not in ("", "..")]
+            for version in (V2,) if not controllers else (V1,) if "memory" in controllers.split(",") else ():
+                for mount, depth in itertools.product(version.mounts, range(len(inside), -1, -1)):
                     yield ROOT.joinpath(mount, *inside[:depth]), version
 
 

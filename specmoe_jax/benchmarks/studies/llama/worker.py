@@ -40,6 +40,7 @@ class Own:
         self._state = self._engine.init(prompts, params)
 
     def step(self) -> None:
+        assert self._engine is not None  # started
         self._state, _ = self._engine.step(self._state)
 
     def tokens(self) -> list[int]:

@@ -49,12 +49,6 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-    "svg.fonttype": "none",
-    "svg.hashsalt": "specmoe",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 
 
 class Chart(NamedTuple):
@@ -74,7 +68,7 @@ def save(document: dict, folder: pathlib.Path) -> list[pathlib.Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     model, written = pathlib.Path(document["model"]).name, []
-    with plt.rc_context(dict[Any, Any](STYLE)):
+    with plt.rc_context(STYLE):
         for table, rows in document["tables"].items():
             for name, figure in _figures(table, rows):
                 stamps = sorted({stamp for row in rows.values() for stamp in row["synthetic"]})

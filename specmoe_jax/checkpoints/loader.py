@@ -68,9 +68,7 @@ def load_model(
     if expert_tier not in EXPERT_TIERS:
         raise RequestError(f"expert_tier is {expert_tier!r}; it must be one of {', '.join(EXPERT_TIERS)}")
     if expert_dtype not in (None, DECODED):
-        raise RequestError(
-            f"expert_dtype is {expert_dtype!r}; a load takes {DECODED!r} or None (others: models.quantised.quantise)"
-        )
+        raise RequestError(f"expert_dtype is {expert_dtype!r}; a load takes {DECODED!r} or None (others: quantised.quantise)")
     dtype = dtype or "float32"
     if dtype not in TARGET_DTYPES:
         raise RequestError(f"dtype is {dtype!r}; it must be one of {', '.join(TARGET_DTYPES)}")

@@ -178,10 +178,9 @@ def simulated(config: ModelConfig, known: Knowledge) -> tuple[dict, list[str]]:
 
 def acceptance_of(plans: Iterable[Plan], config: ModelConfig, known: Knowledge) -> list[str]:
     """Where the acceptance of each draft comes from."""
-    said = []
-    for plan in plans:
-        found = known.calibration.acceptance_of(plan, config, known.workload.skew_of(config))
-        said.append(explain.acceptance(plan, found, has_head=_DRAFT_HEAD.value is not None))
+    skew = known.workload.skew_of(config)
+    found = ((plan, known.calibration.acceptance_of(plan, config, skew)) for plan in plans)
+    said = [explain.acceptance(plan, accepted, has_head=_DRAFT_HEAD.value is not None) for plan, accepted in found]
     return [*dict.fromkeys(filter(None, said))]
 
 

@@ -24,13 +24,14 @@ from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.cli import common
 from specmoe_jax.cli.flag_groups import plan_flags, sampling_flags
 from specmoe_jax.cli.run_files import check_files
+from specmoe_jax.cli.shown.answers import print_completions, print_piece
 from specmoe_jax.cli.shown.stats_table import table
 from specmoe_jax.cli.shown.wrapped_text import WIDTH
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.plan_fields import DECODED, DTYPES
 from specmoe_jax.config.presets import PRESETS, preset
 from specmoe_jax.engine.engine import Engine
-from specmoe_jax.engine.requests.completion import Completion, TokenEvent
+from specmoe_jax.engine.requests.completion import TokenEvent
 from specmoe_jax.engine.requests.incremental_text import IncrementalText
 from specmoe_jax.jobs import job as jobs
 from specmoe_jax.jobs.journal import Journal
@@ -41,7 +42,7 @@ from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model
 from specmoe_jax.support.atomic_files import write_atomically
 from specmoe_jax.support.errors import PlanError, RequestError
-from specmoe_jax.support.progress import PROGRESS, beside_bars
+from specmoe_jax.support.progress import PROGRESS
 from specmoe_jax.support.timing import Stopwatch
 from specmoe_jax.support.tracing import trace, write_lanes
 
@@ -174,7 +175,9 @@ def generate(engine: Engine, prompts: list[Prompt]) -> JobWatch:
     if not _OUTPUT.value:
         todo = dict(enumerate(prompts))
         with watched(todo, failed=0) as watch:
-            print_completions(list(jobs.completions(engine, todo, watch, on_event=on_event)))
+            done = list(jobs.completions(engine, todo, watch, on_event=on_event))
+            if not _STREAM.value:
+                print_completions(done, apart=_CHAT.value)
         return watch
     reasons = jobs.refusals(engine.model, prompts, must_work=len(_PROMPT.value))
     assert engine.model.path is not None  # it was loaded
@@ -287,19 +290,3 @@ def job_of(tokenizer: Tokenizer | None, prompts: list[Prompt]) -> planning.Job:
     """Lengths of the prompts that can be read, the first few of them."""
     texts = [prompt.model_input for prompt in prompts[:SAMPLED_PROMPTS] if prompt.error is None]
     return planning.job_of(tokenizer, texts, [prompt.params.max_new_tokens for prompt in prompts])
-
-
-def print_piece(event: TokenEvent, shown: IncrementalText, several: bool) -> None:
-    """Prints the text of one event; with several prompts, one line each with the number of the prompt."""
-    text = shown.push(event)
-    print(f"[{event.id}] {text!r}" if several else text, end="\n" if several or event.completion else "", flush=True)
-
-
-def print_completions(completions: list[Completion]) -> None:
-    """The texts, in the order of the prompts (--stream has printed them already)."""
-    if _STREAM.value:
-        return
-    with beside_bars():
-        for completion in sorted(completions, key=lambda completion: completion.id):
-            between = "\n" if _CHAT.value else ""
-            print(f"[{completion.id}] {completion.prompt}{between}{completion.text}\n")

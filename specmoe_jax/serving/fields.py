@@ -266,7 +266,7 @@ def sampling_params(ask: Ask, defaults: Mapping[str, Any], max_new_tokens: int) 
         return SamplingParams(max_new_tokens=max_new_tokens, **given)
     except RequestError as e:
         name = str(e).split(" ", 1)[0]
-        raise ApiError(400, str(e), param=name if name in FIELDS else None, code="invalid_value") from None
+        raise ApiError(400, str(e), param=name if name in ask.sampling else None, code="invalid_value") from None
 
 
 def check_text(text: str, name: str) -> str:

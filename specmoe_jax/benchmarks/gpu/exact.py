@@ -1,7 +1,6 @@
 """Does every flow on this machine's accelerator give the tokens of the CPU? The bundled model, float32 at the highest precision.
 
-As a program (python -m specmoe_jax.benchmarks.gpu.exact FILE), which the rows run on the CPU: its tokens of the resident preset
-in FILE.
+As a program (python -m specmoe_jax.benchmarks.gpu.exact FILE), which the rows run on the CPU: the resident preset's tokens in FILE.
 """
 
 import functools

@@ -120,14 +120,14 @@ def ffn_rows(effort: Effort) -> Iterator[dict]:
 
 
 PARTS = {
-    "device": Part(device_rows, 75),
+    "device": Part(device_rows, 70),
     "link": Part(link_rows, 45),
     "attention": Part(attention_rows, 20),
     "streaming": Part(stream_rows, 165),
-    "machine": Part(machine_rows, 25),
+    "machine": Part(machine_rows, 30),
     "nllb": Part(nllb_rows, 100),
     "qwen3": Part(qwen_rows, 100),
-    "peers": Part(peer_rows, 60),
+    "peers": Part(peer_rows, 55),
     "ffn": Part(ffn_rows, 45),
 }
 

@@ -119,7 +119,8 @@ def _watched(name: str, process: subprocess.Popen[bytes], log: BinaryIO, end_s: 
         try:
             line = lines.get(timeout=min(SILENCE_S, left_s))
         except queue.Empty:
-            print(f"[{name} {time.monotonic() - start_s:.0f} s] still: {last}", flush=True)
+            if time.monotonic() < end_s:
+                print(f"[{name} {time.monotonic() - start_s:.0f} s] still: {last}", flush=True)
             continue
         if line is None:
             return process.wait()

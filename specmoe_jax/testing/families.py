@@ -142,11 +142,11 @@ RAW_CONFIGS = {
     "mimo_v2_flash": _COMMON
     | {
         "architectures": ["MiMoV2FlashForCausalLM"], "model_type": "mimo_v2_flash", "hidden_size": 40, "intermediate_size": 56,
-        "moe_intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 12,
+        "moe_intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 12,
         "v_head_dim": 10, "n_routed_experts": 7, "num_experts_per_tok": 3, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
         "routed_scaling_factor": 1.0, "sliding_window": 6, "attention_bias": False, "rms_norm_eps": 1e-5,
-        "attention_value_scale": 0.707, "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
-        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "attention_value_scale": 0.707, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
         "rope_parameters": {
             "full_attention": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},

@@ -103,7 +103,7 @@ def test_mimo_in_the_keys_of_the_publisher():
         key: value for key, value in ALL["mimo_v2_flash"].items() if key not in ("layer_types", "mlp_layer_types", "rms_norm_eps")
     }
     raw |= {
-        "hybrid_layer_pattern": [0, 1, 1], "moe_layer_freq": [0, 1, 1], "layernorm_epsilon": 1e-5, "rope_parameters": None,
+        "hybrid_layer_pattern": [0, 1, 1, 0], "moe_layer_freq": [0, 1, 1, 1], "layernorm_epsilon": 1e-5, "rope_parameters": None,
         "sliding_window_size": 5, "sliding_window": 5, "swa_num_key_value_heads": 4, "swa_head_dim": 12, "rope_theta": 5e6,
         "swa_rope_theta": 1e4, "partial_rotary_factor": 0.5, "routed_scaling_factor": None,
     }  # fmt: skip
@@ -145,7 +145,7 @@ REFUSALS = (
     ("qwen3_next", {"linear_num_value_heads": 3}, "linear_num_value_heads 3 is not a multiple of linear_num_key_heads 2"),
     ("qwen3_5_moe", {"attn_output_gate": False}, "attn_output_gate is False"),
     ("deepseek_v32", {"index_topk": 0}, "index_topk is 0"),
-    ("mimo_v2_flash", {"hybrid_layer_pattern": [0, 2, 1]}, "hybrid_layer_pattern is [0, 2, 1]; it must be 3 of 0 and 1"),
+    ("mimo_v2_flash", {"hybrid_layer_pattern": [0, 2, 1, 0]}, "hybrid_layer_pattern is [0, 2, 1, 0]; it must be 4 of 0 and 1"),
     ("mimo_v2_flash", {"swa_head_dim": 16}, "swa_head_dim is 16; this family is built with 12"),
     ("qwen3_vl_moe", {"text_config": None}, "this version runs MixtralForCausalLM"),
     ("gpt_oss", {"layer_types": ["linear_attention"] * 3}, "layer_types is"),

@@ -49,12 +49,6 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-    "svg.fonttype": "none",
-    "svg.hashsalt": "specmoe",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 
 
 class Chart(NamedTuple):

@@ -265,8 +265,8 @@ def sampling_params(ask: Ask, defaults: Mapping[str, Any], max_new_tokens: int) 
     try:
         return SamplingParams(max_new_tokens=max_new_tokens, **given)
     except RequestError as e:
-        name = str(e).split(" ", 1)[0]
-        raise ApiError(400, str(e), param=name if name in FIELDS else None, code="invalid_value") from None
+        named = sorted((str(e).find(name), name) for name in ask.sampling if name in str(e))
+        raise ApiError(400, str(e), param=named[0][1] if named else None, code="invalid_value") from None
 
 
 def check_text(text: str, name: str) -> str:

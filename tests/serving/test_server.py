@@ -26,7 +26,7 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
         (CHAT, HELLO | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages", "no text"),
         (CHAT, HELLO | {"messages": [{"role": "user", "content": "no!"}]}, 400, "messages", "no shouting"),
         (CHAT, HELLO | {"temperature": -1}, 400, "temperature", "temperature is -1"),
-        (CHAT, HELLO | {"temperature": 0, "top_p": 0.5}, 400, None, "top_k and top_p have no effect"),
+        (CHAT, HELLO | {"temperature": 0, "top_p": 0.5}, 400, "top_p", "top_k and top_p have no effect"),
         (CHAT, HELLO | {"top_logprobs": 2}, 400, "top_logprobs", "without logprobs=true"),
         (CHAT, HELLO | {"max_completion_tokens": 3}, 400, "max_completion_tokens", "says 3 and another field 2"),
         (CHAT, HELLO | {"response_format": {"type": "json_schema"}}, 400, "response_format", "response_format is"),

@@ -81,7 +81,7 @@ def test_null_is_as_if_left_out(served):
 
 def test_answers_that_a_schema_describes(served):
     pytest.importorskip("llguidance")
-    schema = {"enum": [["ja", 1], ["nein", 2]]}
+    schema = {"enum": ["ja", "nein"]}  # without places for white space, of which a random model gives any amount
     form = {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}}
     for extra, wanted in ((form, schema["enum"]), ({"regex": '"(yes|no)"'}, ["yes", "no"])):
         (choice,) = served.post(CHAT, HELLO | extra | {"max_tokens": 40, "temperature": 0}).json()["choices"]

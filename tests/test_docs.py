@@ -45,11 +45,11 @@ def known_families(monkeypatch):
     monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
 
 
-PAGES = ("docs/tutorial.md", "docs/planner.md", "docs/scoring.md", "docs/serving.md", "docs/structured.md", "docs/features.md")
+RUN = ("docs/tutorial.md", "docs/planner.md", "docs/scoring.md", "docs/serving.md", "docs/structured.md", "docs/features.md")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", *PAGES])
+@pytest.mark.parametrize("page", ["README.md", *RUN])
 def test_python_blocks(page, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # some write a file
     if page == "docs/structured.md":

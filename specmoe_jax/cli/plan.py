@@ -61,7 +61,7 @@ def main() -> None:
         tell(textwrap.fill(named.said, WIDTH))
     if not elsewhere:
         operators = profile(config, _DTYPE.value, fresh=_FRESH.value, progress=True) if config.encoder is None else None
-        tell(as_table(operators) if operators else "no operators were measured: the model has an encoder")
+        tell(wrapped(as_table(operators) if operators else "no operators were measured: the model has an encoder"))
     limits = SamplingParams(max_new_tokens=_NEW_TOKENS.value)
     prompts = [prompt.model_input for prompt in read_prompts(_PROMPTS.value, limits)] if _PROMPTS.value else []
     head_name = _DRAFT_HEAD.value or bundled_head(_MODEL.value)
@@ -93,6 +93,11 @@ def main() -> None:
 def given(calibration, rate: float):
     """With the self-draft's acceptance as it was given, whatever its experts."""
     return calibration._replace(acceptance=calibration.acceptance | {"self": Acceptance(rate)}, measured=True)
+
+
+def wrapped(text: str) -> str:
+    """Lines in 80 columns; what one has beyond them goes on below, indented."""
+    return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent=" " * 4, drop_whitespace=True) for line in text.splitlines())
 
 
 def tell(text: str) -> None:

@@ -9,7 +9,7 @@ def machine_text(hardware: Hardware) -> str:
     accelerator = f"{_tera(h.accelerator_flops_bfloat16)} TFLOP/s bfloat16, {_tera(h.accelerator_flops_float32)} float32"
     cpu = f"{_tera(h.cpu_flops_bfloat16)} TFLOP/s bfloat16, {_tera(h.cpu_flops_float32)} float32"
     rows = [
-        ("machine", f"{h.name} ({'measured' if h.measured else 'data sheets and assumptions'})"),
+        ("machine", h.name if h.measured else f"{h.name} (data sheets and assumptions)"),
         ("link", f"{_giga(h.up_bytes_per_s)} GB/s to the accelerator, {_giga(h.down_bytes_per_s)} back"),
         ("accelerator", f"{accelerator}, {_giga(h.accelerator_bytes_per_s)} GB/s, {_gibi(h.accelerator_memory_bytes)} GiB"),
         ("CPU", f"{cpu}, {_giga(h.dram_bytes_per_s)} GB/s, {_gibi(h.host_memory_bytes)} GiB"),

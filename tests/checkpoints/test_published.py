@@ -19,7 +19,9 @@ BASES = {
     "mixtral": "MixtralModel", "qwen3_moe": "Qwen3MoeModel", "qwen2_moe": "Qwen2MoeModel", "olmoe": "OlmoeModel",
     "deepseek_v2": "DeepseekV2Model", "gpt_oss": "GptOssModel", "llama4": "Llama4TextModel", "nllb_moe": "NllbMoeModel",
     "deepseek_v3": "DeepseekV3Model", "glm4_moe": "Glm4MoeModel", "glm4_moe_lite": "Glm4MoeLiteModel",
-    "granite_moe": "GraniteMoeModel", "minimax_m2": "MiniMaxM2Model",
+    "granite_moe": "GraniteMoeModel", "minimax_m2": "MiniMaxM2Model", "qwen3_next": "Qwen3NextModel",
+    "qwen3_5_moe": "Qwen3_5MoeTextModel", "deepseek_v32": "DeepseekV32Model", "glm_moe_dsa": "GlmMoeDsaModel",
+    "mimo_v2_flash": "MiMoV2FlashModel",
 }  # fmt: skip
 
 

@@ -86,10 +86,10 @@ def test_bad_lines(write, line, said):
 
 def test_bad_files(write, tmp_path):
     assert "cannot read prompts" in refusal(str(tmp_path / "none.txt"))
-    assert "cannot read prompts" in refusal(str(tmp_path))
+    assert "has no state.json, as a saved dataset has, and no *.parquet" in refusal(str(tmp_path))
     assert "cannot read prompts" in refusal("a\0b.txt")
     assert "UTF-8" in refusal(write(b"\xff\xfe", "p.txt"))
-    assert "it must be .txt (one a line) or .jsonl" in refusal(write("a", "p.csv"))
+    assert "it must be .txt (one a line), .jsonl, .parquet" in refusal(write("a", "p.csv"))
     assert "holds no prompt" in refusal(write("\n \n", "p.txt"))
     assert "holds no prompt" in refusal(write(""))
 

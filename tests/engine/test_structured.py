@@ -21,7 +21,7 @@ jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("llguidance")
 
 SCHEMAS = [random_schema(seed) for seed in range(16)]
-REGEX = r"(ja|nein|vielleicht( nicht)?), (\d{1,3}|[äöü]+) (km|Äpfel)"
+REGEX = r"(ja|nein|vielleicht( nicht)?), ([0-9]{1,3}|[äöü]+) (km|Äpfel)"
 LONG = {"type": "string", "minLength": 500}
 ROWS = 7
 TREE = {"draft_tree_tokens": 8, "draft_tree_top_k": 3}

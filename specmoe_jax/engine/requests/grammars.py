@@ -5,6 +5,7 @@ committed tokens alone. What follows a drafted token that the grammar does not a
 """
 
 import functools
+import importlib.util
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -76,10 +77,10 @@ def make_grammar(index: int, tokenizer: Any, vocab_size: int, end_ids: tuple[int
     ends = tuple(token for token in end_ids if token < tokenizer.vocab_size)
     if not ends:
         raise RequestError(f"prompt {index}: {field} needs an end-of-sequence token, and the model has none; leave it out")
+    if importlib.util.find_spec("llguidance") is None:
+        raise RequestError(f"prompt {index}: {_NEEDS_LIBRARY.format(field)}")
     try:
         library_tokenizer = _library_tokenizer(tokenizer.backend, vocab_size, ends)
-    except ImportError:
-        raise RequestError(f"prompt {index}: {_NEEDS_LIBRARY.format(field)}") from None
     except ValueError as e:
         said = f"prompt {index}: {field} cannot be used with this tokenizer, which llguidance does not read"
         raise RequestError(f"{said} ({str(e)[:120]}); leave it out") from None

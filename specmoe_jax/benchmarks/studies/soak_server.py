@@ -209,23 +209,18 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--preset", default="specmoe")
+    parser.add_argument("--expert_flow", help="in place of the preset's")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--cases", type=int, default=64)
     args = parser.parse_args()
     model = sm.load_model(args.model)
-    plan = sm.PRESETS[args.preset](model.config).replace(batch_size=args.batch_size, deterministic_sampling=True)
+    own = {"expert_flow": args.expert_flow} if args.expert_flow else {}
+    plan = sm.PRESETS[args.preset](model.config).replace(batch_size=args.batch_size, deterministic_sampling=True, **own)
     asked, offline = cases(sm.Engine(model, plan), args.cases)
-    flags = ["--port=0", f"--api_key={KEY}", f"--model={args.model}", f"--preset={args.preset}", f"--batch_size={args.batch_size}"]
-    command = [
-        sys.executable,
-        "-m",
-        "specmoe_jax",
-        "serve",
-        *flags,
-        "--deterministic_sampling",
-        "--max_tokens=256",
-        "--progress=none",
-    ]
+    flags = {"model": args.model, "preset": args.preset, "batch_size": args.batch_size, "api_key": KEY, "port": 0} | own
+    flags |= {"max_tokens": 256, "progress": "none"}
+    command = [sys.executable, "-m", "specmoe_jax", "serve", "--deterministic_sampling"]
+    command += [f"--{name}={value}" for name, value in flags.items()]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr is not None

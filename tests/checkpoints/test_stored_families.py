@@ -147,7 +147,7 @@ REFUSALS = (
     ("deepseek_v32", {"index_topk": 0}, "index_topk is 0"),
     ("mimo_v2_flash", {"hybrid_layer_pattern": [0, 2, 1, 0]}, "hybrid_layer_pattern is [0, 2, 1, 0]; it must be 4 of 0 and 1"),
     ("mimo_v2_flash", {"swa_head_dim": 16}, "swa_head_dim is 16; this family is built with 12"),
-    ("qwen3_vl_moe", {"text_config": None}, "this version runs MixtralForCausalLM"),
+    ("qwen3_vl_moe", {"text_config": None}, "num_experts is None"),
     ("gpt_oss", {"layer_types": ["linear_attention"] * 3}, "layer_types is"),
     ("llama4", {"num_experts_per_tok": 2}, "num_experts_per_tok is 2; this family is built with 1"),
     ("llama4", {"moe_layers": [9]}, "moe_layers is (9,)"),

@@ -17,6 +17,8 @@ transformers = pytest.importorskip("transformers", reason=REASON)
 torch.set_num_threads(1)
 
 TOLERANCE = 1e-4
+# Rounding every weight once moves the reference's own logits by 7e-5 (qwen3_next) and 4e-4 (qwen3_5_moe), others' by 5e-6.
+RECURRENT_TOLERANCE = 1e-3
 SHAPES = ((1, 1), (1, 33), (3, 12))
 VARIANT_SHAPES = ((2, 33),)  # each shape compiles anew
 LLAMA3 = {
@@ -86,12 +88,13 @@ def write(path, family: str, changes: dict, *, original: bool = True):
 def assert_parity(model, reference, shapes=SHAPES) -> float:
     """The largest difference."""
     rng, worst = np.random.default_rng(0), 0.0
+    tolerance = RECURRENT_TOLERANCE if model.config.recurrent_layers else TOLERANCE
     for shape in shapes:
         token_ids = rng.integers(0, model.config.vocab_size, shape)
         with torch.no_grad():
             theirs = reference(torch.from_numpy(token_ids), use_cache=False).logits.numpy()
         ours = np.asarray(model.logits(token_ids))
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
         np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))
         worst = max(worst, float(np.abs(ours - theirs).max()))
     return worst

@@ -209,12 +209,12 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--preset", default="specmoe")
-    parser.add_argument("--expert_flow", help="in place of the preset's")
+    parser.add_argument("--flow", help="an expert flow in place of the preset's")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--cases", type=int, default=64)
     args = parser.parse_args()
     model = sm.load_model(args.model)
-    own = {"expert_flow": args.expert_flow} if args.expert_flow else {}
+    own = {"expert_flow": args.flow} if args.flow else {}
     plan = sm.PRESETS[args.preset](model.config).replace(batch_size=args.batch_size, deterministic_sampling=True, **own)
     asked, offline = cases(sm.Engine(model, plan), args.cases)
     flags = {"model": args.model, "preset": args.preset, "batch_size": args.batch_size, "api_key": KEY, "port": 0} | own

@@ -31,9 +31,11 @@ SHARED = {
 
 
 def table(flags) -> str:
+    from specmoe_jax.support.cache_files import cache_folder
+
     lines = ["| flag | values | default | |", "|---|---|---|---|"]
     for flag in flags:
-        default = "" if flag.default in (None, [], "") else f"`{flag.default}`"
+        default = "" if flag.default in (None, [], "") else f"`{flag.default}`".replace(str(cache_folder()), "~/.cache/specmoe_jax")
         said = re.sub(
             r"^<.*?>: |;\s+repeat this option to specify a list of values$", "", flag.help
         )  # absl's, shown as values here

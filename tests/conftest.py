@@ -17,9 +17,10 @@ from specmoe_jax.testing import tiny
 
 WORKER_BYTES = 5 << 30  # peak memory of one worker of a parallel run, measured at 5.3 GB with twice the programs below
 
-# A compiled program takes about seven memory maps, Linux gives a process 65,530, and XLA's answer to one too many is a crash.
+# A compiled program takes 20 to 40 memory maps, Linux gives a process 65,530, and XLA's answer to one too many is a crash.
 # Programs are let go between files, where nothing shares them, and in the middle of one that makes very many.
-BETWEEN_FILES, ANYWHERE = 500, 2_000
+BETWEEN_FILES, ANYWHERE = 8_000, 30_000  # maps
+LOOK_EVERY = 40  # compilations: reading the maps takes milliseconds
 LLVM_LEVEL = "--xla_backend_optimization_level"  # 3 unless it is set
 _COMPILATION = "/jax/core/compile/backend_compile_duration"
 
@@ -95,14 +96,25 @@ def compilations():
     return Compilations()
 
 
-_since_let_go = Compilations()
+_since_looked = Compilations()
+
+
+def _maps() -> int:
+    """Memory maps of this process; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/maps", "rb") as file:
+            return file.read().count(b"\n")
+    except OSError:
+        return 0
 
 
 def _let_go(most: int) -> None:
-    if _since_let_go.count > most:
+    if _since_looked.count < LOOK_EVERY:
+        return
+    _since_looked.count = 0
+    if _maps() > most:
         jax.clear_caches()
         gc.collect()
-        _since_let_go.count = 0
 
 
 @pytest.fixture(scope="module", autouse=True)

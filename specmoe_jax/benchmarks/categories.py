@@ -4,11 +4,11 @@ The file has the form of Spec-Bench (Xia et al. 2024) and SPEED-Bench: JSON line
 of which the first is taken. The bundled prompts are our own, eight of each of Spec-Bench's six kinds.
 """
 
-import json
 import pathlib
 
 from specmoe_jax.benchmarks.rounds import Case, compare
 from specmoe_jax.benchmarks.setting import Setting
+from specmoe_jax.jobs.prompts import load_line, read_lines
 from specmoe_jax.support.errors import RequestError
 
 BUNDLED = pathlib.Path(__file__).parent / "prompts" / "categories.jsonl"
@@ -16,25 +16,21 @@ BUNDLED = pathlib.Path(__file__).parent / "prompts" / "categories.jsonl"
 
 def read_categories(path: str | pathlib.Path) -> dict[str, tuple[str, ...]]:
     """{category: prompts}, in the order of the file. Raises RequestError that names file and line."""
-    try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as e:  # ValueError: not UTF-8
-        raise RequestError(f"cannot read prompts from {path} ({e}); give JSON lines in UTF-8") from e
     found: dict[str, tuple[str, ...]] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(str(path)), 1):
         if line.strip():
-            category, prompt = _parse(line, f"{path}, line {number}")
+            category, prompt = _parse(line, number, str(path))
             found[category] = (*found.get(category, ()), prompt)
     if not found:
         raise RequestError(f"prompts file {path} holds no prompt; give at least one")
     return found
 
 
-def _parse(line: str, where: str) -> tuple[str, str]:
+def _parse(line: str, number: int, path: str) -> tuple[str, str]:
     try:
-        given = json.loads(line)
-    except ValueError as e:
-        raise RequestError(f"{where} is not JSON ({e}); it must be an object with category and prompt or turns") from e
+        given, where = load_line(line, number), f"{path}: line {number}"
+    except RequestError as e:
+        raise RequestError(f"{path}: {e}") from e
     if not isinstance(given, dict) or not isinstance(given.get("category"), str):
         raise RequestError(f"{where} has no category; it must be an object with category and prompt or turns")
     turns = given.get("turns")

@@ -9,7 +9,6 @@ import functools
 import json
 import pathlib
 import sys
-import textwrap
 from typing import Any
 
 from absl import flags
@@ -23,13 +22,14 @@ from specmoe_jax.checkpoints.mtp import find_mtp, load_mtp
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.cli import common
 from specmoe_jax.cli.flag_groups import plan_flags, sampling_flags
+from specmoe_jax.cli.flag_groups.chosen_plan import chosen_plan
 from specmoe_jax.cli.run_files import check_files
 from specmoe_jax.cli.shown.answers import print_completions, print_piece
 from specmoe_jax.cli.shown.stats_table import table
-from specmoe_jax.cli.shown.wrapped_text import WIDTH
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.plan_fields import DECODED, DTYPES
 from specmoe_jax.config.presets import PRESETS, preset
+from specmoe_jax.config.sampling_params import OF_DRAWS
 from specmoe_jax.engine.engine import Engine
 from specmoe_jax.engine.requests.completion import TokenEvent
 from specmoe_jax.engine.requests.incremental_text import IncrementalText
@@ -197,9 +197,9 @@ def read_all_prompts(folder: pathlib.Path) -> list[Prompt]:
     """Prompts of the flags and then of the file, with the sampling flags, or else the model's own defaults."""
     sampling = sampling_flags.sampling(folder)
     # What only sampled requests take; the lines of a file may be sampled where the flags say greedy.
-    drawn = {name: sampling[name] for name in sampling_flags.OF_DRAWS}
+    drawn = {name: sampling[name] for name in OF_DRAWS}
     some_may_be_sampled = _PROMPTS.value is not None and sampling["temperature"] == 0
-    defaults = sampling_flags.params(sampling | (sampling_flags.OF_DRAWS if some_may_be_sampled else {}))
+    defaults = sampling_flags.params(sampling | (OF_DRAWS if some_may_be_sampled else {}))
     if not _OUTPUT.value and (flag := sampling_flags.given_logprobs()):
         raise RequestError(f"--{flag} has no effect without --output, whose records hold them; give both")
     prompts = [Prompt(number, text, defaults) for number, text in enumerate(_PROMPT.value)]
@@ -219,7 +219,7 @@ def read_all_prompts(folder: pathlib.Path) -> list[Prompt]:
 def refuse_without_effect(drawn: dict[str, Any]) -> None:
     """Raises RequestError for flags that matter to sampled requests alone."""
     given = {"--seed": flags.FLAGS["seed"].present, "--deterministic_sampling": plan_flags.value("deterministic_sampling")}
-    given |= {f"--{name}": drawn[name] != neutral for name, neutral in sampling_flags.OF_DRAWS.items()}
+    given |= {f"--{name}": drawn[name] != neutral for name, neutral in OF_DRAWS.items()}
     for flag in filter(given.get, given):
         raise RequestError(f"{flag} has no effect at temperature 0; set a temperature or leave it out")
 
@@ -272,18 +272,10 @@ def is_auto() -> bool:
 
 
 def auto_plan(head: jobs.ModelHead, folder: pathlib.Path, prompts: list[Prompt], overrides: dict) -> Plan:
-    """The plan that the planner predicts to be the fastest on this machine, reported in a line."""
-    if _DRAFT_MODEL.value:
-        raise PlanError("--draft_model leaves the planner nothing to choose; name a preset, for example --preset=on_demand")
-    overrides |= {"draft": "eagle"} if _DRAFT_HEAD.value else {}
-    known = planning.know(
-        head.config, overrides.get("dtype", "float32"), folder, job_of(head.tokenizer, prompts), progress=_PROGRESS.value
-    )
-    has_head = bool(_DRAFT_HEAD.value or bundled_head(_MODEL.value))
-    found = planning.choose(head.config, known, requests=len(prompts), fixed=overrides, head=has_head)
-    by = "" if known.operators else ", by this machine's rates alone: specmoe plan measures the model"
-    print(textwrap.fill(f"auto: {planning.as_line(found)}{by}", WIDTH), file=sys.stderr)
-    return found.best.plan
+    """The planner's choice for these prompts."""
+    how: dict[str, Any] = {"requests": len(prompts), "fixed": overrides, "model": _MODEL.value, "progress": _PROGRESS.value}
+    how |= {"draft_head": _DRAFT_HEAD.value, "draft_model": _DRAFT_MODEL.value}
+    return chosen_plan(head, folder, job_of(head.tokenizer, prompts), **how)
 
 
 def job_of(tokenizer: Tokenizer | None, prompts: list[Prompt]) -> planning.Job:

@@ -8,6 +8,7 @@ from typing import Any
 from specmoe_jax.support.errors import RequestError
 from specmoe_jax.support.validation import is_number, is_text, is_whole, plain, shown
 
+OF_DRAWS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # what greedy requests have no use for, at its neutral values
 MOST_LOGPROBS = 1000  # beside each token: more would make records of megabytes
 
 

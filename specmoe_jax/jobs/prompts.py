@@ -111,14 +111,14 @@ def read_prompts(
     elif column is not None:
         raise RequestError(f"{path} has no columns, of which {column!r} is to be read; give a .parquet file or a dataset's folder")
     else:
-        prompts = _of_lines(path, _lines(path), form, keep_bad)
+        prompts = _of_lines(path, read_lines(path), form, keep_bad)
     if not prompts:
         raise RequestError(f"prompts file {path} holds no prompt; give at least one")
     return prompts
 
 
-def _lines(path: str) -> list[str]:
-    """Of a file or of standard input."""
+def read_lines(path: str) -> list[str]:
+    """Of a file or of standard input. Raises RequestError."""
     try:
         if path == STDIN:
             return sys.stdin.buffer.read().decode("utf-8-sig").split("\n")
@@ -134,7 +134,7 @@ def _of_lines(path: str, lines: Sequence[str], form: _Defaults, keep_bad: bool) 
         path, suffix = "standard input", ".jsonl" if _is_object(next(filter(str.strip, lines), "")) else ".txt"
     if suffix == ".jsonl":
         found = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-        numbered = ((number, f"line {number}", lambda line=line, number=number: _load(line, number)) for number, line in found)
+        numbered = ((number, f"line {number}", lambda line=line, number=number: load_line(line, number)) for number, line in found)
         return [_parse_or_keep(*one, form, keep_bad, path) for one in numbered]
     if suffix == ".txt":
         return [Prompt(number, line, form.params) for number, line in enumerate(filter(str.strip, lines))]
@@ -150,7 +150,8 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _load(line: str, number: int) -> Any:
+def load_line(line: str, number: int) -> Any:
+    """What a line of JSON holds. Raises RequestError that names the line."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as e:

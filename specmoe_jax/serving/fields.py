@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.config.sampling_params import OF_DRAWS, SamplingParams
 from specmoe_jax.jobs.openai_batch import answer_form
 from specmoe_jax.serving.errors import ApiError
 from specmoe_jax.support.errors import RequestError
@@ -13,7 +13,6 @@ from specmoe_jax.support.validation import is_text, is_whole, shown
 CHAT, TEXT = "chat", "text"
 BOTH = (CHAT, TEXT)
 MOST_STOPS, MOST_TOP_LOGPROBS = 16, 20
-OF_DRAWS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # what greedy requests have no use for, at its neutral values
 TEXT_TOKENS = 16  # of a completion where nothing is said, as in the API
 
 
@@ -68,16 +67,15 @@ def _text(name: str, value) -> dict:
     return {name: value}
 
 
-def _limit(name: str, value) -> dict:
-    if not is_whole(value) or value < 1:
-        raise _wrong(name, value, "a whole number of at least 1")
-    return {"max_tokens": value}
+def _at_least_one(key: str) -> Callable[[str, Any], dict]:
+    """A whole number, read as this entry."""
 
+    def read(name: str, value) -> dict:
+        if not is_whole(value) or value < 1:
+            raise _wrong(name, value, "a whole number of at least 1")
+        return {key: value}
 
-def _count(name: str, value) -> dict:
-    if not is_whole(value) or value < 1:
-        raise _wrong(name, value, "a whole number of at least 1")
-    return {"count": value}
+    return read
 
 
 def _stop(name: str, value) -> dict:
@@ -176,8 +174,8 @@ FIELDS: dict[str, Field] = {
     "model": Field(BOTH, _text),
     "messages": Field((CHAT,), _messages),
     "prompt": Field((TEXT,), _prompts),
-    "max_tokens": Field(BOTH, _limit),
-    "max_completion_tokens": Field((CHAT,), _limit),
+    "max_tokens": Field(BOTH, _at_least_one("max_tokens")),
+    "max_completion_tokens": Field((CHAT,), _at_least_one("max_tokens")),
     "temperature": Field(BOTH, _as_it_is),
     "top_p": Field(BOTH, _as_it_is),
     "top_k": Field(BOTH, _as_it_is),
@@ -191,7 +189,7 @@ FIELDS: dict[str, Field] = {
     "stop_token_ids": Field(BOTH, _ids),
     "banned_tokens": Field(BOTH, _ids),
     "logit_bias": Field(BOTH, _bias),
-    "n": Field(BOTH, _count),
+    "n": Field(BOTH, _at_least_one("count")),
     "stream": Field(BOTH, _switch),
     "stream_options": Field(BOTH, _stream_options),
     "top_logprobs": Field((CHAT,), _logprobs_count),

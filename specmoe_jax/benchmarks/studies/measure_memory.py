@@ -12,13 +12,12 @@ import dataclasses
 import gc
 import pathlib
 import re
-import threading
-import time
 
 import jax
 import numpy as np
 
 import specmoe_jax as sm
+from specmoe_jax.benchmarks.peak import Peak
 from specmoe_jax.benchmarks.specmoeoff import MIXTRAL_SHAPED
 from specmoe_jax.models.model import random_model
 
@@ -60,38 +59,17 @@ def run(model: sm.Model, prompts, options):
     engine = sm.Engine(model, plan.replace(pinned_layers=pinned))
     layer = model.config.layers[0].attention
     staged = [(layer.num_heads, layer.head_dim), (layer.num_kv_heads, layer.head_dim)]
-    with Sampler(staged) as sampler:
+    with Peak(lambda: alive(staged)) as peak:
         engine.generate(prompts, sm.SamplingParams(max_new_tokens=8, ignore_eos=True))
     account = engine._resources.account
     assert account is not None  # of the job that has run
-    return account, sampler.peak - account.kv_bytes
+    return account, peak.most - account.kv_bytes
 
 
-class Sampler:
-    """Watches `jax.live_arrays` from a thread. staged: last two dims of arrays that do not count."""
-
-    def __init__(self, staged: list[tuple[int, int]]):
-        self._staged = staged
-
-    def __enter__(self):
-        self.peak, self._going = 0, True
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._going = False
-        self._thread.join()
-
-    def _alive(self) -> int:
-        """In a function of its own, so that no array is held between two looks."""
-        arrays = (array for array in jax.live_arrays() if array.ndim != 4 or array.shape[2:] not in self._staged)
-        return sum(dict(filter(None, map(buffer, arrays))).values())
-
-    def _watch(self) -> None:
-        while self._going:
-            self.peak = max(self.peak, self._alive())
-            time.sleep(0.005)
+def alive(staged: list[tuple[int, int]]) -> int:
+    """Bytes of `jax.live_arrays`, but for those of such last two dims. A function, so that no array is held between two looks."""
+    arrays = (array for array in jax.live_arrays() if array.ndim != 4 or array.shape[2:] not in staged)
+    return sum(dict(filter(None, map(buffer, arrays))).values())
 
 
 def buffer(array: jax.Array) -> tuple[int, int] | None:

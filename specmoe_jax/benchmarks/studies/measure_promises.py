@@ -16,12 +16,11 @@ import pathlib
 import re
 import subprocess
 import sys
-import threading
-import time
 from typing import Any
 
+from specmoe_jax.benchmarks.peak import Peak
+
 PRESETS = ("resident", "host_compute", "on_demand", "caching", "specmoe", "streaming")
-SAMPLE_S = 0.005
 
 
 def main() -> None:
@@ -90,7 +89,7 @@ def run(options: argparse.Namespace, *, preset: str, tier: str, batch: int) -> d
     from specmoe_jax.planner.memory.memory_account import PROGRAM_BYTES
 
     specmoe_jax.engine.Engine  # noqa: B018 (lazy)
-    with Peak() as peak:
+    with Peak(anonymous) as peak:
         before = anonymous()
         model = sm.load_model(options.model, dtype=options.dtype, expert_tier=tier)
         name = "resident" if preset == "host_compute" else preset
@@ -105,7 +104,7 @@ def run(options: argparse.Namespace, *, preset: str, tier: str, batch: int) -> d
         account = engine._resources.account
     assert account is not None  # of the job that has run
     mapped = 0 if tier == "disk" or not is_mapped(model) else account.host_expert_bytes
-    return {"promised": before + PROGRAM_BYTES + account.accelerator_bytes + account.host_bytes - mapped, "peak": peak.bytes}
+    return {"promised": before + PROGRAM_BYTES + account.accelerator_bytes + account.host_bytes - mapped, "peak": peak.most}
 
 
 def is_mapped(model) -> bool:
@@ -122,25 +121,6 @@ def anonymous() -> int:
     """Bytes of this process that are not pages of a file."""
     (found,) = re.findall(r"RssAnon:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
     return int(found) << 10
-
-
-class Peak:
-    """The most anonymous memory while it is open."""
-
-    def __enter__(self):
-        self.bytes, self._open = 0, True
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._open = False
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while self._open:
-            self.bytes = max(self.bytes, anonymous())
-            time.sleep(SAMPLE_S)
 
 
 if __name__ == "__main__":

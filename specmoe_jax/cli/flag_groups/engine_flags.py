@@ -2,8 +2,7 @@
 
 import functools
 import pathlib
-import sys
-import textwrap
+from typing import Any
 
 from absl import flags
 
@@ -14,7 +13,7 @@ from specmoe_jax.checkpoints.loader import checkpoint_path
 from specmoe_jax.checkpoints.mtp import load_mtp
 from specmoe_jax.cli import common
 from specmoe_jax.cli.flag_groups import plan_flags
-from specmoe_jax.cli.shown.wrapped_text import WIDTH
+from specmoe_jax.cli.flag_groups.chosen_plan import chosen_plan
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.plan_fields import DECODED, DTYPES
 from specmoe_jax.config.presets import PRESETS, preset
@@ -22,7 +21,7 @@ from specmoe_jax.engine.engine import Engine
 from specmoe_jax.jobs import job as jobs
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.quantised import quantise
-from specmoe_jax.support.errors import CheckpointError, PlanError
+from specmoe_jax.support.errors import CheckpointError
 from specmoe_jax.support.progress import PROGRESS
 
 MODEL = flags.DEFINE_string("model", "demo", '"demo" (bundled) or a directory with a Hugging Face checkpoint.')
@@ -69,14 +68,14 @@ def _plan(head: jobs.ModelHead, folder: pathlib.Path, job: planning.Job, request
         return plan_flags.over(common.read_plan(_PLAN.value))
     if _PRESET.value not in (None, "auto"):
         return plan_flags.over(preset(_PRESET.value, head.config), **own)
-    if _DRAFT_MODEL.value:
-        raise PlanError("--draft_model leaves the planner nothing to choose; name a preset, for example --preset=on_demand")
-    fixed = plan_flags.given() | own | ({"draft": "eagle"} if _DRAFT_HEAD.value else {})
-    known = planning.know(head.config, fixed.get("dtype", "float32"), folder, job, progress=_PROGRESS.value)
-    has_head = bool(_DRAFT_HEAD.value or bundled_head(MODEL.value))
-    found = planning.choose(head.config, known, requests=requests, fixed=fixed, head=has_head)
-    print(textwrap.fill(f"auto: {planning.as_line(found)}", WIDTH), file=sys.stderr)
-    return found.best.plan
+    how: dict[str, Any] = {
+        "requests": requests,
+        "fixed": plan_flags.given() | own,
+        "model": MODEL.value,
+        "progress": _PROGRESS.value,
+    }
+    how |= {"draft_head": _DRAFT_HEAD.value, "draft_model": _DRAFT_MODEL.value}
+    return chosen_plan(head, folder, job, **how)
 
 
 def _load(plan: Plan) -> tuple[Model, dict]:

@@ -6,7 +6,7 @@ from typing import Any
 from absl import flags
 
 from specmoe_jax.checkpoints.published.generation_config import sampling_defaults
-from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.config.sampling_params import OF_DRAWS, SamplingParams
 from specmoe_jax.support.errors import RequestError
 
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens per request at most.")
@@ -46,7 +46,6 @@ _OF_THE_MODEL = {  # which generation_config.json may ask for, by their names
     "temperature": _TEMPERATURE, "top_k": _TOP_K, "top_p": _TOP_P, "min_p": _MIN_P, "repetition_penalty": _REPETITION_PENALTY,
     "presence_penalty": _PRESENCE_PENALTY, "frequency_penalty": _FREQUENCY_PENALTY,
 }  # fmt: skip
-OF_DRAWS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # what greedy requests have no use for, at its neutral values
 
 
 def sampling(folder: pathlib.Path) -> dict[str, Any]:

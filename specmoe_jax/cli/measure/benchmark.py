@@ -25,6 +25,7 @@ from specmoe_jax.benchmarks.categories import BUNDLED as CATEGORIES
 from specmoe_jax.benchmarks.categories import read_categories
 from specmoe_jax.benchmarks.rounds import Job
 from specmoe_jax.checkpoints import load_head, load_model
+from specmoe_jax.checkpoints.eagle import bundled_head
 from specmoe_jax.checkpoints.files import open_checkpoint
 from specmoe_jax.checkpoints.loader import BUNDLED
 from specmoe_jax.checkpoints.mtp import holds_mtp, load_mtp
@@ -114,11 +115,12 @@ def make_setting() -> specmoe.Setting:
     synthetic = _MODEL.value == "nllb_shaped"
     model = synthetic_model(skew=_SKEW.value, topic_share=_TOPIC_SHARE.value) if synthetic else load_model(_MODEL.value)
     default_batches = ["1", "4", "16", "64", "256"] if synthetic else ["1", "4", "16", "64"]
-    by_kind = "categories" in choose_tables()
+    tables = choose_tables()
+    by_kind = "categories" in tables
     sizes = tuple(int(size) for size in _BATCHES.value or default_batches)
     if by_kind and synthetic:
         common.usage_error("--tables=categories needs a model that reads text, and nllb_shaped is random; give a checkpoint")
-    alone = by_kind and choose_tables() == ["categories"]  # whose prompts are texts of another form
+    alone = tables == ["categories"]  # whose prompts are texts of another form
     prompts = synthetic_prompts(model.config, max(sizes), 17) if synthetic else () if alone else real_prompts(max(sizes))
     acceptance = _ACCEPTANCE.value
     if acceptance is None and synthetic:
@@ -149,8 +151,8 @@ def own_heads(model: Model) -> dict:
     heads = {}
     if model.path is not None and holds_mtp(model.config, open_checkpoint(model.path)):
         heads["mtp"] = load_mtp(model)
-    if _DRAFT_HEAD.value or _MODEL.value == "demo":
-        heads["eagle"] = load_head(_DRAFT_HEAD.value or _MODEL.value, model)
+    if eagle := _DRAFT_HEAD.value or bundled_head(_MODEL.value):
+        heads["eagle"] = load_head(eagle, model)
     return heads
 
 

@@ -20,11 +20,6 @@ class WaitingList:
     def __len__(self) -> int:
         return len(self._handles)
 
-    def interactive(self) -> int:
-        """How many that are not background requests wait."""
-        with self._lock:
-            return self._count()
-
     def add(self, handles: Iterable[Handle], *, bounded: bool = True) -> None:
         """All of them or none. Raises QueueFull, unless not bounded."""
         handles = list(handles)

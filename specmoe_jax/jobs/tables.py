@@ -68,7 +68,7 @@ def _dataset_rows(path: str, column: str | None) -> Iterator[dict[str, Any]]:
         return
     import datasets  # pyright: ignore[reportMissingImports]
 
-    table = datasets.load_from_disk(path)
+    table: Any = datasets.load_from_disk(path)  # one split: several were refused above
     chosen = _chosen(table.column_names, column, path)
     table = table if chosen is None else table.select_columns(chosen)
     yield from table

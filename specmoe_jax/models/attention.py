@@ -7,7 +7,7 @@ from specmoe_jax import ops
 from specmoe_jax.config.layer_config import AttentionConfig
 from specmoe_jax.models.selection import attention as selection
 from specmoe_jax.models.selection.indexer import asked_of, selects
-from specmoe_jax.types import KVCache, Tree
+from specmoe_jax.types import Grown, KVCache, Tree
 
 
 def attend(config: AttentionConfig, q, k, v, sinks, k_cache, v_cache, lengths, num_new, tree: Tree | None = None):
@@ -43,6 +43,12 @@ def attend_rows(config: AttentionConfig, q, k, v, kv: KVCache, rows, lengths, nu
     q, k, v, lengths, num_new = (spread(a) for a in (q, k, v, lengths, num_new))
     attended, k_cache, v_cache = attend(config, q, k, v, sinks, kv.k[0], kv.v[0], lengths, num_new)
     return attended.at[rows].get(mode="fill", fill_value=0), KVCache(k=(k_cache,), v=(v_cache,))
+
+
+def behind(grown: Grown, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A tree's last generation [B, k, ..] behind those before it, whose queries are zeros: they need no output again."""
+    k, v = jnp.concatenate([grown.k, k], axis=1), jnp.concatenate([grown.v, v], axis=1)
+    return jnp.pad(q, ((0, 0), (k.shape[1] - q.shape[1], 0), (0, 0), (0, 0))), k, v
 
 
 def attend_paged(

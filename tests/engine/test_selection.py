@@ -7,12 +7,11 @@ import pytest
 from engine_cases import tokens_of
 
 import specmoe_jax as sm
-from specmoe_jax.models import mtp
+from specmoe_jax.config.registry import DRAFTS
 from specmoe_jax.models.families.registry import parse_config
 from specmoe_jax.models.model import Model, random_model
 from specmoe_jax.planner import costs
 from specmoe_jax.planner.memory.account import account
-from specmoe_jax.testing import eagle_head
 from specmoe_jax.testing.families import RAW_CONFIGS, tiny_family
 
 FAMILIES = ("deepseek_v32", "glm_moe_dsa")
@@ -23,7 +22,9 @@ CASES = {
     "specmoe": {"draft_length": 3, "draft_experts": 3, "prefill_chunk": 16},
     "streaming": {"batch_size": 2, "micro_batches": 2, "prefill_chunk": 16, "draft": "mtp", "draft_length": 2},
     "streaming accelerator": {"batch_size": 3, "prefill_chunk": 16, "prefill_attention": "accelerator"},
-    "on_demand mtp": {"draft": "mtp", "draft_length": 3, "prefill_chunk": 8},
+    "on_demand mtp tree": {
+        "draft": "mtp", "draft_length": 3, "draft_tree_top_k": 2, "draft_tree_tokens": 5, "prefill_chunk": 8,
+    },
     "on_demand host tree": {
         "kv_tier": "host", "prefill_chunk": 16, "draft": "eagle", "draft_length": 3, "draft_tree_top_k": 2, "draft_tree_tokens": 5,
     },
@@ -61,13 +62,11 @@ def test_what_is_left_out_matters():
     assert tokens_of(found) != expected("deepseek_v32")
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "case"), [*(("deepseek_v32", case) for case in CASES), ("glm_moe_dsa", "streaming")])
 def test_lossless(family, case):
     model, changes = model_of(family), CASES[case]
     plan = sm.PRESETS[case.split()[0]](model.config).replace(**{"batch_size": 4} | changes)
-    given = {"mtp": {"mtp_head": mtp.random_head}, "eagle": {"draft_head": eagle_head}}.get(str(plan.draft), {})
-    engine = sm.Engine(model, plan, **{name: make(model) for name, make in given.items()})
+    engine = sm.Engine(model, plan, **DRAFTS.executor(plan.draft).random_inputs(model))
     assert tokens_of(engine.generate(PROMPTS, PARAMS)) == expected(family)
     assert engine.stats()["compilations_after_warmup"] == 0
 

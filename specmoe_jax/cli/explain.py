@@ -32,6 +32,7 @@ from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.plan_fields import DTYPES
 from specmoe_jax.config.presets import PRESETS, preset
 from specmoe_jax.config.registry import DRAFTS
+from specmoe_jax.jobs.routing_traces import read_counts
 from specmoe_jax.planner import explain, pictures, replay
 from specmoe_jax.planner.calibration import ASSUMED, Acceptance, Calibration
 from specmoe_jax.planner.costs import Load
@@ -69,7 +70,10 @@ _ROOFLINE = flags.DEFINE_string("roofline", None, "Where the roofline picture go
 _GANTT = flags.DEFINE_string("gantt", None, "Where the picture of a simulated pass goes, .png (streamed plans).")
 _SIMULATE = flags.DEFINE_boolean("simulate", False, "Every preset beside each other, and cache policies on a routing trace.")
 _TRACE = flags.DEFINE_string(
-    "trace", None, "With --simulate: a routing trace, .npy of counts [passes, layers, experts]. Default: synthetic."
+    "trace",
+    None,
+    "With --simulate: what generate --routing_traces wrote, the folder or a file, or .npy of counts [passes, layers, experts]. "
+    "Default: synthetic.",
 )
 _CAPACITY = flags.DEFINE_integer("cache_experts", None, "With --simulate: experts that a policy keeps. Default: a quarter of all.")
 _JSON = flags.DEFINE_boolean("json", False, "Print one JSON document instead of tables.")
@@ -171,9 +175,19 @@ def simulated(config: ModelConfig, known: Knowledge) -> tuple[dict, list[str]]:
     with bar("simulate", len(plans) + len(replay.policies()), "run", mode="auto", leave=False) as progress:
         shown = explain.presets(config, plans, known.hardware, workload, progress=progress.update)
         shown |= explain.caches(
-            config, known.workload, read_trace(), _CAPACITY.value, tokens=batch_of_simulation(), progress=progress.update
+            config,
+            known.workload,
+            trace_of_flag(config),
+            _CAPACITY.value,
+            tokens=batch_of_simulation(),
+            progress=progress.update,
         )
     return shown, acceptance_of(plans.values(), config, known)
+
+
+def trace_of_flag(config: ModelConfig) -> np.ndarray | None:
+    """Requests are decoded plainly, as many at a time as the presets' batch has rows."""
+    return None if _TRACE.value is None else read_counts(pathlib.Path(_TRACE.value), config, batch_of_simulation())
 
 
 def acceptance_of(plans: Iterable[Plan], config: ModelConfig, known: Knowledge) -> list[str]:
@@ -272,15 +286,6 @@ def make_plans(config: ModelConfig) -> dict[str, Plan]:
         if name not in left_out:
             plans[name] = plan
     return plans
-
-
-def read_trace() -> np.ndarray | None:
-    if _TRACE.value is None:
-        return None
-    try:
-        return np.load(_TRACE.value, allow_pickle=False)
-    except (OSError, ValueError) as e:
-        raise PlanError(f"cannot read the trace {_TRACE.value} ({e}); np.save counts [passes, layers, experts]") from e
 
 
 def save_pictures(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload) -> None:

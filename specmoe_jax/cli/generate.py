@@ -36,6 +36,7 @@ from specmoe_jax.engine.requests.incremental_text import IncrementalText
 from specmoe_jax.jobs import job as jobs
 from specmoe_jax.jobs.journal import Journal
 from specmoe_jax.jobs.prompts import STDIN, Prompt, as_chat, read_prompts
+from specmoe_jax.jobs.routing_traces import prepare_folder
 from specmoe_jax.jobs.shards import Part, parse_shard
 from specmoe_jax.jobs.tables import as_table, check_output, lines_of, write_table
 from specmoe_jax.jobs.watch import JobWatch
@@ -84,6 +85,10 @@ _PROGRESS = flags.DEFINE_enum("progress", "auto", PROGRESS, "Bars on a terminal,
 _TRACE = flags.DEFINE_string(
     "trace", None, "A folder for a profile of the generation (perfetto_trace.json.gz in it; lanes.json of a streamed plan)."
 )
+_ROUTING_TRACES = flags.DEFINE_string(
+    "routing_traces", None, "A folder for the experts that each token was sent to: NUMBER.npz for each request (docs/formats.md)."
+)
+_ROUTING_WEIGHTS = flags.DEFINE_boolean("routing_weights", False, "With --routing_traces: the weights of the experts too.")
 flags.adopt_module_key_flags(plan_flags)
 flags.adopt_module_key_flags(sampling_flags)
 
@@ -96,6 +101,8 @@ def main() -> None:
         common.usage_error("--restart has no effect without --output; leave it out")
     if _SHARD.value and (_PROMPT.value or not _OUTPUT.value):
         common.usage_error("--shard is of a job with --prompts and --output, without --prompt; give both, or leave it out")
+    if _ROUTING_WEIGHTS.value and not _ROUTING_TRACES.value:
+        common.usage_error("--routing_weights has no effect without --routing_traces; give both")
     folder = checkpoint_path(_MODEL.value)
     part = part_of(read_all_prompts(folder))
     check_files(
@@ -132,7 +139,7 @@ def main() -> None:
     spans = [] if _TRACE.value and plan.flow.workers else None
     given = {"draft_model": draft_model, "draft_head": read_head(model, plan)}
     given |= {"mtp_head": load_mtp(model, expert_dtype=plan.draft_expert_dtype)} if plan.drafting.given == "mtp_head" else {}
-    options = given | {"progress": _PROGRESS.value, "spans": spans}
+    options = given | {"progress": _PROGRESS.value, "spans": spans, "routing": routing_detail()}
     engine = Engine(model, plan, **options)
     load_s = loading.seconds
     with trace(_TRACE.value):
@@ -190,24 +197,34 @@ def generate(engine: Engine, part: Part) -> JobWatch:
         if shown:
             print_piece(event, shown[event.id], several=len(prompts) > 1)
 
+    traces = pathlib.Path(_ROUTING_TRACES.value) if _ROUTING_TRACES.value else None
     if not part.output:
+        if traces is not None:
+            prepare_folder(traces, done=())
         with watched(numbered, failed=0) as watch:
-            done = list(jobs.completions(engine, numbered, watch, on_event=on_event))
+            done = list(jobs.completions(engine, numbered, watch, on_event=on_event, traces=traces))
             if not _STREAM.value:
                 print_completions(done, apart=_CHAT.value)
         return watch
     reasons = jobs.refusals(engine.model, prompts, must_work=len(_PROMPT.value), first=part.first)
     assert engine.model.path is not None  # it was loaded
-    job = jobs.fingerprint(part.prompts, engine.plan, engine.model.path, engine.model.adapter) | part.identity
+    job = jobs.fingerprint(part.prompts, engine.plan, engine.model.path, engine.model.adapter, routing_detail()) | part.identity
     with contextlib.closing(Journal(lines_of(part.output), job, restart=_RESTART.value, requests=len(part.prompts))) as journal:
+        if traces is not None:
+            prepare_folder(traces, journal.done - {index for index, reason in enumerate(reasons, part.first) if reason})
         todo = jobs.record_errors(prompts, reasons, journal, first=part.first)
         if done := len(prompts) - len(todo) - sum(map(bool, reasons)):
             print(f"{done} of {len(prompts)} prompts were done before, {len(todo)} are left: {part.output}", file=sys.stderr)
         with watched(todo, failed=sum(map(bool, reasons))) as watch:
-            jobs.run_job(engine, todo, journal, watch, on_event=on_event)
+            jobs.run_job(engine, todo, journal, watch, on_event=on_event, traces=traces)
         journal.check_present()
         write_table(part.output)
     return watch
+
+
+def routing_detail() -> str | None:
+    """Of Engine: what --routing_traces asks for."""
+    return None if not _ROUTING_TRACES.value else "weights" if _ROUTING_WEIGHTS.value else "ids"
 
 
 def read_all_prompts(folder: pathlib.Path) -> list[Prompt]:

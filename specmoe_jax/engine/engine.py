@@ -43,6 +43,8 @@ class Engine:
     Any number of streams and states may be open at a time; each takes the memory of a job, and a plan's budgets are of one job.
     progress: bars of affinity, compilation and prefill; a mode of progress.bar.
     spans: a list that gets the time of every task of a streamed plan (tracing.write_lanes); costs a little of the overlap.
+    routing: "ids" or "weights" (ids and weights): what the router of every layer decided, in `Completion.routing` and in the
+    `verify` of each step that `on_step` is told; None to tell it in on_demand flows alone, and of no request.
     """
 
     @lenient()
@@ -58,18 +60,21 @@ class Engine:
         draft_set: DraftSetPolicy | None = None,
         progress: str | bool = False,
         spans: list[Span] | None = None,
+        routing: str | None = None,
     ):
         use_compile_cache()
         if not isinstance(plan, Plan):
             raise PlanError(f"plan is {plan!r}; give a Plan, for example PRESETS['specmoe'](model.config)")
         self.model, self.plan = model, resolved(plan.validate(model.config))
         inputs = DraftInputs(draft=draft, draft_model=draft_model, draft_head=draft_head, mtp_head=mtp_head)
-        validate_inputs(model, plan, inputs, draft_set=draft_set, spans=spans)
+        validate_inputs(model, plan, inputs, draft_set=draft_set, spans=spans, routing=routing)
         self._figures = EngineFigures(model, self.plan, draft_set=draft_set.name if draft_set else self.plan.draft_set)
-        self._resources = EngineResources(model, self.plan, inputs, draft_set=draft_set, progress=progress, spans=spans)
+        how = {"draft_set": draft_set, "progress": progress, "spans": spans, "routing": routing}
+        self._resources = EngineResources(model, self.plan, inputs, **how)
         self._flow = EXPERT_FLOWS.executor(self.plan.flow.name)
         self._session = Session(model, self.plan, self._resources, self._figures, progress)
         self._own: Service | None = None
+        self._routing = routing
 
     def generate(
         self,
@@ -107,6 +112,8 @@ class Engine:
         max_tokens: of prompt and answer together, None for the model's window and at most 2048. max_waiting: requests that may wait
         for a row before `submit` raises QueueFull, None for four times the rows. Raises PlanError.
         """
+        if self._routing is not None:
+            raise PlanError("routing is told of requests of generate and stream, not of a service's; make an Engine without it")
         return Service(self._session, self._flow, max_tokens=max_tokens, max_waiting=max_waiting)
 
     def submit(self, prompt: str | Sequence[int], params: SamplingParams | None = None, **options) -> Handle:

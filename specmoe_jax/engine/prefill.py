@@ -12,7 +12,7 @@ import numpy as np
 from specmoe_jax.engine.flows.layer_passes import fetched
 from specmoe_jax.engine.flows.protocol import Chunk, PooledFlowExecutor
 from specmoe_jax.engine.runtime import Runtime
-from specmoe_jax.engine.state import ExpertMemory
+from specmoe_jax.engine.state import ExpertMemory, PassRouting
 from specmoe_jax.types import KVCache
 
 
@@ -29,6 +29,7 @@ def prefill(
     starts: np.ndarray | None = None,
     on_positions: Callable[[int], object] = lambda positions: None,
     on_states: Callable | None = None,
+    on_routing: Callable[[np.ndarray, PassRouting, np.ndarray], object] = lambda rows, routing, num_new: None,
 ) -> tuple[ExpertMemory, KVCache, Any]:
     """All tokens of each prompt but its last, which is the input of the first step.
 
@@ -36,23 +37,27 @@ def prefill(
     by the routing of the whole prompt, not of its last chunk. draft_memory: of a FeatureDraft, which observes every chunk.
     rows: [B], of the batch whose draft memory it is, -1 for padding; None for its first B. starts: [B], positions of each prompt
     that are in the cache already, None for none. on_positions: called with the positions that were done since the last call.
-    on_states: with (rows, following, h [B, T, M], num_new) of each chunk; h may be in host memory.
+    on_states: with (rows, following, h [B, T, M], num_new) of each chunk; h may be in host memory. on_routing: with (rows, routing,
+    num_new) of each, where the runtime tells it.
     """
     every_row = np.arange(len(prompts), dtype=np.int32) if rows is None else rows
     starts = np.zeros(len(prompts), np.int32) if starts is None else starts
 
-    def observe(one: Chunk, features, h) -> None:
+    def observe(one: Chunk, features, h, routing: PassRouting | None) -> None:
         nonlocal draft_memory
         num_new = one.num_new
         if one.stands_for > 1:  # caches of drafts and log-probabilities are each row's own
             row = int(num_new.argmax())
             num_new = np.where(counts, num_new[row], 0).astype(np.int32)
             features = None if features is None else jnp.broadcast_to(features[row], features.shape)
+            routing = routing and _spread(routing, row)
             if on_states is not None:
                 h = fetched(h)  # it may wait in host memory
                 h = jnp.broadcast_to(h[row], h.shape)
         if on_states is not None:
             on_states(every_row, one.following, h, num_new)
+        if routing is not None:
+            on_routing(every_row, routing, num_new)
         if features is not None:
             draft_memory = runtime.feature_draft.observe(draft_memory, every_row, one.following, features, one.lengths, num_new)
 
@@ -98,6 +103,15 @@ def chunks_of(prompts: list[tuple[int, ...]], chunk: int, shared: int = 0, start
             one = one._replace(num_new=alone, stands_for=len(real), spreads_row=int(real[0]) if last else None)
         found.append(one)
     return found
+
+
+def _spread(routing: PassRouting, row: int) -> PassRouting:
+    """That of one row, for every row."""
+
+    def all_rows(told: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(told[:, row, None], told.shape)
+
+    return PassRouting(all_rows(routing.ids), None if routing.weights is None else all_rows(routing.weights))
 
 
 def _counts(prompts: list[tuple[int, ...]]) -> np.ndarray:

@@ -54,9 +54,10 @@ class EngineResources:
         draft_set: DraftSetPolicy | None,
         progress: str | bool,
         spans: list[Span] | None,
+        routing: str | None,
     ):
         self._model, self._plan, self._draft_set = model, plan, draft_set
-        self._progress, self._spans = progress, spans
+        self._progress, self._spans, self._routing = progress, spans, routing
         self._shared: Runtime | None = None  # of all jobs until one needs more; a job's own differs in its draft alone
         _LOG.info("plan: %s", plan)
         self.runtime: Runtime | None = None
@@ -78,7 +79,7 @@ class EngineResources:
             self._memory = None
             _check_room(self._plan, needed, held=None if shared is None else account)
             how = {"draft_set": self._draft_set, "earlier": self._shared, "progress": self._progress, "spans": self._spans}
-            self._shared = shared = build(self._model, self._plan, needed, self._draft, **how)
+            self._shared = shared = build(self._model, self._plan, needed, self._draft, routing=self._routing, **how)
             self.account = account = needed
         draft = self._executor.for_job(self._draft, shared, needed)
         self.runtime = runtime = shared if draft is self._draft else dataclasses.replace(shared, draft=draft)
@@ -159,6 +160,7 @@ def empty_state(resources: EngineResources, runtime: Runtime, batch_shape: Batch
         options=batch_shape.options,
         logprobs=nothing,
         prompt_logprobs=nothing,
+        routing=nothing,
     )
 
 

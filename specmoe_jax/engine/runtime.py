@@ -64,7 +64,8 @@ class Policies(NamedTuple):
 class Runtime:
     """draft, draft_executor: what proposes tokens, and what the engine asks about it. flow: of a Session.
 
-    watched: layers whose inputs a pass gives where it only reads, None where it gives what the draft takes.
+    watched: layers whose inputs a pass gives where it only reads, None where it gives what the draft takes. routing: "ids" or
+    "weights" where passes tell what their routers decided, which some flows do not do by themselves; else None.
     """
 
     config: ModelConfig
@@ -78,6 +79,7 @@ class Runtime:
     experts: ExpertPlaces
     policies: Policies
     watched: tuple[int, ...] | None = None
+    routing: str | None = None
 
     @property
     def gives_features(self) -> bool:
@@ -108,12 +110,13 @@ def build(
     earlier: "Runtime | None" = None,
     progress: str | bool,
     spans: list[Span] | None = None,
+    routing: str | None = None,
 ) -> Runtime:
     """The runtime of a plan whose account fits. Copies the weights (not the experts) to the accelerator.
 
     draft_set: a custom policy, None for the plan's.
     earlier: one of the same model and plan, whose neighbours need not be found again. progress: a bar while finding them.
-    spans: see Workers.
+    spans: see Workers. routing: see Runtime.
     """
     context, flow, executor = make_context(spans), EXPERT_FLOWS.executor(plan.flow.name), executor_of(plan)
     policies = _policies(model, plan, draft_set, executor, earlier, progress)  # map experts, so before a tier drops pages
@@ -128,6 +131,7 @@ def build(
         context=context,
         experts=_expert_places(model, plan, account, context, flow.resident_slots(model.config)),
         policies=policies,
+        routing=routing,
     )
 
 

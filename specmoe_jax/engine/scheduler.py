@@ -70,11 +70,11 @@ def seated(state: State, seats: Mapping[int, Request]) -> State:
     """With requests in rows, by row, whose prompts are yet to be read."""
     requests, generated, statuses = list(state.requests), list(state.generated), list(state.statuses)
     logprobs, prompt_logprobs = (list(told or ((),) * len(requests)) for told in (state.logprobs, state.prompt_logprobs))
-    lengths, last_token = state.lengths.copy(), state.last_token.copy()
+    lengths, last_token, routing = state.lengths.copy(), state.last_token.copy(), list(state.routing or ((),) * len(requests))
     for row, request in seats.items():
         requests[row], generated[row], statuses[row] = request, (), PREFILLING
         lengths[row], last_token[row] = 0, request.token_ids[-1]
-        logprobs[row], prompt_logprobs[row] = (), ()
+        logprobs[row], prompt_logprobs[row], routing[row] = (), (), ()
     return state._replace(
         requests=tuple(requests),
         generated=tuple(generated),
@@ -83,6 +83,7 @@ def seated(state: State, seats: Mapping[int, Request]) -> State:
         last_token=last_token,
         logprobs=tuple(logprobs),
         prompt_logprobs=tuple(prompt_logprobs),
+        routing=tuple(routing),
         rows=sampling_rows([request.params if request else SamplingParams() for request in requests]),
     )
 

@@ -177,10 +177,10 @@ def layer(
 ):
     """A whole layer whose experts are known to be in their slots: the resident flow and the self-draft.
 
-    -> h, the experts that the router chose [n, A] (not those that stood in), caches.
+    -> h, what the router decided (not who stood in; None without experts), caches.
     """
     h, x, routing, k_cache, v_cache = attention(config, weights, h, k_cache, v_cache, lengths, num_new, cross, tree)
-    return resident_experts(config, weights, h, x, routing, pool, slots), routing and routing.ids, k_cache, v_cache
+    return resident_experts(config, weights, h, x, routing, pool, slots), routing, k_cache, v_cache
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -118,6 +118,16 @@ class Buffers(NamedTuple):
     pinned: tuple[jax.Array, ...] = ()
 
 
+class PassRouting(NamedTuple):
+    """What the routers decided. ids: [L, B, T, A] int32, -1 for padding. weights: float32, None where they are not told.
+
+    Of a row's committed positions: ids [tokens, L, A] uint8, or uint16 where there are more experts.
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray | None = None
+
+
 Cache = TypeVar("Cache", bound=KVCache | HostKV)
 
 
@@ -128,7 +138,8 @@ class State(NamedTuple, Generic[Cache]):
     rows in the cache. last_token: [B] int32, committed but not yet in the cache. generated: per row, the new
     tokens so far. statuses: per row, where its request is.
     adaptive_length: chooses the draft length, None if it is fixed. options: of the job. logprobs, prompt_logprobs: per row, of the
-    tokens in `generated` and of its prompt, where the row's request asks for them.
+    tokens in `generated` and of its prompt, where the row's request asks for them. routing:
+    per row, of its committed positions in their order, where the runtime tells it.
     draft_memory: what the draft keeps between steps. runtime: the engine.runtime.Runtime that it runs on; another job of the
     engine may meanwhile have another one.
     """
@@ -147,6 +158,7 @@ class State(NamedTuple, Generic[Cache]):
     options: JobOptions = JobOptions()
     logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
     prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
+    routing: tuple[tuple[PassRouting, ...], ...] = ()
 
     @property
     def active(self) -> np.ndarray:
@@ -168,7 +180,8 @@ class PassInfo(NamedTuple):
 
     hits, misses: needed experts resident or not, over all layers. fetched: experts copied. waves: rounds.
     prefetched: experts copied speculatively while drafting and in the pass; prefetch_hits: those that were needed.
-    routing: [L, B, T, A] int32 ids, -1 for padding; None under the resident and the streamed flow, which ask no router.
+    routing: [L, B, T, A] int32 ids, -1 for padding; None under the resident and the streamed flow, which ask no router unless
+    Engine(routing=...) does. routing_weights: [L, B, T, A] float32, where it asks for them.
     """
 
     hits: int
@@ -178,6 +191,7 @@ class PassInfo(NamedTuple):
     prefetched: int
     prefetch_hits: int
     routing: np.ndarray | None
+    routing_weights: np.ndarray | None = None
 
 
 class StepInfo(NamedTuple):

@@ -14,6 +14,7 @@ from specmoe_jax.engine.flows.layer_passes import fetched
 from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.requests.finish import commit_tokens
 from specmoe_jax.engine.requests.logprobs import path_logprobs, run_logprobs, told_logprobs
+from specmoe_jax.engine.requests.routing import told_routing
 from specmoe_jax.engine.requests.status import EMPTY, finished
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.scheduler import joined
@@ -66,6 +67,8 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
     with span("commit"):
         new_state, accepted, committed = commit(runtime, state, proposal, verified, result, sound, tokenizer)
         new_state = told_logprobs(runtime, new_state, verified, logprobs, committed)
+        if runtime.routing is not None:
+            new_state = told_routing(runtime.config, new_state, verified.info, verified.prompt_routing, committed)
     laps.lap("commit")
     with span("update draft features"):
         new_state = update_draft_features(runtime, new_state, verified, state.lengths, committed)

@@ -10,13 +10,23 @@ from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.support.tracing import Span
 
+ROUTING_DETAILS = ("ids", "weights")
+
 
 def validate_inputs(
-    model: Model, plan: Plan, inputs: DraftInputs, *, draft_set: DraftSetPolicy | None, spans: list[Span] | None
+    model: Model,
+    plan: Plan,
+    inputs: DraftInputs,
+    *,
+    draft_set: DraftSetPolicy | None,
+    spans: list[Span] | None,
+    routing: str | None,
 ) -> None:
     """Raises PlanError for what the plan contradicts or does not use, and for a draft of another model."""
     if spans is not None and not plan.flow.workers:
         raise PlanError(f"spans have no effect with expert_flow={plan.flow.name}, which has no lanes; leave them out")
+    if routing not in (None, *ROUTING_DETAILS):
+        raise PlanError(f"routing is {routing!r}; it must be one of {', '.join(ROUTING_DETAILS)}, or None")
     if plan.dtype != model.dtype:
         raise PlanError(f"the plan says dtype={plan.dtype}, the model was loaded as {model.dtype}; make them agree")
     if planned(model.config.experts, plan.expert_dtype).packing != model.config.experts.packing:

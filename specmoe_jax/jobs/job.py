@@ -25,6 +25,7 @@ from specmoe_jax.engine.requests.prepare import check_job, make_requests, refusa
 from specmoe_jax.jobs.journal import Journal
 from specmoe_jax.jobs.openai_batch import response
 from specmoe_jax.jobs.prompts import Prompt
+from specmoe_jax.jobs.routing_traces import write_trace
 from specmoe_jax.jobs.watch import JobWatch
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.quantised import logit_error, quantise
@@ -138,16 +139,24 @@ def record_errors(prompts: list[Prompt], reasons: list[str | None], journal: Jou
     return {number: prompt for number, prompt in enumerate(prompts, first) if number not in journal.done}
 
 
-def run_job(engine: Engine, todo: dict[int, Prompt], journal: Journal, watch: JobWatch, *, on_event=None) -> None:
-    """Serves numbered prompts, each appended to the journal when it is finished. watch, on_event: of `completions`."""
-    for completion in completions(engine, todo, watch, on_event=on_event):
+def run_job(engine: Engine, todo: dict[int, Prompt], journal: Journal, watch: JobWatch, *, on_event=None, traces=None) -> None:
+    """Serves numbered prompts, each appended to the journal when it is finished. watch, on_event, traces: of `completions`."""
+    for completion in completions(engine, todo, watch, on_event=on_event, traces=traces):
         journal.append(record(completion.id, todo[completion.id], completion))
 
 
 def completions(
-    engine: Engine, prompts: dict[int, Prompt], watch: JobWatch, *, on_event: Callable[[TokenEvent], None] | None = None
+    engine: Engine,
+    prompts: dict[int, Prompt],
+    watch: JobWatch,
+    *,
+    on_event: Callable[[TokenEvent], None] | None = None,
+    traces: pathlib.Path | None = None,
 ) -> Iterator[Completion]:
-    """Completions of numbered prompts in the order in which they finish; none for none. on_event: called beside the watch."""
+    """Completions of numbered prompts in the order in which they finish; none for none.
+
+    on_event: called beside the watch. traces: a folder that gets the routing of each before it is yielded.
+    """
     if not prompts:
         return
     texts, params = [prompt.model_input for prompt in prompts.values()], [prompt.params for prompt in prompts.values()]
@@ -156,14 +165,18 @@ def completions(
         if on_event is not None:
             on_event(event)
         if event.completion is not None:
+            if traces is not None:
+                write_trace(traces, event.completion)
             yield dataclasses.replace(event.completion, prompt=prompts[event.id].text)
 
 
-def fingerprint(prompts: list[Prompt], plan: Plan, model: pathlib.Path, adapter: pathlib.Path | None = None) -> dict:
+def fingerprint(
+    prompts: list[Prompt], plan: Plan, model: pathlib.Path, adapter: pathlib.Path | None = None, routing: str | None = None
+) -> dict:
     """Everything that the finished requests of a job depend on.
 
     Batch size and the rest of the plan are not in it: greedy and deterministic sampling do not depend on them, and
-    ordinary sampling keeps its distribution.
+    ordinary sampling keeps its distribution. routing: what of it is written beside the output.
     """
     texts = hashlib.sha256(json.dumps([(p.id, p.model_input, _identity(p.params)) for p in prompts]).encode())
     return {
@@ -173,7 +186,7 @@ def fingerprint(prompts: list[Prompt], plan: Plan, model: pathlib.Path, adapter:
         "expert_dtype": plan.expert_dtype,
         "deterministic_sampling": plan.deterministic_sampling,
         "synthetic_acceptance": plan.synthetic_acceptance,  # its text is not the model's
-    } | ({"adapter": adapter_hash(adapter)} if adapter else {})
+    } | {name: value for name, value in (("adapter", adapter and adapter_hash(adapter)), ("routing", routing)) if value}
 
 
 def _identity(params: SamplingParams) -> dict:
@@ -189,7 +202,7 @@ def record(index: int, prompt: Prompt, completion: Completion) -> dict:
     """A line of the output, in the form of the answers to an OpenAI batch where the prompt came from one."""
     if prompt.batch is not None:
         return response(index, prompt.batch, completion)
-    fields = {field.name: getattr(completion, field.name) for field in dataclasses.fields(completion)}
+    fields = {field.name: getattr(completion, field.name) for field in dataclasses.fields(completion) if field.name != "routing"}
     fields |= {"channels": completion.channels} if completion.channels else {}
     for name in ("error", "logprobs", "prompt_logprobs"):
         if fields[name] is None:

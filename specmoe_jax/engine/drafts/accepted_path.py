@@ -63,13 +63,12 @@ def compact_accepted_path(
     order = jnp.pad(accepted.path, ((0, 0), (1, 0)))  # the root first
     features = None if verified.features is None else jnp.take_along_axis(verified.features, order[..., None], axis=1)
     (path, num_accepted, next_token), finite, order = jax.device_get((accepted, finite, order))
-    routing = verified.info.routing
-    if routing is not None:
-        routing = np.take_along_axis(routing, order[None, ..., None], axis=2)
+    told = (verified.info.routing, verified.info.routing_weights)
+    routing, weights = (None if one is None else np.take_along_axis(one, order[None, ..., None], axis=2) for one in told)
     sound = np.cumprod(np.take_along_axis(np.asarray(finite), order, axis=1), axis=1).sum(axis=1)
     tokens = np.take_along_axis(np.asarray(proposal.tokens), np.maximum(path - 1, 0), axis=1)
     return Verified(
-        verified._replace(kv=kv, features=features, info=verified.info._replace(routing=routing)),
+        verified._replace(kv=kv, features=features, info=verified.info._replace(routing=routing, routing_weights=weights)),
         AcceptResult(num_accepted=num_accepted, next_token=next_token),
         sound,
         proposal._replace(tokens=tokens),

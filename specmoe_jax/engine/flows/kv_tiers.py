@@ -41,13 +41,14 @@ class AcceleratorKv:
     def resident_pass(self, runtime: Runtime, tokens, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None):
         """One program for every few layers."""
         config, h = runtime.config, embed(runtime, tokens, lengths, tree)
-        keys, values, inputs, done = (), (), {}, 0
+        keys, values, inputs, routed, done = (), (), {}, (), 0
         for group in resident_programs.groups(len(config.layers)):
             watched = [layer for layer in runtime.feature_layers if group.start <= layer < group.stop]
             own = slots[done : done + sum(moe is not None for moe in config.moe_index[group])]
-            h, seen, k, v = resident_programs.run_layers(
+            h, seen, k, v, told = resident_programs.run_layers(
                 config.layers[group],
                 tuple(layer - group.start for layer in watched),
+                runtime.routing is not None,
                 runtime.weights.layers[group],
                 h,
                 kv.k[group],
@@ -59,9 +60,9 @@ class AcceleratorKv:
                 kv.cross and kv.cross[group],
                 tree,
             )
-            keys, values, done = keys + k, values + v, done + len(own)
+            keys, values, routed, done = keys + k, values + v, routed + told, done + len(own)
             inputs |= dict(zip(watched, seen, strict=True))
-        return ResidentPass(h=h, kv=kv._replace(k=keys, v=values), inputs=inputs)
+        return ResidentPass(h=h, kv=kv._replace(k=keys, v=values), inputs=inputs, routed=routed)
 
     def draft_forward(self, runtime: Runtime, tokens, kv: KVCache, lengths, num_new, pool, slots):
         """One program."""
@@ -122,14 +123,15 @@ class HostKv:
     def resident_layer(self, runtime: Runtime, layer: int, h, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None):
         _, h, x, routing, k, v = self.attention(runtime, layer, h, kv, lengths, num_new, tree)
         h = stages.resident_experts(runtime.config.layers[layer], runtime.weights.layers[layer], h, x, routing, pool, slots)
-        return h, routing and routing.ids, k, v
+        return h, routing, k, v
 
     def resident_pass(self, runtime: Runtime, tokens, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None):
-        return self._layers(runtime, tokens, kv, lengths, num_new, pool, slots, tree)[0]
+        return self._layers(runtime, tokens, kv, lengths, num_new, pool, slots, tree)
 
     def draft_forward(self, runtime: Runtime, tokens, kv: KVCache, lengths, num_new, pool, slots):
-        done, choices = self._layers(runtime, tokens[:, None], kv, lengths, num_new, pool, slots)
-        return stages.head(runtime.config.head, runtime.weights, done.h)[:, 0], done.kv, choices
+        done = self._layers(runtime, tokens[:, None], kv, lengths, num_new, pool, slots)
+        logits = stages.head(runtime.config.head, runtime.weights, done.h)[:, 0]
+        return logits, done.kv, [routing.ids for routing in done.routed]
 
     def draft_chain(self, runtime: Runtime, token, kv: KVCache, lengths, num_new, pool, slots, choice: TokenChoice, length: int):
         """Token by token and layer by layer: the host attends in each."""
@@ -139,18 +141,19 @@ class HostKv:
 
         return feed_back(forward, kv, token, lengths, choice, length)
 
-    def _layers(self, runtime: Runtime, tokens, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None):
-        """-> ResidentPass, and what the routers chose [n, A], layer by layer."""
-        h, keys, values, inputs, choices = embed(runtime, tokens, lengths, tree), [], [], {}, []
+    def _layers(
+        self, runtime: Runtime, tokens, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None
+    ) -> ResidentPass:
+        h, keys, values, inputs, routed = embed(runtime, tokens, lengths, tree), [], [], {}, []
         for layer, moe in enumerate(runtime.config.moe_index):
             if layer in runtime.feature_layers:
                 inputs[layer] = h
             own = None if moe is None else slots[moe]
-            h, ids, k, v = self.resident_layer(runtime, layer, h, kv, lengths, num_new, pool, own, tree)
+            h, routing, k, v = self.resident_layer(runtime, layer, h, kv, lengths, num_new, pool, own, tree)
             keys.append(k)
             values.append(v)
-            choices += [] if ids is None else [ids]
-        return ResidentPass(h=h, kv=kv._replace(k=tuple(keys), v=tuple(values)), inputs=inputs), choices
+            routed += [] if routing is None else [routing]
+        return ResidentPass(h=h, kv=kv._replace(k=tuple(keys), v=tuple(values)), inputs=inputs, routed=tuple(routed))
 
 
 def _together(slots):

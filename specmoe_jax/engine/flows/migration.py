@@ -21,13 +21,17 @@ NO_SLOTS = np.zeros(0, np.int32)
 
 
 class LayerInfo(NamedTuple):
-    """What one layer of a pass did: its plan, its routing ids [n, A], and what it prefetched for later layers."""
+    """What one layer of a pass did: its plan, its routing ids [n, A], and what it prefetched for later layers.
+
+    weights: [n, A] of the routing, where the runtime tells them.
+    """
 
     plan: LayerPlan
     ids: np.ndarray
     counts: np.ndarray
     prefetched: int
     prefetch_hits: int
+    weights: np.ndarray | None = None
 
 
 def needed_experts(ids: np.ndarray, num_experts: int) -> np.ndarray:
@@ -74,7 +78,8 @@ def migrate_and_compute(
     prefetched[moe] = False
     memory = memory._replace(residency=residency, prefetched=prefetched)
     h, memory, ahead = execute(runtime, moe, plan, memory, h, x, routing, predicted)
-    return h, memory, LayerInfo(plan=plan, ids=ids, counts=counts, prefetched=ahead, prefetch_hits=hits)
+    weights = np.asarray(routing.weights) if runtime.routing == "weights" else None
+    return h, memory, LayerInfo(plan=plan, ids=ids, counts=counts, prefetched=ahead, prefetch_hits=hits, weights=weights)
 
 
 def execute(

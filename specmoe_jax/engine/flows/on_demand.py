@@ -13,7 +13,7 @@ from specmoe_jax.engine.flows.migration import LayerInfo, execute_waves, migrate
 from specmoe_jax.engine.flows.pooled import PooledFlowExecutor
 from specmoe_jax.engine.flows.protocol import Chunk, TargetPass
 from specmoe_jax.engine.runtime import Runtime
-from specmoe_jax.engine.state import ExpertMemory, PassInfo
+from specmoe_jax.engine.state import ExpertMemory, PassInfo, PassRouting
 from specmoe_jax.offload.residency import plan_layer
 from specmoe_jax.types import KVCache, Routing, Tree
 
@@ -80,7 +80,7 @@ class OnDemandFlowExecutor(PooledFlowExecutor):
                 totals[moe] = counts
             on_positions(positions * (layer + 1) // layers - positions * layer // layers)
         for one in passing:
-            observe(one.chunk, one.features(), one.h)
+            observe(one.chunk, one.features(), one.h, one.routing)
         return memory, kv, totals
 
     def encoder_experts(
@@ -101,6 +101,7 @@ class _Passing:
         self._lengths, self._num_new = jnp.asarray(chunk.lengths), jnp.asarray(chunk.num_new)
         self._h = self._waiting(embed(runtime, chunk.tokens, self._lengths))
         self._nothing = np.zeros((runtime.config.num_moe_layers, runtime.config.num_experts), np.int64)
+        self._infos: list[LayerInfo] = []
 
     def layer(
         self, layer: int, memory: ExpertMemory, kv: KVCache, counts: np.ndarray, *, more: bool
@@ -117,6 +118,7 @@ class _Passing:
             assert routing is not None
             h, memory, info = migrate_and_compute(runtime, moe, memory, h, x, routing, counts, self._nothing, more=more)
             h, counts = finished(h), counts + self.chunk.stands_for * (info.counts - counts)
+            self._infos += [] if runtime.routing is None else [info]
         if self.chunk.spreads_row is not None:
             k, v = (stages.spread_row(cache, np.int32(self.chunk.spreads_row)) for cache in (k, v))
         self._h = self._waiting(h)
@@ -128,6 +130,11 @@ class _Passing:
         """What waits between two layers; after the last one, its output."""
         return self._h
 
+    @property
+    def routing(self) -> PassRouting | None:
+        """Of all layers, after the last one, where the runtime tells it."""
+        return _routing(self._infos, self.chunk.tokens.shape)
+
     def features(self) -> jax.Array | None:
         """What the draft takes, after the last layer."""
         return features(self._runtime, fetched(self._h), {layer: fetched(h) for layer, h in self._inputs.items()})
@@ -136,7 +143,16 @@ class _Passing:
         return jax.device_put(h, self._runtime.context.pinned_sharding)
 
 
+def _routing(infos: list[LayerInfo], shape: tuple[int, int]) -> PassRouting | None:
+    """Of a pass over [B, T] positions; None without experts."""
+    if not infos:
+        return None
+    weights = [info.weights.reshape(*shape, -1) for info in infos if info.weights is not None]
+    return PassRouting(np.stack([info.ids.reshape(*shape, -1) for info in infos]), np.stack(weights) if weights else None)
+
+
 def _pass_info(infos: list[LayerInfo], shape: tuple[int, int]) -> PassInfo:
+    told = _routing(infos, shape)
     return PassInfo(
         hits=sum(info.plan.hits for info in infos),
         misses=sum(info.plan.misses for info in infos),
@@ -144,7 +160,8 @@ def _pass_info(infos: list[LayerInfo], shape: tuple[int, int]) -> PassInfo:
         waves=sum(len(info.plan.waves) for info in infos),
         prefetched=sum(info.prefetched for info in infos),
         prefetch_hits=sum(info.prefetch_hits for info in infos),
-        routing=np.stack([info.ids.reshape(*shape, -1) for info in infos]) if infos else None,
+        routing=told and told.ids,
+        routing_weights=told and told.weights,
     )
 
 

@@ -17,13 +17,14 @@ from specmoe_jax.engine.prefill import prefill
 from specmoe_jax.engine.requests.completion import TokenEvent, step_events
 from specmoe_jax.engine.requests.logprobs import PromptLogprobs
 from specmoe_jax.engine.requests.prepare import BatchShape
+from specmoe_jax.engine.requests.routing import Rows, routing_of, with_routing
 from specmoe_jax.engine.resources import empty_state, new_draft_memory
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.scheduler import joined, seated
 from specmoe_jax.engine.scoring.layout import CHAIN, ReadRow, read_passes, tree_nodes
 from specmoe_jax.engine.service.joins import JOIN_ROWS, Join, plan_joins, prefill_chunk, prefill_width
 from specmoe_jax.engine.session import Session
-from specmoe_jax.engine.state import ExpertMemory, Request, State, StepInfo
+from specmoe_jax.engine.state import ExpertMemory, PassRouting, Request, State, StepInfo
 from specmoe_jax.engine.step import moved
 from specmoe_jax.offload import retained_experts
 from specmoe_jax.offload.residency import empty, plan_layer
@@ -102,7 +103,7 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
             if chunk.spreads_row is not None:
                 spread = functools.partial(stages.spread_row, row=np.int32(chunk.spreads_row))
                 kv = kv._replace(k=tuple(map(spread, kv.k)), v=tuple(map(spread, kv.v)))
-            observe(chunk, done.features, done.h)
+            observe(chunk, done.features, done.h, routing_of(done.info) if runtime.routing else None)
             on_positions(int(chunk.num_new.max()))
         return memory, kv, totals
 
@@ -118,7 +119,7 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
         """Batch after batch, rows of similar length beside each other."""
         job = session.resources.take(batch_shape)
         before, memory = moved(job.runtime), session.resources.expert_memory(job)
-        runtime = dataclasses.replace(job.runtime, draft=None, watched=watched)  # no draft is shown what is read
+        runtime = dataclasses.replace(job.runtime, draft=None, watched=watched, routing=None)  # no draft is shown what is read
         kv, width, nodes = session.resources.new_cache(batch_shape), batch_shape.rows, tree_nodes(rows)
         nothing = np.zeros(memory.usage_scores.shape, np.int64)
         order = sorted(range(len(rows)), key=lambda number: -len(rows[number].chain))
@@ -131,7 +132,7 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
             passes = read_passes(rows, batch, width=width, chunk=batch_shape.chunk, nodes=nodes)
             chains, found = [one for one in passes if one.tree == CHAIN], []
             chunks = [Chunk(one.tokens, one.lengths, one.num_new, following=one.tokens) for one in chains]
-            how = (lambda chunk, features, h, found=found: found.append((h, features)), lambda positions: None)
+            how = (lambda chunk, features, h, routing, found=found: found.append((h, features)), lambda positions: None)
             memory, kv, _ = self.prompt_pass(runtime, memory, kv, chunks, *how)
             yield from (ReadStates(one, *states) for one, states in zip(chains, found, strict=True))
             for one in passes[len(chains) :]:
@@ -240,12 +241,19 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
         computing = session.figures.prompt_watch()
         with shown, ticking(shown), span("prefill"):
             told = PromptLogprobs(runtime, rows, batch_shape.options)
-            how = {"on_positions": shown.update, "on_states": told.add if told.wanted else None}
+            routing: Rows = ((),) * batch_shape.rows
+
+            def on_routing(own_rows: np.ndarray, told: PassRouting, num_new: np.ndarray) -> None:
+                nonlocal routing
+                routing = with_routing(routing, own_rows, told, num_new, runtime.config)
+
+            how = {"on_positions": shown.update, "on_states": told.add if told.wanted else None, "on_routing": on_routing}
             memory, kv, draft_memory = prefill(self, runtime, memory, kv, prompts, batch_shape.chunk, draft_memory, **how)
             jax.block_until_ready((kv, draft_memory))
         session.figures.add_prefill(watch.seconds, tokens=sum(map(len, prompts)), computing=computing)
         state = empty_state(session.resources, runtime, batch_shape, kv, memory)
-        state = joined(seated(state, dict(enumerate(requests))))._replace(draft_memory=draft_memory, prompt_logprobs=told.rows)
+        state = joined(seated(state, dict(enumerate(requests))))
+        state = state._replace(draft_memory=draft_memory, prompt_logprobs=told.rows, routing=routing)
         state = session.warm(state, batch_shape)
         session.figures.add_prefill_bytes(before, moved(runtime))  # to warm up may change a draft set
         return state

@@ -16,7 +16,7 @@ from specmoe_jax.engine.requests.completion import TokenEvent
 from specmoe_jax.engine.requests.prepare import BatchShape
 from specmoe_jax.engine.scheduler import PromptChunk
 from specmoe_jax.engine.scoring.layout import ReadPass, ReadRow
-from specmoe_jax.engine.state import Cache, ExpertMemory, PassInfo, Request, State, StepInfo
+from specmoe_jax.engine.state import Cache, ExpertMemory, PassInfo, PassRouting, Request, State, StepInfo
 from specmoe_jax.speculate.drafts.protocol import TokenChoice
 from specmoe_jax.speculate.hot_experts.substitution import DraftSlots
 from specmoe_jax.types import Device, KVCache, Routing, Tree
@@ -30,7 +30,8 @@ class TargetPass(NamedTuple, Generic[Cache]):
     """h: [B, T, M] after the last layer, None if all rows only joined. counts: [L, E] int64, how often each expert was chosen.
 
     features: [B, T, M'], what the draft takes of the hidden states; None where it takes nothing. prompts: of a streamed pass,
-    the chunks that joined and their features. prompt_states: the chunks and their h [b, T, M].
+    the chunks that joined and their features. prompt_states: the chunks and their h [b, T, M]. prompt_routing: the chunks and their
+    routing, where it is told.
     """
 
     h: jax.Array | None
@@ -41,6 +42,7 @@ class TargetPass(NamedTuple, Generic[Cache]):
     features: jax.Array | None = None
     prompts: tuple[tuple[PromptChunk, jax.Array], ...] = ()
     prompt_states: tuple[tuple[PromptChunk, jax.Array], ...] = ()
+    prompt_routing: tuple[tuple[PromptChunk, PassRouting], ...] = ()
 
 
 class Unfinished(NamedTuple):
@@ -69,11 +71,12 @@ class Attended(NamedTuple):
 
 
 class ResidentPass(NamedTuple):
-    """h: [B, T, M] after the last layer. inputs: of the layers that a draft watches."""
+    """h: [B, T, M] after the last layer. inputs: of the layers that a draft watches. routed: by the layers with experts."""
 
     h: jax.Array
     kv: KVCache
     inputs: dict[int, jax.Array]
+    routed: tuple[Routing, ...] = ()
 
 
 class ReadStates(NamedTuple):
@@ -178,13 +181,13 @@ class PooledFlowExecutor(ExpertFlowExecutor[R, S], Protocol):
         memory: ExpertMemory,
         kv: KVCache,
         chunks: Sequence[Chunk],
-        observe: Callable[[Chunk, jax.Array | None, jax.Array], object],
+        observe: Callable[[Chunk, jax.Array | None, jax.Array, PassRouting | None], object],
         on_positions: Callable[[int], object],
     ) -> tuple[ExpertMemory, KVCache, np.ndarray]:
         """The exact model over prompts. -> memory, kv, and how often each expert [L, E] was chosen.
 
-        observe: called with each chunk, what the draft takes of it, and h [B, T, M] after the last layer. on_positions: with the
-        positions done since the last call.
+        observe: called with each chunk, what the draft takes of it, h [B, T, M] after the last layer, and its routing (None where
+        the runtime does not tell it). on_positions: with the positions done since the last call.
         """
         ...
 
@@ -214,8 +217,8 @@ class KvTierExecutor(Protocol[R]):
 
     def resident_layer(
         self, runtime: R, layer: int, h, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None
-    ) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
-        """A layer that needs no copy of an expert, or has none (slots None). -> h, ids (None without experts), k, v."""
+    ) -> tuple[jax.Array, Routing | None, jax.Array, jax.Array]:
+        """A layer that needs no copy of an expert, or has none (slots None). -> h, routing (None without experts), k, v."""
         ...
 
     def resident_pass(

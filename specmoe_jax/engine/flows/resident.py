@@ -9,6 +9,7 @@ from specmoe_jax.engine import stages
 from specmoe_jax.engine.flows.layer_passes import features
 from specmoe_jax.engine.flows.pooled import PooledFlowExecutor
 from specmoe_jax.engine.flows.protocol import TargetPass
+from specmoe_jax.engine.requests.routing import pass_routing
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, PassInfo
 from specmoe_jax.types import KVCache, Routing, Tree
@@ -41,7 +42,7 @@ class ResidentFlowExecutor(PooledFlowExecutor):
             kv=done.kv,
             memory=memory,
             counts=earlier,
-            info=NOTHING_FETCHED,
+            info=NOTHING_FETCHED if runtime.routing is None else _told(runtime, done.routed, tokens.shape),
             features=features(runtime, done.h, done.inputs),
         )
 
@@ -50,6 +51,11 @@ class ResidentFlowExecutor(PooledFlowExecutor):
     ) -> tuple[jax.Array, ExpertMemory]:
         config = runtime.config.all_layers[runtime.config.expert_layers[moe]]
         return stages.experts(config, h, x, routing, memory.pool, _slots(runtime)[moe]), memory
+
+
+def _told(runtime: Runtime, routed: tuple[Routing, ...], shape: tuple[int, int]) -> PassInfo:
+    ids, weights = pass_routing(routed, shape, runtime.routing)
+    return NOTHING_FETCHED._replace(routing=ids, routing_weights=weights)
 
 
 def _slots(runtime: Runtime) -> np.ndarray:

@@ -35,24 +35,25 @@ def _resident_layers(
     cross: Sequence[CrossCache] | None,
     tree: Tree | None = None,
 ):
-    """slots: of the layers that have experts, in turn. -> h after each layer, what their routers chose [n, A] in turn, caches."""
-    states, ids, keys, values, of_layer = [], [], [], [], iter(slots)
+    """slots: of the layers that have experts, in turn. -> h after each layer, what their routers decided in turn, caches."""
+    states, routed, keys, values, of_layer = [], [], [], [], iter(slots)
     for i, config in enumerate(configs):
         own = None if config.router is None else next(of_layer)
-        h, chosen, key, value = stages.layer(
+        h, routing, key, value = stages.layer(
             config, weights[i], h, k[i], v[i], lengths, num_new, pool, own, cross and cross[i], tree
         )
         states.append(h)
-        ids += [] if chosen is None else [chosen]
+        routed += [] if routing is None else [routing]
         keys.append(key)
         values.append(value)
-    return states, ids, tuple(keys), tuple(values)
+    return states, routed, tuple(keys), tuple(values)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 5))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5, 6))
 def run_layers(
     configs: tuple[LayerConfig, ...],
     watched: tuple[int, ...],
+    tells_routing: bool,
     weights,
     h,
     k: Caches,
@@ -64,15 +65,18 @@ def run_layers(
     cross,
     tree,
 ):
-    """As `stages.layer`, for consecutive layers; slots: [L, E]. -> h, the inputs of the watched ones, caches."""
-    states, _, k, v = _resident_layers(configs, weights, h, k, v, lengths, num_new, pool, slots, cross, tree)
-    return states[-1], [([h, *states])[layer] for layer in watched], k, v
+    """As `stages.layer`, for consecutive layers; slots: [L, E].
+
+    -> h, the inputs of the watched ones, caches, what the routers decided in turn (nothing unless `tells_routing`).
+    """
+    states, routed, k, v = _resident_layers(configs, weights, h, k, v, lengths, num_new, pool, slots, cross, tree)
+    return states[-1], [([h, *states])[layer] for layer in watched], k, v, tuple(routed) if tells_routing else ()
 
 
 def _forward(config: ModelConfig, weights: Weights[jax.Array], k, v, cross, pool, slots, tokens, lengths, num_new):
     h = layers.embed(weights, tokens[:, None], lengths[:, None], config.embedding)
-    states, ids, k, v = _resident_layers(config.layers, weights.layers, h, k, v, lengths, num_new, pool, slots, cross)
-    return layers.head(config.head, weights, states[-1])[:, 0], jnp.stack(ids), k, v
+    states, routed, k, v = _resident_layers(config.layers, weights.layers, h, k, v, lengths, num_new, pool, slots, cross)
+    return layers.head(config.head, weights, states[-1])[:, 0], jnp.stack([routing.ids for routing in routed]), k, v
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))

@@ -20,7 +20,7 @@ from specmoe_jax.engine.scheduler import MicroBatch, admit, empty_chunk, prompt_
 from specmoe_jax.engine.scoring.layout import ReadPass, ReadRow, read_passes, tree_nodes
 from specmoe_jax.engine.scoring.prefixes import batches
 from specmoe_jax.engine.session import Session
-from specmoe_jax.engine.state import Buffers, ExpertMemory, HostKV, PassInfo, Request, State, StepInfo
+from specmoe_jax.engine.state import Buffers, ExpertMemory, HostKV, PassInfo, PassRouting, Request, State, StepInfo
 from specmoe_jax.engine.step import Moved, moved
 from specmoe_jax.kv_cache.page_table import Pages, no_pages
 from specmoe_jax.kv_cache.positions import KV_PAGE, prefill_rows, staged_positions
@@ -89,15 +89,26 @@ class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
         experts = runtime.config.num_experts if micro_batches else 0  # of a layer
         hits = len(runtime.experts.pinned_layers) * experts
         missed = runtime.config.num_moe_layers * experts - hits
+        told = _routing_of_rows(done.routing[:decoded], running)
         return TargetPass(
             h=_all_rows(runtime, done.h[:decoded], running),
             kv=done.kv,
             memory=memory._replace(buffers=done.buffers),
             counts=np.zeros_like(memory.usage_scores, dtype=np.int64),
-            info=PassInfo(hits=hits, misses=missed, fetched=missed, waves=0, prefetched=0, prefetch_hits=0, routing=None),
+            info=PassInfo(
+                hits=hits,
+                misses=missed,
+                fetched=missed,
+                waves=0,
+                prefetched=0,
+                prefetch_hits=0,
+                routing=told and told.ids,
+                routing_weights=told and told.weights,
+            ),
             features=_all_rows(runtime, features[:decoded], running) if features else None,
             prompts=tuple(zip(prompts, features[decoded:], strict=True)) if features else (),
             prompt_states=tuple(zip(prompts, done.h[decoded:], strict=True)) if micro_batches else (),
+            prompt_routing=tuple(zip(prompts, done.routing[decoded:], strict=True)) if done.routing else (),
         )
 
     def init(self, session: Session, requests: list[Request], batch_shape: BatchShape) -> State[HostKV]:
@@ -153,7 +164,7 @@ class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
         """All rows in one pass, so that each layer crosses the link once; in several where the cache has no pages for all."""
         runtime, account = job = session.resources.take(batch_shape)
         before, memory = moved(runtime), session.resources.expert_memory(job)
-        runtime = dataclasses.replace(runtime, draft=None, watched=watched)  # no draft is shown what is read
+        runtime = dataclasses.replace(runtime, draft=None, watched=watched, routing=None)  # no draft is shown what is read
         kv = _new_host_kv(runtime, no_pages(1, batch_shape.positions, account.kv_pages), batch_shape.chunk, batch_shape.rows)
         nodes, most = tree_nodes(rows), batch_shape.rows if runtime.config.recurrent_layers else None
         widths = {"width": prefill_rows(len(rows), batch_shape.chunk), "tree_width": prefill_rows(len(rows), max(nodes, 1))}
@@ -229,6 +240,19 @@ def _all_rows(runtime: Runtime, pieces: list[jax.Array], running: list[bool]) ->
         return None
     given, nothing = iter(pieces), np.zeros(pieces[0].shape, pieces[0].dtype)
     return _rows([next(given) if runs else jax.device_put(nothing, runtime.context.device) for runs in running])
+
+
+def _routing_of_rows(pieces: Sequence[PassRouting], running: list[bool]) -> PassRouting | None:
+    """All micro-batches in their order, -1 (of weight 0) for those that were left out; None where nothing is told."""
+    if not pieces:
+        return None
+
+    def all_rows(told: list[np.ndarray], nothing: int) -> np.ndarray:
+        given, missing = iter(told), np.full_like(told[0], nothing)
+        return np.concatenate([next(given) if runs else missing for runs in running], axis=1)
+
+    weights = [piece.weights for piece in pieces if piece.weights is not None]
+    return PassRouting(all_rows([piece.ids for piece in pieces], -1), all_rows(weights, 0) if weights else None)
 
 
 _rows = jax.jit(lambda pieces: jnp.concatenate(pieces) if len(pieces) > 1 else pieces[0])

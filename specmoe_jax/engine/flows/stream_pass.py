@@ -16,23 +16,26 @@ import numpy as np
 from specmoe_jax.engine import stages
 from specmoe_jax.engine.flows.layer_passes import features, fetched
 from specmoe_jax.engine.flows.staging import Staging
+from specmoe_jax.engine.requests.routing import pass_routing
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.scheduler import MicroBatch
-from specmoe_jax.engine.state import Buffers, HostKV
+from specmoe_jax.engine.state import Buffers, HostKV, PassRouting
 from specmoe_jax.offload.stream_schedule import KINDS, Task, pass_tasks
 from specmoe_jax.support.tracing import Span
+from specmoe_jax.types import Routing
 
 
 class StreamedPass(NamedTuple):
     """h: of each micro-batch [b, T, M] after the last layer. features: of each, what the draft takes; None where it takes nothing.
 
-    Both are still in host memory where the micro-batch is offloaded.
+    Both are still in host memory where the micro-batch is offloaded. routing: of each, by layer, where the runtime tells it.
     """
 
     h: list[jax.Array]
     features: list[jax.Array | None]
     kv: HostKV
     buffers: Buffers
+    routing: tuple[PassRouting, ...] = ()
 
 
 def stream_pass(runtime: Runtime, buffers: Buffers, kv: HostKV, micro_batches: list[MicroBatch]) -> StreamedPass:
@@ -72,6 +75,7 @@ class _Run:
         self.attended: dict = {}
         self.staging, self.appended = Staging(kv.staged), []
         self.routed: dict = {}
+        self.told: list[list[Routing]] = [[] for _ in micro_batches]
         self.spare, readers, coming, self.cache = buffers
         self.readers = list(readers)
         self.coming = collections.deque(coming)
@@ -93,7 +97,11 @@ class _Run:
             features=[self._features(micro_batch) for micro_batch in range(len(self.micro_batches))],
             kv=self.kv._replace(caches=tuple(self.caches)),
             buffers=Buffers(spare=self.spare, readers=tuple(self.readers), coming=tuple(self.coming), pinned=self.cache),
+            routing=() if self.runtime.routing is None else tuple(map(self._routing, self.told, self.micro_batches)),
         )
+
+    def _routing(self, told: list[Routing], micro_batch: MicroBatch) -> PassRouting:
+        return pass_routing(told, micro_batch.tokens.shape, self.runtime.routing)
 
     def _features(self, micro_batch: int) -> jax.Array | None:
         if not self.runtime.gives_features:
@@ -199,6 +207,8 @@ class _Run:
         attended, num_new = self.attended.pop(task.micro_batch), self.num_new[task.micro_batch]
         h, *routed = stages.post_attention(config, weights, self._h(task.micro_batch), attended, num_new)
         self.routed[task.micro_batch] = routed
+        if self.runtime.routing is not None and routed[1] is not None:
+            self.told[task.micro_batch].append(routed[1])
         self._keep(task, h)
         self._note(task, start_s, h)
 

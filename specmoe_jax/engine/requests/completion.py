@@ -8,6 +8,7 @@ import numpy as np
 
 from specmoe_jax.checkpoints.channels import split_channels
 from specmoe_jax.engine.requests.finish import final_text
+from specmoe_jax.engine.requests.routing import RequestRouting, request_routing
 from specmoe_jax.engine.state import Request, State, StepInfo
 from specmoe_jax.models.model import Model
 from specmoe_jax.support.timing import Stopwatch
@@ -20,7 +21,7 @@ class Completion:
 
     finish_reason: "stop" (end of sequence or a stop string), "length", "cancelled", or "error", whose reason is in `error`; what
     was generated before is kept. logprobs: of each new token, and prompt_logprobs: of each of the prompt's but the first, where
-    SamplingParams asks for them.
+    SamplingParams asks for them. routing: where Engine(routing=...) asks for it.
     """
 
     id: int
@@ -32,6 +33,7 @@ class Completion:
     error: str | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    routing: RequestRouting | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def channels(self) -> dict[str, str]:
@@ -88,6 +90,7 @@ def completion_of(model: Model, state: State, row: int, reason: str) -> Completi
         error=_error(request, len(tokens)) if reason == "error" else None,
         logprobs=None if request.params.logprobs is None else state.logprobs[row],
         prompt_logprobs=None if request.params.prompt_logprobs is None else state.prompt_logprobs[row],
+        routing=None if state.runtime.routing is None else request_routing(state.routing[row], len(tokens), model.config),
     )
 
 

@@ -6,6 +6,7 @@ take the places of the least chosen. The router then chooses among the experts t
 self-draft: of the distances of their weights nothing has to be known. Their bytes are counted on the experts' link.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -76,9 +77,10 @@ class HotMtpDraft(NamedTuple):
         """The draft with the experts that are there."""
         chain = self.draft.head.chain
         first, *further = (
-            layer.replace(experts=pool, slots=slots) for layer, pool, slots in zip(chain, memory.pools, memory.slots, strict=True)
+            dataclasses.replace(layer, experts=pool, slots=slots)
+            for layer, pool, slots in zip(chain, memory.pools, memory.slots, strict=True)
         )
-        return self.draft._replace(head=first.replace(further=tuple(further)))
+        return self.draft._replace(head=dataclasses.replace(first, further=tuple(further)))
 
     def _refreshed(self, memory: HotMemory) -> HotMemory:
         """With the most chosen experts of each layer, where that is due. Waits for the counts and for the copies."""
@@ -128,5 +130,5 @@ def host_blocks(head: MtpHead) -> tuple[tuple[jax.Array, ...], ...] | None:
 
 
 def without_experts(head: MtpHead) -> MtpHead:
-    first, *further = (layer.replace(experts=None) for layer in head.chain)
-    return first.replace(further=tuple(further))
+    first, *further = (dataclasses.replace(layer, experts=None) for layer in head.chain)
+    return dataclasses.replace(first, further=tuple(further))

@@ -94,7 +94,9 @@ def _observe(head: MtpHead, memory: MtpMemory, rows, following, features, length
             outputs, kv, count, chosen = _behind(layer, index, *given)
             caches.append(kv)
             states.append(remember(memory.states[index], outputs, rows, count))
-            counts += [_counted(memory.counts[index], chosen)] if memory.counts else []
+            if memory.counts:
+                assert chosen is not None  # a layer with experts
+                counts.append(_counted(memory.counts[index], chosen))
         return MtpMemory(kv=tuple(caches), states=tuple(states), counts=tuple(counts))
 
 

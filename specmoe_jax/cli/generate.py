@@ -18,7 +18,7 @@ from specmoe_jax.checkpoints import load_model
 from specmoe_jax.checkpoints.adapters.peft import read_adapter
 from specmoe_jax.checkpoints.eagle import bundled_head, head_config, head_path, load_head
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
-from specmoe_jax.checkpoints.mtp import find_mtp, load_mtp
+from specmoe_jax.checkpoints.mtp import find_mtp, load_planned_mtp
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.cli import common
 from specmoe_jax.cli.flag_groups import plan_flags, sampling_flags
@@ -138,7 +138,7 @@ def main() -> None:
         plan = plan.replace(**changes)
     spans = [] if _TRACE.value and plan.flow.workers else None
     given = {"draft_model": draft_model, "draft_head": read_head(model, plan)}
-    given |= {"mtp_head": load_mtp(model, expert_dtype=plan.draft_expert_dtype)} if plan.drafting.given == "mtp_head" else {}
+    given |= {"mtp_head": load_planned_mtp(model, plan)} if plan.drafting.given == "mtp_head" else {}
     options = given | {"progress": _PROGRESS.value, "spans": spans, "routing": routing_detail()}
     engine = Engine(model, plan, **options)
     load_s = loading.seconds

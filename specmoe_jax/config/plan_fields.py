@@ -45,7 +45,10 @@ class PlanFields:
     )
     draft_length: int | None = field(None, "Tokens drafted per step; the depth of a tree.", unit="tokens", by_draft=True)
     draft_experts: int | tuple[int, ...] | None = field(
-        None, "Draft experts per layer: hot (draft=self) or merged (draft=merged).", by_draft=True
+        None,
+        "Draft experts per layer: hot (draft=self), merged (draft=merged), or hot ones of the layer for further tokens, which else "
+        "has all of its own (draft=mtp).",
+        by_draft=True,
     )
     draft_tree_top_k: int | None = field(None, "Branches of a drafted node (draft=eagle or mtp).", none="a chain", by_draft=True)
     draft_tree_tokens: int | None = field(
@@ -61,7 +64,7 @@ class PlanFields:
     )
     draft_expert_dtype: Quantised | None = field(
         None,
-        "Quantise the experts of the layer for further tokens, which are all on the accelerator (draft=mtp).",
+        "Quantise the experts of the layer for further tokens (draft=mtp).",
         none="not quantised",
         by_draft=True,
     )

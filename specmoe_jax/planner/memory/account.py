@@ -65,6 +65,7 @@ def account(
         kv_on_host=plan.cache_tier.on_host,
         draft_model_bytes=draft.fixed + batch_rows * draft.row,
         draft_kv_bytes=batch_rows * positions * draft.position,
+        host_draft_bytes=draft.host,
         kv_pages=needs.paged.pages if needs.paged else 0,
         hidden_bytes=prompt_tokens * (config.hidden_size + max(map(token_numbers, config.layers))) * itemsize
         + needs.waiting_tokens * (config.hidden_size * itemsize + draft.watched),

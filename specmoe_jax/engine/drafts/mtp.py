@@ -1,6 +1,7 @@
 """The target's own layers for further tokens as the draft."""
 
 from specmoe_jax.config.plan import Plan
+from specmoe_jax.engine.context import placed
 from specmoe_jax.engine.drafts.protocol import DraftExecutor, DraftInputs
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.mtp import MtpHead, check_head, random_head
@@ -22,7 +23,7 @@ class MtpExecutor(DraftExecutor):
                 f"draft_expert_dtype is {plan.draft_expert_dtype}, and the experts of the layer that was given are packed as "
                 f"{held}; load it so: checkpoints.load_mtp(model, expert_dtype=plan.draft_expert_dtype)"
             )
-        return MtpDraft(head, tree_shape(plan))
+        return MtpDraft(placed(head, plan.devices), tree_shape(plan))
 
     def random_inputs(self, model: Model) -> dict:
         return {"mtp_head": random_head(model)}

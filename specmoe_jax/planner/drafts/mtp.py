@@ -18,6 +18,7 @@ from specmoe_jax.support.errors import PlanError
 
 class MtpDraftDescription(DraftDescription):
     name = "mtp"
+    several_devices = True
     given = "mtp_head"
     assumed_acceptance = 0.7  # of the first token 0.7 to 0.9, of the third 0.33 to 0.65 in published figures
 

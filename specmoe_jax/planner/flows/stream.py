@@ -8,6 +8,7 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import preset
 from specmoe_jax.kv_cache.positions import CHUNKS_AHEAD, KV_PAGE, PREFILL_TOKENS, pages_of
+from specmoe_jax.offload.homes import most_experts
 from specmoe_jax.offload.stream_schedule import RESOURCES, UP, Task, pass_tasks, spread
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import DISK, Cost, Load
@@ -32,6 +33,7 @@ class StreamFlowDescription:
     tells_routing: bool = False
     streams_layers: bool = True
     workers: bool = True
+    several_devices: bool = True
     host_cache_policy: str = "mru"  # layers are read in turn, so the most recently used one is needed last
 
     def check(self, plan: Plan, config: ModelConfig) -> None:
@@ -81,14 +83,18 @@ class StreamFlowDescription:
         return min(plan.batch_size, account.kv_pages // pages_of(tokens + plan.lookahead))
 
     def memory(self, config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int, paged: PagedLoad | None) -> FlowMemory:
-        tokens = plan.tokens_per_pass * batch_rows + CHUNKS_AHEAD * PREFILL_TOKENS
+        """Of a device, which holds its own experts of a layer."""
+        tokens, own = (
+            plan.tokens_per_pass * batch_rows + CHUNKS_AHEAD * PREFILL_TOKENS,
+            most_experts(plan.devices, config.num_experts),
+        )
         paged = paged or PagedLoad(pages=batch_rows * pages_of(positions), prompt_tokens=batch_rows * positions)
         pinned = plan.pinned_layers or 0
         return FlowMemory(
             pass_tokens=tokens,
-            dispatch=min(config.num_experts, tokens * config.experts_per_token),
-            pinned_slots=pinned * config.num_experts,
-            wanted_slots=_layers_held(config, plan, pinned) * config.num_experts,
+            dispatch=min(own, tokens * config.experts_per_token),
+            pinned_slots=pinned * own,
+            wanted_slots=_layers_held(config, plan, pinned) * own,
             cached_positions=paged.pages * KV_PAGE,
             paged=paged,
             pinned_layers=pinned,
@@ -113,11 +119,14 @@ class StreamFlowDescription:
         """
         if plan.pinned_layers is not None or plan.device_memory_bytes is None:
             return account
-        beside = account.accelerator_bytes - account.num_slots * account.slot_bytes
-        room = int(plan.device_memory_bytes - beside) // (config.num_experts * account.slot_bytes)
+        beside, own = (
+            account.accelerator_bytes - account.num_slots * account.slot_bytes,
+            most_experts(plan.devices, config.num_experts),
+        )
+        room = int(plan.device_memory_bytes - beside) // (own * account.slot_bytes)
         pinned = config.num_moe_layers if room >= config.num_moe_layers else room - plan.layer_buffers
-        slots = _layers_held(config, plan, pinned) * config.num_experts
-        return account._replace(num_slots=slots, wanted_slots=slots, pinned_slots=pinned * config.num_experts, pinned_layers=pinned)
+        slots = _layers_held(config, plan, pinned) * own
+        return account._replace(num_slots=slots, wanted_slots=slots, pinned_slots=pinned * own, pinned_layers=pinned)
 
     def without_budget(self, plan: Plan) -> Plan:
         return plan.replace(pinned_layers=plan.pinned_layers or 0)

@@ -70,7 +70,7 @@ class DeviceContext:
 
 def place_of(devices: int) -> Place:
     """Where arrays of the accelerator are, with so many of this machine's."""
-    chosen = jax.local_devices()[:devices]
+    chosen = jax.devices()[:devices]
     if devices == 1:
         return chosen[0]
     return jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(chosen), (MESH_AXIS,)), jax.sharding.PartitionSpec())
@@ -88,7 +88,7 @@ def placed(arrays: T, devices: int) -> T:
 
 def make_context(spans: list[Span] | None, devices: int = 1) -> DeviceContext:
     """This machine's, with so many of its accelerators. spans: see Workers."""
-    chosen, place = tuple(jax.local_devices()[:devices]), place_of(devices)
+    chosen, place = tuple(jax.devices()[:devices]), place_of(devices)
     sharding = jax.sharding.SingleDeviceSharding(place) if devices == 1 else place
     cpu, link = (concurrent.futures.ThreadPoolExecutor(1, f"specmoe-{worker}", lenient_thread) for worker in ("cpu", "link"))
     return DeviceContext(

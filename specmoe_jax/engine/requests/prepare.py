@@ -52,8 +52,8 @@ class BatchShape(NamedTuple):
 
 def resolved(plan: Plan) -> Plan:
     """The plan with its machine-dependent defaults filled in. Raises PlanError where the machine has too few devices."""
-    if plan.devices > len(jax.local_devices()):
-        raise PlanError(f"devices={plan.devices} and this process has {len(jax.local_devices())}; give at most as many")
+    if plan.devices > len(jax.devices()):
+        raise PlanError(f"devices={plan.devices} and this process has {len(jax.devices())}; give at most as many")
     return plan.resolved(accelerator_is_cpu=accelerator_is_cpu())
 
 

@@ -58,10 +58,10 @@ class OnDemandFlowDescription(PooledFlowDescription):
         block: list[Cost] = attention_block(config, index, load, itemsize, tier=setting.plan.cache_tier)
         if moe is None:
             return LayerCosts(block)
-        missed = _missed(setting, moe)
-        used, one = routing.distinct(setting.probabilities, load.tokens), setting.account.expert_bytes
-        block.append(costs.experts(config, load.tokens, used, itemsize, expert_bytes=one, programs=_waves(setting, missed)))
-        return LayerCosts(block, [costs.fetch(one, missed), *_disk_reads(setting, missed)], missed, waits=True)
+        missed, one = _missed(setting, moe), setting.account.expert_bytes
+        crossing = routing.busiest(missed, config.num_experts, setting.plan.devices)  # over one link
+        block += setting.experts(load.tokens, programs=_waves(setting, crossing))
+        return LayerCosts(block, [costs.fetch(one, crossing), *_disk_reads(setting, missed)], missed, waits=True)
 
     def measured_pass(
         self, config: ModelConfig, plan: Plan, operators: Operators, case: Case, drafted_s: float, *, accelerator_is_cpu: bool

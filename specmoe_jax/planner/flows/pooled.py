@@ -33,7 +33,7 @@ class PooledFlowDescription:
         return plan
 
     def is_measured(self, plan: Plan) -> bool:
-        return not plan.cache_tier.on_host
+        return not plan.cache_tier.on_host and plan.devices == 1
 
     def batch_rows(self, plan: Plan, rows: int) -> int:
         return rows

@@ -11,7 +11,7 @@ from specmoe_jax.kv_cache.positions import CHUNKS_AHEAD, KV_PAGE, PREFILL_TOKENS
 from specmoe_jax.offload.homes import most_experts
 from specmoe_jax.offload.stream_schedule import RESOURCES, UP, Task, pass_tasks, spread
 from specmoe_jax.planner import costs, routing
-from specmoe_jax.planner.costs import DISK, Cost, Load
+from specmoe_jax.planner.costs import DISK, PEERS, Cost, Load
 from specmoe_jax.planner.drafts.search_starts import SearchStart
 from specmoe_jax.planner.flows.protocol import FlowMemory
 from specmoe_jax.planner.measured.case import Case, MeasuredPass, layer_work
@@ -66,7 +66,7 @@ class StreamFlowDescription:
         return plan.replace(prefill_attention="cpu" if accelerator_is_cpu else "accelerator")
 
     def is_measured(self, plan: Plan) -> bool:
-        return True
+        return plan.devices == 1
 
     def batch_rows(self, plan: Plan, rows: int) -> int:
         """Micro-batches have one shape."""
@@ -139,17 +139,20 @@ class StreamFlowDescription:
         config, plan, hardware = setting.config, setting.plan, setting.hardware
         load = setting.load._replace(rows=setting.load.rows / plan.micro_batches)  # of a micro-batch
         chunks = min(config.num_experts, STREAM_PIECES)
-        used = routing.distinct(setting.probabilities, load.tokens)
-        one, itemsize = setting.account.expert_bytes, setting.itemsize
+        one, itemsize, own = setting.account.expert_bytes, setting.itemsize, most_experts(plan.devices, config.num_experts)
+        computed = setting.experts(load.tokens)
 
         @functools.cache
-        def cost(kind: str, layer: int) -> Cost:
+        def cost(kind: str, layer: int) -> list[Cost]:
+            """Of a task on the busiest device."""
             task = Task(kind, layer, 0, ())
-            return costs.task_cost(config, task, load, distinct=used, chunks=chunks, itemsize=itemsize, expert_bytes=one)
+            if kind == "experts":
+                return computed
+            return [costs.task_cost(config, task, load, streamed=own / chunks, itemsize=itemsize, expert_bytes=one)]
 
         @functools.cache
         def seconds(kind: str, layer: int) -> float:
-            return setting.seconds(cost(kind, layer))
+            return sum(map(setting.seconds, cost(kind, layer)))
 
         alike = [config.layers.index(layer) for layer in config.layers]  # of each layer the first whose tasks cost the same
         pinned = spread(config.moe_layers, setting.account.pinned_layers)
@@ -164,14 +167,11 @@ class StreamFlowDescription:
             accelerator_is_cpu=hardware.accelerator_is_cpu,
             overlap=hardware.overlap,
         )
-        busy_s: dict[str, float] = dict.fromkeys((*RESOURCES, DISK), 0.0)
-        for task in tasks:
-            busy_s[task.resource] += seconds(task.kind, alike[task.layer])
-        everything = [cost(task.kind, alike[task.layer]) for task in tasks]
+        everything = [spent for task in tasks for spent in cost(task.kind, alike[task.layer])]
         return Timing(
             iteration_s=simulation.iteration_s,
             draft_s=draft_s,
-            busy_s=add_busy(busy_s, setting, [head]),
+            busy_s=add_busy(dict.fromkeys((*RESOURCES, DISK, PEERS), 0.0), setting, [*everything, head]),
             link_bytes=float((config.num_moe_layers - len(pinned)) * config.num_experts * one),
             floor_s=costs.bound_seconds([*everything, head], hardware, plan.dtype),
             simulation=simulation,
@@ -182,16 +182,16 @@ class StreamFlowDescription:
         rows, plan = setting.load.rows, setting.plan
         chunks = max(rows * prompt_tokens / PREFILL_TOKENS, 1.0)  # of prompts
         load = Load(min(PREFILL_TOKENS / prompt_tokens, rows), prompt_tokens, prompt_tokens / 2)
-        used = routing.distinct(setting.probabilities, load.tokens)
+        streamed = most_experts(plan.devices, setting.config.num_experts)
         busy: dict[str, float] = dict.fromkeys(RESOURCES, 0.0)
         pinned = spread(setting.config.moe_layers, setting.account.pinned_layers)
         prompts = 1 if plan.prefill_attention == "accelerator" else 0
-        how = {"itemsize": setting.itemsize, "expert_bytes": setting.account.expert_bytes}
+        how = {"itemsize": setting.itemsize, "expert_bytes": setting.account.expert_bytes, "streamed": streamed}
         has, recurrent = _has_experts(setting.config), setting.config.recurrent_layers
         for task in pass_tasks(has, 1, 1, plan.layer_buffers, pinned, prompts, recurrent):
-            cost = costs.task_cost(setting.config, task, load, distinct=used, chunks=1, **how)
+            spent = setting.experts(load.tokens) if task.kind == "experts" else [costs.task_cost(setting.config, task, load, **how)]
             once = task.resource == UP and task.kind == "stream"
-            busy[task.resource] += setting.seconds(cost) * (1 if once else chunks)
+            busy[task.resource] += sum(map(setting.seconds, spent)) * (1 if once else chunks)
         return max(busy.values())
 
     def measured_pass(

@@ -78,7 +78,7 @@ def place_of(devices: int) -> Place:
 
 def first_of(place: Place) -> Device:
     """The first, or only, device of a place."""
-    return place.mesh.devices.flat[0] if isinstance(place, jax.sharding.NamedSharding) else place
+    return np.asarray(place.mesh.devices).flat[0] if isinstance(place, jax.sharding.NamedSharding) else place
 
 
 def placed(arrays: T, devices: int) -> T:

@@ -44,6 +44,7 @@ def explain(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workl
     return {
         "plan": plan.preset,
         "machine": hardware.name,
+        **({"devices": plan.devices} if plan.devices > 1 else {}),  # the next is of each
         "accelerator_gib": {
             "weights": own.weight_bytes / GIB,
             "expert slots": ((own.num_slots + own.merged_slots) * own.slot_bytes - own.spare_expert_bytes) / GIB,

@@ -133,7 +133,8 @@ def compiled(call: Call, devices) -> dict:
     def argument(leaf):
         if not isinstance(leaf, Placed):
             return leaf
-        where = Placement(devices[0], leaf.memory_kind) if leaf.spec is None else NamedSharding(mesh, leaf.spec)
+        # What no device was named for goes to all.
+        where = Placement(devices[0], leaf.memory_kind) if several == 1 else NamedSharding(mesh, leaf.spec or PartitionSpec())
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where, weak_type=leaf.weak_type)
 
     def on_mesh(value):
@@ -162,9 +163,9 @@ def in_one_program() -> None:
 
 
 def on_accelerator(call: Call) -> bool:
-    """Of the first one alone, or of all that a plan has."""
+    """The first one, or all that a plan has."""
     found = {leaf.devices for leaf in call.leaves if isinstance(leaf, Placed)}
-    return len(found) == 1 and found <= {(0,), (0, 1, 2, 3)}
+    return bool(found) and found <= {(0,), (0, 1, 2, 3)}
 
 
 def described_gpu():

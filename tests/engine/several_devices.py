@@ -32,7 +32,7 @@ PLANS = {
     "streaming": (plan("streaming", batch_size=4, micro_batches=2, pinned_layers=1), GREEDY, (4,)),
     "one row": (plan("specmoe", batch_size=1, retain=True, prefetch="draft", spare_slots=1), SHORT, (2,)),
     "caching": (plan("caching", batch_size=8, retain=True), SHORT, (4,)),
-    "waves": (plan("on_demand", batch_size=8, device_memory_bytes=5.3e5), SHORT, (2,)),
+    "waves": (plan("on_demand", batch_size=8, device_memory_bytes=1e6), SHORT, (2,)),
     "resident": (plan("resident", batch_size=8), SHORT, (4,)),
     "host": (plan("specmoe", batch_size=8, kv_tier="host"), SHORT, (2,)),
     "disk": (plan("on_demand", batch_size=8, expert_tier="disk", host_memory_bytes=5e5), SHORT, (2,)),

@@ -91,7 +91,7 @@ def test_the_store_of_one_device_is_a_case_of_several(room):
             "draft=merged is built for one device; got devices=2",
         ),
         (plan("on_demand", devices=3), "devices=3 and this process has 1; give at most as many"),
-        (plan("on_demand", devices=0), "devices is 0; it must be a whole number from 1"),
+        (plan("on_demand", devices=0), "devices is 0; it must be a whole number of at least 1"),
     ],
 )
 def test_refused(a_plan, said):

@@ -65,7 +65,8 @@ def busiest(count: float, num_experts: int, devices: int) -> float:
     if devices == 1 or count <= 0:
         return count
     variance = count / devices * (1 - 1 / devices) * max(num_experts - count, 0) / max(num_experts - 1, 1)
-    return min(count / devices + _largest_normal(devices) * math.sqrt(variance), own, count)
+    expected = count / devices + _largest_normal(devices) * math.sqrt(variance)
+    return min(max(expected, 1.0), own, count)  # an expert is whole
 
 
 @functools.cache

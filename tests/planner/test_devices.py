@@ -32,7 +32,8 @@ def test_the_busiest_device_is_that_of_a_random_draw(count, experts, devices):
 
 @pytest.mark.parametrize("name", ["streaming", "on_demand", "specmoe"])
 def test_links_add_up_where_they_bind(name):
-    found = {n: predict(MIXTRAL, plan(name, devices=n), HOST, WORKLOAD, interval=False) for n in (1, 2, 4)}
+    few = {"draft_experts": 1} if name == "specmoe" else {}
+    found = {n: predict(MIXTRAL, plan(name, devices=n, **few), HOST, WORKLOAD, interval=False) for n in (1, 2, 4)}
     assert found[1].binding == "link to accelerator"
     assert 1.6 < found[2].tokens_per_s / found[1].tokens_per_s < 2.1
     assert 2.6 < found[4].tokens_per_s / found[1].tokens_per_s < 4.1

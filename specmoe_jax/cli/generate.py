@@ -263,7 +263,8 @@ def load(prompts: list[Prompt]) -> tuple[Model, dict, dict]:
 
     The weights' types and the experts' place have to be known before the model is loaded.
     """
-    plan, load = read_plan_file() if _PLAN.value else Plan(preset=""), functools.partial(load_model, adapter=_ADAPTER.value)
+    plan = read_plan_file() if _PLAN.value else Plan(preset="")
+    load = functools.partial(load_model, adapter=_ADAPTER.value, devices=plan_flags.value("devices") or plan.devices)
     dtype, expert_dtype = _DTYPE.value or plan.dtype, plan_flags.value("expert_dtype") or plan.expert_dtype
     if expert_dtype not in (None, DECODED):
         options = {"dtype": dtype, "expert_dtype": expert_dtype, "prompts": prompts, "progress": _PROGRESS.value}

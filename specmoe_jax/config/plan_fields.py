@@ -100,6 +100,9 @@ class PlanFields:
     )
     bypass_page_cache: bool = field(False, "Read from the disk itself (expert_tier=disk), for measurements.", needs=(DISK,))
     kv_tier: str = field("accelerator", "Where the KV cache is and attention runs.", choices=KV_TIERS)
+    devices: int = field(
+        1, "Accelerators of this machine that share the experts, each over a link of its own: expert e belongs to device e mod n."
+    )
     batch_size: int = field(16, "Requests that generate together.")
     micro_batches: int = field(1, "Parts of a batch in flight at once when streaming.", needs=(STREAM,))
     layer_buffers: int = field(
@@ -131,7 +134,7 @@ class PlanFields:
         none="the checkpoint's",
     )
     device_memory_bytes: float | None = field(
-        None, "Accelerator memory to use.", none="what the plan can use", unit="bytes", flag="device_memory_gib"
+        None, "Memory to use of each accelerator.", none="what the plan can use", unit="bytes", flag="device_memory_gib"
     )
     host_memory_bytes: float | None = field(
         None, "Host memory to use.", none="what the machine has", unit="bytes", flag="host_memory_gib"

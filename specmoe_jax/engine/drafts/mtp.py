@@ -1,6 +1,7 @@
 """The target's own layers for further tokens as the draft, all of their experts on the accelerator or a few of them."""
 
 from specmoe_jax.config.plan import Plan
+from specmoe_jax.engine.context import placed
 from specmoe_jax.engine.drafts.hot_mtp import HotMtpDraft, host_blocks, without_experts
 from specmoe_jax.engine.drafts.protocol import DraftExecutor, DraftInputs
 from specmoe_jax.engine.runtime import Runtime
@@ -33,7 +34,7 @@ class MtpExecutor(DraftExecutor):
                 f"{'in host memory' if on_host else 'on the accelerator'}; load it so: "
                 f"checkpoints.load_mtp(model, experts_on_host={not on_host})"
             )
-        return MtpDraft(head, tree_shape(plan))
+        return MtpDraft(placed(head, plan.devices), tree_shape(plan))
 
     def for_job(self, draft: MtpDraft, runtime: Runtime, account: MemoryAccount) -> FeatureDraft:
         blocks, hot = host_blocks(draft.head), runtime.plan.draft_experts
@@ -41,7 +42,7 @@ class MtpExecutor(DraftExecutor):
             return draft
         assert isinstance(hot, int)  # as `make` and the plan's checks want it
         own = draft._replace(head=without_experts(draft.head))
-        return HotMtpDraft(draft=own, blocks=blocks, hot=hot, link=runtime.experts.store.link)
+        return HotMtpDraft(draft=own, blocks=blocks, hot=hot, link=runtime.experts.store.links[0])
 
     def random_inputs(self, model: Model) -> dict:
         return {"mtp_head": random_head(model)}

@@ -18,6 +18,7 @@ from specmoe_jax.support.errors import PlanError
 
 class MtpDraftDescription(DraftDescription):
     name = "mtp"
+    several_devices = True
     given = "mtp_head"
     assumed_acceptance = 0.7  # of the first token 0.7 to 0.9, of the third 0.33 to 0.65 in published figures
 
@@ -51,6 +52,8 @@ class MtpDraftDescription(DraftDescription):
                 f"draft_experts is {hot}; draft=mtp takes one number, {config.experts_per_token} to {config.num_experts - 1} of "
                 "each layer's experts on the accelerator, or none for all"
             )
+        if hot is not None and plan.devices > 1:
+            raise PlanError(f"draft=mtp with draft_experts is built for one device; got devices={plan.devices}, leave it 1")
 
     def memory(self, plan: Plan, config: ModelConfig, *, head=None, model=None) -> DraftMemory:
         itemsize, count = DTYPE_BYTES[plan.dtype], config.mtp_layers

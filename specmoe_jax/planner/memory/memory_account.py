@@ -9,7 +9,7 @@ PROGRAM_BYTES = (
 
 
 class MemoryAccount(NamedTuple):
-    """Bytes by tier and purpose, and the slots R of the expert pool.
+    """Bytes by tier and purpose, and the slots R of the expert pool: on the accelerator those of one device, on the host all.
 
     merged_slots are further ones, which hold merged experts for good.
     pinned_slots of them hold experts that stay between passes; with wanted_slots every dispatch fits at once, and

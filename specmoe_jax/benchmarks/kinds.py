@@ -17,7 +17,7 @@ from specmoe_jax.support.errors import PlanError
 
 
 def kinds(s: Setting) -> dict:
-    """Self, merged, n-gram, EAGLE, MTP side by side at equal accelerator memory; acceptance by position. Ratios are to the cache."""
+    """Self, merged, n-gram, EAGLE, MTP at equal accelerator memory; acceptance by position. Ratios are to the cache."""
     rows = {}
     for batch in s.batches:
         for name, figures in compare(s.model, cases(s, batch), s.job(batch)).items():
@@ -56,7 +56,7 @@ def filled(s: Setting, plan: Plan, head: EagleHead | MtpHead | None, budget: int
     spare = (budget - used.accelerator_bytes) // used.slot_bytes
     if spare < 0:
         raise PlanError(
-            f"draft={plan.draft} takes the memory of {-spare} experts more than a self-draft with {s.experts} pinned experts of each "
-            "layer; give more --draft_experts"
+            f"draft={plan.draft} takes the memory of {-spare} experts more than a self-draft with {s.experts} pinned experts of "
+            "each layer; give more --draft_experts"
         )
     return plan.replace(retain=True, spare_slots=int(spare))

@@ -11,7 +11,8 @@ from specmoe_jax.benchmarks.setting import Setting
 from specmoe_jax.models.families.registry import parse_config
 from specmoe_jax.testing.families import RAW_CONFIGS
 
-CONFIG = dataclasses.replace(parse_config(RAW_CONFIGS["glm4_moe"] | {"num_nextn_predict_layers": 1, "num_hidden_layers": 12}), max_positions=128)
+DEEP = {"num_nextn_predict_layers": 1, "num_hidden_layers": 12}
+CONFIG = dataclasses.replace(parse_config(RAW_CONFIGS["glm4_moe"] | DEEP), max_positions=128)
 
 
 def setting(experts: int) -> Setting:

@@ -28,15 +28,15 @@ SYSTEMS = {
     "on_demand": "fetches the experts of every token",
     "specmoe": "drafts with resident experts, fetches once for several tokens",
 }
-TOKEN_S = 0.1  # of a token without speculation, on the link that is chosen: slow to read, and done in a few seconds
+TOKEN_S = 0.08  # of a token without speculation, on the link that is chosen: slow to read, and done in a few seconds
 
 _MODEL = flags.DEFINE_string("model", "demo", '"demo" (bundled) or a directory with a Hugging Face checkpoint.')
 _PROMPT = flags.DEFINE_string("prompt", "The captain looked at", "The prompt.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 48, "New tokens.", lower_bound=1)
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 40, "New tokens.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.6, "0 is greedy.", lower_bound=0)
 _SEED = flags.DEFINE_integer("seed", 1, "Seed of the sampling.")
 _LINK_GBPS = flags.DEFINE_float(
-    "link_gbps", None, "The emulated link. Default: one on which a token without speculation takes 0.1 s."
+    "link_gbps", None, "The emulated link. Default: one on which a token without speculation takes 0.08 s."
 )
 _VERBOSE = flags.DEFINE_boolean("verbose", False, "All figures of both runs as well.")
 

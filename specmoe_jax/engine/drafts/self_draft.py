@@ -26,7 +26,7 @@ class SelfExecutor(DraftExecutor):
 
     def slots(self, runtime: Runtime, memory: ExpertMemory) -> list[DraftSlots]:
         decoding = memory.residency.slot_of[: runtime.config.num_moe_layers]
-        return draft_slots(decoding, runtime.policies.neighbours, runtime.plan)
+        return draft_slots(decoding, runtime.policies.neighbours, runtime.plan, runtime.config.experts_per_token)
 
 
 DRAFT = SelfExecutor()

@@ -1,0 +1,124 @@
+"""How many drafted tokens of each row are worth the experts that they bring (`draft_stop`). Pure.
+
+A pass that verifies one token more of a row may need experts that no other token of the batch needs and that are not on the
+accelerator. Its draft ran the target's gates, so they are known before the pass, but for those of the last drafted token. The
+token is verified where the tokens that it is expected to add, per expert that it brings, are at least those that the step earns
+on average (EVICT and EcoSpec prune trees by such a rule). Experts that several rows bring are shared evenly among them.
+
+Only counters decide, no clock, so that a run can be repeated.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+FADE = 0.98  # of what earlier steps count for: tens of steps, so that a change of the text shows
+PRIOR, PRIOR_WEIGHT = (
+    0.8,
+    2.0,
+)  # acceptance before anything was seen, and how many tokens it counts for: it makes unseen lengths be tried
+ROW_WEIGHT = 8.0  # tokens of the whole batch that a row's own record is mixed with
+PASS_EXPERTS = 1.0  # of a layer: what a pass costs beside its copies, in copies
+ROUNDS = 3  # of leaving out rows at one position: those that stay then share more experts among fewer
+
+
+class RowStops(NamedTuple):
+    """The record, fading from step to step. tried, accepted: [N], drafted tokens by position: verified, and accepted of them.
+
+    row_tried, row_accepted: [B], of each row, whatever the position. ids: [B], the requests of the rows.
+    """
+
+    tried: np.ndarray
+    accepted: np.ndarray
+    row_tried: np.ndarray
+    row_accepted: np.ndarray
+    ids: np.ndarray
+
+
+class DraftStop(Protocol):
+    """Ends the drafts of the rows of a batch."""
+
+    def begin(self, rows: int, length: int) -> Any:
+        """The record before the first step of a batch of so many rows and drafted tokens."""
+        ...
+
+    def lengths(self, record: Any, choices: np.ndarray, active: np.ndarray, held: np.ndarray) -> np.ndarray:
+        """[B] int32, drafted tokens to verify of each row; 0 for rows that are not active [B].
+
+        choices: [N, L, B, A] int32, what the gates chose at the last committed token and at each drafted one but the last, -1 for
+        padding. held: [L, E] bool, experts on the accelerator.
+        """
+        ...
+
+    def observe(self, record: Any, lengths: np.ndarray, accepted: np.ndarray, active: np.ndarray, ids: np.ndarray) -> Any:
+        """The record after a step that verified `lengths` and accepted `accepted` drafted tokens. ids: [B], of the requests."""
+        ...
+
+
+class UnionStop:
+    """By what each token adds to the union of experts."""
+
+    def begin(self, rows: int, length: int) -> RowStops:
+        places, of_rows = np.zeros(length), np.zeros(rows)
+        return RowStops(places, places, of_rows, of_rows, np.full(rows, -1))
+
+    def lengths(self, record: RowStops, choices: np.ndarray, active: np.ndarray, held: np.ndarray) -> np.ndarray:
+        longest, known, gains = len(choices), held.copy(), np.cumprod(chances(record), axis=1)
+        lengths, goes_on = np.zeros(len(active), np.int32), active.copy()
+        share = _shares(choices[0], goes_on, known)
+        cost, earned = len(held) * PASS_EXPERTS + share.sum(), float(active.sum())
+        _need(choices[0], goes_on, known)
+        for position in range(longest):
+            gain, seen = gains[:, position], position + 1 < longest
+            for _ in range(ROUNDS):
+                share = _shares(choices[position + 1], goes_on, known) if seen else np.where(goes_on, share, 0.0)
+                leave = goes_on & (gain * cost < earned * share)
+                if not leave.any():
+                    break
+                goes_on = goes_on & ~leave
+            if not goes_on.any():
+                break
+            lengths[goes_on] += 1
+            cost, earned = cost + share[goes_on].sum(), earned + gain[goes_on].sum()
+            if seen:
+                _need(choices[position + 1], goes_on, known)
+        return lengths
+
+    def observe(self, record: RowStops, lengths: np.ndarray, accepted: np.ndarray, active: np.ndarray, ids: np.ndarray) -> RowStops:
+        places, same = np.arange(len(record.tried)), record.ids == ids
+        reached = active[:, None] & (lengths[:, None] > places) & (accepted[:, None] >= places)
+        stood = reached & (accepted[:, None] > places)
+        return RowStops(
+            FADE * record.tried + reached.sum(axis=0),
+            FADE * record.accepted + stood.sum(axis=0),
+            FADE * np.where(same, record.row_tried, 0) + reached.sum(axis=1),
+            FADE * np.where(same, record.row_accepted, 0) + stood.sum(axis=1),
+            ids.copy(),
+        )
+
+
+def chances(record: RowStops) -> np.ndarray:
+    """[B, N], probability that a row's drafted token is accepted if those before it are."""
+    by_place = (record.accepted + PRIOR * PRIOR_WEIGHT) / (record.tried + PRIOR_WEIGHT)
+    mean = (record.accepted.sum() + PRIOR * PRIOR_WEIGHT) / (record.tried.sum() + PRIOR_WEIGHT)
+    of_row = (record.row_accepted + mean * ROW_WEIGHT) / (record.row_tried + ROW_WEIGHT)
+    return np.clip(by_place * (of_row / mean)[:, None], 0.0, 1.0)
+
+
+def _shares(ids: np.ndarray, rows: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """[B], experts that a position [L, B, A] brings for each of some rows [B] bool: one that several bring is divided."""
+    taken = np.where(rows[None, :, None], ids, -1)
+    layers = np.broadcast_to(np.arange(len(ids))[:, None, None], ids.shape)
+    wanted = np.zeros(known.shape)
+    np.add.at(wanted, (layers[taken >= 0], taken[taken >= 0]), 1.0)
+    each = np.where(known, 0.0, 1.0 / np.maximum(wanted, 1.0))
+    return np.where(taken >= 0, each[layers, taken], 0.0).sum(axis=(0, 2))
+
+
+def _need(ids: np.ndarray, rows: np.ndarray, known: np.ndarray) -> None:
+    """Marks in `known` what a position [L, B, A] of some rows needs."""
+    for layer, chosen in enumerate(ids[:, rows]):
+        known[layer, chosen[chosen >= 0]] = True
+
+
+UNION = UnionStop()

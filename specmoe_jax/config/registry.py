@@ -122,6 +122,7 @@ RETAIN_POLICIES = Registry(
         "expected": _policy("specmoe_jax.offload.retain_policies:EXPECTED"),
         "drafted": _policy("specmoe_jax.offload.retain_policies:DRAFTED"),
         "drafted_usage": _policy("specmoe_jax.offload.retain_policies:DRAFTED_USAGE"),
+        "drafted_expected": _policy("specmoe_jax.offload.retain_policies:DRAFTED_EXPECTED"),
     },
 )
 DRAFT_STOPS = Registry("draft_stop", {"union": _policy("specmoe_jax.speculate.row_lengths:UNION")})

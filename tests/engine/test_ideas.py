@@ -68,7 +68,7 @@ def test_where_everything_is_held_no_row_ends(model):
     assert stats["verified_per_step"] == 4 and stats["acceptance_by_position"] == [1.0] * 3
 
 
-@pytest.mark.parametrize("policy", RETAIN_POLICIES)
+@pytest.mark.parametrize("policy", [*RETAIN_POLICIES])
 def test_every_order_of_eviction(model, resident, policy):
     tokens, stats = run(model, HOT.replace(retain=True, retain_policy=policy, batch_size=2))
     assert tokens == resident

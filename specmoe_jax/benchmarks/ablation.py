@@ -9,7 +9,7 @@ from specmoe_jax.benchmarks.rounds import Case, compare
 from specmoe_jax.benchmarks.setting import Setting
 from specmoe_jax.config.plan import Plan
 
-CACHES = ("usage", "lru", "frequency", "lfru", "expected")
+CACHES = ("usage", "lru", "lfru", "expected")
 
 
 def ablation(s: Setting) -> dict:
@@ -30,7 +30,7 @@ def cases(s: Setting, batch: int) -> list[Case]:
     fewer, spare = s.experts // 2, (s.experts - s.experts // 2) * layers
     kept = {"retain": True, "spare_slots": s.experts * layers}
     some = {"draft_experts": fewer, "spare_slots": spare}
-    ours = some | {"retain": True, "retain_policy": "drafted_usage", "draft_stop": "union"}
+    ours = some | {"retain": True, "retain_policy": "drafted", "draft_stop": "union"}
     cached = [(f"cache, {policy}", s.plan("on_demand", batch, retain_policy=policy, **kept)) for policy in CACHES]
     plans: list[tuple[str, Plan]] = [
         ("on_demand", s.plan("on_demand", batch)),
@@ -44,7 +44,7 @@ def cases(s: Setting, batch: int) -> list[Case]:
         ("+ fewer pinned, retain", s.specmoe(batch, retain=True, **some)),
         ("+ union stop", s.specmoe(batch, draft_stop="union")),
         ("+ retain, union stop", s.specmoe(batch, retain=True, draft_stop="union")),
-        *((f"+ retain by {policy}", s.specmoe(batch, retain=True, retain_policy=policy)) for policy in BY_DRAFT),
+        ("+ retain by drafted demand", s.specmoe(batch, retain=True, retain_policy="drafted")),
         *((f"+ top {k} of a token", s.specmoe(batch, draft_top_k=k)) for k in top_ks(s)),
         ("merged once", s.specmoe(batch, draft="merged")),
         *((f"merged each {n}", s.specmoe(batch, draft="merged", merge_every=n)) for n in s.ends((1, 4, 16))),
@@ -52,9 +52,6 @@ def cases(s: Setting, batch: int) -> list[Case]:
         ("all, prefetch", s.specmoe(batch, prefetch="draft", **ours)),
     ]
     return [Case(name, plan, None if name == "on_demand" else "on_demand") for name, plan in plans]
-
-
-BY_DRAFT = ("drafted", "drafted_usage")
 
 
 def top_ks(s: Setting) -> tuple[int, ...]:

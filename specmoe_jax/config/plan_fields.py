@@ -122,8 +122,8 @@ class PlanFields:
     retain: bool = field(False, "Freed experts stay usable until their slot is overwritten.", needs=(MOVING,))
     retain_policy: str | None = field(
         None,
-        "Which retained experts are overwritten last: the most used lately (usage), what the draft says the pass still needs "
-        "(drafted, drafted_usage), or as a cache of that name.",
+        "Which retained experts are overwritten last: the most used lately (usage), before them what the draft says that the pass "
+        "still needs (drafted), or as a cache of that name.",
         none="usage",
         choices=RETAIN_POLICIES,
         needs=(RETAIN,),

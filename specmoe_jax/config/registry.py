@@ -117,12 +117,9 @@ RETAIN_POLICIES = Registry(
     {
         "usage": _policy("specmoe_jax.offload.retain_policies:USAGE"),
         "lru": _policy("specmoe_jax.offload.retain_policies:LRU"),
-        "frequency": _policy("specmoe_jax.offload.retain_policies:FREQUENCY"),
         "lfru": _policy("specmoe_jax.offload.retain_policies:LFRU"),
         "expected": _policy("specmoe_jax.offload.retain_policies:EXPECTED"),
         "drafted": _policy("specmoe_jax.offload.retain_policies:DRAFTED"),
-        "drafted_usage": _policy("specmoe_jax.offload.retain_policies:DRAFTED_USAGE"),
-        "drafted_expected": _policy("specmoe_jax.offload.retain_policies:DRAFTED_EXPECTED"),
     },
 )
 DRAFT_STOPS = Registry("draft_stop", {"union": _policy("specmoe_jax.speculate.row_lengths:UNION")})

@@ -11,7 +11,6 @@ from specmoe_jax.offload.host_cache_policies import (
     HostCachePolicy,
     Usage,
     least_frequently_recently_used,
-    least_frequently_used,
     least_recently_used,
     longest_expected_wait,
 )
@@ -46,9 +45,6 @@ def drafted_first(policy: HostCachePolicy) -> HostCachePolicy:
 
 USAGE = RetainPolicy(fading_usage, by_history=False)
 LRU = RetainPolicy(least_recently_used)
-FREQUENCY = RetainPolicy(least_frequently_used)
 LFRU = RetainPolicy(least_frequently_recently_used)
 EXPECTED = RetainPolicy(longest_expected_wait)
-DRAFTED = RetainPolicy(drafted_first(least_frequently_recently_used), by_draft=True)
-DRAFTED_USAGE = RetainPolicy(drafted_first(fading_usage), by_history=False, by_draft=True)
-DRAFTED_EXPECTED = RetainPolicy(drafted_first(longest_expected_wait), by_draft=True)
+DRAFTED = RetainPolicy(drafted_first(fading_usage), by_history=False, by_draft=True)

@@ -17,7 +17,7 @@ PRIOR, PRIOR_WEIGHT = (
     0.8,
     2.0,
 )  # acceptance before anything was seen, and how many tokens it counts for: it makes unseen lengths be tried
-ROW_WEIGHT = 8.0  # tokens of the whole batch that a row's own record is mixed with
+ROW_WEIGHT = 4.0  # tokens of the whole batch that a row's own record of a position is mixed with
 PASS_EXPERTS = 1.0  # of a layer: what a pass costs beside its copies, in copies
 ROUNDS = 3  # of leaving out rows at one position: those that stay then share more experts among fewer
 
@@ -25,7 +25,7 @@ ROUNDS = 3  # of leaving out rows at one position: those that stay then share mo
 class RowStops(NamedTuple):
     """The record, fading from step to step. tried, accepted: [N], drafted tokens by position: verified, and accepted of them.
 
-    row_tried, row_accepted: [B], of each row, whatever the position. ids: [B], the requests of the rows.
+    row_tried, row_accepted: [B, N], of each row's own request. ids: [B], the requests of the rows.
     """
 
     tried: np.ndarray
@@ -59,7 +59,7 @@ class UnionStop:
     """By what each token adds to the union of experts."""
 
     def begin(self, rows: int, length: int) -> RowStops:
-        places, of_rows = np.zeros(length), np.zeros(rows)
+        places, of_rows = np.zeros(length), np.zeros((rows, length))
         return RowStops(places, places, of_rows, of_rows, np.full(rows, -1))
 
     def lengths(self, record: RowStops, choices: np.ndarray, active: np.ndarray, held: np.ndarray) -> np.ndarray:
@@ -85,14 +85,14 @@ class UnionStop:
         return lengths
 
     def observe(self, record: RowStops, lengths: np.ndarray, accepted: np.ndarray, active: np.ndarray, ids: np.ndarray) -> RowStops:
-        places, same = np.arange(len(record.tried)), record.ids == ids
+        places, same = np.arange(len(record.tried)), (record.ids == ids)[:, None]
         reached = active[:, None] & (lengths[:, None] > places) & (accepted[:, None] >= places)
         stood = reached & (accepted[:, None] > places)
         return RowStops(
             FADE * record.tried + reached.sum(axis=0),
             FADE * record.accepted + stood.sum(axis=0),
-            FADE * np.where(same, record.row_tried, 0) + reached.sum(axis=1),
-            FADE * np.where(same, record.row_accepted, 0) + stood.sum(axis=1),
+            FADE * record.row_tried * same + reached,
+            FADE * record.row_accepted * same + stood,
             ids.copy(),
         )
 
@@ -100,9 +100,7 @@ class UnionStop:
 def chances(record: RowStops) -> np.ndarray:
     """[B, N], probability that a row's drafted token is accepted if those before it are."""
     by_place = (record.accepted + PRIOR * PRIOR_WEIGHT) / (record.tried + PRIOR_WEIGHT)
-    mean = (record.accepted.sum() + PRIOR * PRIOR_WEIGHT) / (record.tried.sum() + PRIOR_WEIGHT)
-    of_row = (record.row_accepted + mean * ROW_WEIGHT) / (record.row_tried + ROW_WEIGHT)
-    return np.clip(by_place * (of_row / mean)[:, None], 0.0, 1.0)
+    return (record.row_accepted + ROW_WEIGHT * by_place) / (record.row_tried + ROW_WEIGHT)
 
 
 def _shares(ids: np.ndarray, rows: np.ndarray, known: np.ndarray) -> np.ndarray:

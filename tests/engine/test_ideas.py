@@ -16,7 +16,7 @@ PLANS = {
     "reduced, distinct": HOT.replace(draft_top_k=1, substitution="distinct"),
     "reduced, mask": HOT.replace(draft_top_k=1, substitution="mask"),
     "drafted": HOT.replace(retain=True, retain_policy="drafted"),
-    "drafted, prefetch": HOT.replace(retain=True, retain_policy="drafted_usage", prefetch="draft", draft_stop="union"),
+    "drafted, prefetch": HOT.replace(retain=True, retain_policy="drafted", prefetch="draft", draft_stop="union"),
     "merged": plan(draft="merged", draft_length=3, draft_experts=2, merge_every=1),
     "merged, stop": plan(draft="merged", draft_length=3, draft_experts=2, merge_every=3, merge_experts=4, draft_stop="union"),
     "host": HOT.replace(kv_tier="host", draft_stop="union", retain=True, retain_policy="lfru"),

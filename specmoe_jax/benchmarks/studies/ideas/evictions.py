@@ -17,6 +17,8 @@ from absl import app, flags
 import specmoe_jax as sm
 from specmoe_jax.checkpoints.loader import BUNDLED
 from specmoe_jax.config.plan import Plan
+from specmoe_jax.offload.host_cache_policies import least_frequently_recently_used as lfru
+from specmoe_jax.offload.retain_policies import drafted_first
 from specmoe_jax.planner import replay
 from specmoe_jax.speculate.hot_experts.usage import count_choices
 
@@ -48,6 +50,7 @@ def table(recorded: Recorded, share: float) -> dict[str, dict[str, float]]:
     """Of each policy the hit rate and its part of the way from LRU to Belady."""
     capacity = int(share * recorded.needed[0].size)
     fetched = replay.replay(recorded.needed, capacity, drafted=recorded.drafted)
+    fetched["drafted, lfru"] = replay.cached(recorded.needed, capacity, drafted_first(lfru), recorded.drafted)
     needed, worst, best = fetched.pop("needed"), fetched["lru"], fetched["belady"]
     return {
         name: {"hit_rate": 1 - count / needed, "distance": (worst - count) / max(worst - best, 1)}

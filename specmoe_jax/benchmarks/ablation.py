@@ -30,7 +30,7 @@ def cases(s: Setting, batch: int) -> list[Case]:
     fewer, spare = s.experts // 2, (s.experts - s.experts // 2) * layers
     kept = {"retain": True, "spare_slots": s.experts * layers}
     some = {"draft_experts": fewer, "spare_slots": spare}
-    ours = some | {"retain": True, "retain_policy": "drafted", "draft_stop": "union"}
+    demand = {"retain": True, "retain_policy": "drafted"}
     cached = [(f"cache, {policy}", s.plan("on_demand", batch, retain_policy=policy, **kept)) for policy in CACHES]
     plans: list[tuple[str, Plan]] = [
         ("on_demand", s.plan("on_demand", batch)),
@@ -44,12 +44,14 @@ def cases(s: Setting, batch: int) -> list[Case]:
         ("+ fewer pinned, retain", s.specmoe(batch, retain=True, **some)),
         ("+ union stop", s.specmoe(batch, draft_stop="union")),
         ("+ retain, union stop", s.specmoe(batch, retain=True, draft_stop="union")),
-        ("+ retain by drafted demand", s.specmoe(batch, retain=True, retain_policy="drafted")),
+        ("+ retain by demand", s.specmoe(batch, **demand)),
         *((f"+ top {k} of a token", s.specmoe(batch, draft_top_k=k)) for k in top_ks(s)),
         ("merged once", s.specmoe(batch, draft="merged")),
         *((f"merged each {n}", s.specmoe(batch, draft="merged", merge_every=n)) for n in s.ends((1, 4, 16))),
-        ("all together", s.specmoe(batch, **ours)),
-        ("all, prefetch", s.specmoe(batch, prefetch="draft", **ours)),
+        ("retain by demand, union stop", s.specmoe(batch, draft_stop="union", **demand)),
+        ("retain by demand, guard", s.specmoe(batch, guard=True, **demand)),
+        *((f"all, top {k}", s.specmoe(batch, draft_stop="union", draft_top_k=k, **demand)) for k in top_ks(s)),
+        ("all, fewer pinned, prefetch", s.specmoe(batch, draft_stop="union", prefetch="draft", **demand, **some)),
     ]
     return [Case(name, plan, None if name == "on_demand" else "on_demand") for name, plan in plans]
 

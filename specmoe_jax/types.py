@@ -95,6 +95,14 @@ class Tree(NamedTuple):
     mask: jax.Array
 
 
+class Grown(NamedTuple):
+    """Keys and values [B, E, K, D] of the nodes of a tree that a draft's layer has computed, and how they hang together."""
+
+    k: jax.Array
+    v: jax.Array
+    tree: Tree
+
+
 class Proposal(NamedTuple):
     """What a draft proposes for each row.
 

@@ -37,6 +37,7 @@ from specmoe_jax.jobs import job as jobs
 from specmoe_jax.jobs.journal import Journal
 from specmoe_jax.jobs.prompts import STDIN, Prompt, as_chat, read_prompts
 from specmoe_jax.jobs.routing_traces import prepare_folder
+from specmoe_jax.jobs.shards import Part, parse_shard
 from specmoe_jax.jobs.tables import as_table, check_output, lines_of, write_table
 from specmoe_jax.jobs.watch import JobWatch
 from specmoe_jax.models.eagle.network import EagleHead
@@ -72,6 +73,11 @@ _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Compute and weight type. Defa
 _CHAT = flags.DEFINE_boolean("chat", False, "Prompts are messages of a user, put through the model's chat template (needs jinja2).")
 _ADAPTER = flags.DEFINE_string("adapter", None, "A directory with a LoRA adapter (PEFT), merged into the model as it is loaded.")
 _STREAM = flags.DEFINE_boolean("stream", False, "Print text as it is committed.")
+_SHARD = flags.DEFINE_string(
+    "shard",
+    None,
+    "The part i/n of the job that this run does, 1/n to n/n, into a file of its own; specmoe merge_outputs joins them.",
+)
 _RESTART = flags.DEFINE_boolean("restart", False, "Begin the job of --output anew instead of going on with it.")
 _STATS = flags.DEFINE_string("stats", None, "Where the figures of the run go, as JSON.")
 _METRICS_FILE = flags.DEFINE_string("metrics_file", None, "Where the figures so far go each second, in Prometheus' text format.")
@@ -93,14 +99,16 @@ def main() -> None:
         common.usage_error("no prompt; give --prompt=TEXT or --prompts=FILE")
     if _RESTART.value and not _OUTPUT.value:
         common.usage_error("--restart has no effect without --output; leave it out")
+    if _SHARD.value and (_PROMPT.value or not _OUTPUT.value):
+        common.usage_error("--shard is of a job with --prompts and --output, without --prompt; give both, or leave it out")
     if _ROUTING_WEIGHTS.value and not _ROUTING_TRACES.value:
         common.usage_error("--routing_weights has no effect without --routing_traces; give both")
     folder = checkpoint_path(_MODEL.value)
-    prompts = read_all_prompts(folder)
+    part = part_of(read_all_prompts(folder))
     check_files(
         read={"--prompts": None if _PROMPTS.value == STDIN else _PROMPTS.value, "--plan": _PLAN.value},
-        output=_OUTPUT.value and lines_of(_OUTPUT.value),
-        written=({"the table of --output": _OUTPUT.value} if as_table(_OUTPUT.value) else {})
+        output=part.output and lines_of(part.output),
+        written=({"the table of --output": part.output} if as_table(part.output) else {})
         | {"--stats": _STATS.value, "--metrics_file": _METRICS_FILE.value},
         trace=_TRACE.value,
     )
@@ -112,15 +120,15 @@ def main() -> None:
     if head := jobs.read_head(folder):
         keep_bad = _OUTPUT.value is not None
         how = {"keep_bad": keep_bad, "must_work": len(_PROMPT.value)}
-        if _CHAT.value or any(prompt.conversation for prompt in prompts):
-            prompts = as_chat(prompts, folder, head.tokenizer, every=_CHAT.value, **how)
+        if _CHAT.value or any(prompt.conversation for prompt in part.prompts):
+            part = part._replace(prompts=as_chat(part.prompts, folder, head.tokenizer, every=_CHAT.value, **how))
         if is_auto():  # a bad prompt is told before the machine is measured
-            jobs.check_before_loading(head, preset("resident", head.config), prompts, **how)
-        plan = make_plan(head, folder, prompts)
-        jobs.check_before_loading(head, plan, prompts, **how, **draft_configs(head, plan))
+            jobs.check_before_loading(head, preset("resident", head.config), part.own, **how)
+        plan = make_plan(head, folder, part.own)
+        jobs.check_before_loading(head, plan, part.own, **how, **draft_configs(head, plan))
         if plan.drafting.given == "mtp_head":
             find_mtp(folder, head.config)
-    loading = Stopwatch()
+    loading, prompts = Stopwatch(), part.own
     model, changes, error = load(prompts)
     draft_model = load_model(_DRAFT_MODEL.value, dtype=model.dtype, progress=_PROGRESS.value) if _DRAFT_MODEL.value else None
     if changes and is_auto():  # experts went to the disk, where not every plan runs
@@ -135,7 +143,7 @@ def main() -> None:
     engine = Engine(model, plan, **options)
     load_s = loading.seconds
     with trace(_TRACE.value):
-        job = generate(engine, prompts)
+        job = generate(engine, part)
     if spans is not None and _TRACE.value:
         write_lanes(spans, pathlib.Path(_TRACE.value) / "lanes.json")
     stats = final_stats(engine, prompts) | error | {"load_s": load_s, "wall_s": watch.seconds, "requests": job.timings}
@@ -166,9 +174,19 @@ def draft_configs(head: jobs.ModelHead, plan: Plan) -> dict:
     }
 
 
-def generate(engine: Engine, prompts: list[Prompt]) -> JobWatch:
+def part_of(prompts: list[Prompt]) -> Part:
+    """The part of the job that this run does."""
+    if not _SHARD.value or not _OUTPUT.value:
+        return Part(prompts, None, _OUTPUT.value)
+    shard = parse_shard(_SHARD.value)
+    return Part(prompts, shard, shard.output(_OUTPUT.value))
+
+
+def generate(engine: Engine, part: Part) -> JobWatch:
     """The job of --output, or the texts on stdout. -> what was told of it."""
-    shown = [IncrementalText(engine.model, prompt.params.stop, prompt.model_input) for prompt in prompts] if _STREAM.value else []
+    prompts, numbered = part.own, dict(enumerate(part.own, part.first))
+    streamed = numbered if _STREAM.value else {}
+    shown = {i: IncrementalText(engine.model, prompt.params.stop, prompt.model_input) for i, prompt in streamed.items()}
 
     def watched(todo: dict[int, Prompt], failed: int) -> JobWatch:
         limits = [prompt.params.max_new_tokens for prompt in todo.values()]
@@ -180,28 +198,27 @@ def generate(engine: Engine, prompts: list[Prompt]) -> JobWatch:
             print_piece(event, shown[event.id], several=len(prompts) > 1)
 
     traces = pathlib.Path(_ROUTING_TRACES.value) if _ROUTING_TRACES.value else None
-    if not _OUTPUT.value:
+    if not part.output:
         if traces is not None:
             prepare_folder(traces, done=())
-        todo = dict(enumerate(prompts))
-        with watched(todo, failed=0) as watch:
-            done = list(jobs.completions(engine, todo, watch, on_event=on_event, traces=traces))
+        with watched(numbered, failed=0) as watch:
+            done = list(jobs.completions(engine, numbered, watch, on_event=on_event, traces=traces))
             if not _STREAM.value:
                 print_completions(done, apart=_CHAT.value)
         return watch
-    reasons = jobs.refusals(engine.model, prompts, must_work=len(_PROMPT.value))
+    reasons = jobs.refusals(engine.model, prompts, must_work=len(_PROMPT.value), first=part.first)
     assert engine.model.path is not None  # it was loaded
-    job = jobs.fingerprint(prompts, engine.plan, engine.model.path, engine.model.adapter, routing_detail())
-    with contextlib.closing(Journal(lines_of(_OUTPUT.value), job, restart=_RESTART.value, requests=len(prompts))) as journal:
+    job = jobs.fingerprint(part.prompts, engine.plan, engine.model.path, engine.model.adapter, routing_detail()) | part.identity
+    with contextlib.closing(Journal(lines_of(part.output), job, restart=_RESTART.value, requests=len(part.prompts))) as journal:
         if traces is not None:
-            prepare_folder(traces, journal.done - {index for index, reason in enumerate(reasons) if reason})
-        todo = jobs.record_errors(prompts, reasons, journal)
+            prepare_folder(traces, journal.done - {index for index, reason in enumerate(reasons, part.first) if reason})
+        todo = jobs.record_errors(prompts, reasons, journal, first=part.first)
         if done := len(prompts) - len(todo) - sum(map(bool, reasons)):
-            print(f"{done} of {len(prompts)} prompts were done before, {len(todo)} are left: {_OUTPUT.value}", file=sys.stderr)
+            print(f"{done} of {len(prompts)} prompts were done before, {len(todo)} are left: {part.output}", file=sys.stderr)
         with watched(todo, failed=sum(map(bool, reasons))) as watch:
             jobs.run_job(engine, todo, journal, watch, on_event=on_event, traces=traces)
         journal.check_present()
-        write_table(_OUTPUT.value)
+        write_table(part.output)
     return watch
 
 

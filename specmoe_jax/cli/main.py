@@ -17,6 +17,7 @@ GROUPS = {
         "generate": "specmoe_jax.cli.generate",
         "chat": "specmoe_jax.cli.chat",
         "serve": "specmoe_jax.cli.serve",
+        "merge_outputs": "specmoe_jax.cli.merge_outputs",
         "evaluate": "specmoe_jax.cli.evaluate",
     },
     "choose a plan": {

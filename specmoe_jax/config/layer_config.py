@@ -40,6 +40,25 @@ class Latent:
 
 
 @dataclasses.dataclass(frozen=True)
+class Indexer:
+    """What chooses the positions that a query attends of a longer context (models/selection), beside latent attention.
+
+    heads, dim: of index queries; an index key has one head. kept: positions that a query attends at most. rope: of the first
+    numbers of queries and keys.
+    """
+
+    heads: int
+    dim: int
+    kept: int
+    rope: Rope
+
+    @property
+    def asked(self) -> int:
+        """Numbers of a position's index queries, a weight with each."""
+        return self.heads * (self.dim + 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Recurrence:
     """Linear attention by the gated delta rule (Yang et al. 2024, Gated DeltaNet): a state of fixed size instead of a cache.
 
@@ -85,6 +104,8 @@ class AttentionConfig:
     family leaves that open. gated: queries come with a gate of their outputs (Qwen3-Next), behind them in the last axis.
     value_dim: of a value head where it is not D (MiMo); zeros fill its cache. value_scale: multiplies values.
     recurrent: then nothing is attended, H and K are value and key heads, and there is no cache by positions.
+    indexer: index keys lie behind the latent in the value cache, so D is rank + the larger of rope and index dim; queries come
+    with what they ask of it, behind them in the last axis.
     """
 
     num_heads: int
@@ -103,6 +124,7 @@ class AttentionConfig:
     value_dim: int | None = None
     value_scale: float = 1.0
     recurrent: Recurrence | None = None
+    indexer: Indexer | None = None
 
     @property
     def cache_dim(self) -> int:
@@ -120,9 +142,14 @@ class AttentionConfig:
         return self.value_dim or self.head_dim
 
     @property
+    def asked_dim(self) -> int:
+        """Of the share of one query head in what a position asks an indexer for."""
+        return -(-self.indexer.asked // self.num_heads) if self.indexer else 0
+
+    @property
     def query_dim(self) -> int:
-        """Of what is projected for one query head: itself, and its gate where there is one."""
-        return 2 * self.head_dim if self.gated else self.head_dim
+        """Of what comes with one query head: itself, and where there are any its gate and its share of the indexer's."""
+        return (2 * self.head_dim if self.gated else self.head_dim) + self.asked_dim
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,7 @@ class PlanFields:
     draft_experts: int | tuple[int, ...] | None = field(
         None, "Draft experts per layer: hot (draft=self) or merged (draft=merged).", by_draft=True
     )
-    draft_tree_top_k: int | None = field(None, "Branches of a drafted node (draft=eagle).", none="a chain", by_draft=True)
+    draft_tree_top_k: int | None = field(None, "Branches of a drafted node (draft=eagle or mtp).", none="a chain", by_draft=True)
     draft_tree_tokens: int | None = field(
         None, "Nodes of the tree to verify, the best of it; draft_length is its depth.", none="a chain", by_draft=True
     )

@@ -114,21 +114,29 @@ def check_before_loading(head: ModelHead, plan: Plan, prompts: list[Prompt], *, 
         check_job(head, plan, [prompt.model_input for prompt in good], [prompt.params for prompt in good], **drafts)
 
 
-def refusals(model: Model | ModelHead, prompts: list[Prompt], *, must_work: int = 0) -> list[str | None]:
-    """Why each prompt cannot be served, or None. Raises RequestError for one of the first `must_work` of them."""
-    reasons = [prompt.error or refusal(model, index, prompt.model_input, prompt.params) for index, prompt in enumerate(prompts)]
+def refusals(model: Model | ModelHead, prompts: list[Prompt], *, must_work: int = 0, first: int = 0) -> list[str | None]:
+    """Why each prompt cannot be served, or None. Raises RequestError for one of the first `must_work` of them.
+
+    first: the number of the first one in the whole job.
+    """
+    numbered = enumerate(prompts, first)
+    reasons = [prompt.error or refusal(model, number, prompt.model_input, prompt.params) for number, prompt in numbered]
     for reason in filter(None, reasons[:must_work]):
         raise RequestError(reason)
     return reasons
 
 
-def record_errors(prompts: list[Prompt], reasons: list[str | None], journal: Journal) -> dict[int, Prompt]:
-    """Writes a record with finish_reason "error" for each prompt with a reason. -> numbered prompts still to do."""
-    refused = [(index, reason) for index, reason in enumerate(reasons) if reason and index not in journal.done]
+def record_errors(prompts: list[Prompt], reasons: list[str | None], journal: Journal, *, first: int = 0) -> dict[int, Prompt]:
+    """Writes a record with finish_reason "error" for each prompt with a reason. -> numbered prompts still to do.
+
+    first: as of `refusals`.
+    """
+    numbered = enumerate(reasons, first)
+    refused = [(number, reason) for number, reason in numbered if reason and number not in journal.done]
     for start in range(0, len(refused), RECORDS_AT_ONCE):
         some = refused[start : start + RECORDS_AT_ONCE]
-        journal.append(*(error_record(index, prompts[index], reason) for index, reason in some))
-    return {index: prompt for index, prompt in enumerate(prompts) if index not in journal.done}
+        journal.append(*(error_record(number, prompts[number - first], reason) for number, reason in some))
+    return {number: prompt for number, prompt in enumerate(prompts, first) if number not in journal.done}
 
 
 def run_job(engine: Engine, todo: dict[int, Prompt], journal: Journal, watch: JobWatch, *, on_event=None, traces=None) -> None:

@@ -143,6 +143,15 @@ class Journal:
             return  # the next start cuts it off
 
 
+def read_identity(output: str) -> dict[str, Any] | None:
+    """What the journal beside an output says of its job; None where there is none."""
+    try:
+        written = json.loads(pathlib.Path(f"{os.path.realpath(output)}.journal").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return written if isinstance(written, dict) else None
+
+
 @contextlib.contextmanager
 def _writing(path: pathlib.Path) -> Iterator[None]:
     """A system error before the job has begun, as one line."""

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from specmoe_jax.checkpoints.chat import FIXED, encode_chat
@@ -106,8 +106,7 @@ def read_prompts(
     """
     form = _Defaults(defaults, sampled or {})
     if is_table(path):
-        rows = ((number, f"row {number}", lambda row=row: row) for number, row in enumerate(read_rows(path, column), 1))
-        prompts = [_parse_or_keep(*row, form, keep_bad, path) for row in rows]
+        prompts = prompts_of(read_rows(path, column), defaults, sampled=sampled, keep_bad=keep_bad, source=path)
     elif column is not None:
         raise RequestError(f"{path} has no columns, of which {column!r} is to be read; give a .parquet file or a dataset's folder")
     else:
@@ -115,6 +114,15 @@ def read_prompts(
     if not prompts:
         raise RequestError(f"prompts file {path} holds no prompt; give at least one")
     return prompts
+
+
+def prompts_of(
+    rows: Iterable[dict[str, Any]], defaults: SamplingParams, *, sampled: dict | None = None, keep_bad: bool = False, source: str
+) -> list[Prompt]:
+    """Rows, each the fields of a JSON line, which are consumed. source: what messages call them. Raises as `read_prompts`."""
+    form = _Defaults(defaults, sampled or {})
+    numbered = ((number, f"row {number}", lambda row=row: row) for number, row in enumerate(rows, 1))
+    return [_parse_or_keep(*row, form, keep_bad, source) for row in numbered]
 
 
 def read_lines(path: str) -> list[str]:

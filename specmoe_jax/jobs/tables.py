@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Any, BinaryIO
 
 from specmoe_jax.support.atomic_files import replacing
@@ -83,7 +83,7 @@ def _chosen(names: list[str], column: str | None, path: str) -> list[str] | None
 
 
 def _fields(row: dict[str, Any], column: str | None) -> dict[str, Any]:
-    fields = _without_nulls(row)
+    fields = without_nulls(row)
     if column is None or column not in fields:
         return fields
     value = fields.pop(column)
@@ -91,11 +91,11 @@ def _fields(row: dict[str, Any], column: str | None) -> dict[str, Any]:
     return fields | {"messages" if of_messages else "prompt": value}
 
 
-def _without_nulls(value: Any) -> Any:
-    """A table gives every row each field of any row."""
+def without_nulls(value: Any) -> Any:
+    """The fields of a row without those that are null, at any depth: a table gives every row each field of any row."""
     if isinstance(value, dict):
-        return {key: _without_nulls(own) for key, own in value.items() if own is not None}
-    return [_without_nulls(own) for own in value] if isinstance(value, list) else value
+        return {key: without_nulls(own) for key, own in value.items() if own is not None}
+    return [without_nulls(own) for own in value] if isinstance(value, list) else value
 
 
 def as_table(output: str | None) -> bool:
@@ -127,17 +127,27 @@ def write_table(output: str) -> None:
 
     lines_file = lines_of(output)
     with replacing(output) as file, open(lines_file, "rb") as lines:
-        order = sorted((json.loads(line)["index"], place) for place, line in _places(lines))
-        records = (_record(lines, place) for _, place in order)
-        schema = _schema(records)
+        order = in_order(lines)
+        records = (_record(lines, place) for place in order)
+        schema = _schema(set().union(*records))
         with pyarrow.parquet.ParquetWriter(file, schema) as writer:
-            rows = (_row(_record(lines, place), schema.names) for _, place in order)
+            rows = (_row(_record(lines, place), schema.names) for place in order)
             while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
                 writer.write_table(pyarrow.Table.from_pylist(some, schema))
 
 
-def _schema(records: Iterable[dict[str, Any]]) -> Any:
-    """The columns that any record has, of types that do not depend on the records."""
+def table_of(lines_file: str) -> Any:
+    """The answers of a job as a table in memory, in the order of the prompts and with every column that answers may have."""
+    import pyarrow
+
+    schema = _schema()
+    with open(lines_file, "rb") as lines:
+        rows = [_row(_record(lines, place), schema.names) for place in in_order(lines)]
+    return pyarrow.Table.from_pylist(rows, schema)
+
+
+def _schema(names: Set[str] | None = None) -> Any:
+    """The columns of these names (None: all) that answers have, of types that do not depend on the records."""
     import pyarrow as pa
 
     logprob = [("token_id", pa.int32()), ("logprob", pa.float64())]
@@ -147,8 +157,12 @@ def _schema(records: Iterable[dict[str, Any]]) -> Any:
         "finish_reason": pa.string(), "num_prompt_tokens": pa.int64(), "num_new_tokens": pa.int64(), "error": pa.string(),
         "logprobs": tokens, "prompt_logprobs": tokens, "channels": pa.map_(pa.string(), pa.string()),
     }  # fmt: skip
-    found = set().union(*records)
-    return pa.schema([(name, kind) for name, kind in types.items() if name in found])
+    return pa.schema([(name, kind) for name, kind in types.items() if names is None or name in names])
+
+
+def in_order(lines: BinaryIO) -> list[int]:
+    """The places of a job's answers in their file, in the order of the prompts."""
+    return [place for _, place in sorted((json.loads(line)["index"], place) for place, line in _places(lines))]
 
 
 def _places(lines: BinaryIO) -> Iterator[tuple[int, bytes]]:

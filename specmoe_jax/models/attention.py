@@ -5,7 +5,9 @@ import jax.numpy as jnp
 
 from specmoe_jax import ops
 from specmoe_jax.config.layer_config import AttentionConfig
-from specmoe_jax.types import KVCache, Tree
+from specmoe_jax.models.selection import attention as selection
+from specmoe_jax.models.selection.indexer import asked_of, selects
+from specmoe_jax.types import Grown, KVCache, Tree
 
 
 def attend(config: AttentionConfig, q, k, v, sinks, k_cache, v_cache, lengths, num_new, tree: Tree | None = None):
@@ -14,8 +16,12 @@ def attend(config: AttentionConfig, q, k, v, sinks, k_cache, v_cache, lengths, n
     sinks: [H] or None. tree: of the new tokens, None for a chain. Gated queries are [B, T, H, 2 D].
     -> attended [B, T, H, D] and the caches. Rows t >= num_new[b] write nothing and give zeros.
     """
+    q, asked = asked_of(config, q)
     q, gate = gate_of(config, q)
     q, k, v = (_padded(config, a) for a in (q, k, v))
+    if selects(config, k_cache.shape[2]):
+        out, *caches = selection.attend(config, q, asked, k, v, k_cache, v_cache, lengths, num_new, tree)
+        return out[..., : config.head_dim], *caches
     mask = None if tree is None else tree.mask
     out, *caches = ops.chunked_attention(
         q, k, v, k_cache, v_cache, lengths, num_new=num_new, tree_mask=mask, sinks=sinks, **_options(config)
@@ -39,11 +45,22 @@ def attend_rows(config: AttentionConfig, q, k, v, kv: KVCache, rows, lengths, nu
     return attended.at[rows].get(mode="fill", fill_value=0), KVCache(k=(k_cache,), v=(v_cache,))
 
 
+def behind(grown: Grown, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A tree's last generation [B, k, ..] behind those before it, whose queries are zeros: they need no output again."""
+    k, v = jnp.concatenate([grown.k, k], axis=1), jnp.concatenate([grown.v, v], axis=1)
+    return jnp.pad(q, ((0, 0), (k.shape[1] - q.shape[1], 0), (0, 0), (0, 0))), k, v
+
+
 def attend_paged(
     config: AttentionConfig, q, k, v, sinks, cache: ops.PackedCache, table, lengths, num_new, tree: Tree | None = None
 ):
     """As `attend`, over a paged packed cache: rows of `table` [B, P] int32 name the pages of each row. -> attended, cache."""
+    q, asked = asked_of(config, q)
     q, gate = gate_of(config, q)
+    if selects(config, table.shape[1] * cache.shape[2]):
+        cache = append_paged(config, k, v, cache, table, lengths, num_new)
+        out = selection.attend_paged(config, _padded(config, q), asked, cache, table, lengths, num_new, tree)
+        return out[..., : config.head_dim], cache
     q, k, v = (_padded(config, a) for a in (q, k, v))
     outs = []
     for start in range(0, q.shape[1], ops.MAX_NEW):  # each piece finds those before it in the cache

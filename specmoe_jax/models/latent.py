@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from specmoe_jax.config.layer_config import AttentionConfig
 from specmoe_jax.models.basics import heads, linear, rms_norm, rope
+from specmoe_jax.models.selection import indexer
 from specmoe_jax.models.spec import LayerWeights
 
 NORM_EPS = 1e-6  # of the two norms inside, whatever the config says of the others (transformers' default for them)
@@ -19,17 +20,30 @@ NORM_EPS = 1e-6  # of the two norms inside, whatever the config says of the othe
 def project(
     config: AttentionConfig, weights: LayerWeights[jax.Array], x: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [B, T, M], normed -> q [B, T, H, D], k and v [B, T, 1, D] with D = rank + rope; v is zero beyond rank."""
+    """x [B, T, M], normed -> q [B, T, H, D], k and v [B, T, 1, D] with D = rank + rope; v is zero beyond rank.
+
+    With an indexer its keys stand there, D has room for them, and q is [B, T, H, D + asked_dim].
+    """
     latent = config.latent
     assert latent is not None and weights.kv_a is not None and weights.kv_a_norm is not None
-    q = heads(linear(_query_input(weights, x), weights.q), config.num_heads)
+    query_input = _query_input(weights, x)
+    q = heads(linear(query_input, weights.q), config.num_heads)
     up_k, _ = _up(config, weights)
     q_latent = jnp.einsum("bthn,hnr->bthr", q[..., : latent.nope], up_k, precision="highest")
     row = linear(x, weights.kv_a)[:, :, None]  # [B, T, 1, rank + rope]
     c = rms_norm(row[..., : latent.rank], weights.kv_a_norm, NORM_EPS)
     rotated = (rope(a, positions, config.rope) for a in (q[..., latent.nope :], row[..., latent.rank :]))
     q, k = (jnp.concatenate(pair, axis=-1) for pair in zip((q_latent, c), rotated, strict=True))
-    return q, k, jnp.pad(c, ((0, 0), (0, 0), (0, 0), (0, latent.rope)))
+    if weights.indexer is None:
+        return q, k, _wide(config, c)
+    asked, index_keys = indexer.project(config, weights.indexer, x, query_input, positions)
+    v = jnp.concatenate([c, index_keys], axis=-1)
+    return jnp.concatenate([_wide(config, q), asked], axis=-1), _wide(config, k), _wide(config, v)
+
+
+def _wide(config: AttentionConfig, a: jax.Array) -> jax.Array:
+    """[..., n] -> [..., D] with zeros behind."""
+    return jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, config.head_dim - a.shape[-1])))
 
 
 def values(config: AttentionConfig, weights: LayerWeights[jax.Array], attended: jax.Array) -> jax.Array:

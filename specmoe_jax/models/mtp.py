@@ -19,7 +19,7 @@ from flax import struct
 from specmoe_jax.config.layer_config import LayerConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models import layers
-from specmoe_jax.models.attention import attend_rows
+from specmoe_jax.models.attention import attend, attend_rows, behind
 from specmoe_jax.models.basics import linear, rms_norm
 from specmoe_jax.models.experts import block_bytes, expert_ffn
 from specmoe_jax.models.families.registry import family_of
@@ -28,7 +28,7 @@ from specmoe_jax.models.packing import pack
 from specmoe_jax.models.published.naming import mtp_prefixes, norm_spec
 from specmoe_jax.models.spec import LayerWeights, Layout, Leaf, TensorSpec, map_specs, random_block, random_tensor, spec_leaves
 from specmoe_jax.support.errors import PlanError
-from specmoe_jax.types import KVCache
+from specmoe_jax.types import Grown, KVCache
 
 
 @struct.dataclass
@@ -125,20 +125,47 @@ def forward(
     cache is, any number outside 0..B-1 is padding; lengths, num_new [b]: positions that their caches hold, and new ones.
     -> the states of the tokens [b, T, M], normed, and the cache with their keys and values.
     """
+    h, projected = _project(head, tokens, state, lengths, jnp.arange(tokens.shape[1], dtype=jnp.int32))
+    sinks, valid = head.weights.layer.sinks, jnp.arange(tokens.shape[1]) < num_new[:, None]
+    attended, kv = attend_rows(head.config.attention, *projected, kv, rows, lengths, num_new, sinks=sinks)
+    return _finish(head, h, attended, valid), kv
+
+
+def forward_tree(
+    head: MtpHead, tokens: jax.Array, state: jax.Array, grown: Grown, kv: KVCache, lengths: jax.Array, num_new: jax.Array
+) -> tuple[jax.Array, Grown, KVCache]:
+    """One generation of a tree in every row: tokens [B, k], each with the state [B, k, M] of its parent.
+
+    grown: the generations before it, whose keys stand again at lengths[b] on; tree: of all nodes, this generation last.
+    num_new [B]: 1 for rows that draft. -> the states of the tokens, grown with this generation, and the cache.
+    """
+    width, config, sinks = tokens.shape[1], head.config.attention, head.weights.layer.sinks
+    h, projected = _project(head, tokens, state, lengths, grown.tree.depths[:, -width:])
+    q, k, v = behind(grown, *projected)
+    attended, k_cache, v_cache = attend(config, q, k, v, sinks, kv.k[0], kv.v[0], lengths, num_new * k.shape[1], grown.tree)
+    outputs = _finish(head, h, attended[:, -width:], jnp.broadcast_to(num_new[:, None] > 0, tokens.shape))
+    return outputs, Grown(k=k, v=v, tree=grown.tree), KVCache(k=(k_cache,), v=(v_cache,))
+
+
+def _project(head: MtpHead, tokens: jax.Array, state: jax.Array, lengths: jax.Array, depths: jax.Array):
+    """The layer as far as its attention; depths: of the tokens beyond lengths[b]. -> h [B, T, M], and q, k, v."""
     config, weights = head.config, head.weights
-    eps, valid = config.norm_eps, jnp.arange(tokens.shape[1]) < num_new[:, None]
     embedded = head.embed[tokens].astype(state.dtype)
     norms = ((embedded, weights.token_norm), (state, weights.state_norm))
-    both = (rms_norm(x, weight, eps, config.norm_plus) for x, weight in norms)
+    both = (rms_norm(x, weight, config.norm_eps, config.norm_plus) for x, weight in norms)
     h = linear(jnp.concatenate(tuple(both), axis=-1), weights.fc)
-    positions = lengths[:, None] + 1 + jnp.arange(tokens.shape[1], dtype=jnp.int32)  # the token's, one after the state's
-    projected = layers.pre_attention(config, weights.layer, h, positions)
-    attended, kv = attend_rows(config.attention, *projected, kv, rows, lengths, num_new, sinks=weights.layer.sinks)
+    positions = lengths[:, None] + 1 + depths  # the token's, one after the state's
+    return h, layers.pre_attention(config, weights.layer, h, positions)
+
+
+def _finish(head: MtpHead, h: jax.Array, attended: jax.Array, valid: jax.Array) -> jax.Array:
+    """The layer after its attention -> states [B, T, M], normed."""
+    config, weights = head.config, head.weights
     h, x, routing = layers.post_attention(config, weights.layer, h, attended, valid)
     if routing is not None:
         assert head.experts is not None  # the layer has some
         h = layers.combine(h, expert_ffn(config.own_experts, x, head.experts, routing.ids), routing)
-    return rms_norm(h, weights.norm, eps, config.norm_plus), kv
+    return rms_norm(h, weights.norm, config.norm_eps, config.norm_plus)
 
 
 def logits(head: MtpHead, state: jax.Array) -> jax.Array:

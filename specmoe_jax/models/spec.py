@@ -103,6 +103,17 @@ class RecurrentWeights(Generic[Leaf]):
 
 
 @struct.dataclass
+class IndexerWeights(Generic[Leaf]):
+    """Of what chooses the positions that are attended."""
+
+    q: Leaf  # [index heads * index dim, rank of queries]
+    k: Leaf  # [index dim, M]
+    k_norm: Leaf  # [index dim]
+    k_norm_bias: Leaf
+    heads: Leaf  # [index heads, M], the weight of each
+
+
+@struct.dataclass
 class LayerWeights(Generic[Leaf]):
     """Everything of one layer but its routed experts. Leaves are TensorSpecs or arrays of those shapes.
 
@@ -136,6 +147,7 @@ class LayerWeights(Generic[Leaf]):
     kv_a: Leaf | None = None  # [rank + rope, M]
     kv_a_norm: Leaf | None = None  # [rank]
     kv_b: Leaf | None = None  # [H * (nope + value), rank]
+    indexer: IndexerWeights[Leaf] | None = None
     recurrent: RecurrentWeights[Leaf] | None = None
 
 

@@ -94,7 +94,8 @@ def layer_sizes(config: ModelConfig) -> tuple[LayerSizes, ...]:
 
 def _sizes(weights: LayerWeights) -> LayerSizes:
     recurrent = (weights.recurrent.z, weights.recurrent.b, weights.recurrent.a) if weights.recurrent else ()
-    before = (weights.q, weights.k, weights.v, weights.q_a, weights.kv_a, *recurrent)
+    indexer = (weights.indexer.q, weights.indexer.k, weights.indexer.heads) if weights.indexer else ()
+    before = (weights.q, weights.k, weights.v, weights.q_a, weights.kv_a, *recurrent, *indexer)
     cross = (weights.cross.q, weights.cross.o) if weights.cross else ()
     mlp = (weights.mlp.gate, weights.mlp.up, weights.mlp.down) if weights.mlp else ()
     after = (weights.o, weights.router, weights.shared_gate, *cross, *mlp)
@@ -115,8 +116,13 @@ def attention(config: AttentionConfig, load: Load, itemsize: int, *, resource: s
     """Scores and mixture over the cache, which is read once for all new positions of a row and all heads of a KV group."""
     context = min(x for x in (load.context + load.new / 2, config.window, config.chunk) if x is not None)
     flops = 4 * load.tokens * context * config.num_heads * config.cache_dim
+    read = load.rows * context * cache_row(config)
+    if config.indexer is not None and context > config.indexer.kept:  # index keys once, and of each query what it chose
+        kept = config.indexer.kept
+        flops = load.tokens * (2 * context * config.indexer.asked + 4 * kept * config.num_heads * config.cache_dim)
+        read = load.rows * context * config.indexer.dim + load.tokens * kept * cache_row(config)
     operator = "cpu_attention" if resource == CPU else "attention"
-    return Cost(resource, operator, flops, load.rows * context * cache_row(config) * itemsize, programs)
+    return Cost(resource, operator, flops, read * itemsize, programs)
 
 
 def recurrence(config: AttentionConfig, load: Load, *, programs: int = 1) -> Cost:

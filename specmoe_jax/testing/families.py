@@ -23,8 +23,8 @@ _LATENT = {
     "hidden_size": 40, "intermediate_size": 56, "moe_intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 5,
     "num_key_value_heads": 5, "n_routed_experts": 9, "n_shared_experts": 1, "num_experts_per_tok": 3, "first_k_dense_replace": 1,
     "kv_lora_rank": 20, "q_lora_rank": 14, "qk_nope_head_dim": 12, "qk_rope_head_dim": 6, "v_head_dim": 10,
-    "norm_topk_prob": True, "routed_scaling_factor": 2.5, "attention_bias": False, "index_n_heads": 2, "index_head_dim": 8,
-    "index_topk": 64,
+    "norm_topk_prob": True, "routed_scaling_factor": 2.5, "attention_bias": False, "index_n_heads": 7, "index_head_dim": 8,
+    "index_topk": 6,
 }  # fmt: skip
 
 RAW_CONFIGS = {
@@ -128,14 +128,14 @@ RAW_CONFIGS = {
             "mrope_interleaved": True,
         },
     },
-    # An indexer that keeps more positions than the tests have.
+    # An indexer that keeps fewer positions than the tests have; so many heads that no two scores are alike.
     "deepseek_v32": _COMMON | _LATENT | {
         "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", "n_group": 3, "topk_group": 2,
         "rms_norm_eps": 1e-6, "rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
     },
     "glm_moe_dsa": _COMMON | _LATENT | {
         "architectures": ["GlmMoeDsaForCausalLM"], "model_type": "glm_moe_dsa", "n_group": 1, "topk_group": 1, "v_head_dim": 14,
-        "rms_norm_eps": 1e-5, "mlp_layer_types": ["dense", "sparse", "sparse"], "indexer_types": ["full", "full", "shared"],
+        "rms_norm_eps": 1e-5, "mlp_layer_types": ["dense", "sparse", "sparse"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     },
     # Values narrower than keys; twice the KV heads, another theta and sinks where there is a window; the first layer dense.

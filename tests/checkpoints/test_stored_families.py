@@ -77,14 +77,13 @@ def test_text_part_beside_a_vision_part(family, tmp_path, capsys):
 
 OTHERS = {
     "qwen3_next": ("mtp.fc.weight", "mtp.layers.0.self_attn.q_proj.weight"),
-    "deepseek_v32": ("model.layers.0.self_attn.indexer.wq_b.weight", "model.layers.2.self_attn.indexer.k_norm.bias"),
     "mimo_v2_flash": ("model.mtp.layers.0.eh_proj.weight",),
 }
 
 
 @pytest.mark.parametrize("family", OTHERS)
 def test_what_is_not_built_yet_is_left_out(family, tmp_path):
-    """Layers for further tokens, and what an indexer is made of."""
+    """Layers for further tokens."""
     model = tiny_family(family)
     tensors = stored_tensors(model, 0) | {name: np.zeros((2, 2), np.float32) for name in OTHERS[family]}
     assert_same(load_model(str(write(tmp_path / "checkpoint", ALL[family], tensors))), model)
@@ -145,6 +144,11 @@ REFUSALS = (
     ("qwen3_next", {"linear_num_value_heads": 3}, "linear_num_value_heads 3 is not a multiple of linear_num_key_heads 2"),
     ("qwen3_5_moe", {"attn_output_gate": False}, "attn_output_gate is False"),
     ("deepseek_v32", {"index_topk": 0}, "index_topk is 0"),
+    ("deepseek_v32", {"index_head_dim": 4}, "index_head_dim is 4; it must be at least qk_rope_head_dim, 6"),
+    ("deepseek_v32", {"q_lora_rank": None}, "q_lora_rank is None"),
+    ("glm_moe_dsa", {"indexer_types": ["shared", "full", "full"]}, "the first layer has no indexer"),
+    ("glm_moe_dsa", {"indexer_types": ["full"]}, "indexer_types is ['full']; this family is built with 3 of full, shared"),
+    ("glm_moe_dsa", {"index_topk_pattern": "FX"}, "index_topk_pattern is 'FX'; it must be 3 of the letters F and S"),
     ("mimo_v2_flash", {"hybrid_layer_pattern": [0, 2, 1, 0]}, "hybrid_layer_pattern is [0, 2, 1, 0]; it must be 4 of 0 and 1"),
     ("mimo_v2_flash", {"swa_head_dim": 16}, "swa_head_dim is 16; this family is built with 12"),
     ("qwen3_vl_moe", {"text_config": None}, "num_experts is None"),

@@ -55,7 +55,6 @@ def load_script(name: str):
 def in_process(script, capfd, monkeypatch, tmp_path):
     """Runs a script in this process, in an empty folder: arguments -> code, stdout, stderr."""
     own = script.flags.FLAGS
-    monkeypatch.setattr(common, "flags", script.flags)
     monkeypatch.setattr(common, "use_compile_cache", lambda: None)
     monkeypatch.setattr(
         "specmoe_jax.autotune.choose.probe", lambda **_: machine("a30").replace(accelerator_is_cpu=True)
@@ -63,6 +62,7 @@ def in_process(script, capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def run(*args) -> Ran:
+        monkeypatch.setattr(common, "flags", script.flags)  # a test may run two commands
         code, saved = 0, flagsaver.save_flag_values(own)
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         own.unparse_flags()
@@ -88,6 +88,11 @@ def generate_script():
 @pytest.fixture
 def generate(generate_script, capfd, monkeypatch, tmp_path):
     return in_process(generate_script, capfd, monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def merge_outputs(capfd, monkeypatch, tmp_path):
+    return in_process(load_script("merge_outputs"), capfd, monkeypatch, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engine_cases import tokens_of
+from engine_cases import ScriptedTree, tokens_of
+from test_trees import oracle_tree, path_of
 
 from specmoe_jax import PRESETS, CheckpointError, Engine, PlanError, SamplingParams, load_mtp
 from specmoe_jax.autotune.calibrate import calibrate
@@ -16,6 +17,7 @@ from specmoe_jax.models.families.registry import parse_config
 from specmoe_jax.models.model import Model, random_model
 from specmoe_jax.models.spec import DTYPE_BYTES
 from specmoe_jax.planner.costs import cache_row
+from specmoe_jax.speculate.drafts.grown_tree import TreeShape
 from specmoe_jax.speculate.drafts.mtp import MtpDraft
 from specmoe_jax.testing import TINY
 from specmoe_jax.testing.families import RAW_CONFIGS, tiny_family
@@ -35,6 +37,7 @@ def generated(model: Model, preset: str, params=GREEDY, prompts=PROMPTS, **chang
     return tokens_of(engine.generate(prompts, params)), engine.stats()
 
 
+TREE = {"draft_tree_top_k": 2, "draft_tree_tokens": 5}
 CASES = {
     "on demand": {"preset": "on_demand"},
     "one token": {"preset": "on_demand", "draft_length": 1},
@@ -44,6 +47,8 @@ CASES = {
     "guard": {"preset": "resident", "guard": True},
     "rows that change": {"preset": "on_demand", "batch_size": 3, "prefill_chunk": 2},
     "streaming": {"preset": "streaming", "micro_batches": 2},
+    "tree": {"preset": "on_demand", **TREE},
+    "tree, streaming": {"preset": "streaming", "batch_size": 3, "draft_tree_top_k": 3, "draft_tree_tokens": 8},
 }
 
 
@@ -60,8 +65,9 @@ def test_lossless(family, case):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_deterministic_sampling_is_the_same_with_and_without(family):
     model, changes = tiny_family(family), {"params": SAMPLED, "deterministic_sampling": True}
-    drafted, _ = generated(model, "on_demand", draft="mtp", draft_length=3, **changes)
-    assert drafted == generated(model, "on_demand", **changes)[0]
+    want, _ = generated(model, "on_demand", **changes)
+    for tree in ({}, TREE):
+        assert generated(model, "on_demand", draft="mtp", draft_length=3, **changes, **tree)[0] == want
 
 
 def test_sampled_rows_run_and_repeat():
@@ -152,6 +158,8 @@ def test_quantised_experts(family):
         plan.replace(draft="ngram").validate(model.config)
     with pytest.raises(PlanError, match="draft_expert_dtype has no effect: the layers for further tokens have no experts"):
         plan.validate(other_model("mimo_v2_flash").config)
+    with pytest.raises(PlanError, match=r"draft_tree_top_k is 2; trees are grown by one layer .* this model has 3: leave out"):
+        plan.replace(draft_expert_dtype=None, **TREE).validate(other_model("glm4_moe").config)
     with pytest.raises(PlanError, match=r"draft_length is 4; this model's 3 layers .* draft one each: give at most 3"):
         plan.replace(draft_length=4).validate(other_model("glm4_moe").config)
 
@@ -165,20 +173,62 @@ class Watched(MtpDraft):
         return proposal, kv
 
 
-def own_proposal(head, model: Model, text: tuple[int, ...], length: int) -> list[int]:
-    """Tokens after a text, from the reference forward's states in one pass of the layer, then row by row."""
+class WatchedTree(MtpDraft):
+    """Notes the layer's tree, then hands out a script's, so that any path is accepted."""
+
+    def propose(self, view):
+        proposal, kv = MtpDraft.propose(self, view)
+        self.seen.append((view.history, view.active, jax.device_get((proposal.tokens, proposal.tree))))
+        scripted, _ = self.script.propose(view)
+        return proposal._replace(tokens=scripted.tokens, tree=scripted.tree), kv
+
+
+def test_every_tree_is_the_layers_own():
+    """Nodes and parents against a layer that reads a whole text and then path by path, after steps that accepted any path."""
+    model, depth = tiny_family("glm4_moe"), 3
+    head, want = mtp.random_head(model), generated(model, "resident")[0]
+    script = ScriptedTree(depth, 6, dict(zip(PROMPTS, want, strict=True)), lambda row, start: (row + start) % (depth + 1))
+    WatchedTree.seen, WatchedTree.script = [], script
+    fields = {"draft_length": depth, "draft_tree_top_k": 2, "draft_tree_tokens": 6, "prefill_chunk": 4, "batch_size": 4}
+    plan, draft = PRESETS["on_demand"](model.config).replace(draft="custom", **fields), WatchedTree(head, TreeShape(2, 6))
+    assert tokens_of(Engine(model, plan, draft=draft).generate(PROMPTS, GREEDY)) == want
+    checked = 0
+    for history, active, (tokens, tree) in WatchedTree.seen[1:4]:
+        for row in np.flatnonzero(active):
+            if len(history[row]) > 1:
+                paths = {path_of(node, tokens[row], tree.parents[row]) for node in range(1, 7)}
+                begun = begin(head, model, history[row])
+                logp_after = functools.partial(own_logp, head, *begun)
+                assert paths == oracle_tree(logp_after, depth, top_k=2, count=6)
+                checked += 1
+    assert checked > 6
+
+
+def begin(head, model: Model, text: tuple[int, ...]):
+    """(state [1, M] after a text, cache, rows in it), from the reference forward's states in one pass of the layer."""
     states, padded = last_states(model, text)
     attention, known = head.config.attention, len(text) - 1
     cache = jnp.zeros((1, attention.num_kv_heads, 40, attention.cache_dim))
     kv, rows = KVCache(k=(cache,), v=(cache,)), jnp.zeros(1, jnp.int32)
-    following = jnp.asarray(np.roll(padded, -1, axis=1))
-    states, kv = FORWARD(head, following, states, kv, rows, jnp.array([0]), jnp.array([known]))
-    state, found = states[:, known - 1], []
-    for at in range(known, known + length):
-        found.append(int(mtp.logits(head, state)[0].argmax()))
-        states, kv = FORWARD(head, jnp.array([found[-1:]]), state[:, None], kv, rows, jnp.array([at]), jnp.array([1]))
+    states, kv = FORWARD(head, jnp.asarray(np.roll(padded, -1, axis=1)), states, kv, rows, jnp.array([0]), jnp.array([known]))
+    return states[:, known - 1], kv, known
+
+
+def own_logp(head, state: jax.Array, kv: KVCache, known: int, path: tuple[int, ...]) -> np.ndarray:
+    """[V], after a path of drafted tokens."""
+    for at, token in enumerate(path, known):
+        given = (jnp.array([[token]]), state[:, None], kv, jnp.zeros(1, jnp.int32))
+        states, kv = FORWARD(head, *given, jnp.array([at]), jnp.array([1]))
         state = states[:, 0]
-    return found
+    return np.asarray(jax.nn.log_softmax(mtp.logits(head, state)[0]))
+
+
+def own_proposal(head, model: Model, text: tuple[int, ...], length: int) -> list[int]:
+    """Tokens after a text, each the layer's own most likely one."""
+    begun, found = begin(head, model, text), ()
+    for _ in range(length):
+        found += (int(own_logp(head, *begun, found).argmax()),)
+    return list(found)
 
 
 FORWARD = jax.jit(mtp.forward)
@@ -238,8 +288,8 @@ def test_refused():
         Engine(other, plan, mtp_head=mtp.random_head(model))
     with pytest.raises(PlanError, match="needs a model with a layer for further tokens, this one has 0"):
         plan.validate(TINY)
-    with pytest.raises(PlanError, match="draft_tree_top_k=2 has no effect with draft=mtp"):
-        plan.replace(draft_tree_top_k=2, draft_tree_tokens=4).validate(model.config)
+    with pytest.raises(PlanError, match="draft_tree_tokens is 20; a tree of depth draft_length=3 with 2 branches has 3 to 10"):
+        plan.replace(draft_tree_top_k=2, draft_tree_tokens=20).validate(model.config)
     with pytest.raises(CheckpointError, match="not a checkpoint as it was loaded"):
         load_mtp(model)
 

@@ -1,5 +1,7 @@
 """Drafts that branch: no token changes, and caches, features and bytes are those of the accepted path."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from test_eagle import Watched, oracle_draft
 import specmoe_jax as sm
 from specmoe_jax.engine import Engine
 from specmoe_jax.engine.figures import Totals, add_step
-from specmoe_jax.speculate.drafts.eagle import EagleDraft, TreeShape
+from specmoe_jax.speculate.drafts.eagle import EagleDraft
+from specmoe_jax.speculate.drafts.grown_tree import TreeShape
 from specmoe_jax.testing import TINY, eagle_head
 from specmoe_jax.testing.families import RAW_CONFIGS, tiny_family
 
@@ -160,7 +163,8 @@ def test_every_tree_is_the_published_networks(model, resident, fused):
         for row in np.flatnonzero(active):
             if len(history[row]) > 1:
                 paths = {path_of(node, tokens[row], tree.parents[row]) for node in range(1, 7)}
-                assert paths == oracle_tree(model, head, history[row], depth, top_k=2, count=6)
+                logp = functools.partial(oracle_draft, model, head, history[row], 1, want="logp")
+                assert paths == oracle_tree(lambda path, logp=logp: logp(after=path), depth, top_k=2, count=6)
                 checked += 1
     assert checked > 10
 
@@ -173,13 +177,16 @@ def path_of(node, tokens, parents):
     return tuple(path[::-1])
 
 
-def oracle_tree(model, head, text, depth, *, top_k, count):
-    """EAGLE-2 by its description: expand the best of each generation, keep the best of all. Paths as sets of tokens."""
+def oracle_tree(logp_after, depth, *, top_k, count):
+    """EAGLE-2 by its description: expand the best of each generation, keep the best of all. Paths as sets of tokens.
+
+    logp_after: log-probabilities [V] of the token after a path.
+    """
     scores, beam = {(): 0.0}, [()]
     for _ in range(depth):
         generation = []
         for path in beam:
-            logp = oracle_draft(model, head, text, 1, after=path, want="logp")
+            logp = logp_after(path)
             for token in np.argsort(-logp, kind="stable")[:top_k]:
                 scores[(*path, int(token))] = scores[path] + logp[token]
                 generation.append((*path, int(token)))

@@ -53,6 +53,8 @@ VARIANTS = (
     ("granite_moe", {"tie_word_embeddings": True, "logits_scaling": 6.0, "residual_multiplier": 0.22}),
     ("qwen3_next", {"layer_types": None, "norm_topk_prob": False, "tie_word_embeddings": True}),
     ("qwen3_5_moe", {"layer_types": None, "full_attention_interval": 2, "linear_num_value_heads": 2}),
+    ("deepseek_v32", {"index_n_heads": 9, "index_head_dim": 20, "index_topk": 20, "indexer_rope_interleave": None}),
+    ("glm_moe_dsa", {"indexer_types": ["full", "full", "shared"], "index_topk": 64}),
     ("mimo_v2_flash", {"attention_value_scale": None, "v_head_dim": 12, "mlp_layer_types": ["sparse"] * 4}),
     ("gpt_oss", {"sliding_window": 50, "tie_word_embeddings": True}),
     ("gpt_oss", {"layer_types": ["full_attention"] * 3, "swiglu_limit": 7.0}),

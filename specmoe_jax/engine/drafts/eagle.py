@@ -9,7 +9,8 @@ from specmoe_jax.models.model import Model
 from specmoe_jax.planner.drafts.eagle import usual_head
 from specmoe_jax.planner.drafts.search_starts import tree
 from specmoe_jax.planner.memory.memory_account import DraftMemory, MemoryAccount
-from specmoe_jax.speculate.drafts.eagle import EagleDraft, tree_shape
+from specmoe_jax.speculate.drafts.eagle import EagleDraft
+from specmoe_jax.speculate.drafts.grown_tree import tree_shape
 from specmoe_jax.speculate.drafts.protocol import FeatureDraft
 
 

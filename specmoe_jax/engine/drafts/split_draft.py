@@ -25,7 +25,7 @@ from specmoe_jax.offload.stream_schedule import CPU
 from specmoe_jax.ops import PackedCache, packed
 from specmoe_jax.speculate.drafts.draft_split import DraftSplit, no_split, plan_draft_split
 from specmoe_jax.speculate.drafts.eagle import draft_chain, head_logits, known, remember
-from specmoe_jax.speculate.drafts.eagle_tree import TreeShape, branch, forest, harvest, sprout
+from specmoe_jax.speculate.drafts.grown_tree import TreeShape, branch, forest, harvest, sprout
 from specmoe_jax.speculate.drafts.protocol import DraftView
 from specmoe_jax.support.tracing import Span
 from specmoe_jax.types import KVCache, Proposal, Tree
@@ -205,8 +205,12 @@ def _sum(attended: Sides) -> jax.Array:
 
 _take = jax.jit(packed.take_pages)
 _put = jax.jit(packed.put_pages, donate_argnums=0)
-_sprout = jax.jit(sprout, static_argnums=1)
 _harvest = jax.jit(harvest, static_argnums=(0, 1))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _sprout(head: EagleHead, shape: TreeShape, feature):
+    return sprout(head.config.layer.attention, shape, eagle.logits(head, feature), feature)
 
 
 @jax.jit
@@ -236,7 +240,7 @@ def _advance(head: EagleHead, h, attended: Sides) -> tuple[jax.Array, jax.Array]
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _branch(head: EagleHead, shape: TreeShape, generation: int, growing, projected: Projected, attended: Sides):
     outputs = eagle.finish(head, projected.h, _sum(attended))
-    return branch(head, shape, generation, growing, outputs, projected.k, projected.v)
+    return branch(shape, generation, growing, eagle.logits(head, outputs), outputs, projected.k, projected.v)
 
 
 @functools.partial(jax.jit, donate_argnums=1)

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from flax import struct
 
 from specmoe_jax.models import layers
-from specmoe_jax.models.attention import attend, attend_rows
+from specmoe_jax.models.attention import attend, attend_rows, behind
 from specmoe_jax.models.basics import affine, rms_norm
 from specmoe_jax.models.eagle.config import EagleConfig, EagleWeights, weight_specs
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import map_specs, random_tensor
 from specmoe_jax.support.errors import PlanError
-from specmoe_jax.types import KVCache, Tree
+from specmoe_jax.types import Grown, KVCache
 
 
 @struct.dataclass
@@ -31,14 +31,6 @@ class EagleHead:
     weights: EagleWeights[jax.Array]
     embed: jax.Array
     output: jax.Array
-
-
-class Grown(NamedTuple):
-    """Keys and values [B, E, K, D] of the nodes of a tree that the head has computed, and how they hang together."""
-
-    k: jax.Array
-    v: jax.Array
-    tree: Tree
 
 
 def fuse(head: EagleHead, features: jax.Array) -> jax.Array:
@@ -90,9 +82,7 @@ def project_tree(head: EagleHead, tokens: jax.Array, feature: jax.Array, grown: 
     width = tokens.shape[1]
     h, x = layer_input(head, tokens, feature)
     positions = lengths[:, None] + grown.tree.depths[:, -width:]
-    q, *new = layers.queries_keys_values(head.config.layer, head.weights.layer, x, positions)
-    k, v = (jnp.concatenate([old, a], axis=1) for old, a in zip((grown.k, grown.v), new, strict=True))
-    return Projected(h, jnp.pad(q, ((0, 0), (k.shape[1] - width, 0), (0, 0), (0, 0))), k, v)
+    return Projected(h, *behind(grown, *layers.queries_keys_values(head.config.layer, head.weights.layer, x, positions)))
 
 
 def finish(head: EagleHead, h: jax.Array, attended: jax.Array) -> jax.Array:

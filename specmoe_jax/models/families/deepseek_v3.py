@@ -1,5 +1,8 @@
 """DeepSeek-V3, R1, V3.1, Kimi-K2 and Moonlight (DeepSeek-AI 2024): V2's latent attention, experts chosen by biased sigmoids."""
 
+from collections.abc import Callable
+
+from specmoe_jax.config.layer_config import AttentionConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.published import naming
 from specmoe_jax.models.published.config_json import require, size
@@ -17,8 +20,19 @@ def parse_config(raw: dict) -> ModelConfig:
     return latent_model(raw, family="deepseek_v3", dense=first_dense(raw, default=3), scaling=2.5, default_eps=1e-6)
 
 
-def latent_model(raw: dict, *, family: str, dense: frozenset[int], scaling: float, default_eps: float) -> ModelConfig:
-    """A decoder of V3's form, which other families have too. scaling, default_eps: where config.json does not say."""
+def latent_model(
+    raw: dict,
+    *,
+    family: str,
+    dense: frozenset[int],
+    scaling: float,
+    default_eps: float,
+    attention_of: Callable[[int, AttentionConfig], AttentionConfig] = lambda layer, attention: attention,
+) -> ModelConfig:
+    """A decoder of V3's form, which other families have too. scaling, default_eps: where config.json does not say.
+
+    attention_of: (layer, attention) -> what that layer has.
+    """
     require(raw, "hidden_act", "silu")
     require(raw, "attention_bias", False)
     require(raw, "moe_layer_freq", 1)
@@ -27,6 +41,7 @@ def latent_model(raw: dict, *, family: str, dense: frozenset[int], scaling: floa
         raw,
         family=family,
         attention=latent_attention(raw),
+        attention_of=attention_of,
         router=biased_router(raw, scaling=scaling),
         expert_hidden=expert_hidden,
         shared_hidden=size(raw, "n_shared_experts", default=1) * expert_hidden,

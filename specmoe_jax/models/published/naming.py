@@ -7,6 +7,7 @@ import numpy as np
 from specmoe_jax.config.layer_config import ExpertConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.spec import (
+    IndexerWeights,
     LayerWeights,
     Layout,
     MlpWeights,
@@ -111,8 +112,24 @@ def latent_specs(config: ModelConfig, layer: int, **others) -> LayerWeights[Tens
         kv_a=TensorSpec(f"{attention}.kv_a_proj_with_mqa.weight", (latent.rank + latent.rope, hidden)),
         kv_a_norm=norm_spec(f"{attention}.kv_a_layernorm", latent.rank),
         kv_b=TensorSpec(f"{attention}.kv_b_proj.weight", (num_heads * (latent.nope + latent.value), latent.rank)),
+        indexer=_indexer_specs(config, layer),
         o=TensorSpec(f"{attention}.o_proj.weight", (hidden, num_heads * latent.value)),
         **others,
+    )
+
+
+def _indexer_specs(config: ModelConfig, layer: int) -> IndexerWeights[TensorSpec] | None:
+    """DeepSeek-V3.2's names; None for a layer without."""
+    indexer, rank, prefix = config.layers[layer].attention.indexer, config.query_rank, f"model.layers.{layer}.self_attn.indexer"
+    if indexer is None:
+        return None
+    assert rank is not None  # it reads the compressed queries
+    return IndexerWeights(
+        q=TensorSpec(f"{prefix}.wq_b.weight", (indexer.heads * indexer.dim, rank)),
+        k=TensorSpec(f"{prefix}.wk.weight", (indexer.dim, config.hidden_size)),
+        k_norm=norm_spec(f"{prefix}.k_norm", indexer.dim),
+        k_norm_bias=TensorSpec(f"{prefix}.k_norm.bias", (indexer.dim,)),
+        heads=TensorSpec(f"{prefix}.weights_proj.weight", (indexer.heads, config.hidden_size)),
     )
 
 

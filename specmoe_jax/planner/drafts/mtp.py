@@ -1,4 +1,5 @@
-"""The target's own layers for further tokens as the draft: attention and experts, all of them resident; chains."""
+"""The target's own layers for further tokens as the draft: attention and experts, all of them resident; chains, or one layer's
+trees."""
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
@@ -8,9 +9,9 @@ from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
 from specmoe_jax.offload.stream_schedule import ACCELERATOR
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import Cost, Load
-from specmoe_jax.planner.drafts.checks import CHAIN_FIELDS
+from specmoe_jax.planner.drafts.checks import TREE_FIELDS
 from specmoe_jax.planner.drafts.protocol import DraftCosts, DraftDescription
-from specmoe_jax.planner.drafts.search_starts import LENGTHS, SearchStart
+from specmoe_jax.planner.drafts.search_starts import LENGTHS, TREE_DEPTHS, SearchStart, tree
 from specmoe_jax.planner.memory.memory_account import DraftMemory
 from specmoe_jax.support.errors import PlanError
 
@@ -20,7 +21,7 @@ class MtpDraftDescription(DraftDescription):
     given = "mtp_head"
     assumed_acceptance = 0.7  # of the first token 0.7 to 0.9, of the third 0.33 to 0.65 in published figures
 
-    fields = CHAIN_FIELDS | {"draft_expert_dtype"}
+    fields = TREE_FIELDS | {"draft_expert_dtype"}
 
     def check(self, plan: Plan, config: ModelConfig) -> None:
         count = config.mtp_layers
@@ -30,6 +31,11 @@ class MtpDraftDescription(DraftDescription):
                 "config.json); take another draft"
             )
         super().check(plan, config)
+        if count > 1 and plan.draft_tree_top_k is not None:
+            raise PlanError(
+                f"draft_tree_top_k is {plan.draft_tree_top_k}; trees are grown by one layer for further tokens, and this model has "
+                f"{count}: leave out the draft_tree fields"
+            )
         if count > 1 and (plan.draft_length or 0) > count:
             raise PlanError(
                 f"draft_length is {plan.draft_length}; this model's {count} layers for further tokens draft one each: give at most "
@@ -50,14 +56,15 @@ class MtpDraftDescription(DraftDescription):
     def costs(self, plan: Plan, config: ModelConfig, load: Load, *, skew: float, **_) -> DraftCosts:
         """Each layer reads the pass's committed tokens (padded to all of the pass's), then drafted ones; an output matrix a token.
 
-        One layer reads each token that it drafts on its own; of several the k-th reads the k tokens before its own at once.
+        One layer reads each token that it drafts on its own, of a tree a level of draft_tree_top_k nodes at a time; of several the
+        k-th reads the k tokens before its own at once.
         """
-        itemsize, length = DTYPE_BYTES[plan.dtype], plan.draft_length or 1
+        itemsize, length, width = DTYPE_BYTES[plan.dtype], plan.draft_length or 1, plan.draft_tree_top_k or 1
         probabilities = routing.choice_probabilities(config.num_experts, config.experts_per_token, skew)
         size = sum(spec.size for spec in spec_leaves(mtp.weight_specs(config)))
         layer = mtp.layer_config(config, plan.draft_expert_dtype)
 
-        def one(of: Load, *, draws: bool = True) -> tuple[Cost, ...]:
+        def one(of: Load, *, drawn: int = 1) -> tuple[Cost, ...]:
             found = [
                 costs.projections(size, of, itemsize),
                 costs.attention(layer.attention, of, itemsize, resource=ACCELERATOR, programs=0),
@@ -65,12 +72,12 @@ class MtpDraftDescription(DraftDescription):
             if layer.experts is not None:
                 held, used = block_bytes(layer.experts, plan.dtype), routing.distinct(probabilities, of.tokens)
                 found.append(costs.experts(config, of.tokens, used, itemsize, expert_bytes=held, programs=0))
-            return (*found, *([costs.head(config, load.rows, itemsize)] if draws else []))
+            return (*found, *([costs.head(config, load.rows * drawn, itemsize)] if drawn else []))
 
         if config.mtp_layers == 1:
-            again = one(Load(load.rows, 1, load.context + length / 2))
+            again = one(Load(load.rows, width, load.context + length / 2), drawn=width)
             return DraftCosts(costs=(*one(load), *(again * (length - 1))))
-        committed = [cost for layer in range(config.mtp_layers) for cost in one(load, draws=layer == 0)]
+        committed = [cost for layer in range(config.mtp_layers) for cost in one(load, drawn=int(layer == 0))]
         drafted = [cost for new in range(1, length) for cost in one(Load(load.rows, new, load.context))]
         return DraftCosts(costs=(*committed, *drafted))
 
@@ -80,9 +87,12 @@ class MtpDraftDescription(DraftDescription):
     def start(self, config: ModelConfig, flow: SearchStart, *, trees: bool = False) -> SearchStart | None:
         if config.mtp_layers == 0:
             return None
+        if trees and config.mtp_layers > 1:
+            return None
         lengths = LENGTHS if config.mtp_layers == 1 else tuple(range(1, config.mtp_layers + 1))
-        first = flow.plan.replace(draft=self.name, draft_length=lengths[0])
-        return SearchStart(first, (("draft_length", lengths), *flow.axes))
+        choices = tuple(map(tree, TREE_DEPTHS)) if trees else lengths
+        first = tree(TREE_DEPTHS[0]) if trees else {"draft_length": lengths[0]}
+        return SearchStart(flow.plan.replace(draft=self.name, **first), (("draft_length", choices), *flow.axes))
 
 
 DRAFT = MtpDraftDescription()

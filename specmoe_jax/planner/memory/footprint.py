@@ -1,9 +1,11 @@
 """Bytes of a model's caches and activations: of a position, a pass, an encoder, staged prompts."""
 
-from specmoe_jax.config.layer_config import LayerConfig
+from specmoe_jax.config.layer_config import AttentionConfig, LayerConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.kv_cache.positions import PREFILL_TOKENS, prefill_rows, staged_positions
+from specmoe_jax.models.selection.attention import QUERIES
+from specmoe_jax.models.selection.indexer import BLOCK, own_indexer, selects
 
 
 def _cache_row(layer: LayerConfig) -> int:
@@ -44,9 +46,23 @@ def attention_bytes(config: ModelConfig, rows: int, tokens: int, positions: int,
     for layer in config.layers:
         if layer.attention.recurrent is not None:
             continue
+        if selects(layer.attention, positions):
+            most = max(most, _selection_bytes(layer.attention, rows, tokens, positions, itemsize))
+            continue
         scores, values = rows * tokens * layer.attention.num_heads * positions, rows * positions * _cache_row(layer)
         most = max(most, (4 + itemsize) * scores, itemsize * (scores + values))
     return most
+
+
+def _selection_bytes(attention: AttentionConfig, rows: int, tokens: int, positions: int, itemsize: int) -> int:
+    """Scores of an indexer, masked and sorted, in float32; the keys and values of what some queries chose, and their scores.
+
+    From the shapes, not as compiled.
+    """
+    indexer = own_indexer(attention)
+    scored = rows * tokens * (3 * positions + indexer.heads * min(positions, BLOCK) + 2 * indexer.kept) * 4
+    each = 2 * attention.cache_dim * itemsize + attention.num_heads * (4 + itemsize)
+    return scored + rows * min(tokens, QUERIES) * indexer.kept * each
 
 
 def staging_bytes(config: ModelConfig, plan: Plan, batch_rows: int, positions: int, itemsize: int) -> int:
@@ -75,7 +91,7 @@ def encoder_bytes(config: ModelConfig, batch_rows: int, positions: int, itemsize
 def token_numbers(layer: LayerConfig) -> int:
     """Numbers of the queries, keys and values of one token; none where the layer is recurrent."""
     attention = layer.attention
-    gates = attention.num_heads * attention.head_dim if attention.gated else 0
+    gates = attention.num_heads * (attention.query_dim - attention.head_dim)  # and what is asked of an indexer
     return 0 if attention.recurrent else (attention.num_heads + 2 * attention.num_kv_heads) * attention.cache_dim + gates
 
 

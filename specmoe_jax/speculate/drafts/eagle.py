@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specmoe_jax.config.plan import Plan
 from specmoe_jax.models.eagle import network as eagle
 from specmoe_jax.models.eagle.network import EagleHead
-from specmoe_jax.speculate.drafts.eagle_tree import TreeShape, branch, forest, harvest, sprout
+from specmoe_jax.speculate.drafts.grown_tree import TreeShape, grow
 from specmoe_jax.speculate.drafts.protocol import DraftView
 from specmoe_jax.speculate.drafts.self_draft import choose_token, so_far
 from specmoe_jax.types import KVCache, Proposal
@@ -25,14 +24,6 @@ class EagleMemory(NamedTuple):
 
     kv: KVCache
     feature: jax.Array
-
-
-def tree_shape(plan: Plan) -> TreeShape | None:
-    """That of a plan, None where it drafts a chain."""
-    if plan.draft_tree_tokens is None:
-        return None
-    assert plan.draft_tree_top_k is not None
-    return TreeShape(top_k=plan.draft_tree_top_k, tokens=plan.draft_tree_tokens)
 
 
 class EagleDraft(NamedTuple):
@@ -129,15 +120,5 @@ def _next(head: EagleHead, token, feature, kv: KVCache, lengths, num_new):
 
 @functools.partial(jax.jit, static_argnums=(1, 2), donate_argnums=4)
 def _grow(head: EagleHead, shape: TreeShape, depth: int, feature, kv: KVCache, lengths, num_new):
-    """Grows and reranks a tree in every row (Li et al. 2024, EAGLE-2, 4). -> tokens [B, N], Tree, kv.
-
-    feature: [B, M], what was predicted after the last committed token but one. The last generation is not run through the
-    head: its nodes have no children. Probabilities are the head's own, before temperature.
-    """
-    growing = sprout(head, shape, feature)
-    for generation in range(1, depth):
-        grown = forest(growing, generation)
-        outputs, grown, kv = eagle.forward_tree(head, growing.beam, growing.features, grown, kv, lengths, num_new)
-        growing = branch(head, shape, generation, growing, outputs, grown.k, grown.v)
-    tokens, tree = harvest(shape, depth, growing)
-    return tokens, tree, kv
+    with jax.named_scope("eagle_grow"):
+        return grow(eagle, head.config.layer.attention, head, shape, depth, feature, kv, lengths, num_new)

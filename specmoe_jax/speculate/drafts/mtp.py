@@ -10,6 +10,7 @@ import numpy as np
 from specmoe_jax.models import mtp
 from specmoe_jax.models.mtp import MtpHead
 from specmoe_jax.speculate.drafts.eagle import draft_chain, known, remember
+from specmoe_jax.speculate.drafts.grown_tree import TreeShape, grow
 from specmoe_jax.speculate.drafts.protocol import DraftView
 from specmoe_jax.types import KVCache, Proposal
 
@@ -26,7 +27,7 @@ class MtpMemory(NamedTuple):
 
 
 class MtpDraft(NamedTuple):
-    """Drafts chains with layers whose weights and experts are on the accelerator.
+    """Drafts with layers whose weights and experts are on the accelerator: chains, or trees of one layer.
 
     A step goes as EAGLE's: the target's states of the committed tokens extend the first layer's cache (`observe`), and its own
     those of the next; the first gives the first token. A layer alone is then fed its own states; of several, each gives one token
@@ -34,6 +35,7 @@ class MtpDraft(NamedTuple):
     """
 
     head: MtpHead
+    tree: TreeShape | None = None
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
@@ -56,6 +58,9 @@ class MtpDraft(NamedTuple):
     def propose(self, view: DraftView) -> tuple[Proposal, KVCache]:
         memory, chain = view.memory, self.head.chain
         caches, state, num_new = list(memory.kv), known(memory.states[0], view.lengths), view.active.astype(np.int32)
+        if self.tree is not None:
+            tokens, tree, kv = _grow(self.head, self.tree, view.length, state, caches[0], view.lengths, num_new)
+            return Proposal(tokens=tokens, probs=None, memory=memory._replace(kv=(kv,)), tree=tree), view.kv
         drafted, outputs = [], jnp.zeros((len(num_new), 0, state.shape[1]), state.dtype)
 
         def advance(token, state, at):
@@ -119,6 +124,13 @@ def _further(layer: MtpHead, index: int, tokens, outputs, before, kv: KVCache, l
         outputs, kv, count = _behind(layer, index, tokens, outputs, before, kv, rows, lengths, num_new * index)
         last = jnp.take_along_axis(outputs, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
         return mtp.logits(layer, last), outputs, kv
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), donate_argnums=4)
+def _grow(head: MtpHead, shape: TreeShape, depth: int, state, kv: KVCache, lengths, num_new):
+    """A tree in every row; state [B, M]: after the last committed token. -> tokens [B, N], Tree, kv."""
+    with jax.named_scope("mtp_grow"):
+        return grow(mtp, head.config.attention, head, shape, depth, state, kv, lengths, num_new)
 
 
 @functools.partial(jax.jit, donate_argnums=3)

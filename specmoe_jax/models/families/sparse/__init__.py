@@ -1,1 +1,1 @@
-"""Families whose attention chooses the keys that it reads, and so is plain attention while a context has no more than that."""
+"""Families whose attention chooses the positions that it reads of a long context."""

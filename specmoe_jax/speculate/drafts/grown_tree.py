@@ -1,14 +1,26 @@
-"""How an EAGLE head grows a tree, generation by generation (Li et al. 2024, EAGLE-2, 4). Pure; its layer is run in between."""
+"""How a head grows a tree, generation by generation (Li et al. 2024, EAGLE-2, 4). Pure; its layer is run in between."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from specmoe_jax.models.eagle import network as eagle
-from specmoe_jax.models.eagle.network import EagleHead, Grown
+from specmoe_jax.config.layer_config import AttentionConfig
+from specmoe_jax.config.plan import Plan
 from specmoe_jax.speculate.trees import make_tree, rerank
-from specmoe_jax.types import Tree
+from specmoe_jax.types import Grown, KVCache, Tree
+
+
+class Network(Protocol):
+    """The module of a head's network: models.eagle.network, models.mtp."""
+
+    def logits(self, head: Any, state: jax.Array, /) -> jax.Array: ...
+
+    def forward_tree(
+        self, head: Any, tokens: jax.Array, state: jax.Array, grown: Grown, kv: KVCache, lengths: jax.Array, num_new: jax.Array, /
+    ) -> tuple[jax.Array, Grown, KVCache]:
+        """The outputs [B, k, M] of a generation of nodes, all that has grown with it, and the cache."""
+        ...
 
 
 class TreeShape(NamedTuple):
@@ -16,6 +28,14 @@ class TreeShape(NamedTuple):
 
     top_k: int
     tokens: int
+
+
+def tree_shape(plan: Plan) -> TreeShape | None:
+    """That of a plan, None where it drafts a chain."""
+    if plan.draft_tree_tokens is None:
+        return None
+    assert plan.draft_tree_top_k is not None
+    return TreeShape(top_k=plan.draft_tree_top_k, tokens=plan.draft_tree_tokens)
 
 
 class Growing(NamedTuple):
@@ -35,12 +55,12 @@ class Growing(NamedTuple):
     v: jax.Array
 
 
-def sprout(head: EagleHead, shape: TreeShape, feature: jax.Array) -> Growing:
-    """The first generation, the children of the root."""
-    top_k, batch, layer = shape.top_k, len(feature), head.config.layer.attention
+def sprout(attention: AttentionConfig, shape: TreeShape, logits: jax.Array, feature: jax.Array) -> Growing:
+    """The first generation, the children of the root. logits [B, V] of the feature [B, M]; attention: of the head's layer."""
+    top_k, batch = shape.top_k, len(feature)
     columns = jnp.broadcast_to(jnp.arange(top_k, dtype=jnp.int32), (batch, top_k))
-    nothing = jnp.zeros((batch, 0, layer.num_kv_heads, layer.head_dim), feature.dtype)
-    scores, beam = jax.lax.top_k(jax.nn.log_softmax(eagle.logits(head, feature)), top_k)  # [B, k]
+    nothing = jnp.zeros((batch, 0, attention.num_kv_heads, attention.head_dim), feature.dtype)
+    scores, beam = jax.lax.top_k(jax.nn.log_softmax(logits), top_k)  # [B, k]
     return Growing(
         candidates=((beam, scores, jnp.full((batch, top_k), -1, jnp.int32)),),
         beam=beam,
@@ -60,10 +80,12 @@ def forest(growing: Growing, generation: int) -> Grown:
     return Grown(k=growing.k, v=growing.v, tree=tree)
 
 
-def branch(head: EagleHead, shape: TreeShape, generation: int, growing: Growing, outputs: jax.Array, k, v) -> Growing:
+def branch(
+    shape: TreeShape, generation: int, growing: Growing, logits: jax.Array, outputs: jax.Array, k: jax.Array, v: jax.Array
+) -> Growing:
     """The next generation: the best children of the beam, whose outputs [B, k, M] the head has computed; k, v: with the beam's."""
     top_k, batch = shape.top_k, len(outputs)
-    chances, tokens = jax.lax.top_k(jax.nn.log_softmax(eagle.logits(head, outputs)), top_k)  # [B, k, k]
+    chances, tokens = jax.lax.top_k(jax.nn.log_softmax(logits), top_k)  # [B, k, k]
     totals = (growing.scores[..., None] + chances).reshape(batch, -1)
     tokens, first = tokens.reshape(batch, -1), top_k + (generation - 1) * top_k**2
     scores, best = jax.lax.top_k(totals, top_k)
@@ -85,3 +107,27 @@ def harvest(shape: TreeShape, depth: int, growing: Growing) -> tuple[jax.Array, 
     tokens, scores, above = (jnp.concatenate(part, axis=1) for part in zip(*growing.candidates, strict=True))
     tokens, nodes = rerank(tokens, scores, above, shape.tokens)
     return tokens, make_tree(nodes, depth)
+
+
+def grow(
+    network: Network,
+    attention: AttentionConfig,
+    head: Any,
+    shape: TreeShape,
+    depth: int,
+    feature: jax.Array,
+    kv: KVCache,
+    lengths: jax.Array,
+    num_new: jax.Array,
+) -> tuple[jax.Array, Tree, KVCache]:
+    """Grows and reranks a tree in every row. -> tokens [B, N], Tree, the head's cache.
+
+    feature: [B, M], what was predicted after the last committed token but one. The last generation is not run through the
+    head: its nodes have no children. Probabilities are the head's own, before temperature.
+    """
+    growing = sprout(attention, shape, network.logits(head, feature), feature)
+    for generation in range(1, depth):
+        grown = forest(growing, generation)
+        outputs, grown, kv = network.forward_tree(head, growing.beam, growing.features, grown, kv, lengths, num_new)
+        growing = branch(shape, generation, growing, network.logits(head, outputs), outputs, grown.k, grown.v)
+    return *harvest(shape, depth, growing), kv

@@ -46,15 +46,7 @@ class ReducedSlots:
 DraftSlots = Slots | ReducedSlots
 
 
-def draft_slots(slot_of: np.ndarray, neighbours: np.ndarray | None, plan: Plan, per_token: int) -> list[DraftSlots]:
-    """How each layer drafts. slot_of, neighbours: as `substituting_slots`. per_token: experts that a token chooses."""
-    slots = substituting_slots(slot_of, neighbours, plan)
-    if plan.draft_top_k is None or plan.draft_top_k >= per_token:
-        return list(slots)
-    return [ReducedSlots(own, some, plan.draft_top_k) for own, some in zip(slot_of, slots, strict=True)]
-
-
-def substituting_slots(slot_of: np.ndarray, neighbours: np.ndarray | None, plan: Plan) -> list[Slots]:
+def draft_slots(slot_of: np.ndarray, neighbours: np.ndarray | None, plan: Plan) -> list[Slots]:
     """How each layer substitutes. slot_of: [L, E] int32, -1 = not resident; at least as many resident as plan.draft_experts says.
 
     neighbours: [L, E, E], by distance or at random; None under `mask`, which substitutes nothing.
@@ -94,6 +86,11 @@ def choose_distinct(ids: jax.Array, slots: DistinctSlots) -> jax.Array:
         absent = (own[:, choice] < 0) & (ids[:, choice] >= 0)
         chosen = chosen.at[:, choice].set(jnp.where(absent, first, chosen[:, choice]))
     return chosen
+
+
+def reduced_slots(slots: list[Slots], slot_of: np.ndarray, top_k: int) -> list[DraftSlots]:
+    """Those of each layer for a draft that runs top_k of a token's choices. slot_of: [L, E], as of `draft_slots`."""
+    return [ReducedSlots(own, some, top_k) for own, some in zip(slot_of, slots, strict=True)]
 
 
 def best_choices(routing: Routing, own: np.ndarray | jax.Array, top_k: int) -> Routing:

@@ -3,7 +3,8 @@
 A pass that verifies one token more of a row may need experts that no other token of the batch needs and that are not on the
 accelerator. Its draft ran the target's gates, so they are known before the pass, but for those of the last drafted token. The
 token is verified where the tokens that it is expected to add, per expert that it brings, are at least those that the step earns
-on average (EVICT and EcoSpec prune trees by such a rule). Experts that several rows bring are shared evenly among them.
+on average (EVICT and EcoSpec prune trees by such a rule). An expert that several tokens of the rest of the draft want is shared
+evenly among them.
 
 Only counters decide, no clock, so that a run can be repeated.
 """
@@ -18,8 +19,10 @@ PRIOR, PRIOR_WEIGHT = (
     2.0,
 )  # acceptance before anything was seen, and how many tokens it counts for: it makes unseen lengths be tried
 ROW_WEIGHT = 4.0  # tokens of the whole batch that a row's own record of a position is mixed with
-PASS_EXPERTS = 1.0  # of a layer: what a pass costs beside its copies, in copies
-ROUNDS = 3  # of leaving out rows at one position: those that stay then share more experts among fewer
+PASS_TOKENS = (
+    1.5  # what a pass costs beside its copies, in all choices of so many tokens; less ends rows too soon (docs/benchmarks/ideas)
+)
+ROUNDS = 3  # of leaving out rows at one position: those that stay then share their experts with fewer
 
 
 class RowStops(NamedTuple):
@@ -65,13 +68,12 @@ class UnionStop:
     def lengths(self, record: RowStops, choices: np.ndarray, active: np.ndarray, held: np.ndarray) -> np.ndarray:
         longest, known, gains = len(choices), held.copy(), np.cumprod(chances(record), axis=1)
         lengths, goes_on = np.zeros(len(active), np.int32), active.copy()
-        share = _shares(choices[0], goes_on, known)
-        cost, earned = len(held) * PASS_EXPERTS + share.sum(), float(active.sum())
-        _need(choices[0], goes_on, known)
+        share, earned = _shares(choices, goes_on, known), float(active.sum())
+        cost = PASS_TOKENS * choices.shape[1] * choices.shape[3] + _need(choices[0], goes_on, known)
         for position in range(longest):
             gain, seen = gains[:, position], position + 1 < longest
             for _ in range(ROUNDS):
-                share = _shares(choices[position + 1], goes_on, known) if seen else np.where(goes_on, share, 0.0)
+                share = _shares(choices[position + 1 :], goes_on, known) if seen else np.where(goes_on, share, 0.0)
                 leave = goes_on & (gain * cost < earned * share)
                 if not leave.any():
                     break
@@ -79,9 +81,8 @@ class UnionStop:
             if not goes_on.any():
                 break
             lengths[goes_on] += 1
-            cost, earned = cost + share[goes_on].sum(), earned + gain[goes_on].sum()
-            if seen:
-                _need(choices[position + 1], goes_on, known)
+            earned += gain[goes_on].sum()
+            cost += _need(choices[position + 1], goes_on, known) if seen else share[goes_on].sum()
         return lengths
 
     def observe(self, record: RowStops, lengths: np.ndarray, accepted: np.ndarray, active: np.ndarray, ids: np.ndarray) -> RowStops:
@@ -103,20 +104,25 @@ def chances(record: RowStops) -> np.ndarray:
     return (record.row_accepted + ROW_WEIGHT * by_place) / (record.row_tried + ROW_WEIGHT)
 
 
-def _shares(ids: np.ndarray, rows: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """[B], experts that a position [L, B, A] brings for each of some rows [B] bool: one that several bring is divided."""
-    taken = np.where(rows[None, :, None], ids, -1)
-    layers = np.broadcast_to(np.arange(len(ids))[:, None, None], ids.shape)
-    wanted = np.zeros(known.shape)
-    np.add.at(wanted, (layers[taken >= 0], taken[taken >= 0]), 1.0)
-    each = np.where(known, 0.0, 1.0 / np.maximum(wanted, 1.0))
-    return np.where(taken >= 0, each[layers, taken], 0.0).sum(axis=(0, 2))
+def _shares(choices: np.ndarray, rows: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """[B], experts that the first of some positions [P, L, B, A] brings for each of some rows [B] bool.
+
+    One that several choices of these rows and positions want is divided among them.
+    """
+    layers, experts = known.shape
+    of_layer = experts * np.arange(layers)[:, None, None]
+    taken = np.where((choices >= 0) & rows[:, None], choices + of_layer, layers * experts)  # the last is nobody's
+    wanted = np.bincount(taken.ravel(), minlength=layers * experts + 1)[:-1]
+    each = np.append(np.where(known.ravel(), 0.0, 1.0 / np.maximum(wanted, 1)), 0.0)
+    return each[taken[0]].sum(axis=(0, 2))
 
 
-def _need(ids: np.ndarray, rows: np.ndarray, known: np.ndarray) -> None:
-    """Marks in `known` what a position [L, B, A] of some rows needs."""
+def _need(ids: np.ndarray, rows: np.ndarray, known: np.ndarray) -> int:
+    """Marks in `known` what a position [L, B, A] of some rows needs. -> how many experts that brings."""
+    before = known.sum()
     for layer, chosen in enumerate(ids[:, rows]):
         known[layer, chosen[chosen >= 0]] = True
+    return int(known.sum() - before)
 
 
 UNION = UnionStop()

@@ -6,12 +6,30 @@ Shape alphabet, used in einsums, C++ and tests alike:
     those with experts), E experts, A active experts per token, R resident expert slots, V vocabulary, n = B * T flattened tokens.
 """
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 
 Device: TypeAlias = Any  # a jax.Device, of which jax publishes no type
+Place: TypeAlias = Any  # where arrays are put: a Device, or a Sharding over several
+
+
+MESH_AXIS = "devices"  # of the mesh of a plan for several devices
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("blocks",), meta_fields=("mesh",))
+@dataclasses.dataclass(frozen=True)
+class ShardedPool:
+    """The expert slots of several devices. blocks: [R, 3, F, M], of which device d holds the d-th of equal parts."""
+
+    blocks: jax.Array
+    mesh: jax.sharding.Mesh
+
+
+Pool: TypeAlias = Any  # of expert slots: a jax.Array [R, 3, F, M], or a ShardedPool
 
 
 class CrossCache(NamedTuple):

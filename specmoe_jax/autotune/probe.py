@@ -11,7 +11,7 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -52,7 +52,16 @@ def probe(*, fresh: bool = False, progress: str | bool = False) -> Hardware:
         _LOG.info("measuring this machine; the result is kept in %s", cache_folder() / "hardware")
         found = _measure(device, progress)
         write_cached("hardware", key, {"hardware": found.to_json()})
-    return found.replace(host_memory_bytes=_host_memory(), accelerator_memory_bytes=_accelerator_memory(device))
+    memories = {"host_memory_bytes": _host_memory(), "accelerator_memory_bytes": _accelerator_memory(device)}
+    return found.replace(**memories, devices=len(jax.devices()), peer_bytes_per_s=_peer_rate(jax.devices()))
+
+
+def _peer_rate(devices: Sequence[Device]) -> float:
+    """Of copies from one accelerator to another, measured in each run: how many there are may change; 0 for one."""
+    if len(devices) < 2:
+        return 0.0
+    block = jax.device_put(np.ones(COPIED_BYTES // 4, np.float32), devices[0])
+    return COPIED_BYTES / median(lambda: jax.device_put(block, devices[1]), device=True).seconds
 
 
 def _read(key: str) -> Hardware | None:

@@ -46,9 +46,14 @@ def categories(s: Setting) -> dict:
     for category, prompts in s.categories.items():
         job = s.job(len(prompts))._replace(prompts=prompts)
         for name, figures in compare(s.model, _cases(s, len(prompts)), job).items():
-            accepted = {f"accepted_{n}": share for n, share in enumerate(figures["acceptance_by_position"][:4], 1)}
-            rows[f"{category}: {name}"] = figures | accepted | {"case": name, "category": category, "batch": len(prompts)}
+            said = {"case": name, "category": category, "batch": len(prompts)}
+            rows[f"{category}: {name}"] = figures | accepted_by_position(figures) | said
     return rows
+
+
+def accepted_by_position(figures: dict) -> dict:
+    """Columns of the table: the share of rows whose first to fourth drafted token was accepted."""
+    return {f"accepted_{n}": share for n, share in enumerate(figures["acceptance_by_position"][:4], 1)}
 
 
 def _cases(s: Setting, batch: int) -> list[Case]:

@@ -30,6 +30,7 @@ from specmoe_jax.models.packing.blocks import arrays, views
 from specmoe_jax.models.packing.matrices import MatrixKind, Sections
 from specmoe_jax.models.packing.parts import matrix_kind
 from specmoe_jax.support.errors import CheckpointError
+from specmoe_jax.types import Device
 
 
 class ExpertSource(NamedTuple):
@@ -151,15 +152,15 @@ class HostBlocks:
         self._dtype, self._check_finite = dtype, check_finite
         self._maps: dict[pathlib.Path, np.ndarray] = {}  # one map a file: each would keep a descriptor open
 
-    def __call__(self, source: ExpertSource) -> jax.Array:
-        """The block of an expert; bfloat16 as uint16 bits. Raises CheckpointError."""
+    def __call__(self, source: ExpertSource, device: Device | None = None) -> jax.Array:
+        """The block of an expert; bfloat16 as uint16 bits. Raises CheckpointError. device: as of `to_host`."""
         tensor = source.pieces[0][0].tensor
         if not is_mappable(source, self._dtype):
-            return to_host(read_expert(source, self._dtype, check_finite=self._check_finite))
+            return to_host(read_expert(source, self._dtype, check_finite=self._check_finite), device)
         if tensor.path not in self._maps:
             self._maps[tensor.path] = np.memmap(tensor.path, np.uint8, mode="r")
         block = self._maps[tensor.path][tensor.entry.start : tensor.entry.end]
-        return to_host(np.asarray(block).view(source.block_dtype(self._dtype)).reshape(source.block_shape))
+        return to_host(np.asarray(block).view(source.block_dtype(self._dtype)).reshape(source.block_shape), device)
 
 
 def is_mappable(source: ExpertSource, dtype: str) -> bool:

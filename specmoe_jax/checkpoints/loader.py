@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import os
 import pathlib
+from collections.abc import Sequence
 
 import jax
 
@@ -34,6 +35,7 @@ from specmoe_jax.models.spec import Weights, map_specs
 from specmoe_jax.support.errors import CheckpointError, PinnedMemoryError, RequestError
 from specmoe_jax.support.jax_settings import lenient, lenient_thread
 from specmoe_jax.support.progress import bar, note
+from specmoe_jax.types import Device
 
 _LOG = logging.getLogger(__name__)
 BUNDLED = {"demo": pathlib.Path(__file__).parent / "demo"}
@@ -50,6 +52,7 @@ def load_model(
     expert_tier: str = "host",
     expert_dtype: str | None = None,
     adapter: str | pathlib.Path | None = None,
+    devices: int = 1,
 ) -> Model:
     """A model from "demo", a Hugging Face directory, a GGUF file or the name of a repository, its experts in pinned memory.
 
@@ -61,6 +64,7 @@ def load_model(
     expert_tier: "disk" leaves the experts where they are; an engine whose plan says so reads them as it needs them.
     expert_dtype: None keeps experts of a quantised checkpoint packed as they are stored; "decoded" has them in `dtype`.
     adapter: a directory with a LoRA adapter as PEFT writes it, merged into the weights as they are read (docs/adapters.md).
+    devices: of the plan to come, for which experts are pinned each for its own; an engine copies those that are not.
     Peak host memory: the weights and two experts. Of a checkpoint converted to the mappable layout (convert.py) and loaded
     in the dtype it is stored in, the experts are pages of the files, which must not change while the model is in use.
     Raises CheckpointError, one line that names file and tensor.
@@ -69,6 +73,8 @@ def load_model(
         raise RequestError(f"expert_tier is {expert_tier!r}; it must be one of {', '.join(EXPERT_TIERS)}")
     if expert_dtype not in (None, DECODED):
         raise RequestError(f"expert_dtype is {expert_dtype!r}; a load takes {DECODED!r} or None (others: quantised.quantise)")
+    if not 1 <= devices <= len(jax.devices()):
+        raise RequestError(f"devices is {devices} and this process has {len(jax.devices())}; give 1 to as many")
     dtype = dtype or "float32"
     if dtype not in TARGET_DTYPES:
         raise RequestError(f"dtype is {dtype!r}; it must be one of {', '.join(TARGET_DTYPES)}")
@@ -99,7 +105,7 @@ def load_model(
         if on_disk:
             experts = DiskExperts(inventory.experts, dtype, check_finite)
         else:
-            experts = _read_experts(inventory, dtype, check_finite, shown)
+            experts = _read_experts(inventory, dtype, check_finite, shown, jax.devices()[:devices])
     _LOG.info("loaded %s: %s, %s, %d bytes, experts on %s", path, config.family, dtype, inventory.bytes, expert_tier)
     return Model(
         config=config,
@@ -206,12 +212,15 @@ def _read_weights(config: ModelConfig, inventory: Inventory, dtype: str, check_f
     return map_specs(weight, family_of(config).weight_specs(config))
 
 
-def _read_experts(inventory: Inventory, dtype: str, check_finite: bool, shown) -> tuple[tuple[jax.Array, ...], ...]:
+def _read_experts(
+    inventory: Inventory, dtype: str, check_finite: bool, shown, devices: Sequence[Device]
+) -> tuple[tuple[jax.Array, ...], ...]:
     host_block, loaded = HostBlocks(dtype, check_finite=check_finite), []
 
-    def expert(source):
+    def expert(at):
+        source, number = at
         try:
-            block = host_block(source)
+            block = host_block(source, devices[number % len(devices)])
         except (PinnedMemoryError, MemoryError) as e:
             said = str(e) if isinstance(e, PinnedMemoryError) else f"an expert of {source.bytes} bytes finds no memory ({e})"
             raise PinnedMemoryError(said, pinned_bytes=sum(loaded)) from e
@@ -219,7 +228,7 @@ def _read_experts(inventory: Inventory, dtype: str, check_finite: bool, shown) -
         shown.update(source.bytes)
         return block
 
-    blocks = iter(_in_order(expert, [source for layer in inventory.experts for source in layer]))
+    blocks = iter(_in_order(expert, [(source, number) for layer in inventory.experts for number, source in enumerate(layer)]))
     return tuple(tuple(next(blocks) for _ in layer) for layer in inventory.experts)
 
 

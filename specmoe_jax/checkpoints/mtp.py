@@ -12,6 +12,7 @@ from specmoe_jax.checkpoints.inventory import canonical_names, further_prefixes,
 from specmoe_jax.checkpoints.published.names import Names
 from specmoe_jax.checkpoints.published.quantisation import as_stored
 from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.plan_fields import QUANTISED
 from specmoe_jax.models import mtp
 from specmoe_jax.models.model import Model
@@ -53,10 +54,11 @@ def holds_mtp(config: ModelConfig, checkpoint: Checkpoint) -> bool:
 
 
 @lenient()
-def load_mtp(model: Model, *, expert_dtype: str | None = None) -> MtpHead:
+def load_mtp(model: Model, *, expert_dtype: str | None = None, experts_on_host: bool = False) -> MtpHead:
     """The layers of a model that was loaded from a directory, in its dtype, all experts on the accelerator.
 
     expert_dtype: what their experts are packed as (Plan.draft_expert_dtype); None decodes those that are stored packed.
+    experts_on_host: in host memory instead, for plans whose draft_experts of them are on the accelerator at a time.
     Raises CheckpointError as `find_mtp`.
     """
     if expert_dtype is not None and expert_dtype not in QUANTISED:
@@ -70,10 +72,16 @@ def load_mtp(model: Model, *, expert_dtype: str | None = None) -> MtpHead:
 
     def layer(index: int) -> mtp.Layer:
         sources = (source._replace(decode=True) for source in found.experts[index]) if found.experts else ()
-        experts = mtp.stacked(config, [read_expert(source, model.dtype, check_finite=True) for source in sources])
-        return mtp.Layer(config, map_specs(weight, mtp.weight_specs(model.config, index)), experts)
+        blocks = [read_expert(source, model.dtype, check_finite=True) for source in sources]
+        weights = map_specs(weight, mtp.weight_specs(model.config, index))
+        return mtp.Layer(config, weights, mtp.in_memory(config, blocks, on_host=experts_on_host))
 
     return mtp.attach(model, [layer(index) for index in range(model.config.mtp_layers)])
+
+
+def load_planned_mtp(model: Model, plan: Plan) -> MtpHead:
+    """As a plan wants it."""
+    return load_mtp(model, expert_dtype=plan.draft_expert_dtype, experts_on_host=plan.draft_experts is not None)
 
 
 def _names(config: ModelConfig, checkpoint: Checkpoint) -> Names:

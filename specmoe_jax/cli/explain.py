@@ -69,6 +69,7 @@ _SKEW = flags.DEFINE_float(
 _ROOFLINE = flags.DEFINE_string("roofline", None, "Where the roofline picture goes, .png (needs matplotlib).")
 _GANTT = flags.DEFINE_string("gantt", None, "Where the picture of a simulated pass goes, .png (streamed plans).")
 _SIMULATE = flags.DEFINE_boolean("simulate", False, "Every preset beside each other, and cache policies on a routing trace.")
+_DEVICE_TABLE = flags.DEFINE_boolean("device_table", False, "The plan on 1, 2, 4 and 8 accelerators (--preset or --plan).")
 _TRACE = flags.DEFINE_string(
     "trace",
     None,
@@ -141,6 +142,8 @@ def explained(config: ModelConfig, known: Knowledge, on_disk: int | None) -> tup
     if problem := explain.problem(config, plan, known.hardware, workload):
         raise PlanError(problem)
     shown |= explain.explain(config, plan, known.hardware, workload, stored_bytes=on_disk)
+    if _DEVICE_TABLE.value:
+        shown |= explain.devices(config, plan, known.hardware, workload)
     save_pictures(config, plan, known.hardware, workload)
     return shown, acceptance_of([plan], config, known)
 
@@ -223,6 +226,8 @@ def check_flags() -> None:
         idle, advice = (_TRACE, _CAPACITY), "without --simulate; give both"
     if not is_auto():
         idle, advice = (*idle, _REQUESTS), advice if _SIMULATE.value else "with a plan or a preset; leave it out"
+    if is_auto() and _DEVICE_TABLE.value:
+        common.usage_error("--device_table is of one plan; give it with --preset or --plan")
     for flag in idle:
         if flag.value is not None:
             common.usage_error(f"--{flag.name} has no effect {advice}")

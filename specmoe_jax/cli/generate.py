@@ -18,7 +18,7 @@ from specmoe_jax.checkpoints import load_model
 from specmoe_jax.checkpoints.adapters.peft import read_adapter
 from specmoe_jax.checkpoints.eagle import bundled_head, head_config, head_path, load_head
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
-from specmoe_jax.checkpoints.mtp import find_mtp, load_mtp
+from specmoe_jax.checkpoints.mtp import find_mtp, load_planned_mtp
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.cli import common
 from specmoe_jax.cli.flag_groups import plan_flags, sampling_flags
@@ -138,7 +138,7 @@ def main() -> None:
         plan = plan.replace(**changes)
     spans = [] if _TRACE.value and plan.flow.workers else None
     given = {"draft_model": draft_model, "draft_head": read_head(model, plan)}
-    given |= {"mtp_head": load_mtp(model, expert_dtype=plan.draft_expert_dtype)} if plan.drafting.given == "mtp_head" else {}
+    given |= {"mtp_head": load_planned_mtp(model, plan)} if plan.drafting.given == "mtp_head" else {}
     options = given | {"progress": _PROGRESS.value, "spans": spans, "routing": routing_detail()}
     engine = Engine(model, plan, **options)
     load_s = loading.seconds
@@ -263,7 +263,8 @@ def load(prompts: list[Prompt]) -> tuple[Model, dict, dict]:
 
     The weights' types and the experts' place have to be known before the model is loaded.
     """
-    plan, load = read_plan_file() if _PLAN.value else Plan(preset=""), functools.partial(load_model, adapter=_ADAPTER.value)
+    plan = read_plan_file() if _PLAN.value else Plan(preset="")
+    load = functools.partial(load_model, adapter=_ADAPTER.value, devices=plan_flags.value("devices") or plan.devices)
     dtype, expert_dtype = _DTYPE.value or plan.dtype, plan_flags.value("expert_dtype") or plan.expert_dtype
     if expert_dtype not in (None, DECODED):
         options = {"dtype": dtype, "expert_dtype": expert_dtype, "prompts": prompts, "progress": _PROGRESS.value}

@@ -36,8 +36,6 @@ GROUPS = {
         "measure_gpu": "specmoe_jax.cli.measure.measure_gpu",
     },
     "train": {
-        "demo_data": "specmoe_jax.cli.train.demo_data",
-        "train_demo": "specmoe_jax.cli.train.train_demo",
         "features": "specmoe_jax.cli.train.features",
         "train_eagle": "specmoe_jax.cli.train.train_eagle",
         "witness_data": "specmoe_jax.cli.train.witness_data",

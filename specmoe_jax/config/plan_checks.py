@@ -55,7 +55,19 @@ def _check_combinations(plan: PlanFields, config: ModelConfig) -> None:
             f"retain_policy={plan.retain_policy} ranks by what a draft's gates choose, and draft={plan.draft} runs none of the "
             "model's; use draft=self or merged, or another retain_policy"
         )
+    if plan.devices > 1:
+        _check_devices(plan, config)
     if plan.prefetch == "oracle" and plan.link_bytes_per_s is None:
         raise PlanError("prefetch=oracle knows the future, which only an emulated link can; give link_bytes_per_s")
     if plan.expert_tier == "disk" and plan.host_memory_bytes is None:
         raise PlanError("expert_tier=disk needs the host memory to cache experts in; give host_memory_bytes")
+
+
+def _check_devices(plan: PlanFields, config: ModelConfig) -> None:
+    """What is built for experts that several devices hold."""
+    if plan.devices > config.num_experts:
+        raise PlanError(f"devices={plan.devices} of a layer with {config.num_experts} experts; give at most one for each")
+    if not plan.flow.several_devices:
+        raise PlanError(f"expert_flow={plan.flow.name} is built for one device; got devices={plan.devices}, leave it 1")
+    if not plan.drafting.several_devices:
+        raise PlanError(f"draft={plan.drafting.name} is built for one device; got devices={plan.devices}, leave it 1")

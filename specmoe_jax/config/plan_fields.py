@@ -54,7 +54,10 @@ class PlanFields:
     )
     draft_length: int | None = field(None, "Tokens drafted per step; the depth of a tree.", unit="tokens", by_draft=True)
     draft_experts: int | tuple[int, ...] | None = field(
-        None, "Draft experts per layer: hot (draft=self) or merged (draft=merged).", by_draft=True
+        None,
+        "Draft experts per layer: hot (draft=self), merged (draft=merged), or hot ones of the layer for further tokens, which else "
+        "has all of its own (draft=mtp).",
+        by_draft=True,
     )
     draft_tree_top_k: int | None = field(None, "Branches of a drafted node (draft=eagle or mtp).", none="a chain", by_draft=True)
     draft_tree_tokens: int | None = field(
@@ -70,7 +73,7 @@ class PlanFields:
     )
     draft_expert_dtype: Quantised | None = field(
         None,
-        "Quantise the experts of the layer for further tokens, which are all on the accelerator (draft=mtp).",
+        "Quantise the experts of the layer for further tokens (draft=mtp).",
         none="not quantised",
         by_draft=True,
     )
@@ -141,6 +144,9 @@ class PlanFields:
     )
     bypass_page_cache: bool = field(False, "Read from the disk itself (expert_tier=disk), for measurements.", needs=(DISK,))
     kv_tier: str = field("accelerator", "Where the KV cache is and attention runs.", choices=KV_TIERS)
+    devices: int = field(
+        1, "Accelerators of this machine that share the experts, each over a link of its own: expert e belongs to device e mod n."
+    )
     batch_size: int = field(16, "Requests that generate together.")
     micro_batches: int = field(1, "Parts of a batch in flight at once when streaming.", needs=(STREAM,))
     layer_buffers: int = field(
@@ -172,7 +178,7 @@ class PlanFields:
         none="the checkpoint's",
     )
     device_memory_bytes: float | None = field(
-        None, "Accelerator memory to use.", none="what the plan can use", unit="bytes", flag="device_memory_gib"
+        None, "Memory to use of each accelerator.", none="what the plan can use", unit="bytes", flag="device_memory_gib"
     )
     host_memory_bytes: float | None = field(
         None, "Host memory to use.", none="what the machine has", unit="bytes", flag="host_memory_gib"

@@ -1,15 +1,21 @@
-"""The devices that an engine works on: where arrays are, how activations cross between them, and the worker threads."""
+"""The devices that an engine works on: where arrays are, how activations cross between them, and the worker threads.
+
+Of several accelerators each holds all of a batch and runs every program (replicated), but for the experts: `ShardedPool`.
+"""
 
 import concurrent.futures
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
+import numpy as np
 
 from specmoe_jax.offload.store import Link
 from specmoe_jax.support.jax_settings import lenient_thread
 from specmoe_jax.support.tracing import Span
-from specmoe_jax.types import Device
+from specmoe_jax.types import MESH_AXIS, Device, Place
+
+T = TypeVar("T")
 
 
 class Workers(NamedTuple):
@@ -25,14 +31,21 @@ class Workers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DeviceContext:
-    """host: the CPU. activations: counts what crosses between accelerator and host beside experts. pinned_sharding: pinned host
-    memory, where hidden states wait between two layers."""
+    """place: where arrays of the accelerator are, its device or the sharding that replicates them over several. host: the CPU.
+    activations: counts what crosses between accelerator and host beside experts. pinned_sharding: pinned host memory, where hidden
+    states wait between two layers."""
 
-    device: Device
+    devices: tuple[Device, ...]
+    place: Place
     host: Device
     activations: Link
     pinned_sharding: jax.sharding.Sharding
     workers: Workers
+
+    @property
+    def device(self) -> Device:
+        """The first, or only, accelerator."""
+        return self.devices[0]
 
     def to_host(self, arrays):
         """Starts the copy of activations into host memory; a computation there obtains them through `on_host`.
@@ -51,18 +64,38 @@ class DeviceContext:
 
     def to_accelerator(self, array: jax.Array) -> jax.Array:
         """Copies attention outputs back."""
-        self.activations.send(array.nbytes)
-        return jax.device_put(array, self.device)
+        self.activations.send(len(self.devices) * array.nbytes)
+        return jax.device_put(array, self.place)
 
 
-def make_context(spans: list[Span] | None) -> DeviceContext:
-    """This machine's. spans: see Workers."""
-    device = jax.devices()[0]
+def place_of(devices: int) -> Place:
+    """Where arrays of the accelerator are, with so many of this machine's."""
+    chosen = jax.devices()[:devices]
+    if devices == 1:
+        return chosen[0]
+    return jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(chosen), (MESH_AXIS,)), jax.sharding.PartitionSpec())
+
+
+def first_of(place: Place) -> Device:
+    """The first, or only, device of a place."""
+    return np.asarray(place.mesh.devices).flat[0] if isinstance(place, jax.sharding.NamedSharding) else place
+
+
+def placed(arrays: T, devices: int) -> T:
+    """Arrays of the accelerator on all of so many."""
+    return arrays if devices == 1 else jax.device_put(arrays, place_of(devices))
+
+
+def make_context(spans: list[Span] | None, devices: int = 1) -> DeviceContext:
+    """This machine's, with so many of its accelerators. spans: see Workers."""
+    chosen, place = tuple(jax.devices()[:devices]), place_of(devices)
+    sharding = jax.sharding.SingleDeviceSharding(place) if devices == 1 else place
     cpu, link = (concurrent.futures.ThreadPoolExecutor(1, f"specmoe-{worker}", lenient_thread) for worker in ("cpu", "link"))
     return DeviceContext(
-        device=device,
+        devices=chosen,
+        place=place,
         host=jax.local_devices(backend="cpu")[0],
         activations=Link(),
-        pinned_sharding=jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host"),
+        pinned_sharding=sharding.with_memory_kind("pinned_host"),
         workers=Workers(cpu, link, spans),
     )

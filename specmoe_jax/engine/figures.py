@@ -15,7 +15,8 @@ class Totals(NamedTuple):
     verified_tokens: positions of the verifying passes, and context: cached positions of their rows, both of active rows.
     foreseen, foreseen_needed: experts of a layer that the draft's gates chose, and those that the pass then needed.
     draft_moves, draft_on_cpu: rows whose draft cache changed sides, and row-steps whose draft attended on the CPU.
-    accepted_at_least: [N + 1], row-steps in which at least j drafted tokens were accepted.
+    device_link_bytes: of link_bytes, those over the link of each device. accepted_at_least: [N + 1], row-steps in which at least j
+    drafted tokens were accepted.
     """
 
     steps: int = 0
@@ -28,6 +29,7 @@ class Totals(NamedTuple):
     full_s: float = 0.0
     draft_s: float = 0.0
     verify_s: float = 0.0
+    device_link_bytes: tuple[int, ...] = ()
     link_bytes: int = 0
     draft_link_bytes: int = 0
     merge_bytes: int = 0
@@ -65,6 +67,7 @@ def add_step(totals: Totals, info) -> Totals:
         decode_s=totals.decode_s + step_s,
         draft_s=totals.draft_s + info.drafting_s,
         verify_s=totals.verify_s + info.verify_s,
+        device_link_bytes=tuple((np.array(totals.device_link_bytes or 0) + info.device_link_bytes).tolist()),
         link_bytes=totals.link_bytes + info.link_bytes,
         draft_link_bytes=totals.draft_link_bytes + info.draft_link_bytes,
         merge_bytes=totals.merge_bytes + info.merge_bytes,
@@ -162,7 +165,8 @@ def figures(
 ) -> dict:
     """The decode figures, units in the names; unknown is None. model_stamps: `Model.synthetic`."""
     tokens, wall = totals.new_tokens, totals.decode_s
-    floor_s = totals.link_bytes / link_bytes_per_s if link_bytes_per_s else None
+    busiest = max(totals.device_link_bytes, default=0)
+    floor_s = busiest / link_bytes_per_s if link_bytes_per_s else None
     return {
         "new_tokens": tokens,
         "steps": totals.steps,
@@ -176,6 +180,8 @@ def figures(
         "acceptance_by_position": acceptance_by_position(totals),
         "conditional_acceptance_by_position": conditional_acceptance(totals),
         "link_bytes": totals.link_bytes,
+        "device_link_bytes": list(totals.device_link_bytes),
+        "link_balance": busiest * len(totals.device_link_bytes) / totals.link_bytes if totals.link_bytes else None,
         "link_bytes_per_token": totals.link_bytes / tokens if tokens else None,
         "on_demand_link_bytes_per_token": on_demand_bytes / tokens if tokens and on_demand_bytes is not None else None,
         "draft_link_bytes": totals.draft_link_bytes,

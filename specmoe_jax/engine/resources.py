@@ -110,9 +110,10 @@ class EngineResources:
 
     def new_cache(self, batch_shape: BatchShape) -> KVCache:
         assert self.runtime is not None  # a job has been taken
-        device, replayed = self.runtime.cache_tier.device(self.runtime), self._plan.tokens_per_pass - 1
+        place, replayed = self.runtime.cache_tier.place(self.runtime), self._plan.tokens_per_pass - 1
         shape = (batch_shape.rows, batch_shape.positions)
-        return new_cache(self._model.config, *shape, self._plan.dtype, device, replayed=replayed)
+        states = self.runtime.context.place
+        return new_cache(self._model.config, *shape, self._plan.dtype, place, replayed=replayed, states=states)
 
     def put_back(self, state: State, batch_shape: BatchShape) -> None:
         """The adaptive length of a job that has ended, and its pool."""
@@ -176,7 +177,7 @@ def _check_room(plan: Plan, needed: MemoryAccount, *, held: MemoryAccount | None
 
     def beside(own: MemoryAccount) -> int:
         loaded = own.host_expert_bytes if plan.expert_tier == "host" else 0
-        return int(own.accelerator_bytes - own.weight_bytes + own.host_bytes - loaded)
+        return int(plan.devices * own.accelerator_bytes - own.weight_bytes + own.host_bytes - loaded)
 
     more = beside(needed) + PROGRAM_BYTES if held is None else beside(needed) - beside(held)
     if more > available:

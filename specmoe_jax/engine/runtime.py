@@ -12,7 +12,7 @@ from specmoe_jax.config.layer_config import AttentionConfig, LayerConfig, Recurr
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.registry import EXPERT_FLOWS, HOST_CACHE_POLICIES, KV_TIERS
-from specmoe_jax.engine.context import DeviceContext, make_context
+from specmoe_jax.engine.context import DeviceContext, first_of, make_context
 from specmoe_jax.engine.drafts.executors import executor_of
 from specmoe_jax.engine.drafts.protocol import DraftExecutor
 from specmoe_jax.engine.flows.protocol import ExpertFlowExecutor, KvTierExecutor
@@ -20,7 +20,8 @@ from specmoe_jax.engine.state import PoolSlots
 from specmoe_jax.kv_cache.positions import KV_PAGE
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import Weights
-from specmoe_jax.offload.store import ExpertStore, Link
+from specmoe_jax.offload.sharded_store import ShardedStore
+from specmoe_jax.offload.store import ExpertStore, Link, Store
 from specmoe_jax.offload.stream_schedule import spread
 from specmoe_jax.offload.tiers import DiskTier, HostTier, Tier
 from specmoe_jax.ops import PackedCache, empty_cache
@@ -29,7 +30,7 @@ from specmoe_jax.planner.memory.memory_account import MemoryAccount, arriving_ex
 from specmoe_jax.speculate.drafts.protocol import Draft, FeatureDraft
 from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy, keep_rule, make_policy
 from specmoe_jax.support.tracing import Span
-from specmoe_jax.types import Device, KVCache, RecurrentState
+from specmoe_jax.types import Device, KVCache, Place, RecurrentState
 
 
 class ExpertPlaces(NamedTuple):
@@ -40,7 +41,7 @@ class ExpertPlaces(NamedTuple):
     experts stay beside a stream. expert_bytes: of one expert on the link.
     """
 
-    store: ExpertStore
+    store: Store
     slots: PoolSlots
     resident_slots: np.ndarray | None
     merged_slots: np.ndarray | None
@@ -118,18 +119,18 @@ def build(
     earlier: one of the same model and plan, whose neighbours need not be found again. progress: a bar while finding them.
     spans: see Workers. routing: see Runtime.
     """
-    context, flow, executor = make_context(spans), EXPERT_FLOWS.executor(plan.flow.name), executor_of(plan)
+    context, flow, executor = make_context(spans, plan.devices), EXPERT_FLOWS.executor(plan.flow.name), executor_of(plan)
     policies = _policies(model, plan, draft_set, executor, earlier, progress)  # map experts, so before a tier drops pages
     return Runtime(
         config=model.config,
         plan=plan,
         flow=flow,
         cache_tier=KV_TIERS.executor(plan.cache_tier.name),
-        weights=jax.device_put(model.weights, context.device),
+        weights=jax.device_put(model.weights, context.place),
         draft=draft,
         draft_executor=executor,
         context=context,
-        experts=_expert_places(model, plan, account, context, flow.resident_slots(model.config)),
+        experts=_expert_places(model, plan, account, context, flow.resident_slots(model.config, plan.devices)),
         policies=policies,
         routing=routing,
     )
@@ -156,14 +157,11 @@ def _expert_places(
     model: Model, plan: Plan, account: MemoryAccount, context: DeviceContext, resident_slots: np.ndarray | None
 ) -> ExpertPlaces:
     config, one = model.config, account.expert_bytes
-    store = ExpertStore(
-        _tier(model, plan, account),
-        Link(plan.link_bytes_per_s, oracle=plan.prefetch == "oracle"),
-        room=0 if context.device == context.host else arriving_experts(one, config.num_experts),
+    slots = PoolSlots(
+        plan.devices * account.num_slots, account.dispatch_slots, single_wave=account.num_slots >= account.wanted_slots
     )
-    slots = PoolSlots(account.num_slots, account.dispatch_slots, single_wave=account.num_slots >= account.wanted_slots)
     return ExpertPlaces(
-        store=store,
+        store=_store(model, plan, account, context),
         slots=slots,
         resident_slots=resident_slots,
         merged_slots=_merged_slots(config, account) if account.merged_slots else None,
@@ -172,53 +170,65 @@ def _expert_places(
     )
 
 
-def _tier(model: Model, plan: Plan, account: MemoryAccount) -> Tier:
+def _store(model: Model, plan: Plan, account: MemoryAccount, context: DeviceContext) -> Store:
+    """With a link of its own for every device."""
+    links = [Link(plan.link_bytes_per_s, oracle=plan.prefetch == "oracle") for _ in context.devices]
+    room = 0 if context.device == context.host else arriving_experts(account.expert_bytes, model.config.num_experts)
+    if plan.devices == 1:
+        return ExpertStore(_tier(model, plan, account, ()), links[0], room=room)
+    return ShardedStore(_tier(model, plan, account, context.devices), links, context.place.mesh, room=room)
+
+
+def _tier(model: Model, plan: Plan, account: MemoryAccount, devices: tuple[Device, ...]) -> Tier:
     if plan.expert_tier == "host":
-        return HostTier(model.experts)
+        return HostTier(model.experts, devices)
     return DiskTier(
         model.experts,
         capacity=account.host_experts,
         policy=HOST_CACHE_POLICIES.executor(plan.dram_policy or plan.flow.host_cache_policy),
         keep_pages=not plan.bypass_page_cache,
+        devices=devices,
     )
 
 
-def empty_pages(attention: AttentionConfig, count: int, dtype, device: Device) -> PackedCache:
+def empty_pages(attention: AttentionConfig, count: int, dtype, place: Place) -> PackedCache:
     """Pages of zeros of one layer."""
-    with jax.default_device(device):  # else they are made on the accelerator, where they may not fit
+    with jax.default_device(first_of(place)):  # else they are made on the accelerator, where they may not fit
         pages = empty_cache(count, attention.num_kv_heads, KV_PAGE, attention.cache_dim, dtype)
-    return jax.device_put(pages, device)
+    return jax.device_put(pages, place)
 
 
-def new_cache(config: ModelConfig, rows: int, positions: int, dtype: str, device: Device, *, replayed: int) -> KVCache:
+def new_cache(
+    config: ModelConfig, rows: int, positions: int, dtype: str, place: Place, *, replayed: int, states: Place = None
+) -> KVCache:
     """A KV cache of zeros. replayed: positions that may be rolled back, of which recurrent layers keep the rows.
 
-    States are on the accelerator wherever the cache is.
+    states: where those of recurrent layers are, as of `new_states`.
     """
 
     def buffer(layer: LayerConfig) -> jax.Array:
         shape = (rows, layer.attention.num_kv_heads, positions, layer.attention.cache_dim)
-        with jax.default_device(device):  # zeros(device=...) makes them on the default device and copies
-            return jax.device_put(jnp.zeros(shape, dtype), device)
+        with jax.default_device(first_of(place)):  # zeros(device=...) makes them on the default device and copies
+            return jax.device_put(jnp.zeros(shape, dtype), place)
 
-    def states(layer: LayerConfig) -> RecurrentState | None:
+    def state(layer: LayerConfig) -> RecurrentState | None:
         recurrence = layer.attention.recurrent
-        return None if recurrence is None else new_states(recurrence, rows, replayed)
+        return None if recurrence is None else new_states(recurrence, rows, replayed, states)
 
-    keys = tuple(states(layer) or buffer(layer) for layer in config.layers)
+    keys = tuple(state(layer) or buffer(layer) for layer in config.layers)
     values = tuple(() if layer.attention.recurrent else buffer(layer) for layer in config.layers)
     return KVCache(k=keys, v=values)
 
 
-def new_states(config: Recurrence, rows: int, replayed: int) -> RecurrentState:
-    """Of a recurrent layer before any position, on the accelerator."""
+def new_states(config: Recurrence, rows: int, replayed: int, place: Place = None) -> RecurrentState:
+    """Of a recurrent layer before any position. They are on the accelerator wherever the KV cache is; None: on the first device."""
     return jax.device_put(
         RecurrentState(
             state=jnp.zeros((rows, config.value_heads, config.key, config.value)),
             start=jnp.zeros(rows, jnp.int32),
             rows=jnp.zeros((rows, config.kept_rows(replayed), config.row)),
         ),
-        jax.devices()[0],
+        place or jax.devices()[0],
     )
 
 

@@ -17,7 +17,7 @@ from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.ops import PackedCache
 from specmoe_jax.speculate.adaptive_length import AdaptiveLength
 from specmoe_jax.speculate.logit_edits import EditKinds
-from specmoe_jax.types import KVCache, RecurrentState, SamplingRows, TokenLogprob
+from specmoe_jax.types import KVCache, Pool, RecurrentState, SamplingRows, TokenLogprob
 
 
 class Request(NamedTuple):
@@ -55,7 +55,7 @@ class JobOptions(NamedTuple):
 
 
 class PoolSlots(NamedTuple):
-    """The purpose of a pool's slots. total: R. dispatch: those that a layer's dispatch can count on.
+    """The purpose of a pool's slots. total: R, of all devices. dispatch: those of each that a layer's dispatch can count on.
 
     single_wave: whether every dispatch of the batch that the pool was made for fits into them at once.
     """
@@ -69,7 +69,7 @@ class ExpertMemory(NamedTuple):
     """Where the experts are, and the usage scores that choose the next draft set.
 
     slots: what the pool was made for; it is the state's, because an engine may meanwhile serve a batch of another size.
-    pool: [R, 3, F, M] slots on the accelerator, donated by every copy. residency: what is in them.
+    pool: [R, 3, F, M] slots on the accelerator, or those of several; donated by every copy. residency: what is in them.
     usage_scores: [L, E], the memory of the draft-set policy. prefetched: [L, E] bool, resident by prefetch; an encoder's layers are
     in it and in the residency, not in the usage scores. retained_experts: what free slots still hold, None where the plan does not
     retain it. groups: [L, E] int32, the slot of the merged block that stands for each expert under draft=merged, else None.
@@ -79,7 +79,7 @@ class ExpertMemory(NamedTuple):
     """
 
     slots: PoolSlots
-    pool: jax.Array | None
+    pool: Pool | None
     residency: Residency
     usage_scores: np.ndarray
     prefetched: np.ndarray
@@ -114,10 +114,10 @@ class Buffers(NamedTuple):
     `ExpertPlaces.pinned_layers`; never written.
     """
 
-    spare: jax.Array | None
+    spare: Pool | None
     readers: tuple[jax.Array, ...]
     coming: tuple[concurrent.futures.Future, ...]
-    pinned: tuple[jax.Array, ...] = ()
+    pinned: tuple[Pool, ...] = ()
 
 
 class PassRouting(NamedTuple):
@@ -207,8 +207,9 @@ class StepInfo(NamedTuple):
     token and everything drafted. draft_moves: rows whose draft cache changed sides before the step; draft_on_cpu: active rows whose
     draft attended on the CPU (a draft cache that is split, speculate/drafts/draft_split.py).
     row_lengths: [B], drafted tokens that were verified of each row, None where those of all rows were.
-    link_bytes: expert bytes sent for over the link in this step (a streamed layer may cross it a little later); draft_link_bytes:
-    those sent for while drafting (prefetches); merge_bytes: those of a draft's merged experts.
+    link_bytes: expert bytes sent for over the link in this step (a streamed layer may cross it a little later); device_link_bytes:
+    [n], over the link of each device; draft_link_bytes: those sent for while drafting (prefetches); merge_bytes: those of a draft's
+    merged experts.
     prefetch_bytes, prefetch_wasted_bytes: those sent speculatively, and the unused ones among them.
     predicted: [L, E] int64, how often the draft's gates chose each expert, where anything looks at it (`Plan.foresees`).
     below: what the tier below the link did in this step.
@@ -228,6 +229,7 @@ class StepInfo(NamedTuple):
     draft_on_cpu: int
     verify: PassInfo
     link_bytes: int
+    device_link_bytes: np.ndarray
     draft_link_bytes: int
     merge_bytes: int
     prefetch_bytes: int

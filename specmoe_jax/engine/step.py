@@ -92,6 +92,7 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
         draft_on_cpu=rows_on_cpu(state),
         verify=verified.info,
         link_bytes=now.link_bytes - before.link_bytes,
+        device_link_bytes=now.device_bytes - before.device_bytes,
         draft_link_bytes=after_draft.link_bytes - before.link_bytes,
         merge_bytes=now.link_bytes - after_pass.link_bytes,
         prefetch_bytes=guesses * expert_bytes,
@@ -107,16 +108,22 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
 
 
 class Moved(NamedTuple):
-    """Expert and activation bytes sent over the link, and the counts of the tier below it, since a runtime was made."""
+    """Expert bytes sent over the link of each device, activation bytes over all, and the counts of the tier below, since a runtime
+    was made."""
 
-    link_bytes: int
+    device_bytes: np.ndarray
     activation_bytes: int
     below: TierCounts
+
+    @property
+    def link_bytes(self) -> int:
+        return int(self.device_bytes.sum())
 
 
 def moved(runtime: Runtime) -> Moved:
     store = runtime.experts.store
-    return Moved(store.link.sent_bytes, runtime.context.activations.sent_bytes, store.tier.counts)
+    sent = np.array([link.sent_bytes for link in store.links])
+    return Moved(sent, runtime.context.activations.sent_bytes, store.tier.counts)
 
 
 def _length(runtime: Runtime, state: State, active: np.ndarray) -> int:

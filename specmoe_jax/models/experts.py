@@ -14,19 +14,35 @@ from specmoe_jax.models.packing.kind import Kernel, is_plain
 from specmoe_jax.models.spec import DTYPE_BYTES
 from specmoe_jax.ops.products import as_float32, einsum
 from specmoe_jax.ops.xla.experts import block_ffn
+from specmoe_jax.types import MESH_AXIS, Pool, ShardedPool
 
 
-def expert_ffn(config: ExpertConfig, x: jax.Array, pool: jax.Array, slots: jax.Array) -> jax.Array:
+def expert_ffn(config: ExpertConfig, x: jax.Array, pool: Pool, slots: jax.Array) -> jax.Array:
     """Experts pool[slots[i, a]] on x[i], unweighted: x [n, M], pool [R, *block_shape], slots [n, A] -> [n, A, M] float32.
 
-    A slot of -1 gives zeros. pool: or a table of addresses [R, 2] uint32 (`ops.expert_ffn_table`).
+    A slot of -1 gives zeros. pool: or a table of addresses [R, 2] uint32 (`ops.expert_ffn_table`), or slots of several devices.
     """
+    if isinstance(pool, ShardedPool):
+        return _sharded_ffn(config, x, pool, slots)
     kernel = _kernel(config)
     packed = {} if kernel is None else {"packing": kernel.form, "numbers": kernel.numbers}
     if pool.dtype == jnp.uint32:
         return ops.expert_ffn_table(x, pool, slots, hidden=config.hidden, **packed)
     ffn = None if config.packing is None and is_plain(config) else block_function(config)
     return ops.expert_ffn(x, pool, slots, ffn=ffn, hidden=config.hidden, **packed)
+
+
+def _sharded_ffn(config: ExpertConfig, x: jax.Array, pool: ShardedPool, slots: jax.Array) -> jax.Array:
+    """Every device computes the experts in its own slots. An output is of one device, and zero on all others: the sum is exact."""
+
+    def own(x: jax.Array, blocks: jax.Array, slots: jax.Array) -> jax.Array:
+        first = jax.lax.axis_index(MESH_AXIS) * len(blocks)
+        here = (slots >= first) & (slots < first + len(blocks))
+        return jax.lax.psum(expert_ffn(config, x, blocks, jnp.where(here, slots - first, -1)), MESH_AXIS)
+
+    everywhere, sharded = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(MESH_AXIS)
+    each = jax.shard_map(own, mesh=pool.mesh, in_specs=(everywhere, sharded, everywhere), out_specs=everywhere, check_vma=False)
+    return each(x, pool.blocks, slots)
 
 
 def is_computed_in_place(config: ExpertConfig) -> bool:

@@ -21,7 +21,7 @@ from specmoe_jax.models.selection import indexer
 from specmoe_jax.models.spec import Weights, map_specs, random_block, random_tensor
 from specmoe_jax.support.errors import PinnedMemoryError
 from specmoe_jax.support.jax_settings import lenient
-from specmoe_jax.types import CrossCache, Routing
+from specmoe_jax.types import CrossCache, Device, Routing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,13 +149,13 @@ def _pool_limit() -> str:
     return f", or set {PINNED_LIMIT} (now {os.environ.get(PINNED_LIMIT, '64')}) before JAX starts"
 
 
-def to_host(block) -> jax.Array:
-    """A block in pinned host memory, where the accelerator can copy from it at full link speed.
+def to_host(block, device: Device | None = None) -> jax.Array:
+    """A block in pinned host memory, where an accelerator (None: the first) can copy from it at full link speed.
 
     Blocks until done: device_put copies an unaligned numpy array asynchronously, and callers reuse theirs. Raises
     PinnedMemoryError where the system refuses the memory.
     """
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0], memory_kind="pinned_host")
     try:
         return jax.block_until_ready(jax.device_put(block, sharding))
     except (jax.errors.JaxRuntimeError, MemoryError) as e:

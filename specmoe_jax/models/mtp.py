@@ -23,7 +23,7 @@ from specmoe_jax.models.attention import attend, attend_rows, behind
 from specmoe_jax.models.basics import linear, rms_norm
 from specmoe_jax.models.experts import block_bytes, expert_ffn
 from specmoe_jax.models.families.registry import family_of
-from specmoe_jax.models.model import Model
+from specmoe_jax.models.model import Model, to_host
 from specmoe_jax.models.packing import pack
 from specmoe_jax.models.published.naming import mtp_prefixes, norm_spec
 from specmoe_jax.models.spec import LayerWeights, Layout, Leaf, TensorSpec, map_specs, random_block, random_tensor, spec_leaves
@@ -46,16 +46,20 @@ class MtpWeights(Generic[Leaf]):
 class MtpHead:
     """The loaded layer. experts: all of them, [E, *block_shape], on the accelerator, or None where it has a dense MLP.
 
+    Of experts in host memory it is a block of each, and the layer cannot run until some are on the accelerator
+    (engine.drafts.hot_mtp): [n, *block_shape], and slots says which, [E] int32, the place of each expert or -1; the router
+    chooses among those alone.
     embed, output: the target's, [V, M]. further: the layers for the tokens after the first, in turn; without any, this one
     feeds itself.
     """
 
     config: LayerConfig = struct.field(pytree_node=False)
     weights: MtpWeights[jax.Array]
-    experts: jax.Array | None
+    experts: jax.Array | tuple[jax.Array, ...] | None
     embed: jax.Array
     output: jax.Array
     further: tuple["MtpHead", ...] = ()
+    slots: jax.Array | None = None
 
     @property
     def chain(self) -> tuple["MtpHead", ...]:
@@ -68,7 +72,7 @@ class Layer(NamedTuple):
 
     config: LayerConfig
     weights: MtpWeights[jax.Array]
-    experts: jax.Array | None
+    experts: jax.Array | tuple[jax.Array, ...] | None
 
 
 def extended(config: ModelConfig) -> ModelConfig:
@@ -125,10 +129,18 @@ def forward(
     cache is, any number outside 0..B-1 is padding; lengths, num_new [b]: positions that their caches hold, and new ones.
     -> the states of the tokens [b, T, M], normed, and the cache with their keys and values.
     """
+    return forward_routed(head, tokens, state, kv, rows, lengths, num_new)[:2]
+
+
+def forward_routed(
+    head: MtpHead, tokens: jax.Array, state: jax.Array, kv: KVCache, rows: jax.Array, lengths: jax.Array, num_new: jax.Array
+) -> tuple[jax.Array, KVCache, jax.Array | None]:
+    """As `forward`, and the experts that the router chose of all [b * T, A], -1 for padding; None where there are none."""
     h, projected = _project(head, tokens, state, lengths, jnp.arange(tokens.shape[1], dtype=jnp.int32))
     sinks, valid = head.weights.layer.sinks, jnp.arange(tokens.shape[1]) < num_new[:, None]
     attended, kv = attend_rows(head.config.attention, *projected, kv, rows, lengths, num_new, sinks=sinks)
-    return _finish(head, h, attended, valid), kv
+    states, chosen = _finish(head, h, attended, valid)
+    return states, kv, chosen
 
 
 def forward_tree(
@@ -143,7 +155,7 @@ def forward_tree(
     h, projected = _project(head, tokens, state, lengths, grown.tree.depths[:, -width:])
     q, k, v = behind(grown, *projected)
     attended, k_cache, v_cache = attend(config, q, k, v, sinks, kv.k[0], kv.v[0], lengths, num_new * k.shape[1], grown.tree)
-    outputs = _finish(head, h, attended[:, -width:], jnp.broadcast_to(num_new[:, None] > 0, tokens.shape))
+    outputs, _ = _finish(head, h, attended[:, -width:], jnp.broadcast_to(num_new[:, None] > 0, tokens.shape))
     return outputs, Grown(k=k, v=v, tree=grown.tree), KVCache(k=(k_cache,), v=(v_cache,))
 
 
@@ -158,14 +170,20 @@ def _project(head: MtpHead, tokens: jax.Array, state: jax.Array, lengths: jax.Ar
     return h, layers.pre_attention(config, weights.layer, h, positions)
 
 
-def _finish(head: MtpHead, h: jax.Array, attended: jax.Array, valid: jax.Array) -> jax.Array:
-    """The layer after its attention -> states [B, T, M], normed."""
+def _finish(head: MtpHead, h: jax.Array, attended: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The layer after its attention -> states [B, T, M], normed, and what the router chose of all experts."""
     config, weights = head.config, head.weights
     h, x, routing = layers.post_attention(config, weights.layer, h, attended, valid)
-    if routing is not None:
-        assert head.experts is not None  # the layer has some
-        h = layers.combine(h, expert_ffn(config.own_experts, x, head.experts, routing.ids), routing)
-    return rms_norm(h, weights.norm, config.norm_eps, config.norm_plus)
+    if routing is None:
+        return rms_norm(h, weights.norm, config.norm_eps, config.norm_plus), None
+    assert isinstance(head.experts, jax.Array)  # on the accelerator
+    chosen = slots = routing.ids
+    if head.slots is not None:
+        routing = layers.reroute(config, weights.layer, x, routing, head.slots >= 0)
+        slots = jnp.where(routing.ids < 0, -1, head.slots[routing.ids])
+        routing = routing._replace(weights=jnp.where(slots < 0, 0.0, routing.weights))  # none may be there
+    h = layers.combine(h, expert_ffn(config.own_experts, x, head.experts, slots), routing)
+    return rms_norm(h, weights.norm, config.norm_eps, config.norm_plus), chosen
 
 
 def logits(head: MtpHead, state: jax.Array) -> jax.Array:
@@ -173,12 +191,18 @@ def logits(head: MtpHead, state: jax.Array) -> jax.Array:
     return layers.output(head.output, state)
 
 
-def head_bytes(config: ModelConfig, dtype: str, expert_dtype: str | None = None) -> int:
-    """Accelerator bytes of the layers' weights and all of their experts; what they borrow is the target's."""
+def head_bytes(config: ModelConfig, dtype: str, expert_dtype: str | None = None, *, hot: int | None = None) -> int:
+    """Accelerator bytes of the layers' weights and all, or `hot`, of their experts; what they borrow is the target's."""
     weights = sum(spec.bytes(dtype) for specs in all_weight_specs(config) for spec in spec_leaves(specs))
+    return weights + experts_bytes(config, dtype, expert_dtype, count=hot)
+
+
+def experts_bytes(config: ModelConfig, dtype: str, expert_dtype: str | None = None, *, count: int | None = None) -> int:
+    """Of so many experts, or of all, of each of the layers."""
     layer = layer_config(config, expert_dtype)
-    experts = 0 if layer.experts is None else config.num_experts * block_bytes(layer.experts, dtype)
-    return weights + config.mtp_layers * experts
+    if layer.experts is None:
+        return 0
+    return config.mtp_layers * (config.num_experts if count is None else count) * block_bytes(layer.experts, dtype)
 
 
 def check_head(model: Model, head: MtpHead) -> None:
@@ -194,15 +218,18 @@ def attach(model: Model, found: Sequence[Layer]) -> MtpHead:
     return dataclasses.replace(first, further=tuple(further))
 
 
-def stacked(config: LayerConfig, blocks: Sequence[np.ndarray]) -> jax.Array | None:
-    """Experts in memory, packed as the config says; None without any. blocks: as models.spec has them."""
+def in_memory(
+    config: LayerConfig, blocks: Sequence[np.ndarray], *, on_host: bool = False
+) -> jax.Array | tuple[jax.Array, ...] | None:
+    """Experts as MtpHead has them, packed as the config says; None without any. blocks: as models.spec has them."""
     if config.experts is None:
         return None
     packs = config.experts.packing is not None
-    return jnp.stack([jnp.asarray(pack(config.experts, block) if packs else block) for block in blocks])
+    packed = [pack(config.experts, block) if packs else block for block in blocks]
+    return tuple(map(to_host, packed)) if on_host else jnp.stack([jnp.asarray(block) for block in packed])
 
 
-def random_head(model: Model, *, seed: int = 0, expert_dtype: str | None = None) -> MtpHead:
+def random_head(model: Model, *, seed: int = 0, expert_dtype: str | None = None, experts_on_host: bool = False) -> MtpHead:
     """Layers of random weights for a model, for tests."""
     config, layer = model.config, layer_config(model.config, expert_dtype)
 
@@ -212,6 +239,6 @@ def random_head(model: Model, *, seed: int = 0, expert_dtype: str | None = None)
         if layer.experts is not None:
             layouts = (expert_layouts(config, expert, index)[0] for expert in range(config.num_experts))
             blocks = [random_block(layout, layer.experts.block_shape, seed, model.dtype) for layout in layouts]
-        return Layer(layer, weights, stacked(layer, blocks))
+        return Layer(layer, weights, in_memory(layer, blocks, on_host=experts_on_host))
 
     return attach(model, [one(index) for index in range(config.mtp_layers)])

@@ -4,6 +4,7 @@ The accelerator holds one pool of R equal slots for all layers. A layer's pass m
 there are free slots, so its plan is a sequence of waves: fetch some experts, compute them, free them.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,10 +13,24 @@ from specmoe_jax.support.errors import PlanError
 
 
 class Residency(NamedTuple):
-    """slot_of: [L, E] int32, the slot of each expert or -1. owner: [R] int32, layer * E + expert or -1."""
+    """slot_of: [L, E] int32, the slot of each expert or -1. owner: [R] int32, layer * E + expert or -1.
+
+    devices: n, whose experts and slots are whose by offload/homes.py.
+    """
 
     slot_of: np.ndarray
     owner: np.ndarray
+    devices: int = 1
+
+    @property
+    def own_slots(self) -> int:
+        """Of each device."""
+        return len(self.owner) // self.devices
+
+    @property
+    def free(self) -> np.ndarray:
+        """[n], slots of each device that hold no expert."""
+        return (self.owner < 0).reshape(self.devices, -1).sum(axis=1)
 
 
 class Wave(NamedTuple):
@@ -37,9 +52,10 @@ class LayerPlan(NamedTuple):
     fetched: int
 
 
-def empty(num_layers: int, num_experts: int, num_slots: int) -> Residency:
-    """Nothing resident."""
-    return Residency(slot_of=np.full((num_layers, num_experts), -1, np.int32), owner=np.full(num_slots, -1, np.int32))
+def empty(num_layers: int, num_experts: int, num_slots: int, devices: int = 1) -> Residency:
+    """Nothing resident. num_slots: of all devices together."""
+    slot_of, owner = np.full((num_layers, num_experts), -1, np.int32), np.full(num_slots, -1, np.int32)
+    return Residency(slot_of, owner, devices)
 
 
 def plan_layer(
@@ -62,13 +78,13 @@ def plan_layer(
     _release(slot_of, owner, layer, computed & ~keep)
     while True:
         free = _by_eviction_priority(np.flatnonzero(owner < 0), eviction_priority)
-        batch, queue = queue[: len(free)], queue[len(free) :]
+        batch, queue = _placed(queue, free, residency)
         if queue and not batch and waves:  # the first wave may compute residents and free their slots
             raise PlanError(
-                f"layer {layer} has {len(queue)} experts to fetch and no free slot of {len(owner)}; "
+                f"layer {layer} has {len(queue)} experts to fetch and no free slot of {residency.own_slots}; "
                 "give more device memory or pin fewer experts"
             )
-        fetch = tuple((layer, expert, slot) for expert, slot in zip(batch, free[: len(batch)].tolist(), strict=True))
+        fetch = tuple((layer, expert, slot) for expert, slot in batch)
         for _, expert, slot in fetch:
             slot_of[layer, expert], owner[slot] = slot, layer * len(needed) + expert
         ready = ~computed & (slot_of[layer] >= 0)
@@ -83,7 +99,15 @@ def plan_layer(
         misses=len(misses),
         fetched=sum(len(wave.fetch) for wave in waves),
     )
-    return plan, Residency(slot_of=slot_of, owner=owner)
+    return plan, residency._replace(slot_of=slot_of, owner=owner)
+
+
+def _placed(experts: list[int], free: np.ndarray, residency: Residency) -> tuple[list[tuple[int, int]], list[int]]:
+    """(expert, slot) of those for which their device has a free slot, filled in their order, and the experts that are left."""
+    homes = free // max(residency.own_slots, 1)
+    slots = [iter(free[homes == device].tolist()) for device in range(residency.devices)]
+    found = [(expert, next(slots[expert % residency.devices], None)) for expert in experts]
+    return [(expert, slot) for expert, slot in found if slot is not None], [expert for expert, slot in found if slot is None]
 
 
 def plan_prefetch(
@@ -91,28 +115,35 @@ def plan_prefetch(
     predicted: np.ndarray,
     *,
     reserve: int,
-    limit: int,
+    limit: int | Sequence[int],
     in_use: np.ndarray,
     eviction_priority: np.ndarray | None = None,
 ) -> tuple[tuple[tuple[int, int, int], ...], Residency]:
     """Copies of experts that a pass will probably need: (layer, expert, slot), nearest layer first.
 
     predicted: [L, E] int, how often each expert is expected to be chosen, 0 = not. Within a layer the most
-    expected come first. reserve: slots that stay free for the dispatch of a layer. limit: copies at most. in_use: slots
-    of the layer that is about to be computed: its plan has freed them already, and overwriting one now would give
-    silently wrong weights. A prefetched expert is a resident of its layer until that layer's pass frees it.
+    expected come first. reserve: slots of each device that stay free for the dispatch of a layer. limit: copies to a device at
+    most, or to each of several. in_use: slots of the layer that is about to be computed: its plan has freed them already, and
+    overwriting one now would give silently wrong weights. A prefetched expert is a resident of its layer until that layer's pass
+    frees it.
     """
-    free = np.flatnonzero(residency.owner < 0)
-    room = min(len(free) - reserve, limit)
-    free = _by_eviction_priority(np.setdiff1d(free, in_use), eviction_priority)
+    room = np.minimum(residency.free - reserve, limit)
+    free = _by_eviction_priority(np.setdiff1d(np.flatnonzero(residency.owner < 0), in_use), eviction_priority)
     layers, experts = np.nonzero((predicted > 0) & (residency.slot_of < 0))
-    order = np.lexsort((experts, -predicted[layers, experts], layers))[: max(min(room, len(free)), 0)]
-    layers, experts, slots = layers[order], experts[order], free[: len(order)]
+    order = np.lexsort((experts, -predicted[layers, experts], layers))
+    layers, experts = layers[order], experts[order]
+    slots = np.full(len(order), -1, np.int64)
+    for device in range(residency.devices):
+        own = np.flatnonzero(experts % residency.devices == device)
+        own_free = free[free // max(residency.own_slots, 1) == device]
+        count = max(min(room[device], len(own_free), len(own)), 0)
+        slots[own[:count]] = own_free[:count]
+    layers, experts, slots = (values[slots >= 0] for values in (layers, experts, slots))
     slot_of, owner = residency.slot_of.copy(), residency.owner.copy()
     slot_of[layers, experts] = slots
     owner[slots] = layers * predicted.shape[1] + experts
     copies = tuple((int(a), int(b), int(c)) for a, b, c in zip(layers, experts, slots, strict=True))
-    return copies, Residency(slot_of=slot_of, owner=owner)
+    return copies, residency._replace(slot_of=slot_of, owner=owner)
 
 
 def _by_eviction_priority(slots: np.ndarray, eviction_priority: np.ndarray | None) -> np.ndarray:

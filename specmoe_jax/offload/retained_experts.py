@@ -45,18 +45,21 @@ def nothing(num_layers: int, num_experts: int, num_slots: int, policy: RetainPol
     return RetainedExperts(np.full(num_slots, -1, np.int32), np.zeros(zeros.shape), policy, history)
 
 
-def revive(residency: Residency, retained_experts: RetainedExperts, wanted: np.ndarray, room: int) -> Residency:
-    """The residency with wanted experts [L, E] back that lie in free slots: at most `room`, nearest layer first."""
+def revive(residency: Residency, retained_experts: RetainedExperts, wanted: np.ndarray, room: int | np.ndarray) -> Residency:
+    """The residency with wanted experts [L, E] back that lie in free slots: at most `room` of each device, nearest layer first."""
     slots = np.flatnonzero((residency.owner < 0) & (retained_experts.holds >= 0))
     ids = retained_experts.holds[slots]
     missing = wanted.reshape(-1)[ids] & (residency.slot_of.reshape(-1)[ids] < 0)
     ids, first = np.unique(ids[missing], return_index=True)  # an expert may have been copied twice
-    ids, slots = ids[: max(room, 0)], slots[missing][first][: max(room, 0)]
+    slots = slots[missing][first]
+    homes, most = slots // max(residency.own_slots, 1), np.broadcast_to(room, residency.devices)
+    fits = np.concatenate([np.flatnonzero(homes == device)[: max(most[device], 0)] for device in range(residency.devices)])
+    ids, slots = ids[fits], slots[fits]
     if not len(ids):
         return residency
     slot_of, owner = residency.slot_of.copy(), residency.owner.copy()
     slot_of.reshape(-1)[ids], owner[slots] = slots, ids
-    return Residency(slot_of=slot_of, owner=owner)
+    return residency._replace(slot_of=slot_of, owner=owner)
 
 
 def eviction_priority(retained_experts: RetainedExperts, drafted: np.ndarray | None = None) -> np.ndarray:

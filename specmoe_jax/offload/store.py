@@ -5,8 +5,8 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 
 from specmoe_jax.models.model import to_host
 from specmoe_jax.offload.tiers import Tier
+from specmoe_jax.types import Device, Pool
 
 # Of blocks that go together. A program costs 20 us to call, which matters beside blocks of a few kB; several MB would only delay
 # what waits for them: reads of a disk, and the link's next customer.
@@ -79,6 +80,27 @@ class Arriving(NamedTuple):
     block: jax.Array
 
 
+class Store(Protocol):
+    """The copies of experts to the accelerator (ExpertStore), or to several (sharded_store.ShardedStore)."""
+
+    tier: Tier
+
+    @property
+    def links(self) -> tuple[Link, ...]: ...
+    def new_pool(self, num_slots: int) -> Pool: ...
+    def fetch(
+        self, pool: Pool, copies: Sequence[tuple[int, int, int]], arriving: tuple[Arriving, ...] = ()
+    ) -> tuple[Pool, tuple[Arriving, ...]]: ...
+    def finish_copies(
+        self, pool: Pool, arriving: tuple[Arriving, ...], slots: np.ndarray | None = None
+    ) -> tuple[Pool, tuple[Arriving, ...]]: ...
+    def finish_arrived(self, pool: Pool, arriving: tuple[Arriving, ...]) -> tuple[Pool, tuple[Arriving, ...]]: ...
+    def new_buffer(self) -> Pool: ...
+    def send_for(self, layer: int) -> int: ...
+    def stream(self, buffer: Pool, layer: int) -> Pool: ...
+    def copies_within(self, budget_s: float, under_way: int = 0) -> int | Sequence[int]: ...
+
+
 class ExpertStore:
     """The copies of experts out of the tier below the accelerator. Holds no residency: plans say what goes where.
 
@@ -88,14 +110,23 @@ class ExpertStore:
 
     Small blocks go together, up to BATCH_BYTES: one transfer and one program for several slots, whose number is a power of two, so
     that few programs are compiled.
+
+    device: the accelerator, None for the first. Where it is one of several (sharded_store.py), own: its experts of each layer.
     """
 
-    def __init__(self, tier: Tier, link: Link, *, room: int = 0):
+    def __init__(self, tier: Tier, link: Link, *, room: int = 0, device: Device | None = None, own: range | None = None):
         self._arrival_s: dict[int, float] = {}
         self.tier, self.link, self._room = tier, link, room
+        self.device = device or jax.devices()[0]
+        self._own = own or range(tier.num_experts // tier.num_layers)
         self._block_bytes = math.prod(tier.shape) * tier.dtype.itemsize
         self._sizes = _batch_sizes(self._block_bytes, room // 2 if room else tier.num_experts)
-        self._device = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device")
+        self._sharding = jax.sharding.SingleDeviceSharding(self.device, memory_kind="device")
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """Of each device."""
+        return (self.link,)
 
     def new_pool(self, num_slots: int) -> jax.Array:
         """A slot pool [R, 3, F, M] of zeros on the accelerator, in the dtype of the blocks.
@@ -103,15 +134,19 @@ class ExpertStore:
         One block of zeros of each size goes the way of an expert (and is counted), so that the copies are compiled before
         the first one is timed.
         """
-        zeros = jnp.zeros((num_slots, *self.tier.shape), self.tier.dtype)
-        pool = jax.device_put(zeros, jax.devices()[0])
+        pool = self.zeros(num_slots)
         for shape in sorted(set(self.tier.shapes)):
-            (block,) = self._sent((to_host(np.zeros(shape, self.tier.dtype)),))
+            (block,) = self._sent((to_host(np.zeros(shape, self.tier.dtype), self.device),))
             self.link.send(block.nbytes)
             for size in self._sizes[1:]:
                 pool = _write_slots(pool, (block,) * size, np.zeros(size, np.int32))
             pool = self._write(pool, (block,), [0])
         return pool
+
+    def zeros(self, count: int) -> jax.Array:
+        """So many empty slots on the accelerator."""
+        with jax.default_device(self.device):  # else they are made on the first one
+            return jax.device_put(jnp.zeros((count, *self.tier.shape), self.tier.dtype), self.device)
 
     def fetch(
         self, pool: jax.Array, copies: Sequence[tuple[int, int, int]], arriving: tuple[Arriving, ...] = ()
@@ -151,9 +186,13 @@ class ExpertStore:
         read = set(slots[slots >= 0].tolist())
         last = max((i for i, one in enumerate(arriving) if one.slot in read), default=-1)
         pool, arriving = self._finish_oldest(pool, arriving, last + 1)
-        if self.link.bytes_per_s is not None:
-            self.link.wait(max((self._arrival_s.get(slot, 0.0) for slot in read), default=0.0))
+        self.wait_for(read)
         return pool, arriving
+
+    def wait_for(self, slots: Iterable[int]) -> None:
+        """Returns when an emulated link has brought what is on its way into these slots."""
+        if self.link.bytes_per_s is not None:
+            self.link.wait(max((self._arrival_s.get(slot, 0.0) for slot in slots), default=0.0))
 
     def finish_arrived(self, pool: jax.Array, arriving: tuple[Arriving, ...]) -> tuple[jax.Array, tuple[Arriving, ...]]:
         """Writes the copies that have arrived; never waits. Consumes the pool."""
@@ -167,7 +206,7 @@ class ExpertStore:
 
     def _sent(self, blocks: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """Blocks of host memory as transfers of their own; the same blocks where the program of their slots copies them."""
-        return jax.device_put(blocks, self._device) if self._room else blocks
+        return jax.device_put(blocks, self._sharding) if self._room else blocks
 
     def _write(self, pool: jax.Array, blocks: Sequence[jax.Array], slots: Sequence[int]) -> jax.Array:
         """Writes blocks into their slots, in that order, once they are there. The pool is consumed (donated)."""
@@ -183,16 +222,14 @@ class ExpertStore:
 
     def new_buffer(self) -> jax.Array:
         """Room for all experts of one layer, [E, 3, F, M] of zeros on the accelerator (expert_flow=stream)."""
-        zeros = jnp.zeros((self.tier.num_experts // self.tier.num_layers, *self.tier.shape), self.tier.dtype)
-        return jax.device_put(zeros, jax.devices()[0])
+        return self.zeros(len(self._own))
 
     def send_for(self, layer: int) -> int:
         """Counts a layer that `stream` will bring: who asks for it knows which step it belongs to, the link's thread does not.
 
         -> the layer.
         """
-        experts = self.tier.num_experts // self.tier.num_layers
-        self.link.count(experts * math.prod(self.tier.shapes[layer]) * self.tier.dtype.itemsize)
+        self.link.count(len(self._own) * math.prod(self.tier.shapes[layer]) * self.tier.dtype.itemsize)
         return layer
 
     def stream(self, buffer: jax.Array, layer: int) -> jax.Array:
@@ -201,16 +238,22 @@ class ExpertStore:
         Each batch waits for the one before, so a more urgent transfer waits for one expert or BATCH_BYTES at most. Runs in
         the engine's link thread.
         """
+        for filled, arrival_s in self.stream_batches(buffer, layer):
+            buffer = filled
+            self.link.wait(arrival_s)
+        return buffer
+
+    def stream_batches(self, buffer: jax.Array, layer: int) -> Iterator[tuple[jax.Array, float]]:
+        """The buffer after each batch of `stream`, and the time at which the batch arrives."""
         start_s = time.perf_counter()
-        blocks = iter(self.tier.blocks([(layer, expert) for expert in range(len(buffer))]))
-        for start, size in _batches(len(buffer), self._sizes):
+        blocks = iter(self.tier.blocks([(layer, expert) for expert in self._own]))
+        for start, size in _batches(len(self._own), self._sizes):
             batch = tuple(itertools.islice(blocks, size))
             arrival_s = self.link.occupy(sum(block.nbytes for block in batch), since_s=start_s)
             buffer = self._write(buffer, self._sent(batch), range(start, start + size))  # not in the program: it would wait
             if not self._room:
                 jax.block_until_ready(buffer)
-            self.link.wait(arrival_s)
-        return buffer
+            yield buffer, arrival_s
 
     def copies_within(self, budget_s: float, under_way: int = 0) -> int:
         """Experts that can be sent for now, `under_way` being so already: those that arrive within `budget_s`, for which there is

@@ -12,6 +12,7 @@ from specmoe_jax.models.model import to_host
 from specmoe_jax.offload import host_cache as cache
 from specmoe_jax.offload.host_cache_policies import HostCachePolicy
 from specmoe_jax.support.jax_settings import lenient_thread
+from specmoe_jax.types import Device
 
 READERS = 2  # demanded reads in flight; one more thread reads ahead
 
@@ -64,11 +65,14 @@ class Tier(Protocol):
 
 
 class HostTier:
-    """All experts in host memory."""
+    """All experts in host memory: of several devices, those of each in memory that is pinned for it."""
 
     counts = TierCounts()
 
-    def __init__(self, experts: Sequence[Sequence[jax.Array]]):
+    def __init__(self, experts: Sequence[Sequence[jax.Array]], devices: Sequence[Device] = ()):
+        """devices: none where there is only the first. A block that is pinned for another device than its own is copied."""
+        if devices:
+            experts = [[_pinned_for(block, devices, expert) for expert, block in enumerate(layer)] for layer in experts]
         self._experts = experts
         self.shapes, self.dtype = tuple(layer[0].shape for layer in experts), experts[0][0].dtype
         self.shape = max(self.shapes, key=math.prod)
@@ -88,17 +92,27 @@ class HostTier:
         return self._ready
 
 
+def home(expert: int, devices: Sequence[Device]) -> Device | None:
+    """The device of an expert; None where there is only the first."""
+    return devices[expert % len(devices)] if devices else None
+
+
+def _pinned_for(block: jax.Array, devices: Sequence[Device], expert: int) -> jax.Array:
+    device = home(expert, devices)
+    return block if block.sharding.device_set == {device} else to_host(block, device)
+
+
 class DiskTier:
     """Experts on disk, the `capacity` most worthwhile of them in host memory (host_cache.py decides, this reads).
 
     All decisions are taken by the calling thread, so a run repeats them; the threads only read. An evicted block lives on
     while a copy of it is under way, so the budget may be exceeded by what is on the link.
-    files: checkpoints.disk.DiskExperts. keep_pages: False drops the pages that were read, so that a miss of
-    this cache really reads the disk.
+    files: checkpoints.disk.DiskExperts. keep_pages: False drops the pages that were read, so that a miss of this cache really
+    reads the disk. devices: as of HostTier.
     """
 
-    def __init__(self, files, *, capacity: int, policy: HostCachePolicy, keep_pages: bool):
-        self._files, self._capacity, self._policy, self._keep_pages = files, capacity, policy, keep_pages
+    def __init__(self, files, *, capacity: int, policy: HostCachePolicy, keep_pages: bool, devices: Sequence[Device] = ()):
+        self._files, self._capacity, self._policy, self._keep_pages, self._devices = files, capacity, policy, keep_pages, devices
         self.shapes, self.dtype, shape = files.block_shapes, files.block_dtype, files.shape
         self.shape = max(self.shapes, key=math.prod)
         self.num_layers, self.num_experts, self.counts = shape[0], shape[0] * shape[1], TierCounts()
@@ -175,7 +189,7 @@ class DiskTier:
         self._blocks[key] = self._pending[key] = pool.submit(self._read, key)
 
     def _read(self, key: tuple[int, int]) -> jax.Array:
-        return to_host(self._files.read(*key, keep_pages=self._keep_pages))
+        return to_host(self._files.read(*key, keep_pages=self._keep_pages), home(key[1], self._devices))
 
     def _reading(self) -> np.ndarray:
         """[L, E] bool, experts whose read has not ended."""

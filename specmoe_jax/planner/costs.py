@@ -16,7 +16,7 @@ from specmoe_jax.models.spec import LayerWeights
 from specmoe_jax.offload.stream_schedule import ACCELERATOR, CPU, DOWN, UP, Task
 from specmoe_jax.planner.hardware import Hardware
 
-DISK = "disk"
+DISK, PEERS = "disk", "links between devices"
 
 
 class Cost(NamedTuple):
@@ -71,18 +71,20 @@ def bound_seconds(costs: list[Cost], hardware: Hardware, dtype: str) -> float:
         own = [cost for cost in costs if cost.resource == resource]
         needs[resource] = max(sum(cost.flops for cost in own) / peak, sum(cost.bytes for cost in own) / rate)
     cores_s = needs[ACCELERATOR] + needs[CPU] if hardware.accelerator_is_cpu else max(needs[ACCELERATOR], needs[CPU])
-    return max(cores_s, needs[UP], needs[DOWN], needs[DISK])
+    return max(cores_s, needs[UP], needs[DOWN], needs[DISK], needs[PEERS])
 
 
 def limits(hardware: Hardware, dtype: str) -> dict[str, tuple[float, float, float]]:
     """Of each resource: peak flop/s, bytes/s, seconds of a program or a copy. A pass waits for the CPU once per attention."""
     accelerator = hardware.accelerator_flops(dtype), hardware.accelerator_bytes_per_s, hardware.task_s
+    infinite = float("inf")
     return {
         ACCELERATOR: accelerator,
         CPU: (hardware.cpu_flops(dtype), hardware.dram_bytes_per_s, hardware.sync_s),
-        UP: (float("inf"), hardware.up_bytes_per_s, hardware.copy_s),
-        DOWN: (float("inf"), hardware.down_bytes_per_s, hardware.copy_s),
-        DISK: (float("inf"), hardware.disk_bytes_per_s, 0.0),
+        UP: (infinite, hardware.up_bytes_per_s, hardware.copy_s),
+        DOWN: (infinite, hardware.down_bytes_per_s, hardware.copy_s),
+        DISK: (infinite, hardware.disk_bytes_per_s, 0.0),
+        PEERS: (infinite, hardware.peer_bytes_per_s or infinite, hardware.task_s),
     }
 
 
@@ -153,13 +155,31 @@ def cache_row(config: AttentionConfig) -> int:
 
 
 def experts(
-    config: ModelConfig, tokens: float, distinct: float, itemsize: int, *, expert_bytes: float | None = None, programs: int = 1
+    config: ModelConfig,
+    tokens: float,
+    distinct: float,
+    itemsize: int,
+    *,
+    expert_bytes: float | None = None,
+    programs: int = 1,
+    share: float = 1.0,
 ) -> Cost:
-    """The chosen experts' FFN: every different one is read once. expert_bytes: where it is not `itemsize` a number."""
+    """The chosen experts' FFN: every different one is read once. expert_bytes: where it is not `itemsize` a number.
+
+    distinct: those that a device reads. share: of all chosen pairs of token and expert, those that it computes.
+    """
     one = config.expert_params * itemsize if expert_bytes is None else expert_bytes
-    flops = 2 * config.experts.params * config.experts_per_token * tokens
+    flops = 2 * config.experts.params * config.experts_per_token * tokens * share
     moved = 2 * tokens * config.experts_per_token * config.hidden_size * itemsize
     return Cost(ACCELERATOR, "experts", flops, distinct * one + moved, programs)
+
+
+def gather(config: ModelConfig, tokens: float, devices: int) -> list[Cost]:
+    """The outputs of all devices' experts on each of them: an all-reduce in float32 of every pair of token and choice."""
+    if devices == 1:
+        return []
+    moved = 4 * tokens * config.experts_per_token * config.hidden_size
+    return [Cost(PEERS, "copy", bytes=2 * moved * (devices - 1) / devices)]
 
 
 def fetch(expert_bytes: float, count: float, *, operator: str = "stream", resource: str = UP) -> Cost:
@@ -194,10 +214,8 @@ def head(config: ModelConfig, tokens: float, itemsize: int) -> Cost:
     return Cost(ACCELERATOR, "dense", 2 * size * tokens, size * itemsize + 2 * tokens * config.vocab_size * 4)
 
 
-def task_cost(
-    config: ModelConfig, task: Task, load: Load, *, distinct: float, chunks: int, itemsize: int, expert_bytes: float
-) -> Cost:
-    """Of one task of a streamed pass (offload/stream_schedule.py). distinct: experts of a layer that the load uses."""
+def task_cost(config: ModelConfig, task: Task, load: Load, *, streamed: float, itemsize: int, expert_bytes: float) -> Cost:
+    """Of one task of a streamed pass (offload/stream_schedule.py), but for the experts' own. streamed: experts of a copy."""
     layer, sizes = config.layers[task.layer], layer_sizes(config)[task.layer]
     return {
         "embed": lambda: embed(config, load, itemsize),
@@ -206,8 +224,7 @@ def task_cost(
         "attention": lambda: attention(layer.attention, load, itemsize, resource=CPU),
         "to_accelerator": lambda: attended_up(layer.attention, load, itemsize),
         "post_attention": lambda: projections(sizes.after, load, itemsize),
-        "experts": lambda: experts(config, load.tokens, distinct, itemsize, expert_bytes=expert_bytes),
-        "stream": lambda: fetch(expert_bytes, config.num_experts / chunks),
+        "stream": lambda: fetch(expert_bytes, streamed),
         "attend_chunk": lambda: attention(layer.attention, load, itemsize, resource=ACCELERATOR),
         "store": lambda: keys_down(layer.attention, load, itemsize),
         "append": lambda: append(layer.attention, load, itemsize),

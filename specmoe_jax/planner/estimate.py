@@ -16,6 +16,7 @@ from specmoe_jax.planner.memory.memory_account import MemoryAccount, PagedLoad
 from specmoe_jax.planner.passes import Setting, Timing, time_pass
 from specmoe_jax.planner.simulate import Simulation
 from specmoe_jax.planner.workload import Workload
+from specmoe_jax.support.errors import PlanError
 
 # Rates whose spread makes the interval: by what share the tokens/s move with each, added as independent errors are.
 _UNCERTAIN = (
@@ -41,6 +42,9 @@ class Memory(Protocol):
 
     @property
     def accelerator_is_cpu(self) -> bool: ...
+
+    @property
+    def devices(self) -> int: ...
 
 
 class Prediction(NamedTuple):
@@ -81,6 +85,8 @@ def predict(
     Raises PlanError for a plan that does not hold for the model or does not fit.
     """
     plan = plan.validate(config).resolved(accelerator_is_cpu=hardware.accelerator_is_cpu)
+    if plan.devices > 1 and not hardware.peer_bytes_per_s:
+        raise PlanError(f"devices={plan.devices} and {hardware.name} has no peer_bytes_per_s; give it in a machine file")
     own = needed(config, plan, hardware, workload, budgets=budgets)
     rows = running_rows(plan, own, workload)
     timing = _time(config, plan, hardware, workload, own, rows)
@@ -108,6 +114,8 @@ def predict(
 def needed(config: ModelConfig, plan: Plan, hardware: Memory, workload: Workload, *, budgets: bool = True) -> MemoryAccount:
     """The engine's own account for this workload. Raises PlanError with the shortage."""
     plan = plan.resolved(accelerator_is_cpu=hardware.accelerator_is_cpu)
+    if budgets and plan.devices > hardware.devices:
+        raise PlanError(f"devices={plan.devices} and the machine has {hardware.devices}; give at most as many")
     if budgets:
         device, host = plan.device_memory_bytes, plan.host_memory_bytes
         plan = plan.flow.without_budget(plan) if device is None else plan
@@ -143,7 +151,13 @@ def _prompt(config: ModelConfig, workload: Workload) -> int:
 def _setting(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload, own: MemoryAccount, rows: int) -> Setting:
     context = _prompt(config, workload) + workload.new_tokens / 2
     load = Load(rows, plan.tokens_per_pass, context, workload.source_tokens if config.encoder else 0)
-    return Setting(config, plan, _with_emulated_link(hardware, plan), own, load, workload.skew_of(config))
+    machine = _with_emulated_link(hardware if plan.devices == 1 else _with_shared_memory(hardware, plan.devices), plan)
+    return Setting(config, plan, machine, own, load, workload.skew_of(config))
+
+
+def _with_shared_memory(hardware: Hardware, devices: int) -> Hardware:
+    """All links together bring no more than host memory gives."""
+    return hardware.replace(up_bytes_per_s=min(hardware.up_bytes_per_s, hardware.dram_bytes_per_s / devices))
 
 
 def _with_emulated_link(hardware: Hardware, plan: Plan) -> Hardware:

@@ -17,6 +17,7 @@ from specmoe_jax.planner.workload import Workload
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.support.units import GIB
 
+DEVICE_COUNTS = (1, 2, 4, 8)
 TRACE_PASSES = 64  # of a synthetic routing trace
 
 
@@ -43,6 +44,7 @@ def explain(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workl
     return {
         "plan": plan.preset,
         "machine": hardware.name,
+        **({"devices": plan.devices} if plan.devices > 1 else {}),  # the next is of each
         "accelerator_gib": {
             "weights": own.weight_bytes / GIB,
             "expert slots": ((own.num_slots + own.merged_slots) * own.slot_bytes - own.spare_expert_bytes) / GIB,
@@ -121,6 +123,29 @@ def presets(
         if base and "link_bytes_per_token" in row:
             row["bytes x on_demand"] = row["link_bytes_per_token"] / base
     return {"machine": hardware.name, "presets": table}
+
+
+def devices(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload) -> dict[str, Any]:
+    """A plan on so many accelerators alike: how speed and the memory of each grow, and what binds."""
+    table, first = {}, None
+    for count in DEVICE_COUNTS:
+        machine, own = hardware.replace(devices=count), plan.replace(devices=count)
+        try:
+            found = predict(config, own, machine, workload, interval=False)
+        except PlanError as e:
+            table[str(count)] = {"cannot run": str(e)}
+            continue
+        first = first or found.tokens_per_s
+        table[str(count)] = {
+            "tokens_per_s": found.tokens_per_s,
+            "times": found.tokens_per_s / first,
+            "iteration_s": found.iteration_s,
+            "link_bytes_per_token": found.link_bytes_per_token / count,  # of one device's link, on average
+            "accelerator_gib": found.account.accelerator_bytes / GIB,  # of one device
+            "largest_batch": fit.largest_batch(config, own, machine, workload),
+            "binding_resource": found.binding,
+        }
+    return {"devices": table}
 
 
 def caches(

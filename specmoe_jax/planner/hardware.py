@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from specmoe_jax.config.plan_fields import DTYPES
 from specmoe_jax.support.errors import PlanError
+from specmoe_jax.support.validation import is_whole
 
 # Kinds of operators that have efficiencies of their own.
 OPERATORS = (
@@ -39,6 +40,8 @@ class Efficiency(NamedTuple):
 class Hardware:
     """One machine: an accelerator, the CPU and memory beside it, the link between them, a disk. Raises PlanError for no numbers.
 
+    devices: accelerators alike, each with its own memory and link; host memory and disk are all devices'.
+
     measured: by the probe; False: data sheets and papers, with assumed efficiencies. accelerator_is_cpu: the accelerator's
     tasks and
     the CPU's run on the same cores (no accelerator): they add up instead of overlapping.
@@ -63,6 +66,8 @@ class Hardware:
     sync_s: float = 0.0  # of one wait of the host for it
     copy_s: float = 0.0  # of one copy, whatever its size
     step_s: float = 0.0  # of one step, on the host: acceptance, requests, bookkeeping
+    peer_bytes_per_s: float = 0.0  # between two accelerators, each way; 0: unknown
+    devices: int = 1
     accelerator_is_cpu: bool = False
     overlap: float = 1.0
     measured: bool = False
@@ -74,6 +79,8 @@ class Hardware:
             value = getattr(self, field.name)
             if field.type is float and (not _is_finite(value) or value < 0 or (value == 0 and field.default != 0.0)):
                 raise PlanError(f"hardware {self.name}: {field.name} is {value!r}; it must be a finite number above 0")
+        if not is_whole(self.devices) or self.devices < 1:
+            raise PlanError(f"hardware {self.name}: devices is {self.devices!r}; it must be a whole number of at least 1")
         if not 0 < self.overlap <= 1:
             raise PlanError(f"hardware {self.name}: overlap is {self.overlap!r}; it must be above 0 and at most 1")
         for operator, efficiency in self.efficiencies:

@@ -2,7 +2,8 @@
 
 `a30` and `4090d`: the table of SpecMoEOff (arXiv 2508.21706), whose link and DRAM rates are the authors'. The others: data sheets
 of the accelerator (dense peaks with float32 sums, no sparsity) with an ASSUMED host, because no data sheet says which host a
-card is in; cloud instances differ. Where no link rate was published, it is 0.8 of the one-way peak of PCIe (or NVLink-C2C).
+card is in; cloud instances differ. Where no link rate was published, it is 0.8 of the one-way peak of PCIe (or NVLink-C2C). Between
+accelerators it is 0.8 of the one-way peak of NVLink or of a TPU's interconnect, or the link's own rate where they have none.
 A machine without an accelerator computes on its CPU: its "link" is a memcpy, a quarter of its memory's rate (assumed).
 """
 
@@ -34,6 +35,8 @@ FIGURES = {
     "sync_s": ("s", "of one wait of the host for it"),
     "copy_s": ("s", "of one copy, whatever its size"),
     "step_s": ("s", "of one step on the host: acceptance, requests, bookkeeping"),
+    "peer_bytes_per_s": ("bytes/s", "between two accelerators, each way"),
+    "devices": ("whole number", "accelerators alike, each with its own memory and link"),
     "accelerator_is_cpu": ("true or false", "no accelerator: its tasks and the CPU's add up instead of overlapping"),
     "overlap": ("share", "of a transfer that hides behind computation of the same length"),
     "measured": ("true or false", "by the probe, not from data sheets"),
@@ -68,6 +71,7 @@ def _machine(name, *, link, tflops, memory, cpu, disk=3.0) -> Hardware:
         dram_bytes_per_s=cpu[2] * GIGA,
         host_memory_bytes=cpu[3] * GIB,
         disk_bytes_per_s=disk * GIGA,
+        peer_bytes_per_s=link * GIGA,
         efficiencies=ASSUMED,
         task_s=1e-5,  # assumed as well, like the following
         sync_s=3e-5,
@@ -79,7 +83,7 @@ def _machine(name, *, link, tflops, memory, cpu, disk=3.0) -> Hardware:
 def _cpu(name, *, tflops, memory, disk=3.0) -> Hardware:
     """No accelerator. tflops: float32, bfloat16. memory: GB/s, GiB."""
     own = _machine(name, link=memory[0] / 4, tflops=tflops, memory=memory, cpu=(*tflops, *memory), disk=disk)
-    return own.replace(accelerator_is_cpu=True)
+    return own.replace(accelerator_is_cpu=True, peer_bytes_per_s=0.0)
 
 
 # The paper gives one CPU peak, taken for both dtypes: these kernels convert and multiply in float32.
@@ -110,6 +114,10 @@ KNOWN = {
     "m3_ultra": _cpu("Apple M3 Ultra", tflops=(3.0, 3.0), memory=(819, 512), disk=6.0),
     "epyc_9654": _cpu("EPYC 9654, one socket", tflops=(7.4, 14.7), memory=(460, 768)),
 }
+
+# NVLink, or a TPU's interconnect, GB/s each way; others reach each other over their links.
+_PEERS = {"h100": 360, "h200": 360, "b200": 720, "a100": 240, "tpu_v5e": 160, "tpu_v6e": 320, "tpu_v7x": 480}
+KNOWN |= {name: KNOWN[name].replace(peer_bytes_per_s=rate * GIGA) for name, rate in _PEERS.items()}
 
 
 def machine(name: str) -> Hardware:

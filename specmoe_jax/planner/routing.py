@@ -7,6 +7,7 @@ few rows needs fewer than said here), and no trained router's tail is exactly lo
 """
 
 import functools
+import math
 import statistics
 
 import numpy as np
@@ -52,6 +53,26 @@ def missed(probabilities: tuple[float, ...], tokens: float, resident: float) -> 
     """Those of them that are not among the `resident` most popular ones. A fraction of an expert counts as such."""
     used, whole = _used(probabilities, tokens), int(resident)
     return float(used[whole:].sum() - (resident - whole) * (used[whole] if whole < len(used) else 0.0))
+
+
+def busiest(count: float, num_experts: int, devices: int) -> float:
+    """Of `count` different experts of a layer, those of the device that has most of them, expected.
+
+    Experts belong to devices whatever their popularity, so a device's are as many as of a random draw: mean and deviation of a
+    hypergeometric distribution, whose largest of n is taken as that of n independent normal numbers.
+    """
+    own = -(-num_experts // devices)
+    if devices == 1 or count <= 0:
+        return count
+    variance = count / devices * (1 - 1 / devices) * max(num_experts - count, 0) / max(num_experts - 1, 1)
+    expected = count / devices + _largest_normal(devices) * math.sqrt(variance)
+    return min(max(expected, 1.0), own, count)  # an expert is whole
+
+
+@functools.cache
+def _largest_normal(count: int) -> float:
+    """The expected largest of so many independent standard normal numbers, by Blom's approximation."""
+    return statistics.NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
 
 
 def _used(probabilities: tuple[float, ...], tokens: float) -> np.ndarray:

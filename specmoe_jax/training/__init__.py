@@ -1,1 +1,1 @@
-"""Trains the bundled demo model: a small Mixtral. Nothing at inference time imports this room."""
+"""Trains the bundled model (witness/) and EAGLE heads. Nothing at inference time imports this room."""

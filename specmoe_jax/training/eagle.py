@@ -18,7 +18,7 @@ from specmoe_jax.models.eagle.config import EagleWeights
 from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model, reference_attention
 from specmoe_jax.models.spec import map_specs, random_tensor, spec_leaves
-from specmoe_jax.training.loop import updated
+from specmoe_jax.training.updates import updated
 
 
 @dataclasses.dataclass(frozen=True)

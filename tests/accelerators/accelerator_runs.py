@@ -46,4 +46,10 @@ RUNS = {name: functools.partial(small, a_plan) for name, a_plan in PLANS.items()
     "half streaming": functools.partial(half, "streaming"),
     "half specmoeoff": functools.partial(half, "specmoeoff", draft_length=4, synthetic_acceptance=acceptance_of(4)),
 }
+MESH_RUNS = {
+    "mesh specmoe": functools.partial(small, plan("specmoe", batch_size=8, prefetch="draft", devices=4)),
+    "mesh streaming": functools.partial(small, plan("specmoeoff", batch_size=4, draft_length=3, devices=4)),
+    "half mesh": functools.partial(half, "specmoe", synthetic_acceptance=0.9, substitution="random", devices=4),
+}
+"""Of four devices."""
 EXPERT_BYTES = HALF.expert_params * 2

@@ -1,15 +1,18 @@
 """Compiles what the engine runs on an accelerator for an NVIDIA H200 or a TPU v5e, on a machine that has none.
 
-XLA's compilers for both ask for a description alone. The engine runs plans on two CPU devices, one of which stands for
-the accelerator (as in tests/engine/two_devices.py); each call of a jitted function is recorded with its shapes, dtypes and memory
-kinds, and what took arrays of the accelerator is compiled. The argument is h200, which needs the wheels jax-cuda13-plugin and
-jax-cuda13-pjrt of this jax's version on PYTHONPATH, or v5e, which needs the libtpu that this jax names.
+XLA's compilers for both ask for a description alone. The engine runs plans on CPU devices, of which all but the last stand for
+accelerators (as in tests/engine/two_devices.py); each call of a jitted function is recorded with its shapes, dtypes and memory
+kinds, and what took arrays of the first accelerator, or of all, is compiled. The first argument is h200, which needs the wheels
+jax-cuda13-plugin and jax-cuda13-pjrt of this jax's version on PYTHONPATH, or v5e, which needs the libtpu that this jax names. The
+others are names of runs, none for all; those of several devices need a description of so many.
 
-The last line is JSON: `expert_bytes` of the half-precision runs, and `programs`, each with `plan`, `name`, `temp_bytes`,
-`waits_for_link` (it copies out of host memory) and `failed`, None where it compiled. The plan "control" is one that does wait.
+The last line is JSON: `expert_bytes` of the half-precision runs, `devices` of the description, and `programs`, each with `plan`,
+`name`, `temp_bytes`, `waits_for_link` (it copies out of host memory), `collective` (devices exchange something) and `failed`, None
+where it compiled. The plan "control" is one that does wait.
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import json
@@ -19,14 +22,14 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=5"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no cloud to ask
 os.environ["SPECMOE_GROUPED"] = {"h200": "cuda", "v5e": "tpu"}.get(sys.argv[1], "none")  # as a process on such a machine has them
 
 import jax  # after the flags
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 H200 = """
 platform_name: "CUDA" device_description_str: "NVIDIA H200"
@@ -48,11 +51,12 @@ TARGETS = {
 
 
 class Placed(NamedTuple):
-    """An array argument. device: of the two CPU devices, 0 is the accelerator."""
+    """An array argument. devices: of the CPU devices; the last is the host. spec: of one on several."""
 
     shape: tuple[int, ...]
     dtype: Any
-    device: int
+    devices: tuple[int, ...]
+    spec: PartitionSpec | None
     memory_kind: str
     weak_type: bool
 
@@ -111,29 +115,40 @@ class Recorded:
 
 def _placed(leaf):
     if isinstance(leaf, jax.Array):
-        (device,) = leaf.devices()
-        return Placed(leaf.shape, leaf.dtype, device.id, leaf.sharding.memory_kind, getattr(leaf, "weak_type", False))
+        spec = leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else None
+        where = tuple(sorted(device.id for device in leaf.devices()))
+        return Placed(leaf.shape, leaf.dtype, where, spec, leaf.sharding.memory_kind, getattr(leaf, "weak_type", False))
     if isinstance(leaf, np.ndarray | np.generic):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     return leaf
 
 
-def compiled(call: Call, device) -> dict:
-    """What the compiler makes of a call whose arrays are on the accelerator."""
+def compiled(call: Call, devices) -> dict:
+    """What the compiler makes of a call whose arrays are on the accelerator, or on several."""
+    from specmoe_jax.types import MESH_AXIS, ShardedPool
+
+    several = next((len(leaf.devices) for leaf in call.leaves if isinstance(leaf, Placed) and len(leaf.devices) > 1), 1)
+    mesh = Mesh(np.array(devices[:several]), (MESH_AXIS,))
 
     def argument(leaf):
         if not isinstance(leaf, Placed):
             return leaf
-        where = Placement(device, leaf.memory_kind)
+        # What no device was named for goes to all.
+        where = Placement(devices[0], leaf.memory_kind) if several == 1 else NamedSharding(mesh, leaf.spec or PartitionSpec())
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where, weak_type=leaf.weak_type)
 
-    args, kwargs = jax.tree.unflatten(call.tree, map(argument, call.leaves))
+    def on_mesh(value):
+        return dataclasses.replace(value, mesh=mesh) if isinstance(value, ShardedPool) else value
+
+    recorded = jax.tree.unflatten(call.tree, map(argument, call.leaves))
+    args, kwargs = jax.tree.map(on_mesh, recorded, is_leaf=lambda value: isinstance(value, ShardedPool))
     for i, value in call.static:
         args[i] = value
     program = call.function.jitted.lower(*args, **kwargs, **dict(call.named)).compile()
     return {
         "temp_bytes": program.memory_analysis().temp_size_in_bytes,
         "waits_for_link": "S(5)" in program.as_text(),  # XLA's name of host memory
+        "collective": "all-reduce" in program.as_text(),
     }
 
 
@@ -148,7 +163,9 @@ def in_one_program() -> None:
 
 
 def on_accelerator(call: Call) -> bool:
-    return {leaf.device for leaf in call.leaves if isinstance(leaf, Placed)} == {0}
+    """The first one, or all that a plan has."""
+    found = {leaf.devices for leaf in call.leaves if isinstance(leaf, Placed)}
+    return bool(found) and found <= {(0,), (0, 1, 2, 3)}
 
 
 def described_gpu():
@@ -169,26 +186,26 @@ def recording_jit(function=None, **options):
 
 def main() -> None:
     jax.jit = recording_jit  # before the package is imported: it jits as it is
-    from accelerator_runs import EXPERT_BYTES, RUNS
+    from accelerator_runs import EXPERT_BYTES, MESH_RUNS, RUNS
 
-    runs = RUNS | {"control": in_one_program}
-    device = topologies.get_topology_desc(**TARGETS[sys.argv[1]]).devices[0]
-    found = []
+    devices = topologies.get_topology_desc(**TARGETS[sys.argv[1]]).devices
+    runs = RUNS | (MESH_RUNS if len(devices) > 3 else {}) | {"control": in_one_program}
+    runs, found = {name: run for name, run in runs.items() if name in (sys.argv[2:] or runs)}, []
     for plan, run in runs.items():
         Recorded.calls.clear()
-        with mock.patch.object(jax, "local_devices", lambda backend=None: jax.devices()[1:]):
+        with mock.patch.object(jax, "local_devices", lambda backend=None: jax.devices()[-1:]):
             run()
         calls = [call for call in Recorded.calls if on_accelerator(call)]
         for call in calls:
             row = {"plan": plan, "name": call.function.__name__, "temp_bytes": None, "waits_for_link": None, "failed": None}
             try:
                 with described_gpu():
-                    row |= compiled(call, device)
+                    row |= compiled(call, devices)
             except (jax.errors.JaxRuntimeError, NotImplementedError, TypeError, ValueError) as e:
                 row["failed"] = f"{type(e).__name__}: {str(e)[:300]}"
             found.append(row)
         print(f"{plan}: {len(calls)} programs", file=sys.stderr, flush=True)
-    print(json.dumps({"expert_bytes": EXPERT_BYTES, "programs": found}))
+    print(json.dumps({"expert_bytes": EXPERT_BYTES, "devices": len(devices), "programs": found}))
 
 
 if __name__ == "__main__":

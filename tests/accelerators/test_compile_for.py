@@ -49,3 +49,12 @@ def test_no_program_copies_an_expert(found, programs):
     """Neither in float32 nor as it is: the grouped products read it where it lies in the pool."""
     temp = [(program["name"], program["temp_bytes"]) for program in programs if program["plan"].startswith("half")]
     assert [(name, size) for name, size in temp if size > 0.9 * found["expert_bytes"]] == []
+
+
+def test_programs_of_four_devices(found, programs):
+    """Experts are each device's own in a TPU's description of four chips; a GPU's is of one."""
+    if found["devices"] < 4:
+        pytest.skip("it describes one device")
+    mesh = [program for program in programs if "mesh" in program["plan"]]
+    assert {"draft_chain", "experts_and_attention", "experts"} <= {program["name"] for program in mesh}
+    assert any(program["collective"] for program in mesh)

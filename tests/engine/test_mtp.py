@@ -12,11 +12,13 @@ from test_trees import oracle_tree, path_of
 
 from specmoe_jax import PRESETS, CheckpointError, Engine, PlanError, SamplingParams, load_mtp
 from specmoe_jax.autotune.calibrate import calibrate
+from specmoe_jax.engine.drafts.hot_mtp import swaps
 from specmoe_jax.models import mtp
 from specmoe_jax.models.families.registry import parse_config
 from specmoe_jax.models.model import Model, random_model
 from specmoe_jax.models.spec import DTYPE_BYTES
 from specmoe_jax.planner.costs import cache_row
+from specmoe_jax.planner.memory.account import account
 from specmoe_jax.speculate.drafts.grown_tree import TreeShape
 from specmoe_jax.speculate.drafts.mtp import MtpDraft
 from specmoe_jax.testing import TINY
@@ -162,6 +164,78 @@ def test_quantised_experts(family):
         plan.replace(draft_expert_dtype=None, **TREE).validate(other_model("glm4_moe").config)
     with pytest.raises(PlanError, match=r"draft_length is 4; this model's 3 layers .* draft one each: give at most 3"):
         plan.replace(draft_length=4).validate(other_model("glm4_moe").config)
+
+
+HOT = {"draft": "mtp", "draft_length": 3, "draft_experts": 4, "batch_size": 4, "prefill_chunk": 4}
+
+
+@pytest.mark.parametrize("preset", ["on_demand", "streaming"])
+def test_hot_experts(preset):
+    """Some are on the accelerator, the most chosen ones of the prompts; no token changes, and their bytes are counted."""
+    model = tiny_family("glm4_moe")
+    head = mtp.random_head(model, experts_on_host=True)
+    engine = Engine(model, PRESETS[preset](model.config).replace(**HOT), mtp_head=head)
+    assert tokens_of(engine.generate(PROMPTS, GREEDY)) == generated(model, "resident")[0]
+    assert engine.stats()["compilations_after_warmup"] == 0
+    state = engine.init(PROMPTS, GREEDY)
+    while not state.done:
+        counts, was_due = np.asarray(state.draft_memory.own.counts[0]), state.draft_memory.due == 0
+        state, info = engine.step(state)
+        held = state.draft_memory.held[0]
+        assert len(set(held.tolist())) == 4
+        if was_due and info.drafted and counts.any():
+            assert counts[held].min() >= np.delete(counts, held).max()
+            seen = True
+    assert seen
+
+
+def test_hot_experts_are_the_layers_own():
+    """Beside the whole layer, whose router may choose the same experts alone."""
+    model = tiny_family("glm4_moe")
+    whole, split = mtp.random_head(model), mtp.random_head(model, experts_on_host=True)
+    held = np.array([5, 0, 2, 6])
+    slots = np.full(7, -1, np.int32)
+    slots[held] = np.arange(4)
+    blocks = jnp.stack([jnp.asarray(np.asarray(split.experts[expert])) for expert in held])
+    some = dataclasses.replace(split, experts=blocks, slots=jnp.asarray(slots))
+    same = dataclasses.replace(whole, slots=jnp.where(slots < 0, -1, jnp.arange(7)))
+    text = (5, 99, 3, 17, 64, 8, 2)
+    found, wanted, full = (np.asarray(begin(one, model, text)[0]) for one in (some, same, whole))
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert np.abs(found - full).max() > 1e-3
+
+
+def test_which_experts_are_brought():
+    assert swaps(np.array([0.0, 5, 3, 3]), np.array([0, 3])) == [(0, 1)]  # 2 is chosen as often as 3, which is there
+    assert swaps(np.array([9.0, 1, 8, 7]), np.array([-1, -1])) == [(0, 0), (1, 2)]
+    assert swaps(np.array([9.0, 1, 8, 7]), np.array([2, 0])) == []
+
+
+def test_hot_experts_in_the_account():
+    model = tiny_family("glm4_moe")
+    plan, config = PRESETS["on_demand"](model.config).replace(**HOT), model.config
+    head, memory = mtp.random_head(model, experts_on_host=True), plan.drafting.memory(plan, config)
+    assert memory.host == sum(block.nbytes for block in head.experts)
+    assert memory.fixed == sum(leaf.nbytes for leaf in jax.tree.leaves(head.weights)) + memory.host * 4 // 7
+    held = account(config, plan, batch_rows=2, positions=64, draft=memory)
+    assert held.host_bytes == held.host_expert_bytes + held.hidden_bytes + memory.host
+    with pytest.raises(PlanError, match=r"draft_experts is 4, and the experts .* are on the accelerator; load it so: .*=True"):
+        Engine(model, plan, mtp_head=mtp.random_head(model))
+    with pytest.raises(PlanError, match=r"draft_experts is None, and the experts .* are in host memory; load it so: .*=False"):
+        Engine(model, plan.replace(draft_experts=None), mtp_head=head)
+    with pytest.raises(PlanError, match="draft_experts is 2; draft=mtp takes one number, 3 to 6 of each layer's experts"):
+        plan.replace(draft_experts=2).validate(config)
+    with pytest.raises(PlanError, match="draft=mtp with draft_experts is built for one device; got devices=2"):
+        plan.replace(devices=2).validate(config)
+    with pytest.raises(PlanError, match="draft_experts has no effect: the layers for further tokens have no experts"):
+        plan.validate(other_model("mimo_v2_flash").config)
+
+
+def test_hot_experts_of_several_layers():
+    model = other_model("glm4_moe")
+    head = mtp.random_head(model, experts_on_host=True)
+    engine = Engine(model, PRESETS["on_demand"](model.config).replace(**HOT), mtp_head=head)
+    assert tokens_of(engine.generate(PROMPTS, GREEDY)) == generated(model, "resident")[0]
 
 
 class Watched(MtpDraft):

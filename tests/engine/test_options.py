@@ -8,7 +8,6 @@ import pytest
 from engine_cases import GREEDY, PROMPTS, SAMPLED, plan, run, tokens_of
 
 import specmoe_jax as sm
-from specmoe_jax.checkpoints.loader import BUNDLED
 from specmoe_jax.models.model import random_model
 from specmoe_jax.planner.memory.account import account
 from specmoe_jax.testing import TINY, tiny
@@ -169,22 +168,28 @@ class Says:
         self.propose = lambda view: proposed
 
 
-@pytest.mark.skipif(not (BUNDLED["demo"] / "config.json").exists(), reason="the bundled model is not there")
 @pytest.mark.slow
 def test_bundled_model():
-    """The real thing: trained weights and text, where drafts are accepted in part."""
+    """The real thing: trained weights and text, where drafts are accepted in part. Every draft that comes with it."""
     model = sm.load_model("demo")
     prompts = ["Call me Ishmael.", "The ", "In the beginning God created the heaven and the earth. And the earth was"]
-    params = sm.SamplingParams(max_new_tokens=24)
+    params = sm.SamplingParams(max_new_tokens=16, ignore_eos=True)
 
-    def tokens(preset, **changes):
-        engine = sm.Engine(model, sm.PRESETS[preset](model.config).replace(**changes))
+    def tokens(preset, changes, **given):
+        engine = sm.Engine(model, sm.PRESETS[preset](model.config).replace(**changes), **given)
         return [completion.token_ids for completion in engine.generate(prompts, params)], engine.stats()
 
-    want, _ = tokens("resident")
-    assert tokens("on_demand")[0] == want
-    for changes in ({}, {"kv_tier": "host", "draft_length": 2, "draft_experts": 8}):
-        got, stats = tokens("specmoe", **changes)
+    want, _ = tokens("resident", {})
+    assert tokens("on_demand", {})[0] == want
+    for changes in ({}, {"kv_tier": "host", "draft_length": 2, "draft_experts": 16}):
+        got, stats = tokens("specmoe", changes)
         assert got == want
         assert stats["draft_link_bytes"] == stats["compilations_after_warmup"] == 0
         assert 0 < stats["acceptance_by_position"][0] < 1
+    short = {"draft_length": 2}
+    heads = {"eagle": {"draft_head": sm.load_head("demo", model)}, "mtp": {"mtp_head": sm.load_mtp(model)}}
+    for draft in ("eagle", "mtp", "ngram"):
+        got, stats = tokens("on_demand", short | {"draft": draft}, **heads.get(draft, {}))
+        assert got == want, draft
+        assert draft == "ngram" or 0 < stats["acceptance_by_position"][0] < 1, draft
+    assert tokens("specmoe", short | {"draft": "merged"})[0] == want

@@ -1,4 +1,4 @@
-"""Writes the golden files from transformers' own Mixtral in float32; needs the [parity] extra.
+"""Writes the golden files from transformers' own models in float32; needs the [parity] extra.
 
     python tests/golden/regenerate.py            all of them
     python tests/golden/regenerate.py demo       after the bundled model has changed

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specmoe_jax.offload.homes import most_experts, whole_slots
 from specmoe_jax.offload.residency import Residency, empty, plan_layer, plan_prefetch
 from specmoe_jax.support.errors import PlanError
 
@@ -27,11 +28,12 @@ class Pool:
 
     def check(self, residency: Residency):
         """Both tables agree with each other and with the slots."""
-        slot_of, owner = residency
+        slot_of, owner, devices = residency
         num_experts = slot_of.shape[1]
         for layer, expert in np.argwhere(slot_of >= 0):
             assert owner[slot_of[layer, expert]] == layer * num_experts + expert
             assert self.holds[slot_of[layer, expert]] == (layer, expert)
+            assert slot_of[layer, expert] // (len(owner) // devices) == expert % devices, "it is on another device"
         assert (owner >= 0).sum() == (slot_of >= 0).sum()
         for slot in np.flatnonzero(owner >= 0):
             assert slot_of[divmod(int(owner[slot]), num_experts)] == slot
@@ -39,9 +41,9 @@ class Pool:
 
 def play(pool, residency, layer, needed, keep, predicted=None, **prefetch):
     """One layer's pass on the pool, each rule checked wave by wave. -> plan, residency."""
-    before = Residency(*(table.copy() for table in residency))
+    before = residency._replace(slot_of=residency.slot_of.copy(), owner=residency.owner.copy())
     plan, after = plan_layer(residency, layer, needed, keep)
-    assert all((a == b).all() for a, b in zip(residency, before, strict=True)), "the argument was changed"
+    assert all(np.array_equal(a, b) for a, b in zip(residency, before, strict=True)), "the argument was changed"
     resident = before.slot_of[layer] >= 0
     others = {int(s) for l, row in enumerate(before.slot_of) if l != layer for s in row[row >= 0]}
     waiting = {int(before.slot_of[layer, e]) for e in np.flatnonzero(needed & resident)}
@@ -81,16 +83,18 @@ def test_passes_over_layers_with_pinned_draft_experts(data):
     """As the engine does it: N experts of every layer stay, passes of any routing, drafts in between."""
     draw = data.draw
     layers, experts = draw(st.integers(1, 4)), draw(st.integers(1, 7))
-    pinned = draw(st.integers(0, experts))
-    room = draw(st.integers(0 if pinned == experts else 1, experts))
-    pool, residency = Pool(layers * pinned + room), empty(layers, experts, layers * pinned + room)
+    pinned, devices = draw(st.integers(0, experts)), draw(st.integers(1, min(4, experts)))
+    own = most_experts(devices, experts)  # all pinned experts may belong to one device
+    room = draw(st.integers(0 if pinned == experts else 1, own))
+    slots = devices * (layers * min(pinned, own) + room)
+    pool, residency = Pool(slots), empty(layers, experts, slots, devices)
     for layer in range(layers):  # the first draft set
         _, residency = play(pool, residency, layer, np.zeros(experts, bool), subset(draw, experts, exactly=pinned))
     for _ in range(draw(st.integers(1, 4))):
         for layer in range(layers):
             keep = subset(draw, experts, exactly=pinned)
             plan, residency = play(pool, residency, layer, subset(draw, experts), keep)
-            if room >= plan.fetched:
+            if room >= min(plan.fetched, own):
                 assert len(plan.waves) == 1
         pool.check(residency)  # a draft reads every resident expert here
         assert (residency.owner >= 0).sum() == layers * pinned
@@ -120,22 +124,24 @@ def test_prefetched_experts_and_waves(data):
     """Guesses go to spare slots only: every dispatch still fits at once and nothing in use is overwritten."""
     draw = data.draw
     layers, experts = draw(st.integers(1, 4)), draw(st.integers(1, 7))
-    pinned, dispatch = draw(st.integers(0, experts)), draw(st.integers(1, experts))
-    slots = layers * pinned + dispatch + draw(st.integers(0, 6))
-    pool, residency = Pool(slots), empty(layers, experts, slots)
+    pinned, most, devices = draw(st.integers(0, experts)), draw(st.integers(1, experts)), draw(st.integers(1, min(4, experts)))
+    own = most_experts(devices, experts)
+    dispatch = min(most, own)
+    slots = devices * (layers * min(pinned, own) + dispatch + draw(st.integers(0, 6)))
+    pool, residency = Pool(slots), empty(layers, experts, slots, devices)
     for layer in range(layers):
         _, residency = play(pool, residency, layer, np.zeros(experts, bool), subset(draw, experts, exactly=pinned))
     for _ in range(draw(st.integers(1, 3))):
         usage_scores = np.array([[draw(st.integers(0, 3)) for _ in range(experts)] for _ in range(layers)])
         limit = draw(st.integers(0, 10))
         copies, residency = plan_prefetch(residency, usage_scores, reserve=dispatch, limit=limit, in_use=np.zeros(0, np.int32))
-        assert len(copies) <= limit
+        assert np.bincount([expert % devices for _, expert, _ in copies], minlength=1).max() <= limit
         assert all(usage_scores[layer, expert] > 0 for layer, expert, _ in copies)
         pool.copy(copies, [])
         pool.check(residency)
         for layer in range(layers):
             ahead = np.where(np.arange(layers)[:, None] > layer, usage_scores, 0)
-            needed, keep = subset(draw, experts, most=dispatch), subset(draw, experts, exactly=pinned)
+            needed, keep = subset(draw, experts, most=most), subset(draw, experts, exactly=pinned)
             plan, residency = play(pool, residency, layer, needed, keep, ahead, reserve=dispatch, limit=limit)
             assert len(plan.waves) == 1
 
@@ -190,3 +196,12 @@ def test_a_full_pool_is_refused_with_what_to_do():
     _, residency = plan_layer(residency, 0, everything, everything)
     with pytest.raises(PlanError, match="no free slot of 3; give more device memory"):
         plan_layer(residency, 1, everything, ~everything)
+
+
+@pytest.mark.parametrize(("layers", "devices", "experts"), [(3, 4, 5), (2, 1, 4), (1, 3, 3)])
+def test_all_experts_have_the_slots_of_a_plan_that_keeps_them(layers, devices, experts):
+    slots, everything = layers * devices * most_experts(devices, experts), np.ones(experts, bool)
+    residency = empty(layers, experts, slots, devices)
+    for layer in range(layers):
+        _, residency = plan_layer(residency, layer, ~everything, everything)
+    assert (whole_slots(layers, devices, experts) == residency.slot_of).all()

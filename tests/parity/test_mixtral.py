@@ -1,14 +1,9 @@
 """Checkpoints written by transformers' own save_pretrained: float32 logits within 1e-4, the same argmax everywhere."""
 
-import shutil
-
 import numpy as np
 import pytest
 
 from specmoe_jax.checkpoints import load_model
-from specmoe_jax.checkpoints.chat import encode_chat
-from specmoe_jax.checkpoints.loader import BUNDLED
-from specmoe_jax.checkpoints.tokenizer import load_tokenizer
 
 REASON = "the reference implementation is not installed: pip install '.[parity]'"
 torch = pytest.importorskip("torch", reason=REASON)
@@ -66,51 +61,3 @@ def test_random_mixtral(variant, tmp_path):
         theirs, ours = reference_logits(reference, token_ids), np.asarray(model.logits(token_ids))
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
         np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))
-
-
-def test_bundled_model():
-    if not (BUNDLED["demo"] / "config.json").exists():
-        pytest.skip("the bundled model is not there")
-    reference = transformers.AutoModelForCausalLM.from_pretrained(BUNDLED["demo"], dtype=torch.float32).eval()
-    model = load_model("demo")
-    token_ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 24))
-    theirs, ours = reference_logits(reference, token_ids), np.asarray(model.logits(token_ids))
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
-    np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))
-
-
-def test_tokenizer_of_the_bundled_model():
-    if not (BUNDLED["demo"] / "tokenizer.json").exists():
-        pytest.skip("the bundled model is not there")
-    reference = transformers.AutoTokenizer.from_pretrained(BUNDLED["demo"])
-    tokenizer = load_model("demo").tokenizer
-    for text in ("Call me Ishmael.", "  two  spaces\n\tand a tab", "naïve café 😀 日本語"):
-        ids = tokenizer.encode(text)
-        assert ids == reference(text)["input_ids"]
-        assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
-
-
-TEMPLATE = """{{ bos_token }}{%- for m in messages %}
-    {%- if m['role'] == 'user' %}
-        {{- '[INST] ' + m['content'] + ' [/INST]' }}
-    {%- else %}
-        {{- m['content'] + eos_token }}
-    {%- endif %}
-{%- endfor %}{% if add_generation_prompt %} {{ messages | tojson }}{% endif %}"""
-
-
-def test_chat_template_of_the_bundled_tokenizer(tmp_path):
-    if not (BUNDLED["demo"] / "tokenizer.json").exists():
-        pytest.skip("the bundled model is not there")
-    pytest.importorskip("jinja2")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(BUNDLED["demo"] / name, tmp_path / name)
-    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
-    messages = [
-        {"role": "user", "content": "Is <this> 日本?"},
-        {"role": "assistant", "content": "No."},
-        {"role": "user", "content": "Why"},
-    ]
-    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    expected = reference.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-    assert encode_chat(tmp_path, load_tokenizer(tmp_path, ()), messages) == expected["input_ids"]

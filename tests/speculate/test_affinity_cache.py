@@ -39,9 +39,9 @@ def computed(monkeypatch):
 
 def test_the_second_run_loads(demo, cache, computed):
     first = affinity_table(demo)
-    assert len(computed) == demo.config.num_layers and len(os.listdir(cache)) == 1
+    assert len(computed) == demo.config.num_moe_layers and len(os.listdir(cache)) == 1
     np.testing.assert_array_equal(affinity_table(demo), first)
-    assert len(computed) == demo.config.num_layers
+    assert len(computed) == demo.config.num_moe_layers
 
 
 def test_a_damaged_table_is_computed_anew(demo, cache, computed):
@@ -49,9 +49,9 @@ def test_a_damaged_table_is_computed_anew(demo, cache, computed):
     (file,) = cache.iterdir()
     file.write_bytes(b"not a table")
     np.testing.assert_array_equal(affinity_table(demo), first)
-    assert len(computed) == 2 * demo.config.num_layers
+    assert len(computed) == 2 * demo.config.num_moe_layers
     affinity_table(demo)
-    assert len(computed) == 2 * demo.config.num_layers  # it was written again
+    assert len(computed) == 2 * demo.config.num_moe_layers  # it was written again
 
 
 def test_another_checkpoint_and_another_dtype_have_their_own(demo, cache, computed, tmp_path):
@@ -63,7 +63,7 @@ def test_another_checkpoint_and_another_dtype_have_their_own(demo, cache, comput
         (other / file.name).write_bytes(file.read_bytes())
     (other / "generation_config.json").write_text('{"eos_token_id": 3}')
     affinity_table(sm.load_model(str(other)))
-    assert len(os.listdir(cache)) == 3 and len(computed) == 3 * demo.config.num_layers
+    assert len(os.listdir(cache)) == 3 and len(computed) == 3 * demo.config.num_moe_layers
 
 
 def test_a_random_model_is_not_cached(cache, computed):
@@ -74,7 +74,8 @@ def test_a_random_model_is_not_cached(cache, computed):
 
 def test_a_cache_that_cannot_be_written(demo, cache):
     cache.parent.write_text("a file where the folder should be")
-    assert affinity_table(demo).shape == (4, 16, 16)
+    config = demo.config
+    assert affinity_table(demo).shape == (config.num_moe_layers, config.num_experts, config.num_experts)
 
 
 @pytest.mark.slow
@@ -83,9 +84,9 @@ def test_engines_use_it(demo, cache, computed):
     params = sm.SamplingParams(max_new_tokens=4)
     for changes in ({}, {"draft_length": 2}):
         sm.Engine(demo, plan.replace(**changes)).generate(["Call me Ishmael."], params)
-    assert len(computed) == demo.config.num_layers
+    assert len(computed) == demo.config.num_moe_layers
     sm.Engine(dataclasses.replace(demo, path=None), plan).generate(["Call me"], params)
-    assert len(computed) == 2 * demo.config.num_layers
+    assert len(computed) == 2 * demo.config.num_moe_layers
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from specmoe_jax.autotune import choose as planning
 from specmoe_jax.checkpoints import load_model
 from specmoe_jax.checkpoints.eagle import bundled_head, load_head
 from specmoe_jax.checkpoints.loader import checkpoint_path
-from specmoe_jax.checkpoints.mtp import load_mtp
+from specmoe_jax.checkpoints.mtp import load_planned_mtp
 from specmoe_jax.cli import common
 from specmoe_jax.cli.flag_groups import plan_flags
 from specmoe_jax.cli.flag_groups.chosen_plan import chosen_plan
@@ -57,7 +57,7 @@ def load_engine(job: planning.Job, *, requests: int) -> Engine:
     if _DRAFT_MODEL.value:
         given["draft_model"] = load_model(_DRAFT_MODEL.value, dtype=model.dtype, progress=_PROGRESS.value)
     if plan.drafting.given == "mtp_head":
-        given["mtp_head"] = load_mtp(model, expert_dtype=plan.draft_expert_dtype)
+        given["mtp_head"] = load_planned_mtp(model, plan)
     return Engine(model, plan, progress=_PROGRESS.value, **given)
 
 

@@ -2,7 +2,7 @@
 
     specmoe train_eagle --text=DATA/train.npy --held_out=DATA/held_out/novels.npy --work_dir=RUN --export_dir=HEAD
 
-Texts are .npy files of token ids (what specmoe demo_data writes) or .txt files, which the model's tokenizer encodes.
+Texts are .npy files of token ids (what specmoe witness_data writes) or .txt files, which the model's tokenizer encodes.
 The target's hidden states come from the engine batch by batch and are never stored. The order of the batches
 depends on the seed and the step alone; a run that is started again goes on from its newest checkpoint under RUN.
 """

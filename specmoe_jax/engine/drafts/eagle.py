@@ -1,6 +1,7 @@
 """An EAGLE head as the draft, its cache whole or split as the account of the job has room for it."""
 
 from specmoe_jax.config.plan import Plan
+from specmoe_jax.engine.context import placed
 from specmoe_jax.engine.drafts.protocol import DraftExecutor, DraftInputs
 from specmoe_jax.engine.drafts.split_draft import SplitDraft
 from specmoe_jax.engine.runtime import Runtime
@@ -22,7 +23,7 @@ class EagleExecutor(DraftExecutor):
         return plan.drafting.memory(plan, model.config, head=_head(inputs).config)
 
     def make(self, model: Model, plan: Plan, inputs: DraftInputs) -> EagleDraft:
-        return EagleDraft(_head(inputs), tree_shape(plan))
+        return EagleDraft(placed(_head(inputs), plan.devices), tree_shape(plan))
 
     def for_job(self, draft: EagleDraft, runtime: Runtime, account: MemoryAccount) -> FeatureDraft:
         if not account.draft_pages:

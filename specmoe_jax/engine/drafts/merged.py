@@ -11,6 +11,7 @@ from specmoe_jax.engine.flows.migration import wait_for_copies
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory
 from specmoe_jax.models.model import Model
+from specmoe_jax.offload.store import ExpertStore
 from specmoe_jax.speculate.drafts.merged import group_experts, merge
 from specmoe_jax.speculate.drafts.self_draft import SelfDraft
 from specmoe_jax.speculate.hot_experts.affinity_cache import affinity_table
@@ -73,13 +74,12 @@ class MergedExecutor(DraftExecutor):
 def merged(runtime: Runtime, counts: np.ndarray, most: int | None = None) -> Merged:
     """All blocks by how often each expert was chosen [L, E]; of a layer only the `most` most used experts, None for all."""
     neighbours, groups, blocks = runtime.policies.neighbours, np.zeros(counts.shape, np.int32), []
+    tier = _store(runtime).tier
     assert neighbours is not None
     for layer, slots in enumerate(_slots(runtime)):
         grouping = group_experts(counts[layer], neighbours[layer], len(slots), most)
         for group, slot in enumerate(slots):
-            block = merge(
-                lambda expert, layer=layer: np.asarray(runtime.experts.store.tier.block((layer, expert))), grouping, group
-            )
+            block = merge(lambda expert, layer=layer: np.asarray(tier.block((layer, expert))), grouping, group)
             blocks.append((block, int(slot)))
         groups[layer] = slots[grouping.of]
     return Merged(groups, blocks)
@@ -87,12 +87,18 @@ def merged(runtime: Runtime, counts: np.ndarray, most: int | None = None) -> Mer
 
 def _installed(runtime: Runtime, memory: ExpertMemory, found: Merged) -> ExpertMemory:
     """With the blocks in their slots, over the link."""
-    pool = memory.pool
+    pool, store = memory.pool, _store(runtime)
     assert pool is not None
     for block, slot in found.blocks:
-        pool = runtime.experts.store.put(pool, block, slot)
+        pool = store.put(pool, block, slot)
     memory = memory._replace(pool=pool, groups=found.groups)
     return wait_for_copies(runtime, memory, np.array([slot for _, slot in found.blocks]))
+
+
+def _store(runtime: Runtime) -> ExpertStore:
+    store = runtime.experts.store
+    assert isinstance(store, ExpertStore)  # it is built for one device
+    return store
 
 
 def _slots(runtime: Runtime) -> np.ndarray:

@@ -38,7 +38,7 @@ class ModelExecutor(DraftExecutor):
         counted = account(config, own, batch_rows=1, positions=1)
         runtime = build(draft_model, own, counted, None, progress=False)
         flow = EXPERT_FLOWS.executor(own.flow.name)
-        on, replayed = runtime.context.device, plan.tokens_per_pass - 1
+        on, replayed = runtime.context.place, plan.tokens_per_pass - 1
         memory, nothing = flow.first_memory(runtime), np.zeros((config.num_moe_layers, config.num_experts), np.int64)
 
         def forward(kv: KVCache, tokens, lengths, num_new):

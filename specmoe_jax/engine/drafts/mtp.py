@@ -1,12 +1,17 @@
-"""The target's own layers for further tokens as the draft."""
+"""The target's own layers for further tokens as the draft, all of their experts on the accelerator or a few of them."""
 
 from specmoe_jax.config.plan import Plan
+from specmoe_jax.engine.context import placed
+from specmoe_jax.engine.drafts.hot_mtp import HotMtpDraft, host_blocks, without_experts
 from specmoe_jax.engine.drafts.protocol import DraftExecutor, DraftInputs
+from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.mtp import MtpHead, check_head, random_head
 from specmoe_jax.planner.drafts.search_starts import tree
+from specmoe_jax.planner.memory.memory_account import MemoryAccount
 from specmoe_jax.speculate.drafts.grown_tree import tree_shape
 from specmoe_jax.speculate.drafts.mtp import MtpDraft
+from specmoe_jax.speculate.drafts.protocol import FeatureDraft
 from specmoe_jax.support.errors import PlanError
 
 
@@ -22,7 +27,22 @@ class MtpExecutor(DraftExecutor):
                 f"draft_expert_dtype is {plan.draft_expert_dtype}, and the experts of the layer that was given are packed as "
                 f"{held}; load it so: checkpoints.load_mtp(model, expert_dtype=plan.draft_expert_dtype)"
             )
-        return MtpDraft(head, tree_shape(plan))
+        on_host = host_blocks(head) is not None
+        if on_host != (plan.draft_experts is not None):
+            raise PlanError(
+                f"draft_experts is {plan.draft_experts}, and the experts of the layer that was given are "
+                f"{'in host memory' if on_host else 'on the accelerator'}; load it so: "
+                f"checkpoints.load_mtp(model, experts_on_host={not on_host})"
+            )
+        return MtpDraft(placed(head, plan.devices), tree_shape(plan))
+
+    def for_job(self, draft: MtpDraft, runtime: Runtime, account: MemoryAccount) -> FeatureDraft:
+        blocks, hot = host_blocks(draft.head), runtime.plan.draft_experts
+        if blocks is None:
+            return draft
+        assert isinstance(hot, int)  # as `make` and the plan's checks want it
+        own = draft._replace(head=without_experts(draft.head))
+        return HotMtpDraft(draft=own, blocks=blocks, hot=hot, link=runtime.experts.store.links[0])
 
     def random_inputs(self, model: Model) -> dict:
         return {"mtp_head": random_head(model)}

@@ -67,12 +67,12 @@ class SplitDraft:
         attention, dtype = self.head.config.layer.attention, self.head.weights.fc.dtype
         pages = no_pages(rows, positions, self.pages)
         return SplitMemory(
-            here=empty_pages(attention, self.pages, dtype, self.context.device),
+            here=empty_pages(attention, self.pages, dtype, self.context.place),
             there=empty_pages(attention, self.host_pages, dtype, self.context.host),
             pages=pages,
             host_table=pages.table,
             split=no_split(rows),
-            feature=jnp.zeros((rows, self.head.config.hidden_size), dtype, device=self.context.device),
+            feature=jnp.zeros((rows, self.head.config.hidden_size), dtype, device=self.context.place),
         )
 
     def place(self, memory: SplitMemory, state: State[HostKV]) -> tuple[SplitMemory, int]:

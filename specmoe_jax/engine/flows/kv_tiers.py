@@ -11,14 +11,14 @@ from specmoe_jax.engine.flows.protocol import Attended, ResidentPass, Unfinished
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.speculate.drafts.protocol import TokenChoice
 from specmoe_jax.speculate.drafts.self_draft import feed_back
-from specmoe_jax.types import Device, KVCache, Tree
+from specmoe_jax.types import KVCache, Place, Tree
 
 
 class AcceleratorKv:
     """The cache is on the accelerator. See protocol.KvTierExecutor."""
 
-    def device(self, runtime: Runtime) -> Device:
-        return runtime.context.device
+    def place(self, runtime: Runtime) -> Place:
+        return runtime.context.place
 
     def beside_cache(self, runtime: Runtime, arrays):
         return arrays
@@ -102,7 +102,7 @@ class HostKv:
     See protocol.KvTierExecutor.
     """
 
-    def device(self, runtime: Runtime) -> Device:
+    def place(self, runtime: Runtime) -> Place:
         return runtime.context.host
 
     def beside_cache(self, runtime: Runtime, arrays):

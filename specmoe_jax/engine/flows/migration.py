@@ -15,7 +15,7 @@ from specmoe_jax.offload import retained_experts
 from specmoe_jax.offload.residency import LayerPlan, plan_layer, plan_prefetch
 from specmoe_jax.offload.retained_experts import RetainedExperts
 from specmoe_jax.speculate.hot_experts.usage import count_choices
-from specmoe_jax.types import Routing
+from specmoe_jax.types import Pool, Routing
 
 NO_SLOTS = np.zeros(0, np.int32)
 
@@ -101,7 +101,7 @@ def execute(
 
 def execute_waves(runtime: Runtime, config: LayerConfig, plan: LayerPlan, memory: ExpertMemory, h, x, routing: Routing):
     """Any number of waves, by one program. -> h, memory."""
-    outputs = jnp.zeros((*routing.ids.shape, x.shape[-1]), jnp.float32, device=runtime.context.device)
+    outputs = jnp.zeros((*routing.ids.shape, x.shape[-1]), jnp.float32, device=runtime.context.place)
     for wave in plan.waves:
         memory = _fetch(runtime, memory, wave.fetch)
         memory = wait_for_copies(runtime, memory, wave.slots)
@@ -167,7 +167,7 @@ def prefetch(
         memory.retained_experts,
     )
     if retained is not None:
-        room = int((residency.owner < 0).sum()) - memory.slots.dispatch
+        room = residency.free - memory.slots.dispatch
         residency = retained_experts.revive(residency, retained, ahead > 0, room)
     runtime.experts.store.tier.read_ahead(np.where(residency.slot_of < 0, ahead, 0))
     copies, residency = plan_prefetch(
@@ -184,7 +184,7 @@ def prefetch(
     return _fetch(runtime, memory._replace(residency=residency, prefetched=prefetched), copies), len(copies)
 
 
-def _pool(memory: ExpertMemory) -> jax.Array:
+def _pool(memory: ExpertMemory) -> Pool:
     """Every flow that fetches into slots has one."""
     assert memory.pool is not None
     return memory.pool

@@ -14,12 +14,13 @@ from specmoe_jax.engine.flows.pooled import PooledFlowExecutor
 from specmoe_jax.engine.flows.protocol import Chunk, TargetPass
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, PassInfo, PassRouting
+from specmoe_jax.offload.homes import most_experts
 from specmoe_jax.offload.residency import plan_layer
 from specmoe_jax.types import KVCache, Routing, Tree
 
 
 class OnDemandFlowExecutor(PooledFlowExecutor):
-    def resident_slots(self, config: ModelConfig) -> None:
+    def resident_slots(self, config: ModelConfig, devices: int = 1) -> None:
         return None
 
     def target_pass(
@@ -67,7 +68,7 @@ class OnDemandFlowExecutor(PooledFlowExecutor):
         Between two layers the chunks wait in host memory. Where the slots beside the pinned ones do not hold a layer, chunk after
         chunk.
         """
-        if len(chunks) < 2 or memory.slots.dispatch < runtime.config.num_experts:
+        if len(chunks) < 2 or memory.slots.dispatch < most_experts(runtime.plan.devices, runtime.config.num_experts):
             return super().prompt_pass(runtime, memory, kv, chunks, observe, on_positions)
         positions, layers = sum(int(chunk.num_new.max()) for chunk in chunks), runtime.config.num_layers
         passing = [_Passing(runtime, chunk) for chunk in chunks]

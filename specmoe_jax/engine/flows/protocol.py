@@ -19,7 +19,7 @@ from specmoe_jax.engine.scoring.layout import ReadPass, ReadRow
 from specmoe_jax.engine.state import Cache, ExpertMemory, PassInfo, PassRouting, Request, State, StepInfo
 from specmoe_jax.speculate.drafts.protocol import TokenChoice
 from specmoe_jax.speculate.hot_experts.substitution import DraftSlots
-from specmoe_jax.types import Device, KVCache, Routing, Tree
+from specmoe_jax.types import KVCache, Place, Pool, Routing, Tree
 
 # The runtime and the session hold a flow, so they are parameters of it here: neither module imports the other.
 R = TypeVar("R", contravariant=True)
@@ -55,7 +55,7 @@ class Unfinished(NamedTuple):
     h: jax.Array
     x: jax.Array
     routing: Routing
-    pool: jax.Array
+    pool: Pool
     slots: np.ndarray
 
 
@@ -105,7 +105,7 @@ class Chunk(NamedTuple):
 class ExpertFlowExecutor(Protocol[R, S]):
     """How experts come to the accelerator, executed. R: Runtime. S: Session. planner/flows/ has the half before anything runs."""
 
-    def resident_slots(self, config: ModelConfig) -> np.ndarray | None:
+    def resident_slots(self, config: ModelConfig, devices: int = 1) -> np.ndarray | None:
         """[L, E] int32, the slots of the experts where all stay for good, an encoder's layers last; else None."""
         ...
 
@@ -201,7 +201,7 @@ class PooledFlowExecutor(ExpertFlowExecutor[R, S], Protocol):
 class KvTierExecutor(Protocol[R]):
     """Where the KV cache is and attention runs. kv_cache/tiers.py has the half before anything runs."""
 
-    def device(self, runtime: R) -> Device:
+    def place(self, runtime: R) -> Place:
         """Of the cache."""
         ...
 

@@ -12,15 +12,15 @@ from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.requests.routing import pass_routing
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, PassInfo
+from specmoe_jax.offload.homes import whole_slots
 from specmoe_jax.types import KVCache, Routing, Tree
 
 NOTHING_FETCHED = PassInfo(hits=0, misses=0, fetched=0, waves=0, prefetched=0, prefetch_hits=0, routing=None)
 
 
 class ResidentFlowExecutor(PooledFlowExecutor):
-    def resident_slots(self, config: ModelConfig) -> np.ndarray:
-        order = np.arange(config.num_expert_layers * config.num_experts, dtype=np.int32)
-        return order.reshape(config.num_expert_layers, config.num_experts)
+    def resident_slots(self, config: ModelConfig, devices: int = 1) -> np.ndarray:
+        return whole_slots(config.num_expert_layers, devices, config.num_experts)
 
     def target_pass(
         self,

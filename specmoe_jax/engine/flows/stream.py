@@ -33,7 +33,7 @@ from specmoe_jax.types import RecurrentState, Tree
 
 
 class StreamFlowExecutor(ExpertFlowExecutor[Runtime, Session]):
-    def resident_slots(self, config: ModelConfig) -> None:
+    def resident_slots(self, config: ModelConfig, devices: int = 1) -> None:
         return None
 
     def first_memory(self, runtime: Runtime) -> ExpertMemory:
@@ -227,7 +227,7 @@ def _new_host_kv(runtime: Runtime, pages: Pages, chunk: int, rows: int) -> HostK
 
     def cache(attention: AttentionConfig) -> PackedCache | RecurrentState:
         if attention.recurrent is not None:
-            return new_states(attention.recurrent, rows, runtime.plan.tokens_per_pass - 1)
+            return new_states(attention.recurrent, rows, runtime.plan.tokens_per_pass - 1, runtime.context.place)
         return empty_pages(attention, len(pages.free), runtime.plan.dtype, runtime.context.host)
 
     caches = (cache(layer.attention) for layer in runtime.config.layers)
@@ -239,7 +239,7 @@ def _all_rows(runtime: Runtime, pieces: list[jax.Array], running: list[bool]) ->
     if not pieces:
         return None
     given, nothing = iter(pieces), np.zeros(pieces[0].shape, pieces[0].dtype)
-    return _rows([next(given) if runs else jax.device_put(nothing, runtime.context.device) for runs in running])
+    return _rows([next(given) if runs else jax.device_put(nothing, runtime.context.place) for runs in running])
 
 
 def _routing_of_rows(pieces: Sequence[PassRouting], running: list[bool]) -> PassRouting | None:

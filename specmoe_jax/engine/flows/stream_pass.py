@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from specmoe_jax.engine import stages
 from specmoe_jax.engine.flows.layer_passes import features, fetched
@@ -20,9 +19,10 @@ from specmoe_jax.engine.requests.routing import pass_routing
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.scheduler import MicroBatch
 from specmoe_jax.engine.state import Buffers, HostKV, PassRouting
+from specmoe_jax.offload.homes import whole_slots
 from specmoe_jax.offload.stream_schedule import KINDS, Task, pass_tasks
 from specmoe_jax.support.tracing import Span
-from specmoe_jax.types import Routing
+from specmoe_jax.types import Pool, Routing
 
 
 class StreamedPass(NamedTuple):
@@ -81,9 +81,9 @@ class _Run:
         self.coming = collections.deque(coming)
         self.pinned = dict(zip(runtime.experts.pinned_layers, self.cache, strict=True))
         self.due: concurrent.futures.Future | None = None
-        self.current: jax.Array | None = None
+        self.current: Pool | None = None
         self.handlers = {kind: getattr(self, f"_{kind}") for kind in KINDS}
-        self.every_expert = np.arange(runtime.config.num_experts, dtype=np.int32)
+        self.every_expert = whole_slots(1, runtime.plan.devices, runtime.config.num_experts)[0]
 
     def attends_chunk(self, micro_batch: MicroBatch) -> bool:
         """Whether it is a chunk of prompts that attends on the accelerator."""
@@ -234,7 +234,7 @@ class _Run:
         self.coming.append(self.runtime.context.workers.link.submit(self._bring, task, layer, self.spare, tuple(self.readers)))
         self.spare = None
 
-    def _bring(self, task: Task, layer: int, buffer: jax.Array, readers) -> jax.Array:
+    def _bring(self, task: Task, layer: int, buffer, readers) -> Pool:
         """In the link worker: the layer's experts, once the buffer is no longer read."""
         jax.block_until_ready(readers)
         start_s = time.perf_counter()

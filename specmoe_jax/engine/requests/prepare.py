@@ -20,7 +20,7 @@ from specmoe_jax.planner.memory.fit import Memories, accounted, nearest, with_ne
 from specmoe_jax.planner.memory.memory_account import DraftMemory, MemoryAccount, PagedLoad
 from specmoe_jax.planner.workload import Workload
 from specmoe_jax.speculate.logit_edits import edit_kinds
-from specmoe_jax.support.errors import BudgetError, RequestError
+from specmoe_jax.support.errors import BudgetError, PlanError, RequestError
 from specmoe_jax.support.validation import is_text, shown
 
 UNLIMITED_BYTES = float(1 << 60)  # of a machine of which the plan's own budgets alone count
@@ -51,7 +51,9 @@ class BatchShape(NamedTuple):
 
 
 def resolved(plan: Plan) -> Plan:
-    """The plan with its machine-dependent defaults filled in."""
+    """The plan with its machine-dependent defaults filled in. Raises PlanError where the machine has too few devices."""
+    if plan.devices > len(jax.devices()):
+        raise PlanError(f"devices={plan.devices} and this process has {len(jax.devices())}; give at most as many")
     return plan.resolved(accelerator_is_cpu=accelerator_is_cpu())
 
 

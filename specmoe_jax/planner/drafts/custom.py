@@ -6,6 +6,7 @@ from specmoe_jax.planner.drafts.protocol import DraftDescription
 
 class CustomDraftDescription(DraftDescription):
     name = "custom"
+    several_devices = True
     fields = TREE_FIELDS
     given = "draft"
 

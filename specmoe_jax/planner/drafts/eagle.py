@@ -23,6 +23,7 @@ TABLE_ENTRY_BYTES = 4  # of an EAGLE-3 head's table from its own vocabulary to t
 
 class EagleDraftDescription(DraftDescription):
     name = "eagle"
+    several_devices = True
     fields = TREE_FIELDS | {"draft_kv_bytes"}
     given = "draft_head"
     splits_cache = True

@@ -54,7 +54,8 @@ class GatedDraftDescription(DraftDescription):
             tier=plan.cache_tier,
             expert_bytes=costs.expert_bytes(config, plan),
         )
-        return DraftCosts(token * length, syncs=length if plan.prefetch == "draft" else 1)
+        gathered = (*costs.gather(config, load.rows, plan.devices),) * config.num_moe_layers
+        return DraftCosts((*token, *gathered) * length, syncs=length if plan.prefetch == "draft" else 1)
 
     def operator(self, *, trees: bool) -> str:
         return "self_draft"

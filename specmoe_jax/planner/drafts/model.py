@@ -16,6 +16,7 @@ from specmoe_jax.support.errors import PlanError
 
 class ModelDraftDescription(DraftDescription):
     name = "model"
+    several_devices = True
     given = "draft_model"
     assumed_acceptance = 0.6
 
@@ -44,8 +45,8 @@ class ModelDraftDescription(DraftDescription):
 
 
 def resident_plan(model: ModelConfig, plan: Plan) -> Plan:
-    """How a draft model runs: as the resident preset, in the dtype and prefill chunks of a plan."""
-    return preset("resident", model).replace(dtype=plan.dtype, prefill_chunk=plan.prefill_chunk)
+    """How a draft model runs: as the resident preset, in the dtype and prefill chunks of a plan and on its devices."""
+    return preset("resident", model).replace(dtype=plan.dtype, prefill_chunk=plan.prefill_chunk, devices=plan.devices)
 
 
 def model_memory(model: ModelConfig, plan: Plan) -> DraftMemory:

@@ -1,5 +1,5 @@
-"""The target's own layers for further tokens as the draft: attention and experts, all of them resident; chains, or one layer's
-trees."""
+"""The target's own layers for further tokens as the draft: attention and experts, all or a few of them resident; chains, or trees
+of one layer."""
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
@@ -18,10 +18,11 @@ from specmoe_jax.support.errors import PlanError
 
 class MtpDraftDescription(DraftDescription):
     name = "mtp"
+    several_devices = True
     given = "mtp_head"
     assumed_acceptance = 0.7  # of the first token 0.7 to 0.9, of the third 0.33 to 0.65 in published figures
 
-    fields = TREE_FIELDS | {"draft_expert_dtype"}
+    fields = TREE_FIELDS | {"draft_expert_dtype", "draft_experts"}
 
     def check(self, plan: Plan, config: ModelConfig) -> None:
         count = config.mtp_layers
@@ -42,13 +43,23 @@ class MtpDraftDescription(DraftDescription):
                 f"{count}"
             )
         layer = mtp.layer_config(config)
-        if plan.draft_expert_dtype is not None and layer.experts is None:
-            raise PlanError("draft_expert_dtype has no effect: the layers for further tokens have no experts; leave it out")
+        for name in ("draft_expert_dtype", "draft_experts"):
+            if getattr(plan, name) is not None and layer.experts is None:
+                raise PlanError(f"{name} has no effect: the layers for further tokens have no experts; leave it out")
+        hot = plan.draft_experts
+        if hot is not None and (isinstance(hot, tuple) or not config.experts_per_token <= hot < config.num_experts):
+            raise PlanError(
+                f"draft_experts is {hot}; draft=mtp takes one number, {config.experts_per_token} to {config.num_experts - 1} of "
+                "each layer's experts on the accelerator, or none for all"
+            )
+        if hot is not None and plan.devices > 1:
+            raise PlanError(f"draft=mtp with draft_experts is built for one device; got devices={plan.devices}, leave it 1")
 
     def memory(self, plan: Plan, config: ModelConfig, *, head=None, model=None) -> DraftMemory:
         itemsize, count = DTYPE_BYTES[plan.dtype], config.mtp_layers
         return DraftMemory(
-            fixed=mtp.head_bytes(config, plan.dtype, plan.draft_expert_dtype),
+            fixed=mtp.head_bytes(config, plan.dtype, plan.draft_expert_dtype, hot=_hot(plan)),
+            host=0 if _hot(plan) is None else mtp.experts_bytes(config, plan.dtype, plan.draft_expert_dtype),
             row=count * config.hidden_size * itemsize,
             position=count * costs.cache_row(mtp.layer_config(config).attention) * itemsize,
         )
@@ -71,6 +82,7 @@ class MtpDraftDescription(DraftDescription):
             ]
             if layer.experts is not None:
                 held, used = block_bytes(layer.experts, plan.dtype), routing.distinct(probabilities, of.tokens)
+                used = min(used, _hot(plan) or config.num_experts)
                 found.append(costs.experts(config, of.tokens, used, itemsize, expert_bytes=held, programs=0))
             return (*found, *([costs.head(config, load.rows * drawn, itemsize)] if drawn else []))
 
@@ -93,6 +105,11 @@ class MtpDraftDescription(DraftDescription):
         choices = tuple(map(tree, TREE_DEPTHS)) if trees else lengths
         first = tree(TREE_DEPTHS[0]) if trees else {"draft_length": lengths[0]}
         return SearchStart(flow.plan.replace(draft=self.name, **first), (("draft_length", choices), *flow.axes))
+
+
+def _hot(plan: Plan) -> int | None:
+    """Experts of each layer on the accelerator; None for all. A tuple is refused."""
+    return None if isinstance(plan.draft_experts, tuple) else plan.draft_experts
 
 
 DRAFT = MtpDraftDescription()

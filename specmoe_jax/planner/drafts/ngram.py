@@ -5,6 +5,7 @@ from specmoe_jax.planner.drafts.protocol import DraftDescription
 
 class NgramDraftDescription(DraftDescription):
     name = "ngram"
+    several_devices = True
     assumed_acceptance = 0.2
     is_measured = True
 

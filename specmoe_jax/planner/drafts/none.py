@@ -7,6 +7,7 @@ from specmoe_jax.planner.drafts.search_starts import SearchStart
 class NoDraftDescription(DraftDescription):
     name = "none"
     fields = frozenset()
+    several_devices = True
     is_measured = True  # nothing to add
 
     def start(self, config, flow: SearchStart, *, trees: bool = False) -> SearchStart:

@@ -42,7 +42,8 @@ class DraftDescription(Protocol):
 
     name: in the registry. fields: those of a plan that only some drafts use, and this one does. given: the argument of Engine
     that it needs. gated: it runs the target's own gates over resident experts, so it needs an expert flow that keeps some.
-    splits_cache: a part of its cache may be in host memory. default_draft_set: the policy if the plan names none.
+    splits_cache: a part of its cache may be in host memory. several_devices: it runs where experts are on several.
+    default_draft_set: the policy if the plan names none.
     assumed_acceptance: if nothing was measured. tried_unmeasured: the planner considers it nevertheless.
     is_measured: its operators are among those that a profile measures, and `measured_seconds` adds them up; else its plans are
     predicted from the rates of the machine.
@@ -53,6 +54,7 @@ class DraftDescription(Protocol):
     given: str | None = None
     gated: bool = False
     splits_cache: bool = False
+    several_devices: bool = False
     default_draft_set: str = "hot_global"
     assumed_acceptance: Rate = 0.5
     tried_unmeasured: bool = False

@@ -12,6 +12,7 @@ class SelfDraftDescription(GatedDraftDescription):
     name = "self"
     fields = GatedDraftDescription.fields | {"draft_set", "substitution", "draft_top_k"}
     default_draft_set = "hot_temporal"
+    several_devices = True
     # Less than what the papers report (0.913 on NLLB) and what the bundled model shows (0.8).
     assumed_acceptance = 0.6
     tried_unmeasured = True

@@ -48,4 +48,6 @@ class HostComputeFlowDescription(ResidentFlowDescription):
         return (SearchStart(preset("resident", config).replace(expert_flow=self.name), ()),)
 
 
-FLOW = HostComputeFlowDescription("host_compute", all_resident=True, keeps_experts=False, tells_routing=False)
+FLOW = HostComputeFlowDescription(
+    "host_compute", all_resident=True, keeps_experts=False, tells_routing=False, several_devices=False
+)

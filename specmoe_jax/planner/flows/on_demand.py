@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import preset
+from specmoe_jax.offload.homes import most_experts
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import DISK, Cost, Load
 from specmoe_jax.planner.drafts.search_starts import SearchStart, expert_counts
@@ -30,12 +31,16 @@ class OnDemandFlowDescription(PooledFlowDescription):
     def memory(self, config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int, paged: PagedLoad | None) -> FlowMemory:
         """Of more than a chunk of prompts the hidden states wait between two layers. A decoder beside an encoder has none."""
         needs = super().memory(config, plan, batch_rows=batch_rows, positions=positions, paged=paged)
-        waits = positions > plan.prefill_chunk and config.encoder is None and needs.dispatch == config.num_experts
+        waits = (
+            positions > plan.prefill_chunk
+            and config.encoder is None
+            and needs.dispatch == most_experts(plan.devices, config.num_experts)
+        )
         return needs._replace(waiting_tokens=batch_rows * positions if waits else 0)
 
     def prefill_seconds(self, setting: Setting, prompt_tokens: int) -> float:
         """Chunk by chunk but for the link, which brings a layer once; chunk after chunk where the slots do not hold a layer."""
-        if setting.account.dispatch_slots < setting.config.num_experts:
+        if setting.account.dispatch_slots < most_experts(setting.plan.devices, setting.config.num_experts):
             return super().prefill_seconds(setting, prompt_tokens)
         chunk, plan = min(setting.plan.prefill_chunk, prompt_tokens), setting.plan.replace(prefetch="none")
         each = setting._replace(load=Load(setting.load.rows, chunk, prompt_tokens / 2), plan=plan)
@@ -53,10 +58,10 @@ class OnDemandFlowDescription(PooledFlowDescription):
         block: list[Cost] = attention_block(config, index, load, itemsize, tier=setting.plan.cache_tier)
         if moe is None:
             return LayerCosts(block)
-        missed = _missed(setting, moe)
-        used, one = routing.distinct(setting.probabilities, load.tokens), setting.account.expert_bytes
-        block.append(costs.experts(config, load.tokens, used, itemsize, expert_bytes=one, programs=_waves(setting, missed)))
-        return LayerCosts(block, [costs.fetch(one, missed), *_disk_reads(setting, missed)], missed, waits=True)
+        missed, one = _missed(setting, moe), setting.account.expert_bytes
+        crossing = routing.busiest(missed, config.num_experts, setting.plan.devices)  # over one link
+        block += setting.experts(load.tokens, programs=_waves(setting, crossing))
+        return LayerCosts(block, [costs.fetch(one, crossing), *_disk_reads(setting, missed)], missed, waits=True)
 
     def measured_pass(
         self, config: ModelConfig, plan: Plan, operators: Operators, case: Case, drafted_s: float, *, accelerator_is_cpu: bool

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
+from specmoe_jax.offload.homes import most_experts
 from specmoe_jax.planner.costs import Load
 from specmoe_jax.planner.flows.protocol import FlowMemory
 from specmoe_jax.planner.memory.account import pinned_experts
@@ -22,6 +23,7 @@ class PooledFlowDescription:
     tells_routing: bool
     streams_layers: bool = False
     workers: bool = False
+    several_devices: bool = True
     host_cache_policy: str = "expected"
 
     def check(self, plan: Plan, config: ModelConfig) -> None:
@@ -31,7 +33,7 @@ class PooledFlowDescription:
         return plan
 
     def is_measured(self, plan: Plan) -> bool:
-        return not plan.cache_tier.on_host
+        return not plan.cache_tier.on_host and plan.devices == 1
 
     def batch_rows(self, plan: Plan, rows: int) -> int:
         return rows
@@ -43,10 +45,12 @@ class PooledFlowDescription:
         return plan.batch_size
 
     def memory(self, config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int, paged: PagedLoad | None) -> FlowMemory:
+        """Of a device, which may have to hold as many of its own experts as a batch asks for in all."""
+        own = most_experts(plan.devices, config.num_experts)
         tokens = max(plan.tokens_per_pass, plan.prefill_chunk) * batch_rows
-        dispatch = min(config.num_experts, tokens * config.experts_per_token)
-        everything = config.num_expert_layers * config.num_experts  # an encoder's as well
-        pinned = everything if self.all_resident else sum(pinned_experts(config, plan))
+        dispatch = min(own, tokens * config.experts_per_token)
+        everything = config.num_expert_layers * own  # an encoder's as well
+        pinned = everything if self.all_resident else sum(min(own, count) for count in pinned_experts(config, plan))
         return FlowMemory(
             pass_tokens=tokens,
             dispatch=dispatch,

@@ -37,7 +37,8 @@ class ExpertFlowDescription(Protocol):
     all_resident: every expert stays there. keeps_experts: of each layer some may stay between passes, and the host waits for each
     router and fetches those that are missing. tells_routing: a pass reports its routing, from which follows what plain decoding
     would have fetched. streams_layers: the experts of whole layers cross the link in every pass. workers: a pass runs in worker
-    threads beside the engine's own, whose tasks can be traced as spans. host_cache_policy: which experts a host cache keeps
+    threads beside the engine's own, whose tasks can be traced as spans. several_devices: whether experts may be on several, each
+    its own (devices=n). host_cache_policy: which experts a host cache keeps
     (expert_tier=disk) where the plan does not say.
     """
 
@@ -47,6 +48,7 @@ class ExpertFlowDescription(Protocol):
     tells_routing: bool
     streams_layers: bool
     workers: bool
+    several_devices: bool
     host_cache_policy: str
 
     def check(self, plan: Plan, config: ModelConfig) -> None:

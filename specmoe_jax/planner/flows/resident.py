@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import preset
-from specmoe_jax.planner import costs, routing
+from specmoe_jax.planner import routing
 from specmoe_jax.planner.costs import Cost
 from specmoe_jax.planner.drafts.search_starts import SearchStart
 from specmoe_jax.planner.flows.pooled import PooledFlowDescription
@@ -29,10 +29,7 @@ class ResidentFlowDescription(PooledFlowDescription):
         config, load, itemsize = setting.config, setting.load, setting.itemsize
         block: list[Cost] = attention_block(config, index, load, itemsize, tier=setting.plan.cache_tier)
         if moe is not None:
-            used = routing.distinct(setting.probabilities, load.tokens)
-            programs = int(setting.plan.cache_tier.on_host)
-            one = setting.account.expert_bytes
-            block.append(costs.experts(config, load.tokens, used, itemsize, expert_bytes=one, programs=programs))
+            block += setting.experts(load.tokens, programs=int(setting.plan.cache_tier.on_host))
         return LayerCosts(block)
 
     def measured_pass(

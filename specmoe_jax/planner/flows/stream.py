@@ -8,9 +8,10 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import preset
 from specmoe_jax.kv_cache.positions import CHUNKS_AHEAD, KV_PAGE, PREFILL_TOKENS, pages_of
+from specmoe_jax.offload.homes import most_experts
 from specmoe_jax.offload.stream_schedule import RESOURCES, UP, Task, pass_tasks, spread
 from specmoe_jax.planner import costs, routing
-from specmoe_jax.planner.costs import DISK, Cost, Load
+from specmoe_jax.planner.costs import DISK, PEERS, Cost, Load
 from specmoe_jax.planner.drafts.search_starts import SearchStart
 from specmoe_jax.planner.flows.protocol import FlowMemory
 from specmoe_jax.planner.measured.case import Case, MeasuredPass, layer_work
@@ -32,6 +33,7 @@ class StreamFlowDescription:
     tells_routing: bool = False
     streams_layers: bool = True
     workers: bool = True
+    several_devices: bool = True
     host_cache_policy: str = "mru"  # layers are read in turn, so the most recently used one is needed last
 
     def check(self, plan: Plan, config: ModelConfig) -> None:
@@ -64,7 +66,7 @@ class StreamFlowDescription:
         return plan.replace(prefill_attention="cpu" if accelerator_is_cpu else "accelerator")
 
     def is_measured(self, plan: Plan) -> bool:
-        return True
+        return plan.devices == 1
 
     def batch_rows(self, plan: Plan, rows: int) -> int:
         """Micro-batches have one shape."""
@@ -81,14 +83,18 @@ class StreamFlowDescription:
         return min(plan.batch_size, account.kv_pages // pages_of(tokens + plan.lookahead))
 
     def memory(self, config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int, paged: PagedLoad | None) -> FlowMemory:
-        tokens = plan.tokens_per_pass * batch_rows + CHUNKS_AHEAD * PREFILL_TOKENS
+        """Of a device, which holds its own experts of a layer."""
+        tokens, own = (
+            plan.tokens_per_pass * batch_rows + CHUNKS_AHEAD * PREFILL_TOKENS,
+            most_experts(plan.devices, config.num_experts),
+        )
         paged = paged or PagedLoad(pages=batch_rows * pages_of(positions), prompt_tokens=batch_rows * positions)
         pinned = plan.pinned_layers or 0
         return FlowMemory(
             pass_tokens=tokens,
-            dispatch=min(config.num_experts, tokens * config.experts_per_token),
-            pinned_slots=pinned * config.num_experts,
-            wanted_slots=_layers_held(config, plan, pinned) * config.num_experts,
+            dispatch=min(own, tokens * config.experts_per_token),
+            pinned_slots=pinned * own,
+            wanted_slots=_layers_held(config, plan, pinned) * own,
             cached_positions=paged.pages * KV_PAGE,
             paged=paged,
             pinned_layers=pinned,
@@ -113,11 +119,14 @@ class StreamFlowDescription:
         """
         if plan.pinned_layers is not None or plan.device_memory_bytes is None:
             return account
-        beside = account.accelerator_bytes - account.num_slots * account.slot_bytes
-        room = int(plan.device_memory_bytes - beside) // (config.num_experts * account.slot_bytes)
+        beside, own = (
+            account.accelerator_bytes - account.num_slots * account.slot_bytes,
+            most_experts(plan.devices, config.num_experts),
+        )
+        room = int(plan.device_memory_bytes - beside) // (own * account.slot_bytes)
         pinned = config.num_moe_layers if room >= config.num_moe_layers else room - plan.layer_buffers
-        slots = _layers_held(config, plan, pinned) * config.num_experts
-        return account._replace(num_slots=slots, wanted_slots=slots, pinned_slots=pinned * config.num_experts, pinned_layers=pinned)
+        slots = _layers_held(config, plan, pinned) * own
+        return account._replace(num_slots=slots, wanted_slots=slots, pinned_slots=pinned * own, pinned_layers=pinned)
 
     def without_budget(self, plan: Plan) -> Plan:
         return plan.replace(pinned_layers=plan.pinned_layers or 0)
@@ -130,17 +139,20 @@ class StreamFlowDescription:
         config, plan, hardware = setting.config, setting.plan, setting.hardware
         load = setting.load._replace(rows=setting.load.rows / plan.micro_batches)  # of a micro-batch
         chunks = min(config.num_experts, STREAM_PIECES)
-        used = routing.distinct(setting.probabilities, load.tokens)
-        one, itemsize = setting.account.expert_bytes, setting.itemsize
+        one, itemsize, own = setting.account.expert_bytes, setting.itemsize, most_experts(plan.devices, config.num_experts)
+        computed = setting.experts(load.tokens)
 
         @functools.cache
-        def cost(kind: str, layer: int) -> Cost:
+        def cost(kind: str, layer: int) -> list[Cost]:
+            """Of a task on the busiest device."""
             task = Task(kind, layer, 0, ())
-            return costs.task_cost(config, task, load, distinct=used, chunks=chunks, itemsize=itemsize, expert_bytes=one)
+            if kind == "experts":
+                return computed
+            return [costs.task_cost(config, task, load, streamed=own / chunks, itemsize=itemsize, expert_bytes=one)]
 
         @functools.cache
         def seconds(kind: str, layer: int) -> float:
-            return setting.seconds(cost(kind, layer))
+            return sum(map(setting.seconds, cost(kind, layer)))
 
         alike = [config.layers.index(layer) for layer in config.layers]  # of each layer the first whose tasks cost the same
         pinned = spread(config.moe_layers, setting.account.pinned_layers)
@@ -155,14 +167,11 @@ class StreamFlowDescription:
             accelerator_is_cpu=hardware.accelerator_is_cpu,
             overlap=hardware.overlap,
         )
-        busy_s: dict[str, float] = dict.fromkeys((*RESOURCES, DISK), 0.0)
-        for task in tasks:
-            busy_s[task.resource] += seconds(task.kind, alike[task.layer])
-        everything = [cost(task.kind, alike[task.layer]) for task in tasks]
+        everything = [spent for task in tasks for spent in cost(task.kind, alike[task.layer])]
         return Timing(
             iteration_s=simulation.iteration_s,
             draft_s=draft_s,
-            busy_s=add_busy(busy_s, setting, [head]),
+            busy_s=add_busy(dict.fromkeys((*RESOURCES, DISK, PEERS), 0.0), setting, [*everything, head]),
             link_bytes=float((config.num_moe_layers - len(pinned)) * config.num_experts * one),
             floor_s=costs.bound_seconds([*everything, head], hardware, plan.dtype),
             simulation=simulation,
@@ -173,16 +182,16 @@ class StreamFlowDescription:
         rows, plan = setting.load.rows, setting.plan
         chunks = max(rows * prompt_tokens / PREFILL_TOKENS, 1.0)  # of prompts
         load = Load(min(PREFILL_TOKENS / prompt_tokens, rows), prompt_tokens, prompt_tokens / 2)
-        used = routing.distinct(setting.probabilities, load.tokens)
+        streamed = most_experts(plan.devices, setting.config.num_experts)
         busy: dict[str, float] = dict.fromkeys(RESOURCES, 0.0)
         pinned = spread(setting.config.moe_layers, setting.account.pinned_layers)
         prompts = 1 if plan.prefill_attention == "accelerator" else 0
-        how = {"itemsize": setting.itemsize, "expert_bytes": setting.account.expert_bytes}
+        how = {"itemsize": setting.itemsize, "expert_bytes": setting.account.expert_bytes, "streamed": streamed}
         has, recurrent = _has_experts(setting.config), setting.config.recurrent_layers
         for task in pass_tasks(has, 1, 1, plan.layer_buffers, pinned, prompts, recurrent):
-            cost = costs.task_cost(setting.config, task, load, distinct=used, chunks=1, **how)
+            spent = setting.experts(load.tokens) if task.kind == "experts" else [costs.task_cost(setting.config, task, load, **how)]
             once = task.resource == UP and task.kind == "stream"
-            busy[task.resource] += setting.seconds(cost) * (1 if once else chunks)
+            busy[task.resource] += sum(map(setting.seconds, spent)) * (1 if once else chunks)
         return max(busy.values())
 
     def measured_pass(

@@ -31,7 +31,7 @@ def account(
     paged: PagedLoad | None = None,
     accelerator_is_cpu: bool = True,
 ) -> MemoryAccount:
-    """The account of a plan for `batch_rows` rows of `positions` KV positions, within its budgets.
+    """The account of a plan for `batch_rows` rows of `positions` KV positions, within its budgets, and of one of its devices.
 
     source_positions: what the encoder reads of each row, where there is one. accelerator_is_cpu: the accelerator is the CPU
     itself, which
@@ -65,9 +65,10 @@ def account(
         kv_on_host=plan.cache_tier.on_host,
         draft_model_bytes=draft.fixed + batch_rows * draft.row,
         draft_kv_bytes=batch_rows * positions * draft.position,
+        host_draft_bytes=draft.host,
         kv_pages=needs.paged.pages if needs.paged else 0,
-        hidden_bytes=prompt_tokens * (config.hidden_size + max(map(token_numbers, config.layers))) * itemsize
-        + needs.waiting_tokens * (config.hidden_size * itemsize + draft.watched),
+        hidden_bytes=prompt_tokens * (plan.devices * config.hidden_size + max(map(token_numbers, config.layers))) * itemsize
+        + plan.devices * needs.waiting_tokens * (config.hidden_size * itemsize + draft.watched),
         cross_bytes=sum(2 * batch_rows * source_positions * cross_row(layer) for layer in config.layers) * itemsize,
         staging_bytes=staging_bytes(config, plan, batch_rows, positions, itemsize),
         pinned_layers=needs.pinned_layers,

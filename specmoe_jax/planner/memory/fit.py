@@ -26,6 +26,7 @@ class Memories(NamedTuple):
     accelerator_memory_bytes: float
     host_memory_bytes: float
     accelerator_is_cpu: bool
+    devices: int = MOST_ROWS  # more than any machine has: the engine looks at its own
 
 
 class Nearest(NamedTuple):

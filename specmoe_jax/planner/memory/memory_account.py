@@ -9,7 +9,7 @@ PROGRAM_BYTES = (
 
 
 class MemoryAccount(NamedTuple):
-    """Bytes by tier and purpose, and the slots R of the expert pool.
+    """Bytes by tier and purpose, and the slots R of the expert pool: on the accelerator those of one device, on the host all.
 
     merged_slots are further ones, which hold merged experts for good.
     pinned_slots of them hold experts that stay between passes; with wanted_slots every dispatch fits at once, and
@@ -30,7 +30,7 @@ class MemoryAccount(NamedTuple):
     draft_model_bytes: int = 0  # of a draft of its own: all but what the next two lines count
     draft_kv_bytes: int = 0  # its cache on the accelerator
     draft_pages: int = 0  # of that cache, where it is split; 0: whole rows
-    host_draft_bytes: int = 0  # the split cache's other part: as many pages as the target's
+    host_draft_bytes: int = 0  # the split cache's other part, as many pages as the target's; or a draft's experts in host memory
     kv_pages: int = 0  # of the host's paged cache (expert_flow=stream), else 0
     hidden_bytes: int = 0  # what waits in host memory of prompts: hidden states between two layers; of a stream q, k, v too
     cross_bytes: int = 0  # keys and values of what an encoder read
@@ -82,13 +82,15 @@ class PagedLoad(NamedTuple):
 class DraftMemory(NamedTuple):
     """Bytes of a draft of its own: whatever the batch, of each row of it, and of each position of a row in its cache.
 
-    watched: of each position of a prompt, the inputs of the target's layers that it takes.
+    watched: of each position of a prompt, the inputs of the target's layers that it takes. host: of the host's memory, whatever
+    the batch.
     """
 
     fixed: int = 0
     row: int = 0
     position: int = 0
     watched: int = 0
+    host: int = 0
 
 
 def arriving_experts(expert_bytes: int, num_experts: int) -> int:

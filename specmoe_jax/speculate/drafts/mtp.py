@@ -19,11 +19,13 @@ class MtpMemory(NamedTuple):
     """kv: a cache of one layer for each. states: of each, [B, M] after its norm, of the last row that it wrote.
 
     Layer k reads the token k + 1 places behind a row's position, so of P known tokens its cache holds P - k rows; what is beyond
-    was drafted and is overwritten.
+    was drafted and is overwritten. counts: of each, [E] float32, how often observed positions chose an expert; () where not all
+    are on the accelerator, else nobody asks.
     """
 
     kv: tuple[KVCache, ...]
     states: tuple[jax.Array, ...]
+    counts: tuple[jax.Array, ...] = ()
 
 
 class MtpDraft(NamedTuple):
@@ -85,24 +87,33 @@ _logits = jax.jit(mtp.logits)
 def _observe(head: MtpHead, memory: MtpMemory, rows, following, features, lengths, num_new) -> MtpMemory:
     """See speculate.drafts.protocol.FeatureDraft."""
     with jax.named_scope("mtp_observe"):
-        outputs, caches, states = features.astype(head.weights.fc.dtype), [], []
+        outputs, caches, states, counts = features.astype(head.weights.fc.dtype), [], [], []
         for index, layer in enumerate(head.chain):
             before = None if index == 0 else memory.states[index - 1][jnp.clip(rows, 0)]
             given = (following, outputs, before, memory.kv[index], rows, lengths, num_new)
-            outputs, kv, count = _behind(layer, index, *given)
+            outputs, kv, count, chosen = _behind(layer, index, *given)
             caches.append(kv)
             states.append(remember(memory.states[index], outputs, rows, count))
-        return MtpMemory(kv=tuple(caches), states=tuple(states))
+            if memory.counts:
+                assert chosen is not None  # a layer with experts
+                counts.append(_counted(memory.counts[index], chosen))
+        return MtpMemory(kv=tuple(caches), states=tuple(states), counts=tuple(counts))
+
+
+def _counted(counts: jax.Array, chosen: jax.Array) -> jax.Array:
+    """counts [E] with the choices [n, A], -1 for padding."""
+    return counts.at[jnp.where(chosen < 0, len(counts), chosen)].add(1, mode="drop")
 
 
 def _behind(layer: MtpHead, index: int, tokens, outputs, before, kv: KVCache, rows, lengths, num_new):
     """Extends the cache of the index-th layer, which is `index` rows behind the first.
 
     tokens [b, T] follow positions lengths[b] + t; outputs: of the layer before it, of its own rows for these tokens; before
-    [b, M]: of that layer's last row before them. -> outputs, the cache, and the number of rows [b].
+    [b, M]: of that layer's last row before them. -> outputs, the cache, the number of rows [b], and the experts that were chosen.
     """
     if index == 0:
-        return *mtp.forward(layer, tokens, outputs, kv, rows, lengths, num_new), num_new
+        outputs, kv, chosen = mtp.forward_routed(layer, tokens, outputs, kv, rows, lengths, num_new)
+        return outputs, kv, num_new, chosen
     width, begins = tokens.shape[1], lengths < index  # then no row is behind, and the first tokens are not read
     skipped = jnp.maximum(index - lengths, 0)
     shifted = jnp.concatenate([before[:, None], outputs], axis=1)[:, :width]
@@ -110,7 +121,8 @@ def _behind(layer: MtpHead, index: int, tokens, outputs, before, kv: KVCache, ro
     states = jnp.where(begins[:, None, None], aligned, shifted)
     tokens = jnp.take_along_axis(tokens, jnp.minimum(jnp.arange(width) + skipped[:, None], width - 1), axis=1)
     count = jnp.maximum(num_new - skipped, 0)
-    return *mtp.forward(layer, tokens, states, kv, rows, jnp.maximum(lengths - index, 0), count), count
+    outputs, kv, chosen = mtp.forward_routed(layer, tokens, states, kv, rows, jnp.maximum(lengths - index, 0), count)
+    return outputs, kv, count, chosen
 
 
 @functools.partial(jax.jit, static_argnums=1, donate_argnums=5)
@@ -121,7 +133,7 @@ def _further(layer: MtpHead, index: int, tokens, outputs, before, kv: KVCache, l
     """
     with jax.named_scope("mtp_further"):
         rows = jnp.arange(len(tokens), dtype=jnp.int32)
-        outputs, kv, count = _behind(layer, index, tokens, outputs, before, kv, rows, lengths, num_new * index)
+        outputs, kv, count, _ = _behind(layer, index, tokens, outputs, before, kv, rows, lengths, num_new * index)
         last = jnp.take_along_axis(outputs, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
         return mtp.logits(layer, last), outputs, kv
 

@@ -44,8 +44,8 @@ class RecipeConfig:
     batch_size: int = 16
     length: int = 512
     optimizer: str = "muon"
-    learning_rate: float = 3e-3
-    warmup_steps: int = 100
+    learning_rate: float = 8e-3
+    warmup_steps: int = 30
     stable_steps: int = 100_000  # where the constant phase ends; without decay steps, where the run ends
     decay_steps: int = 0
     weight_decay: float = 0.05

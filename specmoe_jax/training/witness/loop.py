@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from specmoe_jax.training.loop import updated
+from specmoe_jax.training.updates import updated
 from specmoe_jax.training.witness import cross_entropy, model
 from specmoe_jax.training.witness.config import RecipeConfig, WitnessConfig
 

@@ -1,0 +1,25 @@
+"""Which of several accelerators an expert belongs to. Pure: integers in, integers out.
+
+Expert e of every layer belongs to device e mod n, which alone fetches, holds and computes it. The slots of a pool are numbered
+through all devices: device d has the d-th of n equal parts. With one device every expert and every slot is its own.
+"""
+
+import numpy as np
+
+
+def own_experts(device: int, devices: int, num_experts: int) -> range:
+    """Of a layer, in the order of a device's slots."""
+    return range(device, num_experts, devices)
+
+
+def most_experts(devices: int, num_experts: int) -> int:
+    """Of a layer, on the device that has most."""
+    return -(-num_experts // devices)
+
+
+def whole_slots(num_layers: int, devices: int, num_experts: int) -> np.ndarray:
+    """[L, E] int32, the slots of experts where these layers are all that a pool holds: each device's own in their order."""
+    experts = np.arange(num_experts, dtype=np.int32)
+    homes, layers = experts % devices, np.arange(num_layers, dtype=np.int32)[:, None]
+    held = np.bincount(homes, minlength=devices)[homes]  # of each layer, where this expert is
+    return (homes * num_layers * most_experts(devices, num_experts) + layers * held + experts // devices).astype(np.int32)

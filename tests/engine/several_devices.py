@@ -1,0 +1,104 @@
+"""Plans for several devices, on four CPU devices in a process of its own. Run by test_several_devices.py; the last line is JSON.
+
+Arguments: names of PLANS. Of each the tokens by number of devices, and the bytes over each link: as the store counted them, and by
+the experts that left host memory.
+"""
+
+import json
+import pathlib
+import sys
+import tempfile
+
+import jax
+import numpy as np
+from engine_cases import GREEDY, PROMPTS, SAMPLED, plan, tokens_of
+
+import specmoe_jax as sm
+from specmoe_jax.engine import runtime
+from specmoe_jax.engine.step import moved
+from specmoe_jax.offload.homes import most_experts
+from specmoe_jax.offload.sharded_store import ShardedStore
+from specmoe_jax.offload.store import Link
+from specmoe_jax.offload.tiers import HostTier
+from specmoe_jax.testing import eagle_head, tiny, write_tiny
+from specmoe_jax.types import MESH_AXIS
+
+SHORT = sm.SamplingParams(max_new_tokens=6, ignore_eos=True)
+
+# name -> plan, parameters, numbers of devices
+PLANS = {
+    "on_demand": (plan("on_demand", batch_size=8), GREEDY, (1, 2, 4)),
+    "specmoe": (plan("specmoe", batch_size=8, prefetch="draft"), GREEDY, (4,)),
+    "streaming": (plan("streaming", batch_size=4, micro_batches=2, pinned_layers=1), GREEDY, (4,)),
+    "one row": (plan("specmoe", batch_size=1, retain=True, prefetch="draft", spare_slots=1), SHORT, (2,)),
+    "caching": (plan("caching", batch_size=8, retain=True), SHORT, (4,)),
+    "waves": (plan("on_demand", batch_size=8, device_memory_bytes=1e6), SHORT, (2,)),
+    "resident": (plan("resident", batch_size=8), SHORT, (4,)),
+    "host": (plan("specmoe", batch_size=8, kv_tier="host"), SHORT, (2,)),
+    "disk": (plan("on_demand", batch_size=8, expert_tier="disk", host_memory_bytes=5e5), SHORT, (2,)),
+    "sampled": (plan("specmoe", batch_size=8, deterministic_sampling=True), SAMPLED, (4,)),
+    "eagle": (plan("specmoeoff", batch_size=4, draft_length=3, prefill_attention="accelerator"), SHORT, (2,)),
+}
+
+
+class CountingTier(HostTier):
+    """Counts how often each expert [E] left host memory."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.left = np.zeros(self.num_experts // self.num_layers, np.int64)
+
+    def blocks(self, keys):
+        np.add.at(self.left, [expert for _, expert in keys], 1)
+        return super().blocks(keys)
+
+
+def outcome(a_plan, params, folder: str) -> dict:
+    """Of a job with a plan."""
+    given = {"draft_head": eagle_head(tiny())} if a_plan.draft == "eagle" else {}
+    engine = sm.Engine(stored(a_plan, folder) if a_plan.expert_tier == "disk" else tiny(), a_plan, **given)
+    tokens = tokens_of(engine.generate(PROMPTS, params))
+    stats, own = engine.stats(), engine._resources.runtime
+    assert stats["compilations_after_warmup"] == 0
+    size, left = own.experts.expert_bytes, getattr(own.experts.store.tier, "left", None)
+    zeros = size * (a_plan.expert_flow != "stream")  # a pool is warmed up by one block
+    wanted = None if left is None else [int(left[d :: a_plan.devices].sum()) * size + zeros for d in range(a_plan.devices)]
+    return {
+        "tokens": tokens,
+        "sent": moved(own).device_bytes.tolist(),
+        "wanted": wanted,
+        "decoding": stats["device_link_bytes"],
+        "link_bytes": stats["link_bytes"],
+        "balance": stats["link_balance"],
+    }
+
+
+def stored(a_plan, folder: str):
+    """The tiny model from files; loaded into host memory, its experts are pinned for their devices."""
+    write_tiny(pathlib.Path(folder))
+    held = [block.device.id for block in sm.load_model(folder, devices=a_plan.devices).experts[0]]
+    assert held == [expert % a_plan.devices for expert in range(5)]
+    return sm.load_model(folder, expert_tier=a_plan.expert_tier)
+
+
+def lanes() -> list[float]:
+    """Blocks for which each of four links is busy when each was given three, the first of them to warm up."""
+    devices, block_s, own = jax.local_devices(), 100.0, most_experts(4, 5)
+    mesh = jax.sharding.Mesh(np.array(devices), (MESH_AXIS,))
+    links = [Link(bytes_per_s=tiny().expert_bytes / block_s) for _ in devices]
+    store, slots = ShardedStore(HostTier(tiny().experts, devices), links, mesh), 3 * own
+    store.fetch(store.new_pool(4 * slots), [(layer, expert, expert * slots + layer) for layer in range(2) for expert in range(4)])
+    return [link.backlog_s / block_s for link in links]
+
+
+def main() -> None:
+    runtime.HostTier, found = CountingTier, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in sys.argv[1:] or PLANS:
+            a_plan, params, counts = PLANS[name]
+            found[name] = {count: outcome(a_plan.replace(devices=count), params, folder) for count in counts}
+    print(json.dumps({"plans": found, "lanes": lanes()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Several devices: the account and the time of one, and the table of `explain`."""
+
+import numpy as np
+import pytest
+
+from specmoe_jax.config.presets import preset
+from specmoe_jax.planner import explain, routing
+from specmoe_jax.planner.estimate import predict
+from specmoe_jax.planner.machines import machine
+from specmoe_jax.planner.workload import Workload
+from specmoe_jax.support.errors import PlanError
+from tests.planner.planner_cases import MIXTRAL
+
+WORKLOAD = Workload(prompt_tokens=512, new_tokens=128)
+HOST = machine("4090").replace(dram_bytes_per_s=1e12, devices=8, host_memory_bytes=1e12)  # of which no link is short
+
+
+def plan(name, **changes):
+    return preset(name, MIXTRAL).replace(dtype="bfloat16", batch_size=16, **changes)
+
+
+@pytest.mark.parametrize(("count", "experts", "devices"), [(5.0, 8, 4), (64.0, 128, 8), (100.0, 128, 8), (1.0, 8, 2)])
+def test_the_busiest_device_is_that_of_a_random_draw(count, experts, devices):
+    """Within a tenth of 20,000 draws; one device has all, and all experts are spread evenly."""
+    rng = np.random.default_rng(0)
+    used = rng.random((20_000, experts)).argsort(axis=1)[:, : int(count)] % devices
+    drawn = np.stack([(used == device).sum(axis=1) for device in range(devices)]).max(axis=0).mean()
+    assert routing.busiest(count, experts, devices) == pytest.approx(drawn, rel=0.1)
+    assert routing.busiest(count, experts, 1) == count
+    assert routing.busiest(float(experts), experts, devices) == experts / devices
+
+
+@pytest.mark.parametrize("name", ["streaming", "on_demand", "specmoe"])
+def test_links_add_up_where_they_bind(name):
+    few = {"draft_experts": 1} if name == "specmoe" else {}
+    found = {n: predict(MIXTRAL, plan(name, devices=n, **few), HOST, WORKLOAD, interval=False) for n in (1, 2, 4)}
+    assert found[1].binding == "link to accelerator"
+    assert 1.6 < found[2].tokens_per_s / found[1].tokens_per_s < 2.1
+    assert 2.6 < found[4].tokens_per_s / found[1].tokens_per_s < 4.1
+    assert found[4].link_bytes_per_token == pytest.approx(found[1].link_bytes_per_token)  # over all links
+    assert found[4].account.accelerator_bytes < found[1].account.accelerator_bytes
+    assert found[4].busy_s["links between devices"] > 0 == found[1].busy_s["links between devices"]
+
+
+def test_host_memory_is_shared():
+    """Four links of 25.6 GB/s of a host that reads 60."""
+    slow = predict(MIXTRAL, plan("streaming", devices=4), HOST.replace(dram_bytes_per_s=60e9), WORKLOAD, interval=False)
+    fast = predict(MIXTRAL, plan("streaming", devices=4), HOST, WORKLOAD, interval=False)
+    assert slow.busy_s["link to accelerator"] == pytest.approx(25.6 / 15 * fast.busy_s["link to accelerator"], rel=0.01)
+
+
+def test_what_is_refused():
+    few, unknown = HOST.replace(devices=2), HOST.replace(peer_bytes_per_s=0.0)
+    for hardware, said in ((few, "has 2; give at most as many"), (unknown, "has no peer_bytes_per_s")):
+        with pytest.raises(PlanError, match=said):
+            predict(MIXTRAL, plan("on_demand", devices=4), hardware, WORKLOAD)
+    with pytest.raises(PlanError, match="devices is 0"):
+        HOST.replace(devices=0)
+
+
+def test_the_table_grows_from_one_to_eight():
+    table = explain.devices(MIXTRAL, plan("streaming"), HOST.replace(devices=1), WORKLOAD)["devices"]
+    assert list(table) == ["1", "2", "4", "8"]
+    rates, memory = ([row[name] for row in table.values()] for name in ("tokens_per_s", "accelerator_gib"))
+    assert rates == sorted(rates) and memory == sorted(memory, reverse=True)
+    assert table["1"]["times"] == 1 and table["2"]["link_bytes_per_token"] < 0.51 * table["1"]["link_bytes_per_token"]

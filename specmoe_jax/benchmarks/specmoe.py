@@ -1,5 +1,6 @@
 """The SpecMoE suite: tables in the shape of the paper's figures 11 to 16 and tables II and III, and what lies beyond it."""
 
+from specmoe_jax.benchmarks.ablation import ablation
 from specmoe_jax.benchmarks.categories import categories
 from specmoe_jax.benchmarks.rounds import Case, compare
 from specmoe_jax.benchmarks.setting import Setting
@@ -133,8 +134,9 @@ TABLES = {
     "drafts": drafts,
     "guard": guard,
     "categories": categories,
+    "ablation": ablation,
 }
-ON_REQUEST = ("categories",)  # tables that run when they are named
+ON_REQUEST = ("categories", "ablation")  # tables that run when they are named
 
 
 def _rows(s: Setting, cases: list[Case], batch: int, also: str | None = None) -> dict:

@@ -50,6 +50,11 @@ def _check_combinations(plan: PlanFields, config: ModelConfig) -> None:
         raise PlanError(
             f"expert_dtype={plan.expert_dtype} is built for packed experts in host memory, without expert_tier=disk; leave one out"
         )
+    if plan.retaining.by_draft and not plan.drafting.gated:
+        raise PlanError(
+            f"retain_policy={plan.retain_policy} ranks by what a draft's gates choose, and draft={plan.draft} runs none of the "
+            "model's; use draft=self or merged, or another retain_policy"
+        )
     if plan.devices > 1:
         _check_devices(plan, config)
     if plan.prefetch == "oracle" and plan.link_bytes_per_s is None:

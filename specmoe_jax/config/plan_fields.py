@@ -5,7 +5,15 @@ import typing
 from typing import Any, Literal
 
 from specmoe_jax.config.field_info import PROBABILITY, FieldSpec, Needs, field, table_of
-from specmoe_jax.config.registry import DRAFT_SETS, DRAFTS, EXPERT_FLOWS, HOST_CACHE_POLICIES, KV_TIERS
+from specmoe_jax.config.registry import (
+    DRAFT_SETS,
+    DRAFT_STOPS,
+    DRAFTS,
+    EXPERT_FLOWS,
+    HOST_CACHE_POLICIES,
+    KV_TIERS,
+    RETAIN_POLICIES,
+)
 
 MAX_TREE = 64  # nodes of one attention call with a tree mask, see ops.attention
 
@@ -26,9 +34,10 @@ QUANTISED: tuple[str, ...] = typing.get_args(Quantised)
 DECODED = "decoded"  # of these: not quantised by the plan, and unpacked where the checkpoint is
 
 # The choices that give other fields a meaning.
-DRAFT_PREFETCH = Needs(lambda plan: plan.prefetch == "draft", "with prefetch={plan.prefetch}")
+SPARE = Needs(lambda plan: plan.prefetch == "draft" or plan.retain, "with prefetch={plan.prefetch} and without retain")
 STREAM = Needs(lambda plan: plan.flow.streams_layers, "with expert_flow={plan.expert_flow}")
 MOVING = Needs(lambda plan: not plan.flow.all_resident, "where every expert is resident")
+RETAIN = Needs(lambda plan: plan.retain, "without retain")
 DISK = Needs(lambda plan: plan.expert_tier == "disk", "where every expert is in host memory")
 
 
@@ -74,6 +83,29 @@ class PlanFields:
     substitution: Substitution | None = field(
         None, "What stands in for an absent expert while drafting (draft=self).", none="affinity", by_draft=True
     )
+    draft_top_k: int | None = field(
+        None,
+        "Experts that a drafted token runs, the best of those it chooses that are resident, then substitutes (draft=self).",
+        none="all that it chooses",
+        by_draft=True,
+    )
+    merge_every: int | None = field(
+        None,
+        "Steps from one merge of the experts to the next, by what the verifications chose since (draft=merged).",
+        none="merged once, by the first prompts",
+        lower=0,
+        by_draft=True,
+    )
+    merge_experts: int | None = field(
+        None, "Most used experts of a layer that merge_every averages.", none="twice draft_experts", by_draft=True
+    )
+    draft_stop: str | None = field(
+        None,
+        "Ends each row's draft where a token earns less than the step does for the experts that it brings over the link (union).",
+        none="every row verifies draft_length tokens",
+        choices=DRAFT_STOPS,
+        by_draft=True,
+    )
     guard: bool = field(False, "Adapt the draft length while running, down to 0 where it does not pay.", by_draft=True)
     cached_experts: int | tuple[int, ...] | None = field(
         None, "Most used experts kept per layer, without a self-draft (MoE-Caching).", needs=(MOVING,)
@@ -84,9 +116,21 @@ class PlanFields:
         "an emulated link_bytes_per_s).",
     )
     spare_slots: int | None = field(
-        None, "Slots for prefetch=draft.", none="as many as one layer's dispatch", needs=(DRAFT_PREFETCH,), flag=None
+        None,
+        "Slots beside those that a pass needs, for prefetch=draft and for retained experts.",
+        none="with prefetch=draft as many as one layer's dispatch",
+        needs=(SPARE,),
+        flag=None,
     )
-    retain: bool = field(False, "Freed experts stay usable until their slot is overwritten, the least used first.", needs=(MOVING,))
+    retain: bool = field(False, "Freed experts stay usable until their slot is overwritten.", needs=(MOVING,))
+    retain_policy: str | None = field(
+        None,
+        "Which retained experts are overwritten last: the most used lately (usage), before them what the draft says that the pass "
+        "still needs (drafted), or as a cache of that name.",
+        none="usage",
+        choices=RETAIN_POLICIES,
+        needs=(RETAIN,),
+    )
     expert_flow: str = field(
         "on_demand", "How experts come to the accelerator; host_compute: they do not, it is the CPU.", choices=EXPERT_FLOWS
     )
@@ -169,6 +213,21 @@ class PlanFields:
     def drafting(self) -> Any:
         """What drafts: a planner.drafts.protocol.DraftDescription. Raises PlanError for an unknown one."""
         return DRAFTS.description(self.draft)
+
+    @property
+    def retaining(self) -> Any:
+        """Which retained experts go first: an offload.retain_policies.RetainPolicy. Raises PlanError for an unknown one."""
+        return RETAIN_POLICIES.description(self.retain_policy or "usage")
+
+    @property
+    def stopping(self) -> Any:
+        """What ends the rows' drafts: a speculate.row_lengths.DraftStop; None for nothing. Raises PlanError for an unknown one."""
+        return None if self.draft_stop is None else DRAFT_STOPS.description(self.draft_stop)
+
+    @property
+    def foresees(self) -> bool:
+        """Whether anything looks at the experts that the draft's gates chose."""
+        return self.prefetch == "draft" or self.draft_stop is not None or self.retaining.by_draft
 
     @property
     def tokens_per_pass(self) -> int:

@@ -112,6 +112,17 @@ HOST_CACHE_POLICIES = Registry(
         "expected": _policy("specmoe_jax.offload.host_cache_policies:longest_expected_wait"),
     },
 )
+RETAIN_POLICIES = Registry(
+    "retain_policy",
+    {
+        "usage": _policy("specmoe_jax.offload.retain_policies:USAGE"),
+        "lru": _policy("specmoe_jax.offload.retain_policies:LRU"),
+        "lfru": _policy("specmoe_jax.offload.retain_policies:LFRU"),
+        "expected": _policy("specmoe_jax.offload.retain_policies:EXPECTED"),
+        "drafted": _policy("specmoe_jax.offload.retain_policies:DRAFTED"),
+    },
+)
+DRAFT_STOPS = Registry("draft_stop", {"union": _policy("specmoe_jax.speculate.row_lengths:UNION")})
 DRAFT_SETS = Registry(
     "draft_set",
     {

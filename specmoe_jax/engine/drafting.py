@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.config.sampling_params import SamplingParams
@@ -12,6 +13,7 @@ from specmoe_jax.engine.requests.grammars import Rows, draft_masks, pass_masks
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, HostKV, Request, State
 from specmoe_jax.kv_cache.positions import KV_PAGE
+from specmoe_jax.speculate.adaptive_length import compiled_lengths
 from specmoe_jax.speculate.drafts.protocol import DraftView
 from specmoe_jax.speculate.logit_edits import LogitEdits, logit_edits
 from specmoe_jax.speculate.sampling import Stream, coupled_keys, row_keys
@@ -20,24 +22,30 @@ from specmoe_jax.types import KVCache, Proposal, RecurrentState
 
 
 class Drafted(NamedTuple):
-    """predicted: [L, E] int64, how often the draft's gates chose each expert. prefetched: experts copied."""
+    """predicted: [L, E] int64, how often the draft's gates chose each expert. prefetched: experts copied.
+
+    row_lengths: [B] int32, tokens of each row to verify; those beyond are -1. None for all.
+    """
 
     proposal: Proposal
     kv: KVCache | HostKV
     memory: ExpertMemory
     predicted: np.ndarray
     prefetched: int
+    row_lengths: np.ndarray | None = None
 
 
 def draft(runtime: Runtime, state: State, length: int, edits: LogitEdits | None = None) -> Drafted:
     """`length` tokens per row, none for length 0. Blocks until they are there. Consumes the state's buffers.
 
-    edits: of the rows' logits (`step_edits`).
+    edits: of the rows' logits (`step_edits`). Where something ends the rows' drafts, `draft_length` tokens are drafted and as many
+    columns stay as a compiled pass has that verifies the longest row; `length` of them where no row is active.
     """
     if length == 0:
         nothing = Proposal(tokens=np.zeros((len(state.requests), 0), np.int32), probs=None, memory=state.draft_memory)
         return Drafted(nothing, state.kv, state.memory, np.zeros(state.memory.usage_scores.shape, np.int64), 0)
-    active = state.active
+    active, width, stopping = state.active, length, runtime.plan.stopping
+    length = length if stopping is None else runtime.plan.draft_length or length
     forward = _forward(runtime, state, active, length)
     masks = draft_masks(_grammars(state), runtime.config.vocab_size) if _constrained(state) else None
     view = DraftView(
@@ -67,7 +75,36 @@ def draft(runtime: Runtime, state: State, length: int, edits: LogitEdits | None 
     proposal, kv = jax.block_until_ready(proposed)
     if forward is None:
         return Drafted(proposal, kv, state.memory, np.zeros(state.memory.usage_scores.shape, np.int64), 0)
-    return Drafted(proposal, kv, forward.memory, forward.predicted, forward.prefetched)
+    drafted = Drafted(proposal, kv, forward.memory, forward.predicted, forward.prefetched)
+    if stopping is None:
+        return drafted
+    lengths = np.full(len(active), width, np.int32)
+    if active.any():
+        held = held_experts(drafted.memory)[: len(forward.predicted)]
+        lengths = stopping.lengths(state.row_stops, np.stack(forward.choices), active, held)
+        width = next(size for size in compiled_lengths(length) if size >= lengths.max())
+    return drafted._replace(proposal=_cut(proposal, lengths, width), row_lengths=lengths)
+
+
+def held_experts(memory: ExpertMemory) -> np.ndarray:
+    """[L, E] bool, experts on the accelerator, resident or retained."""
+    held = memory.residency.slot_of >= 0
+    if memory.retained_experts is not None:
+        holds = memory.retained_experts.holds
+        held.reshape(-1)[holds[holds >= 0]] = True
+    return held
+
+
+def _cut(proposal: Proposal, lengths: np.ndarray, width: int) -> Proposal:
+    """The first `width` columns, -1 beyond each row's length [B]: no proposals, whose probabilities are 0."""
+    keep = np.arange(width) < lengths[:, None]
+    probs = None if proposal.probs is None or not width else _cut_probs(proposal.probs, keep)
+    return proposal._replace(tokens=np.where(keep, np.asarray(proposal.tokens)[:, :width], -1), probs=probs)
+
+
+@jax.jit
+def _cut_probs(probs: jax.Array, keep: jax.Array) -> jax.Array:
+    return jnp.where(keep[..., None], probs[:, : keep.shape[1]], 0.0)
 
 
 def _forward(runtime: Runtime, state: State, active: np.ndarray, length: int) -> DraftForward | None:

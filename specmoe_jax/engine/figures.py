@@ -13,6 +13,7 @@ class Totals(NamedTuple):
 
     full_tokens, full_s: of the steps in which every row of the batch was active, so without the tail of a job.
     verified_tokens: positions of the verifying passes, and context: cached positions of their rows, both of active rows.
+    foreseen, foreseen_needed: experts of a layer that the draft's gates chose, and those that the pass then needed.
     draft_moves, draft_on_cpu: rows whose draft cache changed sides, and row-steps whose draft attended on the CPU.
     device_link_bytes: of link_bytes, those over the link of each device. accepted_at_least: [N + 1], row-steps in which at least j
     drafted tokens were accepted.
@@ -31,6 +32,7 @@ class Totals(NamedTuple):
     device_link_bytes: tuple[int, ...] = ()
     link_bytes: int = 0
     draft_link_bytes: int = 0
+    merge_bytes: int = 0
     prefetch_bytes: int = 0
     prefetch_wasted_bytes: int = 0
     activation_bytes: int = 0
@@ -39,6 +41,8 @@ class Totals(NamedTuple):
     dram_misses: int = 0
     hits: int = 0
     misses: int = 0
+    foreseen: int = 0
+    foreseen_needed: int = 0
     draft_moves: int = 0
     draft_on_cpu: int = 0
     accepted_at_least: tuple[int, ...] = ()
@@ -51,13 +55,14 @@ def add_step(totals: Totals, info) -> Totals:
     at_least = tuple(int((accepted >= j).sum()) for j in range(longest))
     before = (*totals.accepted_at_least, *[0] * (longest - len(totals.accepted_at_least)))
     step_s, full = info.step_s, bool(info.active.all())
+    foreseen, foreseen_needed = _foreseen(info)
     return totals._replace(
         steps=totals.steps + 1,
         full_tokens=totals.full_tokens + full * int(info.committed.sum()),
         full_s=totals.full_s + full * step_s,
         row_steps=totals.row_steps + int(info.active.sum()),
         new_tokens=totals.new_tokens + int(info.committed.sum()),
-        verified_tokens=totals.verified_tokens + int(info.active.sum()) * info.positions,
+        verified_tokens=totals.verified_tokens + _verified(info),
         context=totals.context + info.context,
         decode_s=totals.decode_s + step_s,
         draft_s=totals.draft_s + info.drafting_s,
@@ -65,6 +70,7 @@ def add_step(totals: Totals, info) -> Totals:
         device_link_bytes=tuple((np.array(totals.device_link_bytes or 0) + info.device_link_bytes).tolist()),
         link_bytes=totals.link_bytes + info.link_bytes,
         draft_link_bytes=totals.draft_link_bytes + info.draft_link_bytes,
+        merge_bytes=totals.merge_bytes + info.merge_bytes,
         prefetch_bytes=totals.prefetch_bytes + info.prefetch_bytes,
         prefetch_wasted_bytes=totals.prefetch_wasted_bytes + info.prefetch_wasted_bytes,
         activation_bytes=totals.activation_bytes + info.activation_bytes,
@@ -73,10 +79,28 @@ def add_step(totals: Totals, info) -> Totals:
         dram_misses=totals.dram_misses + info.below.misses,
         hits=totals.hits + info.verify.hits,
         misses=totals.misses + info.verify.misses,
+        foreseen=totals.foreseen + foreseen,
+        foreseen_needed=totals.foreseen_needed + foreseen_needed,
         draft_moves=totals.draft_moves + info.draft_moves,
         draft_on_cpu=totals.draft_on_cpu + info.draft_on_cpu,
         accepted_at_least=tuple(a + b for a, b in zip(before, at_least, strict=True)),
     )
+
+
+def _verified(info) -> int:
+    """Positions of the active rows."""
+    if info.row_lengths is None:
+        return int(info.active.sum()) * info.positions
+    return int((info.row_lengths[info.active] + 1).sum())
+
+
+def _foreseen(info) -> tuple[int, int]:
+    if info.verify.routing is None or not info.predicted.any():
+        return 0, 0
+    foreseen, needed = info.predicted > 0, np.zeros(info.predicted.shape, bool)
+    for chosen, ids in zip(needed, info.verify.routing, strict=True):
+        chosen[ids[ids >= 0]] = True
+    return int(foreseen.sum()), int((foreseen & needed).sum())
 
 
 class OnDemand(NamedTuple):
@@ -150,6 +174,7 @@ def figures(
         "draft_s": totals.draft_s,
         "verify_s": totals.verify_s,
         "tokens_per_step": tokens / totals.row_steps if totals.row_steps else None,
+        "verified_per_step": totals.verified_tokens / totals.row_steps if totals.row_steps else None,
         "decode_tokens_per_s": tokens / wall if wall else None,
         "full_batch_tokens_per_s": totals.full_tokens / totals.full_s if totals.full_s else None,
         "acceptance_by_position": acceptance_by_position(totals),
@@ -160,6 +185,7 @@ def figures(
         "link_bytes_per_token": totals.link_bytes / tokens if tokens else None,
         "on_demand_link_bytes_per_token": on_demand_bytes / tokens if tokens and on_demand_bytes is not None else None,
         "draft_link_bytes": totals.draft_link_bytes,
+        "merge_link_bytes": totals.merge_bytes,
         "prefetch_bytes": totals.prefetch_bytes,
         "prefetch_wasted_bytes": totals.prefetch_wasted_bytes,
         "activation_link_bytes": totals.activation_bytes,
@@ -171,6 +197,8 @@ def figures(
         "draft_cpu_row_share": totals.draft_on_cpu / totals.row_steps if totals.row_steps else None,
         "expert_hits": totals.hits,
         "expert_misses": totals.misses,
+        "foreseen_experts": totals.foreseen,
+        "foreseen_needed_experts": totals.foreseen_needed,
         "floor_s": floor_s,
         "fraction_of_floor": floor_s / wall if floor_s and wall else None,
         "binding_resource": "link" if floor_s and wall and floor_s > wall / 2 else None,

@@ -156,6 +156,7 @@ def empty_state(resources: EngineResources, runtime: Runtime, batch_shape: Batch
         statuses=(EMPTY,) * batch_shape.rows,
         rows=sampling_rows([SamplingParams()] * batch_shape.rows),
         adaptive_length=resources.new_adaptive_length(batch_shape),
+        row_stops=runtime.plan.stopping and runtime.plan.stopping.begin(batch_shape.rows, runtime.plan.draft_length),
         draft_memory=new_draft_memory(runtime, batch_shape),
         runtime=runtime,
         options=batch_shape.options,

@@ -16,7 +16,7 @@ from specmoe_jax.models import experts as ffn
 from specmoe_jax.models.spec import LayerWeights, RecurrentWeights
 from specmoe_jax.ops import PackedCache, packed
 from specmoe_jax.ops.xla.attention import append
-from specmoe_jax.speculate.hot_experts.substitution import DistinctSlots, MaskedSlots, choose_distinct
+from specmoe_jax.speculate.hot_experts.substitution import DistinctSlots, MaskedSlots, ReducedSlots, best_choices, choose_distinct
 from specmoe_jax.types import CrossCache, RecurrentState, Routing, Tree
 
 embed = jax.jit(layers.embed, static_argnames="config")
@@ -189,9 +189,14 @@ def resident_experts(config: LayerConfig, weights: LayerWeights[jax.Array], h, x
 
     -> h [B, T, M].
     """
+    reduced = slots if isinstance(slots, ReducedSlots) else None
+    slots = slots if reduced is None else reduced.slots
     if isinstance(slots, MaskedSlots):
         assert routing is not None
         routing, slots = layers.reroute(config, weights, x, routing, jnp.asarray(slots.own) >= 0), slots.own
+    if reduced is not None:
+        assert routing is not None
+        routing = best_choices(routing, reduced.own, reduced.top_k)
     if isinstance(slots, DistinctSlots):
         assert routing is not None
         with jax.named_scope("experts"):

@@ -73,6 +73,7 @@ class ExpertMemory(NamedTuple):
     usage_scores: [L, E], the memory of the draft-set policy. prefetched: [L, E] bool, resident by prefetch; an encoder's layers are
     in it and in the residency, not in the usage scores. retained_experts: what free slots still hold, None where the plan does not
     retain it. groups: [L, E] int32, the slot of the merged block that stands for each expert under draft=merged, else None.
+    merging: what re-merges them (engine/drafts/merged.py), else None.
     buffers: under expert_flow=stream, which has no pool, else None. resting: whether adaptive drafting pauses in this step.
     arriving: what of the residency is still on its way to the pool; `ExpertStore.finish_copies` comes before any read of its slots.
     """
@@ -84,6 +85,7 @@ class ExpertMemory(NamedTuple):
     prefetched: np.ndarray
     retained_experts: RetainedExperts | None = None
     groups: np.ndarray | None = None
+    merging: Any = None
     buffers: "Buffers | None" = None
     resting: bool = False
     arriving: tuple[Arriving, ...] = ()
@@ -140,6 +142,7 @@ class State(NamedTuple, Generic[Cache]):
     adaptive_length: chooses the draft length, None if it is fixed. options: of the job. logprobs, prompt_logprobs: per row, of the
     tokens in `generated` and of its prompt, where the row's request asks for them. routing:
     per row, of its committed positions in their order, where the runtime tells it.
+    row_stops: what ends the rows' drafts (`Plan.draft_stop`), None where nothing does.
     draft_memory: what the draft keeps between steps. runtime: the engine.runtime.Runtime that it runs on; another job of the
     engine may meanwhile have another one.
     """
@@ -153,6 +156,7 @@ class State(NamedTuple, Generic[Cache]):
     statuses: tuple[Status, ...]
     rows: SamplingRows
     adaptive_length: AdaptiveLength | None
+    row_stops: Any = None
     draft_memory: Any = None
     runtime: Any = None
     options: JobOptions = JobOptions()
@@ -202,9 +206,12 @@ class StepInfo(NamedTuple):
     the caches of all active rows. drafted: tokens of a chain, the depth of a tree. positions: verified of each active row, the last
     token and everything drafted. draft_moves: rows whose draft cache changed sides before the step; draft_on_cpu: active rows whose
     draft attended on the CPU (a draft cache that is split, speculate/drafts/draft_split.py).
+    row_lengths: [B], drafted tokens that were verified of each row, None where those of all rows were.
     link_bytes: expert bytes sent for over the link in this step (a streamed layer may cross it a little later); device_link_bytes:
-    [n], over the link of each device; draft_link_bytes: those sent for while drafting (prefetches).
+    [n], over the link of each device; draft_link_bytes: those sent for while drafting (prefetches); merge_bytes: those of a draft's
+    merged experts.
     prefetch_bytes, prefetch_wasted_bytes: those sent speculatively, and the unused ones among them.
+    predicted: [L, E] int64, how often the draft's gates chose each expert, where anything looks at it (`Plan.foresees`).
     below: what the tier below the link did in this step.
     activation_bytes: queries, keys, values and attention outputs between accelerator and host (kv_tier=host).
     draft_s: seconds of proposing tokens; features_s: of showing the draft the target's hidden states of what was committed.
@@ -217,15 +224,18 @@ class StepInfo(NamedTuple):
     context: int
     drafted: int
     positions: int
+    row_lengths: np.ndarray | None
     draft_moves: int
     draft_on_cpu: int
     verify: PassInfo
     link_bytes: int
     device_link_bytes: np.ndarray
     draft_link_bytes: int
+    merge_bytes: int
     prefetch_bytes: int
     prefetch_wasted_bytes: int
     activation_bytes: int
+    predicted: np.ndarray
     below: TierCounts
     draft_s: float
     features_s: float

@@ -22,7 +22,7 @@ from specmoe_jax.engine.state import State, StepInfo
 from specmoe_jax.offload.stream_schedule import ACCELERATOR
 from specmoe_jax.offload.tiers import TierCounts
 from specmoe_jax.speculate.acceptance import accept, accept_coupled, accept_greedy, finite_positions, synthetic_accept
-from specmoe_jax.speculate.adaptive_length import choose, observe, resting
+from specmoe_jax.speculate.adaptive_length import choose, compiled_lengths, observe, resting
 from specmoe_jax.speculate.hot_experts.usage import count_choices
 from specmoe_jax.speculate.logit_edits import LogitEdits, chain_paths, edit_logits, tree_paths
 from specmoe_jax.speculate.sampling import Stream
@@ -66,6 +66,7 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
     after_pass = moved(runtime)
     with span("commit"):
         new_state, accepted, committed = commit(runtime, state, proposal, verified, result, sound, tokenizer)
+        new_state = after_drafted(runtime, new_state, drafted, active, accepted, verified.counts)
         new_state = told_logprobs(runtime, new_state, verified, logprobs, committed)
         if runtime.routing is not None:
             new_state = told_routing(runtime.config, new_state, verified.info, verified.prompt_routing, committed)
@@ -84,17 +85,20 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
         active=active,
         start=np.array([len(tokens) for tokens in state.generated]),
         context=int(state.lengths[active].sum()),
-        drafted=length,
+        drafted=length if drafted.row_lengths is None else drafted.proposal.tokens.shape[1],
         positions=drafted.proposal.tokens.shape[1] + 1,
+        row_lengths=drafted.row_lengths,
         draft_moves=moves,
         draft_on_cpu=rows_on_cpu(state),
         verify=verified.info,
-        link_bytes=after_pass.link_bytes - before.link_bytes,
-        device_link_bytes=after_pass.device_bytes - before.device_bytes,
+        link_bytes=now.link_bytes - before.link_bytes,
+        device_link_bytes=now.device_bytes - before.device_bytes,
         draft_link_bytes=after_draft.link_bytes - before.link_bytes,
+        merge_bytes=now.link_bytes - after_pass.link_bytes,
         prefetch_bytes=guesses * expert_bytes,
         prefetch_wasted_bytes=(guesses - verified.info.prefetch_hits) * expert_bytes,
         activation_bytes=now.activation_bytes - before.activation_bytes,
+        predicted=drafted.predicted,
         below=now.below.since(before.below),
         draft_s=laps.seconds["draft"],
         features_s=laps.seconds["features"],
@@ -136,7 +140,8 @@ def warm_up(runtime: Runtime, state: State, *, on_step: Callable[[], object] = l
     scores is dropped. on_step: called after each.
     """
     idle = state._replace(statuses=(EMPTY,) * len(state.requests), adaptive_length=None)
-    for length in state.adaptive_length.lengths if state.adaptive_length else (runtime.plan.draft_length or 0,):
+    longest = runtime.plan.draft_length or 0
+    for length in (longest,) if not (state.adaptive_length or runtime.plan.draft_stop) else compiled_lengths(longest):
         idle, _ = step(runtime, idle, None, length=length)
         on_step()
     return state._replace(
@@ -150,8 +155,9 @@ def verify(runtime: Runtime, state: State, drafted: Drafted, edits: LogitEdits |
     Of a tree, all that comes back is that of the accepted path, as if it alone had been drafted.
     """
     proposal = drafted.proposal
-    tokens = np.concatenate([state.last_token[:, None], np.asarray(proposal.tokens)], axis=1)  # [B, T]
-    num_new = np.where(state.active, tokens.shape[1], 0).astype(np.int32)
+    tokens = np.concatenate([state.last_token[:, None], np.maximum(np.asarray(proposal.tokens), 0)], axis=1)  # [B, T]
+    new = tokens.shape[1] if drafted.row_lengths is None else drafted.row_lengths + 1
+    num_new = np.where(state.active, new, 0).astype(np.int32)
     before = state._replace(kv=drafted.kv, memory=drafted.memory)
     verified = runtime.flow.run_pass(runtime, before, tokens, num_new, predicted=drafted.predicted, tree=proposal.tree)
     if verified.h is None:
@@ -226,6 +232,20 @@ def commit(
         statuses=tuple(statuses),
     )
     return joined(new_state) if new_state.joining.any() else new_state, accepted, committed
+
+
+def after_drafted(
+    runtime: Runtime, state: State, drafted: Drafted, active: np.ndarray, accepted: np.ndarray, counts: np.ndarray
+) -> State:
+    """What drafts learn of a step. counts: [L, E], choices of its verification."""
+    if not active.any():
+        return state
+    state = state._replace(memory=runtime.draft_executor.after_step(runtime, state.memory, counts))
+    if drafted.row_lengths is None:
+        return state
+    ids = np.array([-1 if request is None else request.id for request in state.requests])
+    stops = runtime.plan.stopping.observe(state.row_stops, drafted.row_lengths, accepted, active, ids)
+    return state._replace(row_stops=stops)
 
 
 def update_draft_features(

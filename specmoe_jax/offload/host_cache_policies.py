@@ -16,7 +16,8 @@ class Usage(NamedTuple):
     """What is known of each candidate. last: when it was last asked for. count: how often it was. now: uses of all so far.
 
     wait: passes until it is asked for next, as `expected_wait` has it; None where nobody kept account of visits.
-    following: when it is asked for next, which only a replay of a recorded trace knows; else None.
+    following: when it is asked for next, which only a replay of a recorded trace knows; else None. fading: choices, counting less
+    from pass to pass; drafted: how often the draft's gates chose it for what is left of this pass; None where nobody kept account.
     """
 
     last: np.ndarray
@@ -24,6 +25,8 @@ class Usage(NamedTuple):
     now: int = 0
     wait: np.ndarray | None = None
     following: np.ndarray | None = None
+    fading: np.ndarray | None = None
+    drafted: np.ndarray | None = None
 
 
 class Visits(NamedTuple):

@@ -10,23 +10,27 @@ from collections.abc import Callable
 
 import numpy as np
 
-from specmoe_jax.config.registry import DRAFT_SETS, HOST_CACHE_POLICIES
+from specmoe_jax.config.registry import DRAFT_SETS, HOST_CACHE_POLICIES, RETAIN_POLICIES
 from specmoe_jax.offload.host_cache_policies import HostCachePolicy, Usage, Visits, eviction_order, expected_wait, visited
+from specmoe_jax.offload.retained_experts import DECAY
 from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy, keep_rule, make_policy
 from specmoe_jax.support.errors import PlanError
 
 
-def replay(trace: np.ndarray, capacity: int, *, progress: Callable[[], object] = lambda: None) -> dict[str, int]:
+def replay(
+    trace: np.ndarray, capacity: int, *, drafted: np.ndarray | None = None, progress: Callable[[], object] = lambda: None
+) -> dict[str, int]:
     """Fetches of every policy, and "needed": visits that any policy serves from somewhere. Raises PlanError for no trace.
 
-    progress: called after each policy.
+    drafted: [S, L, E], how often the draft before each pass chose each expert, for the policies that look at it. progress: called
+    after each policy.
     """
     if trace.ndim != 3 or not np.issubdtype(trace.dtype, np.integer) or (trace < 0).any():
         raise PlanError(f"a routing trace is [S, L, E] counts; got {trace.dtype} {list(trace.shape)}")
     if not 0 <= capacity <= trace.shape[1] * trace.shape[2]:
         raise PlanError(f"capacity is {capacity}; the trace has {trace.shape[1] * trace.shape[2]} experts")
     fetched = {"needed": int((trace > 0).sum())}
-    for name, policy in policies().items():
+    for name, policy in policies(drafted).items():
         fetched[name] = policy(trace, capacity)
         progress()
     return fetched
@@ -54,25 +58,47 @@ def _visits(trace: np.ndarray):
             yield s, layer, np.flatnonzero(counts)
 
 
-def cached(trace: np.ndarray, capacity: int, policy: HostCachePolicy) -> int:
+def cached(trace: np.ndarray, capacity: int, policy: HostCachePolicy, drafted: np.ndarray | None = None) -> int:
     """Fetches of a cache that keeps, after each visit, the experts that its policy evicts last."""
-    shape = trace.shape[1:]
+    return int(fetches(trace, capacity, policy, drafted).sum())
+
+
+def fetches(trace: np.ndarray, capacity: int, policy: HostCachePolicy, drafted: np.ndarray | None = None) -> np.ndarray:
+    """[S, L], those of each visit. drafted: as of `replay`."""
+    shape, found = trace.shape[1:], np.zeros(trace.shape[:2], np.int64)
     kept = np.zeros(shape, bool)
     last, count, needed_next = (np.zeros(shape, np.int64) for _ in range(3))
     seen = Visits(uses=np.zeros(shape), visits=np.zeros(shape[0]))
-    fetched = clock = 0
-    for (_, layer, ids), following in zip(_visits(trace), _next_visits(trace), strict=True):
-        fetched += int((~kept[layer, ids]).sum())
+    fading, clock, ahead = np.zeros(shape), 0, None
+    for (s, layer, ids), following in zip(_visits(trace), _next_visits(trace), strict=True):
+        found[s, layer] = (~kept[layer, ids]).sum()
         kept[layer, ids] = True
+        fading[layer] = DECAY * fading[layer] + trace[s, layer]
         last[layer, ids] = clock + 1 + np.arange(len(ids))
         count[layer, ids] += 1
         needed_next[layer, ids] = following
         clock += len(ids)
         seen = visited(seen, layer, ids)
-        usage = Usage(last=last, count=count, now=clock, wait=expected_wait(seen), following=needed_next)
+        if drafted is not None:
+            ahead = np.where(np.arange(shape[0])[:, None] > layer, drafted[s], 0)
+        wait = expected_wait(seen)
+        usage = Usage(last=last, count=count, now=clock, wait=wait, following=needed_next, fading=fading, drafted=ahead)
         for victim in eviction_order(policy, usage, kept)[: max(int(kept.sum()) - capacity, 0)]:
             kept[victim] = False
-    return fetched
+    return found
+
+
+def link_bound_s(fetched: np.ndarray, *, expert_s: float, layer_s: float, ahead: bool) -> float:
+    """Seconds of passes whose layers compute for `layer_s` and fetch so many experts [S, L] first, each in `expert_s`.
+
+    ahead: a perfect prefetch of one layer, whose copies begin when the layer before it begins to compute.
+    """
+    now_s = link_free_s = may_begin_s = 0.0
+    for count in fetched.ravel().tolist():
+        link_free_s = max(link_free_s, may_begin_s if ahead else now_s) + count * expert_s
+        began_s = max(now_s, link_free_s) if count else now_s
+        now_s, may_begin_s = began_s + layer_s, began_s
+    return now_s
 
 
 def furthest_next_use(usage: Usage) -> tuple[np.ndarray, ...]:
@@ -125,9 +151,16 @@ def _nothing(trace: np.ndarray, capacity: int) -> int:
     return int((trace > 0).sum())
 
 
-def policies() -> dict[str, Callable[[np.ndarray, int], int]]:
-    """The policies of a replay: no cache, every policy of the host cache and of draft sets, and the two with hindsight."""
+def policies(drafted: np.ndarray | None = None) -> dict[str, Callable[[np.ndarray, int], int]]:
+    """The policies of a replay: no cache, those of the host cache, of retained experts and of draft sets, and two with hindsight.
+
+    drafted: as of `replay`; those that look at it are left out without it.
+    """
     caches = {name: functools.partial(cached, policy=HOST_CACHE_POLICIES.description(name)) for name in HOST_CACHE_POLICIES}
+    for name in RETAIN_POLICIES:
+        policy = RETAIN_POLICIES.description(name)
+        if drafted is not None or not policy.by_draft:
+            caches.setdefault(name, functools.partial(cached, policy=policy.keys, drafted=drafted))
     sets = {name: functools.partial(_draft_set, name=name) for name in DRAFT_SETS}
     hindsight = {"static": _static, "belady": functools.partial(cached, policy=furthest_next_use)}
     return {"on_demand": _nothing} | caches | sets | hindsight

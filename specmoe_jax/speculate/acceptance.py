@@ -78,10 +78,10 @@ def synthetic_accept(keys: jax.Array, draft_tokens: jax.Array, target_logits: ja
     """Each drafted token is accepted with probability `rate`, whatever it is: for the speed of models with random weights.
 
     The text is meaningless and every figure that it touches is stamped. The token after the run is the target's
-    argmax. keys: [B]; draft_tokens: [B, N]; target_logits: [B, N+1, V].
+    argmax. keys: [B]; draft_tokens: [B, N], below 0 no proposal; target_logits: [B, N+1, V].
     """
     draws = jax.vmap(lambda key: jax.random.uniform(key, draft_tokens.shape[1:]))(keys)
-    num_accepted = leading_run(draws < rate)
+    num_accepted = leading_run((draws < rate) & (draft_tokens >= 0))
     choice = jnp.argmax(target_logits, axis=-1).astype(jnp.int32)
     return AcceptResult(num_accepted=num_accepted, next_token=_at(choice, num_accepted))
 

@@ -53,12 +53,17 @@ class AdaptiveLength(NamedTuple):
     trying: int | None = None
 
 
+def compiled_lengths(longest: int) -> tuple[int, ...]:
+    """0, the powers of two below `longest`, and `longest`: what a draft that changes its length is compiled for."""
+    return (0, *(1 << i for i in range(longest.bit_length()) if 1 << i < longest), longest)
+
+
 def make_adaptive_length(longest: int) -> AdaptiveLength:
-    """Lengths 0, the powers of two below `longest`, and `longest`."""
-    lengths = [0, *(1 << i for i in range(longest.bit_length()) if 1 << i < longest), longest]
+    """Before the first step."""
+    lengths = compiled_lengths(longest)
     zeros = (0,) * len(lengths)
     return AdaptiveLength(
-        lengths=tuple(lengths), seconds=(float("nan"),) * len(lengths), warm=(False,) * len(lengths), seen=zeros, last=zeros
+        lengths=lengths, seconds=(float("nan"),) * len(lengths), warm=(False,) * len(lengths), seen=zeros, last=zeros
     )
 
 

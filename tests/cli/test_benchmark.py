@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import specmoe_jax as sm
-from specmoe_jax.benchmarks import plots, specmoe
+from specmoe_jax.benchmarks import ablation, plots, specmoe
 from specmoe_jax.benchmarks.categories import BUNDLED, read_categories
 from specmoe_jax.benchmarks.rounds import Case, Job, compare
+from specmoe_jax.engine.requests.prepare import batch_shape_of, make_requests
 from specmoe_jax.models.synthetic import NLLB_SHAPED, TOPIC, synthetic_model, synthetic_prompts
 from specmoe_jax.support.statistics import gini
 from specmoe_jax.testing import TINY
@@ -35,7 +36,7 @@ def setting(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("table", [name for name in specmoe.TABLES if name != "batches"])
+@pytest.mark.parametrize("table", [name for name in specmoe.TABLES if name not in ("batches", "ablation")])
 def test_every_table_runs_and_is_stamped(setting, table, tmp_path):
     rows = specmoe.TABLES[table](setting._replace(batches=(4,)))
     check_table(rows)
@@ -62,6 +63,26 @@ def test_kinds_of_text_are_measured_apart(setting):
     drafted = rows["novels: self"]
     assert drafted["accepted_1"] == drafted["acceptance_by_position"][0] and "accepted_3" not in drafted
     assert rows["code: on_demand"]["base"] is None and rows["code: merged"]["base"] == "on_demand"
+
+
+@pytest.mark.slow
+def test_the_ablation_is_at_equal_memory(setting):
+    """All pools have the same slots, but that of on_demand, which has no use for them; nothing compiles while measuring."""
+    rows = specmoe.TABLES["ablation"](setting._replace(batches=(2,)))
+    check_table(rows)
+    assert {row["case"] for row in rows.values()} >= {
+        "cache, lfru",
+        "+ union stop",
+        "merged each 1",
+        "retain by demand, union stop",
+    }
+    slots = {}
+    for case in ablation.cases(setting, 2):
+        shape = batch_shape_of(case.plan, make_requests(setting.model, PROMPTS[:2], None))
+        account = sm.Engine(setting.model, case.plan)._resources.take(shape).account
+        slots[case.name] = account.num_slots + account.merged_slots
+    assert slots.pop("on_demand") < min(slots.values()) == max(slots.values())
+    assert max(row["speed_over_cache"] for row in rows.values() if row["case"].startswith("cache")) == 1
 
 
 def test_prompts_by_category(tmp_path):

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import specmoe_jax as sm
+from specmoe_jax.config.registry import RETAIN_POLICIES
 from specmoe_jax.offload import retained_experts
 from specmoe_jax.offload.residency import Residency, empty, plan_layer, plan_prefetch
 from specmoe_jax.offload.store import ExpertStore
@@ -80,7 +81,8 @@ def test_passes_never_overwrite_what_is_in_use(data):
     draw = data.draw
     layers, experts = draw(st.integers(1, 3)), draw(st.integers(1, 6))
     slots = experts + draw(st.integers(0, 8))
-    residency, left, pool = empty(layers, experts, slots), retained_experts.nothing(layers, experts, slots), [None] * slots
+    policy = RETAIN_POLICIES.description(draw(st.sampled_from([*RETAIN_POLICIES])))
+    residency, left, pool = empty(layers, experts, slots), retained_experts.nothing(layers, experts, slots, policy), [None] * slots
     none = np.zeros(experts, bool)
 
     def copy(copies):
@@ -95,12 +97,12 @@ def test_passes_never_overwrite_what_is_in_use(data):
             wanted = np.zeros((layers, experts), bool)
             wanted[layer] = needed
             residency = retained_experts.revive(residency, left, wanted, slots)
-            plan, residency = plan_layer(residency, layer, needed, none, retained_experts.eviction_priority(left))
+            ahead = np.where(np.arange(layers)[:, None] > layer, guesses.reshape(layers, experts), 0)
+            plan, residency = plan_layer(residency, layer, needed, none, retained_experts.eviction_priority(left, ahead))
             assert len(plan.waves) == 1  # the reserve held
             (wave,) = plan.waves
             copy(wave.fetch)
             left = retained_experts.after_copies(left, wave.fetch)
-            ahead = np.where(np.arange(layers)[:, None] > layer, guesses.reshape(layers, experts), 0)
             residency = retained_experts.revive(residency, left, ahead > 0, int((residency.owner < 0).sum()) - experts)
             copies, residency = plan_prefetch(
                 residency,
@@ -108,7 +110,7 @@ def test_passes_never_overwrite_what_is_in_use(data):
                 reserve=experts,
                 limit=9,
                 in_use=wave.slots,
-                eviction_priority=retained_experts.eviction_priority(left),
+                eviction_priority=retained_experts.eviction_priority(left, ahead),
             )
             copy(copies)
             left = retained_experts.after_copies(left, copies)
@@ -121,3 +123,16 @@ def _check(residency: Residency, left, pool, num_experts):
     for slot, (owner, held) in enumerate(zip(residency.owner, left.holds, strict=True)):
         assert pool[slot] == (None if held < 0 else divmod(int(held), num_experts))
         assert owner < 0 or (owner == held and residency.slot_of.reshape(-1)[owner] == slot)
+
+
+def test_what_the_draft_says_stays_before_what_was_used():
+    """Slots of layers to come that the draft foresees go last; of a policy without it, by use alone."""
+    drafted, usage = (RETAIN_POLICIES.description(name) for name in ("drafted", "usage"))
+    ahead = np.array([[0, 0], [0, 1]])
+    orders = []
+    for policy in (drafted, usage):
+        left = retained_experts.nothing(2, 2, 5, policy)
+        left = retained_experts.after_copies(left, [(0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 3)])
+        left = retained_experts.after_pass(retained_experts.after_pass(left, 0, np.array([3, 1])), 1, np.array([2, 0]))
+        orders.append(np.argsort(retained_experts.eviction_priority(left, ahead), kind="stable").tolist())
+    assert orders == [[4, 1, 2, 0, 3], [4, 3, 1, 2, 0]]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from specmoe_jax.config.registry import DRAFT_SETS
-from specmoe_jax.planner.replay import policies, replay, synthetic_trace
+from specmoe_jax.planner.replay import link_bound_s, policies, replay, synthetic_trace
 from specmoe_jax.planner.routing import choice_probabilities, distinct
 from specmoe_jax.support.errors import PlanError
 
@@ -91,6 +91,32 @@ def test_a_synthetic_trace_has_the_routing_models_experts():
     assert (trace.sum(axis=2) == 16).all()
     assert (trace > 0).sum(axis=2).mean() == pytest.approx(distinct(p, 8), rel=0.05)
     assert (trace.sum(axis=0).argmax(axis=1) != trace.sum(axis=0).argmax(axis=1)[0]).any()
+
+
+@given(SMALL, st.integers(0, 4))
+@settings(max_examples=50, deadline=None)
+def test_what_is_drafted_stays_until_its_layer_is_reached(trace, capacity):
+    """Whether the draft says all of a pass or nothing: between the optimum and no cache."""
+    capacity = min(capacity, trace.shape[1] * trace.shape[2])
+    for drafted in (trace, np.zeros_like(trace)):
+        found = replay(trace, capacity, drafted=drafted)
+        assert found["belady"] <= found["drafted"] <= found["needed"]
+    assert "drafted" not in replay(trace, capacity)
+
+
+def test_drafted_demand_keeps_what_comes():
+    """Two layers, room for one: the draft knows that layer 1 needs the expert of the pass before again."""
+    first, second = [[1, 0], [1, 0]], [[0, 1], [1, 0]]
+    trace = np.array([first, second])
+    assert replay(trace, 1, drafted=trace)["drafted"] == 3
+    assert replay(trace, 1)["lru"] == 4
+
+
+def test_the_time_of_passes_by_hand():
+    """A layer that computes for 2 s fetches 1, then 3 experts of 1 s: one after the other, or the second during the first."""
+    fetched = np.array([[1, 3]])
+    assert link_bound_s(fetched, expert_s=1.0, layer_s=2.0, ahead=False) == 1 + 2 + 3 + 2
+    assert link_bound_s(fetched, expert_s=1.0, layer_s=2.0, ahead=True) == 1 + 3 + 2  # the copies of the second begin at 1
 
 
 @pytest.mark.parametrize("trace", [np.zeros((2, 2), int), np.zeros((1, 1, 1)), -np.ones((1, 1, 1), int)])

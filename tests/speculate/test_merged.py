@@ -47,3 +47,16 @@ def test_a_group_of_one_is_its_expert():
     block = np.random.default_rng(1).standard_normal((3, 4, 8)).astype(np.float32)
     groups = group_experts(np.zeros(E), ORDER, E)
     np.testing.assert_array_equal(merge(lambda e: block + e, groups, 3), block + 3)
+
+
+def test_only_the_most_used_are_averaged():
+    """The others are stood for as before; a centre is always one of the most used."""
+    counts = np.array([5, 0, 9, 1, 2, 3])
+    every, some = group_experts(counts, ORDER, 2), group_experts(counts, ORDER, 2, most=3)
+    assert some.of.tolist() == every.of.tolist()
+    assert np.flatnonzero(some.weights).tolist() == [0, 2, 5]
+    np.testing.assert_allclose(np.bincount(some.of, some.weights), np.ones(2))
+    asked = []
+    merge(lambda e: asked.append(e) or np.ones((3, 2, 2), np.float32), some, 0)
+    merge(lambda e: asked.append(e) or np.ones((3, 2, 2), np.float32), some, 1)
+    assert sorted(asked) == [0, 2, 5]

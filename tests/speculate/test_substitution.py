@@ -11,8 +11,15 @@ from hypothesis import strategies as st
 import specmoe_jax as sm
 from specmoe_jax.models import layers
 from specmoe_jax.models.routing import route
-from specmoe_jax.speculate.hot_experts.substitution import MaskedSlots, choose_distinct, draft_slots, random_neighbours
+from specmoe_jax.speculate.hot_experts.substitution import (
+    MaskedSlots,
+    best_choices,
+    choose_distinct,
+    draft_slots,
+    random_neighbours,
+)
 from specmoe_jax.testing import TINY, tiny
+from specmoe_jax.types import Routing
 
 L, E = 2, 6
 LAYER = TINY.layers[0]
@@ -109,3 +116,19 @@ def test_mask_needs_no_neighbours():
 def test_distinct_without_effect():
     with pytest.raises(sm.PlanError, match="distinct has no effect"):
         plan(substitution="distinct").validate(dataclasses.replace(TINY, experts_per_token=1))
+
+
+@given(st.data())
+@settings(max_examples=50, deadline=None)
+def test_fewer_choices_are_residents_first_and_keep_what_the_token_gave(data):
+    """Against the rule for one token at a time; padding stays padding."""
+    chosen, top_k = data.draw(st.integers(1, E)), data.draw(st.integers(1, E))
+    own = np.array(data.draw(st.lists(st.integers(-1, 5), min_size=E, max_size=E)), np.int32)
+    ids = np.array([data.draw(st.permutations(range(E)))[:chosen], [-1] * chosen], np.int32)
+    weights = np.stack([np.linspace(1, 0.1, chosen), np.zeros(chosen)]).astype(np.float32)
+    found = best_choices(Routing(jnp.asarray(ids), jnp.asarray(weights)), own, top_k)
+    ranked = sorted(range(chosen), key=lambda place: (own[ids[0, place]] < 0, place))[:top_k]
+    assert found.ids[0].tolist() == [ids[0, place] for place in ranked]
+    kept = weights[0, ranked]
+    np.testing.assert_allclose(found.weights[0], kept * weights[0].sum() / kept.sum(), rtol=1e-5)
+    assert (np.asarray(found.ids[1]) == -1).all() and (np.asarray(found.weights[1]) == 0).all()

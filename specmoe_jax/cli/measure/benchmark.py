@@ -4,7 +4,8 @@ Example:
     specmoe benchmark --suite=specmoe --model=nllb_shaped --tables=batches --link_gbps=0.02
 Columns: tok/s of the decoding, job tok/s of whole jobs; kB/tok: expert bytes over the link per token; floor: share of the roofline
 bound (floor s); wasted: of the prefetched bytes; growth: bytes for one token of every row, over the smallest batch's;
-x caching: speed over that preset's; link s, compute s: of a step alone, x floor and x sum: a step over their maximum and their sum;
+x caching: speed over that preset's, x cache: over the best cache (ablation); verified: positions of a row in a step;
+link s, compute s: of a step alone, x floor and x sum: a step over their maximum and their sum;
 acc. 1, ...: share of rows whose first, second, ... drafted token was accepted; CPU rows, moves: of a split draft cache; MiB acc.:
 peak of the accelerator. Speed and bytes are ratios to the named base: median (least-most) of the rounds. Empty columns are left
 out.
@@ -40,7 +41,7 @@ from specmoe_jax.support.progress import PROGRESS
 
 _SUITES = {"specmoe": specmoe, "specmoeoff": specmoeoff}
 _SUITE = flags.DEFINE_enum("suite", "specmoe", list(_SUITES), "Which tables.")
-_TABLES = flags.DEFINE_list("tables", None, "Some of the suite's tables; default all but categories.")
+_TABLES = flags.DEFINE_list("tables", None, "Some of the suite's tables; default all but categories and ablation.")
 _MODEL = flags.DEFINE_string(
     "model", "demo", '"demo", "nllb_shaped", "mixtral_shaped" (random; synthetic acceptance) or a checkpoint.'
 )

@@ -56,6 +56,10 @@ class DraftExecutor(Protocol):
         """The memory before the first step. counts: [L, E], how often the prompts' tokens chose each expert."""
         return memory
 
+    def after_step(self, runtime: Any, memory: ExpertMemory, counts: np.ndarray) -> ExpertMemory:
+        """The memory after a step. counts: [L, E], how often its verification chose each expert."""
+        return memory
+
     def random_inputs(self, model: Model) -> dict:
         """Arguments of Engine, by name, with random weights, to time the draft."""
         return {}

@@ -9,7 +9,7 @@ from specmoe_jax.engine.state import ExpertMemory
 from specmoe_jax.models.model import Model
 from specmoe_jax.speculate.drafts.self_draft import SelfDraft
 from specmoe_jax.speculate.hot_experts.affinity_cache import affinity_table
-from specmoe_jax.speculate.hot_experts.substitution import DraftSlots, draft_slots, random_neighbours
+from specmoe_jax.speculate.hot_experts.substitution import DraftSlots, draft_slots, random_neighbours, reduced_slots
 
 
 class SelfExecutor(DraftExecutor):
@@ -26,7 +26,10 @@ class SelfExecutor(DraftExecutor):
 
     def slots(self, runtime: Runtime, memory: ExpertMemory) -> list[DraftSlots]:
         decoding = memory.residency.slot_of[: runtime.config.num_moe_layers]
-        return draft_slots(decoding, runtime.policies.neighbours, runtime.plan)
+        slots, top_k = draft_slots(decoding, runtime.policies.neighbours, runtime.plan), runtime.plan.draft_top_k
+        if top_k is None or top_k >= runtime.config.experts_per_token:
+            return list(slots)
+        return reduced_slots(slots, decoding, top_k)
 
 
 DRAFT = SelfExecutor()

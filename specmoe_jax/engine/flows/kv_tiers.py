@@ -75,9 +75,10 @@ class AcceleratorKv:
         """One program, the same for all lengths."""
         most, slots = runtime.plan.draft_length, _together(slots)
         assert most is not None  # there is a draft
-        tokens, probs, k, v = resident_programs.draft_chain(
+        tokens, probs, k, v, choices = resident_programs.draft_chain(
             runtime.config,
             most,
+            runtime.plan.foresees,
             runtime.weights,
             kv.k,
             kv.v,
@@ -92,7 +93,7 @@ class AcceleratorKv:
         )
         if length < most:
             tokens, probs = tokens[:, :length], None if probs is None else probs[:, :length]
-        return tokens, probs, kv._replace(k=k, v=v)
+        return tokens, probs, kv._replace(k=k, v=v), None if choices is None else choices[:length]
 
 
 class HostKv:
@@ -136,10 +137,14 @@ class HostKv:
     def draft_chain(self, runtime: Runtime, token, kv: KVCache, lengths, num_new, pool, slots, choice: TokenChoice, length: int):
         """Token by token and layer by layer: the host attends in each."""
 
-        def forward(kv: KVCache, tokens, lengths):
-            return self.draft_forward(runtime, jnp.asarray(tokens), kv, jnp.asarray(lengths), num_new, pool, slots)[:2]
+        choices = []
 
-        return feed_back(forward, kv, token, lengths, choice, length)
+        def forward(kv: KVCache, tokens, lengths):
+            logits, kv, chosen = self.draft_forward(runtime, jnp.asarray(tokens), kv, jnp.asarray(lengths), num_new, pool, slots)
+            choices.append(chosen)
+            return logits, kv
+
+        return *feed_back(forward, kv, token, lengths, choice, length), choices if runtime.plan.foresees else None
 
     def _layers(
         self, runtime: Runtime, tokens, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None

@@ -57,6 +57,7 @@ class DraftForward:
 
     def __init__(self, runtime: Runtime, memory: ExpertMemory, slots: list[DraftSlots], active: np.ndarray, length: int):
         self.memory, self.prefetched = memory, 0
+        self.choices: list[np.ndarray] = []  # for each token that was fed, [L, B, A]
         self.predicted = np.zeros((runtime.config.num_moe_layers, runtime.config.num_experts), np.int64)
         self._runtime, self._slots, self._num_new, self._length = runtime, slots, active.astype(np.int32), length
         self._calls, self._start_s = 0, time.perf_counter()
@@ -66,8 +67,10 @@ class DraftForward:
             self._runtime, jnp.asarray(tokens), kv, jnp.asarray(lengths), self._num_new, self.memory.pool, self._slots
         )
         self._calls += 1
+        if self._runtime.plan.foresees:
+            self._note(choices)
         if self._runtime.plan.prefetch == "draft":
-            self._prefetch(choices)
+            self._prefetch()
         return logits, kv
 
     @property
@@ -77,11 +80,19 @@ class DraftForward:
 
     def _chain(self, kv: KVCache, token, lengths, choice: TokenChoice, length: int):
         run = self._runtime.cache_tier.draft_chain
-        return run(self._runtime, token, kv, lengths, self._num_new, self.memory.pool, self._slots, choice, length)
+        *drafted, choices = run(self._runtime, token, kv, lengths, self._num_new, self.memory.pool, self._slots, choice, length)
+        for chosen in () if choices is None else jax.device_get(choices):
+            self._note(chosen)
+        return tuple(drafted)
 
-    def _prefetch(self, choices) -> None:
+    def _note(self, choices) -> None:
+        """Keeps what the routers chose for a token."""
+        chosen = np.stack(jax.device_get(choices))
+        self.choices.append(chosen)
+        self.predicted += np.stack([count_choices(ids, self._runtime.config.num_experts) for ids in chosen])
+
+    def _prefetch(self) -> None:
         """Prefetches as much as fits into the estimated rest of the drafting time."""
-        self.predicted += np.stack([count_choices(ids, self._runtime.config.num_experts) for ids in jax.device_get(choices)])
         elapsed_s = time.perf_counter() - self._start_s
         remaining_s = elapsed_s / self._calls * (self._length - self._calls)
         self.memory, copied = prefetch(self._runtime, self.memory, self.predicted, first_layer=0, budget_s=remaining_s)

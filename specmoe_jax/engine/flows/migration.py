@@ -71,7 +71,7 @@ def migrate_and_compute(
         keep = runtime.policies.keep(moe, memory.usage_scores[moe], counts, established, memory.resting)
     eviction_priority = None
     if memory.retained_experts is not None:
-        memory, eviction_priority = _revive(memory, memory.retained_experts, moe, needed | keep, counts)
+        memory, eviction_priority = _revive(memory, memory.retained_experts, moe, needed | keep, counts, predicted)
     plan, residency = plan_layer(memory.residency, moe, needed, keep, eviction_priority)
     hits = int((memory.prefetched[moe] & needed).sum())
     prefetched = memory.prefetched.copy()
@@ -123,14 +123,22 @@ def wait_for_copies(runtime: Runtime, memory: ExpertMemory, slots: np.ndarray | 
 
 
 def _revive(
-    memory: ExpertMemory, retained: RetainedExperts, moe: int, wanted: np.ndarray, counts: np.ndarray
+    memory: ExpertMemory, retained: RetainedExperts, moe: int, wanted: np.ndarray, counts: np.ndarray, predicted: np.ndarray
 ) -> tuple[ExpertMemory, np.ndarray]:
     """Takes wanted experts [E] of a layer with experts out of free slots. -> memory, the order in which slots are overwritten."""
     retained = retained_experts.after_pass(retained, moe, counts)
     of_layer = np.zeros(retained.usage.shape, bool)
     of_layer[moe] = wanted
     residency = retained_experts.revive(memory.residency, retained, of_layer, room=len(retained.holds))
-    return memory._replace(residency=residency, retained_experts=retained), retained_experts.eviction_priority(retained)
+    priority = retained_experts.eviction_priority(retained, _ahead(retained, predicted, first_layer=moe + 1))
+    return memory._replace(residency=residency, retained_experts=retained), priority
+
+
+def _ahead(retained: RetainedExperts, predicted: np.ndarray, *, first_layer: int) -> np.ndarray:
+    """Of predicted choices those of the layers that a pass has yet to reach; an encoder's are none of them."""
+    ahead = np.zeros(retained.usage.shape, predicted.dtype)
+    ahead[first_layer : len(predicted)] = predicted[first_layer:]
+    return ahead
 
 
 def prefetch(
@@ -168,7 +176,7 @@ def prefetch(
         reserve=memory.slots.dispatch,
         limit=limit,
         in_use=in_use,
-        eviction_priority=None if retained is None else retained_experts.eviction_priority(retained),
+        eviction_priority=None if retained is None else retained_experts.eviction_priority(retained, ahead),
     )
     prefetched = memory.prefetched.copy()
     for layer, expert, _ in copies:

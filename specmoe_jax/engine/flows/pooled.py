@@ -47,7 +47,8 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
         )
         residency, none, arriving = empty(*shape, runtime.experts.slots.total, runtime.plan.devices), np.zeros(shape[1], bool), ()
         usage_scores = np.zeros((runtime.config.num_moe_layers, shape[1]))
-        retained = retained_experts.nothing(*shape, runtime.experts.slots.total) if runtime.plan.retain else None
+        plan, slots = runtime.plan, runtime.experts.slots.total
+        retained = retained_experts.nothing(*shape, slots, plan.retaining) if plan.retain else None
         for layer in range(runtime.config.num_expert_layers):
             decodes = layer < runtime.config.num_moe_layers
             keep = (
@@ -55,8 +56,8 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
                 if decodes
                 else np.full(shape[1], runtime.experts.resident_slots is not None)
             )
-            plan, residency = plan_layer(residency, layer, none, keep)
-            for wave in plan.waves:
+            layer_plan, residency = plan_layer(residency, layer, none, keep)
+            for wave in layer_plan.waves:
                 pool, arriving = runtime.experts.store.fetch(pool, wave.fetch, arriving)
                 retained = retained and retained_experts.after_copies(retained, wave.fetch)
         pool, _ = runtime.experts.store.finish_copies(pool, arriving)

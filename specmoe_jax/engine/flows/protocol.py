@@ -247,6 +247,9 @@ class KvTierExecutor(Protocol[R]):
         slots: Sequence[DraftSlots],
         choice: TokenChoice,
         length: int,
-    ) -> tuple[jax.Array, jax.Array | None, KVCache]:
-        """So many tokens per row, each fed back; see DraftView.chain. token: [B], the last one."""
+    ) -> tuple[jax.Array, jax.Array | None, KVCache, Any]:
+        """So many tokens per row, each fed back; see DraftView.chain. token: [B], the last one.
+
+        -> as that, and what the routers chose for each token that was fed, of each layer [B, A]; None unless the plan foresees it.
+        """
         ...

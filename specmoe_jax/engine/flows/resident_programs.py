@@ -91,13 +91,14 @@ def draft_forward(
 # With the pass XLA would convert all weights in half precision before the loop, and keep a float32 copy of each (on a CPU).
 @functools.partial(
     jax.jit,
-    static_argnums=(0, 1),
-    donate_argnums=(3, 4),
+    static_argnums=(0, 1, 2),
+    donate_argnums=(4, 5),
     compiler_options={"xla_disable_hlo_passes": "while-loop-invariant-code-motion"},
 )
 def draft_chain(
     config: ModelConfig,
     most: int,
+    tells_choices: bool,
     weights: Weights[jax.Array],
     k: Caches,
     v: Caches,
@@ -112,21 +113,28 @@ def draft_chain(
 ):
     """`count` tokens per row, at most `most`, each fed back: one program for all lengths.
 
-    -> tokens [B, most], their distributions [B, most, V] where they were drawn, caches.
+    -> tokens [B, most], their distributions [B, most, V] where they were drawn, caches, and with `tells_choices` what the routers
+    chose for each token that was fed [most, L, B, A] (-1 beyond `count`).
     """
     drawn = choice.keys is not None and choice.coupled is None
     tokens = jnp.zeros((len(token), most), jnp.int32)
     probs = jnp.zeros((*tokens.shape, config.vocab_size), jnp.float32) if drawn else None
 
+    shape = (most, config.num_moe_layers, len(token), config.experts_per_token)
+    choices = jnp.full(shape, -1, jnp.int32) if tells_choices else None
+
     def one(position, carry):
-        token, tokens, probs, k, v = carry
-        logits, _, k, v = _forward(config, weights, k, v, cross, pool, slots, token, lengths + position, num_new)
+        token, tokens, probs, choices, k, v = carry
+        logits, chosen, k, v = _forward(config, weights, k, v, cross, pool, slots, token, lengths + position, num_new)
         token, q = choose_token(choice, position, logits, tokens)
-        return token, tokens.at[:, position].set(token), None if q is None else probs.at[:, position].set(q), k, v
+        probs = None if q is None else probs.at[:, position].set(q)
+        choices = None if choices is None else choices.at[position].set(chosen)
+        return token, tokens.at[:, position].set(token), probs, choices, k, v
 
     with jax.named_scope("draft"):
-        _, tokens, probs, k, v = jax.lax.fori_loop(0, count, one, (jnp.asarray(token), tokens, probs, k, v))
-    return tokens, probs, k, v
+        begin = (jnp.asarray(token), tokens, probs, choices, k, v)
+        _, tokens, probs, choices, k, v = jax.lax.fori_loop(0, count, one, begin)
+    return tokens, probs, k, v, choices
 
 
 def groups(num_layers: int) -> list[slice]:

@@ -141,7 +141,8 @@ def pass_masks(rows: Rows, proposal: Proposal, vocab_size: int) -> np.ndarray:
         for node in range(tokens.shape[1] + 1):
             parent = node - 1 if parents is None else int(parents[row, node])
             above = answer if node == 0 else paths[parent]
-            path = above if node == 0 or above is None else (*above, int(tokens[row, node - 1]))
+            cut = node > 0 and tokens[row, node - 1] < 0  # its draft ended before
+            path = None if cut else above if node == 0 or above is None else (*above, int(tokens[row, node - 1]))
             mask = None if path is None else grammar.allowed(path)
             paths.append(None if mask is None else path)
             if mask is not None:

@@ -8,7 +8,7 @@ from specmoe_jax.support.errors import PlanError
 # Fields of a plan that some drafts use and others do not; the table of a plan's fields has them all.
 CHAIN_FIELDS = frozenset({"draft_length", "guard", "synthetic_acceptance"})
 TREE_FIELDS = CHAIN_FIELDS | {"draft_tree_top_k", "draft_tree_tokens"}
-GATED_FIELDS = CHAIN_FIELDS | {"draft_experts"}
+GATED_FIELDS = CHAIN_FIELDS | {"draft_experts", "draft_stop"}
 SOME_DRAFTS_USE = tuple(name for name, spec in fields_of_a_plan().items() if spec.info.by_draft)
 
 

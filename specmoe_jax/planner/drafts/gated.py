@@ -33,6 +33,10 @@ class GatedDraftDescription(DraftDescription):
             raise PlanError(
                 f"draft={self.name} has no effect with expert_flow={plan.flow.name}, where every expert is at hand; use on_demand"
             )
+        if plan.draft_stop is not None and plan.guard:
+            raise PlanError(
+                f"guard=True adapts one length for all rows and draft_stop={plan.draft_stop} one for each row; leave one out"
+            )
         if not plan.flow.keeps_experts:
             raise PlanError(
                 f"draft={self.name} needs experts that stay on the accelerator, expert_flow={plan.flow.name} keeps none; "

@@ -10,6 +10,7 @@ from specmoe_jax.support.errors import PlanError
 
 class MergedDraftDescription(GatedDraftDescription):
     name = "merged"
+    fields = GatedDraftDescription.fields | {"merge_every", "merge_experts"}
     assumed_acceptance = 0.3
 
     def check(self, plan: Plan, config: ModelConfig) -> None:
@@ -25,6 +26,14 @@ class MergedDraftDescription(GatedDraftDescription):
                 f"draft=merged averages weights, and the checkpoint's experts are packed as {config.experts.packing};"
                 f" take another draft, or expert_dtype={DECODED}"
             )
+
+        if plan.merge_experts is not None and not plan.merge_every:
+            raise PlanError(f"merge_experts={plan.merge_experts} has no effect without merge_every; give both or leave it out")
+        if plan.merge_experts is not None and not (plan.draft_experts or 0) <= plan.merge_experts <= config.num_experts:
+            wanted = f"{plan.draft_experts} (draft_experts) to {config.num_experts}, the experts of a layer"
+            raise PlanError(f"merge_experts is {plan.merge_experts}; it must be {wanted}")
+        if plan.merge_every and plan.expert_tier == "disk":
+            raise PlanError("merge_every reads many experts and is built for experts in host memory; leave out expert_tier=disk")
 
     def merged_slots(self, plan: Plan, config: ModelConfig) -> int:
         each = 0 if isinstance(plan.draft_experts, tuple) else plan.draft_experts or 0  # a tuple is refused

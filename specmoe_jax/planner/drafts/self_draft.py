@@ -10,7 +10,7 @@ from specmoe_jax.support.errors import PlanError
 
 class SelfDraftDescription(GatedDraftDescription):
     name = "self"
-    fields = GatedDraftDescription.fields | {"draft_set", "substitution"}
+    fields = GatedDraftDescription.fields | {"draft_set", "substitution", "draft_top_k"}
     default_draft_set = "hot_temporal"
     several_devices = True
     # Less than what the papers report (0.913 on NLLB) and what the bundled model shows (0.8).
@@ -23,6 +23,10 @@ class SelfDraftDescription(GatedDraftDescription):
             raise PlanError(
                 f"cached_experts={plan.cached_experts} has no effect with draft=self, which keeps its draft experts; leave it out"
             )
+
+        if plan.draft_top_k is not None and plan.draft_top_k > config.experts_per_token:
+            chosen = config.experts_per_token
+            raise PlanError(f"draft_top_k is {plan.draft_top_k}; a token chooses {chosen} experts, and the draft may run fewer")
 
     def timed(self, num_experts: int) -> tuple[dict, ...]:
         some = -(-num_experts // 3)

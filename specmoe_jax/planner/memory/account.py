@@ -105,5 +105,5 @@ def pinned_experts(config: ModelConfig, plan: Plan) -> tuple[int, ...]:
 
 def _spare_slots(plan: Plan, dispatch: int) -> int:
     if plan.prefetch != "draft":
-        return 0
+        return plan.spare_slots or 0
     return dispatch if plan.spare_slots is None else plan.spare_slots

@@ -17,17 +17,19 @@ class Groups(NamedTuple):
     weights: np.ndarray
 
 
-def group_experts(counts: np.ndarray, neighbours: np.ndarray, size: int) -> Groups:
+def group_experts(counts: np.ndarray, neighbours: np.ndarray, size: int, most: int | None = None) -> Groups:
     """`size` groups of a layer's experts (M-SMoE, Li et al. 2024): the most used are the centres, the others join the nearest.
 
     counts: [E], how often the router chose each; one is added, so that an expert unseen so far still counts. neighbours:
-    [E, E], by affinity.
+    [E, E], by affinity. most: only so many experts, the most used, are averaged; the others are stood for alike. None for all.
     Deviation: the members join by the distance of their weights, not by the similarity of their router logits, and hidden
     units are not permuted to match before the mean (an assignment problem in F per pair of experts).
     """
     centres = hot_set(counts, np.zeros(len(counts), bool), size)
     of = (np.cumsum(centres) - 1)[substitutes(neighbours, centres)]
     usage = np.asarray(counts, np.float64) + 1
+    if most is not None:
+        usage *= hot_set(counts, centres, max(most, size))
     return Groups(of=of.astype(np.int32), weights=usage / np.bincount(of, usage, minlength=size)[of])
 
 
@@ -37,7 +39,7 @@ def merge(read_block: Callable[[int], np.ndarray], groups: Groups, group: int) -
     The sum is float32, one member after the other, so that little more than two blocks are in memory at a time.
     """
     total, dtype = None, None
-    for expert in np.flatnonzero(groups.of == group):
+    for expert in np.flatnonzero((groups.of == group) & (groups.weights > 0)):
         block = read_block(int(expert))
         dtype = block.dtype
         share = np.float32(groups.weights[expert]) * _as_float(block)

@@ -1,5 +1,6 @@
 """Which resident expert computes for an absent one while drafting: SpecMoE's rule and its ablations."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,9 @@ import numpy as np
 
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.speculate.hot_experts.affinity import substitutes
+from specmoe_jax.types import Routing
+
+TINY = 1e-20  # beside a sum of weights that is 0 for padding
 
 
 class MaskedSlots(NamedTuple):
@@ -26,10 +30,23 @@ class DistinctSlots(NamedTuple):
     nearest: np.ndarray
 
 
-DraftSlots = np.ndarray | MaskedSlots | DistinctSlots  # of one layer; an array [E] gives the slot of each expert
+Slots = np.ndarray | MaskedSlots | DistinctSlots  # of one layer; an array [E] gives the slot of each expert
 
 
-def draft_slots(slot_of: np.ndarray, neighbours: np.ndarray | None, plan: Plan) -> list[DraftSlots]:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ReducedSlots:
+    """Of a token's choices only top_k compute, by `slots`: residents first. own: [E] int32, slots, -1 = not resident."""
+
+    own: np.ndarray
+    slots: Slots
+    top_k: int = dataclasses.field(metadata={"static": True})
+
+
+DraftSlots = Slots | ReducedSlots
+
+
+def draft_slots(slot_of: np.ndarray, neighbours: np.ndarray | None, plan: Plan) -> list[Slots]:
     """How each layer substitutes. slot_of: [L, E] int32, -1 = not resident; at least as many resident as plan.draft_experts says.
 
     neighbours: [L, E, E], by distance or at random; None under `mask`, which substitutes nothing.
@@ -69,6 +86,25 @@ def choose_distinct(ids: jax.Array, slots: DistinctSlots) -> jax.Array:
         absent = (own[:, choice] < 0) & (ids[:, choice] >= 0)
         chosen = chosen.at[:, choice].set(jnp.where(absent, first, chosen[:, choice]))
     return chosen
+
+
+def reduced_slots(slots: list[Slots], slot_of: np.ndarray, top_k: int) -> list[DraftSlots]:
+    """Those of each layer for a draft that runs top_k of a token's choices. slot_of: [L, E], as of `draft_slots`."""
+    return [ReducedSlots(own, some, top_k) for own, some in zip(slot_of, slots, strict=True)]
+
+
+def best_choices(routing: Routing, own: np.ndarray | jax.Array, top_k: int) -> Routing:
+    """The top_k best of each token's choices: residents first (own [E] >= 0), the best first among them and among the others.
+
+    Their weights keep their ratios and get the sum of all that the token gave.
+    """
+    ids, weights = routing
+    place = jnp.arange(ids.shape[1])
+    resident = (ids >= 0) & (jnp.asarray(own)[ids] >= 0)
+    order = jnp.argsort(jnp.where(resident, place, place + ids.shape[1]), axis=1)[:, :top_k]
+    ids, kept = jnp.take_along_axis(ids, order, axis=1), jnp.take_along_axis(weights, order, axis=1)
+    scale = jnp.sum(weights, axis=1, keepdims=True) / (jnp.sum(kept, axis=1, keepdims=True) + TINY)
+    return Routing(ids=ids, weights=kept * scale)
 
 
 def random_neighbours(num_layers: int, num_experts: int, seed: int = 0) -> np.ndarray:

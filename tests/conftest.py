@@ -6,6 +6,7 @@ Everything: `pytest --tier=all`, or naming files or tests on the command line.
 
 import collections
 import gc
+import importlib.util
 import os
 
 import jax
@@ -46,6 +47,11 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if importlib.util.find_spec("hypothesis"):  # a lent device has the tests that run there without it
+        from hypothesis import settings as drawn
+
+        drawn.register_profile("suite", deadline=None)  # tests time nothing: on a busy machine an example may wait
+        drawn.load_profile("suite")
     if config.option.tier is None:  # workers of a parallel run are given the choice of the process that started them
         config.option.tier = "quick" if config.args_source == pytest.Config.ArgsSource.TESTPATHS else "all"
     # Programs compiled by one worker or an earlier run are read, not compiled again: half of the suite's processor time.

@@ -2,6 +2,7 @@
 
 from specmoe_jax.benchmarks.ablation import ablation
 from specmoe_jax.benchmarks.categories import categories
+from specmoe_jax.benchmarks.kinds import kinds
 from specmoe_jax.benchmarks.rounds import Case, compare
 from specmoe_jax.benchmarks.setting import Setting
 from specmoe_jax.config.registry import DRAFT_SETS
@@ -135,8 +136,9 @@ TABLES = {
     "guard": guard,
     "categories": categories,
     "ablation": ablation,
+    "kinds": kinds,
 }
-ON_REQUEST = ("categories", "ablation")  # tables that run when they are named
+ON_REQUEST = ("categories", "ablation", "kinds")  # tables that run when they are named
 
 
 def _rows(s: Setting, cases: list[Case], batch: int, also: str | None = None) -> dict:

@@ -41,7 +41,7 @@ from specmoe_jax.support.progress import PROGRESS
 
 _SUITES = {"specmoe": specmoe, "specmoeoff": specmoeoff}
 _SUITE = flags.DEFINE_enum("suite", "specmoe", list(_SUITES), "Which tables.")
-_TABLES = flags.DEFINE_list("tables", None, "Some of the suite's tables; default all but categories and ablation.")
+_TABLES = flags.DEFINE_list("tables", None, "Some of the suite's tables; default all but categories, ablation and kinds.")
 _MODEL = flags.DEFINE_string(
     "model", "demo", '"demo", "nllb_shaped", "mixtral_shaped" (random; synthetic acceptance) or a checkpoint.'
 )
@@ -143,7 +143,7 @@ def make_setting() -> specmoe.Setting:
         ),
         quick=_QUICK.value,
         categories=read_categories(_PROMPTS.value or CATEGORIES) if by_kind else {},
-        heads=own_heads(model) if by_kind else {},
+        heads=own_heads(model) if by_kind or "kinds" in tables else {},
     )
 
 

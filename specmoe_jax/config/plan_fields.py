@@ -101,7 +101,8 @@ class PlanFields:
     )
     draft_stop: str | None = field(
         None,
-        "Ends each row's draft where a token earns less than the step does for the experts that it brings over the link (union).",
+        "Ends each row's draft where a token earns less than the step does for the experts that it brings over the link (union). "
+        "Rows that sample verify all, unless deterministic_sampling.",
         none="every row verifies draft_length tokens",
         choices=DRAFT_STOPS,
         by_draft=True,

@@ -82,6 +82,9 @@ def draft(runtime: Runtime, state: State, length: int, edits: LogitEdits | None 
     if active.any():
         held = held_experts(drafted.memory)[: len(forward.predicted)]
         lengths = stopping.lengths(state.row_stops, np.stack(forward.choices), active, held)
+        if not runtime.plan.deterministic_sampling:
+            # Whether a token of a row that draws by probabilities is verified must not depend on the token, or its law changes.
+            lengths = np.where(active & (state.rows.temperature > 0), np.int32(length), lengths)
         width = next(size for size in compiled_lengths(length) if size >= lengths.max())
     return drafted._replace(proposal=_cut(proposal, lengths, width), row_lengths=lengths)
 

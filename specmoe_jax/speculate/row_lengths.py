@@ -6,7 +6,8 @@ token is verified where the tokens that it is expected to add, per expert that i
 on average (EVICT and EcoSpec prune trees by such a rule). An expert that several tokens of the rest of the draft want is shared
 evenly among them.
 
-Only counters decide, no clock, so that a run can be repeated.
+Only counters decide, no clock, so that a run can be repeated. What is decided of a token depends on the token itself (its gates),
+so it is of use only where acceptance is equality with the target's choice: greedy rows, and deterministic sampling.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -14,14 +15,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 FADE = 0.98  # of what earlier steps count for: tens of steps, so that a change of the text shows
-PRIOR, PRIOR_WEIGHT = (
-    0.8,
-    2.0,
-)  # acceptance before anything was seen, and how many tokens it counts for: it makes unseen lengths be tried
+PRIOR = 0.8  # acceptance before anything was seen: unseen lengths are tried
+PRIOR_WEIGHT = 2.0  # how many tokens it counts for
 ROW_WEIGHT = 4.0  # tokens of the whole batch that a row's own record of a position is mixed with
-PASS_TOKENS = (
-    1.5  # what a pass costs beside its copies, in all choices of so many tokens; less ends rows too soon (docs/benchmarks/ideas)
-)
+PASS_TOKENS = 1.5  # what a pass costs beside its copies, in all choices of so many tokens; less ends rows too soon
 ROUNDS = 3  # of leaving out rows at one position: those that stay then share their experts with fewer
 
 

@@ -49,6 +49,15 @@ def test_sampled_rows_that_end_early_accept_a_draft_that_is_the_target(model):
         assert (info.accepted[info.active] == info.row_lengths[info.active]).all()
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_what_is_verified_of_a_sampled_row_does_not_depend_on_what_was_drawn(model, fixed):
+    """But where the draws are those of the target, whatever the draft: then a row may end early."""
+    engine, seen = sm.Engine(model, PLANS["stop"].replace(deterministic_sampling=fixed)), set()
+    for _, _, info in steps(engine, PROMPTS[:2], params=SAMPLED):
+        seen.update(info.row_lengths[info.active].tolist())
+    assert len(seen) > 1 if fixed else seen == {3}
+
+
 def test_rows_end_where_experts_cost_too_much(model):
     """Fewer positions are verified for fewer bytes; what is counted is what was verified."""
     fixed, (_, stats) = run(model, HOT, PROMPTS[:2])[1], run(model, PLANS["stop"], PROMPTS[:2])

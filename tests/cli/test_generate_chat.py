@@ -98,8 +98,8 @@ def test_sampling_is_the_models_wish_unless_a_flag_says_otherwise(generate, gene
     (folder / "generation_config.json").write_text(json.dumps(wishes))
     seen = []
 
-    def only_look(engine, prompts):
-        seen.extend(prompts)
+    def only_look(engine, part):
+        seen.extend(part.own)
         return JobWatch(engine, ())
 
     monkeypatch.setattr(generate_script, "generate", only_look)
@@ -125,7 +125,7 @@ def test_sampling_is_the_models_wish_unless_a_flag_says_otherwise(generate, gene
 def test_a_flag_replaces_a_wish_that_cannot_be(generate, generate_script, folder, monkeypatch, wish, flag, sampled):
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": True} | wish))
     seen = []
-    monkeypatch.setattr(generate_script, "generate", lambda engine, prompts: seen.extend(prompts) or JobWatch(engine, ()))
+    monkeypatch.setattr(generate_script, "generate", lambda engine, part: seen.extend(part.own) or JobWatch(engine, ()))
     ran = generate(f"--model={folder}", "--prompt=a", *SMALL, flag)
     assert ran.code == 0, ran.err
     assert {name: getattr(seen[0].params, name) for name in sampled} == sampled

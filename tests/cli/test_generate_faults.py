@@ -115,12 +115,12 @@ def little_pinned_memory(monkeypatch):
     """The system refuses pinned memory for the experts when 8 of the 15 have some; -> the bytes of these."""
     given, freed, lock = [], [], threading.Lock()
 
-    def stingy(block):
+    def stingy(block, device=None):
         with lock:
             if len(given) - len(freed) >= 8:
                 raise PinnedMemoryError("refused")
             given.append(block.nbytes)
-        block = to_host(block)
+        block = to_host(block, device)
         weakref.finalize(block, freed.append, 1)
         return block
 
@@ -142,7 +142,7 @@ def test_refused_pinned_memory_falls_back_to_the_disk_tier(job, tmp_path, little
 
 
 def test_no_pinned_memory_at_all_is_one_line(job, tmp_path, monkeypatch):
-    def refuse(block):
+    def refuse(block, device=None):
         raise PinnedMemoryError("the system refused 1 bytes of pinned host memory")
 
     monkeypatch.setattr(experts, "to_host", refuse)

@@ -18,7 +18,7 @@ FADE = 0.98  # of what earlier steps count for: tens of steps, so that a change 
 PRIOR = 0.8  # acceptance before anything was seen: unseen lengths are tried
 PRIOR_WEIGHT = 2.0  # how many tokens it counts for
 ROW_WEIGHT = 4.0  # tokens of the whole batch that a row's own record of a position is mixed with
-PASS_TOKENS = 1.5  # what a pass costs beside its copies, in all choices of so many tokens; less ends rows too soon
+PASS_TOKENS = 3.0  # what a pass costs beside its copies, in all choices of so many tokens; less ends rows too soon
 ROUNDS = 3  # of leaving out rows at one position: those that stay then share their experts with fewer
 
 

@@ -62,7 +62,7 @@ class Service:
         self._session, self._flow, self._batch_shape = session, flow, _batch_shape(plan, self.max_tokens)
         self._stepping, self._ids = threading.RLock(), itertools.count()
         self._state: State | None = None
-        self._moved = Moved(0, 0, TierCounts())  # when the last step ended
+        self._moved = Moved(np.zeros(plan.devices, np.int64), 0, TierCounts())  # when the last step ended
         self._inside: dict[int, Handle] = {}  # those that have rows, by id
         self._coming: list[Handle] = []  # those that are being given rows
         self._cancelled: collections.deque[int] = collections.deque()

@@ -6,12 +6,12 @@ the experts kept.
 """
 
 from specmoe_jax.benchmarks.categories import accepted_by_position
-from specmoe_jax.benchmarks.rounds import Case, compare
+from specmoe_jax.benchmarks.rounds import Case, compare, limit
 from specmoe_jax.benchmarks.setting import Setting
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.mtp import MtpHead
-from specmoe_jax.planner.memory.account import account
+from specmoe_jax.planner.memory.account import account, cache_positions
 from specmoe_jax.planner.memory.memory_account import MemoryAccount
 from specmoe_jax.support.errors import PlanError
 
@@ -44,10 +44,12 @@ def cases(s: Setting, batch: int) -> list[Case]:
 
 
 def held(s: Setting, plan: Plan, head: EagleHead | MtpHead | None = None) -> MemoryAccount:
-    """The account of a full batch of the longest rows."""
-    config = s.model.config
+    """The account of the job's batch."""
+    config, job = s.model.config, s.job(plan.batch_size)
+    ids = [s.model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in job.prompts]
+    positions = cache_positions(max(map(len, ids)) + limit(s.model, job), plan)
     draft = plan.drafting.memory(plan, config, head=head.config if isinstance(head, EagleHead) else None)
-    return account(config, plan, batch_rows=plan.batch_size, positions=config.max_positions, draft=draft)
+    return account(config, plan, batch_rows=plan.batch_size, positions=positions, draft=draft)
 
 
 def filled(s: Setting, plan: Plan, head: EagleHead | MtpHead | None, budget: int) -> Plan:

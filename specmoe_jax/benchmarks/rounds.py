@@ -54,7 +54,7 @@ def compare(model: Model, cases: list[Case], job: Job) -> dict[str, dict]:
     The order within a round is shuffled, so that a neighbour's noise falls on nobody in particular.
     """
     engines = {case.name: case.engine(model) for case in cases}
-    params = SamplingParams(max_new_tokens=_limit(model, job), ignore_eos=True, temperature=job.temperature)
+    params = SamplingParams(max_new_tokens=limit(model, job), ignore_eos=True, temperature=job.temperature)
     states, rounds = {}, {case.name: [] for case in cases}
     order, shuffle = [case.name for case in cases], random.Random(0)
     with _bar(job, prefills=len(cases), slices=len(cases)) as shown:
@@ -116,7 +116,7 @@ def _table(model: Model, cases: list[Case], engines: dict[str, Engine], rounds: 
     }
 
 
-def _limit(model: Model, job: Job) -> int:
+def limit(model: Model, job: Job) -> int:
     """Tokens per row for all rounds; rows of a speculating batch spread, and none may finish while measuring."""
     wanted = (job.settle + job.rounds) * (job.tokens + 12) * 3 // 2 + 48  # a step more per round, of up to 11 tokens
     return min(wanted, model.config.max_positions - max(map(len, job.prompts)) if not isinstance(job.prompts[0], str) else wanted)

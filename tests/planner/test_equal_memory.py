@@ -7,6 +7,7 @@ import pytest
 
 import specmoe_jax as sm
 from specmoe_jax.benchmarks.kinds import cases, held
+from specmoe_jax.benchmarks.rounds import Job
 from specmoe_jax.benchmarks.setting import Setting
 from specmoe_jax.models.families.registry import parse_config
 from specmoe_jax.testing.families import RAW_CONFIGS
@@ -17,7 +18,8 @@ CONFIG = dataclasses.replace(parse_config(RAW_CONFIGS["glm4_moe"] | DEEP), max_p
 
 def setting(experts: int) -> Setting:
     model = types.SimpleNamespace(config=CONFIG)
-    return Setting(model, 1e6, None, experts, 3, (1, 4), job=lambda batch: None, quick=False, heads={"mtp": None})
+    job = Job(prompts=((1, 2, 3),), rounds=1, tokens=4)
+    return Setting(model, 1e6, None, experts, 3, (1, 4), job=lambda batch: job, quick=False, heads={"mtp": None})
 
 
 @pytest.mark.parametrize("batch", [1, 4])

@@ -5,6 +5,8 @@ slots as make its memory the same: what a draft takes for itself (merged experts
 the experts kept.
 """
 
+import logging
+
 from specmoe_jax.benchmarks.categories import accepted_by_position
 from specmoe_jax.benchmarks.rounds import Case, compare, limit
 from specmoe_jax.benchmarks.setting import Setting
@@ -14,6 +16,8 @@ from specmoe_jax.models.mtp import MtpHead
 from specmoe_jax.planner.memory.account import account, cache_positions
 from specmoe_jax.planner.memory.memory_account import MemoryAccount
 from specmoe_jax.support.errors import PlanError
+
+LOG = logging.getLogger(__name__)
 
 
 def kinds(s: Setting) -> dict:
@@ -26,7 +30,7 @@ def kinds(s: Setting) -> dict:
 
 
 def cases(s: Setting, batch: int) -> list[Case]:
-    """The rows of one batch. Raises PlanError for a draft that has no room in that memory."""
+    """The rows of one batch, and a line in the log for each draft that has no room in that memory."""
     measure = s.specmoe(batch, retain=True)
     budget = held(s, measure).accelerator_bytes
     others: list[tuple[str, Plan, EagleHead | MtpHead | None]] = [
@@ -39,7 +43,10 @@ def cases(s: Setting, batch: int) -> list[Case]:
         others.append((name, plan, head))
     found = [Case("on_demand", s.plan("on_demand", batch), "cache"), Case("self", measure, "cache")]
     for name, plan, head in others:
-        found.append(Case(name, filled(s, plan, head, budget), None if name == "cache" else "cache", head))
+        try:
+            found.append(Case(name, filled(s, plan, head, budget), None if name == "cache" else "cache", head))
+        except PlanError as e:
+            LOG.warning("%s @ %s is left out: %s", name, batch, e)
     return found
 
 

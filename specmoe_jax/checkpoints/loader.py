@@ -69,15 +69,8 @@ def load_model(
     in the dtype it is stored in, the experts are pages of the files, which must not change while the model is in use.
     Raises CheckpointError, one line that names file and tensor.
     """
-    if expert_tier not in EXPERT_TIERS:
-        raise RequestError(f"expert_tier is {expert_tier!r}; it must be one of {', '.join(EXPERT_TIERS)}")
-    if expert_dtype not in (None, DECODED):
-        raise RequestError(f"expert_dtype is {expert_dtype!r}; a load takes {DECODED!r} or None (others: quantised.quantise)")
-    if not 1 <= devices <= len(jax.devices()):
-        raise RequestError(f"devices is {devices} and this process has {len(jax.devices())}; give 1 to as many")
     dtype = dtype or "float32"
-    if dtype not in TARGET_DTYPES:
-        raise RequestError(f"dtype is {dtype!r}; it must be one of {', '.join(TARGET_DTYPES)}")
+    _check_options(dtype, expert_tier, expert_dtype, devices)
     path = checkpoint_path(path_or_name)
     if (path / orbax_parts.DESCRIPTION_FILE).exists():
         raise CheckpointError(f"{path}: an Orbax export; convert it first: specmoe convert --format=specmoe")
@@ -116,6 +109,17 @@ def load_model(
         path=path,
         adapter=None if adapter is None else pathlib.Path(adapter).expanduser(),
     )
+
+
+def _check_options(dtype: str, expert_tier: str, expert_dtype: str | None, devices: int) -> None:
+    if expert_tier not in EXPERT_TIERS:
+        raise RequestError(f"expert_tier is {expert_tier!r}; it must be one of {', '.join(EXPERT_TIERS)}")
+    if expert_dtype not in (None, DECODED):
+        raise RequestError(f"expert_dtype is {expert_dtype!r}; a load takes {DECODED!r} or None (others: quantised.quantise)")
+    if not 1 <= devices <= len(jax.devices()):
+        raise RequestError(f"devices is {devices} and this process has {len(jax.devices())}; give 1 to as many")
+    if dtype not in TARGET_DTYPES:
+        raise RequestError(f"dtype is {dtype!r}; it must be one of {', '.join(TARGET_DTYPES)}")
 
 
 def checkpoint_path(path_or_name: str) -> pathlib.Path:

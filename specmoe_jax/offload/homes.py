@@ -1,10 +1,19 @@
-"""Which of several accelerators an expert belongs to. Pure: integers in, integers out.
+"""Which of several accelerators an expert belongs to. Pure.
 
 Expert e of every layer belongs to device e mod n, which alone fetches, holds and computes it. The slots of a pool are numbered
 through all devices: device d has the d-th of n equal parts. With one device every expert and every slot is its own.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+
+from specmoe_jax.types import Device
+
+
+def home(expert: int, devices: Sequence[Device]) -> Device | None:
+    """The device of an expert; None where there is only the first."""
+    return devices[expert % len(devices)] if devices else None
 
 
 def own_experts(device: int, devices: int, num_experts: int) -> range:

@@ -10,6 +10,7 @@ import numpy as np
 
 from specmoe_jax.models.model import to_host
 from specmoe_jax.offload import host_cache as cache
+from specmoe_jax.offload.homes import home
 from specmoe_jax.offload.host_cache_policies import HostCachePolicy
 from specmoe_jax.support.jax_settings import lenient_thread
 from specmoe_jax.types import Device
@@ -90,11 +91,6 @@ class HostTier:
 
     def ready(self) -> np.ndarray:
         return self._ready
-
-
-def home(expert: int, devices: Sequence[Device]) -> Device | None:
-    """The device of an expert; None where there is only the first."""
-    return devices[expert % len(devices)] if devices else None
 
 
 def _pinned_for(block: jax.Array, devices: Sequence[Device], expert: int) -> jax.Array:

@@ -39,6 +39,9 @@ STREAM = Needs(lambda plan: plan.flow.streams_layers, "with expert_flow={plan.ex
 MOVING = Needs(lambda plan: not plan.flow.all_resident, "where every expert is resident")
 RETAIN = Needs(lambda plan: plan.retain, "without retain")
 DISK = Needs(lambda plan: plan.expert_tier == "disk", "where every expert is in host memory")
+FETCHED = Needs(lambda plan: plan.flow.keeps_experts, "with expert_flow={plan.expert_flow}")
+IN_HOST_MEMORY = Needs(lambda plan: plan.expert_tier == "host", "with expert_tier={plan.expert_tier}")
+ONE_DEVICE = Needs(lambda plan: plan.devices == 1, "with devices={plan.devices}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +137,14 @@ class PlanFields:
     )
     expert_flow: str = field(
         "on_demand", "How experts come to the accelerator; host_compute: they do not, it is the CPU.", choices=EXPERT_FLOWS
+    )
+    host_share: float | None = field(
+        None,
+        "Of the experts that a step needs and the accelerator lacks, the share that the host's cores compute where they lie while "
+        "the link brings the others; 1: none crosses for a step, but for those that are kept.",
+        none="all cross the link",
+        unit=PROBABILITY,
+        needs=(FETCHED, IN_HOST_MEMORY, ONE_DEVICE),
     )
     expert_tier: ExpertTier = field("host", "Where all experts are; disk needs host_memory_bytes, which cache some of them.")
     dram_policy: str | None = field(

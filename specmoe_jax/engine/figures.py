@@ -41,6 +41,7 @@ class Totals(NamedTuple):
     dram_misses: int = 0
     hits: int = 0
     misses: int = 0
+    on_host: int = 0
     foreseen: int = 0
     foreseen_needed: int = 0
     draft_moves: int = 0
@@ -79,6 +80,7 @@ def add_step(totals: Totals, info) -> Totals:
         dram_misses=totals.dram_misses + info.below.misses,
         hits=totals.hits + info.verify.hits,
         misses=totals.misses + info.verify.misses,
+        on_host=totals.on_host + info.verify.on_host,
         foreseen=totals.foreseen + foreseen,
         foreseen_needed=totals.foreseen_needed + foreseen_needed,
         draft_moves=totals.draft_moves + info.draft_moves,
@@ -197,6 +199,7 @@ def figures(
         "draft_cpu_row_share": totals.draft_on_cpu / totals.row_steps if totals.row_steps else None,
         "expert_hits": totals.hits,
         "expert_misses": totals.misses,
+        "host_computed_experts": totals.on_host,
         "foreseen_experts": totals.foreseen,
         "foreseen_needed_experts": totals.foreseen_needed,
         "floor_s": floor_s,

@@ -23,7 +23,7 @@ from specmoe_jax.models.spec import Weights
 from specmoe_jax.offload.sharded_store import ShardedStore
 from specmoe_jax.offload.store import ExpertStore, Link, Store
 from specmoe_jax.offload.stream_schedule import spread
-from specmoe_jax.offload.tiers import DiskTier, HostTier, Tier
+from specmoe_jax.offload.tiers import DiskTier, HostTier, Tier, block_addresses
 from specmoe_jax.ops import PackedCache, empty_cache
 from specmoe_jax.planner.memory.account import pinned_experts
 from specmoe_jax.planner.memory.memory_account import MemoryAccount, arriving_experts
@@ -38,7 +38,8 @@ class ExpertPlaces(NamedTuple):
 
     resident_slots: [L, E] int32 where all stay for good, else None; an encoder's layers last. slots: of the pools made
     for this account. merged_slots: [L, K] int32, further slots for a draft's own experts, None without any. pinned_layers: whose
-    experts stay beside a stream. expert_bytes: of one expert on the link.
+    experts stay beside a stream. expert_bytes: of one expert on the link. addresses: of each layer's blocks in host memory, on the
+    CPU, [L] of [E, 2] uint32, where the host's cores compute some; else None.
     """
 
     store: Store
@@ -47,6 +48,7 @@ class ExpertPlaces(NamedTuple):
     merged_slots: np.ndarray | None
     pinned_layers: tuple[int, ...]
     expert_bytes: int
+    addresses: tuple[jax.Array, ...] | None = None
 
 
 class Policies(NamedTuple):
@@ -160,14 +162,22 @@ def _expert_places(
     slots = PoolSlots(
         plan.devices * account.num_slots, account.dispatch_slots, single_wave=account.num_slots >= account.wanted_slots
     )
+    store = _store(model, plan, account, context)
     return ExpertPlaces(
-        store=_store(model, plan, account, context),
+        store=store,
         slots=slots,
         resident_slots=resident_slots,
         merged_slots=_merged_slots(config, account) if account.merged_slots else None,
         pinned_layers=spread(config.moe_layers, account.pinned_layers),
         expert_bytes=one,
+        addresses=None if plan.host_share is None else _addresses(config, store.tier, context.host),
     )
+
+
+def _addresses(config: ModelConfig, tier: Tier, host: Device) -> tuple[jax.Array, ...]:
+    """Of the blocks of every layer that decodes; the tier keeps them where they are."""
+    keys = [[(layer, expert) for expert in range(config.num_experts)] for layer in range(config.num_moe_layers)]
+    return tuple(jax.device_put(block_addresses(tier.blocks(of_layer)), host) for of_layer in keys)
 
 
 def _store(model: Model, plan: Plan, account: MemoryAccount, context: DeviceContext) -> Store:

@@ -168,6 +168,17 @@ def experts_wave(config: LayerConfig, outputs: jax.Array, x, ids: jax.Array, poo
         return outputs + ffn.expert_ffn(config.own_experts, x, pool, choose_slots(ids, slots))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def experts_on_host(config: LayerConfig, x, ids: jax.Array, table: jax.Array, here) -> jax.Array:
+    """Outputs [n, A, M] of the experts that the host computes, zeros for all others. All arrays are the CPU's.
+
+    table [E, 2] uint32: addresses of the layer's blocks. here [E] int32: an expert's own number where the host computes it,
+    else -1.
+    """
+    with jax.named_scope("experts_on_host"):
+        return ffn.expert_ffn(config.own_experts, x, table, choose_slots(ids, here))
+
+
 combine = jax.jit(layers.combine)
 
 

@@ -182,7 +182,8 @@ class State(NamedTuple, Generic[Cache]):
 class PassInfo(NamedTuple):
     """What one pass of the target through all layers did.
 
-    hits, misses: needed experts resident or not, over all layers. fetched: experts copied. waves: rounds.
+    hits, misses: needed experts resident or not, over all layers. fetched: experts copied. on_host: misses that the host's cores
+    computed instead. waves: rounds.
     prefetched: experts copied speculatively while drafting and in the pass; prefetch_hits: those that were needed.
     routing: [L, B, T, A] int32 ids, -1 for padding; None under the resident and the streamed flow, which ask no router unless
     Engine(routing=...) does. routing_weights: [L, B, T, A] float32, where it asks for them.
@@ -196,6 +197,7 @@ class PassInfo(NamedTuple):
     prefetch_hits: int
     routing: np.ndarray | None
     routing_weights: np.ndarray | None = None
+    on_host: int = 0
 
 
 class StepInfo(NamedTuple):

@@ -93,6 +93,11 @@ class HostTier:
         return self._ready
 
 
+def block_addresses(blocks: Iterable[jax.Array]) -> np.ndarray:
+    """[n, 2] uint32, the low half first: where blocks that a tier holds lie in this process's memory."""
+    return np.array([block.unsafe_buffer_pointer() for block in blocks], np.uint64).view(np.uint32).reshape(-1, 2)
+
+
 def _pinned_for(block: jax.Array, devices: Sequence[Device], expert: int) -> jax.Array:
     device = home(expert, devices)
     return block if block.sharding.device_set == {device} else to_host(block, device)

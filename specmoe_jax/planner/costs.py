@@ -174,6 +174,16 @@ def experts(
     return Cost(ACCELERATOR, "experts", flops, distinct * one + moved, programs)
 
 
+def host_experts(config: ModelConfig, tokens: float, count: float, expert_bytes: float, share: float, hardware: Hardware) -> Cost:
+    """`count` absent experts on the host's cores, which read each once; share: of all pairs of token and choice, theirs.
+
+    The host's kernels are of one kind, so where no probe has timed its experts they reach what its attention does.
+    """
+    flops = 2 * config.experts.params * config.experts_per_token * tokens * share
+    operator = "experts" if hardware.accelerator_is_cpu else "cpu_attention"
+    return Cost(CPU, operator, flops, count * expert_bytes)
+
+
 def gather(config: ModelConfig, tokens: float, devices: int) -> list[Cost]:
     """The outputs of all devices' experts on each of them: an all-reduce in float32 of every pair of token and choice."""
     if devices == 1:

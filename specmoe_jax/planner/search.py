@@ -145,7 +145,7 @@ class _Scan:
             choice = self._score(best.plan.replace(**_changes(field, value)))
             tried = [_changes(field, earlier)[field] for earlier in values[:place]]
             smaller = getattr(best.plan, field) in [_changes(field, later)[field] for later in values[place + 1 :]]
-            gain = WORTH if field in ("retain", "prefetch") else 1 / EQUAL if smaller else EQUAL
+            gain = WORTH if field in ("retain", "prefetch", "host_share") else 1 / EQUAL if smaller else EQUAL
             if choice and choice.tokens_per_s > best.tokens_per_s * gain:
                 best, worse = choice, 0
             elif choice is None or (worse := worse + 1) == 2:

@@ -26,7 +26,7 @@ def test_no_program_mixes_the_devices_and_no_copy_is_implicit():
     assert done.returncode == 0, done.stderr[-2000:]
     tokens = json.loads(done.stdout.splitlines()[-1])
     greedy, sampled = (run(tiny(), plan("resident", batch_size=8), **how)[0] for how in ({}, {"params": SAMPLED}))
-    assert len(tokens) == 10
+    assert len(tokens) == 12
     for name, got in tokens.items():
         assert [tuple(row) for row in got] == (sampled if name == "sampled" else greedy), name
 

@@ -28,6 +28,8 @@ PLANS = {
     "spare": plan("specmoe", batch_size=8, prefetch="draft", retain=True, spare_slots=2, substitution="distinct"),
     "caching": plan("caching", batch_size=8, retain=True),
     "merged": plan("specmoe", batch_size=8, draft="merged", draft_experts=2),
+    "shared": plan("caching", batch_size=8, retain=True, host_share=0.5),
+    "shared draft": plan("specmoe", batch_size=8, prefetch="draft", host_share=1.0),
 }
 
 

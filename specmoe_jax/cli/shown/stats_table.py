@@ -13,7 +13,7 @@ def table(stats: dict) -> str:
         ("tokens per step", _number(stats["tokens_per_step"])),
         ("accepted by position", "  ".join(f"{share:.2f}" for share in stats["acceptance_by_position"]) or "no draft"),
         ("link, expert bytes/token", _link_row(stats)),
-        ("experts resident / fetched", f"{stats['expert_hits']} / {stats['expert_misses']}"),
+        ("experts resident / absent", f"{stats['expert_hits']} / {stats['expert_misses']}"),
         ("expert bytes while drafting", str(stats["draft_link_bytes"])),
         ("link, activation bytes", str(stats["activation_link_bytes"])),
         ("accelerator / host peak", f"{_mebi(stats['peak_accelerator_bytes'])} / {_mebi(stats['peak_host_bytes'])} MiB"),
@@ -21,6 +21,8 @@ def table(stats: dict) -> str:
         ("load, compile, prefill", "  ".join(f"{stats[name]:.2f} s" for name in ("load_s", "compile_s", "prefill_s"))),
         ("compilations after warm-up", str(stats["compilations_after_warmup"])),
     ]
+    if stats["host_computed_experts"]:
+        rows.insert(6, ("of them on the host's cores", str(stats["host_computed_experts"])))
     if stats["draft_cpu_row_share"]:
         share, moves = stats["draft_cpu_row_share"], stats["draft_moves"]
         rows.append(("draft caches on the CPU", f"{share:.1%} of the rows' steps, {moves} moves"))

@@ -7,6 +7,7 @@ from specmoe_jax.engine.flows.resident import ResidentFlowExecutor
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory
 from specmoe_jax.offload.residency import empty
+from specmoe_jax.offload.tiers import block_addresses
 
 
 class HostComputeFlowExecutor(ResidentFlowExecutor):
@@ -15,10 +16,9 @@ class HostComputeFlowExecutor(ResidentFlowExecutor):
     def first_memory(self, runtime: Runtime) -> ExpertMemory:
         shape, config = (runtime.config.num_expert_layers, runtime.config.num_experts), runtime.config
         blocks = runtime.experts.store.tier.blocks([(layer, expert) for layer in range(shape[0]) for expert in range(shape[1])])
-        addresses = np.array([block.unsafe_buffer_pointer() for block in blocks], np.uint64)  # of arrays that the tier holds
         return ExpertMemory(
             slots=runtime.experts.slots,
-            pool=jax.device_put(addresses.view(np.uint32).reshape(-1, 2), runtime.context.device),
+            pool=jax.device_put(block_addresses(blocks), runtime.context.device),
             residency=empty(*shape, 0),
             usage_scores=np.zeros((config.num_moe_layers, config.num_experts)),
             prefetched=np.zeros(shape, bool),

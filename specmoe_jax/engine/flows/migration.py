@@ -12,6 +12,7 @@ from specmoe_jax.engine.flows.protocol import Unfinished
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory
 from specmoe_jax.offload import retained_experts
+from specmoe_jax.offload.host_share import computed_on_host
 from specmoe_jax.offload.residency import LayerPlan, plan_layer, plan_prefetch
 from specmoe_jax.offload.retained_experts import RetainedExperts
 from specmoe_jax.speculate.hot_experts.usage import count_choices
@@ -23,7 +24,7 @@ NO_SLOTS = np.zeros(0, np.int32)
 class LayerInfo(NamedTuple):
     """What one layer of a pass did: its plan, its routing ids [n, A], and what it prefetched for later layers.
 
-    weights: [n, A] of the routing, where the runtime tells them.
+    weights: [n, A] of the routing, where the runtime tells them. on_host: absent experts that the host's cores computed.
     """
 
     plan: LayerPlan
@@ -32,6 +33,7 @@ class LayerInfo(NamedTuple):
     prefetched: int
     prefetch_hits: int
     weights: np.ndarray | None = None
+    on_host: int = 0
 
 
 def needed_experts(ids: np.ndarray, num_experts: int) -> np.ndarray:
@@ -52,6 +54,7 @@ def migrate_and_compute(
     predicted: np.ndarray,
     *,
     more: bool = False,
+    host_share: float | None = None,
 ) -> tuple[jax.Array | Unfinished, ExpertMemory, LayerInfo]:
     """Fetches what the moe-th layer with experts needs for its routing and computes its experts, wave by wave.
 
@@ -59,6 +62,7 @@ def migrate_and_compute(
 
     While its own misses travel, the link is also given the predicted misses of the layers after it, and the disk
     those that are not in host memory. more: whether further rows go through the layer before it chooses what stays; then all does.
+    host_share: of the absent experts that do not stay, what the host's cores compute meanwhile; None: not asked.
     """
     ids = np.asarray(routing.ids)  # the host waits here: the routing decides which experts to fetch
     chosen = count_choices(ids, runtime.config.num_experts)
@@ -72,22 +76,48 @@ def migrate_and_compute(
     eviction_priority = None
     if memory.retained_experts is not None:
         memory, eviction_priority = _revive(memory, memory.retained_experts, moe, needed | keep, counts, predicted)
-    plan, residency = plan_layer(memory.residency, moe, needed, keep, eviction_priority)
+    on_host, elsewhere = np.zeros_like(needed), None
+    if host_share is not None:
+        on_host = computed_on_host(needed & ~keep & (memory.residency.slot_of[moe] < 0), chosen, host_share)
+        elsewhere = start_on_host(runtime, moe, x, routing.ids, on_host)
+    plan, residency = plan_layer(memory.residency, moe, needed & ~on_host, keep, eviction_priority)
     hits = int((memory.prefetched[moe] & needed).sum())
     prefetched = memory.prefetched.copy()
     prefetched[moe] = False
     memory = memory._replace(residency=residency, prefetched=prefetched)
-    h, memory, ahead = execute(runtime, moe, plan, memory, h, x, routing, predicted)
+    h, memory, ahead = execute(runtime, moe, plan, memory, h, x, routing, predicted, elsewhere)
     weights = np.asarray(routing.weights) if runtime.routing == "weights" else None
-    return h, memory, LayerInfo(plan=plan, ids=ids, counts=counts, prefetched=ahead, prefetch_hits=hits, weights=weights)
+    return h, memory, LayerInfo(plan, ids, counts, ahead, hits, weights, int(on_host.sum()))
+
+
+def start_on_host(runtime: Runtime, moe: int, x: jax.Array, ids: jax.Array, on_host: np.ndarray) -> jax.Array:
+    """Starts the experts [E] bool of a layer on the host's cores. -> outputs [n, A, M] there, zeros for all others.
+
+    Runs also where there are none, so that it is compiled when it is wanted.
+    """
+    context, table = runtime.context, runtime.experts.addresses
+    assert table is not None  # of a plan with a host share
+    config = runtime.config.layers[runtime.config.moe_layers[moe]]
+    here = np.where(on_host, np.arange(len(on_host), dtype=np.int32), -1)
+    inputs = context.on_host(context.to_host((x, ids)))
+    return stages.experts_on_host(config, *inputs, table[moe], jax.device_put(here, context.host))
 
 
 def execute(
-    runtime: Runtime, moe: int, plan: LayerPlan, memory: ExpertMemory, h, x, routing: Routing, predicted: np.ndarray
+    runtime: Runtime,
+    moe: int,
+    plan: LayerPlan,
+    memory: ExpertMemory,
+    h,
+    x,
+    routing: Routing,
+    predicted: np.ndarray,
+    elsewhere: jax.Array | None = None,
 ) -> tuple[jax.Array | Unfinished, ExpertMemory, int]:
     """Executes the plan: per wave, copies and then the experts. -> h, memory, experts prefetched.
 
-    Which of the two forms runs is fixed by the memory account, so that nothing compiles after warm-up.
+    elsewhere: outputs of experts that the host's cores compute meanwhile. Which of the forms runs is fixed by the plan and the
+    memory account, so that nothing compiles after warm-up.
     """
     config = runtime.config.layers[runtime.config.moe_layers[moe]]
     if memory.slots.single_wave:
@@ -95,18 +125,40 @@ def execute(
         memory = _fetch(runtime, memory, wave.fetch)
         memory, ahead = prefetch(runtime, memory, predicted, first_layer=moe + 1, in_use=wave.slots)
         memory = wait_for_copies(runtime, memory, wave.slots)
-        return Unfinished(config, h, x, routing, _pool(memory), wave.slots), memory, ahead
-    return *execute_waves(runtime, config, plan, memory, h, x, routing), 0
+        if elsewhere is None:
+            return Unfinished(config, h, x, routing, _pool(memory), wave.slots), memory, ahead
+        outputs = runtime.context.to_accelerator(elsewhere)
+        outputs = stages.experts_wave(config, outputs, x, routing.ids, memory.pool, wave.slots)
+        return stages.combine(h, outputs, routing), memory, ahead
+    return *execute_waves(runtime, config, plan, memory, h, x, routing, elsewhere), 0
 
 
-def execute_waves(runtime: Runtime, config: LayerConfig, plan: LayerPlan, memory: ExpertMemory, h, x, routing: Routing):
-    """Any number of waves, by one program. -> h, memory."""
-    outputs = jnp.zeros((*routing.ids.shape, x.shape[-1]), jnp.float32, device=runtime.context.place)
+def execute_waves(
+    runtime: Runtime,
+    config: LayerConfig,
+    plan: LayerPlan,
+    memory: ExpertMemory,
+    h,
+    x,
+    routing: Routing,
+    elsewhere: jax.Array | None = None,
+):
+    """Any number of waves, by one program. elsewhere: as of `execute`. -> h, memory."""
+    outputs = None
     for wave in plan.waves:
         memory = _fetch(runtime, memory, wave.fetch)
         memory = wait_for_copies(runtime, memory, wave.slots)
+        if outputs is None:  # what the host computes is waited for behind the first copies
+            outputs = _first_outputs(runtime, x, routing, elsewhere)
         outputs = stages.experts_wave(config, outputs, x, routing.ids, memory.pool, wave.slots)
     return stages.combine(h, outputs, routing), memory
+
+
+def _first_outputs(runtime: Runtime, x: jax.Array, routing: Routing, elsewhere: jax.Array | None) -> jax.Array:
+    """[n, A, M], to which the waves add theirs."""
+    if elsewhere is not None:
+        return runtime.context.to_accelerator(elsewhere)
+    return jnp.zeros((*routing.ids.shape, x.shape[-1]), jnp.float32, device=runtime.context.place)
 
 
 def _fetch(runtime: Runtime, memory: ExpertMemory, copies) -> ExpertMemory:

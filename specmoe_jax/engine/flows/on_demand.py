@@ -46,7 +46,8 @@ class OnDemandFlowExecutor(PooledFlowExecutor):
             else:
                 before, h, x, routing, k, v = cache_tier.attention(runtime, layer, h, kv, lengths, num_new, tree)
                 assert routing is not None
-                h, memory, info = migrate_and_compute(runtime, moe, memory, h, x, routing, earlier[moe], predicted)
+                how = {"host_share": runtime.plan.host_share}
+                h, memory, info = migrate_and_compute(runtime, moe, memory, h, x, routing, earlier[moe], predicted, **how)
                 infos.append(info)
             if layer in watched:
                 inputs[layer] = before
@@ -156,13 +157,14 @@ def _pass_info(infos: list[LayerInfo], shape: tuple[int, int]) -> PassInfo:
     told = _routing(infos, shape)
     return PassInfo(
         hits=sum(info.plan.hits for info in infos),
-        misses=sum(info.plan.misses for info in infos),
+        misses=sum(info.plan.misses + info.on_host for info in infos),
         fetched=sum(info.plan.fetched for info in infos),
         waves=sum(len(info.plan.waves) for info in infos),
         prefetched=sum(info.prefetched for info in infos),
         prefetch_hits=sum(info.prefetch_hits for info in infos),
         routing=told and told.ids,
         routing_weights=told and told.weights,
+        on_host=sum(info.on_host for info in infos),
     )
 
 

@@ -7,7 +7,10 @@ from collections.abc import Iterable
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import preset
+from specmoe_jax.models.experts import is_computed_in_place
+from specmoe_jax.models.packing import planned
 from specmoe_jax.offload.homes import most_experts
+from specmoe_jax.ops import isas
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import DISK, Cost, Load
 from specmoe_jax.planner.drafts.search_starts import SearchStart, expert_counts
@@ -19,12 +22,36 @@ from specmoe_jax.planner.measured.operators import Operators
 from specmoe_jax.planner.memory.account import pinned_experts
 from specmoe_jax.planner.memory.memory_account import PagedLoad, arriving_experts
 from specmoe_jax.planner.passes import LayerCosts, Setting, layer_by_layer
+from specmoe_jax.support.errors import MachineError, PlanError
 
+HOST_SHARES = ("host_share", (None, 0.25, 0.5, 0.75, 1.0))  # an axis of the search
 GATES_RIGHT = 0.8  # of a pass's misses, the share that the draft's gates foresee (prefetch=draft)
 
 
 @dataclasses.dataclass(frozen=True)
 class OnDemandFlowDescription(PooledFlowDescription):
+    def check(self, plan: Plan, config: ModelConfig) -> None:
+        """Raises PlanError for a host share of experts that no compiled kernel computes."""
+        super().check(plan, config)
+        if plan.host_share is None:
+            return
+        experts = [planned(one, plan.expert_dtype) for one in config.layer_experts]
+        if other := next((one for one in experts if not is_computed_in_place(one)), None):
+            packed = "" if other.packing is None else f" packed as {other.packing}"
+            what = f"the experts of {config.family}{packed}"
+            raise PlanError(f"host_share is {plan.host_share}, but the host has no compiled kernel for {what}; leave it out")
+
+    def resolved(self, plan: Plan, *, accelerator_is_cpu: bool) -> Plan:
+        if plan.host_share is not None and not isas():
+            raise MachineError(
+                f"host_share is {plan.host_share}, but the host's compiled kernels cannot run here (specmoe doctor says why); "
+                "leave it out"
+            )
+        return plan
+
+    def is_measured(self, plan: Plan) -> bool:
+        return super().is_measured(plan) and plan.host_share is None
+
     def moving_experts(self, config: ModelConfig, expert_bytes: int) -> int:
         return arriving_experts(expert_bytes, config.num_experts)
 
@@ -51,7 +78,7 @@ class OnDemandFlowDescription(PooledFlowDescription):
         return computed.iteration_s * prompt_tokens / chunk + link_s
 
     def crossing_experts(self, config: ModelConfig, plan: Plan, probabilities: tuple[float, ...], tokens: float) -> float:
-        return routing.missed(probabilities, tokens, pinned_experts(config, plan)[0])
+        return _crossing(plan, routing.missed(probabilities, tokens, pinned_experts(config, plan)[0]))
 
     def layer_costs(self, setting: Setting, index: int, moe: int | None) -> LayerCosts:
         config, load, itemsize = setting.config, setting.load, setting.itemsize
@@ -59,9 +86,11 @@ class OnDemandFlowDescription(PooledFlowDescription):
         if moe is None:
             return LayerCosts(block)
         missed, one = _missed(setting, moe), setting.account.expert_bytes
-        crossing = routing.busiest(missed, config.num_experts, setting.plan.devices)  # over one link
+        fetched = _crossing(setting.plan, missed)
+        crossing = routing.busiest(fetched, config.num_experts, setting.plan.devices)  # over one link
         block += setting.experts(load.tokens, programs=_waves(setting, crossing))
-        return LayerCosts(block, [costs.fetch(one, crossing), *_disk_reads(setting, missed)], missed, waits=True)
+        beside = [costs.fetch(one, crossing), *_disk_reads(setting, missed), *_on_host(setting, missed - fetched)]
+        return LayerCosts(block, beside, fetched, waits=True)
 
     def measured_pass(
         self, config: ModelConfig, plan: Plan, operators: Operators, case: Case, drafted_s: float, *, accelerator_is_cpu: bool
@@ -90,8 +119,8 @@ class OnDemandFlowDescription(PooledFlowDescription):
     def search_starts(self, config: ModelConfig) -> Iterable[SearchStart]:
         retain = ("retain", (False, True))
         return (
-            SearchStart(preset("on_demand", config), (retain,)),
-            SearchStart(preset("caching", config), (("cached_experts", expert_counts(config.num_experts)), retain)),
+            SearchStart(preset("on_demand", config), (retain, HOST_SHARES)),
+            SearchStart(preset("caching", config), (("cached_experts", expert_counts(config.num_experts)), retain, HOST_SHARES)),
         )
 
 
@@ -101,6 +130,23 @@ def _missed(setting: Setting, moe: int) -> float:
     if setting.plan.retain:
         resident += max(setting.account.num_slots - setting.account.pinned_slots, 0) / setting.config.num_moe_layers
     return routing.missed(setting.probabilities, setting.load.tokens, min(resident, setting.config.num_experts))
+
+
+def _crossing(plan: Plan, missed: float) -> float:
+    """Of a layer's missed experts those that the link brings."""
+    return missed * (1 - (plan.host_share or 0.0))
+
+
+def _on_host(setting: Setting, computed: float) -> list[Cost]:
+    """Experts that the host's cores compute where they lie, while others cross the link. The activations cross it both ways.
+
+    Deviation: `offload.host_share.MOST_CHOICES` is not looked at, and each expert is taken to have the same tokens.
+    """
+    if not computed:
+        return []
+    config, tokens = setting.config, setting.load.tokens
+    used = max(routing.distinct(setting.probabilities, tokens), computed)
+    return [costs.host_experts(config, tokens, computed, setting.account.expert_bytes, computed / used, setting.hardware)]
 
 
 def _waves(setting: Setting, missed: float) -> int:

@@ -5,6 +5,7 @@ GGUF is written by the registry's `gguf` package: matrices in the type that is a
 
 import json
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 import gguf
@@ -14,10 +15,12 @@ from safetensors import safe_open
 
 from specmoe_jax.benchmarks.studies.published.checkpoints import QWEN3, qwen3, write_shards
 from specmoe_jax.checkpoints.conversion.convert import convert
+from specmoe_jax.checkpoints.loader import checkpoint_path
 
-# 2.98 GB in bfloat16, of which a token reads 0.51.
+# 2.98 GB in bfloat16, of which a token reads 0.51. The vocabulary is the bundled model's, whose tokenizer is copied beside the
+# weights: the model can be served.
 REAL = QWEN3 | {
-    "hidden_size": 1024, "moe_intermediate_size": 512, "num_attention_heads": 16, "num_hidden_layers": 14, "vocab_size": 4096,
+    "hidden_size": 1024, "moe_intermediate_size": 512, "num_attention_heads": 16, "num_hidden_layers": 14, "vocab_size": 5120,
     "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 4096,
 }  # fmt: skip
 # head: 2 layers of 64 experts x 768 under an embedding and a head of 151,936 x 2,048. small: for trials.
@@ -45,6 +48,9 @@ def checkpoint(folder: pathlib.Path, shape: str) -> pathlib.Path:
     if not (path / "config.json").exists():
         path.mkdir(parents=True, exist_ok=True)
         write_shards(qwen3(SHAPES[shape]), path)
+        if SHAPES[shape]["vocab_size"] == REAL["vocab_size"]:
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copyfile(checkpoint_path("demo") / name, path / name)
         (path / "config.json").write_text(json.dumps(SHAPES[shape]))
     return path
 

@@ -20,6 +20,8 @@ from specmoe_jax.training.witness import (
     loop,
     model,
     pairs,
+    repetition,
+    rollouts,
     run,
     samples,
     texts,
@@ -84,11 +86,11 @@ def test_dispatched_experts_and_their_gradients_equal_every_expert_on_every_row(
     experts, x = params.layers[1].ffn, normal(4, 24, TINY.hidden_size)
 
     def fast(x, experts):
-        ids, chosen = model.route(x, experts.router, jnp.zeros(TINY.num_experts), TINY)
+        ids, chosen = model.route(jax.nn.sigmoid(x @ experts.router), jnp.zeros(TINY.num_experts), TINY)
         return model.routed_ffn(x, ids, chosen, experts.routed, 24)[0]
 
     def slow(x, experts):
-        ids, chosen = model.route(x, experts.router, jnp.zeros(TINY.num_experts), TINY)
+        ids, chosen = model.route(jax.nn.sigmoid(x @ experts.router), jnp.zeros(TINY.num_experts), TINY)
         return model.every_expert(x, ids, chosen, experts.routed)
 
     for one, other in zip(gradients(fast, x, experts), gradients(slow, x, experts), strict=True):
@@ -96,10 +98,10 @@ def test_dispatched_experts_and_their_gradients_equal_every_expert_on_every_row(
 
 
 def test_the_bias_changes_the_choice_but_not_the_weights():
-    router, x = normal(5, 32, 8), normal(6, 5, 32)
-    ids, chosen = model.route(x, router, jnp.zeros(8).at[7].set(10.0), TINY)
+    all_scores = jax.nn.sigmoid(normal(6, 5, 8))
+    ids, chosen = model.route(all_scores, jnp.zeros(8).at[7].set(10.0), TINY)
     assert (ids == 7).any(axis=1).all()
-    scores = jnp.take_along_axis(jax.nn.sigmoid(x @ router), ids, axis=1)
+    scores = jnp.take_along_axis(all_scores, ids, axis=1)
     np.testing.assert_allclose(chosen, 2.0 * scores / scores.sum(axis=1, keepdims=True), rtol=1e-6)
     np.testing.assert_allclose(loop.balanced(jnp.zeros((1, 3)), jnp.array([[1.0, 2.0, 3.0]]), 0.5), [[0.5, 0.0, -0.5]])
 
@@ -202,25 +204,40 @@ def tiny_texts():
 QUIET = run.Rhythm(evaluate_every=2, progress="none")
 
 
+def equal_states(got, wanted):
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.slow
 def test_a_run_in_two_parts_equals_one_in_one_part_and_can_then_decay(tmp_path):
-    run.train(TINY, RECIPE, tmp_path / "parts", tiny_texts(), dataclasses.replace(QUIET, stop_after_s=0.0))
+    # The parts meet between two draws of continuations, so those of the first part must have been kept.
+    recipe = dataclasses.replace(RECIPE, repeat_weight=1.0, repeat_rows=2, repeat_every=3, repeat_prompt=4, repeat_tokens=8)
+    run.train(TINY, recipe, tmp_path / "parts", tiny_texts(), dataclasses.replace(QUIET, stop_after_s=0.0))
     assert run.newest_step(tmp_path / "parts/stable") == 1
-    parts = run.train(TINY, RECIPE, tmp_path / "parts", tiny_texts(), QUIET)
-    whole = run.train(TINY, RECIPE, tmp_path / "whole", tiny_texts(), QUIET)
-    for got, wanted in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_array_equal(got, wanted)
-    decayed = run.train(TINY, dataclasses.replace(RECIPE, decay_steps=2), tmp_path / "parts", tiny_texts(), QUIET)
+    parts = run.train(TINY, recipe, tmp_path / "parts", tiny_texts(), QUIET)
+    equal_states(parts, run.train(TINY, recipe, tmp_path / "whole", tiny_texts(), QUIET))
+    decayed = run.train(TINY, dataclasses.replace(recipe, decay_steps=2), tmp_path / "parts", tiny_texts(), QUIET)
     assert int(decayed.step) == 6 and run.newest_step(tmp_path / "parts/stable") == 4
     assert run.newest_step(tmp_path / "parts/decay-4-2") == 6
     lines = [json.loads(line) for line in (tmp_path / "parts/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "held_out" in line] == [2, 4, 6]
 
 
+def test_a_run_starts_from_exported_weights_and_refuses_another_beginning_later(weights, tmp_path):
+    export.write_checkpoint(tmp_path / "a", *weights, TINY, tokenizer=write_tokenizer(tmp_path / "t.json"), dtype="float32")
+    equal_states(run.first_weights(TINY, RECIPE, tmp_path / "a"), weights)
+    with pytest.raises(UserError, match="give its sizes"):
+        run.first_weights(dataclasses.replace(TINY, num_layers=3), RECIPE, tmp_path / "a")
+    run.check_run(tmp_path, TINY, RECIPE, tmp_path / "a")
+    with pytest.raises(UserError, match="give the same start_from"):
+        run.check_run(tmp_path, TINY, RECIPE, None)
+
+
 def test_a_run_refuses_other_sizes_and_a_decay_of_nothing(tmp_path):
-    run.check_run(tmp_path, TINY, RECIPE)
+    run.check_run(tmp_path, TINY, RECIPE, None)
     with pytest.raises(UserError, match="holds a run of"):
-        run.check_run(tmp_path, dataclasses.replace(TINY, num_layers=3), RECIPE)
+        run.check_run(tmp_path, dataclasses.replace(TINY, num_layers=3), RECIPE, None)
     with pytest.raises(UserError, match="nothing to decay from"):
         run.phase(tmp_path, dataclasses.replace(RECIPE, decay_steps=2))
 
@@ -290,7 +307,7 @@ def test_html_becomes_the_text_that_a_reader_sees():
 def test_greedy_continuations_are_what_the_logits_say(weights):
     rows = np.zeros((2, 12), np.int32)
     rows[0, :8], rows[1, :3] = random_tokens(8), random_tokens(3)
-    drawn = samples.continued(*weights, rows, jnp.array([8, 3]), jax.random.key(0), jnp.float32(0), config=TINY, count=4)
+    drawn = rollouts.continued(*weights, rows, jnp.array([8, 3]), jax.random.key(0), jnp.zeros(2), config=TINY, count=4)
     rows[0, 8:], rows[1, 3:7] = drawn
     likeliest = np.argmax(logits(*weights, rows, TINY), axis=-1)
     np.testing.assert_array_equal(drawn, [likeliest[0, 7:11], likeliest[1, 2:6]])
@@ -300,3 +317,39 @@ def test_repeated_8_grams():
     assert samples.repeated_share(np.arange(20)) == 0.0
     assert samples.repeated_share(np.zeros(20)) == pytest.approx(12 / 13)
     assert samples.repeated_share(np.zeros(7)) == 0.0
+
+
+def test_a_token_completes_a_repeat_where_its_ngram_stands_before_it():
+    tokens = jnp.array([[1, 2, 3, 1, 2, 3, 1, 2], [5, 5, 5, 5, 6, 5, 5, 5], [1, 2, 3, 4, 5, 6, 7, 8]])
+    wanted = np.zeros((3, 8), bool)
+    wanted[0, 5:] = True  # 1 2 3 again, and from there on each three
+    wanted[1, [3, 7]] = True  # 5 5 5 overlaps itself once; after the 6 it must be whole again
+    np.testing.assert_array_equal(repetition.completes_repeat(tokens, 3), wanted)
+
+
+def test_unlikelihood_pushes_repeated_tokens_down_and_leaves_others_alone():
+    logits, tokens = normal(9, 3, 7), jnp.array([2, 0, 6])
+    p = jax.nn.softmax(logits)[jnp.arange(3), tokens]
+    np.testing.assert_allclose(repetition.unlikelihood(logits, tokens), -jnp.log1p(-p), rtol=1e-5)
+    certain = jnp.zeros((1, 7)).at[0, 2].set(60.0)  # 1 - p is 0 in float32
+    gradient = jax.grad(lambda x: repetition.unlikelihood(x, jnp.array([2]))[0])(certain)
+    assert gradient[0, 2] == pytest.approx(1.0)
+
+
+@pytest.mark.slow
+def test_a_step_against_repetition_makes_what_was_repeated_less_likely(weights):
+    params, bias = weights
+    recipe = dataclasses.replace(RECIPE, repeat_prompt=4, repeat_size=3)
+    tokens = jnp.tile(random_tokens(2, 4), (1, 4))
+    nats, gradient = jax.jit(jax.value_and_grad(lambda p: repetition.loss_fn(p, bias, tokens, TINY, recipe)[0]))(params)
+    nearer = jax.tree.map(lambda w, g: w - 1e-2 * g, params, gradient)
+    repeats = np.asarray(repetition.completes_repeat(tokens, 3))[:, 1:]
+    chosen = lambda p: np.take_along_axis(jax.nn.softmax(logits(p, bias, tokens, TINY))[:, :-1], tokens[:, 1:, None], 2)[..., 0]  # noqa: E731
+    assert nats > 0 and chosen(nearer)[repeats].mean() < chosen(params)[repeats].mean()
+
+
+def test_neighbours_that_choose_alike_lose_less():
+    scores = jnp.array([[4.0, 4.0, 1.0, 1.0], [4.0, 4.0, 1.0, 1.0], [1.0, 1.0, 4.0, 4.0]])
+    routing = lambda rows: model.Routing(scores[rows], jax.lax.top_k(scores[rows], 2)[1], jnp.zeros(4), jnp.int32(0))  # noqa: E731
+    same, other = (loop.locality_nats(routing(jnp.array(rows)), (1, 2)) for rows in ([0, 1], [1, 2]))
+    np.testing.assert_allclose([same, other], -np.log([0.8, 0.2]), rtol=1e-6)

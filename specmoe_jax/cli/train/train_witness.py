@@ -3,6 +3,7 @@
     specmoe witness_data
     specmoe train_witness                        # constant learning rate, until stopped; again: goes on
     specmoe train_witness --decay_steps=2000 --export_dir=DIR   # finishes a copy of the newest checkpoint
+    specmoe train_witness --work_dir=W --start_from=DIR --repeat_weight=1   # goes on from exported weights, against repetition
 
 The order of the batches depends on the seed and the step alone. SIGTERM ends a run after the step in progress, saved.
 """
@@ -22,6 +23,7 @@ FLAGS = flags.FLAGS
 HOME = cache_folder() / "training"
 flags.DEFINE_string("data_dir", str(HOME / "witness_data"), "what specmoe witness_data wrote")
 flags.DEFINE_string("work_dir", str(HOME / "witness"), "checkpoints and log of this run")
+flags.DEFINE_string("start_from", None, "an exported checkpoint whose weights a new run begins with; none: random weights")
 flags.DEFINE_string("export_dir", None, "where the finished checkpoint goes as a glm4_moe directory; none: no export")
 flags.DEFINE_enum("export_dtype", "bfloat16", ["bfloat16", "float32"], "of the exported weights")
 flags.DEFINE_enum("progress", "auto", PROGRESS, "a bar on a terminal, a log line each 10 s, or nothing")
@@ -41,7 +43,8 @@ def read(group):
 def main() -> None:
     jax.config.update("jax_compilation_cache_dir", str(HOME / "xla"))  # a step compiles for a minute
     data_dir, config = pathlib.Path(FLAGS.data_dir), read(WitnessConfig)
-    state = run.train(config, read(RecipeConfig), pathlib.Path(FLAGS.work_dir), run.read_texts(data_dir), read(run.Rhythm))
+    texts, start_from = run.read_texts(data_dir), pathlib.Path(FLAGS.start_from) if FLAGS.start_from else None
+    state = run.train(config, read(RecipeConfig), pathlib.Path(FLAGS.work_dir), texts, read(run.Rhythm), start_from)
     if FLAGS.export_dir:
         folder, tokenizer = pathlib.Path(FLAGS.export_dir), data_dir / "tokenizer.json"
         export.write_checkpoint(folder, state.ema, state.bias, config, tokenizer=tokenizer, dtype=FLAGS.export_dtype)

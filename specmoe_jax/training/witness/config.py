@@ -54,4 +54,13 @@ class RecipeConfig:
     mtp_weight: float = 0.3
     mtp_share: float = 0.25  # of a batch's rows on which the MTP layer is trained
     ema_decay: float = 0.998
+    repeat_weight: float = 0.0  # of the loss on the model's own repetitions (repetition.py)
+    repeat_rows: int = 8  # continuations of a step
+    repeat_every: int = 8  # steps whose continuations are drawn at once
+    repeat_sampled: float = 0.25  # share of the continuations that are not greedy
+    repeat_prompt: int = 32  # tokens of training text before one
+    repeat_tokens: int = 128  # of one
+    repeat_size: int = 4  # tokens in a row that must not come again
+    local_weight: float = 0.0  # of the loss on what neighbouring tokens choose differently
+    local_layers: int = 4  # the lowest mixtures, on which it acts
     seed: int = 0

@@ -4,6 +4,8 @@ GLM-4.5 (Zeng et al. 2025) with its MTP layer (DeepSeek-V3, section 2.2); transf
 Letters: types.py; n = B * T tokens, C an expert's capacity.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -67,8 +69,10 @@ class Params(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What one router chose: ids [n, A] int32; load [E] float32, choices of each expert; dropped: choices without room."""
+    """What one router chose: scores [n, E], without the bias; ids [n, A] int32; load [E] float32, choices of each expert;
+    dropped: choices without room."""
 
+    scores: jax.Array
     ids: jax.Array
     load: jax.Array
     dropped: jax.Array
@@ -145,8 +149,10 @@ def rotate(x: jax.Array, positions: jax.Array, config: WitnessConfig) -> jax.Arr
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin, rest], axis=-1)
 
 
-def attend(x: jax.Array, weights: Attention, positions: jax.Array, config: WitnessConfig) -> jax.Array:
-    """Causal grouped-query attention. x [B, T, M]; positions [T] -> [B, T, M]."""
+def project(
+    x: jax.Array, weights: Attention, positions: jax.Array, config: WitnessConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [B, T, M], positions [T] -> scaled queries [B, T, K, G, D], keys and values [B, T, K, D]; G = H / K."""
     batch, length, _ = x.shape
     # One product for the three: 0.83 of their processor time.
     projected = x @ jnp.concatenate([weights.wq, weights.wk, weights.wv], axis=-1)
@@ -158,8 +164,14 @@ def attend(x: jax.Array, weights: Attention, positions: jax.Array, config: Witne
         return rows if norm is None else rotate(rms_norm(rows, norm, config.norm_eps), positions, config)
 
     q = heads(q, weights.q_norm) * config.head_dim**-0.5
-    q = q.reshape(batch, length, config.num_kv_heads, -1, config.head_dim)  # [B, T, K, G, D]
-    return attention.causal(q, heads(k, weights.k_norm), heads(v)).reshape(batch, length, -1) @ weights.wo
+    q = q.reshape(batch, length, config.num_kv_heads, -1, config.head_dim)
+    return q, heads(k, weights.k_norm), heads(v)
+
+
+def attend(x: jax.Array, weights: Attention, config: WitnessConfig) -> jax.Array:
+    """Causal grouped-query attention of whole sequences. x [B, T, M] -> [B, T, M]."""
+    mixed = attention.causal(*project(x, weights, jnp.arange(x.shape[1]), config))
+    return mixed.reshape(*x.shape[:2], -1) @ weights.wo
 
 
 def gated(x: jax.Array, weights: Mlp) -> jax.Array:
@@ -174,9 +186,8 @@ def mlp(x: jax.Array, weights: Mlp) -> jax.Array:
     return gated(x, weights) @ weights.w_down
 
 
-def route(x: jax.Array, router: jax.Array, bias: jax.Array, config: WitnessConfig) -> tuple[jax.Array, jax.Array]:
-    """Sigmoid scores; the bias takes part in the choice alone (Wang et al. 2024). x [n, M] -> ids, weights [n, A]."""
-    scores = jax.nn.sigmoid(x @ router)
+def route(scores: jax.Array, bias: jax.Array, config: WitnessConfig) -> tuple[jax.Array, jax.Array]:
+    """The bias takes part in the choice alone (Wang et al. 2024). scores [n, E] -> ids, weights [n, A]."""
     ids = jax.lax.top_k(jax.lax.stop_gradient(scores) + bias, config.experts_per_token)[1]
     weights = jnp.take_along_axis(scores, ids, axis=-1)
     return ids, weights / jnp.sum(weights, axis=-1, keepdims=True) * config.routed_scale
@@ -202,19 +213,20 @@ def every_expert(x: jax.Array, ids: jax.Array, weights: jax.Array, experts: Mlp)
 
 def run_experts(x: jax.Array, weights: Experts, bias: jax.Array, config: WitnessConfig, capacity_factor: float | None):
     """x [n, M] -> [n, M], Routing. Without a capacity factor every choice finds room."""
-    ids, chosen = route(x, weights.router, bias, config)
+    scores = jax.nn.sigmoid(x @ weights.router)
+    ids, chosen = route(scores, bias, config)
     if capacity_factor is None:
         out, dropped = every_expert(x, ids, chosen, weights.routed), jnp.int32(0)
     else:
         capacity = int(ids.size / config.num_experts * capacity_factor)
         out, dropped = routed_ffn(x, ids, chosen, weights.routed, capacity)
     load = jnp.sum(jax.nn.one_hot(ids, config.num_experts), axis=(0, 1))
-    return out + mlp(x, weights.shared), Routing(ids=ids, load=load, dropped=dropped)
+    return out + mlp(x, weights.shared), Routing(scores=scores, ids=ids, load=load, dropped=dropped)
 
 
-def run_layer(x: jax.Array, layer: Layer, bias: jax.Array, positions: jax.Array, config: WitnessConfig, capacity_factor):
-    """One decoder layer. x [B, T, M] -> [B, T, M], Routing or None where the layer is dense."""
-    x = x + attend(rms_norm(x, layer.attention_norm, config.norm_eps), layer.attention, positions, config)
+def run_layer(x: jax.Array, layer: Layer, bias: jax.Array, config: WitnessConfig, capacity_factor, mix: Callable):
+    """One decoder layer. x [B, T, M]; mix(x, Attention) [B, T, M] attends -> [B, T, M], Routing or None where it is dense."""
+    x = x + mix(rms_norm(x, layer.attention_norm, config.norm_eps), layer.attention)
     h = rms_norm(x, layer.ffn_norm, config.norm_eps)
     if isinstance(layer.ffn, Mlp):
         return x + mlp(h, layer.ffn), None
@@ -224,9 +236,9 @@ def run_layer(x: jax.Array, layer: Layer, bias: jax.Array, positions: jax.Array,
 
 def hidden_states(params: Params, bias: jax.Array, tokens: jax.Array, config: WitnessConfig, capacity_factor=None):
     """tokens [B, T] int32 -> the final hidden states after the norm [B, T, M], Routings of layers 1 to L - 1."""
-    x, positions, routings = params.embedding[tokens], jnp.arange(tokens.shape[1]), []
+    x, routings, mix = params.embedding[tokens], [], functools.partial(attend, config=config)
     for index, layer in enumerate(params.layers):
-        x, routing = run_layer(x, layer, bias[max(index - 1, 0)], positions, config, capacity_factor)
+        x, routing = run_layer(x, layer, bias[max(index - 1, 0)], config, capacity_factor, mix)
         routings += [] if routing is None else [routing]
     return rms_norm(x, params.norm, config.norm_eps), routings
 
@@ -240,7 +252,7 @@ def mtp_states(
     embedded = rms_norm(params.embedding[following], mtp.embedding_norm, eps)
     x = jnp.concatenate([embedded, rms_norm(hidden, mtp.hidden_norm, eps)], axis=-1) @ mtp.projection
     # Relative positions alone matter, so row p of the layer may be rotated by p although it stands at p + 1.
-    x, routing = run_layer(x, mtp.layer, bias[-1], jnp.arange(x.shape[1]), config, capacity_factor)
+    x, routing = run_layer(x, mtp.layer, bias[-1], config, capacity_factor, functools.partial(attend, config=config))
     return rms_norm(x, mtp.norm, eps), routing
 
 

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from specmoe_jax.support.errors import UserError
 from specmoe_jax.support.progress import bar
 from specmoe_jax.training import data
-from specmoe_jax.training.witness import evaluate, loop
+from specmoe_jax.training.witness import evaluate, export, loop, model
 from specmoe_jax.training.witness.config import RecipeConfig, WitnessConfig
 
 LOG_EVERY = 10
@@ -73,14 +73,27 @@ def restore(folder: pathlib.Path, like: loop.TrainState) -> loop.TrainState:
     return jax.tree.map(lambda array: jnp.asarray(np.asarray(array)), found)
 
 
-def check_run(work_dir: pathlib.Path, config: WitnessConfig, recipe: RecipeConfig) -> None:
-    """Writes run.json, or refuses other sizes than it has."""
+def check_run(work_dir: pathlib.Path, config: WitnessConfig, recipe: RecipeConfig, start_from: pathlib.Path | None) -> None:
+    """Writes run.json, or refuses other sizes or another beginning than it has."""
     path = work_dir / "run.json"
+    run = {"model": dataclasses.asdict(config), "start_from": start_from and str(start_from), "recipe": dataclasses.asdict(recipe)}
     if path.exists():
-        before = WitnessConfig(**json.loads(path.read_text())["model"])
-        if before != config:
-            raise UserError(f"{work_dir} holds a run of {before}, not of {config}; give the same sizes or another folder")
-    path.write_text(json.dumps({"model": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe)}, indent=2) + "\n")
+        before = json.loads(path.read_text())
+        for name, what in (("model", "sizes"), ("start_from", "start_from")):
+            if before.get(name) != run[name]:
+                raise UserError(
+                    f"{work_dir} holds a run of {name} {before.get(name)}, not {run[name]}; give the same {what} or another folder"
+                )
+    path.write_text(json.dumps(run, indent=2) + "\n")
+
+
+def first_weights(config: WitnessConfig, recipe: RecipeConfig, start_from: pathlib.Path | None) -> tuple[model.Params, jax.Array]:
+    """Random weights, or those that a run exported to `start_from`."""
+    if start_from is None:
+        return model.init_params(recipe.seed, config), model.init_bias(config)
+    if (found := export.read_config(start_from)) != config:
+        raise UserError(f"{start_from} holds a model of {found}, not of {config}; give its sizes")
+    return export.read_checkpoint(start_from, config)
 
 
 def read_config(work_dir: pathlib.Path) -> WitnessConfig:
@@ -126,16 +139,31 @@ def quick_figures(state: loop.TrainState, texts: Texts, config: WitnessConfig, r
     )
 
 
-def train(config: WitnessConfig, recipe: RecipeConfig, work_dir: pathlib.Path, texts: Texts, rhythm: Rhythm) -> loop.TrainState:
-    """Runs the remaining steps of the phase; saves each `checkpoint_every_s`, when it is asked to stop, and at the end."""
+def prompts_at(tokens: np.ndarray, step: int, recipe: RecipeConfig) -> np.ndarray:
+    """Training text that the model is to continue before a step -> [n, repeat_prompt] int32; another order than the batches'."""
+    rows, length = loop.continued_shape(recipe)[0], recipe.repeat_prompt - 1
+    return data.batch_at(tokens, step // recipe.repeat_every, batch_size=rows, length=length, seed=recipe.seed + 1)
+
+
+def train(
+    config: WitnessConfig,
+    recipe: RecipeConfig,
+    work_dir: pathlib.Path,
+    texts: Texts,
+    rhythm: Rhythm,
+    start_from: pathlib.Path | None = None,
+) -> loop.TrainState:
+    """Runs the remaining steps of the phase; saves each `checkpoint_every_s`, when it is asked to stop, and at the end.
+
+    start_from: an exported checkpoint whose weights a new run begins with, under a fresh optimiser; a run that has begun goes on.
+    """
     work_dir.mkdir(parents=True, exist_ok=True)
-    check_run(work_dir, config, recipe)
+    check_run(work_dir, config, recipe, start_from)
     folder, origin, recipe = phase(work_dir, recipe)
     begin = folder if newest_step(folder) is not None else origin
-    if begin is None:
-        state = loop.init_state(config, recipe)
-    else:
-        state = restore(begin, loop.init_state(config, recipe))
+    state = loop.init_state(*first_weights(config, recipe, start_from), recipe)
+    if begin is not None:
+        state = restore(begin, state)
     log, stop, began_s = work_dir / "log.jsonl", Stop(), time.monotonic()
     last_step, saved_s = recipe.stable_steps + recipe.decay_steps, time.monotonic()
     with (
@@ -150,7 +178,9 @@ def train(config: WitnessConfig, recipe: RecipeConfig, work_dir: pathlib.Path, t
         for step in range(int(state.step), last_step):
             # Two tokens more than the main loss needs would overlap the next window: windows are one longer than `length`.
             batch = data.batch_at(texts.train, step, batch_size=recipe.batch_size, length=recipe.length + 1, seed=recipe.seed)
-            state, info = loop.train_step(state, batch, config=config, recipe=recipe)
+            if recipe.repeat_weight and step % recipe.repeat_every == 0:
+                state = loop.with_continuations(state, prompts_at(texts.train, step, recipe), config, recipe)
+            state, info = loop.train_step(state, batch, loop.rates(recipe, step), config=config, recipe=recipe)
             if step % LOG_EVERY == 0:
                 figures = {name: round(float(value), 4) for name, value in info._asdict().items()}
                 write_line(log, step=step, cpu_s=round(time.process_time(), 1), **figures)

@@ -1,6 +1,5 @@
 """Continuations of held-out prompts, and how much they repeat themselves."""
 
-import functools
 import pathlib
 
 import jax
@@ -8,28 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from specmoe_jax.training.witness import model
-from specmoe_jax.training.witness.config import WitnessConfig
-
-
-@functools.partial(jax.jit, static_argnames=("config", "count"))
-def continued(params, bias, tokens, lengths, key, temperature, *, config: WitnessConfig, count: int) -> jax.Array:
-    """Each row's `count` next tokens; at temperature 0 the likeliest. The key is consumed.
-
-    tokens [B, S] int32, room for `count` behind the prompts; lengths [B] of the prompts -> [B, count]. The whole row is computed
-    anew for each token: a few hundred positions need no cache.
-    """
-
-    def one(carry, key):
-        tokens, at = carry
-        hidden = model.hidden_states(params, bias, tokens, config, 4.0)[0]
-        last = jnp.take_along_axis(hidden, (at - 1)[:, None, None], axis=1)[:, 0] @ params.head  # [B, V]
-        drawn = jax.random.categorical(key, last / jnp.maximum(temperature, 1e-6))
-        token = jnp.where(temperature > 0, drawn, jnp.argmax(last, axis=-1))
-        return (tokens.at[jnp.arange(len(at)), at].set(token), at + 1), token
-
-    _, drawn = jax.lax.scan(one, (tokens, lengths), jax.random.split(key, count))
-    return drawn.T
+from specmoe_jax.training.witness import rollouts
 
 
 def repeated_share(tokens: np.ndarray, size: int = 8) -> float:
@@ -56,8 +34,10 @@ def report(
     for row, ids in zip(rows, encoded, strict=True):
         row[: len(ids)] = ids
     lengths = jnp.array([len(ids) for ids in encoded])
-    drawn = continued(params, bias, rows, lengths, jax.random.key(seed), jnp.float32(temperature), config=config, count=count)
-    drawn = np.asarray(drawn)
+    temperatures = jnp.full(len(rows), temperature, jnp.float32)
+    drawn = np.asarray(
+        rollouts.continued(params, bias, rows, lengths, jax.random.key(seed), temperatures, config=config, count=count)
+    )
     return {
         "repeated_8_grams": round(float(np.mean([repeated_share(row) for row in drawn])), 4),
         "texts": [{"prompt": p, "continuation": coder.decode(row.tolist())} for p, row in zip(prompts, drawn, strict=True)],

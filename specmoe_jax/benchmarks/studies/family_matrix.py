@@ -1,9 +1,10 @@
 """Every family under every preset and with every draft, on both KV tiers, one request at a time and eight ragged ones: are the
 tokens those of the resident preset?
 
-    XLA_FLAGS=--xla_backend_optimization_level=0 python -m specmoe_jax.benchmarks.studies.family_matrix --output=matrix.jsonl
+    XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false" \\
+        python -m specmoe_jax.benchmarks.studies.family_matrix --output=matrix.jsonl
 
-The families are the tiny ones of specmoe_jax.testing, with a layer for further tokens where they can have one. What the plan
+The flags halve the processor time, nearly all of which is compilation. The families are the tiny ones of specmoe_jax.testing, with a layer for further tokens where they can have one. What the plan
 refuses is counted without running. Each line of the output is a case; one that is there is not run again. Every family first
 gets each preset with each draft once, tiers and batches going round, then the others. The reference itself is compared
 with the forward without a cache. Two tokens whose logits differ by less than NEAR are a tie, which rounding may decide either way.
@@ -115,18 +116,18 @@ def reference(family: str) -> list[tuple[int, ...]]:
     plan = plan_of(Case(family, "resident", "none", "accelerator", 8))
     found = [done.token_ids for done in sm.Engine(model, plan).generate(PROMPTS, PARAMS)]
     for text, tokens in zip(PROMPTS, found, strict=True):
-        for count, token in enumerate(tokens):
-            logits = next_logits(model, text, tokens[:count])
+        for count, (token, logits) in enumerate(zip(tokens, logits_of(model, text, tokens), strict=True)):
             assert logits.max() - logits[token] < NEAR, f"{family}: the reference is not the argmax after {count} tokens"
     return found
 
 
-def next_logits(model: Model, text: list[int], tokens: tuple[int, ...]) -> np.ndarray:
-    """[V] after some tokens, by the forward without a cache, padded to one shape."""
+def logits_of(model: Model, text: list[int], tokens: tuple[int, ...]) -> np.ndarray:
+    """[tokens, V], of which each was chosen, by the forward without a cache, padded to one shape."""
     width, encoder = max(LENGTHS) + max(NEW_TOKENS), model.config.encoder
-    begun = [*(text if encoder is None else encoder.start), *tokens]
+    begun = text if encoder is None else list(encoder.start)
     source = () if encoder is None else (padded(text, width), np.array([len(text)], np.int32))
-    return np.asarray(model.logits(padded(begun, width), *source))[0, len(begun) - 1]
+    logits = np.asarray(model.logits(padded([*begun, *tokens], width), *source))[0]
+    return logits[len(begun) - 1 :][: len(tokens)]
 
 
 def padded(row: list[int], width: int) -> np.ndarray:
@@ -169,7 +170,7 @@ def difference(model: Model, place: int, ours: tuple[int, ...], wanted: tuple[in
     at = next((i for i, (a, b) in enumerate(zip(ours, wanted, strict=False)) if a != b), None)
     if at is None:
         return Found("unequal", f"prompt {place}: {len(ours)} tokens instead of {len(wanted)}")
-    logits = next_logits(model, PROMPTS[place], wanted[:at])
+    logits = logits_of(model, PROMPTS[place], wanted)[at]
     gap = abs(float(logits[wanted[at]] - logits[ours[at]]))
     said = f"prompt {place}, token {at}: {ours[at]} instead of {wanted[at]}, whose logits differ by {gap:.2g}"
     return Found("tie" if gap < NEAR else "unequal", said)

@@ -1,13 +1,14 @@
 """Every family under every preset and with every draft, on both KV tiers, one request at a time and eight ragged ones: are the
 tokens those of the resident preset?
 
-    XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false" \\
+    XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false" \
         python -m specmoe_jax.benchmarks.studies.family_matrix --output=matrix.jsonl
 
-The flags halve the processor time, nearly all of which is compilation. The families are the tiny ones of specmoe_jax.testing, with a layer for further tokens where they can have one. What the plan
-refuses is counted without running. Each line of the output is a case; one that is there is not run again. Every family first
-gets each preset with each draft once, tiers and batches going round, then the others. The reference itself is compared
-with the forward without a cache. Two tokens whose logits differ by less than NEAR are a tie, which rounding may decide either way.
+The flags halve the processor time, nearly all of which is compilation. The families are the tiny ones of specmoe_jax.testing,
+with a layer for further tokens where they can have one. What the plan refuses is counted without running. Each line of the
+output is a case; one that is there is not run again. Every family first gets each preset with each draft once, tiers and
+batches going round, then the others. The reference itself is compared with the forward without a cache. Two tokens whose logits
+differ by less than NEAR are a tie, which rounding may decide either way.
 """
 
 import collections

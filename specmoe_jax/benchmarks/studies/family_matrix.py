@@ -187,22 +187,27 @@ def refusal(case: Case) -> str | None:
 
 
 def study(families: list[str], output: pathlib.Path) -> dict[Case, Found]:
-    """Runs what the output lacks and returns all of it."""
-    done = read(output)
+    """Adds what the output lacks, the refusals of plans first, and returns all of it."""
+    done, order = read(output), [*itertools.chain(*zip(*map(rounds, families), strict=True))]
     alike = {what_runs(case): found for case, found in done.items()}
     with output.open("a", encoding="utf-8") as file:
-        for cases in itertools.chain(*zip(*map(rounds, families), strict=True)):
+
+        def add(case: Case, found: Found) -> None:
+            done[case] = found
+            file.write(json.dumps(case._asdict() | found._asdict()) + "\n")
+            file.flush()
+
+        for case in (case for case in itertools.chain(*order) if case not in done):
+            if why := refusal(case):
+                add(case, Found("refused", why))
+        for cases in order:
             for case in (case for case in cases if case not in done):
-                why = refusal(case)
-                found = Found("refused", why) if why else alike.get(what_runs(case)) or run(case, plan_of(case))
-                done[case] = alike[what_runs(case)] = found
-                file.write(json.dumps(case._asdict() | found._asdict()) + "\n")
-                file.flush()
+                found = alike[what_runs(case)] = alike.get(what_runs(case)) or run(case, plan_of(case))
+                add(case, found)
                 if found.outcome not in ("equal", "refused"):
                     print(*case, *found, flush=True)
             let_go()
-            counts = collections.Counter(found.outcome for found in done.values())
-            print(cases[0].family, dict(counts), flush=True)
+            print(cases[0].family, dict(collections.Counter(found.outcome for found in done.values())), flush=True)
     return done
 
 

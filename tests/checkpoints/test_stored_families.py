@@ -148,7 +148,11 @@ REFUSALS = (
     ("deepseek_v32", {"q_lora_rank": None}, "q_lora_rank is None"),
     ("glm_moe_dsa", {"indexer_types": ["shared", "full", "full", "full"]}, "the first layer has no indexer"),
     ("glm_moe_dsa", {"indexer_types": ["full"]}, "indexer_types is ['full']; this family is built with 4 of full, shared"),
-    ("glm_moe_dsa", {"index_topk_pattern": "FX"}, "index_topk_pattern is 'FX'; it must be 4 of the letters F and S"),
+    (
+        "glm_moe_dsa",
+        {"indexer_types": None, "index_topk_pattern": "FX"},
+        "index_topk_pattern is 'FX'; it must be 4 of the letters F and S",
+    ),
     ("mimo_v2_flash", {"hybrid_layer_pattern": [0, 2, 1, 0]}, "hybrid_layer_pattern is [0, 2, 1, 0]; it must be 4 of 0 and 1"),
     ("mimo_v2_flash", {"swa_head_dim": 16}, "swa_head_dim is 16; this family is built with 12"),
     ("qwen3_vl_moe", {"text_config": None}, "num_experts is None"),

@@ -13,12 +13,14 @@ from specmoe_jax.config.registry import DRAFTS, KV_TIERS
 
 def test_every_combination_is_asked_for_once():
     """Each round has all presets and drafts, and within one, and from one to the next, tiers and batches go round."""
-    rounds = list(family_matrix.rounds("mixtral"))
+    rounds = family_matrix.rounds("mixtral")
     pairs = set(itertools.product(sm.PRESETS, DRAFTED))
     for cases in rounds:
         assert {(case.preset, case.draft) for case in cases} == pairs and len(cases) == len(pairs)
         assert {(case.tier, case.batch) for case in cases} == set(itertools.product(KV_TIERS, PLACES))
     assert len(set(itertools.chain(*rounds))) == 4 * len(pairs)
+    possible = {(case.preset, case.draft) for case in itertools.chain(*rounds) if family_matrix.refusal(case) is None}
+    assert {(case.preset, case.draft) for case in rounds[0] if family_matrix.refusal(case) is None} == possible
 
 
 def test_every_draft_that_needs_no_code_of_the_user_is_in_it():

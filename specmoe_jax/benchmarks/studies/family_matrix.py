@@ -19,7 +19,6 @@ import json
 import pathlib
 import textwrap
 import traceback
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -83,15 +82,16 @@ class Found(NamedTuple):
     accepted: float | None = None
 
 
-def rounds(family: str) -> Iterator[list[Case]]:
-    """Each has every preset with every draft once, on another tier and with another batch."""
+@functools.cache
+def rounds(family: str) -> list[list[Case]]:
+    """Each has every preset with every draft once, on another tier and with another batch; what the plan refuses comes last."""
     settings = list(itertools.product(KV_TIERS, PLACES))
-    turn = list(FAMILIES).index(family)
-    for again in range(len(settings)):
-        yield [
-            Case(family, preset, draft, *settings[(turn + i + j + again) % len(settings)])
-            for (i, preset), (j, draft) in itertools.product(enumerate(sm.PRESETS), enumerate(DRAFTED))
-        ]
+    turn, found = list(FAMILIES).index(family), []
+    for (i, preset), (j, draft) in itertools.product(enumerate(sm.PRESETS), enumerate(DRAFTED)):
+        first = (turn + i + j) % len(settings)
+        cases = [Case(family, preset, draft, *setting) for setting in (*settings[first:], *settings[:first])]
+        found.append(sorted(cases, key=lambda case: refusal(case) is not None))
+    return list(map(list, zip(*found, strict=True)))
 
 
 @functools.cache

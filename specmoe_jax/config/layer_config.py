@@ -6,6 +6,8 @@ Layers that are alike have equal configs and so share programs, whatever family 
 import dataclasses
 import math
 
+CHOICE_DIGITS = 3  # numbers that a chosen position takes behind a hidden state (models/selection/handed.py)
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -106,6 +108,8 @@ class AttentionConfig:
     recurrent: then nothing is attended, H and K are value and key heads, and there is no cache by positions.
     indexer: index keys lie behind the latent in the value cache, so D is rank + the larger of rope and index dim; queries come
     with what they ask of it, behind them in the last axis.
+    taken: positions that an earlier layer's indexer chose for each query, at most, which come behind the hidden state; this layer
+    attends those (GLM-5.2). hands_on: whether the next layer takes what this one has attended.
     """
 
     num_heads: int
@@ -125,6 +129,8 @@ class AttentionConfig:
     value_scale: float = 1.0
     recurrent: Recurrence | None = None
     indexer: Indexer | None = None
+    taken: int | None = None
+    hands_on: bool = False
 
     @property
     def cache_dim(self) -> int:
@@ -143,8 +149,23 @@ class AttentionConfig:
 
     @property
     def asked_dim(self) -> int:
-        """Of the share of one query head in what a position asks an indexer for."""
-        return -(-self.indexer.asked // self.num_heads) if self.indexer else 0
+        """Of the share of one query head in what a position asks an indexer for, or in the choice that it takes."""
+        return -(-(self.indexer.asked if self.indexer else self.taken_numbers) // self.num_heads)
+
+    @property
+    def kept(self) -> int | None:
+        """Positions that a query attends at most, of a longer context; None for all."""
+        return self.indexer.kept if self.indexer else self.taken
+
+    @property
+    def taken_numbers(self) -> int:
+        """Of the choice that comes behind a hidden state."""
+        return CHOICE_DIGITS * (self.taken or 0)
+
+    @property
+    def told_numbers(self) -> int:
+        """Of the choice that comes behind a token's attended values, for the layers after this one."""
+        return CHOICE_DIGITS * self.indexer.kept if self.indexer and self.hands_on else 0
 
     @property
     def query_dim(self) -> int:

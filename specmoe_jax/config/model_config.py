@@ -25,7 +25,6 @@ class ModelConfig:
     layer_configs: what each layer computes. Left out, all layers are alike and as Mixtral's: plain rotary positions of
     `rope_theta`, `sliding_window`, softmax routing with renormalised weights.
     expert_hidden, num_experts, experts_per_token: of every layer that has experts; they share one pool of slots.
-    window_reason: why max_positions is less than the model was trained for; None where it is not.
     embedding: None for plain token embeddings. encoder: None for a decoder alone; what is not said of the encoder
     (num_layers, layers, moe_layers) is the decoder's.
     """
@@ -51,7 +50,6 @@ class ModelConfig:
     layer_configs: tuple[LayerConfig, ...] | None = None
     embedding: Embedding | None = None
     logits_divisor: float = 1.0
-    window_reason: str | None = None
     encoder: EncoderConfig | None = None
 
     @functools.cached_property
@@ -77,6 +75,11 @@ class ModelConfig:
     def recurrent_layers(self) -> tuple[int, ...]:
         """Layers with a state of fixed size in the place of a cache by positions."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.attention.recurrent is not None)
+
+    @functools.cached_property
+    def state_numbers(self) -> int:
+        """Of the widest hidden state, with the choice of positions that goes behind it."""
+        return self.hidden_size + max(layer.attention.taken_numbers for layer in self.layers)
 
     @property
     def num_moe_layers(self) -> int:

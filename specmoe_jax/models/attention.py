@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from specmoe_jax import ops
 from specmoe_jax.config.layer_config import AttentionConfig
 from specmoe_jax.models.selection import attention as selection
+from specmoe_jax.models.selection import handed
 from specmoe_jax.models.selection.indexer import asked_of, selects
 from specmoe_jax.types import Grown, KVCache, Tree
 
@@ -14,19 +15,19 @@ def attend(config: AttentionConfig, q, k, v, sinks, k_cache, v_cache, lengths, n
     """Appends k, v [B, T, K, D] to the caches [B, K, S, cache_dim] at lengths[b] and attends q [B, T, H, D] to them.
 
     sinks: [H] or None. tree: of the new tokens, None for a chain. Gated queries are [B, T, H, 2 D].
-    -> attended [B, T, H, D] and the caches. Rows t >= num_new[b] write nothing and give zeros.
+    -> attended [B, T, H, D], behind it what was chosen where the next layer takes it (selection.handed.told), and the caches.
+    Rows t >= num_new[b] write nothing and give zeros.
     """
     q, asked = asked_of(config, q)
     q, gate = gate_of(config, q)
     q, k, v = (_padded(config, a) for a in (q, k, v))
     if selects(config, k_cache.shape[2]):
-        out, *caches = selection.attend(config, q, asked, k, v, k_cache, v_cache, lengths, num_new, tree)
-        return out[..., : config.head_dim], *caches
+        return selection.attend(config, q, asked, k, v, k_cache, v_cache, lengths, num_new, tree)
     mask = None if tree is None else tree.mask
     out, *caches = ops.chunked_attention(
         q, k, v, k_cache, v_cache, lengths, num_new=num_new, tree_mask=mask, sinks=sinks, **_options(config)
     )
-    return gated(out[..., : config.head_dim], gate), *caches
+    return handed.told(config, gated(out[..., : config.head_dim], gate), None), *caches
 
 
 def attend_rows(config: AttentionConfig, q, k, v, kv: KVCache, rows, lengths, num_new, *, sinks=None) -> tuple[jax.Array, KVCache]:
@@ -59,8 +60,7 @@ def attend_paged(
     q, gate = gate_of(config, q)
     if selects(config, table.shape[1] * cache.shape[2]):
         cache = append_paged(config, k, v, cache, table, lengths, num_new)
-        out = selection.attend_paged(config, _padded(config, q), asked, cache, table, lengths, num_new, tree)
-        return out[..., : config.head_dim], cache
+        return selection.attend_paged(config, _padded(config, q), asked, cache, table, lengths, num_new, tree), cache
     q, k, v = (_padded(config, a) for a in (q, k, v))
     outs = []
     for start in range(0, q.shape[1], ops.MAX_NEW):  # each piece finds those before it in the cache
@@ -78,7 +78,7 @@ def attend_paged(
             **_options(config),
         )
         outs.append(out)
-    return gated(jnp.concatenate(outs, axis=1)[..., : config.head_dim], gate), cache
+    return handed.told(config, gated(jnp.concatenate(outs, axis=1)[..., : config.head_dim], gate), None), cache
 
 
 def gate_of(config: AttentionConfig, q: jax.Array) -> tuple[jax.Array, jax.Array | None]:

@@ -9,6 +9,7 @@ from specmoe_jax.models import latent, recurrent
 from specmoe_jax.models.attention import scores_and_values, within
 from specmoe_jax.models.basics import affine, heads, linear, norm, rms_norm, rope, sinusoids
 from specmoe_jax.models.routing import route
+from specmoe_jax.models.selection import handed
 from specmoe_jax.models.spec import CrossWeights, LayerWeights, MlpWeights, Weights
 from specmoe_jax.types import CrossCache, Routing
 
@@ -33,11 +34,15 @@ def pre_attention(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Norm, projections and RoPE ("other1" of SpecMoEOff). h [B, T, M] -> q [B, T, H, D], k and v [B, T, K, D].
 
-    Gated queries are [B, T, H, 2 D]; of a recurrent layer: see recurrent.project.
+    Gated queries are [B, T, H, 2 D]; of a recurrent layer: see recurrent.project. A choice of positions behind h goes behind q.
     """
     assert weights.input_norm is not None
+    h, taken = handed.apart(config.attention, h)
     x = norm(h, weights.input_norm, weights.input_norm_bias, config.norm_eps, config.norm_plus)
-    return queries_keys_values(config, weights, x, positions)
+    q, k, v = queries_keys_values(config, weights, x, positions)
+    if taken is not None:
+        q = jnp.concatenate([q, handed.by_heads(config.attention, taken)], axis=-1)
+    return q, k, v
 
 
 def queries_keys_values(
@@ -76,8 +81,10 @@ def post_attention(
 
     h: [B, T, M]; attended: [B, T, H, D]; valid: [B, T] bool, False for padding and finished rows.
     Returns h with all but the routed experts added [B, T, M], the experts' input x [n, M] and the routing of its rows,
-    None for a layer without experts.
+    None for a layer without experts. A choice of positions goes behind h where the next layer takes it.
     """
+    h, taken = handed.apart(config.attention, h)
+    chosen = attended
     if config.attention.latent is not None:
         attended = latent.values(config.attention, weights, attended)
     if config.attention.recurrent is not None:
@@ -91,7 +98,7 @@ def post_attention(
     x = norm(h, weights.post_norm, weights.post_norm_bias, config.norm_eps, config.norm_plus)
     if weights.mlp is not None:
         h = h + config.residual_scale * _gated(mlp(weights.mlp, x), x, weights.shared_gate)
-    x = x.reshape(-1, x.shape[-1])  # [n, M]
+    x, h = x.reshape(-1, x.shape[-1]), handed.behind(config.attention, h, chosen, taken)  # x [n, M]
     if config.router is None:
         return h, x, None
     return h, *_routed(config, x, _route(config, weights, x, valid.reshape(-1)))
@@ -114,9 +121,16 @@ def reroute(config: LayerConfig, weights: LayerWeights[jax.Array], x: jax.Array,
 
 
 def combine(h: jax.Array, expert_outputs: jax.Array, routing: Routing) -> jax.Array:
-    """Adds the weighted expert outputs [n, A, M] to the residual h [B, T, M], always in the order of the choices."""
+    """Adds the weighted expert outputs [n, A, M] to the residual h [B, T, M], always in the order of the choices.
+
+    What goes behind h stays as it is.
+    """
     mixed = jnp.sum(expert_outputs * routing.weights[..., None], axis=1)  # [n, M]
-    return h + mixed.reshape(h.shape).astype(h.dtype)
+    hidden = mixed.shape[-1]
+    mixed = mixed.reshape(*h.shape[:2], hidden).astype(h.dtype)
+    if h.shape[-1] == hidden:
+        return h + mixed
+    return jnp.concatenate([h[..., :hidden] + mixed, h[..., hidden:]], axis=-1)
 
 
 def head(config: Head, weights: Weights[jax.Array], h: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from specmoe_jax.models import encoder, layers, recurrent
 from specmoe_jax.models.attention import allowed, gate_of, gated, scores_and_values
 from specmoe_jax.models.experts import block_bytes, block_function, mean
 from specmoe_jax.models.families.registry import family_of
-from specmoe_jax.models.selection import indexer
+from specmoe_jax.models.selection import handed, indexer
 from specmoe_jax.models.spec import Weights, map_specs, random_block, random_tensor
 from specmoe_jax.support.errors import PinnedMemoryError
 from specmoe_jax.support.jax_settings import lenient
@@ -111,14 +111,16 @@ def _all_experts(config: LayerConfig, blocks, h: jax.Array, x: jax.Array, routin
 
 
 def reference_attention(config: AttentionConfig, q, k, v, sinks: jax.Array | None = None) -> jax.Array:
-    """Causal attention, scores in full. q [B, T, H, D], or with gates; k, v [B, T, K, D] -> [B, T, H, D]."""
+    """Causal attention, scores in full. q [B, T, H, D], or with gates; k, v [B, T, K, D] -> as attention.attend."""
     q, asked = indexer.asked_of(config, q)
     q, gate = gate_of(config, q)
     positions = jnp.arange(q.shape[1])
-    seen = allowed(config, positions, positions)[None]
+    seen, choice = allowed(config, positions, positions)[None], None
     if asked is not None:
-        seen = indexer.mask(config, asked, indexer.keys_of(config, v[:, :, 0]), seen)
-    return gated(scores_and_values(config, q, k.swapaxes(1, 2), v.swapaxes(1, 2), seen, sinks), gate)
+        choice = indexer.chosen(config, asked, v[:, :, 0], seen)
+        seen = indexer.mask(*choice, q.shape[1])
+    out = gated(scores_and_values(config, q, k.swapaxes(1, 2), v.swapaxes(1, 2), seen, sinks), gate)
+    return handed.told(config, out, choice)
 
 
 @lenient()

@@ -119,10 +119,10 @@ def attention(config: AttentionConfig, load: Load, itemsize: int, *, resource: s
     context = min(x for x in (load.context + load.new / 2, config.window, config.chunk) if x is not None)
     flops = 4 * load.tokens * context * config.num_heads * config.cache_dim
     read = load.rows * context * cache_row(config)
-    if config.indexer is not None and context > config.indexer.kept:  # index keys once, and of each query what it chose
-        kept = config.indexer.kept
-        flops = load.tokens * (2 * context * config.indexer.asked + 4 * kept * config.num_heads * config.cache_dim)
-        read = load.rows * context * config.indexer.dim + load.tokens * kept * cache_row(config)
+    if config.kept is not None and context > config.kept:  # index keys once, where it chooses, and of each query what was chosen
+        asked, dim = (config.indexer.asked, config.indexer.dim) if config.indexer else (0, 0)
+        flops = load.tokens * (2 * context * asked + 4 * config.kept * config.num_heads * config.cache_dim)
+        read = load.rows * context * dim + load.tokens * config.kept * cache_row(config)
     operator = "cpu_attention" if resource == CPU else "attention"
     return Cost(resource, operator, flops, read * itemsize, programs)
 
@@ -215,7 +215,7 @@ def append(config: AttentionConfig, load: Load, itemsize: int) -> Cost:
 
 def attended_up(config: AttentionConfig, load: Load, itemsize: int) -> Cost:
     """The outputs of the CPU's attention, back."""
-    return Cost(UP, "copy", bytes=load.tokens * config.num_heads * config.head_dim * itemsize)
+    return Cost(UP, "copy", bytes=load.tokens * (config.num_heads * config.head_dim + config.told_numbers) * itemsize)
 
 
 def head(config: ModelConfig, tokens: float, itemsize: int) -> Cost:

@@ -133,9 +133,11 @@ RAW_CONFIGS = {
         "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", "n_group": 3, "topk_group": 2,
         "rms_norm_eps": 1e-6, "rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
     },
+    # Two layers take what the first one's indexer chose; the last has one of its own.
     "glm_moe_dsa": _COMMON | _LATENT | {
         "architectures": ["GlmMoeDsaForCausalLM"], "model_type": "glm_moe_dsa", "n_group": 1, "topk_group": 1, "v_head_dim": 14,
-        "rms_norm_eps": 1e-5, "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "rms_norm_eps": 1e-5, "num_hidden_layers": 4, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "indexer_types": ["full", "shared", "shared", "full"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     },
     # Values narrower than keys; twice the KV heads, another theta and sinks where there is a window; the first layer dense.

@@ -62,7 +62,7 @@ def test_what_is_left_out_matters():
     assert tokens_of(found) != expected("deepseek_v32")
 
 
-@pytest.mark.parametrize(("family", "case"), [*(("deepseek_v32", case) for case in CASES), ("glm_moe_dsa", "streaming")])
+@pytest.mark.parametrize(("family", "case"), [*(("glm_moe_dsa", case) for case in CASES), ("deepseek_v32", "streaming")])
 def test_lossless(family, case):
     model, changes = model_of(family), CASES[case]
     plan = sm.PRESETS[case.split()[0]](model.config).replace(**{"batch_size": 4} | changes)
@@ -81,9 +81,31 @@ def test_index_keys_are_in_the_account():
     assert far.bytes - near.bytes == 1000 * 8 * 4  # index keys alone
 
 
-def test_layers_that_share_a_choice_keep_their_window():
-    config = parse_config(RAW_CONFIGS["glm_moe_dsa"] | {"indexer_types": ["full", "shared", "full"], "index_topk": 48})
-    assert config.max_positions == 48
-    engine = sm.Engine(random_model(config), sm.PRESETS["on_demand"](config))
-    with pytest.raises(sm.RequestError, match="share what an indexer chose are exact up to index_topk tokens alone, 48"):
-        engine.generate([PROMPTS[0]], PARAMS)
+def test_hidden_states_are_without_the_choice_behind_them():
+    """What whoever reads takes of the layers between which a choice goes on, and what a head of three layers is made of."""
+    model, layers = model_of("glm_moe_dsa"), (1, 2, 3)
+    found = []
+    for preset, changes in (("resident", {}), ("on_demand", {"prefill_chunk": 16}), ("streaming", {"prefill_chunk": 16})):
+        engine = sm.Engine(model, sm.PRESETS[preset](model.config).replace(batch_size=2, **changes))
+        found.append([one.hidden for one in engine.features(PROMPTS[2:], layers=layers)])
+    for one, *others in zip(*found, strict=True):
+        assert one.shape[::2] == (3, model.config.hidden_size)
+        for other in others:
+            np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_the_choice_is_in_the_account():
+    """Three numbers a position that is kept, behind each hidden state that waits."""
+    raw = RAW_CONFIGS["glm_moe_dsa"]
+    shared, own = (parse_config(raw | {"indexer_types": kinds}) for kinds in (raw["indexer_types"], ["full"] * 4))
+    assert shared.state_numbers - own.state_numbers == 3 * 6
+    plan = sm.PRESETS["on_demand"](shared)
+    waiting = [account(config, plan, batch_rows=2, positions=64).activation_bytes for config in (shared, own)]
+    assert waiting[0] > waiting[1]
+
+
+def test_layers_that_share_attend_what_was_chosen():
+    """With an indexer in each of the same layers the text is another."""
+    model = random_model(parse_config(RAW_CONFIGS["glm_moe_dsa"] | {"num_nextn_predict_layers": 1, "indexer_types": ["full"] * 4}))
+    found = sm.Engine(model, sm.PRESETS["resident"](model.config).replace(batch_size=4)).generate(PROMPTS, PARAMS)
+    assert tokens_of(found) != expected("glm_moe_dsa")

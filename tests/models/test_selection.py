@@ -1,4 +1,9 @@
-"""Attention to chosen positions: any passes over rows or pages give the definition's mask over the whole text."""
+"""Attention to chosen positions: any passes over rows or pages give the definition's mask over the whole text.
+
+And a choice on its way to the layers that share it arrives as it was made, in any type that hidden states have.
+"""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +14,7 @@ from specmoe_jax.config.layer_config import AttentionConfig, Indexer, Latent, Ro
 from specmoe_jax.models import attention
 from specmoe_jax.models.model import reference_attention
 from specmoe_jax.models.prefill_attention import attend_chunk
-from specmoe_jax.models.selection import indexer
+from specmoe_jax.models.selection import handed, indexer
 from specmoe_jax.ops import empty_cache
 from specmoe_jax.speculate.trees import make_tree
 
@@ -120,10 +125,57 @@ def test_equal_scores_and_many_keys():
     rng, count = np.random.default_rng(2), 2 * indexer.BLOCK + 7
     asked, keys = rng.standard_normal((1, 3, 5, 7), np.float32), rng.standard_normal((1, count, 6), np.float32)
     keys[0, 700:] = keys[0, 400]
+    behind_latent = np.pad(keys, ((0, 0), (0, 0), (8, 0)))
     seen = np.arange(count) <= np.array([2, 650, count])[:, None]
-    places, there = indexer.chosen(CONFIG, jnp.asarray(asked), jnp.asarray(keys), jnp.asarray(seen[None]))
+    places, there = indexer.chosen(CONFIG, jnp.asarray(asked), jnp.asarray(behind_latent), jnp.asarray(seen[None]))
     for query in range(3):
         scores = np.einsum("h,hs->s", asked[0, query, :, 6], np.maximum(asked[0, query, :, :6] @ keys[0].T, 0))
         scores = np.where(seen[query], scores, -np.inf)
         wanted = [s for s in np.argsort(-scores, kind="stable")[:4] if seen[query, s]]
         assert np.asarray(places)[0, query][np.asarray(there)[0, query]].tolist() == wanted
+
+
+FIRST = dataclasses.replace(CONFIG, hands_on=True)
+LATER = dataclasses.replace(CONFIG, indexer=None, taken=CONFIG.indexer.kept, hands_on=True)
+LAST = dataclasses.replace(LATER, hands_on=False)
+SEEN = jnp.broadcast_to(jnp.arange(LENGTH) <= jnp.arange(LENGTH)[:, None], (BATCH, LENGTH, LENGTH))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_written_is_read(dtype):
+    places = np.random.default_rng(0).integers(0, 1 << 20, (2, 3, 5))  # of the longest published window
+    places[0, 0] = (0, 255, 256, 65535, 65536)
+    there = np.arange(5) < np.array([5, 0, 2])[:, None]
+    there = np.broadcast_to(there, places.shape)
+    numbers = handed.written(jnp.asarray(places), jnp.asarray(there), 21).astype(dtype)
+    found, held = map(np.asarray, handed.read(numbers))
+    assert found.shape == held.shape == (2, 3, 7)  # two more than there were
+    np.testing.assert_array_equal(held, np.pad(there, ((0, 0), (0, 0), (0, 2))))
+    np.testing.assert_array_equal(found[held], places[there])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_goes_from_layer_to_layer_behind_the_hidden_state(dtype):
+    """Three heads, which twelve numbers do not fill evenly where there are seven."""
+    h = jnp.asarray(np.random.default_rng(1).standard_normal((BATCH, LENGTH, 7)), dtype)
+    attended = reference_attention(FIRST, *map(jnp.asarray, TEXT)).astype(dtype)
+    choice = indexer.chosen(CONFIG, indexer.asked_of(CONFIG, jnp.asarray(TEXT[0]))[1], jnp.asarray(TEXT[2])[:, :, 0], SEEN)
+    wide = handed.behind(FIRST, h, attended, None)
+    for config in (LATER, LATER, LAST):
+        assert wide.shape == (BATCH, LENGTH, 7 + config.taken_numbers)
+        own, taken = handed.apart(config, wide)
+        np.testing.assert_array_equal(own, h)
+        q = jnp.concatenate([jnp.zeros((BATCH, LENGTH, 3, config.head_dim), dtype), handed.by_heads(config, taken)], axis=-1)
+        found = indexer.chosen(config, indexer.asked_of(config, q)[1], None, None)
+        np.testing.assert_array_equal(indexer.mask(*found, LENGTH), indexer.mask(*choice, LENGTH))
+        wide = handed.behind(config, own, None, taken)
+    np.testing.assert_array_equal(wide, h)  # nothing goes behind the last one
+
+
+def test_a_layer_that_takes_a_choice_attends_as_the_one_that_made_it():
+    """Of the same queries, keys and values, with no index key behind them."""
+    q, k, v = map(jnp.asarray, TEXT)
+    first = reference_attention(FIRST, q, k, v)
+    taken = first[..., FIRST.head_dim :].reshape(BATCH, LENGTH, -1)[..., : FIRST.told_numbers]
+    q = jnp.concatenate([q[..., : FIRST.head_dim], handed.by_heads(LAST, taken)], axis=-1)
+    np.testing.assert_allclose(reference_attention(LAST, q, k, v), first[..., : FIRST.head_dim], atol=TOLERANCE)

@@ -27,7 +27,7 @@ def features(runtime: Runtime, h: jax.Array, inputs: dict[int, jax.Array]) -> ja
         return None
     if not runtime.feature_layers:
         return stages.final_norm(runtime.config.head, runtime.weights, h)
-    return jnp.concatenate([inputs[layer] for layer in runtime.feature_layers], axis=-1)
+    return jnp.concatenate([inputs[layer][..., : runtime.config.hidden_size] for layer in runtime.feature_layers], axis=-1)
 
 
 def embed(runtime: Runtime, tokens, lengths: jax.Array, tree: Tree | None = None) -> jax.Array:

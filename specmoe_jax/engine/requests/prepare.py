@@ -201,16 +201,10 @@ def _request(model: Reader, index: int, prompt: str | Sequence[int], params: Sam
         raise RequestError(f"prompt {index} is empty; give at least one token")
     if not all(0 <= token < vocab for token in token_ids):
         raise RequestError(f"prompt {index} holds a token id outside 0..{vocab - 1}, the model's vocabulary")
-    reason = "" if model.config.window_reason is None else f" ({model.config.window_reason})"
     if len(token_ids) >= window:
         raise RequestError(
-            f"prompt {index} has {len(token_ids)} tokens and the model's window is {window}{reason}, one of them for the "
-            f"answer; shorten it to {window - 1}"
-        )
-    if reason and len(token_ids) + params.max_new_tokens > window:  # where the model itself could go on
-        raise RequestError(
-            f"prompt {index} has {len(token_ids)} tokens and max_new_tokens is {params.max_new_tokens}; the window here is "
-            f"{window}{reason}: give max_new_tokens={window - len(token_ids)} or less"
+            f"prompt {index} has {len(token_ids)} tokens and the model's window is {window}, one of them for the answer; "
+            f"shorten it to {window - 1}"
         )
     encoder = model.config.encoder
     asked = {"id": index, "prompt": text, "params": params, "stop_ids": stop_ids}

@@ -111,7 +111,7 @@ def _held(config: ModelConfig, plan: Plan, paged: PagedLoad, least: int) -> Page
     if plan.host_memory_bytes is not None or available is None:
         return paged
     itemsize = DTYPE_BYTES[plan.dtype]
-    hidden = (config.hidden_size + max(map(token_numbers, config.layers))) * itemsize
+    hidden = (config.state_numbers + max(map(token_numbers, config.layers))) * itemsize
     pages = max(int(CACHE_SHARE * available) // (KV_PAGE * (position_bytes(config, itemsize) + hidden)), least)
     if pages >= paged.pages:
         return paged

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from specmoe_jax.config.layer_config import AttentionConfig, Indexer
 from specmoe_jax.models.basics import heads, linear, norm, rope
+from specmoe_jax.models.selection import handed
 from specmoe_jax.models.spec import IndexerWeights
 from specmoe_jax.ops.products import einsum
 
@@ -28,7 +29,7 @@ def own_indexer(config: AttentionConfig) -> Indexer:
 
 def selects(config: AttentionConfig, positions: int) -> bool:
     """Whether a cache of so many positions may hold more than a query attends."""
-    return config.indexer is not None and positions > config.indexer.kept
+    return config.kept is not None and positions > config.kept
 
 
 def project(
@@ -39,16 +40,20 @@ def project(
     q = rope(heads(linear(query_input, weights.q), indexer.heads), positions, indexer.rope)
     k = norm(linear(x, weights.k), weights.k_norm, weights.k_norm_bias, NORM_EPS)
     asked = jnp.concatenate([q, linear(x, weights.heads)[..., None]], axis=-1).reshape(*x.shape[:2], -1)
-    missing = config.num_heads * config.asked_dim - asked.shape[-1]
-    return heads(jnp.pad(asked, ((0, 0), (0, 0), (0, missing))), config.num_heads), rope(k[:, :, None], positions, indexer.rope)
+    return handed.by_heads(config, asked), rope(k[:, :, None], positions, indexer.rope)
 
 
 def asked_of(config: AttentionConfig, q: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Queries [B, T, H, D], and what they ask an indexer for [B, T, heads, index dim + 1], where there is one."""
-    if config.indexer is None:
+    """Queries [B, T, H, D], and what they ask an indexer for [B, T, heads, index dim + 1], where there is one.
+
+    Where an earlier layer's choice is taken, that [B, T, taken_numbers].
+    """
+    if config.kept is None:
         return q, None
-    asked = q[..., config.head_dim :].reshape(*q.shape[:2], -1)[..., : config.indexer.asked]
-    return q[..., : config.head_dim], heads(asked, config.indexer.heads)
+    asked = q[..., config.head_dim :].reshape(*q.shape[:2], -1)
+    if config.indexer is None:
+        return q[..., : config.head_dim], asked[..., : config.taken_numbers]
+    return q[..., : config.head_dim], heads(asked[..., : config.indexer.asked], config.indexer.heads)
 
 
 def keys_of(config: AttentionConfig, values: jax.Array) -> jax.Array:
@@ -57,21 +62,24 @@ def keys_of(config: AttentionConfig, values: jax.Array) -> jax.Array:
     return values[..., config.latent.rank : config.latent.rank + own_indexer(config).dim]
 
 
-def chosen(config: AttentionConfig, asked: jax.Array, keys: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
+def chosen(config: AttentionConfig, asked: jax.Array, values: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The best positions of those seen [B, T, S] bool, and which of them there are: [B, T, kept] int32 and bool.
 
-    asked: see `asked_of`; keys [B, S, index dim]. Of equal scores the earlier position is taken, whatever pass asks.
+    asked: see `asked_of`; values [B, S, cache_dim], of the cache. Of equal scores the earlier position is chosen, whatever pass
+    asks. Where an earlier layer's choice is taken, that.
     """
+    if config.indexer is None:
+        return handed.read(asked)
+    keys = keys_of(config, values)
     scores = jnp.where(seen, _scores(asked, keys), -jnp.inf)
     best, places = jax.lax.top_k(scores, min(own_indexer(config).kept, keys.shape[1]))
     return places, best > -jnp.inf
 
 
-def mask(config: AttentionConfig, asked: jax.Array, keys: jax.Array, seen: jax.Array) -> jax.Array:
-    """`chosen` as [B, T, S] bool."""
-    places, there = chosen(config, asked, keys, seen)
+def mask(places: jax.Array, there: jax.Array, count: int) -> jax.Array:
+    """`chosen` of so many positions as [B, T, count] bool."""
     rows = jnp.arange(places.shape[0])[:, None, None], jnp.arange(places.shape[1])[:, None]
-    return jnp.zeros((*places.shape[:2], keys.shape[1]), bool).at[(*rows, places)].set(there)
+    return jnp.zeros((*places.shape[:2], count), bool).at[(*rows, places)].max(there)
 
 
 def _scores(asked: jax.Array, keys: jax.Array) -> jax.Array:

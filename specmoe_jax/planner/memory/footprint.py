@@ -5,7 +5,7 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.kv_cache.positions import PREFILL_TOKENS, prefill_rows, staged_positions
 from specmoe_jax.models.selection.attention import QUERIES
-from specmoe_jax.models.selection.indexer import BLOCK, own_indexer, selects
+from specmoe_jax.models.selection.indexer import BLOCK, selects
 
 
 def _cache_row(layer: LayerConfig) -> int:
@@ -31,7 +31,7 @@ def state_bytes(config: ModelConfig, rows: int, replayed: int) -> int:
 def activation_bytes(config: ModelConfig, plan: Plan, batch_rows: int, passes: int, itemsize: int) -> int:
     """Largest live activations: residual, expert inputs and outputs of a pass, and the logits of a verification."""
     heads = max(token_numbers(layer) * itemsize + _recurrent_bytes(layer) for layer in config.layers)
-    per_token = 2 * config.hidden_size * itemsize + heads
+    per_token = 2 * config.state_numbers * itemsize + heads
     outputs = config.experts_per_token * config.hidden_size * 4
     logits = batch_rows * plan.tokens_per_pass * config.vocab_size * 4
     return passes * (per_token + outputs) + logits
@@ -57,12 +57,12 @@ def attention_bytes(config: ModelConfig, rows: int, tokens: int, positions: int,
 def _selection_bytes(attention: AttentionConfig, rows: int, tokens: int, positions: int, itemsize: int) -> int:
     """Scores of an indexer, masked and sorted, in float32; the keys and values of what some queries chose, and their scores.
 
-    From the shapes, not as compiled.
+    Where an earlier layer's choice is taken, without the former. From the shapes, not as compiled.
     """
-    indexer = own_indexer(attention)
-    scored = rows * tokens * (3 * positions + indexer.heads * min(positions, BLOCK) + 2 * indexer.kept) * 4
+    kept = attention.kept or 0
     each = 2 * attention.cache_dim * itemsize + attention.num_heads * (4 + itemsize)
-    return scored + rows * min(tokens, QUERIES) * indexer.kept * each
+    scores = 0 if attention.indexer is None else 3 * positions + attention.indexer.heads * min(positions, BLOCK)
+    return rows * tokens * (scores + 2 * kept) * 4 + rows * min(tokens, QUERIES) * kept * each
 
 
 def staging_bytes(config: ModelConfig, plan: Plan, batch_rows: int, positions: int, itemsize: int) -> int:
@@ -92,6 +92,7 @@ def token_numbers(layer: LayerConfig) -> int:
     """Numbers of the queries, keys and values of one token; none where the layer is recurrent."""
     attention = layer.attention
     gates = attention.num_heads * (attention.query_dim - attention.head_dim)  # and what is asked of an indexer
+    gates += attention.told_numbers
     return 0 if attention.recurrent else (attention.num_heads + 2 * attention.num_kv_heads) * attention.cache_dim + gates
 
 

@@ -1,7 +1,6 @@
 """GLM-5, 5.1 and 5.2 (Zhipu AI 2026): DeepSeek-V3.2's mathematics and names, without groups; its dense layers may be listed.
 
-GLM-5.2 has layers that attend what an earlier layer's indexer chose. That is not built: where there are some, the window is
-index_topk positions, in which nothing is left out.
+GLM-5.2 has layers that attend what the indexer of an earlier layer chose for the same token.
 """
 
 import dataclasses
@@ -27,9 +26,12 @@ def parse_config(raw: dict) -> ModelConfig:
 
     def attention_of(layer: int, attention: AttentionConfig) -> AttentionConfig:
         own = deepseek_v32.indexed(raw, attention, heads=32, interleaved=True)
-        return own if kinds[layer] == "full" else attention
+        hands_on = kinds[layer + 1 : layer + 2] == ("shared",)
+        if kinds[layer] == "full":
+            return dataclasses.replace(own, hands_on=hands_on)
+        return dataclasses.replace(attention, taken=own.kept, hands_on=hands_on)
 
-    config = deepseek_v3.latent_model(
+    return deepseek_v3.latent_model(
         raw,
         family="glm_moe_dsa",
         dense=listed_dense(raw, default=3),
@@ -37,17 +39,12 @@ def parse_config(raw: dict) -> ModelConfig:
         default_eps=1e-5,
         attention_of=attention_of,
     )
-    kept = size(raw, "index_topk", default=2048)
-    if "shared" not in kinds or kept >= config.max_positions:
-        return config
-    reason = f"layers that share what an indexer chose are exact up to index_topk tokens alone, {kept}"
-    return dataclasses.replace(config, max_positions=kept, window_reason=reason)
 
 
 def further_layer(config: ModelConfig) -> LayerConfig:
     """Of the layer for further tokens, which has an indexer of its own."""
     attention = next(layer.attention for layer in reversed(config.layers) if layer.attention.indexer is not None)
-    return dataclasses.replace(config.layers[config.moe_layers[-1]], attention=attention)
+    return dataclasses.replace(config.layers[config.moe_layers[-1]], attention=dataclasses.replace(attention, hands_on=False))
 
 
 def _kinds(raw: dict) -> tuple[str, ...]:

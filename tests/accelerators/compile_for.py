@@ -3,8 +3,9 @@
 XLA's compilers for both ask for a description alone. The engine runs plans on CPU devices, of which all but the last stand for
 accelerators (as in tests/engine/two_devices.py); each call of a jitted function is recorded with its shapes, dtypes and memory
 kinds, and what took arrays of the first accelerator, or of all, is compiled. The first argument is h200, which needs the wheels
-jax-cuda13-plugin and jax-cuda13-pjrt of this jax's version on PYTHONPATH, or v5e (four chips) or v5e_8 (eight, on which only
-runs of so many are compiled), which need the libtpu that this jax names. The others are names of runs, none for all; those of several devices need a description of so many.
+jax-cuda13-plugin and jax-cuda13-pjrt of this jax's version on PYTHONPATH, or v5e (four chips) or v5e_8 (eight, for which only runs
+of so many are compiled), which need the libtpu that this jax names. The others are names of runs, none for all; those of several
+devices need a description of so many.
 
 The last line is JSON: `expert_bytes` of the half-precision runs, `devices` of the description, and `programs`, each with `plan`,
 `name`, `temp_bytes`, `waits_for_link` (it copies out of host memory), `collective` (devices exchange something) and `failed`, None
@@ -24,9 +25,8 @@ from unittest import mock
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=9"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no cloud to ask
-os.environ["SPECMOE_GROUPED"] = {"h200": "cuda", "v5e": "tpu", "v5e_8": "tpu"}.get(
-    sys.argv[1], "none"
-)  # as a process on such a machine has them
+# As a process on such a machine has them.
+os.environ["SPECMOE_GROUPED"] = {"h200": "cuda", "v5e": "tpu", "v5e_8": "tpu"}.get(sys.argv[1], "none")
 
 import jax  # after the flags
 import numpy as np

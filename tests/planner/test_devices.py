@@ -1,5 +1,7 @@
 """Several devices: the account and the time of one, and the table of `explain`."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -67,11 +69,11 @@ def test_the_table_grows_from_one_to_eight():
 
 
 def test_hosts_hold_the_experts_together_and_are_joined_by_a_network():
-    host = machine("h100_host")
-    table = explain.devices(MIXTRAL, plan("on_demand"), host, WORKLOAD)["devices"]
+    host, many = machine("h100_host"), dataclasses.replace(MIXTRAL, num_experts=64, expert_hidden=2048)
+    table = explain.devices(many, plan("on_demand"), host, WORKLOAD)["devices"]
     assert list(table) == ["1", "2", "4", "8", "16", "32", "64"] and [row["hosts"] for row in table.values()] == [1] * 4 + [2, 4, 8]
-    small = host.replace(host_memory_bytes=60e9, network_bytes_per_s=1e9)  # experts of 90 GB
-    table = explain.devices(MIXTRAL, plan("on_demand", devices=1), small, WORKLOAD)["devices"]
+    small = host.replace(host_memory_bytes=60e9, network_bytes_per_s=1e7)  # experts of 103 GB
+    table = explain.devices(many, plan("on_demand"), small, WORKLOAD)["devices"]
     assert "cannot run" in table["8"] and table["16"]["binding_resource"] == "network between hosts"
 
 

@@ -4,9 +4,9 @@
     python -m specmoe_jax.benchmarks.studies.several_devices --presets=on_demand
     python -m specmoe_jax.benchmarks.studies.several_devices --part=balance --model=nllb_shaped
 
-throughput: 1, 2 and 4 devices with the same rows and the same slots in all, in interleaved rounds; ratios are to one device. The
-links are emulated, and so slow that the processor can follow: all devices are made of one CPU, which does n times what they do not
-divide.
+throughput: 1, 2 and 4 devices with the same rows, in interleaved rounds; ratios are to one device. All have the same slots
+together, but for a self-draft: each device has room for all experts that stay, and what it does not need for its own is empty. The links are
+emulated, and so slow that the processor can follow: all devices are made of one CPU, which does n times what they do not divide.
 balance: bytes that each link brought, without an emulated rate, where expert e is of device e mod n and where popular experts are
 spread. Popularity is counted on other prompts than those that are measured. The last line is one JSON document.
 """
@@ -80,13 +80,10 @@ def counted(model: Model, prompts: list[tuple[int, ...]]) -> np.ndarray:
 
 def throughput(model: Model, name: str, prompts: list[tuple[int, ...]], popularity: np.ndarray) -> dict:
     """Of a preset by the number of devices, and once more on the most with popular experts spread where that has a meaning."""
-    base = preset(name, model.config).replace(
-        batch_size=len(prompts), link_bytes_per_s=_LINK_GBPS.value * 1e9, retain=name == "specmoe"
-    )
+    base = preset(name, model.config).replace(batch_size=len(prompts), link_bytes_per_s=_LINK_GBPS.value * 1e9)
     base = base.replace(pinned_layers=0) if base.flow.streams_layers else base
     plans = {count: base.replace(devices=count) for count in COUNTS}
-    most = max(map(slots, plans.values(), [model] * len(COUNTS)))
-    cases = [Case(str(count), filled(plan, model, most), "1") for count, plan in plans.items()]
+    cases = [Case(str(count), plan, "1") for count, plan in plans.items()]
     if base.flow.keeps_experts:
         spread = cases[-1].plan.replace(placement="popularity")
         cases.append(Case(f"{max(COUNTS)}, popularity", spread, "1", popularity=popularity))
@@ -105,11 +102,6 @@ def slots(plan: Plan, model: Model) -> int:
     return plan.devices * account(model.config, plan, batch_rows=plan.batch_size, positions=64).num_slots
 
 
-def filled(plan: Plan, model: Model, total: int) -> Plan:
-    """With spare slots for retained experts, so that all devices together have so many."""
-    return plan.replace(spare_slots=(total - slots(plan, model)) // plan.devices or None)
-
-
 def balance(model: Model, prompts: list[tuple[int, ...]], popularity: np.ndarray) -> dict:
     """Of on_demand, which brings what is needed and nothing else, by placement and number of devices."""
     found, params = {}, SamplingParams(max_new_tokens=_NEW_TOKENS.value, ignore_eos=True)
@@ -122,7 +114,7 @@ def balance(model: Model, prompts: list[tuple[int, ...]], popularity: np.ndarray
             sums = sent.sum(axis=0)
             row = {
                 "device_link_bytes": sums.tolist(),
-                "balance": sums.max() / sums.mean(),
+                "balance": float(sums.max() / sums.mean()),
                 "step_balance": float((sent.max(axis=1) / sent.mean(axis=1)).mean()),
             }
             print(f"{len(prompts)} rows, {count} devices, {name}: {row}", flush=True)

@@ -4,10 +4,9 @@
     python -m specmoe_jax.benchmarks.studies.several_devices --presets=on_demand
     python -m specmoe_jax.benchmarks.studies.several_devices --part=balance --model=nllb_shaped
 
-throughput: 1, 2 and 4 devices with the same rows, in interleaved rounds; ratios are to one device. All have as many slots together, but
-for a self-draft: each device has room for all experts that stay, and what it does not need for its own is empty. The links
-are emulated, and so slow that the processor can follow: all devices are made of one CPU, which does n times what they do not
-divide.
+throughput: 1, 2 and 4 devices with the same rows, in interleaved rounds; ratios are to one device. All have as many slots together,
+but for a self-draft: each device has room for all experts that stay; what it does not need is empty. The links are emulated, and
+so slow that the processor can follow: all devices are made of one CPU, which does n times what they do not divide.
 balance: bytes that each link brought, without an emulated rate, where expert e is of device e mod n and where popular experts are
 spread. Popularity is counted on other prompts than those that are measured. The last line is one JSON document.
 """
@@ -30,12 +29,11 @@ from specmoe_jax.models.synthetic import synthetic_model, synthetic_prompts
 from specmoe_jax.planner.memory.account import account
 from specmoe_jax.support.errors import UserError
 
-COUNTS = (1, 2, 4)
-
 _PART = flags.DEFINE_enum("part", "throughput", ["throughput", "balance"], "What is measured.")
 _MODEL = flags.DEFINE_string("model", "demo", "A checkpoint, or nllb_shaped: random, with a skewed routing.")
 _PRESETS = flags.DEFINE_list("presets", ["on_demand", "specmoe", "streaming"], "Of throughput.")
 _BATCHES = flags.DEFINE_list("batches", ["64"], "Rows; throughput takes the first.")
+_COUNTS = flags.DEFINE_list("counts", ["1", "2", "4"], "Numbers of devices; throughput is over the first.")
 _LINK_GBPS = flags.DEFINE_float("link_gbps", 0.005, "Of each emulated link.", lower_bound=1e-6)
 _PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 16, "Of every prompt.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "That count.", lower_bound=1)
@@ -45,16 +43,18 @@ _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 24, "Of each request of balance
 
 
 def main(argv: list[str]) -> None:
-    if len(jax.devices()) < max(COUNTS):
-        raise UserError(f"this process has {len(jax.devices())} devices; set XLA_FLAGS=--xla_force_host_platform_device_count=4")
+    counts = tuple(map(int, _COUNTS.value))
+    if len(jax.devices()) < (most := max(counts)):
+        said = f"this process has {len(jax.devices())} devices of {most}"
+        raise UserError(f"{said}; set XLA_FLAGS=--xla_force_host_platform_device_count={most}")
     rows = max(map(int, _BATCHES.value))
     model = synthetic_model() if _MODEL.value == "nllb_shaped" else load_model(_MODEL.value)
     prompts = prompts_of(model, 2 * rows)
     popularity = counted(model, prompts[rows:])
     if _PART.value == "balance":
-        found = {batch: balance(model, prompts[: int(batch)], popularity) for batch in _BATCHES.value}
+        found = {batch: balance(model, prompts[: int(batch)], popularity, counts) for batch in _BATCHES.value}
     else:
-        found = {name: throughput(model, name, prompts[:rows], popularity) for name in _PRESETS.value}
+        found = {name: throughput(model, name, prompts[:rows], popularity, counts) for name in _PRESETS.value}
     print(json.dumps({"model": _MODEL.value, "part": _PART.value, "rows": found}))
 
 
@@ -79,15 +79,14 @@ def counted(model: Model, prompts: list[tuple[int, ...]]) -> np.ndarray:
     return counts
 
 
-def throughput(model: Model, name: str, prompts: list[tuple[int, ...]], popularity: np.ndarray) -> dict:
+def throughput(model: Model, name: str, prompts: list[tuple[int, ...]], popularity: np.ndarray, counts: tuple[int, ...]) -> dict:
     """Of a preset by the number of devices, and once more on the most with popular experts spread where that has a meaning."""
     base = preset(name, model.config).replace(batch_size=len(prompts), link_bytes_per_s=_LINK_GBPS.value * 1e9)
     base = base.replace(pinned_layers=0) if base.flow.streams_layers else base
-    plans = {count: base.replace(devices=count) for count in COUNTS}
-    cases = [Case(str(count), plan, "1") for count, plan in plans.items()]
+    cases = [Case(str(count), base.replace(devices=count), str(counts[0])) for count in counts]
     if base.flow.keeps_experts:
         spread = cases[-1].plan.replace(placement="popularity")
-        cases.append(Case(f"{max(COUNTS)}, popularity", spread, "1", popularity=popularity))
+        cases.append(Case(f"{counts[-1]}, popularity", spread, str(counts[0]), popularity=popularity))
     job = Job(prompts=prompts, rounds=_ROUNDS.value, tokens=1, settle=_SETTLE.value, steps=_STEPS.value, progress="log")
     table = compare(model, cases, job)
     for case in cases:
@@ -103,10 +102,10 @@ def slots(plan: Plan, model: Model) -> int:
     return plan.devices * account(model.config, plan, batch_rows=plan.batch_size, positions=64).num_slots
 
 
-def balance(model: Model, prompts: list[tuple[int, ...]], popularity: np.ndarray) -> dict:
+def balance(model: Model, prompts: list[tuple[int, ...]], popularity: np.ndarray, counts: tuple[int, ...]) -> dict:
     """Of on_demand, which brings what is needed and nothing else, by placement and number of devices."""
     found, params = {}, SamplingParams(max_new_tokens=_NEW_TOKENS.value, ignore_eos=True)
-    for count in COUNTS[1:]:
+    for count in counts[1:]:
         for name in ("modulo", "popularity"):
             plan = preset("on_demand", model.config).replace(batch_size=len(prompts), devices=count, placement=name)
             engine, steps = Engine(model, plan, popularity=popularity if plan.placing.by_popularity else None), []

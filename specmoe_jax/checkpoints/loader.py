@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 
 from specmoe_jax.checkpoints import manifest
 from specmoe_jax.checkpoints.adapters.merge import adapted
@@ -53,6 +54,7 @@ def load_model(
     expert_dtype: str | None = None,
     adapter: str | pathlib.Path | None = None,
     devices: int = 1,
+    homes: np.ndarray | None = None,
 ) -> Model:
     """A model from "demo", a Hugging Face directory, a GGUF file or the name of a repository, its experts in pinned memory.
 
@@ -64,7 +66,8 @@ def load_model(
     expert_tier: "disk" leaves the experts where they are; an engine whose plan says so reads them as it needs them.
     expert_dtype: None keeps experts of a quantised checkpoint packed as they are stored; "decoded" has them in `dtype`.
     adapter: a directory with a LoRA adapter as PEFT writes it, merged into the weights as they are read (docs/adapters.md).
-    devices: of the plan to come, for which experts are pinned each for its own; an engine copies those that are not.
+    devices: of the plan to come, for which experts are pinned each for its own; an engine copies those that are not. homes: [L, E],
+        which of them is whose (engine.runtime.plan_homes), None for expert e mod n.
     Peak host memory: the weights and two experts. Of a checkpoint converted to the mappable layout (convert.py) and loaded
     in the dtype it is stored in, the experts are pages of the files, which must not change while the model is in use.
     Raises CheckpointError, one line that names file and tensor.
@@ -98,7 +101,7 @@ def load_model(
         if on_disk:
             experts = DiskExperts(inventory.experts, dtype, check_finite)
         else:
-            experts = _read_experts(inventory, dtype, check_finite, shown, jax.devices()[:devices])
+            experts = _read_experts(inventory, dtype, check_finite, shown, jax.devices()[:devices], homes)
     _LOG.info("loaded %s: %s, %s, %d bytes, experts on %s", path, config.family, dtype, inventory.bytes, expert_tier)
     return Model(
         config=config,
@@ -217,14 +220,15 @@ def _read_weights(config: ModelConfig, inventory: Inventory, dtype: str, check_f
 
 
 def _read_experts(
-    inventory: Inventory, dtype: str, check_finite: bool, shown, devices: Sequence[Device]
+    inventory: Inventory, dtype: str, check_finite: bool, shown, devices: Sequence[Device], homes: np.ndarray | None
 ) -> tuple[tuple[jax.Array, ...], ...]:
     host_block, loaded = HostBlocks(dtype, check_finite=check_finite), []
 
     def expert(at):
-        source, number = at
+        source, layer, number = at
+        device = number % len(devices) if homes is None else homes[layer, number]
         try:
-            block = host_block(source, devices[number % len(devices)])
+            block = host_block(source, devices[device])
         except (PinnedMemoryError, MemoryError) as e:
             said = str(e) if isinstance(e, PinnedMemoryError) else f"an expert of {source.bytes} bytes finds no memory ({e})"
             raise PinnedMemoryError(said, pinned_bytes=sum(loaded)) from e
@@ -232,7 +236,8 @@ def _read_experts(
         shown.update(source.bytes)
         return block
 
-    blocks = iter(_in_order(expert, [(source, number) for layer in inventory.experts for number, source in enumerate(layer)]))
+    places = [(source, layer, number) for layer, own in enumerate(inventory.experts) for number, source in enumerate(own)]
+    blocks = iter(_in_order(expert, places))
     return tuple(tuple(next(blocks) for _ in layer) for layer in inventory.experts)
 
 

@@ -70,10 +70,15 @@ class HostTier:
 
     counts = TierCounts()
 
-    def __init__(self, experts: Sequence[Sequence[jax.Array]], devices: Sequence[Device] = ()):
-        """devices: none where there is only the first. A block that is pinned for another device than its own is copied."""
+    def __init__(self, experts: Sequence[Sequence[jax.Array]], devices: Sequence[Device] = (), homes: np.ndarray | None = None):
+        """devices: none where there is only the first; homes: of homes.homes_of. A block that is pinned for another device than
+        its own is copied.
+        """
         if devices:
-            experts = [[_pinned_for(block, devices, expert) for expert, block in enumerate(layer)] for layer in experts]
+            experts = [
+                [_pinned_for(block, home(layer, expert, devices, homes)) for expert, block in enumerate(blocks)]
+                for layer, blocks in enumerate(experts)
+            ]
         self._experts = experts
         self.shapes, self.dtype = tuple(layer[0].shape for layer in experts), experts[0][0].dtype
         self.shape = max(self.shapes, key=math.prod)
@@ -98,8 +103,7 @@ def block_addresses(blocks: Iterable[jax.Array]) -> np.ndarray:
     return np.array([block.unsafe_buffer_pointer() for block in blocks], np.uint64).view(np.uint32).reshape(-1, 2)
 
 
-def _pinned_for(block: jax.Array, devices: Sequence[Device], expert: int) -> jax.Array:
-    device = home(expert, devices)
+def _pinned_for(block: jax.Array, device: Device | None) -> jax.Array:
     return block if block.sharding.device_set == {device} else to_host(block, device)
 
 
@@ -109,11 +113,21 @@ class DiskTier:
     All decisions are taken by the calling thread, so a run repeats them; the threads only read. An evicted block lives on
     while a copy of it is under way, so the budget may be exceeded by what is on the link.
     files: checkpoints.disk.DiskExperts. keep_pages: False drops the pages that were read, so that a miss of this cache really
-    reads the disk. devices: as of HostTier.
+    reads the disk. devices, homes: as of HostTier.
     """
 
-    def __init__(self, files, *, capacity: int, policy: HostCachePolicy, keep_pages: bool, devices: Sequence[Device] = ()):
-        self._files, self._capacity, self._policy, self._keep_pages, self._devices = files, capacity, policy, keep_pages, devices
+    def __init__(
+        self,
+        files,
+        *,
+        capacity: int,
+        policy: HostCachePolicy,
+        keep_pages: bool,
+        devices: Sequence[Device] = (),
+        homes: np.ndarray | None = None,
+    ):
+        self._files, self._capacity, self._policy, self._keep_pages = files, capacity, policy, keep_pages
+        self._devices, self._homes = devices, homes
         self.shapes, self.dtype, shape = files.block_shapes, files.block_dtype, files.shape
         self.shape = max(self.shapes, key=math.prod)
         self.num_layers, self.num_experts, self.counts = shape[0], shape[0] * shape[1], TierCounts()
@@ -190,7 +204,7 @@ class DiskTier:
         self._blocks[key] = self._pending[key] = pool.submit(self._read, key)
 
     def _read(self, key: tuple[int, int]) -> jax.Array:
-        return to_host(self._files.read(*key, keep_pages=self._keep_pages), home(key[1], self._devices))
+        return to_host(self._files.read(*key, keep_pages=self._keep_pages), home(*key, self._devices, self._homes))
 
     def _reading(self) -> np.ndarray:
         """[L, E] bool, experts whose read has not ended."""

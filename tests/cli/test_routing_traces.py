@@ -6,7 +6,7 @@ import numpy as np
 
 from specmoe_jax.engine import Completion
 from specmoe_jax.engine.requests.routing import RequestRouting
-from specmoe_jax.jobs.routing_traces import write_trace
+from specmoe_jax.jobs.routing_traces import read_popularity, write_trace
 from specmoe_jax.testing import TINY
 from tests.cli.generate_cases import PROMPTS, prompt_flags
 
@@ -64,6 +64,19 @@ def test_explain_replays_them(explain, checkpoint, tmp_path):
     assert ran.code == 1 and "a trace is of another model (3 layers" in ran.err and ran.err.count("\n") == 1
 
 
+def test_popularity_is_the_sum_of_all_passes(tmp_path):
+    ids = np.array([[[0, 1], [2, 3], [4, 0]], [[0, 2], [2, 4], [4, 1]], [[1, 0], [3, 2], [4, 3]]], np.uint8)
+    write_trace(tmp_path, Completion(0, None, "", (), "length", 1, routing=RequestRouting(ids, None, 1)))
+    expected = [[2, 1, 1, 0, 0], [0, 0, 2, 1, 1], [0, 1, 0, 1, 2]]  # of the two that were decoded
+    assert read_popularity(tmp_path, TINY).tolist() == expected
+    np.save(tmp_path / "counts.npy", np.array(expected))
+    assert read_popularity(tmp_path / "counts.npy", TINY).tolist() == expected
+
+
 def test_what_has_no_effect_is_refused(generate):
+    ran = generate("--prompt=a", "--preset=on_demand", "--popularity=traces")
+    assert ran.code == 1 and "cannot read the trace traces" in ran.err and ran.err.count("\n") == 1
+    ran = generate("--prompt=a", "--preset=on_demand", "--devices=2", "--placement=popularity")
+    assert ran.code == 1 and ran.err.count("\n") == 1
     ran = generate("--prompt=a", "--routing_weights")
     assert ran.code == 2 and "--routing_weights has no effect without --routing_traces" in ran.err

@@ -13,7 +13,7 @@ from specmoe_jax.checkpoints import manifest
 from specmoe_jax.checkpoints.adapters.merge import adapted
 from specmoe_jax.checkpoints.adapters.peft import read_adapter
 from specmoe_jax.checkpoints.conversion import orbax_parts
-from specmoe_jax.checkpoints.disk import DiskExperts
+from specmoe_jax.checkpoints.disk import DiskExperts, PartOfLayer
 from specmoe_jax.checkpoints.experts import HostBlocks, read_weight
 from specmoe_jax.checkpoints.files import open_checkpoint, read_json
 from specmoe_jax.checkpoints.gguf.folder import folder_of, gguf_in
@@ -34,6 +34,7 @@ from specmoe_jax.models.packing.kinds.gguf import TYPES
 from specmoe_jax.models.spec import Weights, map_specs
 from specmoe_jax.support.errors import CheckpointError, PinnedMemoryError, RequestError
 from specmoe_jax.support.jax_settings import lenient, lenient_thread
+from specmoe_jax.support.processes import chosen_devices, is_local
 from specmoe_jax.support.progress import bar, note
 from specmoe_jax.types import Device
 
@@ -64,7 +65,8 @@ def load_model(
     expert_tier: "disk" leaves the experts where they are; an engine whose plan says so reads them as it needs them.
     expert_dtype: None keeps experts of a quantised checkpoint packed as they are stored; "decoded" has them in `dtype`.
     adapter: a directory with a LoRA adapter as PEFT writes it, merged into the weights as they are read (docs/adapters.md).
-    devices: of the plan to come, for which experts are pinned each for its own; an engine copies those that are not.
+    devices: of the plan to come, for which experts are pinned each for its own; an engine copies those that are not. Where they are
+        those of several processes, each reads the experts of its own alone; others come from the files when they are asked for.
     Peak host memory: the weights and two experts. Of a checkpoint converted to the mappable layout (convert.py) and loaded
     in the dtype it is stored in, the experts are pages of the files, which must not change while the model is in use.
     Raises CheckpointError, one line that names file and tensor.
@@ -98,7 +100,7 @@ def load_model(
         if on_disk:
             experts = DiskExperts(inventory.experts, dtype, check_finite)
         else:
-            experts = _read_experts(inventory, dtype, check_finite, shown, jax.devices()[:devices])
+            experts = _read_experts(inventory, dtype, check_finite, shown, chosen_devices(devices))
     _LOG.info("loaded %s: %s, %s, %d bytes, experts on %s", path, config.family, dtype, inventory.bytes, expert_tier)
     return Model(
         config=config,
@@ -116,8 +118,9 @@ def _check_options(dtype: str, expert_tier: str, expert_dtype: str | None, devic
         raise RequestError(f"expert_tier is {expert_tier!r}; it must be one of {', '.join(EXPERT_TIERS)}")
     if expert_dtype not in (None, DECODED):
         raise RequestError(f"expert_dtype is {expert_dtype!r}; a load takes {DECODED!r} or None (others: quantised.quantise)")
-    if not 1 <= devices <= len(jax.devices()):
-        raise RequestError(f"devices is {devices} and this process has {len(jax.devices())}; give 1 to as many")
+    there = len(jax.devices())
+    if not 1 <= devices <= there:
+        raise RequestError(f"devices is {devices} and there are {there}; give 1 to as many")
     if dtype not in TARGET_DTYPES:
         raise RequestError(f"dtype is {dtype!r}; it must be one of {', '.join(TARGET_DTYPES)}")
 
@@ -218,13 +221,16 @@ def _read_weights(config: ModelConfig, inventory: Inventory, dtype: str, check_f
 
 def _read_experts(
     inventory: Inventory, dtype: str, check_finite: bool, shown, devices: Sequence[Device]
-) -> tuple[tuple[jax.Array, ...], ...]:
+) -> tuple[Sequence[jax.Array], ...]:
     host_block, loaded = HostBlocks(dtype, check_finite=check_finite), []
 
     def expert(at):
         source, number = at
+        device = home(number, devices)
+        if not is_local(device):
+            return None
         try:
-            block = host_block(source, devices[number % len(devices)])
+            block = host_block(source, device)
         except (PinnedMemoryError, MemoryError) as e:
             said = str(e) if isinstance(e, PinnedMemoryError) else f"an expert of {source.bytes} bytes finds no memory ({e})"
             raise PinnedMemoryError(said, pinned_bytes=sum(loaded)) from e
@@ -233,7 +239,11 @@ def _read_experts(
         return block
 
     blocks = iter(_in_order(expert, [(source, number) for layer in inventory.experts for number, source in enumerate(layer)]))
-    return tuple(tuple(next(blocks) for _ in layer) for layer in inventory.experts)
+    layers = [tuple(next(blocks) for _ in layer) for layer in inventory.experts]
+    if all(map(is_local, devices)):
+        return tuple(layers)
+    on_disk = DiskExperts(inventory.experts, dtype, check_finite)
+    return tuple(PartOfLayer(held, on_disk[number]) for number, held in enumerate(layers))
 
 
 def _in_order(function, arguments: list) -> list:

@@ -146,7 +146,11 @@ class PlanFields:
     bypass_page_cache: bool = field(False, "Read from the disk itself (expert_tier=disk), for measurements.", needs=(DISK,))
     kv_tier: str = field("accelerator", "Where the KV cache is and attention runs.", choices=KV_TIERS)
     devices: int = field(
-        1, "Accelerators of this machine that share the experts, each over a link of its own: expert e belongs to device e mod n."
+        1, "Accelerators that share the experts, each over a link of its own: expert e belongs to device e mod n."
+    )
+    num_processes: int = field(
+        1,
+        "Processes, one on each host, that have the devices between them, as many each: each loads the experts of its own alone.",
     )
     batch_size: int = field(16, "Requests that generate together.")
     micro_batches: int = field(1, "Parts of a batch in flight at once when streaming.", needs=(STREAM,))

@@ -21,6 +21,14 @@ def own_experts(device: int, devices: int, num_experts: int) -> range:
     return range(device, num_experts, devices)
 
 
+def most_of_process(processes: int, devices: int, num_experts: int) -> int:
+    """Of a layer, in the host memory of the process that has most: `devices` are those of all, as many of each in their order."""
+    own = devices // processes
+    return max(
+        sum(len(own_experts(process * own + device, devices, num_experts)) for device in range(own)) for process in range(processes)
+    )
+
+
 def most_experts(devices: int, num_experts: int) -> int:
     """Of a layer, on the device that has most."""
     return -(-num_experts // devices)

@@ -3,7 +3,7 @@
 import concurrent.futures
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from specmoe_jax.offload import host_cache as cache
 from specmoe_jax.offload.homes import home
 from specmoe_jax.offload.host_cache_policies import HostCachePolicy
 from specmoe_jax.support.jax_settings import lenient_thread
+from specmoe_jax.support.processes import is_local
 from specmoe_jax.types import Device
 
 READERS = 2  # demanded reads in flight; one more thread reads ahead
@@ -66,16 +67,16 @@ class Tier(Protocol):
 
 
 class HostTier:
-    """All experts in host memory: of several devices, those of each in memory that is pinned for it."""
+    """All experts in host memory: of several devices, those of each in memory that is pinned for it; of several processes its own."""
 
     counts = TierCounts()
 
     def __init__(self, experts: Sequence[Sequence[jax.Array]], devices: Sequence[Device] = ()):
         """devices: none where there is only the first. A block that is pinned for another device than its own is copied."""
         if devices:
-            experts = [[_pinned_for(block, devices, expert) for expert, block in enumerate(layer)] for layer in experts]
-        self._experts = experts
-        self.shapes, self.dtype = tuple(layer[0].shape for layer in experts), experts[0][0].dtype
+            experts = [[_pinned_for(layer, devices, expert) for expert in range(len(layer))] for layer in experts]
+        self._experts, first = experts, next(expert for expert in range(len(experts[0])) if is_local(home(expert, devices)))
+        self.shapes, self.dtype = tuple(layer[first].shape for layer in experts), experts[0][first].dtype
         self.shape = max(self.shapes, key=math.prod)
         self.num_layers, self.num_experts = len(experts), sum(map(len, experts))
         self._ready = np.ones((len(experts), len(experts[0])), bool)
@@ -93,8 +94,12 @@ class HostTier:
         return self._ready
 
 
-def _pinned_for(block: jax.Array, devices: Sequence[Device], expert: int) -> jax.Array:
+def _pinned_for(layer: Sequence[jax.Array], devices: Sequence[Device], expert: int) -> Any:
+    """The block of an expert; None where another process has it."""
     device = home(expert, devices)
+    if not is_local(device):
+        return None
+    block = layer[expert]
     return block if block.sharding.device_set == {device} else to_host(block, device)
 
 

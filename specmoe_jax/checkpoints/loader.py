@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 
 from specmoe_jax.checkpoints import manifest
 from specmoe_jax.checkpoints.adapters.merge import adapted
@@ -54,6 +55,7 @@ def load_model(
     expert_dtype: str | None = None,
     adapter: str | pathlib.Path | None = None,
     devices: int = 1,
+    homes: np.ndarray | None = None,
 ) -> Model:
     """A model from "demo", a Hugging Face directory, a GGUF file or the name of a repository, its experts in pinned memory.
 
@@ -65,8 +67,9 @@ def load_model(
     expert_tier: "disk" leaves the experts where they are; an engine whose plan says so reads them as it needs them.
     expert_dtype: None keeps experts of a quantised checkpoint packed as they are stored; "decoded" has them in `dtype`.
     adapter: a directory with a LoRA adapter as PEFT writes it, merged into the weights as they are read (docs/adapters.md).
-    devices: of the plan to come, for which experts are pinned each for its own; an engine copies those that are not. Where they are
-        those of several processes, each reads the experts of its own alone; others come from the files when they are asked for.
+    devices: of the plan to come, for which experts are pinned each for its own; an engine copies those that are not. homes: [L, E],
+        which of them is whose (engine.runtime.plan_homes), None for expert e mod n. Where they are those of several processes, each
+        reads the experts of its own alone; others come from the files when they are asked for.
     Peak host memory: the weights and two experts. Of a checkpoint converted to the mappable layout (convert.py) and loaded
     in the dtype it is stored in, the experts are pages of the files, which must not change while the model is in use.
     Raises CheckpointError, one line that names file and tensor.
@@ -100,7 +103,7 @@ def load_model(
         if on_disk:
             experts = DiskExperts(inventory.experts, dtype, check_finite)
         else:
-            experts = _read_experts(inventory, dtype, check_finite, shown, chosen_devices(devices))
+            experts = _read_experts(inventory, dtype, check_finite, shown, chosen_devices(devices), homes)
     _LOG.info("loaded %s: %s, %s, %d bytes, experts on %s", path, config.family, dtype, inventory.bytes, expert_tier)
     return Model(
         config=config,
@@ -220,13 +223,13 @@ def _read_weights(config: ModelConfig, inventory: Inventory, dtype: str, check_f
 
 
 def _read_experts(
-    inventory: Inventory, dtype: str, check_finite: bool, shown, devices: Sequence[Device]
+    inventory: Inventory, dtype: str, check_finite: bool, shown, devices: Sequence[Device], homes: np.ndarray | None
 ) -> tuple[Sequence[jax.Array], ...]:
     host_block, loaded = HostBlocks(dtype, check_finite=check_finite), []
 
     def expert(at):
-        source, number = at
-        device = home(number, devices)
+        source, layer, number = at
+        device = devices[number % len(devices) if homes is None else homes[layer, number]]
         if not is_local(device):
             return None
         try:
@@ -238,7 +241,8 @@ def _read_experts(
         shown.update(source.bytes)
         return block
 
-    blocks = iter(_in_order(expert, [(source, number) for layer in inventory.experts for number, source in enumerate(layer)]))
+    places = [(source, layer, number) for layer, own in enumerate(inventory.experts) for number, source in enumerate(own)]
+    blocks = iter(_in_order(expert, places))
     layers = [tuple(next(blocks) for _ in layer) for layer in inventory.experts]
     if all(map(is_local, devices)):
         return tuple(layers)

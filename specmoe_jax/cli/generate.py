@@ -11,6 +11,7 @@ import pathlib
 import sys
 from typing import Any
 
+import numpy as np
 from absl import flags
 
 from specmoe_jax.autotune import choose as planning
@@ -33,10 +34,12 @@ from specmoe_jax.config.sampling_params import OF_DRAWS
 from specmoe_jax.engine.engine import Engine
 from specmoe_jax.engine.requests.completion import TokenEvent
 from specmoe_jax.engine.requests.incremental_text import IncrementalText
+from specmoe_jax.engine.runtime import plan_homes
+from specmoe_jax.engine.validation import check_popularity
 from specmoe_jax.jobs import job as jobs
 from specmoe_jax.jobs.journal import Journal
 from specmoe_jax.jobs.prompts import STDIN, Prompt, as_chat, read_prompts
-from specmoe_jax.jobs.routing_traces import prepare_folder
+from specmoe_jax.jobs.routing_traces import prepare_folder, read_popularity
 from specmoe_jax.jobs.shards import Part, parse_shard
 from specmoe_jax.jobs.tables import as_table, check_output, lines_of, write_table
 from specmoe_jax.jobs.watch import JobWatch
@@ -89,6 +92,11 @@ _ROUTING_TRACES = flags.DEFINE_string(
     "routing_traces", None, "A folder for the experts that each token was sent to: NUMBER.npz for each request (docs/formats.md)."
 )
 _ROUTING_WEIGHTS = flags.DEFINE_boolean("routing_weights", False, "With --routing_traces: the weights of the experts too.")
+_POPULARITY = flags.DEFINE_string(
+    "popularity",
+    None,
+    "With --placement=popularity: what --routing_traces wrote, the folder or a file, or .npy of counts [layers, experts].",
+)
 flags.adopt_module_key_flags(plan_flags)
 flags.adopt_module_key_flags(sampling_flags)
 
@@ -128,8 +136,11 @@ def main() -> None:
         jobs.check_before_loading(head, plan, part.own, **how, **draft_configs(head, plan))
         if plan.drafting.given == "mtp_head":
             find_mtp(folder, head.config)
+        popularity = read_popularity(pathlib.Path(_POPULARITY.value), head.config) if _POPULARITY.value else None
+        check_popularity(head.config, plan, popularity)
+        homes = None if popularity is None else plan_homes(head.config, plan, popularity)
     loading, prompts = Stopwatch(), part.own
-    model, changes, error = load(prompts)
+    model, changes, error = load(prompts, homes)
     draft_model = load_model(_DRAFT_MODEL.value, dtype=model.dtype, progress=_PROGRESS.value) if _DRAFT_MODEL.value else None
     if changes and is_auto():  # experts went to the disk, where not every plan runs
         dtype = {} if _DTYPE.value is None else {"dtype": _DTYPE.value}
@@ -139,7 +150,7 @@ def main() -> None:
     spans = [] if _TRACE.value and plan.flow.workers else None
     given = {"draft_model": draft_model, "draft_head": read_head(model, plan)}
     given |= {"mtp_head": load_planned_mtp(model, plan)} if plan.drafting.given == "mtp_head" else {}
-    options = given | {"progress": _PROGRESS.value, "spans": spans, "routing": routing_detail()}
+    options = given | {"progress": _PROGRESS.value, "spans": spans, "routing": routing_detail(), "popularity": popularity}
     engine = Engine(model, plan, **options)
     load_s = loading.seconds
     with trace(_TRACE.value):
@@ -258,13 +269,14 @@ def refuse_without_effect(drawn: dict[str, Any]) -> None:
         raise RequestError(f"{flag} has no effect at temperature 0; set a temperature or leave it out")
 
 
-def load(prompts: list[Prompt]) -> tuple[Model, dict, dict]:
+def load(prompts: list[Prompt], homes: np.ndarray | None) -> tuple[Model, dict, dict]:
     """The model, changes to its plan that make it fit, and the logit error of its quantised experts, as figures.
 
-    The weights' types and the experts' place have to be known before the model is loaded.
+    The weights' types and the experts' place have to be known before the model is loaded. homes: as of load_model.
     """
     plan = read_plan_file() if _PLAN.value else Plan(preset="")
-    load = functools.partial(load_model, adapter=_ADAPTER.value, devices=plan_flags.value("devices") or plan.devices)
+    devices = plan_flags.value("devices") or plan.devices
+    load = functools.partial(load_model, adapter=_ADAPTER.value, devices=devices, homes=homes)
     dtype, expert_dtype = _DTYPE.value or plan.dtype, plan_flags.value("expert_dtype") or plan.expert_dtype
     if expert_dtype not in (None, DECODED):
         options = {"dtype": dtype, "expert_dtype": expert_dtype, "prompts": prompts, "progress": _PROGRESS.value}

@@ -80,7 +80,9 @@ def _check_processes(plan: PlanFields) -> None:
     if plan.devices % plan.num_processes:
         raise PlanError(f"devices={plan.devices} of num_processes={plan.num_processes}; give a multiple, as many to each")
     if plan.expert_dtype not in (None, DECODED):
-        raise PlanError(f"expert_dtype={plan.expert_dtype} packs all experts in each of num_processes={plan.num_processes}; leave it out")
+        raise PlanError(
+            f"expert_dtype={plan.expert_dtype} packs all experts in each of num_processes={plan.num_processes}; leave it out"
+        )
     if plan.prefetch == "draft" and plan.expert_tier == "disk":
         raise PlanError(
             f"prefetch=draft looks at what a disk has read by now, which num_processes={plan.num_processes} see differently; use "

@@ -12,6 +12,7 @@ from specmoe_jax.config.registry import (
     EXPERT_FLOWS,
     HOST_CACHE_POLICIES,
     KV_TIERS,
+    PLACEMENTS,
     RETAIN_POLICIES,
 )
 
@@ -38,6 +39,10 @@ SPARE = Needs(lambda plan: plan.prefetch == "draft" or plan.retain, "with prefet
 STREAM = Needs(lambda plan: plan.flow.streams_layers, "with expert_flow={plan.expert_flow}")
 MOVING = Needs(lambda plan: not plan.flow.all_resident, "where every expert is resident")
 RETAIN = Needs(lambda plan: plan.retain, "without retain")
+SEVERAL = Needs(lambda plan: plan.devices > 1, "on one device")
+KEPT = Needs(
+    lambda plan: plan.flow.keeps_experts, "with expert_flow={plan.expert_flow}, which gives every device as much as any other"
+)
 DISK = Needs(lambda plan: plan.expert_tier == "disk", "where every expert is in host memory")
 
 
@@ -145,12 +150,18 @@ class PlanFields:
     )
     bypass_page_cache: bool = field(False, "Read from the disk itself (expert_tier=disk), for measurements.", needs=(DISK,))
     kv_tier: str = field("accelerator", "Where the KV cache is and attention runs.", choices=KV_TIERS)
-    devices: int = field(
-        1, "Accelerators that share the experts, each over a link of its own: expert e belongs to device e mod n."
-    )
+    devices: int = field(1, "Accelerators that share the experts, each over a link of its own (placement).")
     num_processes: int = field(
         1,
         "Processes, one on each host, that have the devices between them, as many each: each loads the experts of its own alone.",
+    )
+    placement: str | None = field(
+        None,
+        "Whose expert is whose: expert e is of device e mod n (modulo), or popular ones are spread, so that no link brings much "
+        "more than another (popularity).",
+        none="modulo",
+        choices=PLACEMENTS,
+        needs=(SEVERAL, KEPT),
     )
     batch_size: int = field(16, "Requests that generate together.")
     micro_batches: int = field(1, "Parts of a batch in flight at once when streaming.", needs=(STREAM,))
@@ -223,6 +234,11 @@ class PlanFields:
     def retaining(self) -> Any:
         """Which retained experts go first: an offload.retain_policies.RetainPolicy. Raises PlanError for an unknown one."""
         return RETAIN_POLICIES.description(self.retain_policy or "usage")
+
+    @property
+    def placing(self) -> Any:
+        """Whose expert is whose: an offload.homes.Placement. Raises PlanError for an unknown one."""
+        return PLACEMENTS.description(self.placement or "modulo")
 
     @property
     def stopping(self) -> Any:

@@ -122,6 +122,13 @@ RETAIN_POLICIES = Registry(
         "drafted": _policy("specmoe_jax.offload.retain_policies:DRAFTED"),
     },
 )
+PLACEMENTS = Registry(
+    "placement",
+    {
+        "modulo": _policy("specmoe_jax.offload.homes:MODULO"),
+        "popularity": _policy("specmoe_jax.offload.homes:POPULARITY"),
+    },
+)
 DRAFT_STOPS = Registry("draft_stop", {"union": _policy("specmoe_jax.speculate.row_lengths:UNION")})
 DRAFT_SETS = Registry(
     "draft_set",

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Generator, Sequence
 
+import numpy as np
+
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.registry import EXPERT_FLOWS
 from specmoe_jax.config.sampling_params import SamplingParams
@@ -45,6 +47,7 @@ class Engine:
     spans: a list that gets the time of every task of a streamed plan (tracing.write_lanes); costs a little of the overlap.
     routing: "ids" or "weights" (ids and weights): what the router of every layer decided, in `Completion.routing` and in the
     `verify` of each step that `on_step` is told; None to tell it in on_demand flows alone, and of no request.
+    popularity: [L, E], how often experts were chosen (jobs.routing_traces.read_popularity), for plans with placement="popularity".
     """
 
     @lenient()
@@ -61,15 +64,16 @@ class Engine:
         progress: str | bool = False,
         spans: list[Span] | None = None,
         routing: str | None = None,
+        popularity: np.ndarray | None = None,
     ):
         use_compile_cache()
         if not isinstance(plan, Plan):
             raise PlanError(f"plan is {plan!r}; give a Plan, for example PRESETS['specmoe'](model.config)")
         self.model, self.plan = model, resolved(plan.validate(model.config))
         inputs = DraftInputs(draft=draft, draft_model=draft_model, draft_head=draft_head, mtp_head=mtp_head)
-        validate_inputs(model, plan, inputs, draft_set=draft_set, spans=spans, routing=routing)
+        validate_inputs(model, plan, inputs, draft_set=draft_set, spans=spans, routing=routing, popularity=popularity)
         self._figures = EngineFigures(model, self.plan, draft_set=draft_set.name if draft_set else self.plan.draft_set)
-        how = {"draft_set": draft_set, "progress": progress, "spans": spans, "routing": routing}
+        how = {"draft_set": draft_set, "progress": progress, "spans": spans, "routing": routing, "popularity": popularity}
         self._resources = EngineResources(model, self.plan, inputs, **how)
         self._flow = EXPERT_FLOWS.executor(self.plan.flow.name)
         self._session = Session(model, self.plan, self._resources, self._figures, progress)

@@ -55,9 +55,10 @@ class EngineResources:
         progress: str | bool,
         spans: list[Span] | None,
         routing: str | None,
+        popularity: np.ndarray | None,
     ):
         self._model, self._plan, self._draft_set = model, plan, draft_set
-        self._progress, self._spans, self._routing = progress, spans, routing
+        self._progress, self._spans, self._routing, self._popularity = progress, spans, routing, popularity
         self._shared: Runtime | None = None  # of all jobs until one needs more; a job's own differs in its draft alone
         _LOG.info("plan: %s", plan)
         self.runtime: Runtime | None = None
@@ -79,7 +80,9 @@ class EngineResources:
             self._memory = None
             _check_room(self._plan, needed, held=None if shared is None else account)
             how = {"draft_set": self._draft_set, "earlier": self._shared, "progress": self._progress, "spans": self._spans}
-            self._shared = shared = build(self._model, self._plan, needed, self._draft, routing=self._routing, **how)
+            self._shared = shared = build(
+                self._model, self._plan, needed, self._draft, routing=self._routing, popularity=self._popularity, **how
+            )
             self.account = account = needed
         draft = self._executor.for_job(self._draft, shared, needed)
         self.runtime = runtime = shared if draft is self._draft else dataclasses.replace(shared, draft=draft)

@@ -20,6 +20,7 @@ from specmoe_jax.engine.state import PoolSlots
 from specmoe_jax.kv_cache.positions import KV_PAGE
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import Weights
+from specmoe_jax.offload.homes import homes_of, loads_of
 from specmoe_jax.offload.sharded_store import ShardedStore
 from specmoe_jax.offload.store import ExpertStore, Link, Store
 from specmoe_jax.offload.stream_schedule import spread
@@ -40,6 +41,7 @@ class ExpertPlaces(NamedTuple):
     resident_slots: [L, E] int32 where all stay for good, else None; an encoder's layers last. slots: of the pools made
     for this account. merged_slots: [L, K] int32, further slots for a draft's own experts, None without any. pinned_layers: whose
     experts stay beside a stream. expert_bytes: of one expert on the link.
+    homes: [L, E] int32, the device of each expert.
     """
 
     store: Store
@@ -48,6 +50,7 @@ class ExpertPlaces(NamedTuple):
     merged_slots: np.ndarray | None
     pinned_layers: tuple[int, ...]
     expert_bytes: int
+    homes: np.ndarray
 
 
 class Policies(NamedTuple):
@@ -113,13 +116,15 @@ def build(
     progress: str | bool,
     spans: list[Span] | None = None,
     routing: str | None = None,
+    popularity: np.ndarray | None = None,
 ) -> Runtime:
     """The runtime of a plan whose account fits. Copies the weights (not the experts) to the accelerator.
 
     draft_set: a custom policy, None for the plan's.
     earlier: one of the same model and plan, whose neighbours need not be found again. progress: a bar while finding them.
-    spans: see Workers. routing: see Runtime.
+    spans: see Workers. routing: see Runtime. popularity: see Engine.
     """
+    homes = plan_homes(model.config, plan, popularity)
     context, flow, executor = make_context(spans, plan.devices), EXPERT_FLOWS.executor(plan.flow.name), executor_of(plan)
     policies = _policies(model, plan, draft_set, executor, earlier, progress)  # map experts, so before a tier drops pages
     return Runtime(
@@ -131,7 +136,7 @@ def build(
         draft=draft,
         draft_executor=executor,
         context=context,
-        experts=_expert_places(model, plan, account, context, flow.resident_slots(model.config, plan.devices)),
+        experts=_expert_places(model, plan, account, context, homes, flow.resident_slots(model.config, plan.devices)),
         policies=policies,
         routing=routing,
     )
@@ -154,41 +159,55 @@ def _policies(
     )
 
 
+def plan_homes(config: ModelConfig, plan: Plan, popularity: np.ndarray | None) -> np.ndarray:
+    """[L, E] int32, the device of each expert under a plan. popularity: see Engine."""
+    tokens = plan.batch_size * plan.tokens_per_pass
+    loads = None if popularity is None else loads_of(popularity, config.experts_per_token, tokens)
+    return homes_of((config.num_expert_layers, config.num_experts), plan.devices, plan.placing, loads)
+
+
 def _expert_places(
-    model: Model, plan: Plan, account: MemoryAccount, context: DeviceContext, resident_slots: np.ndarray | None
+    model: Model,
+    plan: Plan,
+    account: MemoryAccount,
+    context: DeviceContext,
+    homes: np.ndarray,
+    resident_slots: np.ndarray | None,
 ) -> ExpertPlaces:
     config, one = model.config, account.expert_bytes
     slots = PoolSlots(
         plan.devices * account.num_slots, account.dispatch_slots, single_wave=account.num_slots >= account.wanted_slots
     )
     return ExpertPlaces(
-        store=_store(model, plan, account, context),
+        store=_store(model, plan, account, context, homes),
         slots=slots,
         resident_slots=resident_slots,
         merged_slots=_merged_slots(config, account) if account.merged_slots else None,
         pinned_layers=spread(config.moe_layers, account.pinned_layers),
         expert_bytes=one,
+        homes=homes,
     )
 
 
-def _store(model: Model, plan: Plan, account: MemoryAccount, context: DeviceContext) -> Store:
+def _store(model: Model, plan: Plan, account: MemoryAccount, context: DeviceContext, homes: np.ndarray) -> Store:
     """With a link of its own for every device."""
     links = [Link(plan.link_bytes_per_s, oracle=plan.prefetch == "oracle") for _ in context.devices]
     room = 0 if context.device == context.host else arriving_experts(account.expert_bytes, model.config.num_experts)
     if plan.devices == 1:
-        return ExpertStore(_tier(model, plan, account, ()), links[0], room=room)
-    return ShardedStore(_tier(model, plan, account, context.devices), links, context.place.mesh, room=room)
+        return ExpertStore(_tier(model, plan, account, (), homes), links[0], room=room)
+    return ShardedStore(_tier(model, plan, account, context.devices, homes), links, context.place.mesh, room=room)
 
 
-def _tier(model: Model, plan: Plan, account: MemoryAccount, devices: tuple[Device, ...]) -> Tier:
+def _tier(model: Model, plan: Plan, account: MemoryAccount, devices: tuple[Device, ...], homes: np.ndarray) -> Tier:
     if plan.expert_tier == "host":
-        return HostTier(model.experts, devices)
+        return HostTier(model.experts, devices, homes)
     return DiskTier(
         model.experts,
         capacity=account.host_experts,
         policy=HOST_CACHE_POLICIES.executor(plan.dram_policy or plan.flow.host_cache_policy),
         keep_pages=not plan.bypass_page_cache,
         devices=devices,
+        homes=homes,
     )
 
 

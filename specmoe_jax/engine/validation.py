@@ -1,6 +1,9 @@
 """Checks that the inputs of an engine agree with its plan."""
 
+import numpy as np
+
 from specmoe_jax.checkpoints.disk import DiskExperts
+from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.engine.drafts.executors import check_inputs
 from specmoe_jax.engine.drafts.protocol import DraftInputs
@@ -21,6 +24,7 @@ def validate_inputs(
     draft_set: DraftSetPolicy | None,
     spans: list[Span] | None,
     routing: str | None,
+    popularity: np.ndarray | None,
 ) -> None:
     """Raises PlanError for what the plan contradicts or does not use, and for a draft of another model."""
     if spans is not None and not plan.flow.workers:
@@ -38,8 +42,22 @@ def validate_inputs(
     if plan.expert_tier != tier:
         raise PlanError(f"the plan says expert_tier={plan.expert_tier}, the model was loaded with {tier}; make them agree")
     check_inputs(model, plan, inputs)
+    check_popularity(model.config, plan, popularity)
     if draft_set is not None:
         _check_draft_set(plan, draft_set)
+
+
+def check_popularity(config: ModelConfig, plan: Plan, popularity: np.ndarray | None) -> None:
+    """Raises PlanError."""
+    if popularity is None:
+        if plan.placing.by_popularity:
+            raise PlanError(f"placement={plan.placement} needs to know how often experts are chosen; give popularity")
+        return
+    if not plan.placing.by_popularity:
+        raise PlanError(f"popularity has no effect with placement={plan.placement or 'modulo'}; leave it out")
+    shape = (config.num_moe_layers, config.num_experts)
+    if popularity.shape != shape or not (np.isfinite(popularity) & (popularity >= 0)).all():
+        raise PlanError(f"popularity is {popularity.dtype} {list(popularity.shape)}; give counts of 0 or more, {list(shape)}")
 
 
 def _check_draft_set(plan: Plan, policy: DraftSetPolicy) -> None:

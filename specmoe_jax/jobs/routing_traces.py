@@ -65,6 +65,12 @@ def read_counts(path: pathlib.Path, config: ModelConfig, batch: int) -> np.ndarr
         raise PlanError(f"cannot read the trace {path} ({e}); np.save counts [passes, layers, experts]") from e
 
 
+def read_popularity(path: pathlib.Path, config: ModelConfig) -> np.ndarray:
+    """[L, E] int64, how often each expert was chosen in all passes of `read_counts`. Raises UserError."""
+    counts = read_counts(path, config, batch=1)
+    return counts.sum(axis=0) if counts.ndim == 3 else counts
+
+
 def plain_decoding(traces: Sequence[RequestRouting], config: ModelConfig, batch: int) -> np.ndarray:
     """[S, L, E] counts of the passes in which plain decoding generates them, `batch` at a time, in their order.
 

@@ -9,17 +9,19 @@ from typing import NamedTuple
 
 import numpy as np
 
+from specmoe_jax.offload.homes import homes_of
 from specmoe_jax.support.errors import PlanError
 
 
 class Residency(NamedTuple):
     """slot_of: [L, E] int32, the slot of each expert or -1. owner: [R] int32, layer * E + expert or -1.
 
-    devices: n, whose experts and slots are whose by offload/homes.py.
+    homes: [L, E] int32, the device of each expert (offload/homes.py). devices: n, with as many slots each.
     """
 
     slot_of: np.ndarray
     owner: np.ndarray
+    homes: np.ndarray
     devices: int = 1
 
     @property
@@ -52,10 +54,10 @@ class LayerPlan(NamedTuple):
     fetched: int
 
 
-def empty(num_layers: int, num_experts: int, num_slots: int, devices: int = 1) -> Residency:
-    """Nothing resident. num_slots: of all devices together."""
+def empty(num_layers: int, num_experts: int, num_slots: int, devices: int = 1, homes: np.ndarray | None = None) -> Residency:
+    """Nothing resident. num_slots: of all devices together. homes: None for the modulo."""
     slot_of, owner = np.full((num_layers, num_experts), -1, np.int32), np.full(num_slots, -1, np.int32)
-    return Residency(slot_of, owner, devices)
+    return Residency(slot_of, owner, homes_of(slot_of.shape, devices) if homes is None else homes, devices)
 
 
 def plan_layer(
@@ -78,7 +80,7 @@ def plan_layer(
     _release(slot_of, owner, layer, computed & ~keep)
     while True:
         free = _by_eviction_priority(np.flatnonzero(owner < 0), eviction_priority)
-        batch, queue = _placed(queue, free, residency)
+        batch, queue = _placed(layer, queue, free, residency)
         if queue and not batch and waves:  # the first wave may compute residents and free their slots
             raise PlanError(
                 f"layer {layer} has {len(queue)} experts to fetch and no free slot of {residency.own_slots}; "
@@ -102,11 +104,12 @@ def plan_layer(
     return plan, residency._replace(slot_of=slot_of, owner=owner)
 
 
-def _placed(experts: list[int], free: np.ndarray, residency: Residency) -> tuple[list[tuple[int, int]], list[int]]:
+def _placed(layer: int, experts: list[int], free: np.ndarray, residency: Residency) -> tuple[list[tuple[int, int]], list[int]]:
     """(expert, slot) of those for which their device has a free slot, filled in their order, and the experts that are left."""
-    homes = free // max(residency.own_slots, 1)
-    slots = [iter(free[homes == device].tolist()) for device in range(residency.devices)]
-    found = [(expert, next(slots[expert % residency.devices], None)) for expert in experts]
+    places = free // max(residency.own_slots, 1)
+    slots = [iter(free[places == device].tolist()) for device in range(residency.devices)]
+    own = residency.homes[layer].tolist()
+    found = [(expert, next(slots[own[expert]], None)) for expert in experts]
     return [(expert, slot) for expert, slot in found if slot is not None], [expert for expert, slot in found if slot is None]
 
 
@@ -134,7 +137,7 @@ def plan_prefetch(
     layers, experts = layers[order], experts[order]
     slots = np.full(len(order), -1, np.int64)
     for device in range(residency.devices):
-        own = np.flatnonzero(experts % residency.devices == device)
+        own = np.flatnonzero(residency.homes[layers, experts] == device)
         own_free = free[free // max(residency.own_slots, 1) == device]
         count = max(min(room[device], len(own_free), len(own)), 0)
         slots[own[:count]] = own_free[:count]

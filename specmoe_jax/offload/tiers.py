@@ -71,12 +71,18 @@ class HostTier:
 
     counts = TierCounts()
 
-    def __init__(self, experts: Sequence[Sequence[jax.Array]], devices: Sequence[Device] = ()):
-        """devices: none where there is only the first. A block that is pinned for another device than its own is copied."""
+    def __init__(self, experts: Sequence[Sequence[jax.Array]], devices: Sequence[Device] = (), homes: np.ndarray | None = None):
+        """devices: none where there is only the first; homes: of homes.homes_of. A block that is pinned for another device than
+        its own is copied.
+        """
         if devices:
-            experts = [[_pinned_for(layer, devices, expert) for expert in range(len(layer))] for layer in experts]
-        self._experts, first = experts, next(expert for expert in range(len(experts[0])) if is_local(home(expert, devices)))
-        self.shapes, self.dtype = tuple(layer[first].shape for layer in experts), experts[0][first].dtype
+            experts = [
+                [_pinned_for(blocks, expert, home(layer, expert, devices, homes)) for expert in range(len(blocks))]
+                for layer, blocks in enumerate(experts)
+            ]
+        self._experts = experts
+        held = [next(block for block in layer if block is not None) for layer in experts]
+        self.shapes, self.dtype = tuple(block.shape for block in held), held[0].dtype
         self.shape = max(self.shapes, key=math.prod)
         self.num_layers, self.num_experts = len(experts), sum(map(len, experts))
         self._ready = np.ones((len(experts), len(experts[0])), bool)
@@ -94,9 +100,8 @@ class HostTier:
         return self._ready
 
 
-def _pinned_for(layer: Sequence[jax.Array], devices: Sequence[Device], expert: int) -> Any:
+def _pinned_for(layer: Sequence[jax.Array], expert: int, device: Device | None) -> Any:
     """The block of an expert; None where another process has it."""
-    device = home(expert, devices)
     if not is_local(device):
         return None
     block = layer[expert]
@@ -109,11 +114,21 @@ class DiskTier:
     All decisions are taken by the calling thread, so a run repeats them; the threads only read. An evicted block lives on
     while a copy of it is under way, so the budget may be exceeded by what is on the link.
     files: checkpoints.disk.DiskExperts. keep_pages: False drops the pages that were read, so that a miss of this cache really
-    reads the disk. devices: as of HostTier.
+    reads the disk. devices, homes: as of HostTier.
     """
 
-    def __init__(self, files, *, capacity: int, policy: HostCachePolicy, keep_pages: bool, devices: Sequence[Device] = ()):
-        self._files, self._capacity, self._policy, self._keep_pages, self._devices = files, capacity, policy, keep_pages, devices
+    def __init__(
+        self,
+        files,
+        *,
+        capacity: int,
+        policy: HostCachePolicy,
+        keep_pages: bool,
+        devices: Sequence[Device] = (),
+        homes: np.ndarray | None = None,
+    ):
+        self._files, self._capacity, self._policy, self._keep_pages = files, capacity, policy, keep_pages
+        self._devices, self._homes = devices, homes
         self.shapes, self.dtype, shape = files.block_shapes, files.block_dtype, files.shape
         self.shape = max(self.shapes, key=math.prod)
         self.num_layers, self.num_experts, self.counts = shape[0], shape[0] * shape[1], TierCounts()
@@ -190,7 +205,7 @@ class DiskTier:
         self._blocks[key] = self._pending[key] = pool.submit(self._read, key)
 
     def _read(self, key: tuple[int, int]) -> jax.Array:
-        return to_host(self._files.read(*key, keep_pages=self._keep_pages), home(key[1], self._devices))
+        return to_host(self._files.read(*key, keep_pages=self._keep_pages), home(*key, self._devices, self._homes))
 
     def _reading(self) -> np.ndarray:
         """[L, E] bool, experts whose read has not ended."""

@@ -6,13 +6,11 @@ each of which can look at its own copy alone.
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-
-T = TypeVar("T", bound=Callable)
 
 
 def several() -> bool:
@@ -76,16 +74,20 @@ def agreed_bytes(content: bytes) -> bytes:
     return np.asarray(multihost_utils.broadcast_one_to_all(own), np.uint8).tobytes()
 
 
-def in_order(program: T) -> T:
+class in_order:
     """A program that processes exchange data in: on CPUs (gloo) it has ended before the next one begins.
 
     Programs that do not depend on each other may else run in another order in each process, whose messages would be
     mistaken for each other's; an accelerator has one stream. Waiting also leaves threads for all devices of a process.
     """
 
-    @functools.wraps(program)
-    def run(*args, **kwargs):
-        done = program(*args, **kwargs)
+    def __init__(self, program: Callable):
+        self._program = program
+        functools.update_wrapper(self, program)
+
+    def __call__(self, *args, **kwargs) -> Any:
+        done = self._program(*args, **kwargs)
         return jax.block_until_ready(done) if several() and jax.local_devices()[0].platform == "cpu" else done
 
-    return run  # pyright: ignore[reportReturnType]
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._program, name)

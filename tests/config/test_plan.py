@@ -181,7 +181,7 @@ def test_a_plan_file_of_before_is_read():
         draft_experts=(2, 1, 2), guard=True, expert_tier="disk", dram_policy="lru",
         device_memory_bytes=GIB, host_memory_bytes=2 * GIB,
     )  # fmt: skip
-    later = ("draft_expert_dtype", "draft_top_k", "merge_every", "merge_experts", "draft_stop", "retain_policy")
+    later = ("draft_expert_dtype", "draft_top_k", "merge_every", "merge_experts", "draft_stop", "retain_policy", "placement")
     assert json.loads(read.to_json()) == {"version": 1, "devices": 1} | dict.fromkeys(later) | json.loads(OLD_FILE)
 
 

@@ -15,6 +15,7 @@ from engine_cases import GREEDY, PROMPTS, SAMPLED, plan, tokens_of
 
 import specmoe_jax as sm
 from specmoe_jax.engine import runtime
+from specmoe_jax.engine.runtime import plan_homes
 from specmoe_jax.engine.step import moved
 from specmoe_jax.offload.homes import most_experts
 from specmoe_jax.offload.sharded_store import ShardedStore
@@ -23,7 +24,11 @@ from specmoe_jax.offload.tiers import HostTier
 from specmoe_jax.testing import eagle_head, tiny, write_tiny
 from specmoe_jax.types import MESH_AXIS
 
+DISK = {"expert_tier": "disk", "host_memory_bytes": 5e5}
 SHORT = sm.SamplingParams(max_new_tokens=6, ignore_eos=True)
+
+POPULARITY = np.array([[1, 0, 9, 2, 3], [7, 7, 0, 1, 0], [0, 0, 3, 0, 8]])
+"""Of the tiny model's experts, so that no layer's homes are those of the modulo."""
 
 # name -> plan, parameters, numbers of devices
 PLANS = {
@@ -35,34 +40,38 @@ PLANS = {
     "waves": (plan("on_demand", batch_size=8, device_memory_bytes=1e6), SHORT, (2,)),
     "resident": (plan("resident", batch_size=8), SHORT, (4,)),
     "host": (plan("specmoe", batch_size=8, kv_tier="host"), SHORT, (2,)),
-    "disk": (plan("on_demand", batch_size=8, expert_tier="disk", host_memory_bytes=5e5), SHORT, (2,)),
+    "disk": (plan("on_demand", batch_size=8, **DISK), SHORT, (2,)),
     "sampled": (plan("specmoe", batch_size=8, deterministic_sampling=True), SAMPLED, (4,)),
+    "placed": (plan("on_demand", batch_size=8, placement="popularity"), GREEDY, (4,)),
+    "placed, drafting": (plan("specmoe", batch_size=8, prefetch="draft", retain=True, placement="popularity"), SHORT, (2, 4)),
+    "placed, on disk": (plan("specmoe", batch_size=8, placement="popularity", **DISK), SHORT, (2,)),
     "eagle": (plan("specmoeoff", batch_size=4, draft_length=3, prefill_attention="accelerator"), SHORT, (2,)),
 }
 
 
 class CountingTier(HostTier):
-    """Counts how often each expert [E] left host memory."""
+    """Counts how often each expert [L, E] left host memory."""
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.left = np.zeros(self.num_experts // self.num_layers, np.int64)
+        self.left = np.zeros((self.num_layers, self.num_experts // self.num_layers), np.int64)
 
     def blocks(self, keys):
-        np.add.at(self.left, [expert for _, expert in keys], 1)
+        np.add.at(self.left, tuple(np.array(keys, np.int64).reshape(-1, 2).T), 1)
         return super().blocks(keys)
 
 
 def outcome(a_plan, params, folder: str) -> dict:
     """Of a job with a plan."""
     given = {"draft_head": eagle_head(tiny())} if a_plan.draft == "eagle" else {}
+    given |= {"popularity": POPULARITY} if a_plan.placing.by_popularity else {}
     engine = sm.Engine(stored(a_plan, folder) if a_plan.expert_tier == "disk" else tiny(), a_plan, **given)
     tokens = tokens_of(engine.generate(PROMPTS, params))
     stats, own = engine.stats(), engine._resources.runtime
     assert stats["compilations_after_warmup"] == 0
     size, left = own.experts.expert_bytes, getattr(own.experts.store.tier, "left", None)
     zeros = size * (a_plan.expert_flow != "stream")  # a pool is warmed up by one block
-    wanted = None if left is None else [int(left[d :: a_plan.devices].sum()) * size + zeros for d in range(a_plan.devices)]
+    wanted = None if left is None else [int(left[own.experts.homes == d].sum()) * size + zeros for d in range(a_plan.devices)]
     return {
         "tokens": tokens,
         "sent": moved(own).device_bytes.tolist(),
@@ -76,8 +85,9 @@ def outcome(a_plan, params, folder: str) -> dict:
 def stored(a_plan, folder: str):
     """The tiny model from files; loaded into host memory, its experts are pinned for their devices."""
     write_tiny(pathlib.Path(folder))
-    held = [block.device.id for block in sm.load_model(folder, devices=a_plan.devices).experts[0]]
-    assert held == [expert % a_plan.devices for expert in range(5)]
+    homes = plan_homes(tiny().config, a_plan, POPULARITY if a_plan.placing.by_popularity else None)
+    loaded = sm.load_model(folder, devices=a_plan.devices, homes=homes if a_plan.placement else None)
+    assert [[block.device.id for block in layer] for layer in loaded.experts] == homes.tolist()
     return sm.load_model(folder, expert_tier=a_plan.expert_tier)
 
 

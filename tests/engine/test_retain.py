@@ -55,7 +55,7 @@ def test_slots_hold_what_the_tables_say(model, monkeypatch):
     state = engine.init(PROMPTS, sm.SamplingParams(max_new_tokens=12, ignore_eos=True))
     while not state.done:
         state, _ = engine.step(state)
-        pool, (_, owner, _), holds = np.asarray(state.memory.pool), state.memory.residency, state.memory.retained_experts.holds
+        pool, owner, holds = np.asarray(state.memory.pool), state.memory.residency.owner, state.memory.retained_experts.holds
         assert (holds[owner >= 0] == owner[owner >= 0]).all()
         for slot in np.flatnonzero(holds >= 0):
             layer, expert = divmod(int(holds[slot]), TINY.num_experts)

@@ -38,7 +38,7 @@ def cases(draw):
 @given(cases())
 def test_prefetch_takes_only_free_slots_and_leaves_the_reserve(case):
     residency, predicted, in_use, reserve, limit = case
-    before = Residency(residency.slot_of.copy(), residency.owner.copy())
+    before = residency._replace(slot_of=residency.slot_of.copy(), owner=residency.owner.copy())
     copies, after = plan_prefetch(residency, predicted, reserve=reserve, limit=limit, in_use=in_use)
     np.testing.assert_array_equal(residency.owner, before.owner)  # arguments are not changed
     np.testing.assert_array_equal(residency.slot_of, before.slot_of)

@@ -28,12 +28,12 @@ class Pool:
 
     def check(self, residency: Residency):
         """Both tables agree with each other and with the slots."""
-        slot_of, owner, devices = residency
+        slot_of, owner, homes, devices = residency
         num_experts = slot_of.shape[1]
         for layer, expert in np.argwhere(slot_of >= 0):
             assert owner[slot_of[layer, expert]] == layer * num_experts + expert
             assert self.holds[slot_of[layer, expert]] == (layer, expert)
-            assert slot_of[layer, expert] // (len(owner) // devices) == expert % devices, "it is on another device"
+            assert slot_of[layer, expert] // (len(owner) // devices) == homes[layer, expert], "it is on another device"
         assert (owner >= 0).sum() == (slot_of >= 0).sum()
         for slot in np.flatnonzero(owner >= 0):
             assert slot_of[divmod(int(owner[slot]), num_experts)] == slot
@@ -77,6 +77,11 @@ def subset(draw, num_experts, most=None, exactly=None):
     return np.isin(np.arange(num_experts), members)
 
 
+def any_homes(draw, layers, experts, devices):
+    """[L, E], of any placement."""
+    return np.array([[expert % devices for expert in draw(st.permutations(range(experts)))] for _ in range(layers)])
+
+
 @EXAMPLES
 @given(st.data())
 def test_passes_over_layers_with_pinned_draft_experts(data):
@@ -87,7 +92,7 @@ def test_passes_over_layers_with_pinned_draft_experts(data):
     own = most_experts(devices, experts)  # all pinned experts may belong to one device
     room = draw(st.integers(0 if pinned == experts else 1, own))
     slots = devices * (layers * min(pinned, own) + room)
-    pool, residency = Pool(slots), empty(layers, experts, slots, devices)
+    pool, residency = Pool(slots), empty(layers, experts, slots, devices, any_homes(draw, layers, experts, devices))
     for layer in range(layers):  # the first draft set
         _, residency = play(pool, residency, layer, np.zeros(experts, bool), subset(draw, experts, exactly=pinned))
     for _ in range(draw(st.integers(1, 4))):
@@ -128,14 +133,14 @@ def test_prefetched_experts_and_waves(data):
     own = most_experts(devices, experts)
     dispatch = min(most, own)
     slots = devices * (layers * min(pinned, own) + dispatch + draw(st.integers(0, 6)))
-    pool, residency = Pool(slots), empty(layers, experts, slots, devices)
+    pool, residency = Pool(slots), empty(layers, experts, slots, devices, any_homes(draw, layers, experts, devices))
     for layer in range(layers):
         _, residency = play(pool, residency, layer, np.zeros(experts, bool), subset(draw, experts, exactly=pinned))
     for _ in range(draw(st.integers(1, 3))):
         usage_scores = np.array([[draw(st.integers(0, 3)) for _ in range(experts)] for _ in range(layers)])
         limit = draw(st.integers(0, 10))
         copies, residency = plan_prefetch(residency, usage_scores, reserve=dispatch, limit=limit, in_use=np.zeros(0, np.int32))
-        assert np.bincount([expert % devices for _, expert, _ in copies], minlength=1).max() <= limit
+        assert np.bincount([residency.homes[layer, expert] for layer, expert, _ in copies], minlength=1).max() <= limit
         assert all(usage_scores[layer, expert] > 0 for layer, expert, _ in copies)
         pool.copy(copies, [])
         pool.check(residency)

@@ -45,7 +45,8 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
         pool = runtime.experts.store.new_pool(
             runtime.experts.slots.total + (0 if runtime.experts.merged_slots is None else runtime.experts.merged_slots.size)
         )
-        residency, none, arriving = empty(*shape, runtime.experts.slots.total, runtime.plan.devices), np.zeros(shape[1], bool), ()
+        residency = empty(*shape, runtime.experts.slots.total, runtime.plan.devices, runtime.experts.homes)
+        none, arriving = np.zeros(shape[1], bool), ()
         usage_scores = np.zeros((runtime.config.num_moe_layers, shape[1]))
         plan, slots = runtime.plan, runtime.experts.slots.total
         retained = retained_experts.nothing(*shape, slots, plan.retaining) if plan.retain else None

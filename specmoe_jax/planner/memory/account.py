@@ -68,7 +68,9 @@ def account(
         draft_kv_bytes=batch_rows * positions * draft.position,
         host_draft_bytes=draft.host,
         kv_pages=needs.paged.pages if needs.paged else 0,
-        hidden_bytes=prompt_tokens * (plan.devices // plan.num_processes * config.hidden_size + max(map(token_numbers, config.layers))) * itemsize
+        hidden_bytes=prompt_tokens
+        * (plan.devices // plan.num_processes * config.hidden_size + max(map(token_numbers, config.layers)))
+        * itemsize
         + plan.devices // plan.num_processes * needs.waiting_tokens * (config.hidden_size * itemsize + draft.watched),
         cross_bytes=sum(2 * batch_rows * source_positions * cross_row(layer) for layer in config.layers) * itemsize,
         staging_bytes=staging_bytes(config, plan, batch_rows, positions, itemsize),

@@ -102,7 +102,7 @@ def _drop_piece(piece: Piece) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class PartOfLayer(Sequence[jax.Array]):
-    """One layer of a model that several processes hold: held[e] is this one's, or None for an expert that is read when asked for."""
+    """One layer of a model that several processes hold: held[e] is this one's; None is read when asked for."""
 
     held: tuple[jax.Array | None, ...]
     on_disk: DiskLayer

@@ -23,8 +23,8 @@ Coming = tuple[Arriving, ...]
 class ShardedStore:
     """Has the methods of `ExpertStore`; slots are numbered through all devices (homes.py), and by each store from 0.
 
-    links: of the devices of all processes. A device's slots are an array of its own, which programs of that device alone write in place;
-    a pool is a view of these arrays. Copies to all devices are started before any is waited for.
+    links: of the devices of all processes. A device's slots are an array of its own, which programs of that device alone write in
+    place; a pool is a view of these arrays. Copies to all devices are started before any is waited for.
     """
 
     def __init__(self, tier: Tier, links: Sequence[Link], mesh: jax.sharding.Mesh, *, room: int = 0):

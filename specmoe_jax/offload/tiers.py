@@ -67,7 +67,10 @@ class Tier(Protocol):
 
 
 class HostTier:
-    """All experts in host memory: of several devices, those of each in memory that is pinned for it; of several processes its own."""
+    """All experts in host memory: of several devices, those of each in memory that is pinned for it.
+
+    Of several processes each has those of its own devices.
+    """
 
     counts = TierCounts()
 

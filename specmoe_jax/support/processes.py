@@ -5,6 +5,7 @@ each of which can look at its own copy alone.
 """
 
 import functools
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,20 @@ def put(arrays: Any, place: Any) -> Any:
         return jax.make_array_from_single_device_arrays(copies[0].shape, place, copies)
 
     return jax.tree.map(everywhere, arrays)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints."""
+    return jax.process_index() == 0
+
+
+def differing(contents: dict[str, bytes]) -> list[str]:
+    """The names of what is not the same in all processes."""
+    if not several():
+        return []
+    own = np.stack([np.frombuffer(hashlib.sha256(content).digest(), np.uint8) for content in contents.values()])
+    every = np.asarray(multihost_utils.process_allgather(own))  # [processes, names, 32]
+    return [name for name, digests in zip(contents, every.swapaxes(0, 1), strict=True) if (digests != digests[0]).any()]
 
 
 def agreed(value: float) -> float:

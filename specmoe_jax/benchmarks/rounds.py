@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import tqdm
 
 from specmoe_jax.config.plan import Plan
@@ -20,14 +21,19 @@ from specmoe_jax.support.timing import CompileCounter, Stopwatch
 
 
 class Case(NamedTuple):
-    """A plan under a name; base: the name of the case that its ratios are taken against. head: of an EAGLE or MTP draft."""
+    """A plan under a name; base: the name of the case that its ratios are taken against. head: of an EAGLE or MTP draft.
+
+    popularity: see Engine.
+    """
 
     name: str
     plan: Plan
     base: str | None = None
     head: EagleHead | MtpHead | None = None
+    popularity: np.ndarray | None = None
 
     def engine(self, model: Model, **options) -> Engine:
+        options |= {"popularity": self.popularity}
         if isinstance(self.head, MtpHead):
             return Engine(model, self.plan, mtp_head=self.head, **options)
         return Engine(model, self.plan, draft_head=self.head, **options)

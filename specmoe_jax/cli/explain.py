@@ -69,7 +69,9 @@ _SKEW = flags.DEFINE_float(
 _ROOFLINE = flags.DEFINE_string("roofline", None, "Where the roofline picture goes, .png (needs matplotlib).")
 _GANTT = flags.DEFINE_string("gantt", None, "Where the picture of a simulated pass goes, .png (streamed plans).")
 _SIMULATE = flags.DEFINE_boolean("simulate", False, "Every preset beside each other, and cache policies on a routing trace.")
-_DEVICE_TABLE = flags.DEFINE_boolean("device_table", False, "The plan on 1, 2, 4 and 8 accelerators (--preset or --plan).")
+_DEVICE_TABLE = flags.DEFINE_boolean(
+    "device_table", False, "The plan on 1, 2, 4 and 8 accelerators, and on 8 hosts of them (--preset or --plan)."
+)
 _TRACE = flags.DEFINE_string(
     "trace",
     None,

@@ -58,11 +58,12 @@ def homes_of(shape: tuple[int, int], devices: int, placement: Placement = MODULO
 def loads_of(counts: np.ndarray, per_token: int, tokens: float) -> np.ndarray:
     """[L, E], the probability that a pass over so many tokens needs an expert: it is brought once, however many choose it.
 
-    counts: [L, E], how often each was chosen. per_token: choices of a token, which are of different experts.
+    counts: [L, E], how often each was chosen. per_token: choices of a token, which are of different experts. Of experts that every
+    pass needs the more popular one is heavier by a hair: a draft keeps them, so they have to be spread among themselves, too.
     """
     sums = counts.sum(axis=1, keepdims=True)
     shares = np.where(sums, counts / np.maximum(sums, 1), 1 / counts.shape[1])
-    return 1 - (1 - np.minimum(per_token * shares, 1.0)) ** tokens
+    return 1 - (1 - np.minimum(per_token * shares, 1.0)) ** tokens + 1e-6 * shares
 
 
 def home(layer: int, expert: int, devices: Sequence[Device], homes: np.ndarray | None) -> Device | None:

@@ -16,7 +16,7 @@ from specmoe_jax.models.spec import LayerWeights
 from specmoe_jax.offload.stream_schedule import ACCELERATOR, CPU, DOWN, UP, Task
 from specmoe_jax.planner.hardware import Hardware
 
-DISK, PEERS = "disk", "links between devices"
+DISK, PEERS, NETWORK = "disk", "links between devices", "network between hosts"
 
 
 class Cost(NamedTuple):
@@ -71,7 +71,7 @@ def bound_seconds(costs: list[Cost], hardware: Hardware, dtype: str) -> float:
         own = [cost for cost in costs if cost.resource == resource]
         needs[resource] = max(sum(cost.flops for cost in own) / peak, sum(cost.bytes for cost in own) / rate)
     cores_s = needs[ACCELERATOR] + needs[CPU] if hardware.accelerator_is_cpu else max(needs[ACCELERATOR], needs[CPU])
-    return max(cores_s, needs[UP], needs[DOWN], needs[DISK], needs[PEERS])
+    return max(cores_s, needs[UP], needs[DOWN], needs[DISK], needs[PEERS], needs[NETWORK])
 
 
 def limits(hardware: Hardware, dtype: str) -> dict[str, tuple[float, float, float]]:
@@ -85,6 +85,7 @@ def limits(hardware: Hardware, dtype: str) -> dict[str, tuple[float, float, floa
         DOWN: (infinite, hardware.down_bytes_per_s, hardware.copy_s),
         DISK: (infinite, hardware.disk_bytes_per_s, 0.0),
         PEERS: (infinite, hardware.peer_bytes_per_s or infinite, hardware.task_s),
+        NETWORK: (infinite, hardware.network_bytes_per_s or infinite, hardware.task_s),
     }
 
 
@@ -174,12 +175,16 @@ def experts(
     return Cost(ACCELERATOR, "experts", flops, distinct * one + moved, programs)
 
 
-def gather(config: ModelConfig, tokens: float, devices: int) -> list[Cost]:
-    """The outputs of all devices' experts on each of them: an all-reduce in float32 of every pair of token and choice."""
+def gather(config: ModelConfig, tokens: float, devices: int, hosts: int) -> list[Cost]:
+    """The outputs of all devices' experts on each of them: an all-reduce in float32 of every pair of token and choice.
+
+    Between hosts a part for each device, so that all of a host's network is used.
+    """
     if devices == 1:
         return []
     moved = 4 * tokens * config.experts_per_token * config.hidden_size
-    return [Cost(PEERS, "copy", bytes=2 * moved * (devices - 1) / devices)]
+    within = Cost(PEERS, "copy", bytes=2 * moved * (devices - 1) / devices)
+    return [within] if hosts == 1 else [within, Cost(NETWORK, "copy", bytes=2 * moved * (hosts - 1) / hosts)]
 
 
 def fetch(expert_bytes: float, count: float, *, operator: str = "stream", resource: str = UP) -> Cost:

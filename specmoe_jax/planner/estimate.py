@@ -156,8 +156,8 @@ def _setting(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Work
 
 
 def _with_shared_memory(hardware: Hardware, devices: int) -> Hardware:
-    """All links together bring no more than host memory gives."""
-    return hardware.replace(up_bytes_per_s=min(hardware.up_bytes_per_s, hardware.dram_bytes_per_s / devices))
+    """All links of a host together bring no more than its memory gives."""
+    return hardware.replace(up_bytes_per_s=min(hardware.up_bytes_per_s, hardware.hosts * hardware.dram_bytes_per_s / devices))
 
 
 def _with_emulated_link(hardware: Hardware, plan: Plan) -> Hardware:
@@ -172,9 +172,8 @@ def _with_emulated_link(hardware: Hardware, plan: Plan) -> Hardware:
 def _time(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload, own: MemoryAccount, rows: int) -> Timing:
     setting = _setting(config, plan, hardware, workload, own, rows)
     share = _cpu_share(plan, own, setting.load)
-    of_draft = draft_costs(
-        plan, config, setting.load, skew=workload.skew_of(config), head=workload.head, model=workload.draft_model, cpu_share=share
-    )
+    known = {"head": workload.head, "model": workload.draft_model, "cpu_share": share, "hosts": hardware.hosts}
+    of_draft = draft_costs(plan, config, setting.load, skew=workload.skew_of(config), **known)
     return time_pass(setting, of_draft)
 
 

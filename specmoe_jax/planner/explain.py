@@ -18,6 +18,7 @@ from specmoe_jax.support.errors import PlanError
 from specmoe_jax.support.units import GIB
 
 DEVICE_COUNTS = (1, 2, 4, 8)
+HOST_COUNTS = (2, 4, 8)  # of machines that reach each other
 TRACE_PASSES = 64  # of a synthetic routing trace
 
 
@@ -126,10 +127,15 @@ def presets(
 
 
 def devices(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workload) -> dict[str, Any]:
-    """A plan on so many accelerators alike: how speed and the memory of each grow, and what binds."""
+    """A plan on so many accelerators alike: how speed and the memory of each grow, and what binds.
+
+    Of a machine with a network, on so many of those, too.
+    """
     table, first = {}, None
-    for count in DEVICE_COUNTS:
-        machine, own = hardware.replace(devices=count), plan.replace(devices=count)
+    several = tuple(hosts * hardware.devices for hosts in HOST_COUNTS) if hardware.network_bytes_per_s else ()
+    for count in (*DEVICE_COUNTS, *several):
+        machine = hardware.cluster(count) if several else hardware.replace(devices=count)
+        own = plan.replace(devices=count)
         try:
             found = predict(config, own, machine, workload, interval=False)
         except PlanError as e:
@@ -142,6 +148,7 @@ def devices(config: ModelConfig, plan: Plan, hardware: Hardware, workload: Workl
             "iteration_s": found.iteration_s,
             "link_bytes_per_token": found.link_bytes_per_token / count,  # of one device's link, on average
             "accelerator_gib": found.account.accelerator_bytes / GIB,  # of one device
+            **({"hosts": machine.hosts} if several else {}),
             "largest_batch": fit.largest_batch(config, own, machine, workload),
             "binding_resource": found.binding,
         }

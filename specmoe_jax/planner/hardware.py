@@ -40,7 +40,9 @@ class Efficiency(NamedTuple):
 class Hardware:
     """One machine: an accelerator, the CPU and memory beside it, the link between them, a disk. Raises PlanError for no numbers.
 
-    devices: accelerators alike, each with its own memory and link; host memory and disk are all devices'.
+    devices: accelerators alike, each with its own memory and link; host memory and disk are all devices'. hosts: machines alike
+    that hold as many of them each; devices and host_memory_bytes are then of all together, all else of one. network_bytes_per_s: of
+    a host to others, each way; 0: unknown.
 
     measured: by the probe; False: data sheets and papers, with assumed efficiencies. accelerator_is_cpu: the accelerator's
     tasks and
@@ -68,6 +70,8 @@ class Hardware:
     step_s: float = 0.0  # of one step, on the host: acceptance, requests, bookkeeping
     peer_bytes_per_s: float = 0.0  # between two accelerators, each way; 0: unknown
     devices: int = 1
+    network_bytes_per_s: float = 0.0
+    hosts: int = 1
     accelerator_is_cpu: bool = False
     overlap: float = 1.0
     measured: bool = False
@@ -79,8 +83,9 @@ class Hardware:
             value = getattr(self, field.name)
             if field.type is float and (not _is_finite(value) or value < 0 or (value == 0 and field.default != 0.0)):
                 raise PlanError(f"hardware {self.name}: {field.name} is {value!r}; it must be a finite number above 0")
-        if not is_whole(self.devices) or self.devices < 1:
-            raise PlanError(f"hardware {self.name}: devices is {self.devices!r}; it must be a whole number of at least 1")
+        for figure in ("devices", "hosts"):
+            if not is_whole(count := getattr(self, figure)) or count < 1:
+                raise PlanError(f"hardware {self.name}: {figure} is {count!r}; it must be a whole number of at least 1")
         if not 0 < self.overlap <= 1:
             raise PlanError(f"hardware {self.name}: overlap is {self.overlap!r}; it must be above 0 and at most 1")
         for operator, efficiency in self.efficiencies:
@@ -88,6 +93,11 @@ class Hardware:
         for figure, value in self.spreads:
             if figure not in (*_RATES, *OPERATORS) or not _is_finite(value) or value < 0:
                 raise PlanError(f"hardware {self.name}: spread of {figure!r} is {value!r}; it must be 0 or more, of a known figure")
+
+    def cluster(self, devices: int) -> "Hardware":
+        """So many of its accelerators; more than it has are in further machines like it, which hold the experts together."""
+        hosts = -(-devices // self.devices)
+        return self.replace(devices=devices, hosts=hosts, host_memory_bytes=hosts * self.host_memory_bytes)
 
     def accelerator_flops(self, dtype: str) -> float:
         """Peak of a dtype of the plan."""

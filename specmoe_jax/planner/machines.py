@@ -37,6 +37,8 @@ FIGURES = {
     "step_s": ("s", "of one step on the host: acceptance, requests, bookkeeping"),
     "peer_bytes_per_s": ("bytes/s", "between two accelerators, each way"),
     "devices": ("whole number", "accelerators alike, each with its own memory and link"),
+    "network_bytes_per_s": ("bytes/s", "between a machine and others like it, each way"),
+    "hosts": ("whole number", "machines alike that hold the devices; `host_memory_bytes` is of all of them"),
     "accelerator_is_cpu": ("true or false", "no accelerator: its tasks and the CPU's add up instead of overlapping"),
     "overlap": ("share", "of a transfer that hides behind computation of the same length"),
     "measured": ("true or false", "by the probe, not from data sheets"),
@@ -118,6 +120,21 @@ KNOWN = {
 # NVLink, or a TPU's interconnect, GB/s each way; others reach each other over their links.
 _PEERS = {"h100": 360, "h200": 360, "b200": 720, "a100": 240, "tpu_v5e": 160, "tpu_v6e": 320, "tpu_v7x": 480}
 KNOWN |= {name: KNOWN[name].replace(peer_bytes_per_s=rate * GIGA) for name, rate in _PEERS.items()}
+
+
+def _host(name: str, like: str, *, network: float, memory: tuple[float, float]) -> Hardware:
+    """Eight of an accelerator. network: GB/s, of a host. memory: GB/s, GiB."""
+    dram = {"dram_bytes_per_s": memory[0] * GIGA, "host_memory_bytes": memory[1] * GIB}
+    return KNOWN[like].replace(name=name, devices=8, network_bytes_per_s=network * GIGA, **dram)
+
+
+# H100: eight network cards of 400 Gbit/s, two sockets. TPUs: eight times the share of a chip; the hosts of a slice reach each other
+# over half of their chips' interconnect (assumed).
+KNOWN |= {
+    "h100_host": _host("eight H100 80 GB", "h100", network=320, memory=(500, 1860)).replace(accelerator_memory_bytes=79 * GIB),
+    "tpu_v5e_host": _host("eight TPU v5e", "tpu_v5e", network=640, memory=(480, 384)),
+    "tpu_v6e_host": _host("eight TPU v6e", "tpu_v6e", network=1280, memory=(640, 1408)),
+}
 
 
 def machine(name: str) -> Hardware:

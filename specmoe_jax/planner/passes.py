@@ -13,7 +13,7 @@ from specmoe_jax.config.plan import Plan
 from specmoe_jax.models.spec import DTYPE_BYTES
 from specmoe_jax.offload.stream_schedule import RESOURCES
 from specmoe_jax.planner import costs, routing
-from specmoe_jax.planner.costs import DISK, PEERS, Cost, Load
+from specmoe_jax.planner.costs import DISK, NETWORK, PEERS, Cost, Load
 from specmoe_jax.planner.drafts.protocol import DraftCosts
 from specmoe_jax.planner.hardware import Hardware
 from specmoe_jax.planner.memory.memory_account import MemoryAccount
@@ -58,7 +58,10 @@ class Setting(NamedTuple):
         config, devices = self.config, self.plan.devices
         used = routing.busiest(routing.distinct(self.probabilities, tokens), config.num_experts, devices)
         how = {"expert_bytes": self.account.expert_bytes, "programs": programs, "share": 1 / devices}
-        return [costs.experts(config, tokens, used, self.itemsize, **how), *costs.gather(config, tokens, devices)]
+        return [
+            costs.experts(config, tokens, used, self.itemsize, **how),
+            *costs.gather(config, tokens, devices, self.hardware.hosts),
+        ]
 
     def seconds(self, cost: Cost) -> float:
         return costs.seconds(cost, self.hardware, self.plan.dtype)
@@ -114,7 +117,7 @@ def layer_by_layer(setting: Setting, draft_s: float, layer_costs: Callable[[Sett
     return Timing(
         iteration_s=draft_s + whole - hidden_s + setting.seconds(head) + hardware.sync_s + hardware.step_s,
         draft_s=draft_s,
-        busy_s=add_busy(dict.fromkeys((*RESOURCES, DISK, PEERS), 0.0), setting, spent),
+        busy_s=add_busy(dict.fromkeys((*RESOURCES, DISK, PEERS, NETWORK), 0.0), setting, spent),
         link_bytes=fetched * setting.account.expert_bytes,
         floor_s=costs.bound_seconds(spent, hardware, plan.dtype),
     )

@@ -29,9 +29,9 @@ def small(a_plan) -> None:
     run(tiny(), a_plan, **({"draft_head": eagle_head(tiny())} if a_plan.draft == "eagle" else {}))
 
 
-def half(name: str, **changes) -> None:
+def half(name: str, config=HALF, **changes) -> None:
     """Two steps in bfloat16."""
-    model = shapes.random_on_device(HALF)
+    model = shapes.random_on_device(config)
     head = random_head_of(model) if name == "specmoeoff" else None
     a_plan = plan(name, dtype="bfloat16", batch_size=4, **changes)
     engine = Engine(model, a_plan, draft_head=head)
@@ -52,4 +52,10 @@ MESH_RUNS = {
     "half mesh": functools.partial(half, "specmoe", synthetic_acceptance=0.9, substitution="random", devices=4),
 }
 """Of four devices."""
+EIGHT = dataclasses.replace(HALF, num_experts=12, expert_hidden=512)
+EIGHT_RUNS = {
+    "mesh specmoe": functools.partial(half, "specmoe", EIGHT, synthetic_acceptance=0.9, substitution="random", devices=8),
+    "mesh streaming": functools.partial(half, "streaming", EIGHT, devices=8),
+}
+"""Of eight, some of which have two experts of a layer and others one."""
 EXPERT_BYTES = HALF.expert_params * 2

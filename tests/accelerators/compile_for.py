@@ -3,8 +3,9 @@
 XLA's compilers for both ask for a description alone. The engine runs plans on CPU devices, of which all but the last stand for
 accelerators (as in tests/engine/two_devices.py); each call of a jitted function is recorded with its shapes, dtypes and memory
 kinds, and what took arrays of the first accelerator, or of all, is compiled. The first argument is h200, which needs the wheels
-jax-cuda13-plugin and jax-cuda13-pjrt of this jax's version on PYTHONPATH, or v5e, which needs the libtpu that this jax names. The
-others are names of runs, none for all; those of several devices need a description of so many.
+jax-cuda13-plugin and jax-cuda13-pjrt of this jax's version on PYTHONPATH, or v5e (four chips) or v5e_8 (eight, for which only runs
+of so many are compiled), which need the libtpu that this jax names. The others are names of runs, none for all; those of several
+devices need a description of so many.
 
 The last line is JSON: `expert_bytes` of the half-precision runs, `devices` of the description, and `programs`, each with `plan`,
 `name`, `temp_bytes`, `waits_for_link` (it copies out of host memory), `collective` (devices exchange something) and `failed`, None
@@ -22,9 +23,10 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=5"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=9"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no cloud to ask
-os.environ["SPECMOE_GROUPED"] = {"h200": "cuda", "v5e": "tpu"}.get(sys.argv[1], "none")  # as a process on such a machine has them
+# As a process on such a machine has them.
+os.environ["SPECMOE_GROUPED"] = {"h200": "cuda", "v5e": "tpu", "v5e_8": "tpu"}.get(sys.argv[1], "none")
 
 import jax  # after the flags
 import numpy as np
@@ -47,6 +49,7 @@ dnn_version_info { major: 9 minor: 10 } runtime_version { major: 13 }
 TARGETS = {
     "h200": {"platform": "cuda", "target_config": H200, "topology": "1x1x1"},
     "v5e": {"platform": "tpu", "topology_name": "v5e:2x2x1"},
+    "v5e_8": {"platform": "tpu", "topology_name": "v5e:2x4x1"},
 }
 
 
@@ -165,7 +168,7 @@ def in_one_program() -> None:
 def on_accelerator(call: Call) -> bool:
     """The first one, or all that a plan has."""
     found = {leaf.devices for leaf in call.leaves if isinstance(leaf, Placed)}
-    return bool(found) and found <= {(0,), (0, 1, 2, 3)}
+    return bool(found) and found <= {(0,), tuple(range(4)), tuple(range(8))}
 
 
 def described_gpu():
@@ -186,10 +189,10 @@ def recording_jit(function=None, **options):
 
 def main() -> None:
     jax.jit = recording_jit  # before the package is imported: it jits as it is
-    from accelerator_runs import EXPERT_BYTES, MESH_RUNS, RUNS
+    from accelerator_runs import EIGHT_RUNS, EXPERT_BYTES, MESH_RUNS, RUNS
 
     devices = topologies.get_topology_desc(**TARGETS[sys.argv[1]]).devices
-    runs = RUNS | (MESH_RUNS if len(devices) > 3 else {}) | {"control": in_one_program}
+    runs = EIGHT_RUNS if len(devices) == 8 else RUNS | (MESH_RUNS if len(devices) == 4 else {}) | {"control": in_one_program}
     runs, found = {name: run for name, run in runs.items() if name in (sys.argv[2:] or runs)}, []
     for plan, run in runs.items():
         Recorded.calls.clear()

@@ -18,15 +18,20 @@ def is_there(module: str) -> bool:
     return importlib.util.find_spec(package) is not None and importlib.util.find_spec(module) is not None
 
 
-@pytest.fixture(scope="module", params=COMPILERS)
-def found(request):
-    if not is_there(COMPILERS[request.param]):
-        pytest.skip(f"needs the wheels of {COMPILERS[request.param]} on PYTHONPATH, see .ci/run")
+def outcome(target: str, compiler: str) -> dict:
+    """Of compile_for.py."""
+    if not is_there(compiler):
+        pytest.skip(f"needs the wheels of {compiler} on PYTHONPATH, see .ci/run")
     paths = [HERE, HERE.parent / "engine", HERE.parent.parent]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, HERE / "compile_for.py", request.param], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, HERE / "compile_for.py", target], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module", params=COMPILERS)
+def found(request):
+    return outcome(request.param, COMPILERS[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +63,11 @@ def test_programs_of_four_devices(found, programs):
     mesh = [program for program in programs if "mesh" in program["plan"]]
     assert {"draft_chain", "experts_and_attention", "experts"} <= {program["name"] for program in mesh}
     assert any(program["collective"] for program in mesh)
+
+
+def test_programs_of_eight_devices():
+    """Of a TPU's description of eight chips: they compile, exchange outputs, and none waits for the link."""
+    programs = outcome("v5e_8", COMPILERS["v5e"])["programs"]
+    assert [program for program in programs if program["failed"]] == []
+    assert {"draft_chain", "experts", "experts_and_attention"} <= {program["name"] for program in programs}
+    assert any(program["collective"] for program in programs) and not any(program["waits_for_link"] for program in programs)

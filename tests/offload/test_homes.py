@@ -51,7 +51,14 @@ def test_popular_experts_that_share_a_residue_are_spread():
 def test_a_pass_brings_an_expert_once():
     """Two of four experts a token: shares 0.5, 0.5, 1 and 0 of a token; of a layer without counts all alike."""
     loads = loads_of(np.array([[1, 1, 2, 0], [0, 0, 0, 0]]), per_token=2, tokens=3)
-    assert loads == pytest.approx(np.array([[0.875, 0.875, 1, 0], [0.875] * 4]))
+    assert loads == pytest.approx(np.array([[0.875, 0.875, 1, 0], [0.875] * 4]), abs=1e-6)
+
+
+def test_experts_that_every_pass_needs_are_spread_by_popularity():
+    """A draft keeps the four most popular; each device gets one of them."""
+    counts = np.array([[90, 80, 10, 10, 95, 85, 10, 10]])
+    homes = homes_of((1, 8), 4, POPULARITY, loads_of(counts, per_token=4, tokens=10_000))
+    assert sorted(homes[0, [0, 1, 4, 5]].tolist()) == [0, 1, 2, 3]
 
 
 def test_the_device_of_an_expert():

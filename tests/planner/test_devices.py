@@ -1,5 +1,7 @@
 """Several devices: the account and the time of one, and the table of `explain`."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -64,3 +66,22 @@ def test_the_table_grows_from_one_to_eight():
     rates, memory = ([row[name] for row in table.values()] for name in ("tokens_per_s", "accelerator_gib"))
     assert rates == sorted(rates) and memory == sorted(memory, reverse=True)
     assert table["1"]["times"] == 1 and table["2"]["link_bytes_per_token"] < 0.51 * table["1"]["link_bytes_per_token"]
+
+
+def test_hosts_hold_the_experts_together_and_are_joined_by_a_network():
+    host, many = machine("h100_host"), dataclasses.replace(MIXTRAL, num_experts=64, expert_hidden=2048)
+    table = explain.devices(many, plan("on_demand"), host, WORKLOAD)["devices"]
+    assert list(table) == ["1", "2", "4", "8", "16", "32", "64"] and [row["hosts"] for row in table.values()] == [1] * 4 + [2, 4, 8]
+    small = host.replace(host_memory_bytes=60e9, network_bytes_per_s=1e7)  # experts of 103 GB
+    table = explain.devices(many, plan("on_demand"), small, WORKLOAD)["devices"]
+    assert "cannot run" in table["8"] and table["16"]["binding_resource"] == "network between hosts"
+
+
+def test_each_host_reads_its_own_memory():
+    """Eight links of a host share 500 GB/s; those of two hosts twice that."""
+    host = machine("h100_host").replace(dram_bytes_per_s=100e9)
+    one, two = (
+        predict(MIXTRAL, plan("streaming", devices=8), own, WORKLOAD, interval=False).busy_s["link to accelerator"]
+        for own in (host, host.replace(hosts=2))
+    )
+    assert one == pytest.approx(2 * two, rel=0.01)

@@ -43,7 +43,7 @@ class GatedDraftDescription(DraftDescription):
                 "use on_demand"
             )
 
-    def costs(self, plan: Plan, config: ModelConfig, load: Load, *, skew: float, **_) -> DraftCosts:
+    def costs(self, plan: Plan, config: ModelConfig, load: Load, *, skew: float, hosts: int = 1, **_) -> DraftCosts:
         itemsize, length = DTYPE_BYTES[plan.dtype], plan.draft_length or 0
         chosen = routing.distinct(routing.choice_probabilities(config.num_experts, config.experts_per_token, skew), load.rows)
         token = resident_pass(
@@ -54,7 +54,7 @@ class GatedDraftDescription(DraftDescription):
             tier=plan.cache_tier,
             expert_bytes=costs.expert_bytes(config, plan),
         )
-        gathered = (*costs.gather(config, load.rows, plan.devices),) * config.num_moe_layers
+        gathered = (*costs.gather(config, load.rows, plan.devices, hosts),) * config.num_moe_layers
         return DraftCosts((*token, *gathered) * length, syncs=length if plan.prefetch == "draft" else 1)
 
     def operator(self, *, trees: bool) -> str:

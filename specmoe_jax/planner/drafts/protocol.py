@@ -101,10 +101,12 @@ class DraftDescription(Protocol):
         head: EagleConfig | None = None,
         model: ModelConfig | None = None,
         cpu_share: float = 0.0,
+        hosts: int = 1,
     ) -> DraftCosts:
         """Of `plan.draft_length` tokens for each of `load.rows` sequences, from rates of the machine.
 
-        cpu_share: of the rows, those whose draft attends on the CPU. What a draft does on the host is in Hardware.step_s.
+        cpu_share: of the rows, those whose draft attends on the CPU. hosts: that hold the devices. What a draft does on the host is
+        in Hardware.step_s.
         """
         return NOTHING
 

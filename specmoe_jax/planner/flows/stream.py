@@ -11,7 +11,7 @@ from specmoe_jax.kv_cache.positions import CHUNKS_AHEAD, KV_PAGE, PREFILL_TOKENS
 from specmoe_jax.offload.homes import most_experts
 from specmoe_jax.offload.stream_schedule import RESOURCES, UP, Task, pass_tasks, spread
 from specmoe_jax.planner import costs, routing
-from specmoe_jax.planner.costs import DISK, PEERS, Cost, Load
+from specmoe_jax.planner.costs import DISK, NETWORK, PEERS, Cost, Load
 from specmoe_jax.planner.drafts.search_starts import SearchStart
 from specmoe_jax.planner.flows.protocol import FlowMemory
 from specmoe_jax.planner.measured.case import Case, MeasuredPass, layer_work
@@ -171,7 +171,7 @@ class StreamFlowDescription:
         return Timing(
             iteration_s=simulation.iteration_s,
             draft_s=draft_s,
-            busy_s=add_busy(dict.fromkeys((*RESOURCES, DISK, PEERS), 0.0), setting, [*everything, head]),
+            busy_s=add_busy(dict.fromkeys((*RESOURCES, DISK, PEERS, NETWORK), 0.0), setting, [*everything, head]),
             link_bytes=float((config.num_moe_layers - len(pinned)) * config.num_experts * one),
             floor_s=costs.bound_seconds([*everything, head], hardware, plan.dtype),
             simulation=simulation,

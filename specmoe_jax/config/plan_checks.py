@@ -55,10 +55,10 @@ def _check_combinations(plan: PlanFields, config: ModelConfig) -> None:
             f"retain_policy={plan.retain_policy} ranks by what a draft's gates choose, and draft={plan.draft} runs none of the "
             "model's; use draft=self or merged, or another retain_policy"
         )
-    if plan.devices > 1:
-        _check_devices(plan, config)
     if plan.num_processes > 1:
         _check_processes(plan)
+    if plan.devices > 1:
+        _check_devices(plan, config)
     if plan.prefetch == "oracle" and plan.link_bytes_per_s is None:
         raise PlanError("prefetch=oracle knows the future, which only an emulated link can; give link_bytes_per_s")
     if plan.expert_tier == "disk" and plan.host_memory_bytes is None:

@@ -92,18 +92,20 @@ def load_model(
     if adapter is not None:
         inventory = adapted(config, inventory, read_adapter(adapter))
     on_disk = expert_tier == "disk"
+    places = _places(inventory, chosen_devices(devices), homes)
+    own = _own_part(inventory, places)
     if not on_disk:
-        check_memory(inventory, dtype, str(path_or_name))
+        check_memory(own, dtype, str(path_or_name))
     _say_what_differs(inventory, progress)
     if verify:
         with bar("verify", inventory.bytes, "B", mode=progress, scale=True) as shown:
             manifest.verify(checkpoint, shown.update)
-    with bar("load", inventory.weight_bytes if on_disk else inventory.bytes, "B", mode=progress, scale=True) as shown:
+    with bar("load", own.weight_bytes if on_disk else own.bytes, "B", mode=progress, scale=True) as shown:
         weights = _read_weights(config, inventory, dtype, check_finite, shown)
         if on_disk:
             experts = DiskExperts(inventory.experts, dtype, check_finite)
         else:
-            experts = _read_experts(inventory, dtype, check_finite, shown, chosen_devices(devices), homes)
+            experts = _read_experts(inventory, dtype, check_finite, shown, places)
     _LOG.info("loaded %s: %s, %s, %d bytes, experts on %s", path, config.family, dtype, inventory.bytes, expert_tier)
     return Model(
         config=config,
@@ -222,14 +224,27 @@ def _read_weights(config: ModelConfig, inventory: Inventory, dtype: str, check_f
     return map_specs(weight, family_of(config).weight_specs(config))
 
 
+def _places(inventory: Inventory, devices: Sequence[Device], homes: np.ndarray | None) -> list[list[Device]]:
+    """[layer][expert], the device of each expert."""
+    return [
+        [devices[number % len(devices) if homes is None else homes[layer, number]] for number in range(len(own))]
+        for layer, own in enumerate(inventory.experts)
+    ]
+
+
+def _own_part(inventory: Inventory, places: list[list[Device]]) -> Inventory:
+    """What this process reads of it: the experts of its own devices."""
+    layers = (zip(own, devices, strict=True) for own, devices in zip(inventory.experts, places, strict=True))
+    return inventory._replace(experts=tuple(tuple(source for source, device in layer if is_local(device)) for layer in layers))
+
+
 def _read_experts(
-    inventory: Inventory, dtype: str, check_finite: bool, shown, devices: Sequence[Device], homes: np.ndarray | None
+    inventory: Inventory, dtype: str, check_finite: bool, shown, places: list[list[Device]]
 ) -> tuple[Sequence[jax.Array], ...]:
     host_block, loaded = HostBlocks(dtype, check_finite=check_finite), []
 
     def expert(at):
-        source, layer, number = at
-        device = devices[number % len(devices) if homes is None else homes[layer, number]]
+        source, device = at
         if not is_local(device):
             return None
         try:
@@ -241,10 +256,10 @@ def _read_experts(
         shown.update(source.bytes)
         return block
 
-    places = [(source, layer, number) for layer, own in enumerate(inventory.experts) for number, source in enumerate(own)]
-    blocks = iter(_in_order(expert, places))
+    everything = [pair for own, devices in zip(inventory.experts, places, strict=True) for pair in zip(own, devices, strict=True)]
+    blocks = iter(_in_order(expert, everything))
     layers = [tuple(next(blocks) for _ in layer) for layer in inventory.experts]
-    if all(map(is_local, devices)):
+    if all(is_local(device) for _, device in everything):
         return tuple(layers)
     on_disk = DiskExperts(inventory.experts, dtype, check_finite)
     return tuple(PartOfLayer(held, on_disk[number]) for number, held in enumerate(layers))

@@ -9,7 +9,6 @@ import functools
 import json
 import pathlib
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from specmoe_jax.checkpoints.eagle import bundled_head, head_config, head_path, 
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.mtp import find_mtp, load_planned_mtp
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
-from specmoe_jax.cli import common
+from specmoe_jax.cli import common, shared_job
 from specmoe_jax.cli.flag_groups import plan_flags, process_flags, sampling_flags
 from specmoe_jax.cli.flag_groups.chosen_plan import chosen_plan
 from specmoe_jax.cli.run_files import check_files
@@ -118,8 +117,7 @@ def main() -> None:
         common.usage_error("--shard is of a job with --prompts and --output, without --prompt; give both, or leave it out")
     if _ROUTING_WEIGHTS.value and not _ROUTING_TRACES.value:
         common.usage_error("--routing_weights has no effect without --routing_traces; give both")
-    if processes.several():
-        check_processes()
+    shared_job.check_flags(auto=is_auto(), prompts=_PROMPTS.value)
     folder = checkpoint_path(_MODEL.value)
     part = part_of(read_all_prompts(folder))
     if processes.is_first():
@@ -155,11 +153,11 @@ def main() -> None:
     given = {"draft_model": draft_model, "draft_head": read_head(model, plan)}
     given |= {"mtp_head": load_planned_mtp(model, plan)} if plan.drafting.given == "mtp_head" else {}
     options = given | {"progress": progress_mode(), "spans": spans, "routing": routing_detail(), "popularity": popularity}
-    check_alike(part, model, plan, popularity)
+    shared_job.check_alike(part, model, plan, popularity, routing_detail())
     engine = Engine(model, plan, **options)
     load_s = loading.seconds
     if not processes.is_first():
-        follow(engine, part)
+        shared_job.follow(engine, part)
         return
     with trace(_TRACE.value):
         job = generate(engine, part)
@@ -172,14 +170,6 @@ def main() -> None:
         print(table(stats), file=sys.stderr)
     if job.failed:
         print(f'warning: {job.failed} of {len(prompts)} prompts have no answer; "error" in their records says why', file=sys.stderr)
-
-
-def check_processes() -> None:
-    """What a job in several processes cannot be. Raises RequestError."""
-    if is_auto():
-        raise RequestError("--preset=auto chooses for one machine; name a --preset or a --plan for several processes")
-    if _PROMPTS.value == STDIN:
-        raise RequestError("every process reads the prompts, and - is the standard input of one; give --prompts a file")
 
 
 def check_run_files(part: Part) -> None:
@@ -237,7 +227,7 @@ def generate(engine: Engine, part: Part) -> JobWatch:
 
     traces = pathlib.Path(_ROUTING_TRACES.value) if _ROUTING_TRACES.value else None
     if not part.output:
-        agreed_numbers(numbered)
+        shared_job.agreed_numbers(numbered)
         if traces is not None:
             prepare_folder(traces, done=())
         with watched(numbered, failed=0) as watch:
@@ -254,37 +244,12 @@ def generate(engine: Engine, part: Part) -> JobWatch:
         todo = jobs.record_errors(prompts, reasons, journal, first=part.first)
         if done := len(prompts) - len(todo) - sum(map(bool, reasons)):
             print(f"{done} of {len(prompts)} prompts were done before, {len(todo)} are left: {part.output}", file=sys.stderr)
-        agreed_numbers(todo)
+        shared_job.agreed_numbers(todo)
         with watched(todo, failed=sum(map(bool, reasons))) as watch:
             jobs.run_job(engine, todo, journal, watch, on_event=on_event, traces=traces)
         journal.check_present()
         write_table(part.output)
     return watch
-
-
-def follow(engine: Engine, part: Part) -> None:
-    """The same job in a process that is not the first: it runs, and writes nothing."""
-    todo = agreed_numbers(())
-    prompts = {number: prompt for number, prompt in enumerate(part.own, part.first) if number in todo}
-    for _ in jobs.completions(engine, prompts, JobWatch(engine, [], progress="none")):
-        pass
-
-
-def agreed_numbers(numbers: Iterable[int]) -> set[int]:
-    """The first process's, in all."""
-    return set(json.loads(processes.agreed_bytes(json.dumps(sorted(numbers)).encode())))
-
-
-def check_alike(part: Part, model: Model, plan: Plan, popularity: np.ndarray | None) -> None:
-    """Raises RequestError, in every process, where they would not do the same."""
-    if not processes.several():
-        return
-    assert model.path is not None  # it was loaded
-    job = jobs.fingerprint(part.prompts, plan, model.path, model.adapter, routing_detail())
-    own = {name: json.dumps(value).encode() for name, value in job.items()} | {"plan": plan.to_json().encode()}
-    own |= {"popularity": b"" if popularity is None else popularity.tobytes()}
-    if other := processes.differing(own):
-        raise RequestError(f"the processes of the job see other {', '.join(other)}; give all the same files and flags")
 
 
 def progress_mode() -> str:

@@ -182,7 +182,9 @@ def test_a_plan_file_of_before_is_read():
         device_memory_bytes=GIB, host_memory_bytes=2 * GIB,
     )  # fmt: skip
     later = ("draft_expert_dtype", "draft_top_k", "merge_every", "merge_experts", "draft_stop", "retain_policy", "placement")
-    assert json.loads(read.to_json()) == {"version": 1, "devices": 1, "num_processes": 1} | dict.fromkeys(later) | json.loads(OLD_FILE)
+    assert json.loads(read.to_json()) == {"version": 1, "devices": 1, "num_processes": 1} | dict.fromkeys(later) | json.loads(
+        OLD_FILE
+    )
 
 
 @pytest.mark.parametrize("version", [2, 0, -1, None, "1", 1.0, True])

@@ -1,7 +1,7 @@
 """Plans in two processes of two CPU devices each. Run by test_processes.py, twice; the last line is JSON.
 
-Arguments: the port of the first process, the number of this one, names of PLANS. Of each plan the outcome of several_devices.py, where
-`wanted` is right for the devices of this process; and which experts of a checkpoint it holds.
+Arguments: the port of the first process, the number of this one, names of PLANS. Of each plan the outcome of several_devices.py,
+where `wanted` is right for the devices of this process; and which experts of a checkpoint it holds.
 """
 
 import json

@@ -40,7 +40,7 @@ def outcomes(*names):
 
 @pytest.mark.parametrize("names", [FIRST, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["first", "others"])
 def test_tokens_are_those_of_one_device_and_bytes_those_of_its_experts(names):
-    """Ragged batches of eight rows, and of four that are refilled. Each process counts every link, and itself sends over its own."""
+    """Ragged batches of eight rows, and of four that are refilled. Each process counts every link, and sends over its own."""
     expected, first, second = run(tiny(), plan("resident", batch_size=8))[0], *(told["plans"] for told in outcomes(*names))
     for name in names:
         tokens = mtp_tokens(1, 1) if name == MTP else expected
@@ -68,7 +68,8 @@ def test_what_processes_agree_on_is_the_first_ones():
 def test_the_account_counts_the_experts_of_one_host():
     """Five experts of three layers on two devices: three of each layer are on the first."""
     one, two = (
-        account(TINY, plan("on_demand", devices=2, num_processes=count), batch_rows=2, positions=64).host_experts for count in (1, 2)
+        account(TINY, plan("on_demand", devices=2, num_processes=count), batch_rows=2, positions=64).host_experts
+        for count in (1, 2)
     )
     assert (one, two) == (15, 9)
 

@@ -1,7 +1,7 @@
-"""Kills one of two processes of a job at random moments: how long the other takes to end, what it says, and what the file is in the end.
+"""Kills one of two processes of a job at random moments: how long the other takes to end, what it says, and the file in the end.
 
-The tiny model on two CPU devices that talk over gloo. After each kill the job goes on, in turn in one process and in two, and its file is
-compared with that of an uninterrupted run.
+The tiny model on two CPU devices that talk over gloo. After each kill the job goes on, in turn in one process and in two, and its
+file is compared with that of an uninterrupted run.
 
 Not a test that pytest collects (minutes); run it by hand:
     python -m specmoe_jax.benchmarks.studies.kill_processes --rounds=10

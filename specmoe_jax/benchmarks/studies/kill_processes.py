@@ -20,7 +20,7 @@ import time
 
 from specmoe_jax.testing import byte_tokenizer, write_tiny
 
-REQUESTS = 24
+REQUESTS = 12
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu"}
 
 
@@ -28,7 +28,7 @@ def command(folder: pathlib.Path, output: str) -> list[str]:
     """Of the whole job in one process; a slow link, so that there is a middle of it to be killed in."""
     return [
         *(sys.executable, "-m", "specmoe_jax", "generate", f"--model={folder}", f"--prompts={folder / 'prompts.jsonl'}"),
-        *(f"--output={folder / output}", "--preset=specmoe", "--batch_size=2", "--link_gbps=0.01", "--progress=none"),
+        *(f"--output={folder / output}", "--preset=specmoe", "--batch_size=2", "--link_gbps=0.03", "--progress=none"),
     ]
 
 

@@ -45,7 +45,7 @@ class Measured(NamedTuple):
 @lenient()
 def probe(*, fresh: bool = False, progress: str | bool = False) -> Hardware:
     """This machine, measured now or by an earlier run. fresh: measure again. progress: a bar while measuring (progress.bar)."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     key = machine_key("hardware", 1, jax.__version__, device.device_kind)
     found = None if fresh else _read(key)
     if found is None:
@@ -53,7 +53,7 @@ def probe(*, fresh: bool = False, progress: str | bool = False) -> Hardware:
         found = _measure(device, progress)
         write_cached("hardware", key, {"hardware": found.to_json()})
     memories = {"host_memory_bytes": _host_memory(), "accelerator_memory_bytes": _accelerator_memory(device)}
-    return found.replace(**memories, devices=len(jax.devices()), peer_bytes_per_s=_peer_rate(jax.devices()))
+    return found.replace(**memories, devices=len(jax.local_devices()), peer_bytes_per_s=_peer_rate(jax.local_devices()))
 
 
 def _peer_rate(devices: Sequence[Device]) -> float:

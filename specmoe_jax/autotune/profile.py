@@ -55,7 +55,7 @@ def _key(config: ModelConfig, dtype: str) -> str:
     """A key of everything that the programs depend on."""
     small = _small(config)
     shape = hashlib.sha256(repr((small.layers, config.vocab_size, config.hidden_size, config.num_experts)).encode()).hexdigest()
-    return machine_key("operators", VERSION, shape, dtype, jax.__version__, jax.devices()[0].device_kind)
+    return machine_key("operators", VERSION, shape, dtype, jax.__version__, jax.local_devices()[0].device_kind)
 
 
 def _measure(config: ModelConfig, dtype: str, progress: str | bool, on_round: Callable[[], object]) -> Operators:

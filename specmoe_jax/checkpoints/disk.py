@@ -98,3 +98,18 @@ def _drop_piece(piece: Piece) -> None:
         os.posix_fadvise(descriptor, first, -(-(stop - first) // page) * page, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartOfLayer(Sequence[jax.Array]):
+    """One layer of a model that several processes hold: held[e] is this one's; None is read when asked for."""
+
+    held: tuple[jax.Array | None, ...]
+    on_disk: DiskLayer
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def __getitem__(self, expert: int) -> jax.Array:
+        block = self.held[expert]
+        return self.on_disk[expert] if block is None else block

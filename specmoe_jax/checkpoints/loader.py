@@ -14,7 +14,7 @@ from specmoe_jax.checkpoints import manifest
 from specmoe_jax.checkpoints.adapters.merge import adapted
 from specmoe_jax.checkpoints.adapters.peft import read_adapter
 from specmoe_jax.checkpoints.conversion import orbax_parts
-from specmoe_jax.checkpoints.disk import DiskExperts
+from specmoe_jax.checkpoints.disk import DiskExperts, PartOfLayer
 from specmoe_jax.checkpoints.experts import HostBlocks, read_weight
 from specmoe_jax.checkpoints.files import open_checkpoint, read_json
 from specmoe_jax.checkpoints.gguf.folder import folder_of, gguf_in
@@ -35,6 +35,7 @@ from specmoe_jax.models.packing.kinds.gguf import TYPES
 from specmoe_jax.models.spec import Weights, map_specs
 from specmoe_jax.support.errors import CheckpointError, PinnedMemoryError, RequestError
 from specmoe_jax.support.jax_settings import lenient, lenient_thread
+from specmoe_jax.support.processes import chosen_devices, is_local
 from specmoe_jax.support.progress import bar, note
 from specmoe_jax.types import Device
 
@@ -67,7 +68,8 @@ def load_model(
     expert_dtype: None keeps experts of a quantised checkpoint packed as they are stored; "decoded" has them in `dtype`.
     adapter: a directory with a LoRA adapter as PEFT writes it, merged into the weights as they are read (docs/adapters.md).
     devices: of the plan to come, for which experts are pinned each for its own; an engine copies those that are not. homes: [L, E],
-        which of them is whose (engine.runtime.plan_homes), None for expert e mod n.
+        which of them is whose (engine.runtime.plan_homes), None for expert e mod n. Where they are those of several processes, each
+        reads the experts of its own alone; others come from the files when they are asked for.
     Peak host memory: the weights and two experts. Of a checkpoint converted to the mappable layout (convert.py) and loaded
     in the dtype it is stored in, the experts are pages of the files, which must not change while the model is in use.
     Raises CheckpointError, one line that names file and tensor.
@@ -90,18 +92,20 @@ def load_model(
     if adapter is not None:
         inventory = adapted(config, inventory, read_adapter(adapter))
     on_disk = expert_tier == "disk"
+    places = _places(inventory, chosen_devices(devices), homes)
+    own = _own_part(inventory, places)
     if not on_disk:
-        check_memory(inventory, dtype, str(path_or_name))
+        check_memory(own, dtype, str(path_or_name))
     _say_what_differs(inventory, progress)
     if verify:
         with bar("verify", inventory.bytes, "B", mode=progress, scale=True) as shown:
             manifest.verify(checkpoint, shown.update)
-    with bar("load", inventory.weight_bytes if on_disk else inventory.bytes, "B", mode=progress, scale=True) as shown:
+    with bar("load", own.weight_bytes if on_disk else own.bytes, "B", mode=progress, scale=True) as shown:
         weights = _read_weights(config, inventory, dtype, check_finite, shown)
         if on_disk:
             experts = DiskExperts(inventory.experts, dtype, check_finite)
         else:
-            experts = _read_experts(inventory, dtype, check_finite, shown, jax.devices()[:devices], homes)
+            experts = _read_experts(inventory, dtype, check_finite, shown, places)
     _LOG.info("loaded %s: %s, %s, %d bytes, experts on %s", path, config.family, dtype, inventory.bytes, expert_tier)
     return Model(
         config=config,
@@ -119,8 +123,9 @@ def _check_options(dtype: str, expert_tier: str, expert_dtype: str | None, devic
         raise RequestError(f"expert_tier is {expert_tier!r}; it must be one of {', '.join(EXPERT_TIERS)}")
     if expert_dtype not in (None, DECODED):
         raise RequestError(f"expert_dtype is {expert_dtype!r}; a load takes {DECODED!r} or None (others: quantised.quantise)")
-    if not 1 <= devices <= len(jax.devices()):
-        raise RequestError(f"devices is {devices} and this process has {len(jax.devices())}; give 1 to as many")
+    there = len(jax.devices())
+    if not 1 <= devices <= there:
+        raise RequestError(f"devices is {devices} and there are {there}; give 1 to as many")
     if dtype not in TARGET_DTYPES:
         raise RequestError(f"dtype is {dtype!r}; it must be one of {', '.join(TARGET_DTYPES)}")
 
@@ -219,16 +224,31 @@ def _read_weights(config: ModelConfig, inventory: Inventory, dtype: str, check_f
     return map_specs(weight, family_of(config).weight_specs(config))
 
 
+def _places(inventory: Inventory, devices: Sequence[Device], homes: np.ndarray | None) -> list[list[Device]]:
+    """[layer][expert], the device of each expert."""
+    return [
+        [devices[number % len(devices) if homes is None else homes[layer, number]] for number in range(len(own))]
+        for layer, own in enumerate(inventory.experts)
+    ]
+
+
+def _own_part(inventory: Inventory, places: list[list[Device]]) -> Inventory:
+    """What this process reads of it: the experts of its own devices."""
+    layers = (zip(own, devices, strict=True) for own, devices in zip(inventory.experts, places, strict=True))
+    return inventory._replace(experts=tuple(tuple(source for source, device in layer if is_local(device)) for layer in layers))
+
+
 def _read_experts(
-    inventory: Inventory, dtype: str, check_finite: bool, shown, devices: Sequence[Device], homes: np.ndarray | None
-) -> tuple[tuple[jax.Array, ...], ...]:
+    inventory: Inventory, dtype: str, check_finite: bool, shown, places: list[list[Device]]
+) -> tuple[Sequence[jax.Array], ...]:
     host_block, loaded = HostBlocks(dtype, check_finite=check_finite), []
 
     def expert(at):
-        source, layer, number = at
-        device = number % len(devices) if homes is None else homes[layer, number]
+        source, device = at
+        if not is_local(device):
+            return None
         try:
-            block = host_block(source, devices[device])
+            block = host_block(source, device)
         except (PinnedMemoryError, MemoryError) as e:
             said = str(e) if isinstance(e, PinnedMemoryError) else f"an expert of {source.bytes} bytes finds no memory ({e})"
             raise PinnedMemoryError(said, pinned_bytes=sum(loaded)) from e
@@ -236,9 +256,13 @@ def _read_experts(
         shown.update(source.bytes)
         return block
 
-    places = [(source, layer, number) for layer, own in enumerate(inventory.experts) for number, source in enumerate(own)]
-    blocks = iter(_in_order(expert, places))
-    return tuple(tuple(next(blocks) for _ in layer) for layer in inventory.experts)
+    everything = [pair for own, devices in zip(inventory.experts, places, strict=True) for pair in zip(own, devices, strict=True)]
+    blocks = iter(_in_order(expert, everything))
+    layers = [tuple(next(blocks) for _ in layer) for layer in inventory.experts]
+    if all(is_local(device) for _, device in everything):
+        return tuple(layers)
+    on_disk = DiskExperts(inventory.experts, dtype, check_finite)
+    return tuple(PartOfLayer(held, on_disk[number]) for number, held in enumerate(layers))
 
 
 def _in_order(function, arguments: list) -> list:

@@ -13,7 +13,7 @@ import jax
 from absl import app, flags, logging
 
 from specmoe_jax.checkpoints.memory import raise_pinned_limit
-from specmoe_jax.cli import start
+from specmoe_jax.cli import processes, start
 from specmoe_jax.cli.flag_groups.flag_names import with_flags
 from specmoe_jax.cli.start import usage_error
 from specmoe_jax.config.plan import Plan
@@ -28,7 +28,7 @@ NO_MEMORY = (
 
 def run(command: types.ModuleType) -> None:
     """Parses the flags and calls the command's `main()`. Exit 0 done, 1 failed (one line `error: ...`), 2 wrong usage."""
-    app.run(lambda _: guarded(command.main), flags_parser=functools.partial(parse, command=command))
+    app.run(lambda _: guarded(command.main, getattr(command, "join", None)), flags_parser=functools.partial(parse, command=command))
 
 
 def read_plan(path: str) -> Plan:
@@ -70,17 +70,19 @@ def parse(argv: list[str], *, command: types.ModuleType) -> list[str]:
     return rest
 
 
-def guarded(main: Callable[[], None]) -> None:
-    """Calls `main()`; an error that the user can fix is one line that names flags."""
+def guarded(main: Callable[[], None], join: Callable[[], None] | None = None) -> None:
+    """Calls `main()`; an error that the user can fix is one line that names flags. join: called before JAX looks for devices."""
     logging.set_verbosity(logging.WARNING)  # at INFO, JAX lists missing accelerators, Orbax writes ten lines per checkpoint
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    if code := start.stoppable(lambda: _exit_code(main)):
+    if code := start.stoppable(lambda: processes.to_the_end(lambda: _exit_code(main, join))):
         sys.exit(code)
 
 
-def _exit_code(main: Callable[[], None]) -> int:
+def _exit_code(main: Callable[[], None], join: Callable[[], None] | None) -> int:
     try:
         raise_pinned_limit()
+        if join is not None:
+            join()
         check_platforms(os.environ.get("JAX_PLATFORMS"))
         main()
         sys.stdout.flush()

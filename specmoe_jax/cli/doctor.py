@@ -46,7 +46,7 @@ def check_kernels() -> tuple[str, bool, str]:
 
 
 def check_devices() -> list[tuple[str, bool, str]]:
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     kinds = sorted(memory.kind for memory in device.addressable_memories())
     return [
         ("accelerator", True, f"{device.device_kind} ({device.platform})"),

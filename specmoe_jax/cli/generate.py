@@ -11,6 +11,7 @@ import pathlib
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 
@@ -21,8 +22,8 @@ from specmoe_jax.checkpoints.eagle import bundled_head, head_config, head_path, 
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.mtp import find_mtp, load_planned_mtp
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
-from specmoe_jax.cli import common
-from specmoe_jax.cli.flag_groups import plan_flags, sampling_flags
+from specmoe_jax.cli import common, shared_job
+from specmoe_jax.cli.flag_groups import plan_flags, process_flags, sampling_flags
 from specmoe_jax.cli.flag_groups.chosen_plan import chosen_plan
 from specmoe_jax.cli.run_files import check_files
 from specmoe_jax.cli.shown.answers import print_completions, print_piece
@@ -45,6 +46,7 @@ from specmoe_jax.jobs.tables import as_table, check_output, lines_of, write_tabl
 from specmoe_jax.jobs.watch import JobWatch
 from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model
+from specmoe_jax.support import processes
 from specmoe_jax.support.atomic_files import write_atomically
 from specmoe_jax.support.errors import PlanError, RequestError
 from specmoe_jax.support.progress import PROGRESS
@@ -98,7 +100,11 @@ _POPULARITY = flags.DEFINE_string(
     "With --placement=popularity: what --routing_traces wrote, the folder or a file, or .npy of counts [layers, experts].",
 )
 flags.adopt_module_key_flags(plan_flags)
+flags.adopt_module_key_flags(process_flags)
 flags.adopt_module_key_flags(sampling_flags)
+
+
+join = process_flags.join
 
 
 def main() -> None:
@@ -111,15 +117,11 @@ def main() -> None:
         common.usage_error("--shard is of a job with --prompts and --output, without --prompt; give both, or leave it out")
     if _ROUTING_WEIGHTS.value and not _ROUTING_TRACES.value:
         common.usage_error("--routing_weights has no effect without --routing_traces; give both")
+    shared_job.check_flags(auto=is_auto(), prompts=_PROMPTS.value)
     folder = checkpoint_path(_MODEL.value)
     part = part_of(read_all_prompts(folder))
-    check_files(
-        read={"--prompts": None if _PROMPTS.value == STDIN else _PROMPTS.value, "--plan": _PLAN.value},
-        output=part.output and lines_of(part.output),
-        written=({"the table of --output": part.output} if as_table(part.output) else {})
-        | {"--stats": _STATS.value, "--metrics_file": _METRICS_FILE.value},
-        trace=_TRACE.value,
-    )
+    if processes.is_first():
+        check_run_files(part)
     if _DRAFT_HEAD.value:
         head_path(_DRAFT_HEAD.value)  # says what is wrong before a weight is read
     if _ADAPTER.value:
@@ -140,8 +142,8 @@ def main() -> None:
         check_popularity(head.config, plan, popularity)
         homes = None if popularity is None else plan_homes(head.config, plan, popularity)
     loading, prompts = Stopwatch(), part.own
-    model, changes, error = load(prompts, homes)
-    draft_model = load_model(_DRAFT_MODEL.value, dtype=model.dtype, progress=_PROGRESS.value) if _DRAFT_MODEL.value else None
+    model, changes, error = load(prompts, homes, plan.devices)
+    draft_model = load_model(_DRAFT_MODEL.value, dtype=model.dtype, progress=progress_mode()) if _DRAFT_MODEL.value else None
     if changes and is_auto():  # experts went to the disk, where not every plan runs
         dtype = {} if _DTYPE.value is None else {"dtype": _DTYPE.value}
         plan = auto_plan(jobs.ModelHead(model.config, model.tokenizer), folder, prompts, plan_flags.given() | dtype | changes)
@@ -150,9 +152,13 @@ def main() -> None:
     spans = [] if _TRACE.value and plan.flow.workers else None
     given = {"draft_model": draft_model, "draft_head": read_head(model, plan)}
     given |= {"mtp_head": load_planned_mtp(model, plan)} if plan.drafting.given == "mtp_head" else {}
-    options = given | {"progress": _PROGRESS.value, "spans": spans, "routing": routing_detail(), "popularity": popularity}
+    options = given | {"progress": progress_mode(), "spans": spans, "routing": routing_detail(), "popularity": popularity}
+    shared_job.check_alike(part, model, plan, popularity, routing_detail())
     engine = Engine(model, plan, **options)
     load_s = loading.seconds
+    if not processes.is_first():
+        shared_job.follow(engine, part)
+        return
     with trace(_TRACE.value):
         job = generate(engine, part)
     if spans is not None and _TRACE.value:
@@ -164,6 +170,17 @@ def main() -> None:
         print(table(stats), file=sys.stderr)
     if job.failed:
         print(f'warning: {job.failed} of {len(prompts)} prompts have no answer; "error" in their records says why', file=sys.stderr)
+
+
+def check_run_files(part: Part) -> None:
+    """Raises RequestError for files that cannot be written."""
+    check_files(
+        read={"--prompts": None if _PROMPTS.value == STDIN else _PROMPTS.value, "--plan": _PLAN.value},
+        output=part.output and lines_of(part.output),
+        written=({"the table of --output": part.output} if as_table(part.output) else {})
+        | {"--stats": _STATS.value, "--metrics_file": _METRICS_FILE.value},
+        trace=_TRACE.value,
+    )
 
 
 def read_head(model: Model, plan: Plan) -> EagleHead | None:
@@ -210,6 +227,7 @@ def generate(engine: Engine, part: Part) -> JobWatch:
 
     traces = pathlib.Path(_ROUTING_TRACES.value) if _ROUTING_TRACES.value else None
     if not part.output:
+        shared_job.agreed_numbers(numbered)
         if traces is not None:
             prepare_folder(traces, done=())
         with watched(numbered, failed=0) as watch:
@@ -226,11 +244,17 @@ def generate(engine: Engine, part: Part) -> JobWatch:
         todo = jobs.record_errors(prompts, reasons, journal, first=part.first)
         if done := len(prompts) - len(todo) - sum(map(bool, reasons)):
             print(f"{done} of {len(prompts)} prompts were done before, {len(todo)} are left: {part.output}", file=sys.stderr)
+        shared_job.agreed_numbers(todo)
         with watched(todo, failed=sum(map(bool, reasons))) as watch:
             jobs.run_job(engine, todo, journal, watch, on_event=on_event, traces=traces)
         journal.check_present()
         write_table(part.output)
     return watch
+
+
+def progress_mode() -> str:
+    """Of this process: the first one shows it."""
+    return _PROGRESS.value if processes.is_first() else "none"
 
 
 def routing_detail() -> str | None:
@@ -269,21 +293,22 @@ def refuse_without_effect(drawn: dict[str, Any]) -> None:
         raise RequestError(f"{flag} has no effect at temperature 0; set a temperature or leave it out")
 
 
-def load(prompts: list[Prompt], homes: np.ndarray | None) -> tuple[Model, dict, dict]:
+def load(prompts: list[Prompt], homes: np.ndarray | None, devices: int) -> tuple[Model, dict, dict]:
     """The model, changes to its plan that make it fit, and the logit error of its quantised experts, as figures.
 
     The weights' types and the experts' place have to be known before the model is loaded. homes: as of load_model.
     """
     plan = read_plan_file() if _PLAN.value else Plan(preset="")
-    devices = plan_flags.value("devices") or plan.devices
     load = functools.partial(load_model, adapter=_ADAPTER.value, devices=devices, homes=homes)
     dtype, expert_dtype = _DTYPE.value or plan.dtype, plan_flags.value("expert_dtype") or plan.expert_dtype
     if expert_dtype not in (None, DECODED):
-        options = {"dtype": dtype, "expert_dtype": expert_dtype, "prompts": prompts, "progress": _PROGRESS.value}
+        options = {"dtype": dtype, "expert_dtype": expert_dtype, "prompts": prompts, "progress": progress_mode()}
         model, error = jobs.load_quantised(load, _MODEL.value, **options)
         return model, {}, error
     tier = plan_flags.value("expert_tier") or plan.expert_tier
     load_as = functools.partial(load, expert_dtype=expert_dtype) if expert_dtype else load
+    if processes.several():  # the same place for experts in all of them
+        return load_as(_MODEL.value, dtype=dtype, expert_tier=tier, progress=progress_mode()), {}, {}
     return *jobs.load_that_fits(load_as, _MODEL.value, dtype=dtype, expert_tier=tier, progress=_PROGRESS.value), {}
 
 
@@ -306,10 +331,13 @@ def final_stats(engine: Engine, prompts: list[Prompt]) -> dict:
 
 def make_plan(head: jobs.ModelHead, folder: pathlib.Path, prompts: list[Prompt]) -> Plan:
     """The plan file, the preset or the planner's choice, with what is given as flags."""
-    overrides = {} if _DTYPE.value is None else {"dtype": _DTYPE.value}
+    overrides: dict[str, Any] = {} if _DTYPE.value is None else {"dtype": _DTYPE.value}
     if is_auto():
         return auto_plan(head, folder, prompts, plan_flags.given() | overrides)
     plan = read_plan_file() if _PLAN.value else preset(_PRESET.value or "", head.config)
+    if processes.several():  # one device of each, unless told
+        count = jax.process_count()
+        overrides |= {"num_processes": count, "devices": plan_flags.value("devices") or max(plan.devices, count)}
     return plan_flags.over(plan, **overrides)
 
 

@@ -55,6 +55,8 @@ def _check_combinations(plan: PlanFields, config: ModelConfig) -> None:
             f"retain_policy={plan.retain_policy} ranks by what a draft's gates choose, and draft={plan.draft} runs none of the "
             "model's; use draft=self or merged, or another retain_policy"
         )
+    if plan.num_processes > 1:
+        _check_processes(plan)
     if plan.devices > 1:
         _check_devices(plan, config)
     if plan.prefetch == "oracle" and plan.link_bytes_per_s is None:
@@ -71,3 +73,18 @@ def _check_devices(plan: PlanFields, config: ModelConfig) -> None:
         raise PlanError(f"expert_flow={plan.flow.name} is built for one device; got devices={plan.devices}, leave it 1")
     if not plan.drafting.several_devices:
         raise PlanError(f"draft={plan.drafting.name} is built for one device; got devices={plan.devices}, leave it 1")
+
+
+def _check_processes(plan: PlanFields) -> None:
+    """What is built for experts that several processes hold."""
+    if plan.devices % plan.num_processes:
+        raise PlanError(f"devices={plan.devices} of num_processes={plan.num_processes}; give a multiple, as many to each")
+    if plan.expert_dtype not in (None, DECODED):
+        raise PlanError(
+            f"expert_dtype={plan.expert_dtype} packs all experts in each of num_processes={plan.num_processes}; leave it out"
+        )
+    if plan.prefetch == "draft" and plan.expert_tier == "disk":
+        raise PlanError(
+            f"prefetch=draft looks at what a disk has read by now, which num_processes={plan.num_processes} see differently; use "
+            "expert_tier=host or prefetch=none"
+        )

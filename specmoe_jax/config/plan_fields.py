@@ -161,7 +161,11 @@ class PlanFields:
     )
     bypass_page_cache: bool = field(False, "Read from the disk itself (expert_tier=disk), for measurements.", needs=(DISK,))
     kv_tier: str = field("accelerator", "Where the KV cache is and attention runs.", choices=KV_TIERS)
-    devices: int = field(1, "Accelerators of this machine that share the experts, each over a link of its own (placement).")
+    devices: int = field(1, "Accelerators that share the experts, each over a link of its own (placement).")
+    num_processes: int = field(
+        1,
+        "Processes, one on each host, that have the devices between them, as many each: each loads the experts of its own alone.",
+    )
     placement: str | None = field(
         None,
         "Whose expert is whose: expert e is of device e mod n (modulo), or popular ones are spread, so that no link brings much "

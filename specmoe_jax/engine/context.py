@@ -1,6 +1,7 @@
 """The devices that an engine works on: where arrays are, how activations cross between them, and the worker threads.
 
-Of several accelerators each holds all of a batch and runs every program (replicated), but for the experts: `ShardedPool`.
+Of several accelerators each holds all of a batch and runs every program (replicated), but for the experts: `ShardedPool`. They may
+be those of several processes (support/processes.py).
 """
 
 import concurrent.futures
@@ -12,6 +13,7 @@ import numpy as np
 
 from specmoe_jax.offload.store import Link
 from specmoe_jax.support.jax_settings import lenient_thread
+from specmoe_jax.support.processes import chosen_devices, is_local, local, put, several
 from specmoe_jax.support.tracing import Span
 from specmoe_jax.types import MESH_AXIS, Device, Place
 
@@ -31,7 +33,8 @@ class Workers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DeviceContext:
-    """place: where arrays of the accelerator are, its device or the sharding that replicates them over several. host: the CPU.
+    """devices: of all processes. place: where arrays of the accelerator are, its device or the sharding that replicates them over
+    several. host: the CPU.
     activations: counts what crosses between accelerator and host beside experts. pinned_sharding: pinned host memory, where hidden
     states wait between two layers."""
 
@@ -44,8 +47,8 @@ class DeviceContext:
 
     @property
     def device(self) -> Device:
-        """The first, or only, accelerator."""
-        return self.devices[0]
+        """The first, or only, accelerator of this process."""
+        return next(filter(is_local, self.devices))
 
     def to_host(self, arrays):
         """Starts the copy of activations into host memory; a computation there obtains them through `on_host`.
@@ -54,7 +57,10 @@ class DeviceContext:
         accelerator has computed them.
         """
         self.activations.send(sum(array.nbytes for array in jax.tree.leaves(arrays)))
-        return jax.device_put(arrays, self.host if self.device == self.host else self.pinned_sharding)
+        if not several():
+            return jax.device_put(arrays, self.host if self.device == self.host else self.pinned_sharding)
+        pinned = jax.sharding.SingleDeviceSharding(self.device, memory_kind="pinned_host")
+        return jax.device_put(local(arrays), self.host if self.device == self.host else pinned)
 
     def on_host(self, arrays):
         """Arrays of `to_host` as arrays of the CPU that holds the KV cache; waits for them."""
@@ -64,31 +70,31 @@ class DeviceContext:
 
     def to_accelerator(self, array: jax.Array) -> jax.Array:
         """Copies attention outputs back."""
-        self.activations.send(len(self.devices) * array.nbytes)
-        return jax.device_put(array, self.place)
+        self.activations.send(len(list(filter(is_local, self.devices))) * array.nbytes)
+        return put(array, self.place)
 
 
 def place_of(devices: int) -> Place:
-    """Where arrays of the accelerator are, with so many of this machine's."""
-    chosen = jax.devices()[:devices]
+    """Where arrays of the accelerator are, with so many."""
+    chosen = chosen_devices(devices)
     if devices == 1:
         return chosen[0]
     return jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(chosen), (MESH_AXIS,)), jax.sharding.PartitionSpec())
 
 
 def first_of(place: Place) -> Device:
-    """The first, or only, device of a place."""
-    return np.asarray(place.mesh.devices).flat[0] if isinstance(place, jax.sharding.NamedSharding) else place
+    """The first, or only, device of a place that is this process's."""
+    return place.mesh.local_devices[0] if isinstance(place, jax.sharding.NamedSharding) else place
 
 
 def placed(arrays: T, devices: int) -> T:
     """Arrays of the accelerator on all of so many."""
-    return arrays if devices == 1 else jax.device_put(arrays, place_of(devices))
+    return arrays if devices == 1 else put(arrays, place_of(devices))
 
 
 def make_context(spans: list[Span] | None, devices: int = 1) -> DeviceContext:
     """This machine's, with so many of its accelerators. spans: see Workers."""
-    chosen, place = tuple(jax.devices()[:devices]), place_of(devices)
+    chosen, place = chosen_devices(devices), place_of(devices)
     sharding = jax.sharding.SingleDeviceSharding(place) if devices == 1 else place
     cpu, link = (concurrent.futures.ThreadPoolExecutor(1, f"specmoe-{worker}", lenient_thread) for worker in ("cpu", "link"))
     return DeviceContext(

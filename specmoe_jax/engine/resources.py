@@ -130,7 +130,7 @@ class EngineResources:
 
     def peak_accelerator_bytes(self) -> int | None:
         """The device's own figure, or (on CPU, which has none) the account of what the engine allocated."""
-        measured = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        measured = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         return measured or self._peak_bytes
 
 
@@ -180,7 +180,7 @@ def _check_room(plan: Plan, needed: MemoryAccount, *, held: MemoryAccount | None
 
     def beside(own: MemoryAccount) -> int:
         loaded = own.host_expert_bytes if plan.expert_tier == "host" else 0
-        return int(plan.devices * own.accelerator_bytes - own.weight_bytes + own.host_bytes - loaded)
+        return int(plan.devices // plan.num_processes * own.accelerator_bytes - own.weight_bytes + own.host_bytes - loaded)
 
     more = beside(needed) + PROGRAM_BYTES if held is None else beside(needed) - beside(held)
     if more > available:

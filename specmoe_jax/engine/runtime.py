@@ -30,6 +30,7 @@ from specmoe_jax.planner.memory.account import pinned_experts
 from specmoe_jax.planner.memory.memory_account import MemoryAccount, arriving_experts
 from specmoe_jax.speculate.drafts.protocol import Draft, FeatureDraft
 from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy, keep_rule, make_policy
+from specmoe_jax.support.processes import put
 from specmoe_jax.support.tracing import Span
 from specmoe_jax.types import Device, KVCache, Place, RecurrentState
 
@@ -132,7 +133,7 @@ def build(
         plan=plan,
         flow=flow,
         cache_tier=KV_TIERS.executor(plan.cache_tier.name),
-        weights=jax.device_put(model.weights, context.place),
+        weights=put(model.weights, context.place),
         draft=draft,
         draft_executor=executor,
         context=context,
@@ -223,7 +224,7 @@ def empty_pages(attention: AttentionConfig, count: int, dtype, place: Place) -> 
     """Pages of zeros of one layer."""
     with jax.default_device(first_of(place)):  # else they are made on the accelerator, where they may not fit
         pages = empty_cache(count, attention.num_kv_heads, KV_PAGE, attention.cache_dim, dtype)
-    return jax.device_put(pages, place)
+    return put(pages, place)
 
 
 def new_cache(
@@ -237,7 +238,7 @@ def new_cache(
     def buffer(layer: LayerConfig) -> jax.Array:
         shape = (rows, layer.attention.num_kv_heads, positions, layer.attention.cache_dim)
         with jax.default_device(first_of(place)):  # zeros(device=...) makes them on the default device and copies
-            return jax.device_put(jnp.zeros(shape, dtype), place)
+            return put(jnp.zeros(shape, dtype), place)
 
     def state(layer: LayerConfig) -> RecurrentState | None:
         recurrence = layer.attention.recurrent
@@ -250,13 +251,13 @@ def new_cache(
 
 def new_states(config: Recurrence, rows: int, replayed: int, place: Place = None) -> RecurrentState:
     """Of a recurrent layer before any position. They are on the accelerator wherever the KV cache is; None: on the first device."""
-    return jax.device_put(
+    return put(
         RecurrentState(
             state=jnp.zeros((rows, config.value_heads, config.key, config.value)),
             start=jnp.zeros(rows, jnp.int32),
             rows=jnp.zeros((rows, config.kept_rows(replayed), config.row)),
         ),
-        place or jax.devices()[0],
+        place or jax.local_devices()[0],
     )
 
 

@@ -17,6 +17,7 @@ from specmoe_jax.models.spec import LayerWeights, RecurrentWeights
 from specmoe_jax.ops import PackedCache, packed
 from specmoe_jax.ops.xla.attention import append
 from specmoe_jax.speculate.hot_experts.substitution import DistinctSlots, MaskedSlots, ReducedSlots, best_choices, choose_distinct
+from specmoe_jax.support.processes import in_order
 from specmoe_jax.types import CrossCache, RecurrentState, Routing, Tree
 
 embed = jax.jit(layers.embed, static_argnames="config")
@@ -130,6 +131,7 @@ def encoder_attention(config: LayerConfig, weights: LayerWeights[jax.Array], h: 
         return encoder.attention(config, weights, h, lengths)
 
 
+@in_order
 @functools.partial(jax.jit, static_argnums=0)
 def experts(config: LayerConfig, h: jax.Array, x, routing: Routing | None, pool: jax.Array, slots) -> jax.Array:
     """All chosen experts at once. h [B, T, M]; pool [R, 3, F, M]; slots [E] -> h [B, T, M], as it was if routing is None."""
@@ -139,6 +141,7 @@ def experts(config: LayerConfig, h: jax.Array, x, routing: Routing | None, pool:
         return layers.combine(h, ffn.expert_ffn(config.own_experts, x, pool, choose_slots(routing.ids, slots)), routing)
 
 
+@in_order
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(8, 9))
 def experts_and_attention(
     before: LayerConfig,
@@ -161,6 +164,7 @@ def experts_and_attention(
     return h, *attention(config, weights, h, k_cache, v_cache, lengths, num_new, cross, tree)
 
 
+@in_order
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def experts_wave(config: LayerConfig, outputs: jax.Array, x, ids: jax.Array, pool: jax.Array, slots) -> jax.Array:
     """Adds the experts of one wave to outputs [n, A, M]; every entry gets exactly one non-zero summand."""
@@ -182,6 +186,7 @@ def experts_on_host(config: LayerConfig, x, ids: jax.Array, table: jax.Array, he
 combine = jax.jit(layers.combine)
 
 
+@in_order
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
 def layer(
     config: LayerConfig, weights: LayerWeights[jax.Array], h, k_cache, v_cache, lengths, num_new, pool, slots, cross=None, tree=None
@@ -194,6 +199,7 @@ def layer(
     return resident_experts(config, weights, h, x, routing, pool, slots), routing, k_cache, v_cache
 
 
+@in_order
 @functools.partial(jax.jit, static_argnums=0)
 def resident_experts(config: LayerConfig, weights: LayerWeights[jax.Array], h, x, routing: Routing | None, pool, slots):
     """The experts of a layer by what is in the pool. slots: [E], DraftSlots if a draft substitutes, None without experts.

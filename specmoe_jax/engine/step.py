@@ -26,6 +26,7 @@ from specmoe_jax.speculate.adaptive_length import choose, compiled_lengths, obse
 from specmoe_jax.speculate.hot_experts.usage import count_choices
 from specmoe_jax.speculate.logit_edits import LogitEdits, chain_paths, edit_logits, tree_paths
 from specmoe_jax.speculate.sampling import Stream
+from specmoe_jax.support.processes import agreed
 from specmoe_jax.support.timing import Laps
 from specmoe_jax.support.tracing import Span, span
 from specmoe_jax.types import AcceptResult, Proposal
@@ -75,7 +76,7 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
         new_state = update_draft_features(runtime, new_state, verified, state.lengths, committed)
     laps.lap("features")
     if state.adaptive_length and active.any():
-        adaptive = observe(state.adaptive_length, length, accepted[active], sum(laps.seconds.values()))
+        adaptive = observe(state.adaptive_length, length, accepted[active], agreed(sum(laps.seconds.values())))
         new_state = new_state._replace(adaptive_length=adaptive)
     now = moved(runtime)
     guesses, expert_bytes = drafted.prefetched + verified.info.prefetched, runtime.experts.expert_bytes

@@ -146,7 +146,7 @@ PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 
 
 def _pool_limit() -> str:
-    if jax.devices()[0].platform == "cpu":
+    if jax.local_devices()[0].platform == "cpu":
         return ""
     return f", or set {PINNED_LIMIT} (now {os.environ.get(PINNED_LIMIT, '64')}) before JAX starts"
 
@@ -157,7 +157,7 @@ def to_host(block, device: Device | None = None) -> jax.Array:
     Blocks until done: device_put copies an unaligned numpy array asynchronously, and callers reuse theirs. Raises
     PinnedMemoryError where the system refuses the memory.
     """
-    sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0], memory_kind="pinned_host")
+    sharding = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0], memory_kind="pinned_host")
     try:
         return jax.block_until_ready(jax.device_put(block, sharding))
     except (jax.errors.JaxRuntimeError, MemoryError) as e:

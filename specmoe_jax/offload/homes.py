@@ -76,6 +76,11 @@ def own_experts(device: int, devices: int, num_experts: int) -> range:
     return range(device, num_experts, devices)
 
 
+def most_of_process(processes: int, devices: int, num_experts: int) -> int:
+    """Of a layer, in the host memory of one process: `devices` are those of all, as many of each."""
+    return min(devices // processes * most_experts(devices, num_experts), num_experts)
+
+
 def most_experts(devices: int, num_experts: int) -> int:
     """Of a layer, on the device that has most."""
     return -(-num_experts // devices)

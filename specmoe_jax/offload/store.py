@@ -117,7 +117,7 @@ class ExpertStore:
     def __init__(self, tier: Tier, link: Link, *, room: int = 0, device: Device | None = None, own: range | None = None):
         self._arrival_s: dict[int, float] = {}
         self.tier, self.link, self._room = tier, link, room
-        self.device = device or jax.devices()[0]
+        self.device = device or jax.local_devices()[0]
         self._own = own or range(tier.num_experts // tier.num_layers)
         self._block_bytes = math.prod(tier.shape) * tier.dtype.itemsize
         self._sizes = _batch_sizes(self._block_bytes, room // 2 if room else tier.num_experts)

@@ -3,7 +3,7 @@
 import concurrent.futures
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from specmoe_jax.offload import host_cache as cache
 from specmoe_jax.offload.homes import home
 from specmoe_jax.offload.host_cache_policies import HostCachePolicy
 from specmoe_jax.support.jax_settings import lenient_thread
+from specmoe_jax.support.processes import is_local
 from specmoe_jax.types import Device
 
 READERS = 2  # demanded reads in flight; one more thread reads ahead
@@ -66,7 +67,10 @@ class Tier(Protocol):
 
 
 class HostTier:
-    """All experts in host memory: of several devices, those of each in memory that is pinned for it."""
+    """All experts in host memory: of several devices, those of each in memory that is pinned for it.
+
+    Of several processes each has those of its own devices.
+    """
 
     counts = TierCounts()
 
@@ -76,11 +80,12 @@ class HostTier:
         """
         if devices:
             experts = [
-                [_pinned_for(block, home(layer, expert, devices, homes)) for expert, block in enumerate(blocks)]
+                [_pinned_for(blocks, expert, home(layer, expert, devices, homes)) for expert in range(len(blocks))]
                 for layer, blocks in enumerate(experts)
             ]
         self._experts = experts
-        self.shapes, self.dtype = tuple(layer[0].shape for layer in experts), experts[0][0].dtype
+        held = [next(block for block in layer if block is not None) for layer in experts]
+        self.shapes, self.dtype = tuple(block.shape for block in held), held[0].dtype
         self.shape = max(self.shapes, key=math.prod)
         self.num_layers, self.num_experts = len(experts), sum(map(len, experts))
         self._ready = np.ones((len(experts), len(experts[0])), bool)
@@ -103,7 +108,11 @@ def block_addresses(blocks: Iterable[jax.Array]) -> np.ndarray:
     return np.array([block.unsafe_buffer_pointer() for block in blocks], np.uint64).view(np.uint32).reshape(-1, 2)
 
 
-def _pinned_for(block: jax.Array, device: Device | None) -> jax.Array:
+def _pinned_for(layer: Sequence[jax.Array], expert: int, device: Device | None) -> Any:
+    """The block of an expert; None where another process has it."""
+    if not is_local(device):
+        return None
+    block = layer[expert]
     return block if block.sharding.device_set == {device} else to_host(block, device)
 
 

@@ -19,7 +19,7 @@ from specmoe_jax.cli.main import COMMANDS
 from specmoe_jax.planner.machines import machine
 from specmoe_jax.testing import byte_tokenizer, write_tiny
 
-GROUPS_OF_FLAGS = ("plan_flags", "sampling_flags", "engine_flags")
+GROUPS_OF_FLAGS = ("plan_flags", "sampling_flags", "engine_flags", "process_flags")
 SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 
 

@@ -19,6 +19,10 @@ SHARED = {
         "Flags of a plan",
         "They change the plan of `--preset` or `--plan`; units are in their names.",
     ),
+    "specmoe_jax.cli.flag_groups.process_flags": (
+        "Flags of several processes",
+        "One job in several processes, on one or [several hosts](../guides/cluster.md#one-model-over-several-hosts).",
+    ),
     "specmoe_jax.cli.flag_groups.engine_flags": (
         "Flags of the engine",
         "The model and the plan of commands that keep one engine for many requests.",

@@ -185,7 +185,9 @@ def test_a_plan_file_of_before_is_read():
         "draft_expert_dtype", "draft_top_k", "merge_every", "merge_experts", "draft_stop", "retain_policy", "placement",
         "host_share",
     )  # fmt: skip
-    assert json.loads(read.to_json()) == {"version": 1, "devices": 1} | dict.fromkeys(later) | json.loads(OLD_FILE)
+    assert json.loads(read.to_json()) == {"version": 1, "devices": 1, "num_processes": 1} | dict.fromkeys(later) | json.loads(
+        OLD_FILE
+    )
 
 
 @pytest.mark.parametrize("version", [2, 0, -1, None, "1", 1.0, True])

@@ -206,7 +206,7 @@ def real_prompts(count: int) -> list[str]:
 
 
 def machine() -> dict:
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return {
         "device": f"{device.platform} {device.device_kind}",
         "cpu_count": os.cpu_count(),

@@ -15,6 +15,7 @@ from specmoe_jax.engine.scoring.logprobs import LogProbs
 from specmoe_jax.engine.state import HostKV, State
 from specmoe_jax.speculate.sampling import Stream
 from specmoe_jax.speculate.trees import accept_tree, accept_tree_coupled, accept_tree_greedy
+from specmoe_jax.support.processes import put
 from specmoe_jax.types import AcceptedPath, AcceptResult, KVCache, Proposal, RecurrentState
 
 _accept_tree, _accept_tree_coupled, _accept_tree_greedy = (
@@ -79,7 +80,7 @@ def _compacted(runtime: Runtime, kv: KVCache | HostKV, here: tuple[jax.Array, ..
     """The cache rows of the accepted path together. here: lengths, path and number accepted, on the accelerator as all states."""
     there = runtime.cache_tier.beside_cache(runtime, here)
     if isinstance(kv, HostKV):
-        table = jax.device_put(kv.pages.table, runtime.context.host)
+        table = put(kv.pages.table, runtime.context.host)
         return kv._replace(
             caches=tuple(
                 stages.keep_path(cache, *here)

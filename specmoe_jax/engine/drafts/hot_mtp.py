@@ -18,6 +18,7 @@ from specmoe_jax.models.mtp import MtpHead
 from specmoe_jax.offload.store import Link
 from specmoe_jax.speculate.drafts.mtp import MtpDraft, MtpMemory
 from specmoe_jax.speculate.drafts.protocol import DraftView
+from specmoe_jax.support.processes import put
 from specmoe_jax.types import KVCache, Proposal
 
 REFRESH = 64  # drafts: a step of a batch observes a few positions a row, so that counts change slowly
@@ -90,15 +91,15 @@ class HotMtpDraft(NamedTuple):
         pools, slots, arrival_s = list(memory.pools), [], 0.0
         for layer, blocks in enumerate(self.blocks):
             for place, expert in swaps(counts[layer], held[layer]):
-                block = jax.device_put(blocks[expert], pools[layer].sharding)
+                block = put(blocks[expert], pools[layer].sharding)
                 pools[layer] = _put(pools[layer], block, np.int32(place))
                 arrival_s = self.link.send(block.nbytes)
                 held[layer, place] = expert
             table = np.full(len(blocks), -1, np.int32)
             table[held[layer]] = np.arange(self.hot)
-            slots.append(jax.device_put(table, memory.slots[layer].sharding))
+            slots.append(put(table, memory.slots[layer].sharding))
         self.link.wait(arrival_s)
-        kept = tuple(jax.device_put(KEPT * own, old.sharding) for own, old in zip(counts, memory.own.counts, strict=True))
+        kept = tuple(put(KEPT * own, old.sharding) for own, old in zip(counts, memory.own.counts, strict=True))
         own = memory.own._replace(counts=kept)
         period = min(2 * memory.period, REFRESH) if counts.any() else 1
         return HotMemory(own, tuple(pools), tuple(slots), held, due=memory.period - 1 if counts.any() else 0, period=period)

@@ -27,6 +27,7 @@ from specmoe_jax.speculate.drafts.draft_split import DraftSplit, no_split, plan_
 from specmoe_jax.speculate.drafts.eagle import draft_chain, head_logits, known, remember
 from specmoe_jax.speculate.drafts.grown_tree import TreeShape, branch, forest, harvest, sprout
 from specmoe_jax.speculate.drafts.protocol import DraftView
+from specmoe_jax.support.processes import put
 from specmoe_jax.support.tracing import Span
 from specmoe_jax.types import KVCache, Proposal, Tree
 
@@ -109,7 +110,7 @@ class SplitDraft:
         used = np.arange(len(of)) < pages_of(positions)
         values = _take(source, np.where(used, of, -1))
         self.context.activations.send(values.num_bytes)
-        return _put(target, np.where(used, to, -1), jax.device_put(values, target.v.device))
+        return _put(target, np.where(used, to, -1), put(values, target.v.device))
 
     def observe(self, memory: SplitMemory, rows, following, features, lengths, num_new) -> SplitMemory:
         projected = _project_observed(self.head, following, features, lengths)
@@ -150,7 +151,7 @@ class SplitDraft:
         warms_up, going = not num_new.any(), None
         if warms_up or there.any():
             inputs = self.context.to_host(projected[1:])
-            where = jax.device_put((_rows_of(memory.host_table, rows), lengths, there, tree), self.context.host)
+            where = put((_rows_of(memory.host_table, rows), lengths, there, tree), self.context.host)
             going = self.context.workers.cpu.submit(self._attend_there, inputs, memory.there, where)
         attended = [jnp.zeros_like(projected.q)] * 2
         if warms_up or here.any():

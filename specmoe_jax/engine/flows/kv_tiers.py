@@ -1,6 +1,5 @@
 """Where attention runs: beside the experts on the accelerator, or on the CPU that holds the KV cache."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -11,6 +10,7 @@ from specmoe_jax.engine.flows.protocol import Attended, ResidentPass, Unfinished
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.speculate.drafts.protocol import TokenChoice
 from specmoe_jax.speculate.drafts.self_draft import feed_back
+from specmoe_jax.support.processes import put
 from specmoe_jax.types import KVCache, Place, Tree
 
 
@@ -106,7 +106,7 @@ class HostKv:
         return runtime.context.host
 
     def beside_cache(self, runtime: Runtime, arrays):
-        return jax.device_put(arrays, runtime.context.host)
+        return put(arrays, runtime.context.host)
 
     def attention(self, runtime: Runtime, layer: int, h, kv: KVCache, lengths, num_new, tree: Tree | None = None):
         config, weights, cross = runtime.config.layers[layer], runtime.weights.layers[layer], kv.cross and kv.cross[layer]
@@ -116,7 +116,7 @@ class HostKv:
         inputs = runtime.context.on_host(
             runtime.context.to_host((*stages.pre_attention(config, weights, h, lengths, tree), weights.sinks))
         )
-        where = jax.device_put((lengths, num_new, tree), runtime.context.host)
+        where = put((lengths, num_new, tree), runtime.context.host)
         attended, k_cache, v_cache = stages.attend(config, *inputs, kv.k[layer], kv.v[layer], *where)
         h, x, routing = stages.post_attention(config, weights, h, runtime.context.to_accelerator(attended), num_new, cross)
         return Attended(before, h, x, routing, k_cache, v_cache)

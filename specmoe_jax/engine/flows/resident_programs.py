@@ -13,6 +13,7 @@ from specmoe_jax.models import layers
 from specmoe_jax.models.spec import LayerWeights, Weights
 from specmoe_jax.speculate.drafts.protocol import TokenChoice
 from specmoe_jax.speculate.drafts.self_draft import choose_token
+from specmoe_jax.support.processes import in_order
 from specmoe_jax.types import CrossCache, Tree
 
 LAYERS_PER_PROGRAM = (
@@ -49,6 +50,7 @@ def _resident_layers(
     return states, routed, tuple(keys), tuple(values)
 
 
+@in_order
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5, 6))
 def run_layers(
     configs: tuple[LayerConfig, ...],
@@ -79,6 +81,7 @@ def _forward(config: ModelConfig, weights: Weights[jax.Array], k, v, cross, pool
     return layers.head(config.head, weights, states[-1])[:, 0], jnp.stack([routing.ids for routing in routed]), k, v
 
 
+@in_order
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 def draft_forward(
     config: ModelConfig, weights: Weights[jax.Array], k: Caches, v: Caches, cross, pool, slots, tokens, lengths, num_new
@@ -89,6 +92,7 @@ def draft_forward(
 
 
 # With the pass XLA would convert all weights in half precision before the loop, and keep a float32 copy of each (on a CPU).
+@in_order
 @functools.partial(
     jax.jit,
     static_argnums=(0, 1, 2),

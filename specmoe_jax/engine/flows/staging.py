@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from specmoe_jax.config.layer_config import LayerConfig
 from specmoe_jax.engine import stages
 from specmoe_jax.kv_cache.positions import CHUNKS_AHEAD
+from specmoe_jax.support.processes import put
 
 
 class Staging:
@@ -28,7 +29,7 @@ class Staging:
         k = projected[1]
         shape = (len(k), config.attention.num_kv_heads, self._positions, config.attention.cache_dim)
         if shape not in self._rows:  # put where k is, as all later rows are: else the second chunk's program is another one
-            self._rows[shape] = tuple(jax.device_put(jnp.zeros(shape, k.dtype), k.sharding) for _ in range(2))
+            self._rows[shape] = tuple(put(jnp.zeros(shape, k.dtype), k.sharding) for _ in range(2))
         out, *rows = stages.attend_chunk(config, *projected, *self._rows[shape], lengths, num_new)
         self._rows[shape] = tuple(rows)
         self._ahead.append(out)

@@ -28,6 +28,7 @@ from specmoe_jax.offload.residency import empty
 from specmoe_jax.ops import PackedCache
 from specmoe_jax.speculate.sampling import sampling_rows
 from specmoe_jax.support.errors import PlanError
+from specmoe_jax.support.processes import put
 from specmoe_jax.support.timing import Stopwatch
 from specmoe_jax.types import RecurrentState, Tree
 
@@ -239,7 +240,7 @@ def _all_rows(runtime: Runtime, pieces: list[jax.Array], running: list[bool]) ->
     if not pieces:
         return None
     given, nothing = iter(pieces), np.zeros(pieces[0].shape, pieces[0].dtype)
-    return _rows([next(given) if runs else jax.device_put(nothing, runtime.context.place) for runs in running])
+    return _rows([next(given) if runs else put(nothing, runtime.context.place) for runs in running])
 
 
 def _routing_of_rows(pieces: Sequence[PassRouting], running: list[bool]) -> PassRouting | None:

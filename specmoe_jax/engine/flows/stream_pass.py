@@ -21,6 +21,7 @@ from specmoe_jax.engine.scheduler import MicroBatch
 from specmoe_jax.engine.state import Buffers, HostKV, PassRouting
 from specmoe_jax.offload.homes import whole_slots
 from specmoe_jax.offload.stream_schedule import KINDS, Task, pass_tasks
+from specmoe_jax.support.processes import put
 from specmoe_jax.support.tracing import Span
 from specmoe_jax.types import Pool, Routing
 
@@ -64,7 +65,7 @@ class _Run:
         self.runtime, self.micro_batches = runtime, micro_batches
         self.caches, self.kv = list(kv.caches), kv
         self.host = [
-            jax.device_put((micro_batch.table, micro_batch.lengths, micro_batch.num_new, micro_batch.tree), runtime.context.host)
+            put((micro_batch.table, micro_batch.lengths, micro_batch.num_new, micro_batch.tree), runtime.context.host)
             for micro_batch in micro_batches
         ]
         self.lengths = [jnp.asarray(micro_batch.lengths) for micro_batch in micro_batches]

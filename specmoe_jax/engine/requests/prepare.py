@@ -52,14 +52,20 @@ class BatchShape(NamedTuple):
 
 def resolved(plan: Plan) -> Plan:
     """The plan with its machine-dependent defaults filled in. Raises PlanError where the machine has too few devices."""
-    if plan.devices > len(jax.devices()):
-        raise PlanError(f"devices={plan.devices} and this process has {len(jax.devices())}; give at most as many")
+    there, jobs = len(jax.local_devices()), jax.process_count()
+    if plan.num_processes > 1 and plan.num_processes != jobs:
+        raise PlanError(f"num_processes={plan.num_processes} and jax.distributed has {jobs}; start as many, or leave it 1")
+    if plan.devices > 1 and jobs > 1 and plan.num_processes == 1:
+        raise PlanError(f"devices={plan.devices} of {jobs} processes; give num_processes={jobs} too")
+    if plan.devices > plan.num_processes * there:
+        each = "this process has" if plan.num_processes == 1 else "each process has"
+        raise PlanError(f"devices={plan.devices} and {each} {there}; give at most as many")
     return plan.resolved(accelerator_is_cpu=accelerator_is_cpu())
 
 
 def accelerator_is_cpu() -> bool:
     """Whether the accelerator is the CPU itself."""
-    return jax.devices()[0] == jax.local_devices(backend="cpu")[0]
+    return jax.local_devices()[0] == jax.local_devices(backend="cpu")[0]
 
 
 def batch_shape_of(plan: Plan, requests: list[Request]) -> BatchShape:

@@ -53,6 +53,8 @@ class Service:
         config, plan = session.model.config, session.plan
         if config.encoder is not None:
             raise PlanError(f"{config.family} has an encoder, and requests that join a batch are built for decoders; use generate")
+        if plan.num_processes > 1:
+            raise PlanError(f"num_processes={plan.num_processes} and a service's requests come to one of them; use generate")
         self.max_tokens = min(USUAL_TOKENS, config.max_positions) if max_tokens is None else max_tokens
         if not 2 <= self.max_tokens <= config.max_positions:
             said = f"2 to {config.max_positions}, the model's window"

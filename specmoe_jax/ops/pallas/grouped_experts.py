@@ -88,7 +88,7 @@ def fits(platform: str, x, blocks, slots, *, ffn=None, packing=None, **_) -> boo
 
 
 def _platform() -> str:
-    chosen = os.environ.get("SPECMOE_GROUPED") or jax.devices()[0].platform
+    chosen = os.environ.get("SPECMOE_GROUPED") or jax.local_devices()[0].platform
     if chosen not in (known := (*KERNELS, "none", "cpu", "gpu", "rocm")):
         raise UserError(f"SPECMOE_GROUPED is {chosen!r}; it must be one of {', '.join(known[:3])}")
     return "cuda" if chosen == "gpu" else chosen

@@ -6,6 +6,7 @@ from specmoe_jax.kv_cache.positions import KV_PAGE
 from specmoe_jax.models.experts import layer_bytes, mean_bytes
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
+from specmoe_jax.offload.homes import most_of_process
 from specmoe_jax.planner.memory.budgets import fit_device, fit_host, fit_pages, split_draft
 from specmoe_jax.planner.memory.footprint import (
     activation_bytes,
@@ -61,14 +62,16 @@ def account(
             activation_bytes(config, plan, batch_rows, needs.pass_tokens, itemsize),
             encoder_bytes(config, batch_rows, source_positions, itemsize),
         ),
-        host_experts=config.num_expert_layers * config.num_experts,
+        host_experts=config.num_expert_layers * most_of_process(plan.num_processes, plan.devices, config.num_experts),
         kv_on_host=plan.cache_tier.on_host,
         draft_model_bytes=draft.fixed + batch_rows * draft.row,
         draft_kv_bytes=batch_rows * positions * draft.position,
         host_draft_bytes=draft.host,
         kv_pages=needs.paged.pages if needs.paged else 0,
-        hidden_bytes=prompt_tokens * (plan.devices * config.state_numbers + max(map(token_numbers, config.layers))) * itemsize
-        + plan.devices * needs.waiting_tokens * (config.state_numbers * itemsize + draft.watched),
+        hidden_bytes=prompt_tokens
+        * (plan.devices // plan.num_processes * config.state_numbers + max(map(token_numbers, config.layers)))
+        * itemsize
+        + plan.devices // plan.num_processes * needs.waiting_tokens * (config.state_numbers * itemsize + draft.watched),
         cross_bytes=sum(2 * batch_rows * source_positions * cross_row(layer) for layer in config.layers) * itemsize,
         staging_bytes=staging_bytes(config, plan, batch_rows, positions, itemsize),
         pinned_layers=needs.pinned_layers,

@@ -13,6 +13,7 @@ from specmoe_jax.models.model import Model
 from specmoe_jax.models.packing import unpacked
 from specmoe_jax.speculate.hot_experts.affinity import expert_distances, load_table, neighbours, save_table
 from specmoe_jax.support.cache_files import cache_folder
+from specmoe_jax.support.processes import agreed_bytes, is_first, several
 from specmoe_jax.support.progress import bar
 
 
@@ -20,11 +21,17 @@ def affinity_table(model: Model, *, progress: str | bool = False) -> np.ndarray:
     """[L, E, E] int32: for each expert the others by L2 distance, nearest first (SpecMoE, affinity).
 
     Loaded if an earlier run saved it; a damaged table is computed again. A model that is not a checkpoint's
-    (random weights) has no hash and is not cached. A cache that cannot be written is skipped.
+    (random weights) has no hash and is not cached. A cache that cannot be written is skipped. Of several processes the first one's
+    is everybody's: distances may be rounded differently elsewhere.
     progress: a bar of layers, a mode of progress.bar.
     """
-    path = _table_path(model)
     shape = model.config.num_moe_layers, model.config.num_experts
+    table = _own_table(model, shape, progress) if is_first() else np.zeros((*shape, shape[1]), np.int32)
+    return np.frombuffer(agreed_bytes(table.tobytes()), np.int32).reshape(table.shape) if several() else table
+
+
+def _own_table(model: Model, shape: tuple[int, int], progress: str | bool) -> np.ndarray:
+    path = _table_path(model)
     if path is not None:
         try:
             return load_table(path, *shape)

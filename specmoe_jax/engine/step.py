@@ -75,8 +75,9 @@ def step(runtime: Runtime, state: State, tokenizer, *, length: int | None = None
     with span("update draft features"):
         new_state = update_draft_features(runtime, new_state, verified, state.lengths, committed)
     laps.lap("features")
+    step_s = agreed(sum(laps.seconds.values())) if runtime.plan.guard else 0.0  # in the warm-up too, where it is compiled
     if state.adaptive_length and active.any():
-        adaptive = observe(state.adaptive_length, length, accepted[active], agreed(sum(laps.seconds.values())))
+        adaptive = observe(state.adaptive_length, length, accepted[active], step_s)
         new_state = new_state._replace(adaptive_length=adaptive)
     now = moved(runtime)
     guesses, expert_bytes = drafted.prefetched + verified.info.prefetched, runtime.experts.expert_bytes

@@ -87,7 +87,8 @@ def stored(a_plan, folder: str):
     write_tiny(pathlib.Path(folder))
     homes = plan_homes(tiny().config, a_plan, POPULARITY if a_plan.placing.by_popularity else None)
     loaded = sm.load_model(folder, devices=a_plan.devices, homes=homes if a_plan.placement else None)
-    assert [[block.device.id for block in layer] for layer in loaded.experts] == homes.tolist()
+    if jax.process_count() == 1:  # of several each holds a part, see processes.py
+        assert [[block.device.id for block in layer] for layer in loaded.experts] == homes.tolist()
     return sm.load_model(folder, expert_tier=a_plan.expert_tier)
 
 

@@ -12,7 +12,7 @@ _ADDRESS = flags.DEFINE_string(
     "host:port of process 0, or auto for what JAX finds (SLURM, Open MPI, Kubernetes, TPU pods): one job in --num_processes.",
 )
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of --num_processes this is, from 0.", lower_bound=0)
-_TIMEOUT = flags.DEFINE_integer("initialization_timeout", 40, "Seconds to wait for the other processes.", lower_bound=1)
+_TIMEOUT = flags.DEFINE_integer("initialization_timeout", 30, "Seconds to wait for the other processes.", lower_bound=1)
 
 
 def join() -> None:

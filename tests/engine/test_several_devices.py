@@ -15,6 +15,7 @@ from engine_cases import SAMPLED, plan, run
 from several_devices import PLANS
 
 import specmoe_jax as sm
+from specmoe_jax.engine.validation import check_popularity
 from specmoe_jax.models.model import to_host
 from specmoe_jax.offload.sharded_store import ShardedStore
 from specmoe_jax.offload.store import Link
@@ -61,12 +62,13 @@ def test_tokens_are_those_of_one_device_and_bytes_those_of_its_experts(names, ex
 def test_popularity_is_counts_of_the_models_experts():
     placed = plan("on_demand", devices=2, placement="popularity")
     for a_plan, counts, said in (
+        (placed, None, "placement=popularity needs to know how often experts are chosen; give popularity"),
         (plan("on_demand"), np.ones((3, 5)), "popularity has no effect with placement=modulo; leave it out"),
         (placed, np.ones((2, 5)), "popularity is float64 [2, 5]; give counts of 0 or more, [3, 5]"),
         (placed, np.full((3, 5), np.nan), "give counts of 0 or more"),
     ):
         with pytest.raises(sm.PlanError, match=re.escape(said)):
-            sm.Engine(tiny(), a_plan, popularity=counts)
+            check_popularity(tiny().config, a_plan, counts)
 
 
 def test_links_work_at_the_same_time():
@@ -105,7 +107,6 @@ def test_the_store_of_one_device_is_a_case_of_several(room):
         (plan("on_demand", devices=3), "devices=3 and this process has 1; give at most as many"),
         (plan("specmoe", placement="popularity"), "placement=popularity has no effect on one device; leave it out"),
         (plan("streaming", placement="popularity", devices=2), "placement=popularity has no effect with expert_flow=stream"),
-        (plan("specmoe", placement="popularity", devices=2), "needs to know how often experts are chosen; give popularity"),
         (plan("on_demand", devices=0), "devices is 0; it must be a whole number of at least 1"),
     ],
 )

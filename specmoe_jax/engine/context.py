@@ -84,7 +84,7 @@ def place_of(devices: int) -> Place:
 
 def first_of(place: Place) -> Device:
     """The first, or only, device of a place that is this process's."""
-    return next(filter(is_local, place.mesh.devices.flat)) if isinstance(place, jax.sharding.NamedSharding) else place
+    return next(filter(is_local, np.asarray(place.mesh.devices).flat)) if isinstance(place, jax.sharding.NamedSharding) else place
 
 
 def placed(arrays: T, devices: int) -> T:

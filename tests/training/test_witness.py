@@ -339,13 +339,19 @@ def test_unlikelihood_pushes_repeated_tokens_down_and_leaves_others_alone():
 @pytest.mark.slow
 def test_a_step_against_repetition_makes_what_was_repeated_less_likely(weights):
     params, bias = weights
-    recipe = dataclasses.replace(RECIPE, repeat_prompt=4, repeat_size=3)
+    recipe = dataclasses.replace(RECIPE, repeat_weight=1.0, repeat_prompt=4, repeat_size=3)
     tokens = jnp.tile(random_tokens(2, 4), (1, 4))
     nats, gradient = jax.jit(jax.value_and_grad(lambda p: repetition.loss_fn(p, bias, tokens, TINY, recipe)[0]))(params)
     nearer = jax.tree.map(lambda w, g: w - 1e-2 * g, params, gradient)
     repeats = np.asarray(repetition.completes_repeat(tokens, 3))[:, 1:]
     chosen = lambda p: np.take_along_axis(jax.nn.softmax(logits(p, bias, tokens, TINY))[:, :-1], tokens[:, 1:, None], 2)[..., 0]  # noqa: E731
     assert nats > 0 and chosen(nearer)[repeats].mean() < chosen(params)[repeats].mean()
+
+
+def test_a_recipe_refuses_what_has_no_effect():
+    with pytest.raises(UserError, match="repeat_rows has no effect while repeat_weight is 0"):
+        dataclasses.replace(RECIPE, repeat_rows=2)
+    dataclasses.replace(RECIPE, local_weight=0.1, local_layers=1)
 
 
 def test_neighbours_that_choose_alike_lose_less():

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from specmoe_jax.support.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class WitnessConfig:
@@ -64,3 +66,11 @@ class RecipeConfig:
     local_weight: float = 0.0  # of the loss on what neighbouring tokens choose differently
     local_layers: int = 4  # the lowest mixtures, on which it acts
     seed: int = 0
+
+    def __post_init__(self):
+        for weight, prefix in (("repeat_weight", "repeat_"), ("local_weight", "local_")):
+            if getattr(self, weight):
+                continue
+            changed = [f.name for f in dataclasses.fields(self) if f.name.startswith(prefix) and getattr(self, f.name) != f.default]
+            if changed:
+                raise UserError(f"{changed[0]} has no effect while {weight} is 0; give --{weight} too, or leave it out")

@@ -70,7 +70,7 @@ def matrix_axes(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: matrix if path[-1].name in names else None, params)
 
 
-def make_optimizer(recipe: RecipeConfig, rate: ArrayLike) -> optax.GradientTransformation:
+def make_optimizer(recipe: RecipeConfig, rate: float | jax.Array) -> optax.GradientTransformation:
     """rate: of this step; the optimiser's state does not depend on it."""
     if recipe.optimizer == "adamw":
         mask = functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
@@ -94,7 +94,7 @@ def mean_nats(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Arr
     return cross_entropy.mean_nats(hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1))
 
 
-def locality_nats(routing: model.Routing, shape: tuple[int, int]) -> jax.Array:
+def locality_nats(routing: model.Routing, shape: tuple[int, ...]) -> jax.Array:
     """Mean -log of the share of a token's scores that lies on the experts of the token before, whose choice is given.
 
     shape: [B, T] of the routed tokens. The cross entropy by which StableMoE (Dai et al. 2022) ties a router to a given choice,

@@ -70,8 +70,8 @@ def matrix_axes(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: matrix if path[-1].name in names else None, params)
 
 
-def make_optimizer(recipe: RecipeConfig, rate: Any) -> optax.GradientTransformation:
-    """rate: of this step, a scalar array, which optax's types do not know; the optimiser's state does not depend on it."""
+def make_optimizer(recipe: RecipeConfig, rate: float | jax.Array) -> optax.GradientTransformation:
+    """rate: of this step; the optimiser's state does not depend on it."""
     if recipe.optimizer == "adamw":
         mask = functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
         update = optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=recipe.weight_decay, mask=mask)

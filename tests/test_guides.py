@@ -13,7 +13,7 @@ import specmoe_jax as sm
 from specmoe_jax.config.plan_fields import fields_of_a_plan
 
 ROOT = pathlib.Path(__file__).parents[1]
-OTHERS = {"xla_force_host_platform_device_count", "array", "dependency", "gres", "requeue", "wrap"}
+OTHERS = {"xla_force_host_platform_device_count", "array", "dependency", "gres", "nodes", "ntasks", "requeue", "wrap"}
 GUIDES = sorted((ROOT / "docs/guides").glob("*.md"))
 
 

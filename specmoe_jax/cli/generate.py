@@ -84,6 +84,7 @@ def main() -> None:
     if own.ADAPTER.value:
         read_adapter(own.ADAPTER.value)  # says what is wrong before the machine is measured
     common.use_compile_cache()
+    popularity, homes, devices = None, None, 1  # where nothing can be read, the load says why
     if head := jobs.read_head(folder):
         keep_bad = own.OUTPUT.value is not None
         how = {"keep_bad": keep_bad, "must_work": len(own.PROMPT.value)}
@@ -98,8 +99,9 @@ def main() -> None:
         popularity = read_popularity(pathlib.Path(own.POPULARITY.value), head.config) if own.POPULARITY.value else None
         check_popularity(head.config, plan, popularity)
         homes = None if popularity is None else plan_homes(head.config, plan, popularity)
+        devices = plan.devices
     loading, prompts = Stopwatch(), part.own
-    model, changes, error = load(prompts, homes, plan.devices)
+    model, changes, error = load(prompts, homes, devices)
     draft_model = load_model(own.DRAFT_MODEL.value, dtype=model.dtype, progress=progress_mode()) if own.DRAFT_MODEL.value else None
     if changes and is_auto():  # experts went to the disk, where not every plan runs
         dtype = {} if own.DTYPE.value is None else {"dtype": own.DTYPE.value}

@@ -1,5 +1,7 @@
 """A draft of several tokens is one program, and proposes what a call of `forward` for each token would."""
 
+import inspect
+
 import jax
 import pytest
 from engine_cases import GREEDY, SAMPLED, plan, run
@@ -76,7 +78,7 @@ def test_other_layers(family):
 def test_half_precision_weights_are_not_kept_in_float32(monkeypatch):
     """XLA would hoist the conversion of all of them out of the loop over tokens (on a CPU), and keep what it gives."""
     program, temporary = resident_programs.draft_chain, []
-    hoisting = jax.jit(program.__wrapped__, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
+    hoisting = jax.jit(inspect.unwrap(program), static_argnums=(0, 1, 2), donate_argnums=(4, 5))
 
     def spy(*args):
         temporary.append([one.lower(*args).compile().memory_analysis().temp_size_in_bytes for one in (program, hoisting)])

@@ -33,7 +33,11 @@ def outcomes(*names):
     script, port = pathlib.Path(__file__).with_name("processes.py"), str(free_port())
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": os.environ | {"XLA_FLAGS": flags}}
     both = [subprocess.Popen([sys.executable, script, port, str(number), *names], **pipes) for number in range(2)]
-    said = [one.communicate(timeout=900) for one in both]
+    try:
+        said = [one.communicate(timeout=480) for one in both]
+    finally:
+        for one in both:
+            one.kill()
     assert [one.returncode for one in both] == [0, 0], "\n".join(err[-3000:] for _, err in said)
     return [json.loads(out.splitlines()[-1]) for out, _ in said]
 

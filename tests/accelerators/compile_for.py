@@ -196,7 +196,7 @@ def main() -> None:
     runs, found = {name: run for name, run in runs.items() if name in (sys.argv[2:] or runs)}, []
     for plan, run in runs.items():
         Recorded.calls.clear()
-        with mock.patch.object(jax, "local_devices", lambda backend=None: jax.devices()[-1:]):
+        with mock.patch.object(jax, "local_devices", lambda backend=None: jax.devices()[-1:] if backend else jax.devices()):
             run()
         calls = [call for call in Recorded.calls if on_accelerator(call)]
         for call in calls:

@@ -39,7 +39,7 @@ def main() -> None:
     tokens = {}
     jax.config.update("jax_transfer_guard_device_to_device", "disallow")  # of all threads, which the context manager is not
     two_at_a_time = mock.patch.object(runtime, "arriving_experts", lambda expert_bytes, num_experts: 2)
-    with mock.patch.object(jax, "local_devices", lambda backend=None: [host]), two_at_a_time:
+    with mock.patch.object(jax, "local_devices", lambda backend=None: [host] if backend else jax.devices()), two_at_a_time:
         for name, a_plan in PLANS.items():
             head = {"draft_head": eagle_head(tiny())} if a_plan.draft == "eagle" else {}
             tokens[name], stats = run(tiny(), a_plan, **head)

@@ -76,7 +76,8 @@ def assert_alike(own, other):
     elif isinstance(own, str) and not own.lstrip("-").replace(".", "").isdigit():
         assert own == other
     else:
-        assert float(own) == pytest.approx(float(other), abs=TOLERANCE)
+        # Of whole texts the sum of hundreds of tokens, in which a CPU's rounding alone makes 1e-7.
+        assert float(own) == pytest.approx(float(other), abs=TOLERANCE, rel=TOLERANCE / 100)
 
 
 def test_a_second_run_asks_nothing(engine, tasks, tmp_path):

@@ -19,6 +19,7 @@ import json
 import pathlib
 import textwrap
 import traceback
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -38,19 +39,29 @@ FAMILIES = RAW_CONFIGS | WITH_TOWERS | ENCODER_DECODERS
 FURTHER = {"num_nextn_predict_layers": 1}  # which some families have without saying so, and others ignore
 CHAIN = {"draft_length": 2}
 TREE = CHAIN | {"draft_tree_top_k": 2, "draft_tree_tokens": 4}
+
+
+class Drafted(NamedTuple):
+    """fields: of the plan. with_experts: as many draft experts as a token chooses. given: what the engine needs beside the plan,
+    of a model; None for what the draft's executor says."""
+
+    fields: dict
+    with_experts: bool = False
+    given: Callable[[Model], dict] | None = None
+
+
 DRAFTED = {
-    "none": {},
-    "self": CHAIN,
-    "merged": CHAIN,
-    "eagle": CHAIN,
-    "eagle tree": TREE,
-    "mtp": CHAIN,
-    "mtp tree": TREE,
-    "mtp hot": CHAIN,
-    "ngram": CHAIN,
-    "model": CHAIN,
+    "none": Drafted({}),
+    "self": Drafted(CHAIN, with_experts=True),
+    "merged": Drafted(CHAIN, with_experts=True),
+    "eagle": Drafted(CHAIN),
+    "eagle tree": Drafted(TREE),
+    "mtp": Drafted(CHAIN),
+    "mtp tree": Drafted(TREE),
+    "mtp hot": Drafted(CHAIN, with_experts=True, given=lambda model: {"mtp_head": mtp.random_head(model, experts_on_host=True)}),
+    "ngram": Drafted(CHAIN),
+    "model": Drafted(CHAIN, given=lambda model: {"draft_model": model}),  # the target itself, whose tokens are all accepted
 }
-WITH_EXPERTS = ("self", "merged", "mtp hot")  # as many of them as a token chooses
 LENGTHS = (9, 1, 14, 30, 2, 5, 17, 3, 4, 11)  # of the prompts
 PLACES = {1: (0, 2), 8: tuple(range(8))}  # of those that are run, by rows that generate together
 REFILLED = (8, 9)  # they join when others end, where the flow has that
@@ -101,11 +112,11 @@ def model_of(family: str) -> Model:
 
 def plan_of(case: Case) -> sm.Plan:
     """Of small chunks, so that prompts have several."""
-    config = model_of(case.family).config
+    config, drafted = model_of(case.family).config, DRAFTED[case.draft]
     plan = sm.PRESETS[case.preset](config).replace(draft_length=None, draft_experts=None)
     plan = plan.replace(draft=case.draft.split()[0], batch_size=case.batch, kv_tier=case.tier, prefill_chunk=8)
-    plan = plan.replace(**DRAFTED[case.draft], micro_batches=min(plan.micro_batches, case.batch))
-    if case.draft in WITH_EXPERTS:
+    plan = plan.replace(**drafted.fields, micro_batches=min(plan.micro_batches, case.batch))
+    if drafted.with_experts:
         plan = plan.replace(draft_experts=config.experts_per_token)
     return plan.replace(link_bytes_per_s=1e12) if plan.prefetch == "oracle" else plan
 
@@ -137,12 +148,9 @@ def padded(row: list[int], width: int) -> np.ndarray:
 
 
 def given_to(model: Model, case: Case) -> dict:
-    """What the engine needs beside the plan, of random weights; as a separate model the target, whose tokens are all accepted."""
-    if case.draft == "model":
-        return {"draft_model": model}
-    if case.draft == "mtp hot":
-        return {"mtp_head": mtp.random_head(model, experts_on_host=True)}
-    return DRAFTS.executor(case.draft.split()[0]).random_inputs(model)
+    """What the engine needs beside the plan, of random weights."""
+    given = DRAFTED[case.draft].given
+    return given(model) if given else DRAFTS.executor(case.draft.split()[0]).random_inputs(model)
 
 
 def run(case: Case, plan: sm.Plan) -> Found:

@@ -57,9 +57,9 @@ class DeviceContext:
         accelerator has computed them.
         """
         self.activations.send(sum(array.nbytes for array in jax.tree.leaves(arrays)))
-        if not several():
-            return jax.device_put(arrays, self.host if self.device == self.host else self.pinned_sharding)
-        pinned = jax.sharding.SingleDeviceSharding(self.device, memory_kind="pinned_host")
+        pinned = self.pinned_sharding
+        if several():
+            pinned = jax.sharding.SingleDeviceSharding(self.device, memory_kind="pinned_host")
         return jax.device_put(local(arrays), self.host if self.device == self.host else pinned)
 
     def on_host(self, arrays):

@@ -87,7 +87,16 @@ def migrate_and_compute(
     memory = memory._replace(residency=residency, prefetched=prefetched)
     h, memory, ahead = execute(runtime, moe, plan, memory, h, x, routing, predicted, elsewhere)
     weights = np.asarray(routing.weights) if runtime.routing == "weights" else None
-    return h, memory, LayerInfo(plan, ids, counts, ahead, hits, weights, int(on_host.sum()))
+    info = LayerInfo(
+        plan=plan,
+        ids=ids,
+        counts=counts,
+        prefetched=ahead,
+        prefetch_hits=hits,
+        weights=weights,
+        on_host=int(on_host.sum()),
+    )
+    return h, memory, info
 
 
 def start_on_host(runtime: Runtime, moe: int, x: jax.Array, ids: jax.Array, on_host: np.ndarray) -> jax.Array:

@@ -46,9 +46,8 @@ class OnDemandFlowExecutor(PooledFlowExecutor):
             else:
                 before, h, x, routing, k, v = cache_tier.attention(runtime, layer, h, kv, lengths, num_new, tree)
                 assert routing is not None
-                own = earlier[moe]
                 h, memory, info = migrate_and_compute(
-                    runtime, moe, memory, h, x, routing, own, predicted, host_share=runtime.plan.host_share
+                    runtime, moe, memory, h, x, routing, earlier[moe], predicted, host_share=runtime.plan.host_share
                 )
                 infos.append(info)
             if layer in watched:

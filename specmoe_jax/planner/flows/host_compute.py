@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import preset
-from specmoe_jax.models.experts import is_computed_in_place
-from specmoe_jax.models.packing import planned
 from specmoe_jax.ops import isas
 from specmoe_jax.planner.drafts.search_starts import SearchStart
+from specmoe_jax.planner.flows.pooled import without_kernel
 from specmoe_jax.planner.flows.protocol import FlowMemory
 from specmoe_jax.planner.flows.resident import ResidentFlowDescription
 from specmoe_jax.planner.memory.memory_account import PagedLoad
@@ -21,10 +20,7 @@ class HostComputeFlowDescription(ResidentFlowDescription):
     def check(self, plan: Plan, config: ModelConfig) -> None:
         """Raises PlanError for experts that no compiled kernel computes, or that are not in memory."""
         super().check(plan, config)
-        experts = [planned(one, plan.expert_dtype) for one in config.layer_experts]
-        if other := next((one for one in experts if not is_computed_in_place(one)), None):
-            packed = "" if other.packing is None else f" packed as {other.packing}"
-            what = f"the experts of {config.family}{packed}"
+        if what := without_kernel(config, plan):
             raise PlanError(f"expert_flow={self.name} has no compiled kernel for {what}; use expert_flow=resident")
         if plan.expert_tier != "host":
             elsewhere = f"expert_tier is {plan.expert_tier}"

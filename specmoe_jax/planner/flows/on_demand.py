@@ -7,14 +7,12 @@ from collections.abc import Iterable
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import preset
-from specmoe_jax.models.experts import is_computed_in_place
-from specmoe_jax.models.packing import planned
 from specmoe_jax.offload.homes import most_experts
 from specmoe_jax.ops import isas
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import DISK, Cost, Load
 from specmoe_jax.planner.drafts.search_starts import SearchStart, expert_counts
-from specmoe_jax.planner.flows.pooled import PooledFlowDescription
+from specmoe_jax.planner.flows.pooled import PooledFlowDescription, without_kernel
 from specmoe_jax.planner.flows.protocol import FlowMemory
 from specmoe_jax.planner.layer_costs import attention_block
 from specmoe_jax.planner.measured.case import Case, MeasuredPass, kept_experts, layer_work, pinned_slots
@@ -35,10 +33,7 @@ class OnDemandFlowDescription(PooledFlowDescription):
         super().check(plan, config)
         if plan.host_share is None:
             return
-        experts = [planned(one, plan.expert_dtype) for one in config.layer_experts]
-        if other := next((one for one in experts if not is_computed_in_place(one)), None):
-            packed = "" if other.packing is None else f" packed as {other.packing}"
-            what = f"the experts of {config.family}{packed}"
+        if what := without_kernel(config, plan):
             raise PlanError(f"host_share is {plan.host_share}, but the host has no compiled kernel for {what}; leave it out")
 
     def resolved(self, plan: Plan, *, accelerator_is_cpu: bool) -> Plan:
@@ -138,9 +133,10 @@ def _crossing(plan: Plan, missed: float) -> float:
 
 
 def _on_host(setting: Setting, computed: float) -> list[Cost]:
-    """Experts that the host's cores compute where they lie, while others cross the link. The activations cross it both ways.
+    """Experts that the host's cores compute where they lie, while others cross the link.
 
-    Deviation: `offload.host_share.MOST_CHOICES` is not looked at, and each expert is taken to have the same tokens.
+    Deviation: `offload.host_share.MOST_CHOICES` is not looked at, each expert is taken to have the same tokens, and the
+    activations, which cross the link both ways, are left out.
     """
     if not computed:
         return []

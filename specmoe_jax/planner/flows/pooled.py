@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
+from specmoe_jax.models.experts import is_computed_in_place
+from specmoe_jax.models.packing import planned
 from specmoe_jax.offload.homes import most_experts
 from specmoe_jax.planner.costs import Load
 from specmoe_jax.planner.flows.protocol import FlowMemory
@@ -90,3 +92,12 @@ class PooledFlowDescription:
         """Each batch runs until the last of its rows has ended."""
         batches = -(-requests // rows)
         return requests / (batches * rows) / slowest_row_factor
+
+
+def without_kernel(config: ModelConfig, plan: Plan) -> str | None:
+    """Experts that no compiled kernel computes where they lie in host memory, for messages; None where there are none."""
+    experts = [planned(one, plan.expert_dtype) for one in config.layer_experts]
+    other = next((one for one in experts if not is_computed_in_place(one)), None)
+    if other is None:
+        return None
+    return f"the experts of {config.family}" + ("" if other.packing is None else f" packed as {other.packing}")

@@ -228,7 +228,7 @@ def empty_pages(attention: AttentionConfig, count: int, dtype, place: Place) -> 
 
 
 def new_cache(
-    config: ModelConfig, rows: int, positions: int, dtype: str, place: Place, *, replayed: int, states: Place = None
+    config: ModelConfig, rows: int, positions: int, dtype: str, place: Place, *, replayed: int, states: Place
 ) -> KVCache:
     """A KV cache of zeros. replayed: positions that may be rolled back, of which recurrent layers keep the rows.
 
@@ -249,7 +249,7 @@ def new_cache(
     return KVCache(k=keys, v=values)
 
 
-def new_states(config: Recurrence, rows: int, replayed: int, place: Place = None) -> RecurrentState:
+def new_states(config: Recurrence, rows: int, replayed: int, place: Place) -> RecurrentState:
     """Of a recurrent layer before any position. They are on the accelerator wherever the KV cache is; None: on the first device."""
     return put(
         RecurrentState(

@@ -24,8 +24,8 @@ BETWEEN_FILES, ANYWHERE = 8_000, 30_000  # maps
 LOOK_EVERY = 40  # compilations: reading the maps takes milliseconds
 LLVM_LEVEL = "--xla_backend_optimization_level"  # 3 unless it is set
 QUICKLY_COMPILED = (f"{LLVM_LEVEL}=0", "--xla_cpu_parallel_codegen_split_count=1")
-if jax.__version_info__ < (0, 11):
-    QUICKLY_COMPILED += ("--xla_cpu_use_fusion_emitters=false",)  # later XLA has no other emitters
+if jax.__version_info__ < (0, 11):  # an XLA that does not know a flag ends the process
+    QUICKLY_COMPILED += ("--xla_cpu_use_fusion_emitters=false",)
 _COMPILATION = "/jax/core/compile/backend_compile_duration"
 
 

@@ -67,8 +67,8 @@ def pytest_configure(config):
     for name, value in settings.items():
         os.environ[name.upper()] = str(value)  # for the processes that tests start
         jax.config.update(name, value)
-    # Thousands of small programs, each run a few times: three quarters of their processor time would be optimisation. `.ci/run` has it
-    # in the comparison with the reference implementation and in the lossless tests.
+    # Thousands of small programs, each run a few times: three quarters of their processor time would be optimisation, which
+    # `.ci/run` has in the comparison with the reference implementation and in the lossless tests.
     if LLVM_LEVEL not in (given := os.environ.get("XLA_FLAGS", "")):
         os.environ["XLA_FLAGS"] = " ".join((given, *QUICKLY_COMPILED))
 

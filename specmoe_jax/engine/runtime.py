@@ -227,9 +227,7 @@ def empty_pages(attention: AttentionConfig, count: int, dtype, place: Place) -> 
     return put(pages, place)
 
 
-def new_cache(
-    config: ModelConfig, rows: int, positions: int, dtype: str, place: Place, *, replayed: int, states: Place
-) -> KVCache:
+def new_cache(config: ModelConfig, rows: int, positions: int, dtype: str, place: Place, *, replayed: int, states: Place) -> KVCache:
     """A KV cache of zeros. replayed: positions that may be rolled back, of which recurrent layers keep the rows.
 
     states: where those of recurrent layers are, as of `new_states`.

@@ -71,7 +71,7 @@ PLACES = [case for case in PLANS if "computed" not in case]
 PAIRS = {
     f"{draft}, {case}": family(name, draft, case)
     for number, (draft, case) in enumerate(itertools.product(DRAFTED, PLACES))
-    if draft != "merged" and case in DRAFTED[draft][1]
+    if case in DRAFTED[draft][1]
     for name in [[one for one in FAMILIES if (one, draft) != REFUSED][number % 4]]
 }
 """Every draft in every flow, of a family with states, an indexer or caches of several shapes."""

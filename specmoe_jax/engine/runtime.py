@@ -127,7 +127,7 @@ def build(
     """
     homes = plan_homes(model.config, plan, popularity)
     context, flow, executor = make_context(spans, plan.devices), EXPERT_FLOWS.executor(plan.flow.name), executor_of(plan)
-    policies = _policies(model, plan, draft_set, executor, earlier, progress)  # map experts, so before a tier drops pages
+    policies = _policies(model, plan, homes, draft_set, executor, earlier, progress)  # map experts, so before a tier drops pages
     return Runtime(
         config=model.config,
         plan=plan,
@@ -146,6 +146,7 @@ def build(
 def _policies(
     model: Model,
     plan: Plan,
+    homes: np.ndarray,
     draft_set: DraftSetPolicy | None,
     executor: DraftExecutor,
     earlier: Runtime | None,
@@ -155,7 +156,7 @@ def _policies(
     policy = draft_set or make_policy(name, config.num_moe_layers, config.num_experts, guard=plan.guard)
     return Policies(
         draft_set=policy,
-        keep=keep_rule(policy, pinned_experts(config, plan)),
+        keep=keep_rule(policy, pinned_experts(config, plan), homes if plan.devices > 1 else None, plan.devices),
         neighbours=earlier.policies.neighbours if earlier else executor.neighbours(model, plan, progress),
     )
 

@@ -18,9 +18,11 @@ from specmoe_jax.engine import runtime
 from specmoe_jax.engine.runtime import plan_homes
 from specmoe_jax.engine.step import moved
 from specmoe_jax.offload.homes import most_experts
+from specmoe_jax.offload.residency import Residency
 from specmoe_jax.offload.sharded_store import ShardedStore
 from specmoe_jax.offload.store import Link
 from specmoe_jax.offload.tiers import HostTier
+from specmoe_jax.planner.memory.account import pinned_experts
 from specmoe_jax.testing import eagle_head, tiny, write_tiny
 from specmoe_jax.types import MESH_AXIS
 
@@ -74,6 +76,8 @@ def outcome(a_plan, params, folder: str) -> dict:
     tokens = tokens_of(engine.generate(PROMPTS, params, on_step=steps.append))
     stats, own = engine.stats(), engine._resources.runtime
     assert stats["compilations_after_warmup"] == 0
+    if a_plan.prefetch == "none" and not a_plan.flow.streams_layers:
+        keeps_its_share(own, engine._resources._memory.residency)
     size, left = own.experts.expert_bytes, getattr(own.experts.store.tier, "left", None)
     zeros = size * (a_plan.expert_flow != "stream")  # a pool is warmed up by one block
     wanted, blocks = None, merged_blocks(own) * (1 + sum(step.merge_bytes > 0 for step in steps))
@@ -87,6 +91,13 @@ def outcome(a_plan, params, folder: str) -> dict:
         "link_bytes": stats["link_bytes"],
         "balance": stats["link_balance"],
     }
+
+
+def keeps_its_share(own: runtime.Runtime, residency: Residency) -> None:
+    """Between passes no device has more of a layer's experts than an equal part of those that stay."""
+    for slots, homes, count in zip(residency.slot_of, own.experts.homes, pinned_experts(own.config, own.plan), strict=True):
+        kept = np.bincount(homes[slots >= 0], minlength=own.plan.devices)
+        assert kept.sum() == count and kept.max() <= most_experts(own.plan.devices, count)
 
 
 def merged_blocks(own: runtime.Runtime) -> np.ndarray:

@@ -27,7 +27,6 @@ from specmoe_jax.testing import eagle_head, tiny, write_tiny
 from specmoe_jax.types import MESH_AXIS
 
 DISK = {"expert_tier": "disk", "host_memory_bytes": 5e5}
-MERGED = {"draft": "merged", "draft_experts": 2, "merge_every": 2}
 SHORT = sm.SamplingParams(max_new_tokens=6, ignore_eos=True)
 
 POPULARITY = np.array([[1, 0, 9, 2, 3], [7, 7, 0, 1, 0], [0, 0, 3, 0, 8]])
@@ -45,8 +44,7 @@ PLANS = {
     "host": (plan("specmoe", batch_size=8, kv_tier="host"), SHORT, (2,)),
     "disk": (plan("on_demand", batch_size=8, **DISK), SHORT, (2,)),
     "sampled": (plan("specmoe", batch_size=8, deterministic_sampling=True), SAMPLED, (4,)),
-    "merged": (plan("specmoe", batch_size=8, **MERGED), GREEDY, (2, 4)),
-    "merged, sampled": (plan("caching", batch_size=8, **MERGED, draft_length=4, deterministic_sampling=True), SAMPLED, (4,)),
+    "merged": (plan("specmoe", batch_size=8, draft="merged", draft_experts=2, merge_every=2), GREEDY, (4,)),
     "merged, on disk": (plan("on_demand", batch_size=8, draft="merged", draft_experts=3, draft_length=2, **DISK), SHORT, (2,)),
     "placed": (plan("on_demand", batch_size=8, placement="popularity"), GREEDY, (4,)),
     "placed, drafting": (plan("specmoe", batch_size=8, prefetch="draft", retain=True, placement="popularity"), SHORT, (2, 4)),

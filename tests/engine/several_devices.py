@@ -16,6 +16,7 @@ from engine_cases import GREEDY, PROMPTS, SAMPLED, plan, tokens_of
 import specmoe_jax as sm
 from specmoe_jax.engine import cache_rows, context, rows, runtime
 from specmoe_jax.engine.runtime import plan_homes
+from specmoe_jax.engine.state import HostKV
 from specmoe_jax.engine.step import moved
 from specmoe_jax.offload.homes import most_experts
 from specmoe_jax.offload.sharded_store import ShardedStore
@@ -70,7 +71,7 @@ def outcome(a_plan, params, folder: str) -> dict:
     given |= {"popularity": POPULARITY} if a_plan.placing.by_popularity else {}
     engine = sm.Engine(stored(a_plan, folder) if a_plan.expert_tier == "disk" else tiny(), a_plan, **given)
     put_back, caches = engine._resources.put_back, []
-    engine._resources.put_back = lambda state, shape: (caches.append(held(state.kv)), put_back(state, shape))
+    engine._resources.put_back = lambda state, shape: (caches.extend(held(state.kv)), put_back(state, shape))
     tokens = tokens_of(engine.generate(PROMPTS, params))
     account = engine._resources.account
     assert account is not None and len({str(cache) for cache in caches}) <= 1
@@ -91,12 +92,14 @@ def outcome(a_plan, params, folder: str) -> dict:
     }
 
 
-def held(kv) -> tuple[list[int], list[int]]:
-    """Of each device of this process the rows of every layer's cache, which are the same, and the bytes of all."""
+def held(kv) -> list[tuple[list[int], list[int]]]:
+    """Of each device of this process the rows of every layer's cache, which are the same, and the bytes of all; none of pages."""
+    if isinstance(kv, HostKV):
+        return []
     shards = [shard for array in (*kv.k, *kv.v) for shard in array.addressable_shards]
     own = {device: [shard.data for shard in shards if shard.device == device] for device in {shard.device for shard in shards}}
     assert all(len({len(one) for one in of_device}) == 1 for of_device in own.values())
-    return [len(of_device[0]) for of_device in own.values()], [sum(one.nbytes for one in of_device) for of_device in own.values()]
+    return [([len(one[0]) for one in own.values()], [sum(array.nbytes for array in one) for one in own.values()])]
 
 
 def stored(a_plan, folder: str):
@@ -147,7 +150,7 @@ def caches() -> list[list[bool]]:
             yield taken
             yield cache_rows.put_rows(given(cache, place), jax.tree.map(rows.gathered, taken), np.array([2, 7, 8, 0], np.int32))
             yield cache_rows.spread_row(given(cache, place), np.int32(5))
-            if cache != ():
+            if not isinstance(cache, tuple) or cache:
                 yield cache_rows.keep_path(given(cache, place), *path)
 
     def alike(a, b) -> bool:

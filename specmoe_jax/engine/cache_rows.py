@@ -54,8 +54,8 @@ def put_rows(cache, some, rows: jax.Array, *, split: Split = None):
 
     def put(array: jax.Array, new: jax.Array, rows: jax.Array) -> jax.Array:
         if array.dtype == jnp.bfloat16:  # as in ops.xla.attention.append
-            bits = put(*(jax.lax.bitcast_convert_type(one, jnp.uint16) for one in (array, new)), rows)
-            return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+            array, new = (jax.lax.bitcast_convert_type(one, jnp.uint16) for one in (array, new))
+            return jax.lax.bitcast_convert_type(put(array, new, rows), jnp.bfloat16)
         if split is not None:  # those of other devices are padding
             rows = rows - first_row(len(array))
             rows = jnp.where(rows < 0, len(array), rows)

@@ -31,8 +31,10 @@ def place_of_rows(place: Place, rows: int) -> Place:
 def split_of(arrays: Any) -> Split:
     """How the rows of arrays [B, ...] are divided; the first tells it of all, None where there is none."""
     sharding = getattr(next(iter(jax.tree.leaves(arrays)), None), "sharding", None)  # numpy's arrays have none
-    divided = isinstance(sharding, jax.sharding.NamedSharding) and not sharding.is_fully_replicated
-    return sharding.mesh if divided else None
+    if not isinstance(sharding, jax.sharding.NamedSharding) or sharding.is_fully_replicated:
+        return None
+    assert isinstance(sharding.mesh, jax.sharding.Mesh)  # of devices, as every array's
+    return sharding.mesh
 
 
 def over_rows(split: jax.sharding.Mesh, program: Callable, whole: tuple, own: tuple, out: Any) -> Any:

@@ -1,6 +1,7 @@
 """What stays the same over all steps of an engine: weights on the accelerator, the store, the draft, the policies."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -257,12 +258,12 @@ def new_cache(
 
 def new_states(config: Recurrence, rows: int, replayed: int, place: Place = None) -> RecurrentState:
     """Of a recurrent layer before any position. They are on the accelerator wherever the KV cache is; None: on the first device."""
-    shapes = RecurrentState(
-        state=((rows, config.value_heads, config.key, config.value), jnp.float32),
-        start=((rows,), jnp.int32),
-        rows=((rows, config.kept_rows(replayed), config.row), jnp.float32),
+    zeros = functools.partial(jnp.zeros, device=place or jax.local_devices()[0])
+    return RecurrentState(
+        state=zeros((rows, config.value_heads, config.key, config.value), jnp.float32),
+        start=zeros(rows, jnp.int32),
+        rows=zeros((rows, config.kept_rows(replayed), config.row), jnp.float32),
     )
-    return RecurrentState(*(jnp.zeros(*own, device=place or jax.local_devices()[0]) for own in shapes))
 
 
 def _merged_slots(config: ModelConfig, account: MemoryAccount) -> np.ndarray:

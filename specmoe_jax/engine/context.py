@@ -1,7 +1,7 @@
 """The devices that an engine works on: where arrays are, how activations cross between them, and the worker threads.
 
-Of several accelerators each holds all of a batch and runs every program (replicated), but for the experts: `ShardedPool`. They may
-be those of several processes (support/processes.py).
+Of several accelerators each has all arrays (replicated), but for the experts (`ShardedPool`) and the rows of a batch (rows.py).
+They may be those of several processes (support/processes.py).
 """
 
 import concurrent.futures

@@ -184,4 +184,5 @@ class Engine:
         hardware: this machine as probed, for the roofline bound; without it only an emulated link is known. prediction: of
         this plan, reported beside the measurement.
         """
-        return self._figures.figures(hardware, prediction, self._resources.peak_accelerator_bytes())
+        figures = self._figures.figures(hardware, prediction, self._resources.peak_accelerator_bytes())
+        return figures | {"device_rows": self._resources.device_rows}

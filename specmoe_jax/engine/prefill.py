@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from specmoe_jax.engine.flows.layer_passes import fetched
+from specmoe_jax.engine.flows.layer_passes import fetched, on_all
 from specmoe_jax.engine.flows.protocol import Chunk, PooledFlowExecutor
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, PassRouting
@@ -46,13 +46,14 @@ def prefill(
     def observe(one: Chunk, features, h, routing: PassRouting | None) -> None:
         nonlocal draft_memory
         num_new = one.num_new
+        if on_states is not None:
+            h = on_all(fetched(h))  # it may wait in host memory
         if one.stands_for > 1:  # caches of drafts and log-probabilities are each row's own
             row = int(num_new.argmax())
             num_new = np.where(counts, num_new[row], 0).astype(np.int32)
             features = None if features is None else jnp.broadcast_to(features[row], features.shape)
             routing = routing and _spread(routing, row)
             if on_states is not None:
-                h = fetched(h)  # it may wait in host memory
                 h = jnp.broadcast_to(h[row], h.shape)
         if on_states is not None:
             on_states(every_row, one.following, h, num_new)

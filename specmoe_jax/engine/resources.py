@@ -15,6 +15,7 @@ from specmoe_jax.engine.requests.prepare import BatchShape, accelerator_is_cpu, 
 from specmoe_jax.engine.requests.status import EMPTY
 from specmoe_jax.engine.runtime import Runtime, build, new_cache
 from specmoe_jax.engine.state import ExpertMemory, State
+from specmoe_jax.kv_cache.rows import rows_of_device
 from specmoe_jax.models.model import Model
 from specmoe_jax.planner.memory.memory_account import PROGRAM_BYTES, MemoryAccount
 from specmoe_jax.speculate.adaptive_length import AdaptiveLength, make_adaptive_length
@@ -65,6 +66,7 @@ class EngineResources:
         self.account: MemoryAccount | None = None
         self._memory: ExpertMemory | None = None
         self._peak_bytes: int | None = None
+        self.device_rows: tuple[int, int] | None = None  # rows of the last cache on several devices: of each, and all
         self._adaptive_lengths: dict[tuple[int, int], AdaptiveLength | None] = {}  # by rows and positions
         self._executor = executor_of(plan)
         self._draft_account = self._executor.memory(model, plan, inputs)
@@ -115,7 +117,8 @@ class EngineResources:
         assert self.runtime is not None  # a job has been taken
         place, replayed = self.runtime.cache_tier.place(self.runtime), self._plan.tokens_per_pass - 1
         shape = (batch_shape.rows, batch_shape.positions)
-        states = self.runtime.context.place
+        states, several = self.runtime.context.place, self._plan.devices > 1 and not self._plan.cache_tier.on_host
+        self.device_rows = (rows_of_device(batch_shape.rows, self._plan.devices), batch_shape.rows) if several else None
         return new_cache(self._model.config, *shape, self._plan.dtype, place, replayed=replayed, states=states)
 
     def put_back(self, state: State, batch_shape: BatchShape) -> None:

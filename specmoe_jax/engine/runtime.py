@@ -1,6 +1,7 @@
 """What stays the same over all steps of an engine: weights on the accelerator, the store, the draft, the policies."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from specmoe_jax.engine.context import DeviceContext, first_of, make_context
 from specmoe_jax.engine.drafts.executors import executor_of
 from specmoe_jax.engine.drafts.protocol import DraftExecutor
 from specmoe_jax.engine.flows.protocol import ExpertFlowExecutor, KvTierExecutor
+from specmoe_jax.engine.rows import place_of_rows
 from specmoe_jax.engine.state import PoolSlots
 from specmoe_jax.kv_cache.positions import KV_PAGE
 from specmoe_jax.models.model import Model
@@ -233,11 +235,16 @@ def empty_pages(attention: AttentionConfig, count: int, dtype, place: Place) -> 
 def new_cache(config: ModelConfig, rows: int, positions: int, dtype: str, place: Place, *, replayed: int, states: Place) -> KVCache:
     """A KV cache of zeros. replayed: positions that may be rolled back, of which recurrent layers keep the rows.
 
-    states: where those of recurrent layers are, as of `new_states`.
+    place: of several devices each gets its rows, where there are as many for each. states: where those of recurrent layers are, as
+    of `new_states`, if the cache is in host memory; else they are divided as it is.
     """
+    divided = place_of_rows(place, rows)
+    states = divided if isinstance(place, jax.sharding.NamedSharding) else states
 
     def buffer(layer: LayerConfig) -> jax.Array:
         shape = (rows, layer.attention.num_kv_heads, positions, layer.attention.cache_dim)
+        if divided != place:  # no device has it whole at any time
+            return jnp.zeros(shape, dtype, device=divided)
         with jax.default_device(first_of(place)):  # zeros(device=...) makes them on the default device and copies
             return put(jnp.zeros(shape, dtype), place)
 
@@ -252,13 +259,11 @@ def new_cache(config: ModelConfig, rows: int, positions: int, dtype: str, place:
 
 def new_states(config: Recurrence, rows: int, replayed: int, place: Place) -> RecurrentState:
     """Of a recurrent layer before any position. They are on the accelerator wherever the KV cache is; None: on the first device."""
-    return put(
-        RecurrentState(
-            state=jnp.zeros((rows, config.value_heads, config.key, config.value)),
-            start=jnp.zeros(rows, jnp.int32),
-            rows=jnp.zeros((rows, config.kept_rows(replayed), config.row)),
-        ),
-        place or jax.local_devices()[0],
+    zeros = functools.partial(jnp.zeros, device=place or jax.local_devices()[0])
+    return RecurrentState(
+        state=zeros((rows, config.value_heads, config.key, config.value), jnp.float32),
+        start=zeros(rows, jnp.int32),
+        rows=zeros((rows, config.kept_rows(replayed), config.row), jnp.float32),
     )
 
 

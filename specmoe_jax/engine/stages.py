@@ -9,20 +9,39 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from specmoe_jax.config.layer_config import LayerConfig, Recurrence
+from specmoe_jax.config.layer_config import Head, LayerConfig, Recurrence
+from specmoe_jax.engine.rows import OWN, WHOLE, Split, constrained, of_all, over_rows, split_like
 from specmoe_jax.models import attention as attentions
 from specmoe_jax.models import encoder, layers, prefill_attention, recurrent
 from specmoe_jax.models import experts as ffn
-from specmoe_jax.models.spec import LayerWeights, RecurrentWeights
-from specmoe_jax.ops import PackedCache, packed
-from specmoe_jax.ops.xla.attention import append
+from specmoe_jax.models.spec import LayerWeights, RecurrentWeights, Weights
+from specmoe_jax.ops import PackedCache
 from specmoe_jax.speculate.hot_experts.substitution import DistinctSlots, MaskedSlots, ReducedSlots, best_choices, choose_distinct
 from specmoe_jax.support.processes import in_order
 from specmoe_jax.types import CrossCache, RecurrentState, Routing, Tree
 
-embed = jax.jit(layers.embed, static_argnames="config")
-head = functools.partial(jax.jit, static_argnums=0)(layers.head)
 final_norm = functools.partial(jax.jit, static_argnums=0)(layers.final_norm)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "split"))
+def embed(weights: Weights[jax.Array], token_ids, positions=None, config=None, *, split: Split = None) -> jax.Array:
+    """See layers.embed."""
+    return constrained(layers.embed(weights, token_ids, positions, config), split, OWN)
+
+
+@split_like(2)
+@in_order
+@functools.partial(jax.jit, static_argnums=0, static_argnames="split")
+def head(config: Head, weights: Weights[jax.Array], h: jax.Array, *, split: Split = None) -> jax.Array:
+    """Logits [B, T, V] float32 of all rows, each device of its own h [B, T, M] first."""
+    return logits_of_rows(config, weights, h, split)
+
+
+def logits_of_rows(config: Head, weights: Weights[jax.Array], h: jax.Array, split: Split) -> jax.Array:
+    """`head` within a program."""
+    if split is None:
+        return layers.head(config, weights, h)
+    return over_rows(split, lambda weights, h: of_all(layers.head(config, weights, h)), (weights,), (h,), WHOLE)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -103,7 +122,8 @@ def post_attention(config: LayerConfig, weights: LayerWeights[jax.Array], h, att
         return layers.post_attention(config, weights, h, attended, valid, cross)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
+@in_order
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4), static_argnames="split")
 def attention(
     config: LayerConfig,
     weights: LayerWeights[jax.Array],
@@ -114,8 +134,25 @@ def attention(
     num_new,
     cross: CrossCache | None = None,
     tree: Tree | None = None,
+    *,
+    split: Split = None,
 ):
-    """The three stages above as one program, for a cache on the accelerator (donated)."""
+    """The three stages above as one program, for a cache on the accelerator (donated).
+
+    What goes to the experts and what the router decided are of all rows on every device.
+    """
+    own = (h, k_cache, v_cache, lengths, num_new, cross, tree)
+    if split is None:
+        return _attention(config, weights, *own)
+
+    def of_device(*given):
+        h, x, routing, k_cache, v_cache = _attention(config, *given)
+        return h, *of_all((x, routing)), k_cache, v_cache
+
+    return over_rows(split, of_device, (weights,), own, (OWN, WHOLE, WHOLE, OWN, OWN))
+
+
+def _attention(config: LayerConfig, weights: LayerWeights[jax.Array], h, k_cache, v_cache, lengths, num_new, cross, tree):
     q, k, v = pre_attention(config, weights, h, lengths, tree)
     if config.attention.recurrent is not None:
         attended, k_cache = recur(config, weights.recurrent, q, k, v, k_cache, lengths, num_new, tree)
@@ -132,17 +169,23 @@ def encoder_attention(config: LayerConfig, weights: LayerWeights[jax.Array], h: 
 
 
 @in_order
-@functools.partial(jax.jit, static_argnums=0)
-def experts(config: LayerConfig, h: jax.Array, x, routing: Routing | None, pool: jax.Array, slots) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=0, static_argnames="split")
+def experts(
+    config: LayerConfig, h: jax.Array, x, routing: Routing | None, pool: jax.Array, slots, *, split: Split = None
+) -> jax.Array:
     """All chosen experts at once. h [B, T, M]; pool [R, 3, F, M]; slots [E] -> h [B, T, M], as it was if routing is None."""
-    if routing is None:
-        return h
+    return h if routing is None else _chosen_experts(config, h, x, routing, pool, choose_slots(routing.ids, slots), split)
+
+
+def _chosen_experts(config: LayerConfig, h: jax.Array, x, routing: Routing, pool, slots, split: Split) -> jax.Array:
+    """slots: [n, A]."""
     with jax.named_scope("experts"):
-        return layers.combine(h, ffn.expert_ffn(config.own_experts, x, pool, choose_slots(routing.ids, slots)), routing)
+        outputs = ffn.expert_ffn(config.own_experts, x, pool, slots, divided=split is not None)
+        return constrained(layers.combine(h, outputs, routing), split, OWN)
 
 
 @in_order
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(8, 9))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(8, 9), static_argnames="split")
 def experts_and_attention(
     before: LayerConfig,
     config: LayerConfig,
@@ -158,18 +201,24 @@ def experts_and_attention(
     num_new,
     cross: CrossCache | None = None,
     tree: Tree | None = None,
+    *,
+    split: Split = None,
 ):
     """The experts of one layer and the attention of the next: what the host has no word in. -> h between the two, as attention."""
-    h = experts(before, h, x, routing, pool, slots)
-    return h, *attention(config, weights, h, k_cache, v_cache, lengths, num_new, cross, tree)
+    h = experts(before, h, x, routing, pool, slots, split=split)
+    return h, *attention(config, weights, h, k_cache, v_cache, lengths, num_new, cross, tree, split=split)
 
 
+@split_like(1)
 @in_order
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def experts_wave(config: LayerConfig, outputs: jax.Array, x, ids: jax.Array, pool: jax.Array, slots) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1, static_argnames="split")
+def experts_wave(
+    config: LayerConfig, outputs: jax.Array, x, ids: jax.Array, pool: jax.Array, slots, *, split: Split = None
+) -> jax.Array:
     """Adds the experts of one wave to outputs [n, A, M]; every entry gets exactly one non-zero summand."""
     with jax.named_scope("experts_wave"):
-        return outputs + ffn.expert_ffn(config.own_experts, x, pool, choose_slots(ids, slots))
+        own = ffn.expert_ffn(config.own_experts, x, pool, choose_slots(ids, slots), divided=split is not None)
+        return constrained(outputs + own, split, OWN)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -183,25 +232,44 @@ def experts_on_host(config: LayerConfig, x, ids: jax.Array, table: jax.Array, he
         return ffn.expert_ffn(config.own_experts, x, table, choose_slots(ids, here))
 
 
-combine = jax.jit(layers.combine)
+@split_like(0)
+@functools.partial(jax.jit, static_argnames="split")
+def combine(h: jax.Array, outputs: jax.Array, routing: Routing, *, split: Split = None) -> jax.Array:
+    """See layers.combine."""
+    return constrained(layers.combine(h, outputs, routing), split, OWN)
 
 
 @in_order
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4), static_argnames="split")
 def layer(
-    config: LayerConfig, weights: LayerWeights[jax.Array], h, k_cache, v_cache, lengths, num_new, pool, slots, cross=None, tree=None
+    config: LayerConfig,
+    weights: LayerWeights[jax.Array],
+    h,
+    k_cache,
+    v_cache,
+    lengths,
+    num_new,
+    pool,
+    slots,
+    cross=None,
+    tree=None,
+    *,
+    split: Split = None,
 ):
     """A whole layer whose experts are known to be in their slots: the resident flow and the self-draft.
 
     -> h, what the router decided (not who stood in; None without experts), caches.
     """
-    h, x, routing, k_cache, v_cache = attention(config, weights, h, k_cache, v_cache, lengths, num_new, cross, tree)
-    return resident_experts(config, weights, h, x, routing, pool, slots), routing, k_cache, v_cache
+    given = (config, weights, h, k_cache, v_cache, lengths, num_new, cross, tree)
+    h, x, routing, k_cache, v_cache = attention(*given, split=split)
+    return resident_experts(config, weights, h, x, routing, pool, slots, split=split), routing, k_cache, v_cache
 
 
 @in_order
-@functools.partial(jax.jit, static_argnums=0)
-def resident_experts(config: LayerConfig, weights: LayerWeights[jax.Array], h, x, routing: Routing | None, pool, slots):
+@functools.partial(jax.jit, static_argnums=0, static_argnames="split")
+def resident_experts(
+    config: LayerConfig, weights: LayerWeights[jax.Array], h, x, routing: Routing | None, pool, slots, *, split: Split = None
+):
     """The experts of a layer by what is in the pool. slots: [E], DraftSlots if a draft substitutes, None without experts.
 
     -> h [B, T, M].
@@ -216,63 +284,10 @@ def resident_experts(config: LayerConfig, weights: LayerWeights[jax.Array], h, x
         routing = best_choices(routing, reduced.own, reduced.top_k)
     if isinstance(slots, DistinctSlots):
         assert routing is not None
-        with jax.named_scope("experts"):
-            return layers.combine(h, ffn.expert_ffn(config.own_experts, x, pool, choose_distinct(routing.ids, slots)), routing)
-    return experts(config, h, x, routing, pool, slots)
+        return _chosen_experts(config, h, x, routing, pool, choose_distinct(routing.ids, slots), split)
+    return experts(config, h, x, routing, pool, slots, split=split)
 
 
 def choose_slots(ids: jax.Array, slots: jax.Array) -> jax.Array:
     """Slots [n, A] of the chosen experts ids [n, A]; -1 stays -1 (padding), as does an expert without a slot."""
     return jnp.where(ids < 0, -1, slots[ids])
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def spread_row(cache, row: jax.Array):
-    """All rows of a cache [B, K, S, D] or of a RecurrentState (donated) as one of them."""
-    with jax.named_scope("spread_row"):
-        return jax.tree.map(lambda held: jnp.broadcast_to(held[row], held.shape), cache)
-
-
-@jax.jit
-def take_rows(cache, rows: jax.Array):
-    """Some rows [b] of a layer's cache [B, ...] as one of their own [b, ...]; it may be several arrays."""
-    with jax.named_scope("take_rows"):
-        return jax.tree.map(lambda array: array[rows], cache)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def put_rows(cache, some, rows: jax.Array):
-    """A layer's cache [B, ...] (donated) with `some` [b, ...] in the rows [b]; a row of B is padding."""
-
-    def put(array: jax.Array, new: jax.Array) -> jax.Array:
-        if array.dtype == jnp.bfloat16:  # as in ops.xla.attention.append
-            bits = put(jax.lax.bitcast_convert_type(array, jnp.uint16), jax.lax.bitcast_convert_type(new, jnp.uint16))
-            return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
-        return array.at[rows].set(new, mode="drop")
-
-    with jax.named_scope("put_rows"):
-        return jax.tree.map(put, cache, some)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def keep_path(cache, lengths: jax.Array, path: jax.Array, num_accepted: jax.Array):
-    """Moves the rows of a tree's accepted nodes together, right after the root's. cache [B, K, S, D] or a recurrent one, donated.
-
-    path [B, depth], num_accepted [B]: see AcceptedPath. Siblings are left behind and overwritten by the next pass.
-    """
-    with jax.named_scope("keep_path"):
-        if isinstance(cache, RecurrentState):
-            return recurrent.keep_path(cache, lengths, path, num_accepted)
-        rows = jnp.take_along_axis(cache, (lengths[:, None] + path)[:, None, :, None], axis=2)  # [B, K, depth, D]
-        return append(cache, rows.swapaxes(1, 2), lengths + 1, num_accepted)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def keep_path_paged(
-    cache: PackedCache, table: jax.Array, lengths: jax.Array, path: jax.Array, num_accepted: jax.Array
-) -> PackedCache:
-    """As `keep_path`, in a paged cache (donated); table [B, P] int32: the pages of each row."""
-    with jax.named_scope("keep_path_paged"):
-        places = lengths[:, None] + 1 + jnp.arange(path.shape[1])
-        moved = jnp.arange(path.shape[1]) < num_accepted[:, None]
-        return packed.move(cache, table, lengths[:, None] + path, places, moved)

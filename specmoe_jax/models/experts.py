@@ -17,13 +17,14 @@ from specmoe_jax.ops.xla.experts import block_ffn
 from specmoe_jax.types import MESH_AXIS, Pool, ShardedPool
 
 
-def expert_ffn(config: ExpertConfig, x: jax.Array, pool: Pool, slots: jax.Array) -> jax.Array:
+def expert_ffn(config: ExpertConfig, x: jax.Array, pool: Pool, slots: jax.Array, *, divided: bool = False) -> jax.Array:
     """Experts pool[slots[i, a]] on x[i], unweighted: x [n, M], pool [R, *block_shape], slots [n, A] -> [n, A, M] float32.
 
     A slot of -1 gives zeros. pool: or a table of addresses [R, 2] uint32 (`ops.expert_ffn_table`), or slots of several devices.
+    divided: of those each gets its equal part of the n outputs, else all.
     """
     if isinstance(pool, ShardedPool):
-        return _sharded_ffn(config, x, pool, slots)
+        return _sharded_ffn(config, x, pool, slots, divided)
     kernel = _kernel(config)
     packed = {} if kernel is None else {"packing": kernel.form, "numbers": kernel.numbers}
     if pool.dtype == jnp.uint32:
@@ -32,16 +33,18 @@ def expert_ffn(config: ExpertConfig, x: jax.Array, pool: Pool, slots: jax.Array)
     return ops.expert_ffn(x, pool, slots, ffn=ffn, hidden=config.hidden, **packed)
 
 
-def _sharded_ffn(config: ExpertConfig, x: jax.Array, pool: ShardedPool, slots: jax.Array) -> jax.Array:
+def _sharded_ffn(config: ExpertConfig, x: jax.Array, pool: ShardedPool, slots: jax.Array, divided: bool) -> jax.Array:
     """Every device computes the experts in its own slots. An output is of one device, and zero on all others: the sum is exact."""
 
     def own(x: jax.Array, blocks: jax.Array, slots: jax.Array) -> jax.Array:
         first = jax.lax.axis_index(MESH_AXIS) * len(blocks)
         here = (slots >= first) & (slots < first + len(blocks))
-        return jax.lax.psum(expert_ffn(config, x, blocks, jnp.where(here, slots - first, -1)), MESH_AXIS)
+        outputs = expert_ffn(config, x, blocks, jnp.where(here, slots - first, -1))
+        return jax.lax.psum_scatter(outputs, MESH_AXIS, tiled=True) if divided else jax.lax.psum(outputs, MESH_AXIS)
 
     everywhere, sharded = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(MESH_AXIS)
-    each = jax.shard_map(own, mesh=pool.mesh, in_specs=(everywhere, sharded, everywhere), out_specs=everywhere, check_vma=False)
+    specs = {"in_specs": (everywhere, sharded, everywhere), "out_specs": sharded if divided else everywhere}
+    each = jax.shard_map(own, mesh=pool.mesh, check_vma=False, **specs)
     return each(x, pool.blocks, slots)
 
 

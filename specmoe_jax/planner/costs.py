@@ -10,9 +10,10 @@ from typing import NamedTuple
 from specmoe_jax.config.layer_config import AttentionConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
+from specmoe_jax.kv_cache.rows import rows_of_device
 from specmoe_jax.models.experts import mean_bytes
 from specmoe_jax.models.families.registry import family_of
-from specmoe_jax.models.spec import LayerWeights
+from specmoe_jax.models.spec import DTYPE_BYTES, LayerWeights
 from specmoe_jax.offload.stream_schedule import ACCELERATOR, CPU, DOWN, UP, Task
 from specmoe_jax.planner.hardware import Hardware
 
@@ -185,16 +186,39 @@ def host_experts(config: ModelConfig, tokens: float, count: float, expert_bytes:
     return Cost(CPU, operator, flops, count * expert_bytes)
 
 
-def gather(config: ModelConfig, tokens: float, devices: int, hosts: int) -> list[Cost]:
-    """The outputs of all devices' experts on each of them: an all-reduce in float32 of every pair of token and choice.
+def own_load(load: Load, plan: Plan) -> Load:
+    """What a device attends of it: its share of the rows, where they are divided."""
+    rows = load.rows if plan.cache_tier.on_host else rows_of_device(load.rows, plan.devices)
+    return load._replace(rows=rows)
 
-    Between hosts a part for each device, so that all of a host's network is used.
+
+def gather(config: ModelConfig, load: Load, plan: Plan, hosts: int) -> list[Cost]:
+    """What devices exchange around a layer's experts: outputs in float32 of every pair of token and choice.
+
+    Where rows are divided, the experts' inputs of all rows to each device, and to each the outputs of its rows (a reduce-scatter);
+    else all outputs to each (an all-reduce, twice as much).
+    """
+    outputs = 4 * load.tokens * config.experts_per_token * config.hidden_size
+    if own_load(load, plan) == load:
+        return exchanged(2 * outputs, plan.devices, hosts)
+    return exchanged(outputs + load.tokens * config.hidden_size * DTYPE_BYTES[plan.dtype], plan.devices, hosts)
+
+
+def gather_logits(config: ModelConfig, load: Load, plan: Plan, hosts: int) -> list[Cost]:
+    """Those of all rows to each device, where each computes those of its own."""
+    own = own_load(load, plan) == load
+    return [] if own else exchanged(4 * load.tokens * config.vocab_size, plan.devices, hosts)
+
+
+def exchanged(size: float, devices: int, hosts: int) -> list[Cost]:
+    """`size` bytes, of which each device has a part, on all of them.
+
+    Between hosts each device sends a part, so that all of a host's network is used.
     """
     if devices == 1:
         return []
-    moved = 4 * tokens * config.experts_per_token * config.hidden_size
-    within = Cost(PEERS, "copy", bytes=2 * moved * (devices - 1) / devices)
-    return [within] if hosts == 1 else [within, Cost(NETWORK, "copy", bytes=2 * moved * (hosts - 1) / hosts)]
+    within = Cost(PEERS, "copy", bytes=size * (devices - 1) / devices)
+    return [within] if hosts == 1 else [within, Cost(NETWORK, "copy", bytes=size * (hosts - 1) / hosts)]
 
 
 def fetch(expert_bytes: float, count: float, *, operator: str = "stream", resource: str = UP) -> Cost:

@@ -8,16 +8,27 @@ from specmoe_jax.planner.costs import Cost, Load
 
 
 def resident_pass(
-    config: ModelConfig, load: Load, distinct: float, itemsize: int, *, tier: KvTierDescription, expert_bytes: float | None = None
+    config: ModelConfig,
+    load: Load,
+    distinct: float,
+    itemsize: int,
+    *,
+    tier: KvTierDescription,
+    expert_bytes: float | None = None,
+    own: Load | None = None,
 ) -> tuple[Cost, ...]:
-    """All layers and the head without a copy of an expert. distinct: experts of a layer that are used."""
-    found = [costs.embed(config, load, itemsize)]
+    """All layers and the head without a copy of an expert. distinct: experts of a layer that are used.
+
+    own: what of the load is not the experts', where a device attends a part of the rows.
+    """
+    own = load if own is None else own
+    found = [costs.embed(config, own, itemsize)]
     for index in range(config.num_layers):
-        found += attention_block(config, index, load, itemsize, tier=tier)
+        found += attention_block(config, index, own, itemsize, tier=tier)
         if config.moe_index[index] is not None:
             programs = int(tier.on_host)
             found.append(costs.experts(config, load.tokens, distinct, itemsize, expert_bytes=expert_bytes, programs=programs))
-    return (*found, costs.head(config, load.tokens, itemsize))
+    return (*found, costs.head(config, own.tokens, itemsize))
 
 
 def attention_block(config: ModelConfig, index: int, load: Load, itemsize: int, *, tier: KvTierDescription) -> list[Cost]:

@@ -53,14 +53,19 @@ class Setting(NamedTuple):
     def probabilities(self) -> tuple[float, ...]:
         return routing.choice_probabilities(self.config.num_experts, self.config.experts_per_token, self.skew)
 
-    def experts(self, tokens: float, *, programs: int = 1) -> list[Cost]:
-        """Of a layer's experts for some tokens on the busiest device, and of bringing the devices' outputs together."""
-        config, devices = self.config, self.plan.devices
+    @property
+    def own_load(self) -> Load:
+        """Of one device."""
+        return costs.own_load(self.load, self.plan)
+
+    def experts(self, load: Load, *, programs: int = 1) -> list[Cost]:
+        """Of a layer's experts for some rows on the busiest device, and of what the devices exchange."""
+        config, devices, tokens = self.config, self.plan.devices, load.tokens
         used = routing.busiest(routing.distinct(self.probabilities, tokens), config.num_experts, devices)
         how = {"expert_bytes": self.account.expert_bytes, "programs": programs, "share": 1 / devices}
         return [
             costs.experts(config, tokens, used, self.itemsize, **how),
-            *costs.gather(config, tokens, devices, self.hardware.hosts),
+            *costs.gather(config, load, self.plan, self.hardware.hosts),
         ]
 
     def seconds(self, cost: Cost) -> float:
@@ -101,7 +106,7 @@ def layer_by_layer(setting: Setting, draft_s: float, layer_costs: Callable[[Sett
 
     layer_costs: (setting, layer, its place among those with experts or None) -> what it takes.
     """
-    config, plan, hardware, load, itemsize = setting.config, setting.plan, setting.hardware, setting.load, setting.itemsize
+    config, plan, hardware, load, itemsize = setting.config, setting.plan, setting.hardware, setting.own_load, setting.itemsize
     whole, link_s, fetched, spent = 0.0, 0.0, 0.0, [costs.embed(config, load, itemsize)]
     for index, moe in enumerate(config.moe_index):
         layer = layer_costs(setting, index, moe)
@@ -111,11 +116,11 @@ def layer_by_layer(setting: Setting, draft_s: float, layer_costs: Callable[[Sett
         link_s += layer_link_s
         fetched += layer.fetched
         spent += [*layer.computed, *layer.copies]
-    head = costs.head(config, load.tokens, itemsize)
-    spent.append(head)
+    head = [costs.head(config, load.tokens, itemsize), *costs.gather_logits(config, setting.load, plan, hardware.hosts)]
+    spent += head
     hidden_s = min(draft_s, link_s, _spare_s(setting)) if plan.prefetch == "draft" else 0.0
     return Timing(
-        iteration_s=draft_s + whole - hidden_s + setting.seconds(head) + hardware.sync_s + hardware.step_s,
+        iteration_s=draft_s + whole - hidden_s + sum(map(setting.seconds, head)) + hardware.sync_s + hardware.step_s,
         draft_s=draft_s,
         busy_s=add_busy(dict.fromkeys((*RESOURCES, DISK, PEERS, NETWORK), 0.0), setting, spent),
         link_bytes=fetched * setting.account.expert_bytes,

@@ -29,13 +29,13 @@ def small(a_plan) -> None:
     run(tiny(), a_plan, **({"draft_head": eagle_head(tiny())} if a_plan.draft == "eagle" else {}))
 
 
-def half(name: str, config=HALF, **changes) -> None:
+def half(name: str, config=HALF, rows: int = 4, **changes) -> None:
     """Two steps in bfloat16."""
     model = shapes.random_on_device(config)
     head = random_head_of(model) if name == "specmoeoff" else None
-    a_plan = plan(name, dtype="bfloat16", batch_size=4, **changes)
+    a_plan = plan(name, dtype="bfloat16", batch_size=rows, **changes)
     engine = Engine(model, a_plan, draft_head=head)
-    state = engine.init([tuple(range(1, 9))] * 4, SamplingParams(max_new_tokens=4, ignore_eos=True))
+    state = engine.init([tuple(range(1, 9))] * rows, SamplingParams(max_new_tokens=4, ignore_eos=True))
     for _ in range(2):
         state, _ = engine.step(state)
 
@@ -54,7 +54,7 @@ MESH_RUNS = {
 """Of four devices."""
 EIGHT = dataclasses.replace(HALF, num_experts=12, expert_hidden=512)
 EIGHT_RUNS = {
-    "mesh specmoe": functools.partial(half, "specmoe", EIGHT, synthetic_acceptance=0.9, substitution="random", devices=8),
+    "mesh specmoe": functools.partial(half, "specmoe", EIGHT, rows=8, synthetic_acceptance=0.9, substitution="random", devices=8),
     "mesh streaming": functools.partial(half, "streaming", EIGHT, devices=8),
 }
 """Of eight, some of which have two experts of a layer and others one."""

@@ -8,8 +8,8 @@ of so many are compiled), which need the libtpu that this jax names. The others 
 devices need a description of so many.
 
 The last line is JSON: `expert_bytes` of the half-precision runs, `devices` of the description, and `programs`, each with `plan`,
-`name`, `temp_bytes`, `waits_for_link` (it copies out of host memory), `collective` (devices exchange something) and `failed`, None
-where it compiled. The plan "control" is one that does wait.
+`name`, `temp_bytes`, `waits_for_link` (it copies out of host memory), `collective` (devices exchange something), `divides_rows` and
+`failed`, None where it compiled. The plan "control" is one that does wait.
 """
 
 import contextlib
@@ -141,17 +141,21 @@ def compiled(call: Call, devices) -> dict:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where, weak_type=leaf.weak_type)
 
     def on_mesh(value):
+        if isinstance(value, Mesh):  # over which a program divides rows
+            return mesh
         return dataclasses.replace(value, mesh=mesh) if isinstance(value, ShardedPool) else value
 
     recorded = jax.tree.unflatten(call.tree, map(argument, call.leaves))
     args, kwargs = jax.tree.map(on_mesh, recorded, is_leaf=lambda value: isinstance(value, ShardedPool))
     for i, value in call.static:
         args[i] = value
-    program = call.function.jitted.lower(*args, **kwargs, **dict(call.named)).compile()
+    named = {name: on_mesh(value) for name, value in call.named}
+    program = call.function.jitted.lower(*args, **kwargs, **named).compile()
     return {
         "temp_bytes": program.memory_analysis().temp_size_in_bytes,
         "waits_for_link": "S(5)" in program.as_text(),  # XLA's name of host memory
-        "collective": "all-reduce" in program.as_text(),
+        "collective": any(name in program.as_text() for name in ("all-reduce", "all-gather", "reduce-scatter")),
+        "divides_rows": any(isinstance(value, Mesh) for _, value in call.named),
     }
 
 

@@ -63,6 +63,8 @@ def test_programs_of_four_devices(found, programs):
     mesh = [program for program in programs if "mesh" in program["plan"]]
     assert {"draft_chain", "experts_and_attention", "experts"} <= {program["name"] for program in mesh}
     assert any(program["collective"] for program in mesh)
+    divided = [program for program in mesh if program["divides_rows"]]
+    assert {"attention", "draft_chain", "experts_and_attention", "head"} <= {program["name"] for program in divided}
 
 
 def test_programs_of_eight_devices():
@@ -70,4 +72,5 @@ def test_programs_of_eight_devices():
     programs = outcome("v5e_8", COMPILERS["v5e"])["programs"]
     assert [program for program in programs if program["failed"]] == []
     assert {"draft_chain", "experts", "experts_and_attention"} <= {program["name"] for program in programs}
+    assert any(program["divides_rows"] for program in programs)
     assert any(program["collective"] for program in programs) and not any(program["waits_for_link"] for program in programs)

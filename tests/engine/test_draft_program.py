@@ -30,9 +30,9 @@ def calls(monkeypatch):
     for name in ("draft_chain", "draft_forward"):
         program = getattr(resident_programs, name)
 
-        def spy(*args, name=name, program=program):
+        def spy(*args, name=name, program=program, **kwargs):
             made.append(name)
-            return program(*args)
+            return program(*args, **kwargs)
 
         monkeypatch.setattr(resident_programs, name, spy)
     return made
@@ -78,11 +78,12 @@ def test_other_layers(family):
 def test_half_precision_weights_are_not_kept_in_float32(monkeypatch):
     """XLA would hoist the conversion of all of them out of the loop over tokens (on a CPU), and keep what it gives."""
     program, temporary = resident_programs.draft_chain, []
-    hoisting = jax.jit(inspect.unwrap(program), static_argnums=(0, 1, 2), donate_argnums=(4, 5))
+    hoisting = jax.jit(inspect.unwrap(program), static_argnums=(0, 1, 2), donate_argnums=(4, 5), static_argnames="split")
 
-    def spy(*args):
-        temporary.append([one.lower(*args).compile().memory_analysis().temp_size_in_bytes for one in (program, hoisting)])
-        return program(*args)
+    def spy(*args, **kwargs):
+        programs = [one.lower(*args, **kwargs).compile() for one in (program, hoisting)]
+        temporary.append([one.memory_analysis().temp_size_in_bytes for one in programs])
+        return program(*args, **kwargs)
 
     monkeypatch.setattr(resident_programs, "draft_chain", spy)
     model = tiny("bfloat16")

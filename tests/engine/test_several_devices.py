@@ -59,6 +59,29 @@ def test_tokens_are_those_of_one_device_and_bytes_those_of_its_experts(names, ex
             assert len({several["link_bytes"] for several in found.values()}) == 1
 
 
+@pytest.mark.parametrize("names", [FIRST, OTHERS], ids=["first", "others"])
+def test_each_device_has_the_cache_of_its_rows(names):
+    """All of it where the rows are no multiple of the devices; in host memory it is once."""
+    for name, found in outcomes(*names)["plans"].items():
+        a_plan = PLANS[name][0]
+        for devices, several in ((int(count), several) for count, several in found.items()):
+            if several["cache"] is None:
+                assert a_plan.flow.streams_layers
+                continue
+            held, held_bytes = several["cache"]
+            if a_plan.kv_tier == "host":
+                assert held == [8] and several["accounted"] == 0
+                continue
+            rows = a_plan.batch_size
+            assert held == [rows if rows % devices else rows // devices] * devices, (name, devices)
+            assert held_bytes == [several["accounted"]] * devices, (name, devices)
+
+
+def test_programs_over_cache_rows_are_those_of_one_device():
+    found = outcomes(*FIRST)["caches"]
+    assert len(found) == 3 * 4 + 2 and all(map(all, found))
+
+
 def test_popularity_is_counts_of_the_models_experts():
     placed = plan("on_demand", devices=2, placement="popularity")
     for a_plan, counts, said in (

@@ -97,5 +97,7 @@ def test_stop_ends_the_request(page, served):
     until(lambda: served.service.running == (0, 0))
     page.fill("tokens", "12")
     stopped = page.shown("assistant")[0]
-    whole = served.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "abc"}], "temperature": 0, "max_tokens": 70})
+    whole = served.post(
+        "/v1/chat/completions", {"messages": [{"role": "user", "content": "abc"}], "temperature": 0, "max_tokens": 70}
+    )
     assert whole.json()["choices"][0]["message"]["content"].startswith(stopped.rstrip("\ufffd"))

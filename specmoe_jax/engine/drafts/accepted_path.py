@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specmoe_jax.engine import stages
+from specmoe_jax.engine import cache_rows
 from specmoe_jax.engine.drafting import step_coupled_keys, step_keys
 from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.runtime import Runtime
@@ -83,11 +83,11 @@ def _compacted(runtime: Runtime, kv: KVCache | HostKV, here: tuple[jax.Array, ..
         table = put(kv.pages.table, runtime.context.host)
         return kv._replace(
             caches=tuple(
-                stages.keep_path(cache, *here)
+                cache_rows.keep_path(cache, *here)
                 if isinstance(cache, RecurrentState)
-                else stages.keep_path_paged(cache, table, *there)
+                else cache_rows.keep_path_paged(cache, table, *there)
                 for cache in kv.caches
             )
         )
-    k = tuple(stages.keep_path(cache, *(here if isinstance(cache, RecurrentState) else there)) for cache in kv.k)
-    return kv._replace(k=k, v=tuple(cache if isinstance(cache, tuple) else stages.keep_path(cache, *there) for cache in kv.v))
+    k = tuple(cache_rows.keep_path(cache, *(here if isinstance(cache, RecurrentState) else there)) for cache in kv.k)
+    return kv._replace(k=k, v=tuple(cache if isinstance(cache, tuple) else cache_rows.keep_path(cache, *there) for cache in kv.v))

@@ -7,6 +7,7 @@ from specmoe_jax.engine import stages
 from specmoe_jax.engine.flows import resident_programs
 from specmoe_jax.engine.flows.layer_passes import embed, finished
 from specmoe_jax.engine.flows.protocol import Attended, ResidentPass, Unfinished
+from specmoe_jax.engine.rows import split_of
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.speculate.drafts.protocol import TokenChoice
 from specmoe_jax.speculate.drafts.self_draft import feed_back
@@ -26,21 +27,23 @@ class AcceleratorKv:
     def attention(self, runtime: Runtime, layer: int, h, kv: KVCache, lengths, num_new, tree: Tree | None = None):
         """One program, with the experts of the layer before."""
         config, weights, cross = runtime.config.layers[layer], runtime.weights.layers[layer], kv.cross and kv.cross[layer]
-        rest = (weights, kv.k[layer], kv.v[layer], lengths, num_new, cross, tree)
+        rest, split = (weights, kv.k[layer], kv.v[layer], lengths, num_new, cross, tree), split_of(kv.k[layer])
         if isinstance(h, Unfinished):
             before, *experts = h
-            return Attended(*stages.experts_and_attention(before, config, *experts, *rest))
+            return Attended(*stages.experts_and_attention(before, config, *experts, *rest, split=split))
         weights, *rest = rest
-        return Attended(h, *stages.attention(config, weights, h, *rest))
+        return Attended(h, *stages.attention(config, weights, h, *rest, split=split))
 
     def resident_layer(self, runtime: Runtime, layer: int, h, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None):
         """One program."""
         config, weights, cross = runtime.config.layers[layer], runtime.weights.layers[layer], kv.cross and kv.cross[layer]
-        return stages.layer(config, weights, h, kv.k[layer], kv.v[layer], lengths, num_new, pool, slots, cross, tree)
+        given = (weights, h, kv.k[layer], kv.v[layer], lengths, num_new, pool, slots, cross, tree)
+        return stages.layer(config, *given, split=split_of(kv.k[layer]))
 
     def resident_pass(self, runtime: Runtime, tokens, kv: KVCache, lengths, num_new, pool, slots, tree: Tree | None = None):
         """One program for every few layers."""
-        config, h = runtime.config, embed(runtime, tokens, lengths, tree)
+        config, split = runtime.config, split_of(kv.k)
+        h = embed(runtime, tokens, lengths, tree, split=split)
         keys, values, inputs, routed, done = (), (), {}, (), 0
         for group in resident_programs.groups(len(config.layers)):
             watched = [layer for layer in runtime.feature_layers if group.start <= layer < group.stop]
@@ -59,6 +62,7 @@ class AcceleratorKv:
                 own,
                 kv.cross and kv.cross[group],
                 tree,
+                split=split,
             )
             keys, values, routed, done = keys + k, values + v, routed + told, done + len(own)
             inputs |= dict(zip(watched, seen, strict=True))
@@ -66,9 +70,8 @@ class AcceleratorKv:
 
     def draft_forward(self, runtime: Runtime, tokens, kv: KVCache, lengths, num_new, pool, slots):
         """One program."""
-        logits, choices, k, v = resident_programs.draft_forward(
-            runtime.config, runtime.weights, kv.k, kv.v, kv.cross, pool, _together(slots), tokens, lengths, num_new
-        )
+        given = (runtime.weights, kv.k, kv.v, kv.cross, pool, _together(slots), tokens, lengths, num_new)
+        logits, choices, k, v = resident_programs.draft_forward(runtime.config, *given, split=split_of(kv.k))
         return logits, kv._replace(k=k, v=v), choices
 
     def draft_chain(self, runtime: Runtime, token, kv: KVCache, lengths, num_new, pool, slots, choice: TokenChoice, length: int):
@@ -90,6 +93,7 @@ class AcceleratorKv:
             num_new,
             choice,
             np.int32(length),
+            split=split_of(kv.k),
         )
         if length < most:
             tokens, probs = tokens[:, :length], None if probs is None else probs[:, :length]

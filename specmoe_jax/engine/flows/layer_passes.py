@@ -10,6 +10,7 @@ import numpy as np
 from specmoe_jax.engine import stages
 from specmoe_jax.engine.flows.migration import prefetch
 from specmoe_jax.engine.flows.protocol import Unfinished
+from specmoe_jax.engine.rows import Split, gathered, split_of
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory
 from specmoe_jax.speculate.drafts.protocol import TokenChoice
@@ -19,33 +20,39 @@ from specmoe_jax.types import KVCache, Tree
 
 
 def features(runtime: Runtime, h: jax.Array, inputs: dict[int, jax.Array]) -> jax.Array | None:
-    """What a FeatureDraft, or whoever reads, takes of a pass. h [B, T, M] after the last layer.
+    """What a FeatureDraft, or whoever reads, takes of a pass, all rows on every device. h [B, T, M] after the last layer.
 
     inputs: those of `runtime.feature_layers`.
     """
     if not runtime.gives_features:
         return None
     if not runtime.feature_layers:
-        return stages.final_norm(runtime.config.head, runtime.weights, h)
-    return jnp.concatenate([inputs[layer][..., : runtime.config.hidden_size] for layer in runtime.feature_layers], axis=-1)
+        return stages.final_norm(runtime.config.head, runtime.weights, gathered(h))
+    watched = [gathered(inputs[layer])[..., : runtime.config.hidden_size] for layer in runtime.feature_layers]
+    return jnp.concatenate(watched, axis=-1)
 
 
-def embed(runtime: Runtime, tokens, lengths: jax.Array, tree: Tree | None = None) -> jax.Array:
+def embed(runtime: Runtime, tokens, lengths: jax.Array, tree: Tree | None = None, split: Split = None) -> jax.Array:
     """tokens [B, T] at positions lengths[b] + t, or + depth in a tree -> [B, T, M]."""
     if runtime.config.embedding is None:
-        return stages.embed(runtime.weights, tokens)
+        return stages.embed(runtime.weights, tokens, split=split)
     depths = jnp.arange(tokens.shape[1]) if tree is None else tree.depths
-    return stages.embed(runtime.weights, tokens, lengths[:, None] + depths, config=runtime.config.embedding)
+    return stages.embed(runtime.weights, tokens, lengths[:, None] + depths, config=runtime.config.embedding, split=split)
 
 
 def finished(h: jax.Array | Unfinished) -> jax.Array:
     """[B, T, M] after a layer, whose experts may have to be computed yet."""
-    return stages.experts(*h) if isinstance(h, Unfinished) else h
+    return stages.experts(*h, split=split_of(h.h)) if isinstance(h, Unfinished) else h
 
 
 def fetched(h: jax.Array) -> jax.Array:
     """On the accelerator, whether or not it waited in host memory."""
     return h if h.sharding.memory_kind == "device" else jax.device_put(h, jax.memory.Space.Device)
+
+
+def on_all(h: jax.Array) -> jax.Array:
+    """[B, T, M] of all rows on every device. What every device has already stays where it is, which may be host memory."""
+    return h if split_of(h) is None else gathered(fetched(h))
 
 
 class DraftForward:

@@ -9,6 +9,7 @@ import numpy as np
 from specmoe_jax.config.layer_config import LayerConfig
 from specmoe_jax.engine import stages
 from specmoe_jax.engine.flows.protocol import Unfinished
+from specmoe_jax.engine.rows import place_of_rows, split_of
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory
 from specmoe_jax.offload import retained_experts
@@ -158,16 +159,17 @@ def execute_waves(
         memory = _fetch(runtime, memory, wave.fetch)
         memory = wait_for_copies(runtime, memory, wave.slots)
         if outputs is None:  # what the host computes is waited for behind the first copies
-            outputs = _first_outputs(runtime, x, routing, elsewhere)
+            outputs = _first_outputs(runtime, h, x, routing, elsewhere)
         outputs = stages.experts_wave(config, outputs, x, routing.ids, memory.pool, wave.slots)
     return stages.combine(h, outputs, routing), memory
 
 
-def _first_outputs(runtime: Runtime, x: jax.Array, routing: Routing, elsewhere: jax.Array | None) -> jax.Array:
-    """[n, A, M], to which the waves add theirs."""
+def _first_outputs(runtime: Runtime, h: jax.Array, x: jax.Array, routing: Routing, elsewhere: jax.Array | None) -> jax.Array:
+    """[n, A, M], to which the waves add theirs; divided as h is."""
     if elsewhere is not None:
         return runtime.context.to_accelerator(elsewhere)
-    return jnp.zeros((*routing.ids.shape, x.shape[-1]), jnp.float32, device=runtime.context.place)
+    place, shape = runtime.context.place, (*routing.ids.shape, x.shape[-1])
+    return jnp.zeros(shape, jnp.float32, device=place if split_of(h) is None else place_of_rows(place, shape[0]))
 
 
 def _fetch(runtime: Runtime, memory: ExpertMemory, copies) -> ExpertMemory:

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.config.model_config import ModelConfig
-from specmoe_jax.engine import stages
+from specmoe_jax.engine import cache_rows
 from specmoe_jax.engine.flows.layer_passes import embed, features, fetched, finished
 from specmoe_jax.engine.flows.migration import LayerInfo, execute_waves, migrate_and_compute, needed_experts
 from specmoe_jax.engine.flows.pooled import PooledFlowExecutor
 from specmoe_jax.engine.flows.protocol import Chunk, TargetPass
+from specmoe_jax.engine.rows import Split, place_of_rows, split_of
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory, PassInfo, PassRouting
 from specmoe_jax.offload.homes import most_experts
@@ -37,7 +38,7 @@ class OnDemandFlowExecutor(PooledFlowExecutor):
         tree: Tree | None = None,
     ) -> TargetPass[KVCache]:
         lengths, num_new = jnp.asarray(lengths), jnp.asarray(num_new)
-        h, watched, cache_tier = embed(runtime, tokens, lengths, tree), runtime.feature_layers, runtime.cache_tier
+        h, watched, cache_tier = embed(runtime, tokens, lengths, tree, split_of(kv.k)), runtime.feature_layers, runtime.cache_tier
         keys, values, infos, inputs = [], [], [], {}
         for layer, moe in enumerate(runtime.config.moe_index):
             if moe is None:
@@ -73,7 +74,7 @@ class OnDemandFlowExecutor(PooledFlowExecutor):
         if len(chunks) < 2 or memory.slots.dispatch < most_experts(runtime.plan.devices, runtime.config.num_experts):
             return super().prompt_pass(runtime, memory, kv, chunks, observe, on_positions)
         positions, layers = sum(int(chunk.num_new.max()) for chunk in chunks), runtime.config.num_layers
-        passing = [_Passing(runtime, chunk) for chunk in chunks]
+        passing = [_Passing(runtime, chunk, split_of(kv.k)) for chunk in chunks]
         totals = np.zeros((runtime.config.num_moe_layers, runtime.config.num_experts), np.int64)
         for layer, moe in enumerate(runtime.config.moe_index):
             counts = np.zeros(runtime.config.num_experts, np.int64) if moe is None else totals[moe]
@@ -99,10 +100,10 @@ class OnDemandFlowExecutor(PooledFlowExecutor):
 class _Passing:
     """A chunk of the prompts on its way through the layers."""
 
-    def __init__(self, runtime: Runtime, chunk: Chunk):
+    def __init__(self, runtime: Runtime, chunk: Chunk, split: Split):
         self.chunk, self._runtime, self._inputs = chunk, runtime, {}
         self._lengths, self._num_new = jnp.asarray(chunk.lengths), jnp.asarray(chunk.num_new)
-        self._h = self._waiting(embed(runtime, chunk.tokens, self._lengths))
+        self._h = self._waiting(embed(runtime, chunk.tokens, self._lengths, split=split))
         self._nothing = np.zeros((runtime.config.num_moe_layers, runtime.config.num_experts), np.int64)
         self._infos: list[LayerInfo] = []
 
@@ -123,7 +124,7 @@ class _Passing:
             h, counts = finished(h), counts + self.chunk.stands_for * (info.counts - counts)
             self._infos += [] if runtime.routing is None else [info]
         if self.chunk.spreads_row is not None:
-            k, v = (stages.spread_row(cache, np.int32(self.chunk.spreads_row)) for cache in (k, v))
+            k, v = (cache_rows.spread_row(cache, np.int32(self.chunk.spreads_row)) for cache in (k, v))
         self._h = self._waiting(h)
         keys, values = (*kv.k[:layer], k, *kv.k[layer + 1 :]), (*kv.v[:layer], v, *kv.v[layer + 1 :])
         return memory, kv._replace(k=keys, v=values), counts
@@ -143,7 +144,8 @@ class _Passing:
         return features(self._runtime, fetched(self._h), {layer: fetched(h) for layer, h in self._inputs.items()})
 
     def _waiting(self, h: jax.Array) -> jax.Array:
-        return jax.device_put(h, self._runtime.context.pinned_sharding)
+        pinned = self._runtime.context.pinned_sharding
+        return jax.device_put(h, pinned if split_of(h) is None else place_of_rows(pinned, len(h)))
 
 
 def _routing(infos: list[LayerInfo], shape: tuple[int, int]) -> PassRouting | None:

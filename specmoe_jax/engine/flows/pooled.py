@@ -8,10 +8,11 @@ import jax
 import numpy as np
 
 from specmoe_jax.config.sampling_params import SamplingParams
+from specmoe_jax.engine import cache_rows
 from specmoe_jax.engine import figures as metrics
-from specmoe_jax.engine import stages
 from specmoe_jax.engine.flows import protocol
 from specmoe_jax.engine.flows.encode import encode
+from specmoe_jax.engine.flows.layer_passes import on_all
 from specmoe_jax.engine.flows.protocol import Chunk, ReadStates, TargetPass
 from specmoe_jax.engine.prefill import prefill
 from specmoe_jax.engine.requests.completion import TokenEvent, step_events
@@ -19,6 +20,7 @@ from specmoe_jax.engine.requests.logprobs import PromptLogprobs
 from specmoe_jax.engine.requests.prepare import BatchShape
 from specmoe_jax.engine.requests.routing import Rows, routing_of, with_routing
 from specmoe_jax.engine.resources import empty_state, new_draft_memory
+from specmoe_jax.engine.rows import gathered
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.scheduler import joined, seated
 from specmoe_jax.engine.scoring.layout import CHAIN, ReadRow, read_passes, tree_nodes
@@ -102,7 +104,7 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
             memory, kv = done.memory, done.kv
             totals = totals + chunk.stands_for * (done.counts - totals)
             if chunk.spreads_row is not None:
-                spread = functools.partial(stages.spread_row, row=np.int32(chunk.spreads_row))
+                spread = functools.partial(cache_rows.spread_row, row=np.int32(chunk.spreads_row))
                 kv = kv._replace(k=tuple(map(spread, kv.k)), v=tuple(map(spread, kv.v)))
             observe(chunk, done.features, done.h, routing_of(done.info) if runtime.routing else None)
             on_positions(int(chunk.num_new.max()))
@@ -135,13 +137,13 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
             chunks = [Chunk(one.tokens, one.lengths, one.num_new, following=one.tokens) for one in chains]
             how = (lambda chunk, features, h, routing, found=found: found.append((h, features)), lambda positions: None)
             memory, kv, _ = self.prompt_pass(runtime, memory, kv, chunks, *how)
-            yield from (ReadStates(one, *states) for one, states in zip(chains, found, strict=True))
+            yield from (ReadStates(one, on_all(h), inputs) for one, (h, inputs) in zip(chains, found, strict=True))
             for one in passes[len(chains) :]:
                 where = (one.tokens, one.lengths, one.num_new)
                 done = self.target_pass(runtime, memory, kv, *where, earlier=nothing, predicted=nothing, tree=one.shape_of_tree)
                 assert done.h is not None
                 memory, kv = done.memory, done.kv
-                yield ReadStates(one, done.h, done.features)
+                yield ReadStates(one, on_all(done.h), done.features)
         session.figures.add_score_bytes(before, moved(runtime))
         session.resources.keep(runtime, memory)
 
@@ -186,14 +188,14 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
         state = seated(state, {join.row: join.request for join in joins})
         sources = np.zeros(width, np.int32)
         sources[: len(joins)] = [join.source for join in joins]
-        some = _each_layer(lambda cache: stages.take_rows(cache, sources), state.kv)
+        some = _each_layer(lambda cache: cache_rows.take_rows(cache, sources), state.kv)
         told = PromptLogprobs(runtime, state.requests, state.options, state.prompt_logprobs)
         how = {"rows": own, "starts": starts, "on_states": told.add if told.wanted else None}
         chunk = prefill_chunk(longest, session.plan.prefill_chunk)
         with span("prefill"):
             memory, some, draft_memory = prefill(self, runtime, state.memory, some, prompts, chunk, state.draft_memory, **how)
             at = np.where(own < 0, rows, own)
-            kv = _each_layer(lambda cache, new: stages.put_rows(cache, new, at), state.kv, some)
+            kv = _each_layer(lambda cache, new: cache_rows.put_rows(cache, jax.tree.map(gathered, new), at), state.kv, some)
             jax.block_until_ready((kv, draft_memory))
         return joined(state._replace(kv=kv, memory=memory, draft_memory=draft_memory, prompt_logprobs=told.rows))
 
@@ -268,4 +270,4 @@ def _each_layer(change: Callable, *caches: KVCache) -> KVCache:
 
 def _beside(batch_shape: BatchShape) -> BatchShape:
     """With the rows whose prompts are read beside a batch."""
-    return batch_shape._replace(rows=batch_shape.rows + JOIN_ROWS)
+    return batch_shape._replace(beside=JOIN_ROWS)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from specmoe_jax.config.layer_config import LayerConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.engine import stages
+from specmoe_jax.engine.rows import WHOLE, Split, constrained
 from specmoe_jax.models import layers
 from specmoe_jax.models.spec import LayerWeights, Weights
 from specmoe_jax.speculate.drafts.protocol import TokenChoice
@@ -35,13 +36,14 @@ def _resident_layers(
     slots,
     cross: Sequence[CrossCache] | None,
     tree: Tree | None = None,
+    split: Split = None,
 ):
     """slots: of the layers that have experts, in turn. -> h after each layer, what their routers decided in turn, caches."""
     states, routed, keys, values, of_layer = [], [], [], [], iter(slots)
     for i, config in enumerate(configs):
         own = None if config.router is None else next(of_layer)
         h, routing, key, value = stages.layer(
-            config, weights[i], h, k[i], v[i], lengths, num_new, pool, own, cross and cross[i], tree
+            config, weights[i], h, k[i], v[i], lengths, num_new, pool, own, cross and cross[i], tree, split=split
         )
         states.append(h)
         routed += [] if routing is None else [routing]
@@ -51,7 +53,7 @@ def _resident_layers(
 
 
 @in_order
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5, 6))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5, 6), static_argnames="split")
 def run_layers(
     configs: tuple[LayerConfig, ...],
     watched: tuple[int, ...],
@@ -66,29 +68,45 @@ def run_layers(
     slots,
     cross,
     tree,
+    *,
+    split: Split = None,
 ):
     """As `stages.layer`, for consecutive layers; slots: [L, E].
 
     -> h, the inputs of the watched ones, caches, what the routers decided in turn (nothing unless `tells_routing`).
     """
-    states, routed, k, v = _resident_layers(configs, weights, h, k, v, lengths, num_new, pool, slots, cross, tree)
+    states, routed, k, v = _resident_layers(configs, weights, h, k, v, lengths, num_new, pool, slots, cross, tree, split)
     return states[-1], [([h, *states])[layer] for layer in watched], k, v, tuple(routed) if tells_routing else ()
 
 
-def _forward(config: ModelConfig, weights: Weights[jax.Array], k, v, cross, pool, slots, tokens, lengths, num_new):
+def _forward(config: ModelConfig, weights: Weights[jax.Array], k, v, cross, pool, slots, tokens, lengths, num_new, split: Split):
     h = layers.embed(weights, tokens[:, None], lengths[:, None], config.embedding)
-    states, routed, k, v = _resident_layers(config.layers, weights.layers, h, k, v, lengths, num_new, pool, slots, cross)
-    return layers.head(config.head, weights, states[-1])[:, 0], jnp.stack([routing.ids for routing in routed]), k, v
+    given = (h, k, v, lengths, num_new, pool, slots, cross)
+    states, routed, k, v = _resident_layers(config.layers, weights.layers, *given, split=split)
+    logits = stages.logits_of_rows(config.head, weights, states[-1], split)
+    return logits[:, 0], jnp.stack([routing.ids for routing in routed]), k, v
 
 
 @in_order
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3), static_argnames="split")
 def draft_forward(
-    config: ModelConfig, weights: Weights[jax.Array], k: Caches, v: Caches, cross, pool, slots, tokens, lengths, num_new
+    config: ModelConfig,
+    weights: Weights[jax.Array],
+    k: Caches,
+    v: Caches,
+    cross,
+    pool,
+    slots,
+    tokens,
+    lengths,
+    num_new,
+    *,
+    split: Split = None,
 ):
     """One token per row [B]. slots: of each layer with experts, DraftSlots. -> logits [B, V], choices [L, B, A], caches."""
     with jax.named_scope("draft"):
-        return _forward(config, weights, k, v, cross, pool, slots, tokens, lengths, num_new)
+        logits, choices, k, v = _forward(config, weights, k, v, cross, pool, slots, tokens, lengths, num_new, split)
+        return *constrained((logits, choices), split, WHOLE), k, v
 
 
 # With the pass XLA would convert all weights in half precision before the loop, and keep a float32 copy of each (on a CPU).
@@ -97,6 +115,7 @@ def draft_forward(
     jax.jit,
     static_argnums=(0, 1, 2),
     donate_argnums=(4, 5),
+    static_argnames="split",
     compiler_options={"xla_disable_hlo_passes": "while-loop-invariant-code-motion"},
 )
 def draft_chain(
@@ -114,6 +133,8 @@ def draft_chain(
     num_new,
     choice: TokenChoice,
     count,
+    *,
+    split: Split = None,
 ):
     """`count` tokens per row, at most `most`, each fed back: one program for all lengths.
 
@@ -129,7 +150,7 @@ def draft_chain(
 
     def one(position, carry):
         token, tokens, probs, choices, k, v = carry
-        logits, chosen, k, v = _forward(config, weights, k, v, cross, pool, slots, token, lengths + position, num_new)
+        logits, chosen, k, v = _forward(config, weights, k, v, cross, pool, slots, token, lengths + position, num_new, split)
         token, q = choose_token(choice, position, logits, tokens)
         probs = None if q is None else probs.at[:, position].set(q)
         choices = None if choices is None else choices.at[position].set(chosen)
@@ -138,6 +159,7 @@ def draft_chain(
     with jax.named_scope("draft"):
         begin = (jnp.asarray(token), tokens, probs, choices, k, v)
         _, tokens, probs, choices, k, v = jax.lax.fori_loop(0, count, one, begin)
+    tokens, probs, choices = constrained((tokens, probs, choices), split, WHOLE)
     return tokens, probs, k, v, choices
 
 

@@ -39,7 +39,8 @@ class Reader(Protocol):
 class BatchShape(NamedTuple):
     """The compiled shapes: rows, KV positions S and prefill chunk. paged: what a streamed batch may fill, else None.
 
-    source: positions of an encoder, 0 without one. options: of the steps, which compile differently for each.
+    source: positions of an encoder, 0 without one. options: of the steps, which compile differently for each. beside: further
+    rows, of the caches in which a service reads prompts.
     """
 
     rows: int
@@ -48,6 +49,7 @@ class BatchShape(NamedTuple):
     paged: PagedLoad | None = None
     source: int = 0
     options: JobOptions = JobOptions()
+    beside: int = 0
 
 
 def resolved(plan: Plan) -> Plan:
@@ -104,6 +106,7 @@ def job_account(config: ModelConfig, plan: Plan, batch_shape: BatchShape, draft:
         draft=draft,
         paged=batch_shape.paged,
         accelerator_is_cpu=accelerator_is_cpu(),
+        beside_rows=batch_shape.beside,
     )
 
 

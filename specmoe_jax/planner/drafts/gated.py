@@ -46,15 +46,17 @@ class GatedDraftDescription(DraftDescription):
     def costs(self, plan: Plan, config: ModelConfig, load: Load, *, skew: float, hosts: int = 1, **_) -> DraftCosts:
         itemsize, length = DTYPE_BYTES[plan.dtype], plan.draft_length or 0
         chosen = routing.distinct(routing.choice_probabilities(config.num_experts, config.experts_per_token, skew), load.rows)
+        one = Load(load.rows, 1, load.context + length / 2)
         token = resident_pass(
             config,
-            Load(load.rows, 1, load.context + length / 2),
+            one,
             min(chosen, mean_experts(plan)),
             itemsize,
             tier=plan.cache_tier,
             expert_bytes=costs.expert_bytes(config, plan),
+            own=costs.own_load(one, plan),
         )
-        gathered = (*costs.gather(config, load.rows, plan.devices, hosts),) * config.num_moe_layers
+        gathered = costs.gather(config, one, plan, hosts) * config.num_moe_layers + costs.gather_logits(config, one, plan, hosts)
         return DraftCosts((*token, *gathered) * length, syncs=length if plan.prefetch == "draft" else 1)
 
     def operator(self, *, trees: bool) -> str:

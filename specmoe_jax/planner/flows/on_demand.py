@@ -77,14 +77,14 @@ class OnDemandFlowDescription(PooledFlowDescription):
 
     def layer_costs(self, setting: Setting, index: int, moe: int | None) -> LayerCosts:
         config, load, itemsize = setting.config, setting.load, setting.itemsize
-        block: list[Cost] = attention_block(config, index, load, itemsize, tier=setting.plan.cache_tier)
+        block: list[Cost] = attention_block(config, index, setting.own_load, itemsize, tier=setting.plan.cache_tier)
         if moe is None:
             return LayerCosts(block)
         missed, one = _missed(setting, moe), setting.account.expert_bytes
         fetched = _crossing(setting.plan, missed)
         kept = pinned_experts(config, setting.plan)[moe]
         crossing = routing.busiest(fetched, config.num_experts, setting.plan.devices, kept)  # over one link
-        block += setting.experts(load.tokens, programs=_waves(setting, crossing))
+        block += setting.experts(load, programs=_waves(setting, crossing))
         beside = [costs.fetch(one, crossing), *_disk_reads(setting, missed), *_on_host(setting, missed - fetched)]
         return LayerCosts(block, beside, fetched, waits=True)
 

@@ -27,9 +27,9 @@ class ResidentFlowDescription(PooledFlowDescription):
     def layer_costs(self, setting: Setting, index: int, moe: int | None) -> LayerCosts:
         """One program with a KV cache on the accelerator, else the experts are one of their own."""
         config, load, itemsize = setting.config, setting.load, setting.itemsize
-        block: list[Cost] = attention_block(config, index, load, itemsize, tier=setting.plan.cache_tier)
+        block: list[Cost] = attention_block(config, index, setting.own_load, itemsize, tier=setting.plan.cache_tier)
         if moe is not None:
-            block += setting.experts(load.tokens, programs=int(setting.plan.cache_tier.on_host))
+            block += setting.experts(load, programs=int(setting.plan.cache_tier.on_host))
         return LayerCosts(block)
 
     def measured_pass(

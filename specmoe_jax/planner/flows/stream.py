@@ -140,7 +140,7 @@ class StreamFlowDescription:
         load = setting.load._replace(rows=setting.load.rows / plan.micro_batches)  # of a micro-batch
         chunks = min(config.num_experts, STREAM_PIECES)
         one, itemsize, own = setting.account.expert_bytes, setting.itemsize, most_experts(plan.devices, config.num_experts)
-        computed = setting.experts(load.tokens)
+        computed = setting.experts(load)
 
         @functools.cache
         def cost(kind: str, layer: int) -> list[Cost]:
@@ -189,7 +189,7 @@ class StreamFlowDescription:
         how = {"itemsize": setting.itemsize, "expert_bytes": setting.account.expert_bytes, "streamed": streamed}
         has, recurrent = _has_experts(setting.config), setting.config.recurrent_layers
         for task in pass_tasks(has, 1, 1, plan.layer_buffers, pinned, prompts, recurrent):
-            spent = setting.experts(load.tokens) if task.kind == "experts" else [costs.task_cost(setting.config, task, load, **how)]
+            spent = setting.experts(load) if task.kind == "experts" else [costs.task_cost(setting.config, task, load, **how)]
             once = task.resource == UP and task.kind == "stream"
             busy[task.resource] += sum(map(setting.seconds, spent)) * (1 if once else chunks)
         return max(busy.values())

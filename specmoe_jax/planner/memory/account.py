@@ -3,6 +3,7 @@
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.kv_cache.positions import KV_PAGE
+from specmoe_jax.kv_cache.rows import rows_of_device
 from specmoe_jax.models.experts import layer_bytes, mean_bytes
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
@@ -31,12 +32,14 @@ def account(
     draft: DraftMemory = DraftMemory(),  # noqa: B008 (immutable)
     paged: PagedLoad | None = None,
     accelerator_is_cpu: bool = True,
+    beside_rows: int = 0,
 ) -> MemoryAccount:
     """The account of a plan for `batch_rows` rows of `positions` KV positions, within its budgets, and of one of its devices.
 
-    source_positions: what the encoder reads of each row, where there is one. accelerator_is_cpu: the accelerator is the CPU
-    itself, which
-    copies an expert into its slot and multiplies it there; any other holds some beside the slots meanwhile.
+    Of several devices each has the cache of its rows, where there are as many for each. source_positions: what the encoder reads of
+    each row, where there is one. accelerator_is_cpu: the accelerator is the CPU itself, which copies an expert into its slot and
+    multiplies it there; any other holds some beside the slots meanwhile. beside_rows: further ones in caches of their own, taken to
+    be whole on each device.
 
     The pool gets what the plan can use (pinned experts, and one layer's whole dispatch), or what the budget
     leaves. draft: what a separate draft model or head takes; a streamed plan's draft cache gets what is left beside all else, at
@@ -45,9 +48,16 @@ def account(
     a time.
     Raises BudgetError with the shortage and the smallest budget that works (fit.accounted says what would fit, too).
     """
-    itemsize = DTYPE_BYTES[plan.dtype]
+    itemsize, on_host = DTYPE_BYTES[plan.dtype], plan.cache_tier.on_host
+    own_rows = beside_rows + (batch_rows if on_host else rows_of_device(batch_rows, plan.devices))
+    batch_rows += beside_rows
     needs = plan.flow.memory(config, plan, batch_rows=batch_rows, positions=positions, paged=paged)
     prompt_tokens = needs.paged.prompt_tokens if needs.paged else 0
+
+    def own(count: int) -> int:
+        """Of what all rows have alike."""
+        return count * own_rows // max(batch_rows, 1)
+
     whole = MemoryAccount(
         weight_bytes=sum(spec.bytes(plan.dtype) for spec in spec_leaves(family_of(config).weight_specs(config))),
         expert_bytes=mean_bytes(config, plan.dtype, plan.expert_dtype),
@@ -56,14 +66,14 @@ def account(
         wanted_slots=needs.wanted_slots,
         pinned_slots=needs.pinned_slots,
         merged_slots=most_experts(plan.devices, plan.drafting.merged_slots(plan, config)),
-        kv_bytes=needs.cached_positions * position_bytes(config, itemsize),
-        state_bytes=state_bytes(config, batch_rows, plan.tokens_per_pass - 1),
+        kv_bytes=own(needs.cached_positions) * position_bytes(config, itemsize),
+        state_bytes=state_bytes(config, own_rows, plan.tokens_per_pass - 1),
         activation_bytes=max(
-            activation_bytes(config, plan, batch_rows, needs.pass_tokens, itemsize),
+            activation_bytes(config, plan, batch_rows, needs.pass_tokens, itemsize, own=own(needs.pass_tokens)),
             encoder_bytes(config, batch_rows, source_positions, itemsize),
         ),
         host_experts=config.num_expert_layers * most_of_process(plan.num_processes, plan.devices, config.num_experts),
-        kv_on_host=plan.cache_tier.on_host,
+        kv_on_host=on_host,
         draft_model_bytes=draft.fixed + batch_rows * draft.row,
         draft_kv_bytes=batch_rows * positions * draft.position,
         host_draft_bytes=draft.host,
@@ -71,16 +81,16 @@ def account(
         hidden_bytes=prompt_tokens
         * (plan.devices // plan.num_processes * config.state_numbers + max(map(token_numbers, config.layers)))
         * itemsize
-        + plan.devices // plan.num_processes * needs.waiting_tokens * (config.state_numbers * itemsize + draft.watched),
+        + plan.devices // plan.num_processes * own(needs.waiting_tokens) * (config.state_numbers * itemsize + draft.watched),
         cross_bytes=sum(2 * batch_rows * source_positions * cross_row(layer) for layer in config.layers) * itemsize,
         staging_bytes=staging_bytes(config, plan, batch_rows, positions, itemsize),
         pinned_layers=needs.pinned_layers,
     )
     if not accelerator_is_cpu:
         whole = whole._replace(moving_experts=plan.flow.moving_experts(config, whole.expert_bytes) + 1)
-        if not plan.cache_tier.on_host:
+        if not on_host:
             tokens = max(plan.tokens_per_pass, plan.prefill_chunk)
-            attention = attention_bytes(config, batch_rows, tokens, positions, itemsize)
+            attention = attention_bytes(config, own_rows, tokens, positions, itemsize)
             whole = whole._replace(activation_bytes=whole.activation_bytes + attention)
     whole = split_draft(whole, plan, KV_PAGE * draft.position)
     fitted = fit_device(fit_host(fit_pages(whole, plan, positions), plan), plan)

@@ -70,7 +70,7 @@ def what_fits(
     config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int, paged: PagedLoad | None = None, **job
 ) -> Fitting | None:
     """What of a job that is refused would fit; None: not even the smallest batch of one token a sequence."""
-    unit = plan.micro_batches
+    unit = _unit(plan) if batch_rows >= _unit(plan) else plan.micro_batches
 
     def fits(rows: int, positions: int, load: PagedLoad | None) -> bool:
         try:
@@ -111,15 +111,26 @@ def _advice(found: Fitting | None) -> str:
 
 
 def largest_batch(config: ModelConfig, plan: Plan, hardware: Hardware | Memories, workload: Workload) -> int:
-    """Requests that generate together at most, a multiple of the plan's micro-batches; 0 where even the smallest batch fails."""
+    """Requests that generate together at most, a multiple of the plan's micro-batches; 0 where even the smallest batch fails.
 
-    def fits(units: int) -> bool:
-        return refusal(config, plan.replace(batch_size=units * plan.micro_batches), hardware, workload) is None
+    Of several devices that divide the rows a multiple of their number, if so many fit.
+    """
 
-    high = 1
-    while high * plan.micro_batches <= MOST_ROWS and fits(high):
-        high *= 2
-    return _most(fits, high - 1) * plan.micro_batches
+    def most(unit: int) -> int:
+        def fits(units: int) -> bool:
+            return refusal(config, plan.replace(batch_size=units * unit), hardware, workload) is None
+
+        high = 1
+        while high * unit <= MOST_ROWS and fits(high):
+            high *= 2
+        return _most(fits, high - 1) * unit
+
+    return most(_unit(plan)) or most(plan.micro_batches)
+
+
+def _unit(plan: Plan) -> int:
+    """Rows of the smallest batch that every device has its share of."""
+    return plan.micro_batches if plan.cache_tier.on_host else plan.micro_batches * plan.devices
 
 
 def nearest(config: ModelConfig, plan: Plan, hardware: Hardware | Memories, workload: Workload) -> Nearest | None:

@@ -28,13 +28,16 @@ def state_bytes(config: ModelConfig, rows: int, replayed: int) -> int:
     return rows * (sum(each) + max(each, default=0)) * 4  # float32
 
 
-def activation_bytes(config: ModelConfig, plan: Plan, batch_rows: int, passes: int, itemsize: int) -> int:
-    """Largest live activations: residual, expert inputs and outputs of a pass, and the logits of a verification."""
+def activation_bytes(config: ModelConfig, plan: Plan, batch_rows: int, passes: int, itemsize: int, *, own: int) -> int:
+    """Largest live activations: residual, expert inputs and outputs of a pass, and the logits of a verification.
+
+    passes: tokens of the largest pass. own: those of them that a device attends; the experts' inputs and outputs are of all.
+    """
     heads = max(token_numbers(layer) * itemsize + _recurrent_bytes(layer) for layer in config.layers)
-    per_token = 2 * config.state_numbers * itemsize + heads
+    attended, inputs = config.state_numbers * itemsize + heads, config.state_numbers * itemsize
     outputs = config.experts_per_token * config.hidden_size * 4
     logits = batch_rows * plan.tokens_per_pass * config.vocab_size * 4
-    return passes * (per_token + outputs) + logits
+    return own * attended + passes * (inputs + outputs) + logits
 
 
 def attention_bytes(config: ModelConfig, rows: int, tokens: int, positions: int, itemsize: int) -> int:

@@ -129,7 +129,8 @@ class OperatorBench:
         return self.model.weights.layers[self.layer]
 
     def _cache(self, rows: int):
-        kv = new_cache(self.config, rows, self.positions, self.model.dtype, self.resident.context.device, replayed=0)
+        on = self.resident.context.device
+        kv = new_cache(self.config, rows, self.positions, self.model.dtype, on, replayed=0, states=on)
         before = (None,) * self.layer  # whose caches are not needed
         return kv._replace(k=(*before, kv.k[self.layer]), v=(*before, kv.v[self.layer]))
 

@@ -65,7 +65,7 @@ def filled(s: Setting, plan: Plan, head: EagleHead | MtpHead | None, budget: int
     spare = (budget - used.accelerator_bytes) // used.slot_bytes
     if spare < 0:
         raise PlanError(
-            f"draft={plan.draft} takes the memory of {-spare} experts more than a self-draft with {s.experts} pinned experts of "
-            "each layer; give more --draft_experts"
+            f"draft={plan.drafting.name} takes the memory of {-spare} experts more than a self-draft with {s.experts} pinned experts "
+            "of each layer; give more --draft_experts"
         )
     return plan.replace(retain=True, spare_slots=int(spare) or None)

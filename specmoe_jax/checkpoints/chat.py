@@ -4,7 +4,8 @@ import pathlib
 from collections.abc import Sequence
 
 from specmoe_jax.checkpoints.files import read_bytes, read_json
-from specmoe_jax.checkpoints.loader import checkpoint_path, load_config, load_model_tokenizer
+from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
+from specmoe_jax.checkpoints.model_tokenizer import load_model_tokenizer
 from specmoe_jax.checkpoints.published.jinja_environment import compile_template
 from specmoe_jax.checkpoints.tokenizer import SETTINGS_FILE, Tokenizer
 from specmoe_jax.models.model import Model

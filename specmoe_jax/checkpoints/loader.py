@@ -3,9 +3,9 @@
 import concurrent.futures
 import dataclasses
 import logging
-import os
 import pathlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,17 +16,17 @@ from specmoe_jax.checkpoints.adapters.peft import read_adapter
 from specmoe_jax.checkpoints.conversion import orbax_parts
 from specmoe_jax.checkpoints.disk import DiskExperts, PartOfLayer
 from specmoe_jax.checkpoints.experts import HostBlocks, read_weight
-from specmoe_jax.checkpoints.files import open_checkpoint, read_json
+from specmoe_jax.checkpoints.files import Checkpoint, open_checkpoint, read_json
 from specmoe_jax.checkpoints.gguf.folder import folder_of, gguf_in
 from specmoe_jax.checkpoints.header import quote, quote_list
 from specmoe_jax.checkpoints.inventory import Inventory, check_copies, take_inventory
 from specmoe_jax.checkpoints.memory import check_memory
+from specmoe_jax.checkpoints.model_tokenizer import load_model_tokenizer, with_end_tokens
 from specmoe_jax.checkpoints.published import hub
 from specmoe_jax.checkpoints.published.advice import check_form
 from specmoe_jax.checkpoints.published.quantisation import as_stored, check_quantisation
-from specmoe_jax.checkpoints.published.tiktoken_files import tiktoken_file
 from specmoe_jax.checkpoints.tensors import READERS, TARGET_DTYPES
-from specmoe_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
+from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan_fields import DECODED, EXPERT_TIERS
 from specmoe_jax.models.families.registry import family_of, parse_config
@@ -77,6 +77,45 @@ def load_model(
     dtype = dtype or "float32"
     _check_options(dtype, expert_tier, expert_dtype, devices)
     path = checkpoint_path(path_or_name)
+    found = _described(path, expert_dtype, adapter)
+    config, inventory = found.config, found.inventory
+    on_disk = expert_tier == "disk"
+    places = _places(inventory, chosen_devices(devices), homes)
+    own = _own_part(inventory, places)
+    if not on_disk:
+        check_memory(own, dtype, str(path_or_name))
+    _say_what_differs(inventory, progress)
+    if verify:
+        with bar("verify", inventory.bytes, "B", mode=progress, scale=True) as shown:
+            manifest.verify(found.checkpoint, shown.update)
+    with bar("load", own.weight_bytes if on_disk else own.bytes, "B", mode=progress, scale=True) as shown:
+        weights = _read_weights(config, inventory, dtype, check_finite, shown)
+        if on_disk:
+            experts = DiskExperts(inventory.experts, dtype, check_finite)
+        else:
+            experts = _read_experts(inventory, dtype, check_finite, shown, places)
+    _LOG.info("loaded %s: %s, %s, %d bytes, experts on %s", path, config.family, dtype, inventory.bytes, expert_tier)
+    return Model(
+        config=config,
+        weights=weights,
+        experts=experts,
+        tokenizer=found.tokenizer,
+        dtype=dtype,
+        path=path,
+        adapter=None if adapter is None else pathlib.Path(adapter).expanduser(),
+    )
+
+
+class _Described(NamedTuple):
+    """A directory before its weights are read. inventory: the adapter's changes included."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    inventory: Inventory
+
+
+def _described(path: pathlib.Path, expert_dtype: str | None, adapter: str | pathlib.Path | None) -> _Described:
     if (path / orbax_parts.DESCRIPTION_FILE).exists():
         raise CheckpointError(f"{path}: an Orbax export; convert it first: specmoe convert --format=specmoe")
     check_form(path)
@@ -91,31 +130,7 @@ def load_model(
         config, inventory = _decoded(config, inventory, path)
     if adapter is not None:
         inventory = adapted(config, inventory, read_adapter(adapter))
-    on_disk = expert_tier == "disk"
-    places = _places(inventory, chosen_devices(devices), homes)
-    own = _own_part(inventory, places)
-    if not on_disk:
-        check_memory(own, dtype, str(path_or_name))
-    _say_what_differs(inventory, progress)
-    if verify:
-        with bar("verify", inventory.bytes, "B", mode=progress, scale=True) as shown:
-            manifest.verify(checkpoint, shown.update)
-    with bar("load", own.weight_bytes if on_disk else own.bytes, "B", mode=progress, scale=True) as shown:
-        weights = _read_weights(config, inventory, dtype, check_finite, shown)
-        if on_disk:
-            experts = DiskExperts(inventory.experts, dtype, check_finite)
-        else:
-            experts = _read_experts(inventory, dtype, check_finite, shown, places)
-    _LOG.info("loaded %s: %s, %s, %d bytes, experts on %s", path, config.family, dtype, inventory.bytes, expert_tier)
-    return Model(
-        config=config,
-        weights=weights,
-        experts=experts,
-        tokenizer=tokenizer,
-        dtype=dtype,
-        path=path,
-        adapter=None if adapter is None else pathlib.Path(adapter).expanduser(),
-    )
+    return _Described(checkpoint, config, tokenizer, inventory)
 
 
 def _check_options(dtype: str, expert_tier: str, expert_dtype: str | None, devices: int) -> None:
@@ -169,25 +184,6 @@ def load_config(path: pathlib.Path) -> ModelConfig:
         forced = generation.get("forced_bos_token_id", raw.get("forced_bos_token_id"))
         config = config if forced is None else force_first_token(config, forced)
     return as_stored(path, dataclasses.replace(config, eos_token_ids=_eos_token_ids(generation, config)))
-
-
-def load_model_tokenizer(path: pathlib.Path, config: ModelConfig) -> Tokenizer | None:
-    """The tokenizer of a directory, None when it has none. Raises CheckpointError when it is broken or too large."""
-    file = path / "tokenizer.json" if os.path.lexists(path / "tokenizer.json") else tiktoken_file(path)
-    if file is None:
-        return None
-    tokenizer = load_tokenizer(path, config.eos_token_ids)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(
-            f"{file.name}: ids up to {tokenizer.vocab_size - 1}, but config.json says vocab_size {config.vocab_size}:"
-            " this tokenizer is of another model"
-        )
-    return tokenizer
-
-
-def with_end_tokens(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
-    """The config with the end-of-sequence token that only the tokenizer's own config names."""
-    return config if tokenizer is None else dataclasses.replace(config, eos_token_ids=tokenizer.eos_token_ids)
 
 
 def _say_what_differs(inventory: Inventory, progress: str | bool) -> None:

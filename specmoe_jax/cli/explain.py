@@ -23,7 +23,7 @@ from specmoe_jax.checkpoints.eagle import head_config
 from specmoe_jax.checkpoints.files import GGUF_TABLE, INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
 from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
 from specmoe_jax.checkpoints.published.advice import check_form
-from specmoe_jax.checkpoints.published.quantisation import Quantisation, as_stored, is_built, read_quantisation, stored_bytes
+from specmoe_jax.checkpoints.published.quantisation import as_stored, read_quantisation, stored_bytes
 from specmoe_jax.cli import common
 from specmoe_jax.cli.flag_groups import machine_flag, plan_flags
 from specmoe_jax.cli.shown import explain_text
@@ -100,10 +100,10 @@ def main() -> None:
     else:
         shown, said = explained(config, known, on_disk)
     if quantisation is not None:
-        shown |= {"weights": form_of(quantisation, config)}
+        shown |= {"weights": explain_text.form_of(quantisation, config)}
     said += explain.assumptions(config, known.hardware, known.workload) + ([named.said] if named.said else [])
     shown |= {"assumptions": said, "cpu_s": round(time.process_time() - started_s, 3)}
-    print(json.dumps(shown, indent=2) if _JSON.value else as_text(shown))
+    print(json.dumps(shown, indent=2) if _JSON.value else explain_text.as_text(shown))
 
 
 def is_auto() -> bool:
@@ -208,18 +208,6 @@ def batch_of_simulation() -> int:
     return plan_flags.value("batch_size") or 16
 
 
-def as_text(shown: dict) -> str:
-    """The document for people."""
-    shown, advice, presets = dict(shown), shown.get("advice"), shown.get("presets")
-    assumptions = shown.pop("assumptions")
-    parts = []
-    if advice is not None:
-        parts += [explain_text.advice_text(shown.pop("advice")), f"\nthe best for {[*advice][-1]} in full:"]
-    if presets is not None:
-        parts.append(explain_text.presets_text(shown.pop("presets")))
-    return "\n".join([*parts, explain.as_text(shown), explain_text.lines_of("assumptions", assumptions)])
-
-
 def check_flags() -> None:
     """Refuses pictures without a plan, and settings of a simulation or a search without one."""
     if _SIMULATE.value:
@@ -258,13 +246,6 @@ def read_headers(folder: pathlib.Path) -> Checkpoint | None:
     if not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE, GGUF_TABLE)):
         return None
     return open_checkpoint(folder)
-
-
-def form_of(quantisation: Quantisation, config: ModelConfig) -> str:
-    """How the weights are stored, and whether they can be loaded."""
-    bits = "" if quantisation.bits is None else f", {quantisation.bits:.3g} bits a weight"
-    loads = "whose experts stay packed" if is_built(quantisation, config) else "which this version does not load"
-    return f"{quantisation.words}{bits}, {loads}"
 
 
 def make_plan(config: ModelConfig) -> Plan:

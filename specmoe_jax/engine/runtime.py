@@ -22,7 +22,7 @@ from specmoe_jax.engine.state import PoolSlots
 from specmoe_jax.kv_cache.positions import KV_PAGE
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import Weights
-from specmoe_jax.offload.homes import homes_of, loads_of
+from specmoe_jax.offload.homes import homes_of, loads_of, slots_behind
 from specmoe_jax.offload.sharded_store import ShardedStore
 from specmoe_jax.offload.store import ExpertStore, Link, Store
 from specmoe_jax.offload.stream_schedule import spread
@@ -41,7 +41,7 @@ class ExpertPlaces(NamedTuple):
     """Where experts come from and the slots that they go to.
 
     resident_slots: [L, E] int32 where all stay for good, else None; an encoder's layers last. slots: of the pools made
-    for this account. merged_slots: [L, K] int32, further slots for a draft's own experts, None without any. pinned_layers: whose
+    for this account. merged_slots: [L, K] int32, those among them for a draft's own experts, None without any. pinned_layers: whose
     experts stay beside a stream. expert_bytes: of one expert on the link. addresses: of each layer's blocks in host memory, on the
     CPU, [L] of [E, 2] uint32, where the host's cores compute some; else None. homes: [L, E] int32, the device of each expert.
     """
@@ -129,7 +129,7 @@ def build(
     """
     homes = plan_homes(model.config, plan, popularity)
     context, flow, executor = make_context(spans, plan.devices), EXPERT_FLOWS.executor(plan.flow.name), executor_of(plan)
-    policies = _policies(model, plan, draft_set, executor, earlier, progress)  # map experts, so before a tier drops pages
+    policies = _policies(model, plan, homes, draft_set, executor, earlier, progress)  # map experts, so before a tier drops pages
     return Runtime(
         config=model.config,
         plan=plan,
@@ -148,6 +148,7 @@ def build(
 def _policies(
     model: Model,
     plan: Plan,
+    homes: np.ndarray,
     draft_set: DraftSetPolicy | None,
     executor: DraftExecutor,
     earlier: Runtime | None,
@@ -157,7 +158,7 @@ def _policies(
     policy = draft_set or make_policy(name, config.num_moe_layers, config.num_experts, guard=plan.guard)
     return Policies(
         draft_set=policy,
-        keep=keep_rule(policy, pinned_experts(config, plan)),
+        keep=keep_rule(policy, pinned_experts(config, plan), homes if plan.devices > 1 else None, plan.devices),
         neighbours=earlier.policies.neighbours if earlier else executor.neighbours(model, plan, progress),
     )
 
@@ -179,14 +180,16 @@ def _expert_places(
 ) -> ExpertPlaces:
     config, one = model.config, account.expert_bytes
     slots = PoolSlots(
-        plan.devices * account.num_slots, account.dispatch_slots, single_wave=account.num_slots >= account.wanted_slots
+        plan.devices * (account.num_slots + account.merged_slots),
+        account.dispatch_slots,
+        single_wave=account.num_slots >= account.wanted_slots,
     )
     store = _store(model, plan, account, context, homes)
     return ExpertPlaces(
         store=store,
         slots=slots,
         resident_slots=resident_slots,
-        merged_slots=_merged_slots(config, account) if account.merged_slots else None,
+        merged_slots=_merged_slots(config, plan, account) if account.merged_slots else None,
         pinned_layers=spread(config.moe_layers, account.pinned_layers),
         expert_bytes=one,
         homes=homes,
@@ -229,9 +232,7 @@ def empty_pages(attention: AttentionConfig, count: int, dtype, place: Place) -> 
     return put(pages, place)
 
 
-def new_cache(
-    config: ModelConfig, rows: int, positions: int, dtype: str, place: Place, *, replayed: int, states: Place = None
-) -> KVCache:
+def new_cache(config: ModelConfig, rows: int, positions: int, dtype: str, place: Place, *, replayed: int, states: Place) -> KVCache:
     """A KV cache of zeros. replayed: positions that may be rolled back, of which recurrent layers keep the rows.
 
     place: of several devices each gets its rows, where there are as many for each. states: where those of recurrent layers are, as
@@ -256,7 +257,7 @@ def new_cache(
     return KVCache(k=keys, v=values)
 
 
-def new_states(config: Recurrence, rows: int, replayed: int, place: Place = None) -> RecurrentState:
+def new_states(config: Recurrence, rows: int, replayed: int, place: Place) -> RecurrentState:
     """Of a recurrent layer before any position. They are on the accelerator wherever the KV cache is; None: on the first device."""
     zeros = functools.partial(jnp.zeros, device=place or jax.local_devices()[0])
     return RecurrentState(
@@ -266,6 +267,7 @@ def new_states(config: Recurrence, rows: int, replayed: int, place: Place = None
     )
 
 
-def _merged_slots(config: ModelConfig, account: MemoryAccount) -> np.ndarray:
-    """[L, K]: behind those that the residency plans know of."""
-    return account.num_slots + np.arange(account.merged_slots, dtype=np.int32).reshape(config.num_moe_layers, -1)
+def _merged_slots(config: ModelConfig, plan: Plan, account: MemoryAccount) -> np.ndarray:
+    """[L, K]: on each device behind those that experts come and go in."""
+    count = plan.drafting.merged_slots(plan, config)
+    return slots_behind(count, plan.devices, account.num_slots).reshape(config.num_moe_layers, -1)

@@ -55,7 +55,8 @@ class JobOptions(NamedTuple):
 
 
 class PoolSlots(NamedTuple):
-    """The purpose of a pool's slots. total: R, of all devices. dispatch: those of each that a layer's dispatch can count on.
+    """The purpose of a pool's slots. total: R, of all devices and with those of merged blocks. dispatch: those of each that a layer
+    can count on.
 
     single_wave: whether every dispatch of the batch that the pool was made for fits into them at once.
     """

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from specmoe_jax.checkpoints.adapters.peft import adapter_hash
-from specmoe_jax.checkpoints.loader import load_config, load_model_tokenizer, with_end_tokens
+from specmoe_jax.checkpoints.loader import load_config
 from specmoe_jax.checkpoints.manifest import checkpoint_hash
+from specmoe_jax.checkpoints.model_tokenizer import load_model_tokenizer, with_end_tokens
 from specmoe_jax.checkpoints.published.advice import check_form, tokenizer_advice
 from specmoe_jax.checkpoints.published.quantisation import check_quantisation
 from specmoe_jax.checkpoints.tokenizer import Tokenizer

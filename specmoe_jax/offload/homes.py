@@ -76,13 +76,25 @@ def own_experts(device: int, devices: int, num_experts: int) -> range:
     return range(device, num_experts, devices)
 
 
+def slots_behind(count: int, devices: int, first: int) -> np.ndarray:
+    """[count] int32, slots of a pool that are dealt out to the devices in turn, each device's behind its first ones.
+
+    first: slots of each device that are for other things; a device has most_experts(devices, count) further ones.
+
+    >>> slots_behind(5, 2, first=10).tolist()
+    [10, 23, 11, 24, 12]
+    """
+    numbers = np.arange(count, dtype=np.int32)
+    return numbers % devices * (first + most_experts(devices, count)) + first + numbers // devices
+
+
 def most_of_process(processes: int, devices: int, num_experts: int) -> int:
     """Of a layer, in the host memory of one process: `devices` are those of all, as many of each."""
     return min(devices // processes * most_experts(devices, num_experts), num_experts)
 
 
 def most_experts(devices: int, num_experts: int) -> int:
-    """Of a layer, on the device that has most."""
+    """Of a layer, or of other blocks that are dealt out, on the device that has most."""
     return -(-num_experts // devices)
 
 

@@ -14,7 +14,8 @@ from specmoe_jax.support.errors import PlanError
 
 
 class Residency(NamedTuple):
-    """slot_of: [L, E] int32, the slot of each expert or -1. owner: [R] int32, layer * E + expert or -1.
+    """slot_of: [L, E] int32, the slot of each expert or -1. owner: [R] int32, layer * E + expert, -1 where free, or L * E where
+    something else is there for good.
 
     homes: [L, E] int32, the device of each expert (offload/homes.py). devices: n, with as many slots each.
     """
@@ -54,9 +55,18 @@ class LayerPlan(NamedTuple):
     fetched: int
 
 
-def empty(num_layers: int, num_experts: int, num_slots: int, devices: int = 1, homes: np.ndarray | None = None) -> Residency:
-    """Nothing resident. num_slots: of all devices together. homes: None for the modulo."""
+def empty(
+    num_layers: int,
+    num_experts: int,
+    num_slots: int,
+    devices: int = 1,
+    homes: np.ndarray | None = None,
+    taken: np.ndarray | None = None,
+) -> Residency:
+    """Nothing resident. num_slots: of all devices together. homes: None for the modulo. taken: slots that are never free."""
     slot_of, owner = np.full((num_layers, num_experts), -1, np.int32), np.full(num_slots, -1, np.int32)
+    if taken is not None:
+        owner[taken] = slot_of.size
     return Residency(slot_of, owner, homes_of(slot_of.shape, devices) if homes is None else homes, devices)
 
 

@@ -6,18 +6,17 @@ here too, and all tell the same bytes of every link.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from specmoe_jax.offload.homes import most_experts, own_experts
-from specmoe_jax.offload.store import Arriving, ExpertStore, Link
+from specmoe_jax.offload.store import Coming, ExpertStore, Link
 from specmoe_jax.offload.tiers import Tier
 from specmoe_jax.support.processes import is_local
 from specmoe_jax.types import MESH_AXIS, ShardedPool
-
-Coming = tuple[Arriving, ...]
 
 
 class ShardedStore:
@@ -62,6 +61,22 @@ class ShardedStore:
         def start(number: int, shard: jax.Array, coming: Coming):
             own = [(layer, expert, slot - number * size) for layer, expert, slot in copies if slot // size == number]
             return self._stores[number].fetch(shard, own, coming)
+
+        return self._each(pool, arriving, start)
+
+    def put(
+        self, pool: ShardedPool, blocks: Iterable[Any], slots: Sequence[int], arriving: Coming = ()
+    ) -> tuple[ShardedPool, Coming]:
+        """Blocks are as large as slots, and None where the slot is of another process's device."""
+        size, blocks = self._size(pool), list(blocks)
+        for slot in slots:
+            if slot // size in self._elsewhere:
+                self._links[slot // size].count(max(self._block_bytes))
+
+        def start(number: int, shard: jax.Array, coming: Coming):
+            own = [place for place, slot in enumerate(slots) if slot // size == number]
+            into = [slots[place] - number * size for place in own]
+            return self._stores[number].put(shard, [blocks[place] for place in own], into, coming)
 
         return self._each(pool, arriving, start)
 

@@ -80,6 +80,9 @@ class Arriving(NamedTuple):
     block: jax.Array
 
 
+Coming = tuple[Arriving, ...]
+
+
 class Store(Protocol):
     """The copies of experts to the accelerator (ExpertStore), or to several (sharded_store.ShardedStore)."""
 
@@ -88,13 +91,10 @@ class Store(Protocol):
     @property
     def links(self) -> tuple[Link, ...]: ...
     def new_pool(self, num_slots: int) -> Pool: ...
-    def fetch(
-        self, pool: Pool, copies: Sequence[tuple[int, int, int]], arriving: tuple[Arriving, ...] = ()
-    ) -> tuple[Pool, tuple[Arriving, ...]]: ...
-    def finish_copies(
-        self, pool: Pool, arriving: tuple[Arriving, ...], slots: np.ndarray | None = None
-    ) -> tuple[Pool, tuple[Arriving, ...]]: ...
-    def finish_arrived(self, pool: Pool, arriving: tuple[Arriving, ...]) -> tuple[Pool, tuple[Arriving, ...]]: ...
+    def fetch(self, pool: Pool, copies: Sequence[tuple[int, int, int]], arriving: Coming = ()) -> tuple[Pool, Coming]: ...
+    def put(self, pool: Pool, blocks: Iterable[Any], slots: Sequence[int], arriving: Coming = ()) -> tuple[Pool, Coming]: ...
+    def finish_copies(self, pool: Pool, arriving: Coming, slots: np.ndarray | None = None) -> tuple[Pool, Coming]: ...
+    def finish_arrived(self, pool: Pool, arriving: Coming) -> tuple[Pool, Coming]: ...
     def new_buffer(self) -> Pool: ...
     def send_for(self, layer: int) -> int: ...
     def stream(self, buffer: Pool, layer: int) -> Pool: ...
@@ -148,15 +148,17 @@ class ExpertStore:
         with jax.default_device(self.device):  # else they are made on the first one
             return jax.device_put(jnp.zeros((count, *self.tier.shape), self.tier.dtype), self.device)
 
-    def fetch(
-        self, pool: jax.Array, copies: Sequence[tuple[int, int, int]], arriving: tuple[Arriving, ...] = ()
-    ) -> tuple[jax.Array, tuple[Arriving, ...]]:
-        """Starts the copies (layer, expert, slot), in that order. The pool is consumed (donated).
+    def fetch(self, pool: jax.Array, copies: Sequence[tuple[int, int, int]], arriving: Coming = ()) -> tuple[jax.Array, Coming]:
+        """Starts the copies (layer, expert, slot), in that order; the rest as of `put`."""
+        blocks = self.tier.blocks([(layer, expert) for layer, expert, _ in copies])
+        return self.put(pool, blocks, [slot for _, _, slot in copies], arriving)
+
+    def put(self, pool: jax.Array, blocks: Iterable[Any], slots: Sequence[int], arriving: Coming = ()) -> tuple[jax.Array, Coming]:
+        """Starts the copies of blocks [3, F, M] of pinned host memory into slots. The pool is consumed (donated).
 
         -> pool and what is now on its way, which `finish_copies` writes; waits for the oldest where there is no room for more.
         """
-        blocks = iter(self.tier.blocks([(layer, expert) for layer, expert, _ in copies]))
-        slots = [slot for _, _, slot in copies]
+        blocks = iter(blocks)
         for start, size in _batches(len(slots), self._sizes):
             batch, places = tuple(itertools.islice(blocks, size)), slots[start : start + size]
             if self._room:
@@ -169,14 +171,7 @@ class ExpertStore:
                 pool = self._write(pool, batch, places)
         return pool, arriving
 
-    def put(self, pool: jax.Array, block: jax.Array | np.ndarray, slot: int) -> jax.Array:
-        """Starts the copy of one block [3, F, M] from host memory into its slot. The pool is consumed (donated)."""
-        self._arrival_s[slot] = self.link.send(block.nbytes)
-        return self._write(pool, self._sent((block if isinstance(block, jax.Array) else to_host(block),)), [slot])
-
-    def finish_copies(
-        self, pool: jax.Array, arriving: tuple[Arriving, ...], slots: np.ndarray | None = None
-    ) -> tuple[jax.Array, tuple[Arriving, ...]]:
+    def finish_copies(self, pool: jax.Array, arriving: Coming, slots: np.ndarray | None = None) -> tuple[jax.Array, Coming]:
         """Returns when what is on its way into these slots (None: all) has arrived and is being written; consumes the pool.
 
         Negative slots are none. What was started before it is written too: a slot may have been given away and filled again.
@@ -194,12 +189,12 @@ class ExpertStore:
         if self.link.bytes_per_s is not None:
             self.link.wait(max((self._arrival_s.get(slot, 0.0) for slot in slots), default=0.0))
 
-    def finish_arrived(self, pool: jax.Array, arriving: tuple[Arriving, ...]) -> tuple[jax.Array, tuple[Arriving, ...]]:
+    def finish_arrived(self, pool: jax.Array, arriving: Coming) -> tuple[jax.Array, Coming]:
         """Writes the copies that have arrived; never waits. Consumes the pool."""
         arrived = sum(1 for _ in itertools.takewhile(lambda one: _is_ready(one.block), arriving))
         return self._finish_oldest(pool, arriving, arrived)
 
-    def _finish_oldest(self, pool: jax.Array, arriving: tuple[Arriving, ...], count: int) -> tuple[jax.Array, tuple[Arriving, ...]]:
+    def _finish_oldest(self, pool: jax.Array, arriving: Coming, count: int) -> tuple[jax.Array, Coming]:
         """Writes the `count` oldest, waiting for them; none if it is not above 0."""
         oldest, others = arriving[: max(count, 0)], arriving[max(count, 0) :]
         return self._write(pool, [one.block for one in oldest], [one.slot for one in oldest]), others

@@ -78,6 +78,7 @@ class HostTier:
         """devices: none where there is only the first; homes: of homes.homes_of. A block that is pinned for another device than
         its own is copied.
         """
+        self._everywhere = experts
         if devices:
             experts = [
                 [_pinned_for(blocks, expert, home(layer, expert, devices, homes)) for expert in range(len(blocks))]
@@ -94,7 +95,9 @@ class HostTier:
         return [self._experts[layer][expert] for layer, expert in keys]
 
     def block(self, key: tuple[int, int]) -> jax.Array:
-        return self._experts[key[0]][key[1]]
+        """One that another process holds is read anew."""
+        own = self._experts[key[0]][key[1]]
+        return self._everywhere[key[0]][key[1]] if own is None else own
 
     def read_ahead(self, predicted: np.ndarray) -> None:
         pass
@@ -213,7 +216,8 @@ class DiskTier:
         self._blocks[key] = self._pending[key] = pool.submit(self._read, key)
 
     def _read(self, key: tuple[int, int]) -> jax.Array:
-        return to_host(self._files.read(*key, keep_pages=self._keep_pages), home(*key, self._devices, self._homes))
+        device = home(*key, self._devices, self._homes)  # of another process where a draft merges all experts of a layer
+        return to_host(self._files.read(*key, keep_pages=self._keep_pages), device if is_local(device) else None)
 
     def _reading(self) -> np.ndarray:
         """[L, E] bool, experts whose read has not ended."""

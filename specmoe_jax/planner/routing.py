@@ -55,17 +55,19 @@ def missed(probabilities: tuple[float, ...], tokens: float, resident: float) -> 
     return float(used[whole:].sum() - (resident - whole) * (used[whole] if whole < len(used) else 0.0))
 
 
-def busiest(count: float, num_experts: int, devices: int) -> float:
+def busiest(count: float, num_experts: int, devices: int, kept: int = 0) -> float:
     """Of `count` different experts of a layer, those of the device that has most of them, expected.
 
     Experts belong to devices whatever their popularity, so a device's are as many as of a random draw: mean and deviation of a
-    hypergeometric distribution, whose largest of n is taken as that of n independent normal numbers.
+    hypergeometric distribution, whose largest of n is taken as that of n independent normal numbers. kept: others, which devices
+    have equal shares of; all are taken to have as many that may be among the `count` as the one that has most.
     """
-    own = -(-num_experts // devices)
     if devices == 1 or count <= 0:
         return count
-    variance = count / devices * (1 - 1 / devices) * max(num_experts - count, 0) / max(num_experts - 1, 1)
-    expected = count / devices + _largest_normal(devices) * math.sqrt(variance)
+    own = -(-num_experts // devices) - kept // devices
+    drawn, among = count * own * devices / (num_experts - kept), own * devices
+    variance = drawn / devices * (1 - 1 / devices) * max(among - drawn, 0) / max(among - 1, 1)
+    expected = drawn / devices + _largest_normal(devices) * math.sqrt(variance)
     return min(max(expected, 1.0), own, count)  # an expert is whole
 
 

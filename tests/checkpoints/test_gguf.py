@@ -11,7 +11,8 @@ from specmoe_jax.checkpoints.conversion.convert import convert
 from specmoe_jax.checkpoints.experts import is_mappable
 from specmoe_jax.checkpoints.files import open_checkpoint
 from specmoe_jax.checkpoints.inventory import take_inventory
-from specmoe_jax.checkpoints.loader import checkpoint_path, load_config, load_model_tokenizer
+from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
+from specmoe_jax.checkpoints.model_tokenizer import load_model_tokenizer
 from specmoe_jax.planner.memory.account import account
 from specmoe_jax.support.errors import CheckpointError
 

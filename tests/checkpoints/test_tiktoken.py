@@ -9,7 +9,8 @@ import pytest
 from small_checkpoint_files import write_checkpoint
 from tokenizers import pre_tokenizers
 
-from specmoe_jax.checkpoints.loader import load_config, load_model_tokenizer
+from specmoe_jax.checkpoints.loader import load_config
+from specmoe_jax.checkpoints.model_tokenizer import load_model_tokenizer
 from specmoe_jax.jobs.job import read_head
 from specmoe_jax.support.errors import CheckpointError
 

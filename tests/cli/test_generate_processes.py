@@ -19,26 +19,17 @@ def job(tmp_path_factory):
     return folder
 
 
-def test_a_process_that_dies_ends_the_job_and_one_process_goes_on_with_it(job):
-    both = start(job, "killed.jsonl")
-    while not answers(job, "killed.jsonl") and both[0].poll() is None:
+@pytest.mark.parametrize(("victim", "successors"), [(1, 1), (0, 2)])
+def test_a_process_that_dies_ends_the_job_and_others_go_on_with_it(job, victim, successors):
+    name = f"killed_{victim}.jsonl"
+    both = start(job, name)
+    while not answers(job, name) and both[0].poll() is None:
         time.sleep(0.05)
-    code, said, seconds = end_of_other(both, victim=1)
+    code, said, seconds = end_of_other(both, victim=victim)
     assert (code, said) == (1, LOST.decode()) and seconds < 60
-    assert 0 < len(answers(job, "killed.jsonl")) < 6
-    go_on(job, "killed.jsonl", 1)
-    assert answers(job, "killed.jsonl") == answers(job, "whole.jsonl")
-
-
-@pytest.mark.slow
-def test_the_first_process_dies_and_two_go_on(job):
-    both = start(job, "first.jsonl")
-    while not answers(job, "first.jsonl") and both[0].poll() is None:
-        time.sleep(0.05)
-    code, said, seconds = end_of_other(both, victim=0)
-    assert (code, said) == (1, LOST.decode()) and seconds < 60
-    go_on(job, "first.jsonl", 2)
-    assert answers(job, "first.jsonl") == answers(job, "whole.jsonl")
+    assert 0 < len(answers(job, name)) < 6
+    go_on(job, name, successors)
+    assert answers(job, name) == answers(job, "whole.jsonl")
 
 
 @pytest.mark.every_case

@@ -1,6 +1,6 @@
 """What the engine does on several devices beside plain batches of the tiny model, on four CPU devices in a process of its own.
 
-Run by test_devices_of_families.py. Arguments: a number of devices and names of FEATURES or of PAIRS; the last line is JSON, the
+Run by test_devices_of_families.py. Arguments: a number of devices and names of CASES; the last line is JSON, the
 answers of each name on one device and on so many.
 """
 
@@ -9,7 +9,7 @@ import json
 import sys
 
 from engine_cases import PROMPTS, plan, tokens_of
-from test_family_presets import DRAFTED, FAMILIES, KEEPING, PARAMS, PLANS, REFUSED, expected, model_of, plan_of
+from test_family_presets import DRAFTED, PARAMS, REFUSED, expected, model_of, plan_of
 from test_family_presets import PROMPTS as FAMILY_PROMPTS
 
 import specmoe_jax as sm
@@ -67,21 +67,28 @@ FEATURES = {
     "an encoder": encoder,
     "scores": scores,
 }
-PLACES = [case for case in PLANS if "computed" not in case]
+KINDS = (("deepseek_v32", "glm_moe_dsa"), ("qwen3_next", "qwen3_5_moe"), ("mimo_v2_flash",))
+"""Families with an indexer, with states, and with caches of several shapes."""
+
+
+def place(draft: str, turn: int) -> str:
+    """A flow and tier that the draft goes with, in turn."""
+    places = [case for case in DRAFTED[draft][1] if "computed" not in case]
+    return places[turn % len(places)]
+
+
 PAIRS = {
-    f"{draft}, {case}": family(name, draft, case)
-    for number, (draft, case) in enumerate(itertools.product(DRAFTED, PLACES))
-    if draft != "merged" and case in DRAFTED[draft][1]
-    for name in [[one for one in FAMILIES if (one, draft) != REFUSED][number % 4]]
+    (name, draft): place(draft, number + 2 * kind)
+    for (number, draft), (kind, names) in itertools.product(enumerate(DRAFTED), enumerate(KINDS))
+    if (name := names[number % len(names)], draft) != REFUSED
 }
-"""Every draft in every flow, of a family with states, an indexer or caches of several shapes."""
-assert set(KEEPING) < set(PLACES)
+"""Every draft of every kind of family; the flows go round (devices_of_presets.py has every draft in every flow)."""
+CASES = FEATURES | {f"{name}, {draft}": family(name, draft, case) for (name, draft), case in PAIRS.items()}
 
 
 def main() -> None:
     devices, *names = sys.argv[1:]
-    cases = FEATURES | PAIRS
-    print(json.dumps({name: [cases[name](1), cases[name](int(devices))] for name in names}))
+    print(json.dumps({name: [CASES[name](1), CASES[name](int(devices))] for name in names}))
 
 
 if __name__ == "__main__":

@@ -24,19 +24,25 @@ from specmoe_jax.testing.families import tiny_family
 
 PLANS = {name: (a_plan, params) for name, (a_plan, params, _) in ALONE.items()} | {
     "guard": (plan("specmoe", batch_size=8, guard=True), GREEDY),
+    "merged": (plan("specmoe", batch_size=8, draft="merged", draft_experts=2, draft_length=2), SHORT),
     "ngram": (plan("on_demand", batch_size=8, draft="ngram", draft_length=3), SHORT),
 }
-MTP = "mtp"
-"""Beside PLANS: a model that ships a layer for further tokens."""
+MTP = ("mtp", "mtp hot")
+"""Beside PLANS: a model that ships a layer for further tokens, all of its experts on the accelerator or a few."""
 
 
-def mtp_tokens(devices: int, num_processes: int) -> list[tuple[int, ...]]:
-    model = tiny_family("glm4_moe")
+def mtp_tokens(name: str, devices: int, num_processes: int) -> list[tuple[int, ...]]:
+    model, hot = tiny_family("glm4_moe"), name != "mtp"
     own = sm.PRESETS["on_demand"](model.config).replace(
-        draft="mtp", draft_length=2, batch_size=8, devices=devices, num_processes=num_processes
+        draft="mtp",
+        draft_length=2,
+        draft_experts=4 if hot else None,
+        batch_size=8,
+        devices=devices,
+        num_processes=num_processes,
     )
     prompts = [[token % model.config.vocab_size for token in prompt] for prompt in PROMPTS]
-    return tokens_of(sm.Engine(model, own, mtp_head=mtp.random_head(model)).generate(prompts, SHORT))
+    return tokens_of(sm.Engine(model, own, mtp_head=mtp.random_head(model, experts_on_host=hot)).generate(prompts, SHORT))
 
 
 def held(folder: str) -> list[list[bool]]:
@@ -56,8 +62,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         kept = held(folder)
         for name in names:
-            if name == MTP:
-                found[name] = {"tokens": mtp_tokens(4, 2)}
+            if name in MTP:
+                found[name] = {"tokens": mtp_tokens(name, 4, 2)}
                 continue
             a_plan, params = PLANS[name]
             found[name] = outcome(a_plan.replace(devices=4, num_processes=2), params, folder)

@@ -20,9 +20,11 @@ from specmoe_jax.engine.runtime import plan_homes
 from specmoe_jax.engine.state import HostKV
 from specmoe_jax.engine.step import moved
 from specmoe_jax.offload.homes import most_experts
+from specmoe_jax.offload.residency import Residency
 from specmoe_jax.offload.sharded_store import ShardedStore
 from specmoe_jax.offload.store import Link
 from specmoe_jax.offload.tiers import HostTier
+from specmoe_jax.planner.memory.account import pinned_experts
 from specmoe_jax.testing import eagle_head, tiny, write_tiny
 from specmoe_jax.types import MESH_AXIS, RecurrentState
 
@@ -45,6 +47,8 @@ PLANS = {
     "host": (plan("specmoe", batch_size=8, kv_tier="host"), SHORT, (2,)),
     "disk": (plan("on_demand", batch_size=8, **DISK), SHORT, (2,)),
     "sampled": (plan("specmoe", batch_size=8, deterministic_sampling=True), SAMPLED, (4,)),
+    "merged": (plan("specmoe", batch_size=8, draft="merged", draft_experts=2, merge_every=2), GREEDY, (4,)),
+    "merged, on disk": (plan("on_demand", batch_size=8, draft="merged", draft_experts=3, draft_length=2, **DISK), SHORT, (2,)),
     "placed": (plan("on_demand", batch_size=8, placement="popularity"), GREEDY, (4,)),
     "placed, drafting": (plan("specmoe", batch_size=8, prefetch="draft", retain=True, placement="popularity"), SHORT, (2, 4)),
     "placed, on disk": (plan("specmoe", batch_size=8, placement="popularity", **DISK), SHORT, (2,)),
@@ -71,16 +75,20 @@ def outcome(a_plan, params, folder: str) -> dict:
     given = {"draft_head": eagle_head(tiny())} if a_plan.draft == "eagle" else {}
     given |= {"popularity": POPULARITY} if a_plan.placing.by_popularity else {}
     engine = sm.Engine(stored(a_plan, folder) if a_plan.expert_tier == "disk" else tiny(), a_plan, **given)
-    put_back, caches = engine._resources.put_back, []
+    steps, put_back, caches = [], engine._resources.put_back, []
     engine._resources.put_back = lambda state, shape: (caches.extend(held(state.kv)), put_back(state, shape))
-    tokens = tokens_of(engine.generate(PROMPTS, params))
+    tokens = tokens_of(engine.generate(PROMPTS, params, on_step=steps.append))
     account = engine._resources.account
     assert account is not None and len({str(cache) for cache in caches}) <= 1
     stats, own = engine.stats(), engine._resources.runtime
     assert stats["compilations_after_warmup"] == 0
+    if a_plan.prefetch == "none" and not a_plan.flow.streams_layers:
+        keeps_its_share(own, engine._resources._memory.residency)
     size, left = own.experts.expert_bytes, getattr(own.experts.store.tier, "left", None)
     zeros = size * (a_plan.expert_flow != "stream")  # a pool is warmed up by one block
-    wanted = None if left is None else [int(left[own.experts.homes == d].sum()) * size + zeros for d in range(a_plan.devices)]
+    wanted, blocks = None, merged_blocks(own) * (1 + sum(step.merge_bytes > 0 for step in steps))
+    if left is not None:
+        wanted = [int(left[own.experts.homes == d].sum() + blocks[d]) * size + zeros for d in range(a_plan.devices)]
     return {
         "tokens": tokens,
         "sent": moved(own).device_bytes.tolist(),
@@ -92,6 +100,19 @@ def outcome(a_plan, params, folder: str) -> dict:
         "said": [line.split("  ")[-1] for line in table(stats | {"load_s": 0.0}).splitlines() if "rows of each device" in line],
         "balance": stats["link_balance"],
     }
+
+
+def keeps_its_share(own: runtime.Runtime, residency: Residency) -> None:
+    """Between passes no device has more of a layer's experts than an equal part of those that stay."""
+    for slots, homes, count in zip(residency.slot_of, own.experts.homes, pinned_experts(own.config, own.plan), strict=True):
+        kept = np.bincount(homes[slots >= 0], minlength=own.plan.devices)
+        assert kept.sum() == count and kept.max() <= most_experts(own.plan.devices, count)
+
+
+def merged_blocks(own: runtime.Runtime) -> np.ndarray:
+    """[devices], on each; a merge brings all anew."""
+    slots, of_each = own.experts.merged_slots, own.experts.slots.total // own.plan.devices
+    return np.bincount(() if slots is None else slots.reshape(-1) // of_each, minlength=own.plan.devices).astype(int)
 
 
 def held(kv) -> list[tuple[list[int], list[int]]]:

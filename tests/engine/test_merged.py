@@ -5,6 +5,7 @@ import pytest
 from engine_cases import GREEDY, PROMPTS, SAMPLED, plan, run, steps, tokens_of
 
 import specmoe_jax as sm
+from specmoe_jax.planner.memory.account import account
 from specmoe_jax.testing import TINY
 
 
@@ -52,12 +53,12 @@ def test_sampled(model):
 
 
 def test_the_blocks_stay(model):
-    """They are the same after every step, beside the slots that the residency plans know of."""
+    """They are the same after every step, in slots that no expert ever gets."""
     engine, blocks = sm.Engine(model, merged()), None
     for _, state, _ in steps(engine):
-        slots = engine._resources.runtime.experts.merged_slots
-        assert state.memory.residency.owner.size == slots.min() == engine._resources.runtime.experts.slots.total
-        assert state.memory.pool.shape[0] == slots.max() + 1
+        slots, owner = engine._resources.runtime.experts.merged_slots, state.memory.residency.owner
+        assert np.flatnonzero(owner == TINY.num_moe_layers * TINY.num_experts).tolist() == sorted(slots.reshape(-1).tolist())
+        assert owner.size == state.memory.pool.shape[0] == engine._resources.runtime.experts.slots.total
         now = np.asarray(state.memory.pool)[slots]
         blocks = now if blocks is None else blocks
         np.testing.assert_array_equal(now, blocks)
@@ -71,6 +72,12 @@ def test_one_engine_many_batches(model, resident):
         assert tokens_of(engine.generate(PROMPTS[:count], GREEDY)) == resident[:count]
 
 
+def test_the_account_is_of_one_device():
+    """Nine blocks, three of each layer, are dealt out."""
+    slots = [account(TINY, merged(3, devices=count), batch_rows=1, positions=64).merged_slots for count in (1, 2, 4)]
+    assert slots == [9, 5, 3]
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -79,6 +86,7 @@ def test_one_engine_many_batches(model, resident):
         ({"draft_experts": None}, "draft_experts"),
         ({"draft_experts": TINY.num_experts + 1}, "draft_experts"),
         ({"expert_flow": "resident"}, "draft=merged has no effect"),
+        ({"merge_every": 2, "devices": 2, "num_processes": 2}, "merge_every reads many experts, and each of num_processes=2"),
     ],
 )
 def test_refused(changes, message):

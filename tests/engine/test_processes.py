@@ -17,7 +17,7 @@ from specmoe_jax.planner.memory.account import account
 from specmoe_jax.testing import TINY, tiny
 
 FIRST = ("on_demand", "guard")
-OTHERS = ("specmoe", "caching", "streaming", "eagle", "host", "ngram", "placed, on disk", MTP)
+OTHERS = ("specmoe", "caching", "streaming", "eagle", "host", "ngram", "placed, on disk", "merged", *MTP)
 
 
 def free_port() -> int:
@@ -47,11 +47,11 @@ def test_tokens_are_those_of_one_device_and_bytes_those_of_its_experts(names):
     """Ragged batches of eight rows, and of four that are refilled. Each process counts every link, and sends over its own."""
     expected, first, second = run(tiny(), plan("resident", batch_size=8))[0], *(told["plans"] for told in outcomes(*names))
     for name in names:
-        tokens = mtp_tokens(1, 1) if name == MTP else expected
+        tokens = mtp_tokens(name, 1, 1) if name in MTP else expected
         for found in (first[name], second[name]):
             length = len(found["tokens"][0])
             assert [tuple(row) for row in found["tokens"]] == [row[:length] for row in tokens], name
-        if name == MTP:
+        if name in MTP:
             continue
         assert first[name]["sent"] == second[name]["sent"], name
         if first[name]["wanted"]:

@@ -72,7 +72,7 @@ def test_states_are_in_the_account(draft):
     plan = sm.PRESETS["specmoe" if "draft_experts" in draft else "on_demand"](model.config).replace(**draft)
     held = account(model.config, plan, batch_rows=5, positions=64)
     layers = [model.config.layers[layer].attention.recurrent for layer in model.config.recurrent_layers]
-    states = [new_states(layer, 5, plan.draft_length) for layer in layers]
+    states = [new_states(layer, 5, plan.draft_length, None) for layer in layers]
     arrays = sum(state.state.nbytes + state.rows.nbytes for state in states)
     assert held.state_bytes == arrays * (len(layers) + 1) // len(layers)  # alike; of one of them twice
     longer = account(model.config, plan, batch_rows=5, positions=128)

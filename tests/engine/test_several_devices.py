@@ -125,10 +125,6 @@ def test_the_store_of_one_device_is_a_case_of_several(room):
             plan("resident", expert_flow="host_compute", devices=2),
             "expert_flow=host_compute is built for one device",
         ),
-        (
-            plan("specmoe", draft="merged", draft_experts=2, devices=2),
-            "draft=merged is built for one device; got devices=2",
-        ),
         (plan("on_demand", devices=3), "devices=3 and this process has 1; give at most as many"),
         (plan("specmoe", placement="popularity"), "placement=popularity has no effect on one device; leave it out"),
         (plan("streaming", placement="popularity", devices=2), "placement=popularity has no effect with expert_flow=stream"),

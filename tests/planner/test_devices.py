@@ -34,6 +34,12 @@ def test_the_busiest_device_is_that_of_a_random_draw(count, experts, devices):
     assert routing.busiest(float(experts), experts, devices) == experts / devices
 
 
+def test_what_devices_keep_in_equal_shares_is_not_drawn():
+    """All that is absent: 28 of 32 are seven for each of four devices; of eight without one some device has both of its own."""
+    assert routing.busiest(28.0, 32, 4, kept=4) == 7 < routing.busiest(28.0, 32, 4)
+    assert routing.busiest(7.0, 8, 4, kept=1) == routing.busiest(7.0, 7, 4) == 2
+
+
 @pytest.mark.parametrize("name", ["streaming", "on_demand", "specmoe"])
 def test_links_add_up_where_they_bind(name):
     few = {"draft_experts": 1} if name == "specmoe" else {}

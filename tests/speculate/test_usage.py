@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from specmoe_jax.speculate.hot_experts.usage import count_choices, hot_set
+from specmoe_jax.speculate.hot_experts.usage import count_choices, hot_set, shared_hot_set
 
 E = 7
 
@@ -42,6 +42,28 @@ def test_a_refresh_moves_nothing_beyond_what_the_pass_fetched(counts, resident):
 @given(RESIDENT)
 def test_a_pass_without_votes_changes_nothing(resident):
     np.testing.assert_array_equal(hot_set(np.zeros(E, np.int64), resident, int(resident.sum())), resident)
+
+
+@given(COUNTS, RESIDENT, st.integers(0, E), st.integers(1, E))
+def test_a_shared_set_is_the_best_of_equal_shares(counts, resident, size, devices):
+    """What is outside is worse than all inside, or than its device's share."""
+    homes, share = np.arange(E) % devices, -(-size // devices)
+    hot = shared_hot_set(counts, resident, size, homes, devices)
+    assert hot.sum() == size and np.bincount(homes[hot], minlength=devices).max() <= share
+    rank = [(-counts[e], not resident[e], e) for e in range(E)]
+    for outside in np.flatnonzero(~hot):
+        worse = [inside for inside in np.flatnonzero(hot) if rank[inside] < rank[outside]]
+        assert len(worse) == size or sum(homes[inside] == homes[outside] for inside in worse) == share
+    if devices == 1:
+        np.testing.assert_array_equal(hot, hot_set(counts, resident, size))
+
+
+@given(COUNTS, COUNTS, st.integers(0, E), st.integers(1, E))
+def test_a_refresh_of_a_shared_set_moves_nothing_either(before, counts, size, devices):
+    """From one such set to the next."""
+    homes = np.arange(E) % devices
+    resident = shared_hot_set(before, np.zeros(E, bool), size, homes, devices)
+    assert (resident | (counts > 0))[shared_hot_set(counts, resident, size, homes, devices)].all()
 
 
 def test_a_set_larger_than_the_layer_is_refused():

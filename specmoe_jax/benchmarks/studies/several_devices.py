@@ -4,9 +4,9 @@
     python -m specmoe_jax.benchmarks.studies.several_devices --presets=on_demand
     python -m specmoe_jax.benchmarks.studies.several_devices --part=balance --model=nllb_shaped
 
-throughput: 1, 2 and 4 devices with the same rows, in interleaved rounds; ratios are to one device. All have as many slots together,
-but for a self-draft: each device has room for all experts that stay; what it does not need is empty. The links are emulated, and
-so slow that the processor can follow: all devices are made of one CPU, which does n times what they do not divide.
+throughput: 1, 2 and 4 devices with the same rows, in interleaved rounds; ratios are to one device. All have as many slots together.
+The links are emulated, and so slow that the processor can follow: all devices are made of one CPU, which does n times what they do
+not divide.
 balance: bytes that each link brought, without an emulated rate, where expert e is of device e mod n and where popular experts are
 spread. Popularity is counted on other prompts than those that are measured. The last line is one JSON document.
 """

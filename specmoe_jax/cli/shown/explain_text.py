@@ -5,8 +5,10 @@ from typing import Any
 
 from specmoe_jax.autotune.advice import PACKINGS, Advised, unused
 from specmoe_jax.autotune.choose import Knowledge
+from specmoe_jax.checkpoints.published.quantisation import Quantisation, is_built
 from specmoe_jax.cli.flag_groups import plan_flags
 from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.planner import explain
 from specmoe_jax.planner.search import Choice
 from specmoe_jax.support.units import GIB
 
@@ -17,6 +19,18 @@ COLUMNS = (
     ("batch", "rows", 1), ("tokens_per_s", "tok/s", 1), ("iteration_s", "step ms", 1e-3), ("draft_s", "draft ms", 1e-3),
     ("tokens_per_step", "tok/step", 1), ("link_bytes_per_token", "MB/tok", 1e6), ("bytes x on_demand", "x demand", 1),
 )  # fmt: skip
+
+
+def as_text(shown: dict) -> str:
+    """The document for people."""
+    shown, advice, presets = dict(shown), shown.get("advice"), shown.get("presets")
+    assumptions = shown.pop("assumptions")
+    parts = []
+    if advice is not None:
+        parts += [advice_text(shown.pop("advice")), f"\nthe best for {[*advice][-1]} in full:"]
+    if presets is not None:
+        parts.append(presets_text(shown.pop("presets")))
+    return "\n".join([*parts, explain.as_text(shown), lines_of("assumptions", assumptions)])
 
 
 def advice(advised: list[Advised], config: ModelConfig, known: Knowledge) -> dict[str, Any]:
@@ -100,3 +114,10 @@ def lines_of(title: str, entries: list[str]) -> str:
     """A list as wrapped lines under a title."""
     wrapped = (textwrap.wrap(entry, WIDTH, initial_indent="  ", subsequent_indent="    ") for entry in entries)
     return "\n".join([f"{title}:", *(line for entry in wrapped for line in entry)])
+
+
+def form_of(quantisation: Quantisation, config: ModelConfig) -> str:
+    """How the weights are stored, and whether they can be loaded."""
+    bits = "" if quantisation.bits is None else f", {quantisation.bits:.3g} bits a weight"
+    loads = "whose experts stay packed" if is_built(quantisation, config) else "which this version does not load"
+    return f"{quantisation.words}{bits}, {loads}"

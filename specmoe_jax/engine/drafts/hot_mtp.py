@@ -3,7 +3,8 @@
 All experts are in host memory. What the router of a layer chooses of all is counted at every position that is observed, of
 prompts and of committed tokens; after 1, 2, 4 drafts and so on, at last after every REFRESH, the most chosen ones that are absent
 take the places of the least chosen. The router then chooses among the experts that are there, as `substitution=mask` does for a
-self-draft: of the distances of their weights nothing has to be known. Their bytes are counted on the experts' link.
+self-draft: of the distances of their weights nothing has to be known. Of several devices each has all of the layer, these experts
+too, so a draft token is computed without a sum over devices; an expert crosses the link of each, where its bytes are counted.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from specmoe_jax.models.mtp import MtpHead
 from specmoe_jax.offload.store import Link
 from specmoe_jax.speculate.drafts.mtp import MtpDraft, MtpMemory
 from specmoe_jax.speculate.drafts.protocol import DraftView
-from specmoe_jax.support.processes import put
+from specmoe_jax.support.processes import local, put
 from specmoe_jax.types import KVCache, Proposal
 
 REFRESH = 64  # drafts: a step of a batch observes a few positions a row, so that counts change slowly
@@ -41,12 +42,12 @@ class HotMemory(NamedTuple):
 
 
 class HotMtpDraft(NamedTuple):
-    """draft: of layers without experts. blocks: of each layer, all of its experts in host memory. hot: n."""
+    """draft: of layers without experts. blocks: of each layer, all of its experts in host memory. hot: n. links: of the devices."""
 
     draft: MtpDraft
     blocks: tuple[tuple[jax.Array, ...], ...]
     hot: int
-    link: Link
+    links: tuple[Link, ...]
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
@@ -87,18 +88,19 @@ class HotMtpDraft(NamedTuple):
         """With the most chosen experts of each layer, where that is due. Waits for the counts and for the copies."""
         if memory.due > 0:
             return memory._replace(due=memory.due - 1)
-        counts, held = np.stack(jax.device_get(memory.own.counts)), memory.held.copy()
+        counts, held = np.stack(jax.device_get(local(memory.own.counts))), memory.held.copy()
         pools, slots, arrival_s = list(memory.pools), [], 0.0
         for layer, blocks in enumerate(self.blocks):
             for place, expert in swaps(counts[layer], held[layer]):
                 block = put(blocks[expert], pools[layer].sharding)
                 pools[layer] = _put(pools[layer], block, np.int32(place))
-                arrival_s = self.link.send(block.nbytes)
+                arrival_s = max(link.send(block.nbytes) for link in self.links)
                 held[layer, place] = expert
             table = np.full(len(blocks), -1, np.int32)
             table[held[layer]] = np.arange(self.hot)
             slots.append(put(table, memory.slots[layer].sharding))
-        self.link.wait(arrival_s)
+        for link in self.links:
+            link.wait(arrival_s)
         kept = tuple(put(KEPT * own, old.sharding) for own, old in zip(counts, memory.own.counts, strict=True))
         own = memory.own._replace(counts=kept)
         period = min(2 * memory.period, REFRESH) if counts.any() else 1

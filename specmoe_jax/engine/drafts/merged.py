@@ -1,8 +1,10 @@
 """The merged draft: the target's own pass over merged experts in slots of their own."""
 
 import concurrent.futures
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from specmoe_jax.config.plan import Plan
@@ -10,12 +12,13 @@ from specmoe_jax.engine.drafts.protocol import DraftExecutor, DraftInputs
 from specmoe_jax.engine.flows.migration import wait_for_copies
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory
-from specmoe_jax.models.model import Model
-from specmoe_jax.offload.store import ExpertStore
+from specmoe_jax.models.model import Model, to_host
+from specmoe_jax.offload.tiers import Tier
 from specmoe_jax.speculate.drafts.merged import group_experts, merge
 from specmoe_jax.speculate.drafts.self_draft import SelfDraft
 from specmoe_jax.speculate.hot_experts.affinity_cache import affinity_table
 from specmoe_jax.speculate.hot_experts.substitution import DraftSlots
+from specmoe_jax.support.processes import is_local
 
 
 class Merging(NamedTuple):
@@ -27,10 +30,11 @@ class Merging(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """groups: [L, E] int32, the slot of the block that stands for each expert. blocks: (block [3, F, M], slot)."""
+    """groups: [L, E] int32, the slot of the block that stands for each expert. blocks: [3, F, M] each, in the order of the merged
+    slots; None for one that another process holds."""
 
     groups: np.ndarray
-    blocks: list[tuple[np.ndarray, int]]
+    blocks: list[jax.Array | None]
 
 
 class MergedExecutor(DraftExecutor):
@@ -74,31 +78,27 @@ class MergedExecutor(DraftExecutor):
 def merged(runtime: Runtime, counts: np.ndarray, most: int | None = None) -> Merged:
     """All blocks by how often each expert was chosen [L, E]; of a layer only the `most` most used experts, None for all."""
     neighbours, groups, blocks = runtime.policies.neighbours, np.zeros(counts.shape, np.int32), []
-    tier = _store(runtime).tier
+    tier, own_slots = runtime.experts.store.tier, runtime.experts.slots.total // runtime.plan.devices
     assert neighbours is not None
     for layer, slots in enumerate(_slots(runtime)):
         grouping = group_experts(counts[layer], neighbours[layer], len(slots), most)
         for group, slot in enumerate(slots):
-            block = merge(lambda expert, layer=layer: np.asarray(tier.block((layer, expert))), grouping, group)
-            blocks.append((block, int(slot)))
+            device = runtime.context.devices[slot // own_slots]
+            blocks.append(to_host(merge(_reader(tier, layer), grouping, group), device) if is_local(device) else None)
         groups[layer] = slots[grouping.of]
     return Merged(groups, blocks)
 
 
+def _reader(tier: Tier, layer: int) -> Callable[[int], np.ndarray]:
+    return lambda expert: np.asarray(tier.block((layer, expert)))
+
+
 def _installed(runtime: Runtime, memory: ExpertMemory, found: Merged) -> ExpertMemory:
     """With the blocks in their slots, over the link."""
-    pool, store = memory.pool, _store(runtime)
-    assert pool is not None
-    for block, slot in found.blocks:
-        pool = store.put(pool, block, slot)
-    memory = memory._replace(pool=pool, groups=found.groups)
-    return wait_for_copies(runtime, memory, np.array([slot for _, slot in found.blocks]))
-
-
-def _store(runtime: Runtime) -> ExpertStore:
-    store = runtime.experts.store
-    assert isinstance(store, ExpertStore)  # it is built for one device
-    return store
+    assert memory.pool is not None
+    slots = _slots(runtime).reshape(-1)
+    pool, arriving = runtime.experts.store.put(memory.pool, found.blocks, slots.tolist(), memory.arriving)
+    return wait_for_copies(runtime, memory._replace(pool=pool, arriving=arriving, groups=found.groups), slots)
 
 
 def _slots(runtime: Runtime) -> np.ndarray:

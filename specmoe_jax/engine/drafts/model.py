@@ -39,7 +39,8 @@ class ModelExecutor(DraftExecutor):
         runtime = build(draft_model, own, counted, None, progress=False)
         flow = EXPERT_FLOWS.executor(own.flow.name)
         on, replayed = runtime.context.place, plan.tokens_per_pass - 1
-        memory, nothing = flow.first_memory(runtime), np.zeros((config.num_moe_layers, config.num_experts), np.int64)
+        dtype, nothing = draft_model.dtype, np.zeros((config.num_moe_layers, config.num_experts), np.int64)
+        memory = flow.first_memory(runtime)
 
         def forward(kv: KVCache, tokens, lengths, num_new):
             done = flow.target_pass(runtime, memory, kv, tokens, lengths, num_new, earlier=nothing, predicted=nothing)
@@ -47,7 +48,7 @@ class ModelExecutor(DraftExecutor):
 
         return ModelDraft(
             forward=forward,
-            new_cache=lambda rows, positions: new_cache(config, rows, positions, draft_model.dtype, on, replayed=replayed),
+            new_cache=lambda rows, positions: new_cache(config, rows, positions, dtype, on, replayed=replayed, states=on),
             chunk=plan.prefill_chunk,
         )
 

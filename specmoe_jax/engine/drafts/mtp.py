@@ -1,5 +1,7 @@
 """The target's own layers for further tokens as the draft, all of their experts on the accelerator or a few of them."""
 
+import dataclasses
+
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.engine.context import placed
 from specmoe_jax.engine.drafts.hot_mtp import HotMtpDraft, host_blocks, without_experts
@@ -34,7 +36,7 @@ class MtpExecutor(DraftExecutor):
                 f"{'in host memory' if on_host else 'on the accelerator'}; load it so: "
                 f"checkpoints.load_mtp(model, experts_on_host={not on_host})"
             )
-        return MtpDraft(placed(head, plan.devices), tree_shape(plan))
+        return MtpDraft(_placed(head, plan.devices), tree_shape(plan))
 
     def for_job(self, draft: MtpDraft, runtime: Runtime, account: MemoryAccount) -> FeatureDraft:
         blocks, hot = host_blocks(draft.head), runtime.plan.draft_experts
@@ -42,7 +44,7 @@ class MtpExecutor(DraftExecutor):
             return draft
         assert isinstance(hot, int)  # as `make` and the plan's checks want it
         own = draft._replace(head=without_experts(draft.head))
-        return HotMtpDraft(draft=own, blocks=blocks, hot=hot, link=runtime.experts.store.links[0])
+        return HotMtpDraft(draft=own, blocks=blocks, hot=hot, links=runtime.experts.store.links)
 
     def random_inputs(self, model: Model) -> dict:
         return {"mtp_head": random_head(model)}
@@ -58,6 +60,18 @@ def _head(inputs: DraftInputs) -> MtpHead:
     """That it was given has been checked."""
     assert inputs.mtp_head is not None
     return inputs.mtp_head
+
+
+def _placed(head: MtpHead, devices: int) -> MtpHead:
+    """On all devices, but for blocks in host memory."""
+    held = [layer.experts if isinstance(layer.experts, tuple) else None for layer in head.chain]
+    if not any(held):
+        return placed(head, devices)
+    first, *further = (
+        dataclasses.replace(layer, experts=blocks)
+        for layer, blocks in zip(placed(without_experts(head), devices).chain, held, strict=True)
+    )
+    return dataclasses.replace(first, further=tuple(further))
 
 
 DRAFT = MtpExecutor()

@@ -44,10 +44,9 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
     def first_memory(self, runtime: Runtime) -> ExpertMemory:
         """A new pool with what must always be there: all experts, or a first draft set per layer that decodes."""
         shape = (runtime.config.num_expert_layers, runtime.config.num_experts)
-        pool = runtime.experts.store.new_pool(
-            runtime.experts.slots.total + (0 if runtime.experts.merged_slots is None else runtime.experts.merged_slots.size)
-        )
-        residency = empty(*shape, runtime.experts.slots.total, runtime.plan.devices, runtime.experts.homes)
+        pool = runtime.experts.store.new_pool(runtime.experts.slots.total)
+        of_all = runtime.experts.slots.total, runtime.plan.devices, runtime.experts.homes
+        residency = empty(*shape, *of_all, taken=runtime.experts.merged_slots)
         none, arriving = np.zeros(shape[1], bool), ()
         usage_scores = np.zeros((runtime.config.num_moe_layers, shape[1]))
         plan, slots = runtime.plan, runtime.experts.slots.total

@@ -11,6 +11,7 @@ from specmoe_jax.support.errors import PlanError
 class MergedDraftDescription(GatedDraftDescription):
     name = "merged"
     fields = GatedDraftDescription.fields | {"merge_every", "merge_experts"}
+    several_devices = True
     assumed_acceptance = 0.3
 
     def check(self, plan: Plan, config: ModelConfig) -> None:
@@ -34,6 +35,11 @@ class MergedDraftDescription(GatedDraftDescription):
             raise PlanError(f"merge_experts is {plan.merge_experts}; it must be {wanted}")
         if plan.merge_every and plan.expert_tier == "disk":
             raise PlanError("merge_every reads many experts and is built for experts in host memory; leave out expert_tier=disk")
+        if plan.merge_every and plan.num_processes > 1:
+            raise PlanError(
+                f"merge_every reads many experts, and each of num_processes={plan.num_processes} has a part of them in memory; "
+                "leave it out"
+            )
 
     def merged_slots(self, plan: Plan, config: ModelConfig) -> int:
         each = 0 if isinstance(plan.draft_experts, tuple) else plan.draft_experts or 0  # a tuple is refused

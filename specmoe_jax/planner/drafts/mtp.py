@@ -52,8 +52,6 @@ class MtpDraftDescription(DraftDescription):
                 f"draft_experts is {hot}; draft=mtp takes one number, {config.experts_per_token} to {config.num_experts - 1} of "
                 "each layer's experts on the accelerator, or none for all"
             )
-        if hot is not None and plan.devices > 1:
-            raise PlanError(f"draft=mtp with draft_experts is built for one device; got devices={plan.devices}, leave it 1")
 
     def memory(self, plan: Plan, config: ModelConfig, *, head=None, model=None) -> DraftMemory:
         itemsize, count = DTYPE_BYTES[plan.dtype], config.mtp_layers

@@ -82,7 +82,7 @@ class DraftDescription(Protocol):
         return plan.cached_experts or 0
 
     def merged_slots(self, plan: Plan, config: ModelConfig) -> int:
-        """Slots of the pool that hold the draft's own experts for good."""
+        """Slots of the pool, of all devices together, that hold the draft's own experts for good."""
         return 0
 
     def memory(

@@ -82,7 +82,8 @@ class OnDemandFlowDescription(PooledFlowDescription):
             return LayerCosts(block)
         missed, one = _missed(setting, moe), setting.account.expert_bytes
         fetched = _crossing(setting.plan, missed)
-        crossing = routing.busiest(fetched, config.num_experts, setting.plan.devices)  # over one link
+        kept = pinned_experts(config, setting.plan)[moe]
+        crossing = routing.busiest(fetched, config.num_experts, setting.plan.devices, kept)  # over one link
         block += setting.experts(load, programs=_waves(setting, crossing))
         beside = [costs.fetch(one, crossing), *_disk_reads(setting, missed), *_on_host(setting, missed - fetched)]
         return LayerCosts(block, beside, fetched, waits=True)

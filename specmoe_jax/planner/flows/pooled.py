@@ -47,12 +47,13 @@ class PooledFlowDescription:
         return plan.batch_size
 
     def memory(self, config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int, paged: PagedLoad | None) -> FlowMemory:
-        """Of a device, which may have to hold as many of its own experts as a batch asks for in all."""
+        """Of a device: its share of the experts that stay, and as many of its own as a batch may ask for in all."""
         own = most_experts(plan.devices, config.num_experts)
         tokens = max(plan.tokens_per_pass, plan.prefill_chunk) * batch_rows
         dispatch = min(own, tokens * config.experts_per_token)
         everything = config.num_expert_layers * own  # an encoder's as well
-        pinned = everything if self.all_resident else sum(min(own, count) for count in pinned_experts(config, plan))
+        kept = sum(most_experts(plan.devices, count) for count in pinned_experts(config, plan))
+        pinned = everything if self.all_resident else kept
         return FlowMemory(
             pass_tokens=tokens,
             dispatch=dispatch,

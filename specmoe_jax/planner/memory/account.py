@@ -7,7 +7,7 @@ from specmoe_jax.kv_cache.rows import rows_of_device
 from specmoe_jax.models.experts import layer_bytes, mean_bytes
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
-from specmoe_jax.offload.homes import most_of_process
+from specmoe_jax.offload.homes import most_experts, most_of_process
 from specmoe_jax.planner.memory.budgets import fit_device, fit_host, fit_pages, split_draft
 from specmoe_jax.planner.memory.footprint import (
     activation_bytes,
@@ -65,7 +65,7 @@ def account(
         num_slots=needs.wanted_slots + _spare_slots(plan, needs.dispatch),
         wanted_slots=needs.wanted_slots,
         pinned_slots=needs.pinned_slots,
-        merged_slots=plan.drafting.merged_slots(plan, config),
+        merged_slots=most_experts(plan.devices, plan.drafting.merged_slots(plan, config)),
         kv_bytes=own(needs.cached_positions) * position_bytes(config, itemsize),
         state_bytes=state_bytes(config, own_rows, plan.tokens_per_pass - 1),
         activation_bytes=max(

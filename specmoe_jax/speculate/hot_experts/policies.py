@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from specmoe_jax.config.registry import DRAFT_SETS
-from specmoe_jax.speculate.hot_experts.usage import hot_set
+from specmoe_jax.speculate.hot_experts.usage import hot_set, shared_hot_set
 
 DECAY = 0.8  # weight of the past per step under "decay": half of it is gone after three steps
 
@@ -96,11 +96,19 @@ def make_policy(name: str, num_layers: int, num_experts: int, *, guard: bool = F
     return DRAFT_SETS.executor(name)(Setting(num_layers, num_experts, guard))
 
 
-def keep_rule(policy: DraftSetPolicy, sizes: Sequence[int]) -> Callable[..., np.ndarray]:
-    """(layer, usage scores [E], counts [E], resident [E], resting) -> [E] bool: the `sizes[layer]` best experts by the policy."""
+def keep_rule(
+    policy: DraftSetPolicy, sizes: Sequence[int], homes: np.ndarray | None = None, devices: int = 1
+) -> Callable[..., np.ndarray]:
+    """(layer, usage scores [E], counts [E], resident [E], resting) -> [E] bool: the `sizes[layer]` best experts by the policy.
+
+    homes: [L, E], of several devices the one of each expert; they keep equal shares.
+    """
 
     def keep(layer: int, usage_scores: np.ndarray, counts: np.ndarray, resident: np.ndarray, resting: bool = False) -> np.ndarray:
         scores = policy.resting if resting and policy.resting else policy.scores
-        return hot_set(scores(usage_scores, counts, layer), resident, sizes[layer])
+        ranked = scores(usage_scores, counts, layer)
+        if homes is None:
+            return hot_set(ranked, resident, sizes[layer])
+        return shared_hot_set(ranked, resident, sizes[layer], homes[layer], devices)
 
     return keep

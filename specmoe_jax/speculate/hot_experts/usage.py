@@ -30,7 +30,29 @@ def hot_set(counts: np.ndarray, resident: np.ndarray, size: int) -> np.ndarray:
     """
     if not 0 <= size <= len(counts):
         raise ValueError(f"the hot set is to hold {size} experts; there are {len(counts)}")
-    order = np.lexsort((~np.asarray(resident, bool), -np.asarray(counts)))  # stable: then the smaller id
     hot = np.zeros(len(counts), bool)
-    hot[order[:size]] = True
+    hot[_best_first(counts, resident)[:size]] = True
     return hot
+
+
+def shared_hot_set(counts: np.ndarray, resident: np.ndarray, size: int, homes: np.ndarray, devices: int) -> np.ndarray:
+    """As `hot_set`, of experts that belong to several devices (homes [E]), none of which has more than an equal share of the set.
+
+    A pass waits in every layer for the device that brings most: where one keeps all, the others bring all that they have. A layer
+    of which some device has fewer experts than its share may give a smaller set.
+
+    >>> shared_hot_set(np.array([3, 1, 2, 0]), np.zeros(4, bool), size=2, homes=np.array([0, 1, 0, 1]), devices=2).tolist()
+    [True, True, False, False]
+    """
+    order = _best_first(counts, resident)
+    place, hot = np.zeros(len(order), np.int64), np.zeros(len(order), bool)  # place: among those of the same device
+    for device in range(devices):
+        own = homes[order] == device
+        place[own] = np.arange(own.sum())
+    hot[order[place < -(-size // devices)][:size]] = True
+    return hot
+
+
+def _best_first(counts: np.ndarray, resident: np.ndarray) -> np.ndarray:
+    """[E], experts in the order in which a hot set takes them."""
+    return np.lexsort((~np.asarray(resident, bool), -np.asarray(counts)))  # stable: then the smaller id

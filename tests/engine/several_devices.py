@@ -14,6 +14,7 @@ import numpy as np
 from engine_cases import GREEDY, PROMPTS, SAMPLED, plan, tokens_of
 
 import specmoe_jax as sm
+from specmoe_jax.cli.shown.stats_table import table
 from specmoe_jax.engine import cache_rows, context, rows, runtime
 from specmoe_jax.engine.runtime import plan_homes
 from specmoe_jax.engine.state import HostKV
@@ -96,6 +97,7 @@ def outcome(a_plan, params, folder: str) -> dict:
         "link_bytes": stats["link_bytes"],
         "cache": caches[0] if caches else None,
         "accounted": account.accelerator_kv_bytes,
+        "said": [line.split("  ")[-1] for line in table(stats | {"load_s": 0.0}).splitlines() if "rows of each device" in line],
         "balance": stats["link_balance"],
     }
 

@@ -70,9 +70,11 @@ def test_each_device_has_the_cache_of_its_rows(names):
                 continue
             held, held_bytes = several["cache"]
             if a_plan.kv_tier == "host":
-                assert held == [8] and several["accounted"] == 0
+                assert held == [8] and several["accounted"] == 0 and several["said"] == []
                 continue
             rows = a_plan.batch_size
+            said = f"all {rows}, no multiple of {devices} devices" if rows % devices else f"{rows // devices} of {rows}"
+            assert several["said"] == ([said] if devices > 1 else []), (name, devices)
             assert held == [rows if rows % devices else rows // devices] * devices, (name, devices)
             assert held_bytes == [several["accounted"]] * devices, (name, devices)
 

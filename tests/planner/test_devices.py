@@ -9,6 +9,8 @@ from specmoe_jax.config.presets import preset
 from specmoe_jax.planner import explain, routing
 from specmoe_jax.planner.estimate import predict
 from specmoe_jax.planner.machines import machine
+from specmoe_jax.planner.memory import fit
+from specmoe_jax.planner.memory.account import account
 from specmoe_jax.planner.workload import Workload
 from specmoe_jax.support.errors import PlanError
 from tests.planner.planner_cases import MIXTRAL
@@ -91,3 +93,35 @@ def test_each_host_reads_its_own_memory():
         for own in (host, host.replace(hosts=2))
     )
     assert one == pytest.approx(2 * two, rel=0.01)
+
+
+def test_each_device_has_the_cache_of_its_rows():
+    """Half of it on two; all of it of rows that are no multiple, of rows beside the batch, and in host memory."""
+
+    def kv_bytes(devices: int, rows: int, *, beside: int = 0, **changes) -> int:
+        own = plan("on_demand", devices=devices, **changes)
+        return account(MIXTRAL, own, batch_rows=rows, positions=64, beside_rows=beside).kv_bytes
+
+    one = kv_bytes(1, 1)
+    assert [kv_bytes(devices, 16) for devices in (1, 2, 4)] == [16 * one, 8 * one, 4 * one]
+    assert [kv_bytes(2, 15), kv_bytes(4, 6)] == [15 * one, 6 * one]
+    assert kv_bytes(4, 16, beside=8) == (4 + 8) * one
+    assert kv_bytes(4, 16, kv_tier="host") == 16 * one
+
+
+def test_the_largest_batch_is_one_that_is_divided():
+    found = [fit.largest_batch(MIXTRAL, plan("on_demand", devices=devices), HOST, WORKLOAD) for devices in (1, 3)]
+    assert found[1] > 1.5 * found[0] and found[1] % 3 == 0
+    alone = HOST.replace(
+        accelerator_memory_bytes=account(MIXTRAL, plan("on_demand"), batch_rows=1, positions=704).accelerator_bytes
+    )
+    assert fit.largest_batch(MIXTRAL, plan("on_demand", devices=3), alone, WORKLOAD) > 0
+
+
+def test_the_attention_of_divided_rows_takes_less_time():
+    """At many rows of a long context and experts that are all there."""
+    long = Workload(prompt_tokens=8192, new_tokens=128)
+    own = machine("h100").replace(devices=8, host_memory_bytes=1e12)
+    plans = [plan("resident", devices=8).replace(batch_size=rows) for rows in (15, 16)]
+    found = [predict(MIXTRAL, one, own, long, interval=False) for one in plans]
+    assert found[1].busy_s["accelerator"] < 0.7 * found[0].busy_s["accelerator"]

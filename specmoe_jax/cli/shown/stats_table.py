@@ -25,7 +25,7 @@ def table(stats: dict) -> str:
         rows.insert(6, ("of them on the host's cores", str(stats["host_computed_experts"])))
     if stats["device_rows"]:
         own, every = stats["device_rows"]
-        whole = f"all {every}, no multiple of {stats['plan']['devices']} devices: each attends to all of them"
+        whole = f"all {every}, no multiple of {stats['plan']['devices']} devices"
         rows.append(("rows of each device", whole if own == every else f"{own} of {every}"))
     if stats["draft_cpu_row_share"]:
         share, moves = stats["draft_cpu_row_share"], stats["draft_moves"]

@@ -87,14 +87,20 @@ def account(
         pinned_layers=needs.pinned_layers,
     )
     if not accelerator_is_cpu:
-        whole = whole._replace(moving_experts=plan.flow.moving_experts(config, whole.expert_bytes) + 1)
-        if not on_host:
-            tokens = max(plan.tokens_per_pass, plan.prefill_chunk)
-            attention = attention_bytes(config, own_rows, tokens, positions, itemsize)
-            whole = whole._replace(activation_bytes=whole.activation_bytes + attention)
+        whole = _beside_a_cpu(whole, config, plan, own_rows, positions)
     whole = split_draft(whole, plan, KV_PAGE * draft.position)
     fitted = fit_device(fit_host(fit_pages(whole, plan, positions), plan), plan)
     return plan.flow.fill_budget(fitted, config, plan)
+
+
+def _beside_a_cpu(whole: MemoryAccount, config: ModelConfig, plan: Plan, rows: int, positions: int) -> MemoryAccount:
+    """What only an accelerator beside the CPU holds: experts under way, and what attention over its own rows makes meanwhile."""
+    moving = plan.flow.moving_experts(config, whole.expert_bytes) + 1
+    if plan.cache_tier.on_host:
+        return whole._replace(moving_experts=moving)
+    tokens = max(plan.tokens_per_pass, plan.prefill_chunk)
+    attention = attention_bytes(config, rows, tokens, positions, DTYPE_BYTES[plan.dtype])
+    return whole._replace(moving_experts=moving, activation_bytes=whole.activation_bytes + attention)
 
 
 def cache_positions(longest: int, plan: Plan) -> int:

@@ -198,6 +198,7 @@ def tiny_texts():
         train=rng.integers(0, TINY.vocab_size, 2000).astype(np.uint16),
         held_out={"a": rng.integers(0, TINY.vocab_size, 100).astype(np.uint16)},
         sizes=np.full(TINY.vocab_size, 2),
+        word_starts=np.arange(TINY.vocab_size) % 2 == 0,
     )
 
 
@@ -336,12 +337,25 @@ def test_unlikelihood_pushes_repeated_tokens_down_and_leaves_others_alone():
     assert gradient[0, 2] == pytest.approx(1.0)
 
 
+def test_a_text_may_turn_away_where_a_word_begins_and_in_endless_words():
+    begins = jnp.array([[1, 0, 0, 0, 0, 1, 0, 0, 1]], bool)
+    np.testing.assert_array_equal(repetition.may_differ(begins, 3), np.array([[1, 0, 0, 1, 1, 1, 0, 0, 1]], bool))
+
+
+def test_spaces_lines_and_marks_begin_a_word_and_letters_go_on_with_one(tmp_path):
+    tokenizer = corpus.train_tokenizer(["the cat\n(the 12 cats) " * 9], 300)
+    tokenizer.save(str(tmp_path / "t.json"))
+    starts = {tokenizer.id_to_token(i): start for i, start in enumerate(corpus.word_starts(tmp_path / "t.json"))}
+    assert all(starts[token] for token in ("Ġthe", "Ċ", "(", "</s>")) and not any(starts[token] for token in ("a", "s", "1", "t"))
+
+
 @pytest.mark.slow
 def test_a_step_against_repetition_makes_what_was_repeated_less_likely(weights):
     params, bias = weights
     recipe = dataclasses.replace(RECIPE, repeat_weight=1.0, repeat_prompt=4, repeat_size=3)
     tokens = jnp.tile(random_tokens(2, 4), (1, 4))
-    nats, gradient = jax.jit(jax.value_and_grad(lambda p: repetition.loss_fn(p, bias, tokens, TINY, recipe)[0]))(params)
+    starts = jnp.ones(TINY.vocab_size, bool)
+    nats, gradient = jax.jit(jax.value_and_grad(lambda p: repetition.loss_fn(p, bias, tokens, starts, TINY, recipe)[0]))(params)
     nearer = jax.tree.map(lambda w, g: w - 1e-2 * g, params, gradient)
     repeats = np.asarray(repetition.completes_repeat(tokens, 3))[:, 1:]
     chosen = lambda p: np.take_along_axis(jax.nn.softmax(logits(p, bias, tokens, TINY))[:, :-1], tokens[:, 1:, None], 2)[..., 0]  # noqa: E731

@@ -84,6 +84,13 @@ def encode(tokenizer: tokenizers.Tokenizer, documents) -> np.ndarray:
     return np.concatenate([np.asarray(r, np.uint16) for r in rows])
 
 
+def word_starts(tokenizer: pathlib.Path) -> np.ndarray:
+    """Which entries do not go on with a word: those that begin with a space or with neither letter nor digit -> [V] bool."""
+    coder = tokenizers.Tokenizer.from_file(str(tokenizer))
+    texts = [coder.decode([index], skip_special_tokens=False) for index in range(coder.get_vocab_size())]
+    return np.array([not text[:1].isalnum() for text in texts])
+
+
 def stream(training: dict[str, list[str]], repeats: dict[str, int], seed: int) -> list[str]:
     """All training documents in a seeded order, those of a corpus `repeats` times."""
     documents = [d for name, found in training.items() for _ in range(repeats[name]) for d in found]

@@ -110,10 +110,12 @@ def loss_fn(
     bias: jax.Array,
     batch: jax.Array,
     continued: jax.Array | None,
+    word_starts: jax.Array,
     config: WitnessConfig,
     recipe: RecipeConfig,
 ):
-    """batch [B, T + 2] int32; continued: of `repetition.continuations`, or None -> loss, (loads [L, E], StepInfo).
+    """batch [B, T + 2] int32; continued: of `repetition.continuations`, or None; word_starts [V] bool
+    -> loss, (loads [L, E], StepInfo).
 
     The MTP layer learns on the first rows, and its gradient goes into the trunk as well (DeepSeek-V3, eq. 25).
     """
@@ -125,7 +127,9 @@ def loss_fn(
     mtp_loss = mean_nats(ahead, params.head, batch[:rows, 2:])
     assert routing is not None  # the MTP layer has experts
     local = jnp.mean(jnp.stack([locality_nats(r, hidden.shape[:2]) for r in routings[: recipe.local_layers]]))
-    again, repeats = (0.0, jnp.float32(0)) if continued is None else repetition.loss_fn(params, bias, continued, config, recipe)
+    again, repeats = 0.0, jnp.float32(0)
+    if continued is not None:
+        again, repeats = repetition.loss_fn(params, bias, continued, word_starts, config, recipe)
     loads = jnp.stack([r.load for r in (*routings, routing)])
     even = jnp.mean(loads, axis=1, keepdims=True)
     dropped = sum(r.dropped for r in (*routings, routing)) / jnp.sum(loads)
@@ -168,15 +172,15 @@ def with_continuations(state: TrainState, prompts: np.ndarray, config: WitnessCo
 
 @functools.partial(jax.jit, static_argnames=("config", "recipe"), donate_argnums=0)
 def train_step(
-    state: TrainState, batch: jax.Array, step_rates: Rates, *, config: WitnessConfig, recipe: RecipeConfig
+    state: TrainState, batch: jax.Array, step_rates: Rates, word_starts: jax.Array, *, config: WitnessConfig, recipe: RecipeConfig
 ) -> tuple[TrainState, StepInfo]:
-    """One update. batch [B, T + 2] int32; the old state's buffers are given up."""
+    """One update. batch [B, T + 2] int32, word_starts [V] bool; the old state's buffers are given up."""
     continued = state.continued
     if continued is not None:
         continued = jax.lax.dynamic_slice_in_dim(
             continued, state.step % recipe.repeat_every * recipe.repeat_rows, recipe.repeat_rows
         )
-    grads, (loads, info) = jax.grad(loss_fn, has_aux=True)(state.params, state.bias, batch, continued, config, recipe)
+    grads, (loads, info) = jax.grad(loss_fn, has_aux=True)(state.params, state.bias, batch, continued, word_starts, config, recipe)
     params, opt_state = updated(make_optimizer(recipe, step_rates.learning), grads, state.opt_state, state.params)
     # The average is short at first, or it would remember the random start.
     keep = jnp.minimum(recipe.ema_decay, (1.0 + state.step) / (10.0 + state.step))

@@ -1,7 +1,8 @@
 """Training against repetition: the model continues training text, and what it says again is made less likely.
 
 Sequence-level unlikelihood (Welleck et al. 2020, arXiv:1908.04319, section 5.2), on continuations drawn each few steps from the
-weights of that moment.
+weights of that moment. Ours: only a token that begins a word is made less likely. Pushed away inside a word, a model of this size
+escapes into words that do not exist.
 """
 
 import jax
@@ -26,6 +27,14 @@ def completes_repeat(tokens: jax.Array, size: int) -> jax.Array:
     return jnp.any(ends, axis=2)
 
 
+def may_differ(begins_word: jax.Array, size: int) -> jax.Array:
+    """Where a text may turn away from what it said before: at the beginning of a word, and inside one of `size` tokens and more,
+    or a loop without words would cost nothing. begins_word [B, S] bool -> [B, S] bool."""
+    begun = jnp.cumsum(begins_word, axis=1)
+    before = jnp.pad(begun, ((0, 0), (size, 0)))[:, :-size]
+    return begins_word | (begun == before)
+
+
 def unlikelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """-log(1 - p) of each token in nats. logits [..., V], tokens [...] int32 -> [...]."""
     others = jnp.where(jnp.arange(logits.shape[-1]) == tokens[..., None], -jnp.inf, logits)
@@ -48,11 +57,19 @@ def continuations(
     return jnp.concatenate([prompts, drawn], axis=1)
 
 
-def loss_fn(params: model.Params, bias: jax.Array, tokens: jax.Array, config: WitnessConfig, recipe: RecipeConfig):
-    """tokens [R, S] of `continuations` -> mean over continued tokens of -log(1 - p) where a token completes a repeat and 0
-    elsewhere, and the share of such tokens."""
+def loss_fn(
+    params: model.Params,
+    bias: jax.Array,
+    tokens: jax.Array,
+    word_starts: jax.Array,
+    config: WitnessConfig,
+    recipe: RecipeConfig,
+):
+    """tokens [R, S] of `continuations`; word_starts [V] bool -> mean over continued tokens of -log(1 - p) where a token that may
+    differ completes a repeat and 0 elsewhere, and the share of tokens that complete one."""
     hidden, _ = model.hidden_states(params, bias, tokens[:, :-1], config, CAPACITY_FACTOR)
     start = recipe.repeat_prompt
     repeats = completes_repeat(tokens, recipe.repeat_size)[:, start:]
+    unlikely = repeats & may_differ(word_starts[tokens], recipe.repeat_size)[:, start:]
     nats = unlikelihood(hidden[:, start - 1 :] @ params.head, tokens[:, start:])
-    return jnp.mean(jnp.where(repeats, nats, 0.0)), jnp.mean(repeats)
+    return jnp.mean(jnp.where(unlikely, nats, 0.0)), jnp.mean(repeats)

@@ -23,18 +23,19 @@ import orbax.checkpoint as ocp
 from specmoe_jax.support.errors import UserError
 from specmoe_jax.support.progress import bar
 from specmoe_jax.training import data
-from specmoe_jax.training.witness import evaluate, export, loop, model
+from specmoe_jax.training.witness import corpus, evaluate, export, loop, model
 from specmoe_jax.training.witness.config import RecipeConfig, WitnessConfig
 
 LOG_EVERY = 10
 
 
 class Texts(NamedTuple):
-    """train [tokens]; held_out: corpus -> [tokens]; sizes [V]: bytes of a token."""
+    """train [tokens]; held_out: corpus -> [tokens]; sizes [V]: bytes of a token; word_starts [V] bool."""
 
     train: np.ndarray
     held_out: dict[str, np.ndarray]
     sizes: np.ndarray
+    word_starts: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Rhythm:
 
 def read_texts(data_dir: pathlib.Path) -> Texts:
     held_out = {path.stem: np.load(path) for path in sorted((data_dir / "held_out").glob("*.npy"))}
-    sizes = evaluate.token_bytes(data_dir / "tokenizer.json")
-    return Texts(train=np.load(data_dir / "train.npy", mmap_mode="r"), held_out=held_out, sizes=sizes)
+    tokenizer, train = data_dir / "tokenizer.json", np.load(data_dir / "train.npy", mmap_mode="r")
+    return Texts(train, held_out, sizes=evaluate.token_bytes(tokenizer), word_starts=corpus.word_starts(tokenizer))
 
 
 def open_checkpoints(folder: pathlib.Path) -> ocp.CheckpointManager:
@@ -164,6 +165,7 @@ def train(
     state = loop.init_state(*first_weights(config, recipe, start_from), recipe)
     if begin is not None:
         state = restore(begin, state)
+    word_starts = jnp.asarray(texts.word_starts)
     log, stop, began_s = work_dir / "log.jsonl", Stop(), time.monotonic()
     last_step, saved_s = recipe.stable_steps + recipe.decay_steps, time.monotonic()
     with (
@@ -180,7 +182,7 @@ def train(
             batch = data.batch_at(texts.train, step, batch_size=recipe.batch_size, length=recipe.length + 1, seed=recipe.seed)
             if recipe.repeat_weight and step % recipe.repeat_every == 0:
                 state = loop.with_continuations(state, prompts_at(texts.train, step, recipe), config, recipe)
-            state, info = loop.train_step(state, batch, loop.rates(recipe, step), config=config, recipe=recipe)
+            state, info = loop.train_step(state, batch, loop.rates(recipe, step), word_starts, config=config, recipe=recipe)
             if step % LOG_EVERY == 0:
                 figures = {name: round(float(value), 4) for name, value in info._asdict().items()}
                 write_line(log, step=step, cpu_s=round(time.process_time(), 1), **figures)

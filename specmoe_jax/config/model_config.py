@@ -52,6 +52,11 @@ class ModelConfig:
     logits_divisor: float = 1.0
     encoder: EncoderConfig | None = None
 
+    def __hash__(self) -> int:
+        """Of the sizes alone: every call of a program that was compiled for a config asks for it, and all fields of 48 layers
+        take longer than the call."""
+        return hash((self.family, self.vocab_size, self.hidden_size, self.num_layers, self.expert_hidden, self.num_experts))
+
     @functools.cached_property
     def layers(self) -> tuple[LayerConfig, ...]:
         """One config a layer, equal where layers are alike."""

@@ -5,6 +5,7 @@ those of the family's own tensors, whatever the family; norms, biases and softma
 """
 
 import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from specmoe_jax.config.layer_config import AttentionConfig
@@ -73,6 +74,11 @@ def bound_seconds(costs: list[Cost], hardware: Hardware, dtype: str) -> float:
         needs[resource] = max(sum(cost.flops for cost in own) / peak, sum(cost.bytes for cost in own) / rate)
     cores_s = needs[ACCELERATOR] + needs[CPU] if hardware.accelerator_is_cpu else max(needs[ACCELERATOR], needs[CPU])
     return max(cores_s, needs[UP], needs[DOWN], needs[DISK], needs[PEERS], needs[NETWORK])
+
+
+def times(count: int, costs: Iterable[Cost]) -> list[Cost]:
+    """The costs of as many operations of each kind."""
+    return [c._replace(flops=count * c.flops, bytes=count * c.bytes, programs=count * c.programs) for c in costs]
 
 
 def limits(hardware: Hardware, dtype: str) -> dict[str, tuple[float, float, float]]:

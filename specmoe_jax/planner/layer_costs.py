@@ -1,10 +1,33 @@
-"""Costs of a layer and of a resident pass, piece by piece in the order in which they run, for the target and for drafts. Pure."""
+"""Costs of a layer, piece by piece in the order in which they run, and of a resident pass, for the target and for drafts. Pure."""
+
+import collections
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.kv_cache.tiers import KvTierDescription
 from specmoe_jax.offload.stream_schedule import ACCELERATOR, CPU
 from specmoe_jax.planner import costs
 from specmoe_jax.planner.costs import Cost, Load
+
+
+class Alike(NamedTuple):
+    """Layers that cost the same: one of them, its place among those with experts or None, and how many they are."""
+
+    index: int
+    moe: int | None
+    count: int
+
+
+def layers_alike(config: ModelConfig, kept: Sequence[int] = ()) -> tuple[Alike, ...]:
+    """The layers of a model by kind: a search looks at thousands of passes, and most models have one or two kinds.
+
+    kept: of each layer with experts, how many stay on the accelerator, where that makes layers unlike.
+    """
+    sizes, kinds = costs.layer_sizes(config), collections.defaultdict(list)
+    for index, (layer, moe) in enumerate(zip(config.layers, config.moe_index, strict=True)):
+        kinds[layer, sizes[index], kept[moe] if kept and moe is not None else None].append(index)
+    return tuple(Alike(found[0], config.moe_index[found[0]], len(found)) for found in kinds.values())
 
 
 def resident_pass(
@@ -17,17 +40,18 @@ def resident_pass(
     expert_bytes: float | None = None,
     own: Load | None = None,
 ) -> tuple[Cost, ...]:
-    """All layers and the head without a copy of an expert. distinct: experts of a layer that are used.
+    """All layers, alike ones together, and the head, without a copy of an expert. distinct: experts of a layer that are used.
 
     own: what of the load is not the experts', where a device attends a part of the rows.
     """
     own = load if own is None else own
     found = [costs.embed(config, own, itemsize)]
-    for index in range(config.num_layers):
-        found += attention_block(config, index, own, itemsize, tier=tier)
-        if config.moe_index[index] is not None:
+    for index, moe, count in layers_alike(config):
+        layer = attention_block(config, index, own, itemsize, tier=tier)
+        if moe is not None:
             programs = int(tier.on_host)
-            found.append(costs.experts(config, load.tokens, distinct, itemsize, expert_bytes=expert_bytes, programs=programs))
+            layer.append(costs.experts(config, load.tokens, distinct, itemsize, expert_bytes=expert_bytes, programs=programs))
+        found += costs.times(count, layer)
     return (*found, costs.head(config, own.tokens, itemsize))
 
 

@@ -16,6 +16,8 @@ from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import DISK, NETWORK, PEERS, Cost, Load
 from specmoe_jax.planner.drafts.protocol import DraftCosts
 from specmoe_jax.planner.hardware import Hardware
+from specmoe_jax.planner.layer_costs import layers_alike
+from specmoe_jax.planner.memory.account import pinned_experts
 from specmoe_jax.planner.memory.memory_account import MemoryAccount
 from specmoe_jax.planner.simulate import Simulation
 
@@ -104,18 +106,19 @@ def _at_once(setting: Setting, here: Cost, there: tuple[Cost, ...]) -> float:
 def layer_by_layer(setting: Setting, draft_s: float, layer_costs: Callable[[Setting, int, int | None], LayerCosts]) -> Timing:
     """Deviation: with less room than a layer's dispatch the engine works in waves; only their programs are counted.
 
-    layer_costs: (setting, layer, its place among those with experts or None) -> what it takes.
+    layer_costs: (setting, layer, its place among those with experts or None) -> what it takes; asked once for layers that are
+    alike.
     """
     config, plan, hardware, load, itemsize = setting.config, setting.plan, setting.hardware, setting.own_load, setting.itemsize
     whole, link_s, fetched, spent = 0.0, 0.0, 0.0, [costs.embed(config, load, itemsize)]
-    for index, moe in enumerate(config.moe_index):
+    for index, moe, count in layers_alike(config, pinned_experts(config, plan)):
         layer = layer_costs(setting, index, moe)
         compute_s = sum(map(setting.seconds, layer.computed)) + (hardware.sync_s if layer.waits else 0.0)
         layer_link_s = max(map(setting.seconds, layer.copies), default=0.0)
-        whole += max(compute_s, layer_link_s) if plan.prefetch == "oracle" else compute_s + layer_link_s
-        link_s += layer_link_s
-        fetched += layer.fetched
-        spent += [*layer.computed, *layer.copies]
+        whole += count * (max(compute_s, layer_link_s) if plan.prefetch == "oracle" else compute_s + layer_link_s)
+        link_s += count * layer_link_s
+        fetched += count * layer.fetched
+        spent += costs.times(count, [*layer.computed, *layer.copies])
     head = [costs.head(config, load.tokens, itemsize), *costs.gather_logits(config, setting.load, plan, hardware.hosts)]
     spent += head
     hidden_s = min(draft_s, link_s, _spare_s(setting)) if plan.prefetch == "draft" else 0.0

@@ -17,6 +17,7 @@ from specmoe_jax.planner.drafts.eagle import usual_head
 from specmoe_jax.planner.drafts.model import model_memory
 from specmoe_jax.planner.drafts.protocol import draft_costs
 from specmoe_jax.planner.hardware import Efficiency
+from specmoe_jax.planner.layer_costs import layers_alike
 from specmoe_jax.planner.machines import machine
 from specmoe_jax.planner.memory.account import account
 from specmoe_jax.planner.workload import EAGLE_MIXTRAL, Workload
@@ -190,3 +191,18 @@ def test_acceptance_as_a_probability_and_as_a_map():
 def test_what_is_no_workload_is_refused(wrong):
     with pytest.raises(PlanError):
         Workload(**wrong)
+
+
+def test_so_many_operations_take_so_many_times_as_long():
+    one = Cost(UP, "link", bytes=5e9, programs=2)
+    (four,) = costs.times(4, [one])
+    assert seconds(four, machine("a30"), "bfloat16") == pytest.approx(4 * seconds(one, machine("a30"), "bfloat16"))
+
+
+def test_layers_are_alike_where_they_compute_the_same_and_keep_as_many_experts():
+    config = parse_config(RAW_CONFIGS["deepseek_v3"])
+    everything = layers_alike(config)
+    assert sum(alike.count for alike in everything) == config.num_layers and len(everything) < config.num_layers
+    assert all(config.moe_index[alike.index] == alike.moe for alike in everything)
+    unlike = layers_alike(config, range(config.num_moe_layers))
+    assert sum(alike.moe is not None for alike in unlike) == config.num_moe_layers

@@ -14,7 +14,7 @@ from specmoe_jax.planner.costs import DISK, Cost, Load
 from specmoe_jax.planner.drafts.search_starts import SearchStart, expert_counts
 from specmoe_jax.planner.flows.pooled import PooledFlowDescription, without_kernel
 from specmoe_jax.planner.flows.protocol import FlowMemory
-from specmoe_jax.planner.layer_costs import attention_block
+from specmoe_jax.planner.layer_costs import attention_block, layers_alike
 from specmoe_jax.planner.measured.case import Case, MeasuredPass, kept_experts, layer_work, pinned_slots
 from specmoe_jax.planner.measured.operators import Operators
 from specmoe_jax.planner.memory.account import pinned_experts
@@ -68,8 +68,10 @@ class OnDemandFlowDescription(PooledFlowDescription):
         each = setting._replace(load=Load(setting.load.rows, chunk, prompt_tokens / 2), plan=plan)
         whole = each._replace(load=Load(setting.load.rows, prompt_tokens, prompt_tokens / 2))
         computed = layer_by_layer(each, 0.0, lambda *layer: self.layer_costs(*layer)._replace(copies=[]))
-        copies = [self.layer_costs(whole, *layer).copies for layer in enumerate(setting.config.moe_index)]
-        link_s = sum(max(map(setting.seconds, of_layer), default=0.0) for of_layer in copies)
+        link_s = 0.0
+        for index, moe, count in layers_alike(setting.config, pinned_experts(setting.config, setting.plan)):
+            copies = self.layer_costs(whole, index, moe).copies
+            link_s += count * max(map(setting.seconds, copies), default=0.0)
         return computed.iteration_s * prompt_tokens / chunk + link_s
 
     def crossing_experts(self, config: ModelConfig, plan: Plan, probabilities: tuple[float, ...], tokens: float) -> float:

@@ -235,6 +235,16 @@ def test_a_run_starts_from_exported_weights_and_refuses_another_beginning_later(
         run.check_run(tmp_path, TINY, RECIPE, None)
 
 
+def test_what_is_exported_lies_between_the_first_weights_and_the_trained_ones(weights, tmp_path):
+    export.write_checkpoint(tmp_path / "a", *weights, TINY, tokenizer=write_tokenizer(tmp_path / "t.json"), dtype="float32")
+    params, bias = jax.tree.map(lambda w: w + 1, weights)
+    state = loop.init_state(params, bias, RECIPE)
+    equal_states(run.finished(state, TINY, tmp_path / "a", 1.0), (params, bias))
+    between = run.finished(state, TINY, tmp_path / "a", 0.75)
+    for got, first in zip(jax.tree.leaves(between), jax.tree.leaves(weights), strict=True):
+        np.testing.assert_allclose(got, first + 0.75, rtol=1e-5, atol=1e-5)
+
+
 def test_a_run_refuses_other_sizes_and_a_decay_of_nothing(tmp_path):
     run.check_run(tmp_path, TINY, RECIPE, None)
     with pytest.raises(UserError, match="holds a run of"):

@@ -97,6 +97,17 @@ def first_weights(config: WitnessConfig, recipe: RecipeConfig, start_from: pathl
     return export.read_checkpoint(start_from, config)
 
 
+def finished(
+    state: loop.TrainState, config: WitnessConfig, start_from: pathlib.Path | None, share: float
+) -> tuple[model.Params, jax.Array]:
+    """What a run exports: its average and, with a share below 1, the weights that it began with for the rest (WiSE-FT; Wortsman
+    et al. 2022): between both, what was learnt last is mostly kept and what was lost is mostly back."""
+    trained = state.ema, state.bias
+    if share == 1 or start_from is None:
+        return trained
+    return jax.tree.map(lambda old, new: (1 - share) * old + share * new, export.read_checkpoint(start_from, config), trained)
+
+
 def read_config(work_dir: pathlib.Path) -> WitnessConfig:
     return WitnessConfig(**json.loads((work_dir / "run.json").read_text())["model"])
 

@@ -89,16 +89,19 @@ def write(path, family: str, changes: dict, *, original: bool = True):
     return model
 
 
+def tolerance(model) -> float:
+    return RECURRENT_TOLERANCE if model.config.recurrent_layers else TOLERANCE
+
+
 def assert_parity(model, reference, shapes=SHAPES) -> float:
     """The largest difference."""
     rng, worst = np.random.default_rng(0), 0.0
-    tolerance = RECURRENT_TOLERANCE if model.config.recurrent_layers else TOLERANCE
     for shape in shapes:
         token_ids = rng.integers(0, model.config.vocab_size, shape)
         with torch.no_grad():
             theirs = reference(torch.from_numpy(token_ids), use_cache=False).logits.numpy()
         ours = np.asarray(model.logits(token_ids))
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance(model))
         np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))
         worst = max(worst, float(np.abs(ours - theirs).max()))
     return worst
@@ -151,7 +154,7 @@ def test_scores(family, tmp_path):
             logits = reference(torch.tensor([[*context, *continuation]]), use_cache=False).logits[0].float()
         places, tokens = len(context) - 1 + torch.arange(len(continuation)), torch.tensor(continuation)
         theirs = torch.log_softmax(logits, -1)[places, tokens].numpy()
-        np.testing.assert_allclose(score.logprobs, theirs, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(score.logprobs, theirs, rtol=0, atol=tolerance(model))
         assert score.is_greedy == bool((logits[places].argmax(-1) == tokens).all())
 
 

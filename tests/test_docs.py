@@ -125,11 +125,8 @@ def test_links(page):
 
 
 MODULES = sorted(m.name for m in pkgutil.walk_packages(specmoe_jax.__path__, "specmoe_jax.") if not m.name.endswith("_cpu_ops"))
-DEFINE_FLAGS = {
-    *COMMANDS.values(),
-    "specmoe_jax.cli.flag_groups.plan_flags",
-    "specmoe_jax.cli.flag_groups.sampling_flags",
-}  # when imported, and a name only once in a process
+# When imported, and a name only once in a process.
+DEFINE_FLAGS = {*COMMANDS.values(), *(name for name in MODULES if name.startswith("specmoe_jax.cli.flag_groups."))}
 MODULES = [
     name for name in MODULES if name not in DEFINE_FLAGS and ".studies." not in name
 ]  # studies need peers that are not installed

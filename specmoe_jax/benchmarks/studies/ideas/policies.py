@@ -1,6 +1,6 @@
 """The order of draft sets and of stand-ins (SpecMoE, Table II and Figure 16) with its errors; no clock is read.
 
-    python -m specmoe_jax.benchmarks.studies.ideas.policies --model=demo --draft_experts=8 --seeds=12
+    python -m specmoe_jax.benchmarks.studies.ideas.policies --model=demo --draft_experts=8 --batch=16 --seeds=8
 
 Deterministic sampling at temperature 1: under one seed every plan writes the same text, so a difference of two plans is a mean of
 differences seed by seed, and the error is that of such a mean.

@@ -12,6 +12,9 @@ from specmoe_jax.evaluation import harness_model, run_tasks
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install '.[eval]'")
 
 TOLERANCE = 1e-4
+# Of a text's sum, in nats. Two experts whose scores differ by less than float32 resolves may change places, which moves the token
+# by a few thousandths; a token that is read wrongly moves it by tenths.
+SUM_TOLERANCE = 1e-2
 MAX_LENGTH = 96  # so that texts take several windows
 OPTIONS = {"log_samples": True, "bootstrap_iters": 0}
 EXAMPLES = pathlib.Path(__file__).parents[2] / "docs/examples"
@@ -76,8 +79,7 @@ def assert_alike(own, other):
     elif isinstance(own, str) and not own.lstrip("-").replace(".", "").isdigit():
         assert own == other
     else:
-        # Of whole texts the sum of hundreds of tokens, in which a CPU's rounding alone makes 1e-7.
-        assert float(own) == pytest.approx(float(other), abs=TOLERANCE, rel=TOLERANCE / 100)
+        assert float(own) == pytest.approx(float(other), abs=SUM_TOLERANCE)
 
 
 def test_a_second_run_asks_nothing(engine, tasks, tmp_path):

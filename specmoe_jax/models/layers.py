@@ -1,5 +1,8 @@
 """The layers that every family shares: pure functions over arrays, no cache, no offloading."""
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 
@@ -125,7 +128,9 @@ def combine(h: jax.Array, expert_outputs: jax.Array, routing: Routing) -> jax.Ar
 
     What goes behind h stays as it is.
     """
-    mixed = jnp.sum(expert_outputs * routing.weights[..., None], axis=1)  # [n, M]
+    choices = range(expert_outputs.shape[1])
+    # One loop of additions: XLA:CPU's reduction over an axis of 8 takes 110 us a layer whatever its size.
+    mixed = functools.reduce(operator.add, (expert_outputs[:, a] * routing.weights[:, a, None] for a in choices))  # [n, M]
     hidden = mixed.shape[-1]
     mixed = mixed.reshape(*h.shape[:2], hidden).astype(h.dtype)
     if h.shape[-1] == hidden:

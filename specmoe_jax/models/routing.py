@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from specmoe_jax import ops
 from specmoe_jax.config.layer_config import RouterConfig
 from specmoe_jax.types import Routing
 
@@ -24,7 +25,7 @@ def route(
     weights 0, so that they neither fetch nor count for an expert. Ties go to the smaller id. allowed: [E] bool, the experts
     to choose among; where they are fewer than the top-k, the others chosen have weight 0.
     """
-    logits = jnp.einsum("nm,em->ne", x.astype(jnp.float32), router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    logits = _logits(x.astype(jnp.float32), router)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
     if allowed is not None:
@@ -43,6 +44,15 @@ def route(
         ids=jnp.where(valid[:, None], ids, -1).astype(jnp.int32),
         weights=jnp.where(valid[:, None], weights * config.scaling, 0.0),
     )
+
+
+def _logits(x: jax.Array, router: jax.Array) -> jax.Array:
+    """x [n, M] float32 times router [E, M] -> [n, E], neither rounded: an accelerator's dense product would round x."""
+
+    def exact(x, router):
+        return jnp.einsum("nm,em->ne", x, router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+
+    return jax.lax.platform_dependent(x, router, cpu=ops.dense_product, default=exact)
 
 
 def _biased_choice(config: RouterConfig, logits: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -26,7 +26,13 @@ flags.DEFINE_string("data_dir", str(HOME / "witness_data"), "what specmoe witnes
 flags.DEFINE_string("work_dir", str(HOME / "witness"), "checkpoints and log of this run")
 flags.DEFINE_string("start_from", None, "an exported checkpoint whose weights a new run begins with; none: random weights")
 flags.DEFINE_string("export_dir", None, "where the finished checkpoint goes as a glm4_moe directory; none: no export")
-flags.DEFINE_float("export_share", 1.0, "of the trained weights in what is exported; the rest is start_from's (WiSE-FT)")
+flags.DEFINE_float(
+    "export_share",
+    1.0,
+    "of the trained weights in what is exported, 0 to 1; the rest is start_from's (WiSE-FT)",
+    lower_bound=0.0,
+    upper_bound=1.0,
+)
 flags.DEFINE_enum("export_dtype", "bfloat16", ["bfloat16", "float32"], "of the exported weights")
 flags.DEFINE_enum("progress", "auto", PROGRESS, "a bar on a terminal, a log line each 10 s, or nothing")
 

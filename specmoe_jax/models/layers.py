@@ -129,7 +129,7 @@ def combine(h: jax.Array, expert_outputs: jax.Array, routing: Routing) -> jax.Ar
     What goes behind h stays as it is.
     """
     choices = range(expert_outputs.shape[1])
-    # One loop of additions: XLA:CPU's reduction over an axis of 8 takes 110 us a layer whatever its size.
+    # Additions, not a sum over an axis: for one token and 8 choices XLA:CPU took 110 us for that reduction, two cores.
     mixed = functools.reduce(operator.add, (expert_outputs[:, a] * routing.weights[:, a, None] for a in choices))  # [n, M]
     hidden = mixed.shape[-1]
     mixed = mixed.reshape(*h.shape[:2], hidden).astype(h.dtype)

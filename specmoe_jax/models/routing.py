@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from specmoe_jax import ops
 from specmoe_jax.config.layer_config import RouterConfig
+from specmoe_jax.ops.products import einsum
 from specmoe_jax.types import Routing
 
 TINY = 1e-20  # beside a sum of weights that could be 0: of a draft whose allowed experts have no weight at all
@@ -50,7 +51,7 @@ def _logits(x: jax.Array, router: jax.Array) -> jax.Array:
     """x [n, M] float32 times router [E, M] -> [n, E], neither rounded: an accelerator's dense product would round x."""
 
     def exact(x, router):
-        return jnp.einsum("nm,em->ne", x, router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        return einsum("nm,em->ne", x, router.astype(jnp.float32))
 
     return jax.lax.platform_dependent(x, router, cpu=ops.dense_product, default=exact)
 

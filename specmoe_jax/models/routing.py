@@ -48,7 +48,7 @@ def route(
 
 
 def _logits(x: jax.Array, router: jax.Array) -> jax.Array:
-    """x [n, M] float32 times router [E, M] -> [n, E], neither rounded: an accelerator's dense product would round x."""
+    """x [n, M] float32 times router [E, M] -> [n, E], unrounded: an accelerator's dense product would round x."""
 
     def exact(x, router):
         return einsum("nm,em->ne", x, router.astype(jnp.float32))

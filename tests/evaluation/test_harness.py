@@ -12,8 +12,8 @@ from specmoe_jax.evaluation import harness_model, run_tasks
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install '.[eval]'")
 
 TOLERANCE = 1e-4
-# Of a whole text's sum, in nats. Two experts whose scores differ by less than float32 resolves may change places, which moves
-# the token by a few thousandths; a token that is read wrongly moves it by tenths.
+# Of a whole text's sum, in nats. Two experts whose scores differ by less than float32 resolves may change
+# places, which moves the token by a few thousandths; a token that is read wrongly moves it by tenths.
 TEXT_TOLERANCE = 1e-2
 MAX_LENGTH = 96  # so that texts take several windows
 OPTIONS = {"log_samples": True, "bootstrap_iters": 0}

@@ -1,4 +1,6 @@
 // All kernels for one instruction set: SPECMOE_ISA names it and the compile flags choose it.
+#include <type_traits>
+
 #include "chunked_attention.h"
 #include "expert_ffn.h"
 #include "few_rows_product.h"

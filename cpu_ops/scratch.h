@@ -14,6 +14,7 @@ enum class Scratch : int {
   kFfnCall,          // expert_ffn.cc: rows as float, hidden units and partial sums, of the calling thread during the call
   kFfnTask,          // expert_ffn_kernel.inc: gate and up of a range of hidden units, within one ffn_hidden or rowwise_hidden
   kProductRows,      // few_rows_product.cc: rows of x as the kernel reads them, of the calling thread during the call
+  kProductFloats,    // few_rows_product_kernel.inc: four rows of weights as float, within one product_range
   kCount,
 };
 

@@ -386,7 +386,9 @@ int main() {
         for (int64_t M : {32, 128}) failures += !(rowwise(kernels, n, M, 32 * (1 + n % 3), RowFormat(format), M == 32, n % 2 + 1) <= 1e-4);
       }
       for (DType x : {DType::kF32, DType::kBF16}) {
-        for (DType w : {DType::kF32, DType::kBF16}) failures += !(product(kernels, n, 7 * n, 13 + 9 * n, x, w, n % 2 + 1) <= 1e-3);
+        for (DType w : {DType::kF32, DType::kBF16}) {
+          for (int64_t M : {13 + 9 * n, 1024 + 3 * n}) failures += !(product(kernels, n, 7 * n, M, x, w, n % 2 + 1) <= 1e-3);
+        }
       }
     }
   }

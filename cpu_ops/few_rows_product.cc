@@ -18,7 +18,7 @@ void few_rows_product(const ProductArgs& given, const KernelTable& kernels, Para
   float* rows = thread_scratch(Scratch::kProductRows, a.n * ld);
   kernels.product_gather(a, rows);
   a.rows = rows;
-  const int64_t row_bytes = a.M * (a.w_type == DType::kF32 ? 4 : 2);
+  const int64_t row_bytes = a.M * (a.w_type == DType::kF32 ? 4 : a.w_type == DType::kBF16 ? 2 : 1);
   const int64_t share = row_bytes * a.N / (8 * parallel.threads());
   const int64_t bytes = std::clamp(share, kTaskBytes, kFewTaskBytes);
   // Widths decide who computes an element, never how.

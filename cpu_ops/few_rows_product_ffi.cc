@@ -8,26 +8,42 @@ namespace ffi = xla::ffi;
 namespace specmoe {
 namespace {
 
-ffi::Error wrong(const char* what) { return wrong_argument("few_rows_product", what); }
-
 bool known(ffi::DataType t) { return t == ffi::F32 || t == ffi::BF16; }
 
-ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t threads,
-               std::string_view isa) {
+ffi::Error product(const char* name, ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, const float* scales,
+                   ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t threads, std::string_view isa) {
   const auto xd = x.dimensions(), wd = w.dimensions();
-  if (xd.size() != 2 || wd.size() != 2 || xd[1] != wd[1]) return wrong("x must be [n, M] and w [N, M]");
-  if (!known(x.element_type()) || !known(w.element_type())) return wrong("x and w must be float32 or bfloat16");
+  if (xd.size() != 2 || wd.size() != 2 || xd[1] != wd[1]) return wrong_argument(name, "x must be [n, M] and w [N, M]");
+  if (!known(x.element_type())) return wrong_argument(name, "x must be float32 or bfloat16");
   ProductArgs a{};
   a.n = xd[0];
   a.M = xd[1];
   a.N = wd[0];
   a.x_type = x.element_type() == ffi::F32 ? DType::kF32 : DType::kBF16;
-  a.w_type = w.element_type() == ffi::F32 ? DType::kF32 : DType::kBF16;
+  a.w_type = scales ? DType::kI8 : w.element_type() == ffi::F32 ? DType::kF32 : DType::kBF16;
   a.x = x.untyped_data();
   a.w = w.untyped_data();
+  a.scales = scales;
   a.y = y->typed_data();
-  return run_kernel("few_rows_product", pool, threads, isa,
+  return run_kernel(name, pool, threads, isa,
                     [&](const KernelTable& table, Parallel& parallel) { few_rows_product(a, table, parallel); });
+}
+
+ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t threads,
+               std::string_view isa) {
+  constexpr const char* kName = "few_rows_product";
+  if (!known(w.element_type())) return wrong_argument(kName, "w must be float32 or bfloat16");
+  return product(kName, pool, x, w, nullptr, y, threads, isa);
+}
+
+ffi::Error run_packed(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes, ffi::Buffer<ffi::F32> scales,
+                      ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t threads, std::string_view isa) {
+  constexpr const char* kName = "packed_few_rows_product";
+  if (codes.element_type() != ffi::S8) return wrong_argument(kName, "codes must be int8");
+  if (codes.dimensions().size() != 2 || scales.dimensions().size() != 1 || scales.dimensions()[0] != codes.dimensions()[0]) {
+    return wrong_argument(kName, "codes must be [N, M] and scales [N]");
+  }
+  return product(kName, pool, x, codes, scales.typed_data(), y, threads, isa);
 }
 
 }  // namespace
@@ -39,6 +55,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(specmoe_few_rows_product, specmoe::run,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("threads")
+                                  .Attr<std::string_view>("isa"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(specmoe_packed_few_rows_product, specmoe::run_packed,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("threads")
                                   .Attr<std::string_view>("isa"));

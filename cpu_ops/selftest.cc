@@ -273,28 +273,30 @@ double rowwise(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, RowF
 }
 
 double product(const KernelTable& kernels, int64_t n, int64_t N, int64_t M, DType x_type, DType w_type, int threads) {
-  const auto fill = [](Exact<char>& to, DType type) {
-    for (int64_t i = 0; i < to.size; i += type == DType::kF32 ? 4 : 2) {
+  const auto item = [](DType type) -> int64_t { return type == DType::kF32 ? 4 : type == DType::kBF16 ? 2 : 1; };
+  const auto fill = [&](Exact<char>& to, DType type) {
+    for (int64_t i = 0; i < to.size; i += item(type)) {
       const float f = draw();
       uint32_t bits;
       std::memcpy(&bits, &f, 4);
-      bits >>= type == DType::kF32 ? 0 : 16;
-      std::memcpy(to.data + i, &bits, type == DType::kF32 ? 4 : 2);
+      bits = type == DType::kF32 ? bits : type == DType::kBF16 ? bits >> 16 : static_cast<uint32_t>(static_cast<int32_t>(100 * f));
+      std::memcpy(to.data + i, &bits, item(type));
     }
   };
-  const auto value = [](const Exact<char>& from, DType type, int64_t i) {
+  const auto value = [&](const Exact<char>& from, DType type, int64_t i) {
+    if (type == DType::kI8) return static_cast<double>(static_cast<int8_t>(from.data[i]));
     uint32_t bits = 0;
-    std::memcpy(&bits, from.data + i * (type == DType::kF32 ? 4 : 2), type == DType::kF32 ? 4 : 2);
+    std::memcpy(&bits, from.data + i * item(type), item(type));
     bits <<= type == DType::kF32 ? 0 : 16;
     float f;
     std::memcpy(&f, &bits, 4);
     return static_cast<double>(f);
   };
-  const int64_t x_item = x_type == DType::kF32 ? 4 : 2, w_item = w_type == DType::kF32 ? 4 : 2;
-  Exact<char> x(n * M * x_item, x_item), w(N * M * w_item, w_item);
-  Exact<float> y(n * N);
+  Exact<char> x(n * M * item(x_type), item(x_type)), w(N * M * item(w_type), item(w_type));
+  Exact<float> y(n * N), scales(N);
   fill(x, x_type);
   fill(w, w_type);
+  for (int64_t i = 0; i < N; ++i) scales.data[i] = draw() / 100;
   ProductArgs a{};
   a.n = n;
   a.M = M;
@@ -303,6 +305,7 @@ double product(const KernelTable& kernels, int64_t n, int64_t N, int64_t M, DTyp
   a.w_type = w_type;
   a.x = x.data;
   a.w = w.data;
+  a.scales = w_type == DType::kI8 ? scales.data : nullptr;
   a.y = y.data;
   Threads parallel(threads);
   few_rows_product(a, kernels, parallel);
@@ -310,6 +313,7 @@ double product(const KernelTable& kernels, int64_t n, int64_t N, int64_t M, DTyp
   for (int64_t i = 0; i < n * N; ++i) {
     double sum = 0;
     for (int64_t m = 0; m < M; ++m) sum += value(x, x_type, i / N * M + m) * value(w, w_type, i % N * M + m);
+    if (w_type == DType::kI8) sum *= scales[i % N];
     worst = std::fmax(worst, std::fabs(sum - y[i]));
   }
   return worst;
@@ -386,7 +390,7 @@ int main() {
         for (int64_t M : {32, 128}) failures += !(rowwise(kernels, n, M, 32 * (1 + n % 3), RowFormat(format), M == 32, n % 2 + 1) <= 1e-4);
       }
       for (DType x : {DType::kF32, DType::kBF16}) {
-        for (DType w : {DType::kF32, DType::kBF16}) {
+        for (DType w : {DType::kF32, DType::kBF16, DType::kI8}) {
           for (int64_t M : {13 + 9 * n, 1024 + 3 * n}) failures += !(product(kernels, n, 7 * n, M, x, w, n % 2 + 1) <= 1e-3);
         }
       }

@@ -21,6 +21,7 @@ from specmoe_jax.config.plan_fields import DECODED, DTYPES
 from specmoe_jax.config.presets import PRESETS, preset
 from specmoe_jax.engine.engine import Engine
 from specmoe_jax.evaluation import Perplexity, harness_model, perplexity, run_tasks
+from specmoe_jax.models.quantised import quantise
 from specmoe_jax.support.atomic_files import check_writable, write_atomically
 from specmoe_jax.support.errors import PlanError, RequestError
 from specmoe_jax.support.progress import PROGRESS
@@ -61,8 +62,9 @@ def main() -> None:
     packing = plan_flags.value("expert_dtype") or (begun.expert_dtype if begun else None)
     if packing not in (None, DECODED):
         raise PlanError(f"evaluate takes no plan with expert_dtype={packing}; give the engine to specmoe_jax.evaluation")
+    dense_dtype = plan_flags.value("dense_dtype") or (begun.dense_dtype if begun else None)
     how = {"expert_tier": tier, "expert_dtype": packing, "adapter": _ADAPTER.value, "progress": _PROGRESS.value}
-    model = load_model(_MODEL.value, dtype=dtype, **how)
+    model = quantise(load_model(_MODEL.value, dtype=dtype, **how), dense_dtype=dense_dtype)
     engine = Engine(model, make_plan(begun, model.config, dtype), progress=_PROGRESS.value)
     found = of_text(engine, text) if _TEXT.value else of_tasks(engine)
     document = json.dumps(found | {"model": _MODEL.value, "stats": engine.stats()}, default=str)

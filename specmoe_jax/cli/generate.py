@@ -221,12 +221,14 @@ def load(prompts: list[Prompt], homes: np.ndarray | None, devices: int) -> tuple
     plan = read_plan_file() if own.PLAN.value else Plan(preset="")
     load = functools.partial(load_model, adapter=own.ADAPTER.value, devices=devices, homes=homes)
     dtype, expert_dtype = own.DTYPE.value or plan.dtype, plan_flags.value("expert_dtype") or plan.expert_dtype
-    if expert_dtype not in (None, DECODED):
-        options = {"dtype": dtype, "expert_dtype": expert_dtype, "prompts": prompts, "progress": progress_mode()}
-        model, error = jobs.load_quantised(load, own.MODEL.value, **options)
-        return model, {}, error
+    dense_dtype = plan_flags.value("dense_dtype") or plan.dense_dtype
     tier = plan_flags.value("expert_tier") or plan.expert_tier
-    load_as = functools.partial(load, expert_dtype=expert_dtype) if expert_dtype else load
+    packed = None if expert_dtype == DECODED else expert_dtype
+    load_as = functools.partial(load, expert_dtype=expert_dtype) if expert_dtype and not packed else load
+    if packed or dense_dtype:
+        how = {"expert_dtype": packed, "dense_dtype": dense_dtype, "expert_tier": tier, "progress": progress_mode()}
+        model, error = jobs.load_quantised(load_as, own.MODEL.value, dtype=dtype, prompts=prompts, **how)
+        return model, {}, error
     if processes.several():  # the same place for experts in all of them
         return load_as(own.MODEL.value, dtype=dtype, expert_tier=tier, progress=progress_mode()), {}, {}
     return *jobs.load_that_fits(load_as, own.MODEL.value, dtype=dtype, expert_tier=tier, progress=own.PROGRESS.value), {}

@@ -25,6 +25,7 @@ PrefillAttention = Literal["cpu", "accelerator"]
 Dtype = Literal["float32", "bfloat16"]
 Quantised = Literal["int8", "int4"]
 ExpertDtype = Literal["int8", "int4", "decoded"]
+DenseDtype = Literal["int8"]
 
 SUBSTITUTIONS: tuple[str, ...] = typing.get_args(Substitution)
 EXPERT_TIERS: tuple[str, ...] = typing.get_args(ExpertTier)
@@ -203,6 +204,11 @@ class PlanFields:
         "Quantise the experts (int8, int4): fewer bytes on the link, other tokens (the error is printed); or decode those of a "
         "quantised checkpoint, which otherwise stay packed (decoded).",
         none="the checkpoint's",
+    )
+    dense_dtype: DenseDtype | None = field(
+        None,
+        "Quantise the matrices of attention, shared experts, dense layers and output (int8): other tokens (the error is printed).",
+        none="the plan's dtype",
     )
     device_memory_bytes: float | None = field(
         None, "Memory to use of each accelerator.", none="what the plan can use", unit="bytes", flag="device_memory_gib"

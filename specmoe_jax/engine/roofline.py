@@ -8,6 +8,7 @@ Weights are read once a pass: all dense ones, and of the experts those that the 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.engine.figures import Totals
+from specmoe_jax.models.packing.dense import dense_itemsize
 from specmoe_jax.models.spec import DTYPE_BYTES
 from specmoe_jax.offload.stream_schedule import ACCELERATOR, CPU
 from specmoe_jax.planner import costs
@@ -28,13 +29,14 @@ def roofline_figures(config: ModelConfig, plan: Plan, totals: Totals, hardware: 
     new, context = totals.verified_tokens / totals.row_steps, totals.context / totals.row_steps
     load = Load(totals.row_steps / totals.steps, new, context)
     flops, kv_bytes = {ACCELERATOR: costs.head(config, load.tokens, itemsize).flops, CPU: 0.0}, 0.0
-    weight_bytes = config.vocab_size * config.hidden_size * itemsize  # of the head
+    dense_size = dense_itemsize(dtype, plan.dense_dtype)
+    weight_bytes = config.vocab_size * config.hidden_size * dense_size  # of the head
     attends = CPU if plan.cache_tier.on_host else ACCELERATOR
     for layer, sizes, moe in zip(config.layers, costs.layer_sizes(config), config.moe_index, strict=True):
         attention = costs.attention(layer.attention, load, itemsize, resource=attends)
         flops[attends] += attention.flops
         kv_bytes += attention.bytes
-        dense = costs.projections(sizes.before + sizes.after, load, itemsize)
+        dense = costs.projections(sizes.before + sizes.after, load, dense_size)
         flops[ACCELERATOR] += dense.flops
         weight_bytes += dense.bytes
         flops[ACCELERATOR] += 0.0 if moe is None else costs.experts(config, load.tokens, 0, itemsize).flops

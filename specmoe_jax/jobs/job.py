@@ -61,21 +61,29 @@ def read_head(path: pathlib.Path) -> ModelHead | None:
 
 
 def load_quantised(
-    load: Callable[..., Model], name: str, *, dtype: str, expert_dtype: str, prompts: list[Prompt], progress: str
+    load: Callable[..., Model],
+    name: str,
+    *,
+    dtype: str,
+    expert_dtype: str | None,
+    dense_dtype: str | None,
+    expert_tier: str,
+    prompts: list[Prompt],
+    progress: str,
 ) -> tuple[Model, dict[str, float]]:
-    """A model with packed experts, and how far its logits are from those of the model in `dtype` on some of the prompts.
+    """A model with packed weights, and how far its logits are from those of the model in `dtype` on some of the prompts.
 
-    The exact experts are read from disk one by one, for packing and again for the comparison. -> figures for the statistics, none
-    where no prompt can be served.
+    expert_dtype and dense_dtype: as of quantise. Experts that are to be packed are read from disk one by one, and again for the
+    comparison; others are where expert_tier says. -> figures for the statistics, none where no prompt can be served.
     """
-    exact = load(name, dtype=dtype, expert_tier="disk", progress=progress)
-    model, sample = quantise(exact, expert_dtype), []
+    exact = load(name, dtype=dtype, expert_tier="disk" if expert_dtype else expert_tier, progress=progress)
+    model, sample = quantise(exact, expert_dtype, dense_dtype), []
     served = (p for i, p in enumerate(prompts) if p.error is None and refusal(model, i, p.model_input, p.params) is None)
     for prompt in itertools.islice(served, SAMPLE_PROMPTS):
         (request,) = make_requests(model, [prompt.model_input], None)
         sample.append((request.source or request.token_ids)[:SAMPLE_TOKENS])
     error = logit_error(exact, model, sample) if sample else {}
-    return model, {f"expert_dtype_{name}": value for name, value in error.items()}
+    return model, {f"quantised_{name}": value for name, value in error.items()}
 
 
 def load_that_fits(load: Callable[..., Model], name: str, *, dtype: str, expert_tier: str, progress: str) -> tuple[Model, dict]:

@@ -36,7 +36,7 @@ def sinusoids(positions: jax.Array, dim: int) -> jax.Array:
     return jnp.pad(pairs, [(0, 0)] * positions.ndim + [(0, dim - 2 * half)])
 
 
-def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+def linear(x: jax.Array, weight: jax.Array | ops.PackedMatrix) -> jax.Array:
     """x [..., in] times weight [out, in], the layout of checkpoints, in x's dtype; accumulates in float32."""
     return ops.dense_product(x, weight).astype(x.dtype)
 
@@ -58,7 +58,7 @@ def rope(x: jax.Array, positions: jax.Array, config: Rope | None) -> jax.Array:
     return jnp.concatenate((*pairs, kept), axis=-1).astype(x.dtype)
 
 
-def affine(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+def affine(x: jax.Array, weight: jax.Array | ops.PackedMatrix, bias: jax.Array | None) -> jax.Array:
     """`linear` with a bias [out], or without."""
     y = linear(x, weight)
     return y if bias is None else y + bias

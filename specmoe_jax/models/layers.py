@@ -149,12 +149,12 @@ def final_norm(config: Head, weights: Weights[jax.Array], h: jax.Array) -> jax.A
     return norm(h, weights.final_norm, weights.final_norm_bias, config.norm_eps, config.norm_plus)
 
 
-def output(matrix: jax.Array, x: jax.Array) -> jax.Array:
+def output(matrix: jax.Array | ops.PackedMatrix, x: jax.Array) -> jax.Array:
     """Logits [..., V] float32 of x [..., M] by an output matrix [V, M]."""
     return ops.dense_product(x, matrix)
 
 
-def output_matrix(weights: Weights[jax.Array]) -> jax.Array:
+def output_matrix(weights: Weights[jax.Array]) -> jax.Array | ops.PackedMatrix:
     """[V, M], the embedding where they are tied."""
     return weights.embed if weights.lm_head is None else weights.lm_head
 

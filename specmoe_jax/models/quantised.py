@@ -1,4 +1,7 @@
-"""A model whose experts are quantised, and what that costs in its logits. Never done unless asked for (Plan.expert_dtype)."""
+"""A model whose weights are quantised, and what that costs in its logits.
+
+Never done unless asked for (Plan.expert_dtype, Plan.dense_dtype).
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,16 +12,21 @@ import numpy as np
 
 from specmoe_jax.models.model import Model, to_host
 from specmoe_jax.models.packing import pack, unpacked
+from specmoe_jax.models.packing.dense import pack_dense
 from specmoe_jax.support.jax_settings import lenient
 
 
 @lenient()
-def quantise(model: Model, expert_dtype: str) -> Model:
+def quantise(model: Model, expert_dtype: str | None = None, dense_dtype: str | None = None) -> Model:
     """The model with every expert packed by a kind that a plan can ask for (models/packing), one expert at a time.
 
-    Embeddings, attention, routers and shared experts stay as they are. Memory: the packed experts and one of model.experts,
-    which may be on disk.
+    dense_dtype: what the matrices of attention, shared experts, dense layers and output are packed as (models/packing/dense.py);
+    embeddings, norms and routers stay as they are. Memory: what is packed, and one of model.experts, which may be on disk.
     """
+    if dense_dtype is not None:
+        model = dataclasses.replace(model, weights=pack_dense(model.weights))
+    if expert_dtype is None:
+        return model
     config = model.config.with_packing(expert_dtype)
     layers = (model.experts[layer] for layer in range(config.num_expert_layers))
     experts = tuple(

@@ -7,16 +7,17 @@
 from specmoe_jax.ops.attention import chunked_attention, chunked_attention_packed, masked_attention, prefill_attention
 from specmoe_jax.ops.cpu._ffi import isas
 from specmoe_jax.ops.cpu.attention import MAX_NEW
-from specmoe_jax.ops.dense import dense_product
+from specmoe_jax.ops.dense import PackedMatrix, dense_product
 from specmoe_jax.ops.experts import expert_ffn, expert_ffn_table
 from specmoe_jax.ops.packed import PackedCache, empty_cache, pack_cache, unpack_cache
 from specmoe_jax.ops.reference.attention import chunked_attention_packed_ref, chunked_attention_ref
-from specmoe_jax.ops.reference.dense import dense_product_ref
+from specmoe_jax.ops.reference.dense import dense_product_ref, packed_product_ref
 from specmoe_jax.ops.reference.experts import expert_ffn_ref
 
 __all__ = [
     "MAX_NEW",
     "PackedCache",
+    "PackedMatrix",
     "chunked_attention",
     "chunked_attention_packed",
     "chunked_attention_packed_ref",
@@ -30,6 +31,7 @@ __all__ = [
     "isas",
     "masked_attention",
     "pack_cache",
+    "packed_product_ref",
     "prefill_attention",
     "unpack_cache",
 ]

@@ -70,4 +70,8 @@ KERNELS: dict[str, dict[str, Variant]] = {
         "cpu": Variant(cpu_dense.product, "cpu", cpu_dense.fits),
         "xla": Variant(dense.product),
     },
+    "packed_product": {
+        "cpu": Variant(cpu_dense.packed_product, "cpu", cpu_dense.fits_packed),
+        "xla": Variant(dense.packed_product),
+    },
 }

@@ -254,21 +254,26 @@ def attended_up(config: AttentionConfig, load: Load, itemsize: int) -> Cost:
 
 
 def head(config: ModelConfig, tokens: float, itemsize: int) -> Cost:
-    """Logits, float32, and the choice among them."""
+    """Logits, float32, and the choice among them. itemsize: of the output matrix."""
     size = config.vocab_size * config.hidden_size
     return Cost(ACCELERATOR, "dense", 2 * size * tokens, size * itemsize + 2 * tokens * config.vocab_size * 4)
 
 
-def task_cost(config: ModelConfig, task: Task, load: Load, *, streamed: float, itemsize: int, expert_bytes: float) -> Cost:
-    """Of one task of a streamed pass (offload/stream_schedule.py), but for the experts' own. streamed: experts of a copy."""
+def task_cost(
+    config: ModelConfig, task: Task, load: Load, *, streamed: float, itemsize: int, dense: int, expert_bytes: float
+) -> Cost:
+    """Of one task of a streamed pass (offload/stream_schedule.py), but for the experts' own.
+
+    streamed: experts of a copy. dense: bytes of a number of a dense matrix.
+    """
     layer, sizes = config.layers[task.layer], layer_sizes(config)[task.layer]
     return {
         "embed": lambda: embed(config, load, itemsize),
-        "pre_attention": lambda: projections(sizes.before, load, itemsize),
+        "pre_attention": lambda: projections(sizes.before, load, dense),
         "to_host": lambda: queries_down(layer.attention, load, itemsize),
         "attention": lambda: attention(layer.attention, load, itemsize, resource=CPU),
         "to_accelerator": lambda: attended_up(layer.attention, load, itemsize),
-        "post_attention": lambda: projections(sizes.after, load, itemsize),
+        "post_attention": lambda: projections(sizes.after, load, dense),
         "stream": lambda: fetch(expert_bytes, streamed),
         "attend_chunk": lambda: attention(layer.attention, load, itemsize, resource=ACCELERATOR),
         "store": lambda: keys_down(layer.attention, load, itemsize),

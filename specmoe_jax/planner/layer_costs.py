@@ -37,39 +37,46 @@ def resident_pass(
     itemsize: int,
     *,
     tier: KvTierDescription,
+    dense: int | None = None,
     expert_bytes: float | None = None,
     own: Load | None = None,
 ) -> tuple[Cost, ...]:
     """All layers, alike ones together, and the head, without a copy of an expert. distinct: experts of a layer that are used.
 
-    own: what of the load is not the experts', where a device attends a part of the rows.
+    dense: bytes of a number of a dense matrix, where it is not `itemsize`. own: what of the load is not the experts', where a
+    device attends a part of the rows.
     """
-    own = load if own is None else own
+    own, dense = load if own is None else own, dense or itemsize
     found = [costs.embed(config, own, itemsize)]
     for index, moe, count in layers_alike(config):
-        layer = attention_block(config, index, own, itemsize, tier=tier)
+        layer = attention_block(config, index, own, itemsize, dense=dense, tier=tier)
         if moe is not None:
             programs = int(tier.on_host)
             layer.append(costs.experts(config, load.tokens, distinct, itemsize, expert_bytes=expert_bytes, programs=programs))
         found += costs.times(count, layer)
-    return (*found, costs.head(config, own.tokens, itemsize))
+    return (*found, costs.head(config, own.tokens, dense))
 
 
-def attention_block(config: ModelConfig, index: int, load: Load, itemsize: int, *, tier: KvTierDescription) -> list[Cost]:
-    """A layer up to its router: one program with a cache on the accelerator, else three and two copies."""
+def attention_block(
+    config: ModelConfig, index: int, load: Load, itemsize: int, *, dense: int, tier: KvTierDescription
+) -> list[Cost]:
+    """A layer up to its router: one program with a cache on the accelerator, else three and two copies.
+
+    dense: bytes of a number of a dense matrix.
+    """
     layer, sizes = config.layers[index], costs.layer_sizes(config)[index]
     if layer.attention.recurrent is not None:
-        before, after = (costs.projections(size, load, itemsize, programs=1 - i) for i, size in enumerate(sizes))
+        before, after = (costs.projections(size, load, dense, programs=1 - i) for i, size in enumerate(sizes))
         return [before, costs.recurrence(layer.attention, load, programs=0), after]
     on_cpu = tier.on_host
     attend = costs.attention(layer.attention, load, itemsize, resource=CPU if on_cpu else ACCELERATOR, programs=int(on_cpu))
     around = [costs.queries_down(layer.attention, load, itemsize)], [costs.attended_up(layer.attention, load, itemsize)]
     before, after = around if on_cpu else ([], [])
     return [
-        costs.projections(sizes.before, load, itemsize),
+        costs.projections(sizes.before, load, dense),
         *before,
         attend,
         *after,
         *([costs.cross_attention(layer.cross, load, itemsize)] if layer.cross else []),
-        costs.projections(sizes.after, load, itemsize, programs=int(on_cpu)),
+        costs.projections(sizes.after, load, dense, programs=int(on_cpu)),
     ]

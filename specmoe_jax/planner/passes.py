@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
+from specmoe_jax.models.packing.dense import dense_itemsize
 from specmoe_jax.models.spec import DTYPE_BYTES
 from specmoe_jax.offload.stream_schedule import RESOURCES
 from specmoe_jax.planner import costs, routing
@@ -50,6 +51,11 @@ class Setting(NamedTuple):
     def itemsize(self) -> int:
         """Bytes of a number."""
         return DTYPE_BYTES[self.plan.dtype]
+
+    @property
+    def dense_itemsize(self) -> int:
+        """Bytes of a number of a dense matrix."""
+        return dense_itemsize(self.plan.dtype, self.plan.dense_dtype)
 
     @property
     def probabilities(self) -> tuple[float, ...]:
@@ -119,7 +125,10 @@ def layer_by_layer(setting: Setting, draft_s: float, layer_costs: Callable[[Sett
         link_s += count * layer_link_s
         fetched += count * layer.fetched
         spent += costs.times(count, [*layer.computed, *layer.copies])
-    head = [costs.head(config, load.tokens, itemsize), *costs.gather_logits(config, setting.load, plan, hardware.hosts)]
+    head = [
+        costs.head(config, load.tokens, setting.dense_itemsize),
+        *costs.gather_logits(config, setting.load, plan, hardware.hosts),
+    ]
     spent += head
     hidden_s = min(draft_s, link_s, _spare_s(setting)) if plan.prefetch == "draft" else 0.0
     return Timing(

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
+from specmoe_jax.models.packing.dense import dense_itemsize
 from specmoe_jax.models.spec import DTYPE_BYTES
 from specmoe_jax.offload.stream_schedule import ACCELERATOR, CPU, UP
 from specmoe_jax.planner import costs, routing
@@ -53,7 +54,7 @@ def points(config: ModelConfig, plan: Plan, hardware: Hardware, load: Load, *, s
     ffn = costs.experts(config, load.tokens, routing.distinct(p, load.tokens), itemsize, expert_bytes=one)
     crossing = plan.flow.crossing_experts(config, plan, p, load.tokens)
     on_cpu = costs.attention(layer.attention, load, itemsize, resource=CPU)
-    dense = costs.projections(sizes.before + sizes.after, load, itemsize)
+    dense = costs.projections(sizes.before + sizes.after, load, dense_itemsize(plan.dtype, plan.dense_dtype))
     levels = roofs(hardware, plan.dtype)
 
     def at(operator: str, level: str, cost: Cost, num_bytes: float) -> list[Point]:

@@ -1,5 +1,6 @@
-"""Quantised experts: lossless over the same quantised weights, their bytes on the link and in the account, their error told."""
+"""Quantised weights: lossless over the same quantised weights, their bytes on the link and in the account, their error told."""
 
+import jax
 import pytest
 from engine_cases import tokens_of
 
@@ -7,12 +8,15 @@ from specmoe_jax import PRESETS, Engine, SamplingParams
 from specmoe_jax.config.plan_fields import DECODED, EXPERT_DTYPES
 from specmoe_jax.jobs.job import load_quantised
 from specmoe_jax.jobs.prompts import Prompt
+from specmoe_jax.models.packing.dense import dense_itemsize, is_packed, weight_bytes
 from specmoe_jax.models.quantised import logit_error, quantise
+from specmoe_jax.planner import costs
 from specmoe_jax.planner.memory.account import account
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.testing import tiny
-from specmoe_jax.testing.families import tiny_family
+from specmoe_jax.testing.families import ENCODER_DECODERS, RAW_CONFIGS, tiny_family
 
+FAMILIES = sorted(RAW_CONFIGS | ENCODER_DECODERS)
 PROMPTS = [[5, 99, 3, 17, 64, 8, 2], [77, 6, 30]]
 PARAMS = SamplingParams(max_new_tokens=8, ignore_eos=True)
 CASES = {
@@ -43,12 +47,55 @@ def test_speculation_changes_no_token(family, expert_dtype):
             assert stats["compilations_after_warmup"] == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "deepseek_v32", "qwen3_next", "gpt_oss", "nllb_moe"])
+def test_dense_matrices_in_int8_change_no_token_with_speculation(family):
+    """Whatever the flow and the draft; the first token is that of the reference over the same weights."""
+    model = quantise(tiny_family(family), dense_dtype="int8")
+    expected = None
+    for name in ("resident", *CASES):
+        if name == "streaming" and family == "nllb_moe":
+            continue
+        plan = PRESETS[name](model.config).replace(batch_size=2, dense_dtype="int8").replace(**CASES.get(name, {}))
+        tokens = tokens_of(Engine(model, plan).generate(PROMPTS, PARAMS))
+        expected = expected or tokens
+        assert tokens == expected
+    if model.config.encoder is None:
+        assert [row[0] for row in expected] == [int(model.logits([prompt])[0, -1].argmax()) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_account_of_dense_matrices(family):
+    """Exact, whatever the family."""
+    exact = tiny_family(family)
+    for model, dense_dtype in ((exact, None), (quantise(exact, dense_dtype="int8"), "int8")):
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(model.weights))
+        assert held == weight_bytes(model.config, "float32", dense_dtype)
+        plan = PRESETS["on_demand"](model.config).replace(dense_dtype=dense_dtype)
+        assert account(model.config, plan, batch_rows=2, positions=64).weight_bytes == held
+
+
+def test_dense_matrices_cost_less_to_read():
+    config = tiny().config
+    plain, packed = (
+        costs.head(config, 1, dense_itemsize("float32", dense_dtype)).bytes - 2 * config.vocab_size * 4
+        for dense_dtype in (None, "int8")
+    )
+    assert packed == plain / 4
+
+
 @pytest.mark.parametrize(("expert_dtype", "bound"), [("int8", 1e-3), ("int4", 0.1)])
 def test_error(expert_dtype, bound):
     exact = tiny()
     error = logit_error(exact, quantise(exact, expert_dtype), PROMPTS)
     assert error["positions"] == 10 and 0 < error["kl"] < bound and 0 <= error["top1"] <= 1
     assert logit_error(exact, exact, PROMPTS) == {"kl": 0.0, "top1": 1.0, "positions": 10}
+
+
+def test_error_of_dense_matrices():
+    exact = tiny()
+    error = logit_error(exact, quantise(exact, dense_dtype="int8"), PROMPTS)
+    assert 0 < error["kl"] < 5e-3
 
 
 def test_account():
@@ -62,6 +109,7 @@ def test_account():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"dense_dtype": "int4"}, "dense_dtype is 'int4'; it must be one of int8"),
         ({"expert_dtype": "int3"}, "expert_dtype is 'int3'; it must be one of int8, int4, decoded"),
         ({"expert_dtype": "int8", "expert_tier": "disk", "host_memory_bytes": 1 << 30}, "without expert_tier=disk"),
         ({"expert_dtype": "int4", "draft": "merged"}, "without draft=merged"),
@@ -78,6 +126,10 @@ def test_never_silently_on():
         Engine(quantise(tiny(), "int8"), plan)
     with pytest.raises(PlanError, match="expert_dtype=int8, the model's experts are packed as None"):
         Engine(tiny(), plan.replace(expert_dtype="int8"))
+    with pytest.raises(PlanError, match="dense_dtype=None, the model's dense matrices are packed"):
+        Engine(quantise(tiny(), dense_dtype="int8"), plan)
+    with pytest.raises(PlanError, match="dense_dtype=int8, the model's dense matrices are not packed"):
+        Engine(tiny(), plan.replace(dense_dtype="int8"))
 
 
 def test_the_error_is_told_of_prompts_that_can_be_served():
@@ -88,6 +140,7 @@ def test_the_error_is_told_of_prompts_that_can_be_served():
 
     bad = Prompt(0, "a" * 200, PARAMS)  # more than the window
     for prompts, positions in (([bad, Prompt(1, "abc", PARAMS)], 3), ([bad], None)):
-        model, error = load_quantised(load, "tiny", dtype="float32", expert_dtype="int8", prompts=prompts, progress="none")
-        assert model.config.experts.packing == "int8"
-        assert error.get("expert_dtype_positions") == positions
+        how = {"expert_dtype": "int8", "dense_dtype": "int8", "expert_tier": "host", "prompts": prompts, "progress": "none"}
+        model, error = load_quantised(load, "tiny", dtype="float32", **how)
+        assert model.config.experts.packing == "int8" and is_packed(model.weights)
+        assert error.get("quantised_positions") == positions

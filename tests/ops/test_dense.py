@@ -45,6 +45,53 @@ def test_every_instruction_set_agrees_with_float64(isa, dtypes):
         assert_accurate(dense.product, *make(2, *shape, *DTYPES[dtypes]))
 
 
+PACKED = {
+    "kernel": dense.packed_product,
+    "xla": xla.packed_product,
+    "reference": lambda x, *m: ops.packed_product_ref(x, ops.PackedMatrix(*m)),
+}
+
+
+def packed(seed, n, N, M, x_dtype):
+    rng = np.random.default_rng(seed)
+    codes = jnp.asarray(rng.integers(-127, 128, size=(N, M)), jnp.int8)
+    return jnp.asarray(rng.normal(size=(n, M)), x_dtype), codes, jnp.asarray(rng.random(N) / 127, F32)
+
+
+def assert_packed(form, x, codes, scales):
+    """As assert_accurate; scales are one rounding more."""
+    a, b = np.asarray(x, np.float64), np.asarray(codes, np.float64) * np.asarray(scales, np.float64)[:, None]
+    error = np.abs(np.asarray(jax.jit(lambda *args: form(*args))(x, codes, scales)) - a @ b.T)
+    assert np.all(error <= (5 + np.sqrt(x.shape[1])) * 2.0**-24 * (np.abs(a) @ np.abs(b).T))
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_packed_matrices_are_decoded_exactly(kernels, name, dtype):
+    for shape in SHAPES.values():
+        assert_packed(PACKED[name], *packed(4, *shape, dtype))
+
+
+def test_packed_matrices_on_every_instruction_set(isa):
+    x, codes, scales = packed(5, 32, 4001, 72, BF16)
+    assert_packed(dense.packed_product, x, codes, scales)
+    whole = np.asarray(dense.packed_product(x, codes, scales))
+    for n in (1, 2, 5, 13):  # a row depends on itself alone
+        np.testing.assert_array_equal(dense.packed_product(x[3 : 3 + n], codes, scales), whole[3 : 3 + n])
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales", "message"),
+    [
+        ((4, 3), (5,), r"scales has shape \(5,\), wanted \[4\]"),
+        ((4, 2), (4,), r"codes has shape \(4, 2\), wanted \[any, 3\]"),
+    ],
+)
+def test_packed_matrices_that_do_not_fit(codes, scales, message):
+    with pytest.raises(ValueError, match=message):
+        ops.dense_product(jnp.ones((1, 3)), ops.PackedMatrix(jnp.ones(codes, jnp.int8), jnp.ones(scales)))
+
+
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_a_row_depends_on_itself_alone(isa, monkeypatch, dtypes):
     x, weight = make(3, 32, 4001, 72, *DTYPES[dtypes])

@@ -66,6 +66,7 @@ CASES = {
     "chunked_attention_packed": ((None,) * 9, ATTENTION_OPTIONS),
     "expert_ffn": ((None,) * 3, dict(ffn=None, packing=None, hidden=None, numbers={})),
     "dense_product": (PRODUCT, {}),
+    "packed_product": ((*PRODUCT, jnp.ones(1)), {}),
 }
 
 

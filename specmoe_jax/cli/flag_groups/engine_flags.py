@@ -80,11 +80,10 @@ def _plan(head: jobs.ModelHead, folder: pathlib.Path, job: planning.Job, request
 
 def _load(plan: Plan) -> tuple[Model, dict]:
     """The model as the plan wants it, and the changes to the plan that make it fit."""
-    if plan.expert_dtype not in (None, DECODED):
-        how = {"adapter": _ADAPTER.value, "progress": _PROGRESS.value}
-        exact = load_model(MODEL.value, dtype=plan.dtype, expert_tier="disk", **how)
-        return quantise(exact, plan.expert_dtype), {}
+    packed = None if plan.expert_dtype == DECODED else plan.expert_dtype
     load = functools.partial(load_model, adapter=_ADAPTER.value)
-    load = functools.partial(load, expert_dtype=plan.expert_dtype) if plan.expert_dtype else load
-    how = {"dtype": plan.dtype, "expert_tier": plan.expert_tier, "progress": _PROGRESS.value}
+    load = functools.partial(load, expert_dtype=plan.expert_dtype) if plan.expert_dtype and not packed else load
+    how = {"dtype": plan.dtype, "expert_tier": "disk" if packed else plan.expert_tier, "progress": _PROGRESS.value}
+    if packed or plan.dense_dtype:
+        return quantise(load(MODEL.value, **how), packed, plan.dense_dtype), {}
     return jobs.load_that_fits(load, MODEL.value, **how)

@@ -41,10 +41,10 @@ def table(stats: dict) -> str:
         rows.append(("rates reached", _rates_row(stats["rates"])))
     if "predicted" in stats:
         rows.append(("step predicted / measured", f"{_milli(stats['predicted']['step_s'])} / {_milli(stats['step_s'])} ms"))
-    if "expert_dtype_kl" in stats:
-        kl, top1, positions = (stats[f"expert_dtype_{name}"] for name in ("kl", "top1", "positions"))
+    if "quantised_kl" in stats:
+        kl, top1, positions = (stats[f"quantised_{name}"] for name in ("kl", "top1", "positions"))
         error = f"KL {kl:.1e} nats from {stats['plan']['dtype']}, same top token at {top1:.1%} of {positions} positions"
-        rows.append((f"experts in {stats['plan']['expert_dtype']}", error))
+        rows.append((_quantised_row(stats["plan"]), error))
     if stats["synthetic"]:
         rows.append(("SYNTHETIC", f"{', '.join(stats['synthetic'])}: emulated, not this machine's"))
     width = max(len(name) for name, _ in rows)
@@ -81,3 +81,8 @@ def _number(value: float | None) -> str:
 
 def _mebi(num_bytes: int | None) -> str:
     return "-" if num_bytes is None else f"{num_bytes / (1 << 20):,.0f}"
+
+
+def _quantised_row(plan: dict) -> str:
+    named = {"experts": plan["expert_dtype"], "dense": plan["dense_dtype"]}
+    return ", ".join(f"{what} in {dtype}" for what, dtype in named.items() if dtype)

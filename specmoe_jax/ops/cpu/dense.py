@@ -20,14 +20,28 @@ def fits(x: jax.Array, weight: jax.Array) -> bool:
     return few and weight.size * weight.dtype.itemsize >= LEAST_BYTES and _ffi.module() is not None
 
 
+def fits_packed(x: jax.Array, codes: jax.Array, scales: jax.Array) -> bool:
+    """Few rows, of a packed matrix that is worth a call."""
+    return fits(x, codes)
+
+
+def packed_product(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
+    return _call("specmoe_packed_few_rows_product", x, codes, scales)
+
+
 @jax.custom_jvp
 def product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    shape = jax.ShapeDtypeStruct((x.size // x.shape[-1], weight.shape[0]), jnp.float32)
-    call = jax.ffi.ffi_call("specmoe_few_rows_product", shape, vmap_method="sequential")
-    return call(x.reshape(-1, x.shape[-1]), weight, **_ffi.choice()).reshape(*x.shape[:-1], weight.shape[0])
+    return _call("specmoe_few_rows_product", x, weight)
 
 
 @product.defjvp
 def _differentiate(primals, tangents):
     (x, weight), (dx, dweight) = primals, tangents
     return product(x, weight), xla.product(dx, weight) + xla.product(x, dweight)
+
+
+def _call(target: str, x: jax.Array, *matrix: jax.Array) -> jax.Array:
+    columns = matrix[0].shape[0]
+    shape = jax.ShapeDtypeStruct((x.size // x.shape[-1], columns), jnp.float32)
+    call = jax.ffi.ffi_call(target, shape, vmap_method="sequential")
+    return call(x.reshape(-1, x.shape[-1]), *matrix, **_ffi.choice()).reshape(*x.shape[:-1], columns)

@@ -12,3 +12,8 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     if x.dtype == weight.dtype == jnp.bfloat16:
         return jnp.einsum("...m,nm->...n", x, weight, preferred_element_type=jnp.float32)
     return einsum("...m,nm->...n", x, weight)
+
+
+def packed_product(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
+    """ops.dense_product of a packed matrix. Either type holds codes exactly."""
+    return product(x, codes.astype(x.dtype)) * scales

@@ -5,6 +5,7 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.models.eagle import config as eagle_config
 from specmoe_jax.models.eagle.config import EagleConfig
+from specmoe_jax.models.packing.dense import dense_itemsize
 from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
 from specmoe_jax.offload.stream_schedule import ACCELERATOR, CPU
 from specmoe_jax.planner import costs
@@ -65,7 +66,7 @@ class EagleDraftDescription(DraftDescription):
         Of a tree it feeds back a level of draft_tree_top_k nodes at a time. Of a split cache each part attends over its own rows.
         """
         head, itemsize, length, width = head or usual_head(config), DTYPE_BYTES[plan.dtype], plan.draft_length or 1, _width(plan)
-        attention, size = head.layer.attention, _weights(head)
+        attention, size, output = head.layer.attention, _weights(head), dense_itemsize(plan.dtype, plan.dense_dtype)
         level = Load(load.rows, width, load.context + length / 2)
 
         def attend(of: Load, share: float, resource: str = ACCELERATOR) -> Cost:
@@ -81,8 +82,8 @@ class EagleDraftDescription(DraftDescription):
         def whole(of: Load) -> tuple[Cost, ...]:
             return () if cpu_share else (attend(of, 1.0),)
 
-        first = (costs.projections(size, load, itemsize), *whole(load), costs.head(config, load.rows, itemsize))
-        further = (costs.projections(size, level, itemsize), *whole(level), costs.head(config, load.rows * width, itemsize))
+        first = (costs.projections(size, load, itemsize), *whole(load), costs.head(config, load.rows, output))
+        further = (costs.projections(size, level, itemsize), *whole(level), costs.head(config, load.rows * width, output))
         return DraftCosts(
             costs=(*first, *(further * (length - 1))),
             split=(both(load), *((both(level),) * (length - 1))) if cpu_share else (),

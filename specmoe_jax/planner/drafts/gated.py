@@ -4,6 +4,7 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.plan_fields import most
 from specmoe_jax.config.presets import preset
+from specmoe_jax.models.packing.dense import dense_itemsize
 from specmoe_jax.models.spec import DTYPE_BYTES
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import Load
@@ -53,6 +54,7 @@ class GatedDraftDescription(DraftDescription):
             min(chosen, mean_experts(plan)),
             itemsize,
             tier=plan.cache_tier,
+            dense=dense_itemsize(plan.dtype, plan.dense_dtype),
             expert_bytes=costs.expert_bytes(config, plan),
             own=costs.own_load(one, plan),
         )

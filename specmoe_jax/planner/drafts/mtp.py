@@ -5,6 +5,7 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.models import mtp
 from specmoe_jax.models.experts import block_bytes
+from specmoe_jax.models.packing.dense import dense_itemsize
 from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
 from specmoe_jax.offload.stream_schedule import ACCELERATOR
 from specmoe_jax.planner import costs, routing
@@ -71,7 +72,7 @@ class MtpDraftDescription(DraftDescription):
         itemsize, length, width = DTYPE_BYTES[plan.dtype], plan.draft_length or 1, plan.draft_tree_top_k or 1
         probabilities = routing.choice_probabilities(config.num_experts, config.experts_per_token, skew)
         size = sum(spec.size for spec in spec_leaves(mtp.weight_specs(config)))
-        layer = mtp.layer_config(config, plan.draft_expert_dtype)
+        layer, output = mtp.layer_config(config, plan.draft_expert_dtype), dense_itemsize(plan.dtype, plan.dense_dtype)
 
         def one(of: Load, *, drawn: int = 1) -> tuple[Cost, ...]:
             found = [
@@ -82,7 +83,7 @@ class MtpDraftDescription(DraftDescription):
                 held, used = block_bytes(layer.experts, plan.dtype), routing.distinct(probabilities, of.tokens)
                 used = min(used, _hot(plan) or config.num_experts)
                 found.append(costs.experts(config, of.tokens, used, itemsize, expert_bytes=held, programs=0))
-            return (*found, *([costs.head(config, load.rows * drawn, itemsize)] if drawn else []))
+            return (*found, *([costs.head(config, load.rows * drawn, output)] if drawn else []))
 
         if config.mtp_layers == 1:
             again = one(Load(load.rows, width, load.context + length / 2), drawn=width)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
@@ -79,7 +80,8 @@ class OnDemandFlowDescription(PooledFlowDescription):
 
     def layer_costs(self, setting: Setting, index: int, moe: int | None) -> LayerCosts:
         config, load, itemsize = setting.config, setting.load, setting.itemsize
-        block: list[Cost] = attention_block(config, index, setting.own_load, itemsize, tier=setting.plan.cache_tier)
+        how: dict[str, Any] = {"dense": setting.dense_itemsize, "tier": setting.plan.cache_tier}
+        block: list[Cost] = attention_block(config, index, setting.own_load, itemsize, **how)
         if moe is None:
             return LayerCosts(block)
         missed, one = _missed(setting, moe), setting.account.expert_bytes

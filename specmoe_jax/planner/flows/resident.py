@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
@@ -27,7 +28,8 @@ class ResidentFlowDescription(PooledFlowDescription):
     def layer_costs(self, setting: Setting, index: int, moe: int | None) -> LayerCosts:
         """One program with a KV cache on the accelerator, else the experts are one of their own."""
         config, load, itemsize = setting.config, setting.load, setting.itemsize
-        block: list[Cost] = attention_block(config, index, setting.own_load, itemsize, tier=setting.plan.cache_tier)
+        how: dict[str, Any] = {"dense": setting.dense_itemsize, "tier": setting.plan.cache_tier}
+        block: list[Cost] = attention_block(config, index, setting.own_load, itemsize, **how)
         if moe is not None:
             block += setting.experts(load, programs=int(setting.plan.cache_tier.on_host))
         return LayerCosts(block)

@@ -148,7 +148,8 @@ class StreamFlowDescription:
             task = Task(kind, layer, 0, ())
             if kind == "experts":
                 return computed
-            return [costs.task_cost(config, task, load, streamed=own / chunks, itemsize=itemsize, expert_bytes=one)]
+            sizes = {"itemsize": itemsize, "dense": setting.dense_itemsize, "expert_bytes": one}
+            return [costs.task_cost(config, task, load, streamed=own / chunks, **sizes)]
 
         @functools.cache
         def seconds(kind: str, layer: int) -> float:
@@ -159,7 +160,7 @@ class StreamFlowDescription:
         tasks = pass_tasks(
             _has_experts(config), plan.micro_batches, chunks, plan.layer_buffers, pinned, recurrent=config.recurrent_layers
         )
-        head = costs.head(config, setting.load.tokens, itemsize)
+        head = costs.head(config, setting.load.tokens, setting.dense_itemsize)
         simulation = simulate(
             tasks,
             lambda task: seconds(task.kind, alike[task.layer]),
@@ -186,10 +187,14 @@ class StreamFlowDescription:
         busy: dict[str, float] = dict.fromkeys(RESOURCES, 0.0)
         pinned = spread(setting.config.moe_layers, setting.account.pinned_layers)
         prompts = 1 if plan.prefill_attention == "accelerator" else 0
-        how = {"itemsize": setting.itemsize, "expert_bytes": setting.account.expert_bytes, "streamed": streamed}
+        how = {"itemsize": setting.itemsize, "dense": setting.dense_itemsize, "expert_bytes": setting.account.expert_bytes}
         has, recurrent = _has_experts(setting.config), setting.config.recurrent_layers
         for task in pass_tasks(has, 1, 1, plan.layer_buffers, pinned, prompts, recurrent):
-            spent = setting.experts(load) if task.kind == "experts" else [costs.task_cost(setting.config, task, load, **how)]
+            spent = (
+                setting.experts(load)
+                if task.kind == "experts"
+                else [costs.task_cost(setting.config, task, load, streamed=streamed, **how)]
+            )
             once = task.resource == UP and task.kind == "stream"
             busy[task.resource] += sum(map(setting.seconds, spent)) * (1 if once else chunks)
         return max(busy.values())

@@ -5,8 +5,8 @@ from specmoe_jax.config.plan import Plan
 from specmoe_jax.kv_cache.positions import KV_PAGE
 from specmoe_jax.kv_cache.rows import rows_of_device
 from specmoe_jax.models.experts import layer_bytes, mean_bytes
-from specmoe_jax.models.families.registry import family_of
-from specmoe_jax.models.spec import DTYPE_BYTES, spec_leaves
+from specmoe_jax.models.packing.dense import weight_bytes
+from specmoe_jax.models.spec import DTYPE_BYTES
 from specmoe_jax.offload.homes import most_experts, most_of_process
 from specmoe_jax.planner.memory.budgets import fit_device, fit_host, fit_pages, split_draft
 from specmoe_jax.planner.memory.footprint import (
@@ -59,7 +59,7 @@ def account(
         return count * own_rows // max(batch_rows, 1)
 
     whole = MemoryAccount(
-        weight_bytes=sum(spec.bytes(plan.dtype) for spec in spec_leaves(family_of(config).weight_specs(config))),
+        weight_bytes=weight_bytes(config, plan.dtype, plan.dense_dtype),
         expert_bytes=mean_bytes(config, plan.dtype, plan.expert_dtype),
         slot_bytes=max(layer_bytes(config, plan.dtype, plan.expert_dtype)),
         num_slots=needs.wanted_slots + _spare_slots(plan, needs.dispatch),

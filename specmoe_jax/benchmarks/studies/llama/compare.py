@@ -32,25 +32,27 @@ READ_BYTES = 1 << 30
 
 
 class Ours(NamedTuple):
-    """What is loaded, how its experts are packed, the flow. bits: of a dense weight; expert_bits: of an expert's, with scales."""
+    """What is loaded, how it is packed, the flow. bits: of a dense weight; expert_bits: of an expert's, both with scales."""
 
     dtype: str
     expert_dtype: str | None
+    dense_dtype: str | None
     flow: str
     bits: float
     expert_bits: float
 
     @property
     def name(self) -> str:
-        return f"{self.expert_dtype or self.dtype} {self.flow}"
+        dense = f" (dense {self.dense_dtype})" if self.dense_dtype else ""
+        return f"{self.expert_dtype or self.dtype}{dense} {self.flow}"
 
 
 HOST = "host_compute"
 CONTESTS = {
-    "bf16": ([Ours("bfloat16", None, flow, 16, 16) for flow in (HOST, "resident", "on_demand")], ["bf16", "f16"]),
-    "f32": ([Ours("float32", None, HOST, 32, 32)], ["f32"]),
-    "int8": ([Ours("bfloat16", "int8", HOST, 16, 8.05)], ["q8_0"]),
-    "int4": ([Ours("bfloat16", "int4", HOST, 16, 4.25)], ["q4_0"]),
+    "bf16": ([Ours("bfloat16", None, None, flow, 16, 16) for flow in (HOST, "resident", "on_demand")], ["bf16", "f16"]),
+    "f32": ([Ours("float32", None, None, HOST, 32, 32)], ["f32"]),
+    "int8": ([Ours("bfloat16", "int8", *dense, 8.05) for dense in ((None, HOST, 16), ("int8", HOST, 8.03))], ["q8_0"]),
+    "int4": ([Ours("bfloat16", "int4", *dense, 4.25) for dense in ((None, HOST, 16), ("int8", HOST, 8.03))], ["q4_0"]),
 }
 
 
@@ -131,7 +133,7 @@ def workers(folder: pathlib.Path, options: argparse.Namespace) -> list[tuple[Wor
         if options.flows and plan.flow not in options.flows.split(","):
             continue
         model = files.mapped(folder, options.shape, plan.dtype)
-        given = {"model": str(model), "dtype": plan.dtype, "expert_dtype": plan.expert_dtype, "flow": plan.flow}
+        given = {name: getattr(plan, name) for name in ("dtype", "expert_dtype", "dense_dtype", "flow")} | {"model": str(model)}
         started.append((Worker(f"specmoe_jax {plan.name}", sys.executable, "own", given), plan))
     for kind, file in zip(theirs, made, strict=False):
         given = {"model": str(file), "threads": os.cpu_count()}

@@ -1,6 +1,6 @@
 """One engine in a process of its own, which answers lines of JSON: run by compare.py, with the Python of that engine.
 
-    python worker.py own   '{"model": DIR, "dtype": "bfloat16", "expert_dtype": null, "flow": "host_compute"}'
+    python worker.py own   '{"model": DIR, "dtype": "bfloat16", "expert_dtype": null, "dense_dtype": null, "flow": "host_compute"}'
     python worker.py llama '{"model": FILE.gguf, "threads": 2}'
 
 Nothing but the standard library and numpy is imported before the engine is known: llama.cpp's Python has no JAX.
@@ -21,14 +21,15 @@ PROMPT, ROOM = 32, 512  # tokens of a row before its steps; positions of a row
 
 
 class Own:
-    def __init__(self, model: str, dtype: str, expert_dtype: str | None, flow: str):
+    def __init__(self, model: str, dtype: str, expert_dtype: str | None, dense_dtype: str | None, flow: str):
         import specmoe_jax as sm
         from specmoe_jax.models.quantised import quantise
 
         self._sm, self._flow = sm, flow
         loaded = sm.load_model(model, dtype=dtype)
-        self._model = quantise(loaded, expert_dtype) if expert_dtype else loaded
-        self._plan = sm.Plan(preset="probe").replace(dtype=dtype, expert_flow=flow, expert_dtype=expert_dtype)
+        self._model = quantise(loaded, expert_dtype, dense_dtype)
+        packed = {"expert_dtype": expert_dtype, "dense_dtype": dense_dtype}
+        self._plan = sm.Plan(preset="probe").replace(dtype=dtype, expert_flow=flow, **packed)
         self.vocabulary = loaded.config.vocab_size
         self._engine: Any = None
         self._state: Any = None

@@ -8,7 +8,8 @@ namespace specmoe {
 namespace {
 
 // One unit of work reads about this much of W: far above the cost of claiming it, yet small enough that all threads end together.
-constexpr int64_t kTaskBytes = 128 * 1024, kFewTaskBytes = 1024 * 1024;
+// Where arithmetic takes longer than reading, fewer bytes are as much work.
+constexpr int64_t kTaskBytes = 128 * 1024, kFewTaskBytes = 1024 * 1024, kMostShares = 4;
 
 }  // namespace
 
@@ -20,7 +21,8 @@ void few_rows_product(const ProductArgs& given, const KernelTable& kernels, Para
   a.rows = rows;
   const int64_t row_bytes = a.M * (a.w_type == DType::kF32 ? 4 : a.w_type == DType::kBF16 ? 2 : 1);
   const int64_t share = row_bytes * a.N / (8 * parallel.threads());
-  const int64_t bytes = std::clamp(share, kTaskBytes, kFewTaskBytes);
+  const int64_t least = kTaskBytes / std::clamp<int64_t>(a.n / 4, 1, kMostShares);
+  const int64_t bytes = std::clamp(share, least, kFewTaskBytes);
   // Widths decide who computes an element, never how.
   const int64_t width = std::max<int64_t>(1, bytes / row_bytes / 4) * 4, tasks = (a.N + width - 1) / width;
   auto task = [&](int64_t i) { kernels.product_range(a, i * width, std::min(a.N, (i + 1) * width)); };

@@ -54,7 +54,7 @@ def _identity(engine: Engine) -> dict:
         "dtype": engine.plan.dtype,
         "expert_dtype": engine.plan.expert_dtype,
         "synthetic_acceptance": engine.plan.synthetic_acceptance,
-    }
+    } | ({"dense_dtype": engine.plan.dense_dtype} if engine.plan.dense_dtype else {})
 
 
 def _key(kind: str, question: Any) -> int:

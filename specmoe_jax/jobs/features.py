@@ -86,7 +86,7 @@ def write_features(
         "layers": list(wanted),
         "form": form,
         "dtype": dtype,
-        "computed_in": [engine.plan.dtype, engine.plan.expert_dtype],
+        "computed_in": [engine.plan.dtype, engine.plan.expert_dtype, *filter(None, [engine.plan.dense_dtype])],
         "texts": len(ids),
         "texts_per_shard": texts_per_shard,
         "text_hash": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),

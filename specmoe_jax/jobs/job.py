@@ -188,6 +188,7 @@ def fingerprint(
     ordinary sampling keeps its distribution. routing: what of it is written beside the output.
     """
     texts = hashlib.sha256(json.dumps([(p.id, p.model_input, _identity(p.params)) for p in prompts]).encode())
+    optional = {"adapter": adapter and adapter_hash(adapter), "routing": routing, "dense_dtype": plan.dense_dtype}
     return {
         "prompts": texts.hexdigest(),
         "model": checkpoint_hash(model),
@@ -195,7 +196,7 @@ def fingerprint(
         "expert_dtype": plan.expert_dtype,
         "deterministic_sampling": plan.deterministic_sampling,
         "synthetic_acceptance": plan.synthetic_acceptance,  # its text is not the model's
-    } | {name: value for name, value in (("adapter", adapter and adapter_hash(adapter)), ("routing", routing)) if value}
+    } | {name: value for name, value in optional.items() if value}
 
 
 def _identity(params: SamplingParams) -> dict:

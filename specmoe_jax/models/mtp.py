@@ -27,6 +27,7 @@ from specmoe_jax.models.model import Model, to_host
 from specmoe_jax.models.packing import pack
 from specmoe_jax.models.published.naming import mtp_prefixes, norm_spec
 from specmoe_jax.models.spec import LayerWeights, Layout, Leaf, TensorSpec, map_specs, random_block, random_tensor, spec_leaves
+from specmoe_jax.ops import PackedMatrix
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.types import Grown, KVCache
 
@@ -57,7 +58,7 @@ class MtpHead:
     weights: MtpWeights[jax.Array]
     experts: jax.Array | tuple[jax.Array, ...] | None
     embed: jax.Array
-    output: jax.Array
+    output: jax.Array | PackedMatrix
     further: tuple["MtpHead", ...] = ()
     slots: jax.Array | None = None
 

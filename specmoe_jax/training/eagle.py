@@ -18,6 +18,8 @@ from specmoe_jax.models.eagle.config import EagleWeights
 from specmoe_jax.models.eagle.network import EagleHead
 from specmoe_jax.models.model import Model, reference_attention
 from specmoe_jax.models.spec import map_specs, random_tensor, spec_leaves
+from specmoe_jax.ops import PackedMatrix
+from specmoe_jax.support.errors import RequestError
 from specmoe_jax.training.updates import updated
 
 
@@ -125,7 +127,12 @@ def loss(head: EagleHead, following: jax.Array, features: jax.Array, noise: jax.
 
 
 def make_step(head: EagleHead, training: HeadTraining):
-    """(state, following [B, T], features [B, T, M]) -> (state, HeadInfo); the state is consumed, what the head borrows frozen."""
+    """(state, following [B, T], features [B, T, M]) -> (state, HeadInfo); the state is consumed, what the head borrows frozen.
+
+    Raises RequestError for a target whose output matrix is packed.
+    """
+    if isinstance(head.output, PackedMatrix):
+        raise RequestError("the model's output matrix is packed, through which no gradient goes; train with the model as it is loaded")
     optimizer = make_optimizer(training)
 
     def step(state: HeadState, frozen: EagleHead, following, features):

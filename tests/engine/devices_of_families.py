@@ -14,6 +14,7 @@ from test_family_presets import PROMPTS as FAMILY_PROMPTS
 
 import specmoe_jax as sm
 from specmoe_jax.config.registry import DRAFTS
+from specmoe_jax.models.quantised import quantise
 from specmoe_jax.testing import tiny
 from specmoe_jax.testing.families import tiny_family
 
@@ -47,6 +48,16 @@ def service(devices: int):
     return [*answers, *(handle.result().token_ids for handle in (*first[1:], *second))]
 
 
+def packed(devices: int):
+    """Dense matrices in int8, also the output matrix that a draft borrows."""
+    model = quantise(tiny_family("glm4_moe"), dense_dtype="int8")
+    own = sm.PRESETS["on_demand"](model.config).replace(
+        batch_size=2, draft="mtp", draft_length=2, dense_dtype="int8", devices=devices
+    )
+    engine = sm.Engine(model, own, **DRAFTS.executor("mtp").random_inputs(model))
+    return tokens_of(engine.generate(FAMILY_PROMPTS, PARAMS))
+
+
 def scores(devices: int):
     """Log-probabilities, of batches and of streamed passes."""
     pairs = [(PROMPTS[1], PROMPTS[3]), (PROMPTS[1], PROMPTS[5]), (PROMPTS[2], PROMPTS[0])]
@@ -65,6 +76,7 @@ FEATURES = {
     "an MTP tree": family("qwen3_next", "mtp tree", "caching"),
     "prompt lookup": family("mimo_v2_flash", "ngram", "on_demand host"),
     "an encoder": encoder,
+    "packed matrices": packed,
     "scores": scores,
 }
 KINDS = (("deepseek_v32", "glm_moe_dsa"), ("qwen3_next", "qwen3_5_moe"), ("mimo_v2_flash",))

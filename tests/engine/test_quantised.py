@@ -6,6 +6,7 @@ from engine_cases import tokens_of
 
 from specmoe_jax import PRESETS, Engine, SamplingParams
 from specmoe_jax.config.plan_fields import DECODED, EXPERT_DTYPES
+from specmoe_jax.config.registry import DRAFTS
 from specmoe_jax.jobs.job import load_quantised
 from specmoe_jax.jobs.prompts import Prompt
 from specmoe_jax.models.packing.dense import dense_itemsize, is_packed, weight_bytes
@@ -62,6 +63,15 @@ def test_dense_matrices_in_int8_change_no_token_with_speculation(family):
         assert tokens == expected
     if model.config.encoder is None:
         assert [row[0] for row in expected] == [int(model.logits([prompt])[0, -1].argmax()) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("draft", ["mtp", "eagle"])
+def test_drafts_borrow_the_packed_output_matrix(draft):
+    model = quantise(tiny_family("glm4_moe"), dense_dtype="int8")
+    plan = PRESETS["on_demand"](model.config).replace(batch_size=2, dense_dtype="int8")
+    expected = tokens_of(Engine(model, plan).generate(PROMPTS, PARAMS))
+    given = DRAFTS.executor(draft).random_inputs(model)
+    assert tokens_of(Engine(model, plan.replace(draft=draft, draft_length=2), **given).generate(PROMPTS, PARAMS)) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,6 +19,7 @@ from specmoe_jax.models.basics import affine, rms_norm
 from specmoe_jax.models.eagle.config import EagleConfig, EagleWeights, weight_specs
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.spec import map_specs, random_tensor
+from specmoe_jax.ops import PackedMatrix
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.types import Grown, KVCache
 
@@ -30,7 +31,7 @@ class EagleHead:
     config: EagleConfig = struct.field(pytree_node=False)
     weights: EagleWeights[jax.Array]
     embed: jax.Array
-    output: jax.Array
+    output: jax.Array | PackedMatrix
 
 
 def fuse(head: EagleHead, features: jax.Array) -> jax.Array:

@@ -132,7 +132,9 @@ def make_step(head: EagleHead, training: HeadTraining):
     Raises RequestError for a target whose output matrix is packed.
     """
     if isinstance(head.output, PackedMatrix):
-        raise RequestError("the model's output matrix is packed, through which no gradient goes; train with the model as it is loaded")
+        raise RequestError(
+            "the model's output matrix is packed, through which no gradient goes; train with the model as it is loaded"
+        )
     optimizer = make_optimizer(training)
 
     def step(state: HeadState, frozen: EagleHead, following, features):

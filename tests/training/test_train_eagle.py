@@ -14,7 +14,9 @@ import safetensors.numpy
 
 import specmoe_jax as sm
 from specmoe_jax.models.eagle import network
+from specmoe_jax.models.quantised import quantise
 from specmoe_jax.speculate.drafts.eagle import EagleDraft
+from specmoe_jax.support.errors import RequestError
 from specmoe_jax.testing import TINY, eagle_head, tiny, write_tiny
 from specmoe_jax.training import eagle
 
@@ -120,3 +122,10 @@ def test_script_resumes_to_the_same_head_and_reports(tmp_path):
     np.save(tmp_path / "text.npy", np.zeros(40, np.int32))
     short = run_script(tmp_path, tmp_path / "other")
     assert short.returncode == 1 and "1 rows of 16; a batch takes 2" in short.stderr
+
+
+def test_a_packed_output_matrix_is_refused():
+    model = quantise(tiny(), dense_dtype="int8")
+    head, _ = eagle.init(eagle.default_config(model), TRAINING, model)
+    with pytest.raises(RequestError, match="output matrix is packed, through which no gradient goes"):
+        eagle.make_step(head, TRAINING)

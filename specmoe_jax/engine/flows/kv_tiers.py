@@ -1,11 +1,10 @@
 """Where attention runs: beside the experts on the accelerator, or on the CPU that holds the KV cache."""
 
-import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.engine import stages
 from specmoe_jax.engine.flows import resident_programs
-from specmoe_jax.engine.flows.layer_passes import embed, finished
+from specmoe_jax.engine.flows.layer_passes import as_arrays, embed, finished
 from specmoe_jax.engine.flows.protocol import Attended, ResidentPass, Unfinished
 from specmoe_jax.engine.rows import split_of
 from specmoe_jax.engine.runtime import Runtime
@@ -144,7 +143,8 @@ class HostKv:
         choices = []
 
         def forward(kv: KVCache, tokens, lengths):
-            logits, kv, chosen = self.draft_forward(runtime, jnp.asarray(tokens), kv, jnp.asarray(lengths), num_new, pool, slots)
+            tokens, lengths = as_arrays(tokens, lengths)
+            logits, kv, chosen = self.draft_forward(runtime, tokens, kv, lengths, num_new, pool, slots)
             choices.append(chosen)
             return logits, kv
 

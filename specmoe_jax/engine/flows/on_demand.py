@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.engine import cache_rows
-from specmoe_jax.engine.flows.layer_passes import embed, features, fetched, finished
+from specmoe_jax.engine.flows.layer_passes import as_arrays, embed, features, fetched, finished
 from specmoe_jax.engine.flows.migration import LayerInfo, execute_waves, migrate_and_compute, needed_experts
 from specmoe_jax.engine.flows.pooled import PooledFlowExecutor
 from specmoe_jax.engine.flows.protocol import Chunk, TargetPass
@@ -37,7 +36,7 @@ class OnDemandFlowExecutor(PooledFlowExecutor):
         predicted: np.ndarray,
         tree: Tree | None = None,
     ) -> TargetPass[KVCache]:
-        lengths, num_new = jnp.asarray(lengths), jnp.asarray(num_new)
+        lengths, num_new = as_arrays(lengths, num_new)
         h, watched, cache_tier = embed(runtime, tokens, lengths, tree, split_of(kv.k)), runtime.feature_layers, runtime.cache_tier
         keys, values, infos, inputs = [], [], [], {}
         for layer, moe in enumerate(runtime.config.moe_index):
@@ -102,7 +101,7 @@ class _Passing:
 
     def __init__(self, runtime: Runtime, chunk: Chunk, split: Split):
         self.chunk, self._runtime, self._inputs = chunk, runtime, {}
-        self._lengths, self._num_new = jnp.asarray(chunk.lengths), jnp.asarray(chunk.num_new)
+        self._lengths, self._num_new = as_arrays(chunk.lengths, chunk.num_new)
         self._h = self._waiting(embed(runtime, chunk.tokens, self._lengths, split=split))
         self._nothing = np.zeros((runtime.config.num_moe_layers, runtime.config.num_experts), np.int64)
         self._infos: list[LayerInfo] = []

@@ -1,12 +1,11 @@
 """Every expert stays on the accelerator: a pass asks the host for nothing."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.engine import stages
-from specmoe_jax.engine.flows.layer_passes import features
+from specmoe_jax.engine.flows.layer_passes import as_arrays, features
 from specmoe_jax.engine.flows.pooled import PooledFlowExecutor
 from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.requests.routing import pass_routing
@@ -35,7 +34,7 @@ class ResidentFlowExecutor(PooledFlowExecutor):
         predicted: np.ndarray,
         tree: Tree | None = None,
     ) -> TargetPass[KVCache]:
-        lengths, num_new, stay = jnp.asarray(lengths), jnp.asarray(num_new), _slots(runtime)[: runtime.config.num_moe_layers]
+        (lengths, num_new), stay = as_arrays(lengths, num_new), _slots(runtime)[: runtime.config.num_moe_layers]
         done = runtime.cache_tier.resident_pass(runtime, tokens, kv, lengths, num_new, memory.pool, stay, tree)
         return TargetPass(
             h=done.h,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from specmoe_jax.engine import stages
-from specmoe_jax.engine.flows.layer_passes import features, fetched
+from specmoe_jax.engine.flows.layer_passes import as_arrays, features, fetched
 from specmoe_jax.engine.flows.staging import Staging
 from specmoe_jax.engine.requests.routing import pass_routing
 from specmoe_jax.engine.runtime import Runtime
@@ -68,8 +68,8 @@ class _Run:
             put((micro_batch.table, micro_batch.lengths, micro_batch.num_new, micro_batch.tree), runtime.context.host)
             for micro_batch in micro_batches
         ]
-        self.lengths = [jnp.asarray(micro_batch.lengths) for micro_batch in micro_batches]
-        self.num_new = [jnp.asarray(micro_batch.num_new) for micro_batch in micro_batches]
+        placed = [as_arrays(micro_batch.lengths, micro_batch.num_new) for micro_batch in micro_batches]
+        self.lengths, self.num_new = [lengths for lengths, _ in placed], [num_new for _, num_new in placed]
         self.h: list = [None] * len(micro_batches)
         self.inputs: list[dict[int, jax.Array]] = [{} for _ in micro_batches]
         self.projected: dict = {}
@@ -132,7 +132,7 @@ class _Run:
             spans.append(Span(task.kind, task.resource, task.layer, task.micro_batch, start_s, time.perf_counter()))
 
     def _embed(self, task: Task) -> None:
-        tokens = jnp.asarray(self.micro_batches[task.micro_batch].tokens)
+        (tokens,) = as_arrays(self.micro_batches[task.micro_batch].tokens)
         self._keep(task, stages.embed(self.runtime.weights, tokens, config=self.runtime.config.embedding))
 
     def _pre_attention(self, task: Task) -> None:

@@ -13,16 +13,19 @@ MEMINFO, GROUPS, ROOT = pathlib.Path("/proc/meminfo"), pathlib.Path("/proc/self/
 
 
 class Version(NamedTuple):
-    """Where a version of control groups keeps its numbers. cache: of memory.stat, the file pages that give way first."""
+    """Where a version of control groups keeps its numbers. cache: of memory.stat, the file pages, which give way.
+
+    Active ones too, as in MemAvailable: mapped experts are such pages once they have been read twice.
+    """
 
     mounts: tuple[str, ...]
     limit: str
     usage: str
-    cache: str
+    cache: tuple[str, ...]
 
 
-V1 = Version(("memory",), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-V2 = Version(("", "unified"), "memory.max", "memory.current", "inactive_file")
+V1 = Version(("memory",), "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+V2 = Version(("", "unified"), "memory.max", "memory.current", ("inactive_file", "active_file"))
 
 
 def available_bytes() -> int | None:
@@ -55,5 +58,6 @@ def _room(folder: pathlib.Path, version: Version) -> int | None:
     except (OSError, ValueError):
         return None
     with contextlib.suppress(OSError, KeyError, ValueError):
-        used -= int(dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())[version.cache])
+        numbers = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        used -= sum(int(numbers[name]) for name in version.cache)
     return max(limit - used, 0)

@@ -29,12 +29,16 @@ def v1(limit: int, used: int, cache: int = 0) -> dict[str, str]:
     return {
         "memory.limit_in_bytes": f"{limit}\n",
         "memory.usage_in_bytes": f"{used}\n",
-        "memory.stat": f"inactive_file 7\ntotal_inactive_file {cache}\n",
+        "memory.stat": f"inactive_file 7\ntotal_inactive_file {cache // 4}\ntotal_active_file {cache * 3 // 4}\n",
     }
 
 
 def v2(limit: int | str, used: int, cache: int = 0) -> dict[str, str]:
-    return {"memory.max": f"{limit}\n", "memory.current": f"{used}\n", "memory.stat": f"anon 5\ninactive_file {cache}\n"}
+    return {
+        "memory.max": f"{limit}\n",
+        "memory.current": f"{used}\n",
+        "memory.stat": f"anon 5\ninactive_file {cache // 4}\nactive_file {cache * 3 // 4}\n",
+    }
 
 
 def test_without_groups_it_is_what_the_machine_has_free(system):

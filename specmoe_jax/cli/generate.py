@@ -225,13 +225,15 @@ def load(prompts: list[Prompt], homes: np.ndarray | None, devices: int) -> tuple
     tier = plan_flags.value("expert_tier") or plan.expert_tier
     packed = None if expert_dtype == DECODED else expert_dtype
     load_as = functools.partial(load, expert_dtype=expert_dtype) if expert_dtype and not packed else load
-    if packed or dense_dtype:
-        how = {"expert_dtype": packed, "dense_dtype": dense_dtype, "expert_tier": tier, "progress": progress_mode()}
-        model, error = jobs.load_quantised(load_as, own.MODEL.value, dtype=dtype, prompts=prompts, **how)
-        return model, {}, error
+    how = {"dtype": dtype, "expert_tier": "disk" if packed else tier, "progress": progress_mode()}
     if processes.several():  # the same place for experts in all of them
-        return load_as(own.MODEL.value, dtype=dtype, expert_tier=tier, progress=progress_mode()), {}, {}
-    return *jobs.load_that_fits(load_as, own.MODEL.value, dtype=dtype, expert_tier=tier, progress=own.PROGRESS.value), {}
+        model, changes = load_as(own.MODEL.value, **how), {}
+    else:
+        model, changes = jobs.load_that_fits(load_as, own.MODEL.value, **how)
+    if packed or dense_dtype:
+        model, error = jobs.quantised(model, packed, dense_dtype, prompts)
+        return model, changes, error
+    return model, changes, {}
 
 
 def read_plan_file() -> Plan:

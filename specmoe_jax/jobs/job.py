@@ -60,23 +60,14 @@ def read_head(path: pathlib.Path) -> ModelHead | None:
     return ModelHead(config=with_end_tokens(config, tokenizer), tokenizer=tokenizer)
 
 
-def load_quantised(
-    load: Callable[..., Model],
-    name: str,
-    *,
-    dtype: str,
-    expert_dtype: str | None,
-    dense_dtype: str | None,
-    expert_tier: str,
-    prompts: list[Prompt],
-    progress: str,
+def quantised(
+    exact: Model, expert_dtype: str | None, dense_dtype: str | None, prompts: list[Prompt]
 ) -> tuple[Model, dict[str, float]]:
-    """A model with packed weights, and how far its logits are from those of the model in `dtype` on some of the prompts.
+    """A model with packed weights, and how far its logits are from those of the exact one on some of the prompts.
 
-    expert_dtype and dense_dtype: as of quantise. Experts that are to be packed are read from disk one by one, and again for the
-    comparison; others are where expert_tier says. -> figures for the statistics, none where no prompt can be served.
+    expert_dtype and dense_dtype: as of quantise. Experts that are packed are read one by one, and again for the comparison.
+    -> figures for the statistics, none where no prompt can be served.
     """
-    exact = load(name, dtype=dtype, expert_tier="disk" if expert_dtype else expert_tier, progress=progress)
     model, sample = quantise(exact, expert_dtype, dense_dtype), []
     served = (p for i, p in enumerate(prompts) if p.error is None and refusal(model, i, p.model_input, p.params) is None)
     for prompt in itertools.islice(served, SAMPLE_PROMPTS):

@@ -7,7 +7,7 @@ from engine_cases import tokens_of
 from specmoe_jax import PRESETS, Engine, SamplingParams
 from specmoe_jax.config.plan_fields import DECODED, EXPERT_DTYPES
 from specmoe_jax.config.registry import DRAFTS
-from specmoe_jax.jobs.job import load_quantised
+from specmoe_jax.jobs.job import quantised
 from specmoe_jax.jobs.prompts import Prompt
 from specmoe_jax.models.packing.dense import dense_itemsize, is_packed, weight_bytes
 from specmoe_jax.models.quantised import logit_error, quantise
@@ -144,13 +144,8 @@ def test_never_silently_on():
 
 def test_the_error_is_told_of_prompts_that_can_be_served():
     """The others get records of their own later, whether some or all are bad."""
-
-    def load(name, *, dtype, expert_tier, progress):
-        return tiny()
-
     bad = Prompt(0, "a" * 200, PARAMS)  # more than the window
     for prompts, positions in (([bad, Prompt(1, "abc", PARAMS)], 3), ([bad], None)):
-        how = {"expert_dtype": "int8", "dense_dtype": "int8", "expert_tier": "host", "prompts": prompts, "progress": "none"}
-        model, error = load_quantised(load, "tiny", dtype="float32", **how)
+        model, error = quantised(tiny(), "int8", "int8", prompts)
         assert model.config.experts.packing == "int8" and is_packed(model.weights)
         assert error.get("quantised_positions") == positions

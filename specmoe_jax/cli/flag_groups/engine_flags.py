@@ -84,6 +84,5 @@ def _load(plan: Plan) -> tuple[Model, dict]:
     load = functools.partial(load_model, adapter=_ADAPTER.value)
     load = functools.partial(load, expert_dtype=plan.expert_dtype) if plan.expert_dtype and not packed else load
     how: dict[str, Any] = {"dtype": plan.dtype, "expert_tier": "disk" if packed else plan.expert_tier, "progress": _PROGRESS.value}
-    if packed or plan.dense_dtype:
-        return quantise(load(MODEL.value, **how), packed, plan.dense_dtype), {}
-    return jobs.load_that_fits(load, MODEL.value, **how)
+    model, changes = jobs.load_that_fits(load, MODEL.value, **how)
+    return quantise(model, packed, plan.dense_dtype), changes

@@ -182,8 +182,8 @@ def test_a_plan_file_of_before_is_read():
         device_memory_bytes=GIB, host_memory_bytes=2 * GIB,
     )  # fmt: skip
     later = (
-        "draft_expert_dtype", "dense_dtype", "draft_top_k", "merge_every", "merge_experts", "draft_stop", "retain_policy", "placement",
-        "host_share",
+        "draft_expert_dtype", "dense_dtype", "draft_top_k", "merge_every", "merge_experts", "draft_stop", "retain_policy",
+        "placement", "host_share",
     )  # fmt: skip
     assert json.loads(read.to_json()) == {"version": 1, "devices": 1, "num_processes": 1} | dict.fromkeys(later) | json.loads(
         OLD_FILE

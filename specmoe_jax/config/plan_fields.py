@@ -32,6 +32,7 @@ EXPERT_TIERS: tuple[str, ...] = typing.get_args(ExpertTier)
 PREFILL_ATTENTIONS: tuple[str, ...] = typing.get_args(PrefillAttention)
 DTYPES: tuple[str, ...] = typing.get_args(Dtype)
 EXPERT_DTYPES: tuple[str, ...] = typing.get_args(ExpertDtype)
+DENSE_DTYPES: tuple[str, ...] = typing.get_args(DenseDtype)
 QUANTISED: tuple[str, ...] = typing.get_args(Quantised)
 DECODED = "decoded"  # of these: not quantised by the plan, and unpacked where the checkpoint is
 

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specmoe_jax.config.plan_fields import DENSE_DTYPES
 from specmoe_jax.models.model import Model, to_host
 from specmoe_jax.models.packing import pack, unpacked
 from specmoe_jax.models.packing.dense import pack_dense
+from specmoe_jax.support.errors import RequestError
 from specmoe_jax.support.jax_settings import lenient
 
 
@@ -22,7 +24,10 @@ def quantise(model: Model, expert_dtype: str | None = None, dense_dtype: str | N
 
     dense_dtype: what the matrices of attention, shared experts, dense layers and output are packed as (models/packing/dense.py);
     embeddings, norms and routers stay as they are. Memory: what is packed, and one of model.experts, which may be on disk.
+    Raises RequestError for another dense_dtype.
     """
+    if dense_dtype not in (None, *DENSE_DTYPES):
+        raise RequestError(f"dense_dtype is {dense_dtype!r}; it must be one of {', '.join(DENSE_DTYPES)}, or None")
     if dense_dtype is not None:
         model = dataclasses.replace(model, weights=pack_dense(model.weights))
     if expert_dtype is None:

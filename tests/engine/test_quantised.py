@@ -13,7 +13,7 @@ from specmoe_jax.models.packing.dense import dense_itemsize, is_packed, weight_b
 from specmoe_jax.models.quantised import logit_error, quantise
 from specmoe_jax.planner import costs
 from specmoe_jax.planner.memory.account import account
-from specmoe_jax.support.errors import PlanError
+from specmoe_jax.support.errors import PlanError, RequestError
 from specmoe_jax.testing import tiny
 from specmoe_jax.testing.families import ENCODER_DECODERS, RAW_CONFIGS, tiny_family
 
@@ -100,6 +100,11 @@ def test_error(expert_dtype, bound):
     error = logit_error(exact, quantise(exact, expert_dtype), PROMPTS)
     assert error["positions"] == 10 and 0 < error["kl"] < bound and 0 <= error["top1"] <= 1
     assert logit_error(exact, exact, PROMPTS) == {"kl": 0.0, "top1": 1.0, "positions": 10}
+
+
+def test_an_unknown_kind_of_dense_matrices():
+    with pytest.raises(RequestError, match="dense_dtype is 'int4'; it must be one of int8, or None"):
+        quantise(tiny(), dense_dtype="int4")
 
 
 def test_error_of_dense_matrices():

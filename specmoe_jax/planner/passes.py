@@ -12,12 +12,12 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.models.packing.dense import dense_itemsize
 from specmoe_jax.models.spec import DTYPE_BYTES
-from specmoe_jax.offload.stream_schedule import RESOURCES
+from specmoe_jax.offload.stream_schedule import RESOURCES, Task
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import DISK, NETWORK, PEERS, Cost, Load
 from specmoe_jax.planner.drafts.protocol import DraftCosts
 from specmoe_jax.planner.hardware import Hardware
-from specmoe_jax.planner.layer_costs import layers_alike
+from specmoe_jax.planner.layer_costs import attention_block, layers_alike
 from specmoe_jax.planner.memory.account import pinned_experts
 from specmoe_jax.planner.memory.memory_account import MemoryAccount
 from specmoe_jax.planner.simulate import Simulation
@@ -75,6 +75,16 @@ class Setting(NamedTuple):
             costs.experts(config, tokens, used, self.itemsize, **how),
             *costs.gather(config, load, self.plan, self.hardware.hosts),
         ]
+
+    def attention_block(self, index: int) -> list[Cost]:
+        """Of a layer, on one device: see layer_costs."""
+        tier, dense = self.plan.cache_tier, self.dense_itemsize
+        return attention_block(self.config, index, self.own_load, self.itemsize, dense=dense, tier=tier)
+
+    def task_cost(self, task: Task, load: Load, *, streamed: float) -> Cost:
+        """Of a task of a streamed pass: see costs."""
+        one, dense = self.account.expert_bytes, self.dense_itemsize
+        return costs.task_cost(self.config, task, load, streamed=streamed, itemsize=self.itemsize, dense=dense, expert_bytes=one)
 
     def seconds(self, cost: Cost) -> float:
         return costs.seconds(cost, self.hardware, self.plan.dtype)

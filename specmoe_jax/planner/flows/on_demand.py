@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
@@ -15,7 +14,7 @@ from specmoe_jax.planner.costs import DISK, Cost, Load
 from specmoe_jax.planner.drafts.search_starts import SearchStart, expert_counts
 from specmoe_jax.planner.flows.pooled import PooledFlowDescription, without_kernel
 from specmoe_jax.planner.flows.protocol import FlowMemory
-from specmoe_jax.planner.layer_costs import attention_block, layers_alike
+from specmoe_jax.planner.layer_costs import layers_alike
 from specmoe_jax.planner.measured.case import Case, MeasuredPass, kept_experts, layer_work, pinned_slots
 from specmoe_jax.planner.measured.operators import Operators
 from specmoe_jax.planner.memory.account import pinned_experts
@@ -79,9 +78,8 @@ class OnDemandFlowDescription(PooledFlowDescription):
         return _crossing(plan, routing.missed(probabilities, tokens, pinned_experts(config, plan)[0]))
 
     def layer_costs(self, setting: Setting, index: int, moe: int | None) -> LayerCosts:
-        config, load, itemsize = setting.config, setting.load, setting.itemsize
-        how: dict[str, Any] = {"dense": setting.dense_itemsize, "tier": setting.plan.cache_tier}
-        block: list[Cost] = attention_block(config, index, setting.own_load, itemsize, **how)
+        config, load = setting.config, setting.load
+        block = setting.attention_block(index)
         if moe is None:
             return LayerCosts(block)
         missed, one = _missed(setting, moe), setting.account.expert_bytes

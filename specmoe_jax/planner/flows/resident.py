@@ -2,16 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
 
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import preset
 from specmoe_jax.planner import routing
-from specmoe_jax.planner.costs import Cost
 from specmoe_jax.planner.drafts.search_starts import SearchStart
 from specmoe_jax.planner.flows.pooled import PooledFlowDescription
-from specmoe_jax.planner.layer_costs import attention_block
 from specmoe_jax.planner.measured.case import Case, MeasuredPass, layer_work
 from specmoe_jax.planner.measured.operators import Operators
 from specmoe_jax.planner.passes import LayerCosts, Setting
@@ -27,11 +24,9 @@ class ResidentFlowDescription(PooledFlowDescription):
 
     def layer_costs(self, setting: Setting, index: int, moe: int | None) -> LayerCosts:
         """One program with a KV cache on the accelerator, else the experts are one of their own."""
-        config, load, itemsize = setting.config, setting.load, setting.itemsize
-        how: dict[str, Any] = {"dense": setting.dense_itemsize, "tier": setting.plan.cache_tier}
-        block: list[Cost] = attention_block(config, index, setting.own_load, itemsize, **how)
+        block = setting.attention_block(index)
         if moe is not None:
-            block += setting.experts(load, programs=int(setting.plan.cache_tier.on_host))
+            block += setting.experts(setting.load, programs=int(setting.plan.cache_tier.on_host))
         return LayerCosts(block)
 
     def measured_pass(

@@ -139,7 +139,7 @@ class StreamFlowDescription:
         config, plan, hardware = setting.config, setting.plan, setting.hardware
         load = setting.load._replace(rows=setting.load.rows / plan.micro_batches)  # of a micro-batch
         chunks = min(config.num_experts, STREAM_PIECES)
-        one, itemsize, own = setting.account.expert_bytes, setting.itemsize, most_experts(plan.devices, config.num_experts)
+        one, own = setting.account.expert_bytes, most_experts(plan.devices, config.num_experts)
         computed = setting.experts(load)
 
         @functools.cache
@@ -148,8 +148,7 @@ class StreamFlowDescription:
             task = Task(kind, layer, 0, ())
             if kind == "experts":
                 return computed
-            sizes = {"itemsize": itemsize, "dense": setting.dense_itemsize, "expert_bytes": one}
-            return [costs.task_cost(config, task, load, streamed=own / chunks, **sizes)]
+            return [setting.task_cost(task, load, streamed=own / chunks)]
 
         @functools.cache
         def seconds(kind: str, layer: int) -> float:
@@ -187,14 +186,9 @@ class StreamFlowDescription:
         busy: dict[str, float] = dict.fromkeys(RESOURCES, 0.0)
         pinned = spread(setting.config.moe_layers, setting.account.pinned_layers)
         prompts = 1 if plan.prefill_attention == "accelerator" else 0
-        how = {"itemsize": setting.itemsize, "dense": setting.dense_itemsize, "expert_bytes": setting.account.expert_bytes}
         has, recurrent = _has_experts(setting.config), setting.config.recurrent_layers
         for task in pass_tasks(has, 1, 1, plan.layer_buffers, pinned, prompts, recurrent):
-            spent = (
-                setting.experts(load)
-                if task.kind == "experts"
-                else [costs.task_cost(setting.config, task, load, streamed=streamed, **how)]
-            )
+            spent = setting.experts(load) if task.kind == "experts" else [setting.task_cost(task, load, streamed=streamed)]
             once = task.resource == UP and task.kind == "stream"
             busy[task.resource] += sum(map(setting.seconds, spent)) * (1 if once else chunks)
         return max(busy.values())

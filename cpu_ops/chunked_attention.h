@@ -7,7 +7,7 @@
 
 namespace specmoe {
 
-enum class DType { kF32, kBF16, kI8, kI4 };
+enum class DType { kF32, kBF16, kI8, kI4, kLossless };
 
 // Tokens whose scores are held at once. 64 x 128 floats of K are 32 KiB, which the L1 of the machines in mind (32 to 48 KiB) just
 // holds while all query rows pass over it; one row's mask over the tile is one 64-bit word.

@@ -1,5 +1,7 @@
 #include "expert_ffn.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -77,10 +79,25 @@ void group_by_slot(const FfnArgs& a, Grouping& to) {
   }
 }
 
+void ask_for_pages(const FfnArgs& a, const Grouping& groups, int64_t bytes) {
+  constexpr uintptr_t kPage = 4096;
+  for (const FfnGroup& g : groups.groups) {
+    if (!a.table || !(reinterpret_cast<uintptr_t>(a.table[g.slot]) & 1)) continue;
+    const uintptr_t at = reinterpret_cast<uintptr_t>(expert_at(a, g.slot)), first = at / kPage * kPage;
+    madvise(reinterpret_cast<void*>(first), at + bytes - first, MADV_WILLNEED);  // no more than advice: nothing depends on it
+  }
+}
+
 namespace {
+
+int64_t expert_bytes(const FfnArgs& a) {
+  if (a.w_type == DType::kF32 || a.w_type == DType::kBF16) return 3 * a.F * a.M * (a.w_type == DType::kF32 ? 4 : 2);
+  return packed_expert_bytes(a.w_type, a.F, a.M);
+}
 
 int64_t weight_row_bytes(const FfnArgs& a) {
   if (a.w_type == DType::kI4) return groups_of(a.M) * (kGroup / 2 + 2);
+  if (a.w_type == DType::kLossless) return a.M + half_bytes(a.M);
   return a.M * (a.w_type == DType::kF32 ? 4 : a.w_type == DType::kBF16 ? 2 : 1);
 }
 
@@ -172,6 +189,7 @@ void expert_ffn(const FfnArgs& given, const KernelTable& kernels, Parallel& para
   thread_local Plan own;
   Plan& plan = own;  // the tasks run on other threads, which have plans of their own
   group_by_slot(a, plan);
+  ask_for_pages(a, plan, expert_bytes(a));
   place(a, kernels.lanes, plan);
   plan_output(a, plan, parallel.threads());
   const int64_t G = plan.groups.size(), row_bytes = weight_row_bytes(a);

@@ -9,11 +9,13 @@ namespace specmoe {
 
 struct FfnArgs {
   int64_t n, A, M, F, R;  // tokens, choices of each, model dim, hidden dim, resident slots
-  DType x_type, w_type;   // x: float32 or bfloat16; weights also kI8 and kI4
+  DType x_type, w_type;   // x: float32 or bfloat16; weights also kI8, kI4 and kLossless
   const void* x;          // [n, M]
   const void* blocks;     // [R] experts of expert_bytes: gate, up, down transposed, each [F, M]; if packed, their scales behind
   int64_t expert_bytes;
-  const void* const* table;  // [R], where each expert lies, instead of blocks; null where they are one array
+  // [R], where each expert lies, instead of blocks; null where they are one array. An odd address: one lower, in pages of a file that
+  // may have to be read.
+  const void* const* table;
   const int32_t* slots;   // [n, A]; outside [0, R): no expert, zeros
   float* y;               // [n, A, M]
   const float* rows;      // [n, row_floats(a)], x as float
@@ -21,7 +23,9 @@ struct FfnArgs {
 };
 
 inline const char* expert_at(const FfnArgs& a, int64_t slot) {
-  return a.table ? static_cast<const char*>(a.table[slot]) : static_cast<const char*>(a.blocks) + slot * a.expert_bytes;
+  if (!a.table) return static_cast<const char*>(a.blocks) + slot * a.expert_bytes;
+  const char* at = static_cast<const char*>(a.table[slot]);
+  return at - (reinterpret_cast<uintptr_t>(at) & 1);
 }
 
 // Hidden units summed in one go before they are added to y: keeps 256 x 64 weights in the L1 while all rows pass.
@@ -30,9 +34,15 @@ constexpr int64_t kHiddenBlock = 256;
 constexpr int64_t kGroup = 32;
 inline int64_t groups_of(int64_t M) { return (M + kGroup - 1) / kGroup; }
 
-// Packed experts, see models/packing.py. kI8: float32 scales [F] of gate, [F] of up, [M] of down. kI4: bfloat16 [3, F, groups].
+// Packed experts, see models/packing. kI8: float32 scales [F] of gate, [F] of up, [M] of down. kI4: bfloat16 [3, F, groups].
+// kLossless: bfloat16 of [3, F, M] in two planes: signs and mantissas, a byte each, and how far an exponent is below the largest of
+// its row, half a byte each. Then those that are farther: places int32 [exceptions] in ascending order, 3 F M where there are no more,
+// and their bits uint16; and the largest exponents uint8 [3, F].
 inline int64_t code_bytes(DType type, int64_t F, int64_t M) { return 3 * F * (type == DType::kI8 ? M : groups_of(M) * kGroup / 2); }
+inline int64_t half_bytes(int64_t M) { return (M + 1) / 2; }
+inline int64_t exceptions(int64_t F, int64_t M) { return 64 + 3 * F * M / 512; }
 inline int64_t packed_expert_bytes(DType type, int64_t F, int64_t M) {
+  if (type == DType::kLossless) return 3 * F * (M + half_bytes(M)) + 6 * exceptions(F, M) + 3 * F;
   return code_bytes(type, F, M) + (type == DType::kI8 ? (2 * F + M) * 4 : 3 * F * groups_of(M) * 2);
 }
 
@@ -64,6 +74,9 @@ struct Grouping {
 };
 // A stable counting sort; pairs without an expert get zeros.
 void group_by_slot(const FfnArgs& a, Grouping& to);
+// Asks the system for the pages of those experts that may have to be read: all together, where each would else be waited for.
+// bytes: of an expert.
+void ask_for_pages(const FfnArgs& a, const Grouping& groups, int64_t bytes);
 // x as float, rows of `ld` floats with zeros behind, in split order if asked for.
 void float_rows(const FfnArgs& a, int lanes, bool is_split, int64_t ld, float* rows);
 

@@ -8,6 +8,20 @@ namespace {
 
 ffi::Error wrong(const char* what) { return wrong_argument("expert_ffn", what); }
 
+// Of the bits of a weight; 12 are bfloat16's, without loss.
+DType type_of(int64_t bits) {
+  switch (bits) {
+    case 32:
+      return DType::kF32;
+    case 16:
+      return DType::kBF16;
+    case 12:
+      return DType::kLossless;
+    default:
+      return bits == 8 ? DType::kI8 : DType::kI4;
+  }
+}
+
 ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer blocks, ffi::Buffer<ffi::S32> slots,
                ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t threads, std::string_view isa) {
   const auto xd = x.dimensions(), bd = blocks.dimensions(), sd = slots.dimensions();
@@ -33,12 +47,12 @@ ffi::Error run_packed(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U
   const auto xd = x.dimensions(), bd = blocks.dimensions(), sd = slots.dimensions();
   if (xd.size() != 2 || bd.size() != 2 || sd.size() != 2 || sd[0] != xd[0]) return wrong("x [n, M], blocks [R, bytes], slots [n, A]");
   if (!is_float_row(x)) return wrong("x must be float32 or bfloat16");
-  if (bits != 8 && bits != 4) return wrong("codes have 8 or 4 bits");
+  if (bits != 12 && bits != 8 && bits != 4) return wrong("codes have 12, 8 or 4 bits");
   FfnArgs a{};
   set_rows(a, x, slots, *y);
   a.R = bd[0];
   a.F = hidden;
-  a.w_type = bits == 8 ? DType::kI8 : DType::kI4;
+  a.w_type = type_of(bits);
   a.expert_bytes = packed_expert_bytes(a.w_type, a.F, a.M);
   if (bd[1] != a.expert_bytes) return wrong("a packed expert has another number of bytes than its shape takes");
   a.blocks = blocks.typed_data();
@@ -47,20 +61,20 @@ ffi::Error run_packed(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U
 }
 
 // table [R, 2]: the addresses of experts of `hidden` hidden units in the process's memory, each as two halves, the low one first
-// (JAX has no 64-bit integers by default), which is how a pointer lies in memory; weights of `bits` bits: 32, 16 (bfloat16), or packed.
+// (JAX has no 64-bit integers by default), which is how a pointer lies in memory; weights of `bits` bits: 32, 16 (bfloat16), or packed. Odd addresses: as in FfnArgs.
 ffi::Error run_table(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U32> table, ffi::Buffer<ffi::S32> slots,
                      ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t bits, int64_t hidden, int64_t threads, std::string_view isa) {
   const auto xd = x.dimensions(), td = table.dimensions(), sd = slots.dimensions();
   if (xd.size() != 2 || td.size() != 2 || td[1] != 2 || sd.size() != 2 || sd[0] != xd[0])
     return wrong("x [n, M], table [R, 2], slots [n, A]");
   if (!is_float_row(x)) return wrong("x must be float32 or bfloat16");
-  if (bits != 32 && bits != 16 && bits != 8 && bits != 4) return wrong("weights have 32, 16, 8 or 4 bits");
+  if (bits != 32 && bits != 16 && bits != 12 && bits != 8 && bits != 4) return wrong("weights have 32, 16, 12, 8 or 4 bits");
   static_assert(sizeof(void*) == 8);
   FfnArgs a{};
   set_rows(a, x, slots, *y);
   a.R = td[0];
   a.F = hidden;
-  a.w_type = bits == 32 ? DType::kF32 : bits == 16 ? DType::kBF16 : bits == 8 ? DType::kI8 : DType::kI4;
+  a.w_type = type_of(bits);
   a.table = static_cast<const void* const*>(table.untyped_data());
   return run_kernel("expert_ffn", pool, threads, isa,
                     [&](const KernelTable& kernels, Parallel& parallel) { expert_ffn(a, kernels, parallel); });

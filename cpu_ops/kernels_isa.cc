@@ -23,6 +23,7 @@ struct Rows {
 
 #include "chunked_attention_kernel.inc"
 #include "expert_ffn_kernel.inc"
+#include "expert_ffn_lossless_kernel.inc"
 #include "expert_ffn_4bit_kernel.inc"
 #include "rowwise_ffn_kernel.inc"
 #include "few_rows_product_kernel.inc"

@@ -40,6 +40,7 @@ void rowwise_ffn(const RowwiseArgs& given, const KernelTable& kernels, Parallel&
   thread_local Grouping own;
   Grouping& grouping = own;  // the tasks run on other threads, which have their own
   group_by_slot(a, grouping);
+  ask_for_pages(a, grouping, rowwise_expert_bytes(a));
   std::vector<FfnGroup>& groups = grouping.groups;
   int64_t pairs = 0;
   for (const FfnGroup& g : groups) pairs += g.count;

@@ -218,6 +218,79 @@ double packed_ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, D
   });
 }
 
+uint16_t bfloat16_bits(float f) {  // towards zero
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+// bfloat16 experts in 12 bits: to the bits of the kernel of bfloat16, with weights of every size and some zeros, in one array and by
+// addresses, odd ones too.
+double lossless_ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, int threads) {
+  const int64_t R = 2, A = 2, rows = 3 * F, size = rows * M, room = exceptions(F, M), bytes = packed_expert_bytes(DType::kLossless, F, M);
+  Exact<float> x(n * M), y(n * A * M), again(n * A * M);
+  Exact<int32_t> slots(n * A);
+  Exact<uint16_t> plain(R * size);
+  Exact<uint8_t> packed(R * bytes, 2), apart(bytes, 2);
+  for (int64_t i = 0; i < x.size; ++i) x[i] = draw();
+  for (int64_t i = 0; i < slots.size; ++i) slots[i] = static_cast<int32_t>(i % (R + 1)) - 1;
+  std::memset(packed.data, 0, packed.size);
+  for (int64_t r = 0; r < R; ++r) {
+    uint8_t *codes = packed.data + r * bytes + size, *places = codes + rows * half_bytes(M), *values = places + 4 * room;
+    int64_t used = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      uint16_t* w = plain.data + r * size + row * M;
+      int largest = 15;
+      for (int64_t m = 0; m < M; ++m) {
+        w[m] = bfloat16_bits(draw() * ((row * M + m) % 2003 == 5 ? 1e-9f : 0.1f));
+        if ((row * M + m) % 3001 == 3) w[m] = 0;
+        largest = std::max(largest, w[m] >> 7 & 255);
+      }
+      values[2 * room + row] = static_cast<uint8_t>(largest);
+      for (int64_t m = 0; m < M; ++m) {
+        const int below = largest - (w[m] >> 7 & 255), place = static_cast<int>(row * M + m);
+        packed[r * bytes + row * M + m] = static_cast<uint8_t>((w[m] >> 8 & 128) | (w[m] & 127));
+        codes[row * half_bytes(M) + m / 2] |= static_cast<uint8_t>(std::min(below, 15) << m % 2 * 4);
+        if (below <= 15) continue;
+        if (used == room) return INFINITY;
+        std::memcpy(places + 4 * used, &place, 4);
+        std::memcpy(values + 2 * used++, &w[m], 2);
+      }
+    }
+    const int none = static_cast<int>(size);
+    for (; used < room; ++used) std::memcpy(places + 4 * used, &none, 4);
+  }
+  FfnArgs a{};
+  a.n = n;
+  a.A = A;
+  a.M = M;
+  a.F = F;
+  a.R = R;
+  a.x_type = DType::kF32;
+  a.x = x.data;
+  a.slots = slots.data;
+  Threads parallel(threads);
+  a.w_type = DType::kBF16;
+  a.expert_bytes = 2 * size;
+  a.blocks = plain.data;
+  a.y = y.data;
+  expert_ffn(a, kernels, parallel);
+  a.w_type = DType::kLossless;
+  a.expert_bytes = bytes;
+  a.blocks = packed.data;
+  a.y = again.data;
+  const auto differs = [&] {
+    std::memset(again.data, 255, again.size * sizeof(float));
+    expert_ffn(a, kernels, parallel);
+    return std::memcmp(y.data, again.data, y.size * sizeof(float)) != 0;
+  };
+  if (differs()) return INFINITY;
+  std::memcpy(apart.data, packed.data + bytes, bytes);
+  const void* table[R] = {packed.data, apart.data + 1};  // the second in pages that may be away
+  a.table = table;
+  return differs() ? INFINITY : 0;
+}
+
 // One matrix of a format whose every weight is 3 times the scale, a power of two.
 void fill_matrix(const RowwiseArgs& a, int64_t rows, int64_t columns, float scale, uint8_t* to) {
   const uint8_t codes[] = {0x44, 0x55, 0xbb, 0x55};
@@ -248,7 +321,7 @@ double rowwise(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, RowF
   a.block_rows = 24;
   a.biased = biased;
   a.expert_bytes = rowwise_expert_bytes(a);
-  Exact<uint8_t> blocks(R * a.expert_bytes);
+  Exact<uint8_t> blocks(R * a.expert_bytes, 2);
   std::memset(blocks.data, 0, R * a.expert_bytes);  // biases of 0
   for (int64_t r = 0; r < R; ++r) {
     uint8_t* expert = blocks.data + r * a.expert_bytes;
@@ -386,6 +459,7 @@ int main() {
       for (DType type : {DType::kI8, DType::kI4}) {
         for (int64_t M : {1, 8, 64, 256}) failures += !(packed_ffn(kernels, n, M, 5 + 80 * n, type, n % 2 + 1) <= 1e-4);
       }
+      for (int64_t M : {1, 13, 64, 300, 1100}) failures += lossless_ffn(kernels, n, M, 5 + 11 * n, n % 2 + 1) != 0;
       for (int format = 0; format < static_cast<int>(RowFormat::kCount); ++format) {
         for (int64_t M : {32, 128}) failures += !(rowwise(kernels, n, M, 32 * (1 + n % 3), RowFormat(format), M == 32, n % 2 + 1) <= 1e-4);
       }

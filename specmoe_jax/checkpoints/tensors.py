@@ -78,7 +78,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """
     count = math.prod(shape) * dtype.itemsize
     if MAPPED_BYTES <= count < 2 * HUGE_PAGE:
-        return np.frombuffer(mmap.mmap(-1, count), np.uint8).view(dtype).reshape(shape)
+        return np.frombuffer(mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8).view(dtype).reshape(shape)
     alignment = ALIGNMENT if count < 2 * HUGE_PAGE else HUGE_PAGE
     raw = np.empty(count + alignment, np.uint8)  # what is skipped is never touched, so it takes no memory
     skip = -raw.ctypes.data % alignment

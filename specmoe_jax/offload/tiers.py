@@ -106,9 +106,14 @@ class HostTier:
         return self._ready
 
 
-def block_addresses(blocks: Iterable[jax.Array]) -> np.ndarray:
-    """[n, 2] uint32, the low half first: where blocks that a tier holds lie in this process's memory."""
-    return np.array([block.unsafe_buffer_pointer() for block in blocks], np.uint64).view(np.uint32).reshape(-1, 2)
+def block_addresses(blocks: Iterable[jax.Array], *, may_be_away: bool = False) -> np.ndarray:
+    """[n, 2] uint32, the low half first: where blocks that a tier holds lie in this process's memory.
+
+    may_be_away: they are pages of files, not all of which stay in memory; the kernels then ask for a call's experts at once, which
+    odd addresses tell them.
+    """
+    addresses = np.array([block.unsafe_buffer_pointer() for block in blocks], np.uint64) | np.uint64(may_be_away)
+    return addresses.view(np.uint32).reshape(-1, 2)
 
 
 def _pinned_for(layer: Sequence[jax.Array], expert: int, device: Device | None) -> Any:

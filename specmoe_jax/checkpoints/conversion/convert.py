@@ -9,6 +9,7 @@ The work goes on in OUTPUT.partial, part by part; each part is read back and com
 memory. A run that is stopped goes on where it was; OUTPUT appears when everything is there.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -29,11 +30,13 @@ from specmoe_jax.checkpoints.tensors import TARGET_DTYPES
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.mtp import extended
+from specmoe_jax.models.packing import pack, packed_bytes
 from specmoe_jax.models.spec import Part as ExpertPart
 from specmoe_jax.support.errors import CheckpointError, RequestError
 from specmoe_jax.support.progress import bar
 
 FORMATS = ("specmoe", "huggingface", "orbax")
+PACKINGS = ("lossless",)
 RECORD_FILE = "conversion.json"  # in OUTPUT.partial only: which parts are done, with their hashes
 _NOT_COPIED = ("torch_dtype", "quantization_config", "compression_config")  # of config.json: what is decoded, or said anew
 SIDE_FILES = (
@@ -57,20 +60,31 @@ class Format(NamedTuple):
     stored_hashes: Callable[[pathlib.Path], dict[str, str]]
 
 
-def convert(model: str, output: pathlib.Path, *, to: str, dtype: str | None = None, progress: str | bool = False) -> pathlib.Path:
+def convert(
+    model: str,
+    output: pathlib.Path,
+    *,
+    to: str,
+    dtype: str | None = None,
+    packing: str | None = None,
+    progress: str | bool = False,
+) -> pathlib.Path:
     """Converts the checkpoint directory (or bundled model) `model` into the new directory `output`; returns it.
 
     to: one of FORMATS. dtype: "float32" or "bfloat16"; default: bfloat16 when all of it is stored so, else float32.
+    packing: "lossless" lays bfloat16 experts out in 12 bits, bit for bit (models/packing/kinds/lossless.py), for "specmoe" alone.
     Memory: one expert at a time; to Orbax one layer at a time. Raises CheckpointError.
     """
     if to not in FORMATS:
         raise RequestError(f"the format is {quote(to)}; it must be one of {', '.join(FORMATS)}")
     source = open_source(model, dtype, decode=to != "specmoe")
+    if packing is not None:
+        source = _packed(source, to, packing)
     if output.exists():
         raise CheckpointError(f"{output}: exists; give a new directory")
     folder = output.with_name(f"{output.name}.partial")
     parts = _parts(source, to)
-    done = _begin(folder, {"source": source.hash, "to": to, "dtype": source.dtype}, parts)
+    done = _begin(folder, {"source": source.hash, "to": to, "dtype": source.dtype} | ({"packing": packing} if packing else {}), parts)
     total_bytes = sum(out.bytes for part in parts for out in part.outputs)
     _check_room(folder, total_bytes)
     with bar(to, total_bytes, "B", mode=progress, scale=True) as shown:
@@ -81,6 +95,28 @@ def convert(model: str, output: pathlib.Path, *, to: str, dtype: str | None = No
     _finish(folder, source, to, parts, done)
     folder.rename(output)
     return output
+
+
+def _packed(source: Source, to: str, packing: str) -> Source:
+    """The source with its experts packed. Raises RequestError for another packing or format; CheckpointError for packed experts."""
+    if packing not in PACKINGS or to != "specmoe":
+        one = f"it must be {' or '.join(PACKINGS)}, with format specmoe"
+        raise RequestError(f"experts are to be packed as {quote(packing)} in format {quote(to)}; {one}")
+    if source.config.packing is not None:
+        raise CheckpointError(f"{source.path}: its experts are packed as {source.config.packing} already; leave the packing out")
+    config = source.config.with_packing(packing)
+    experts = (extended(config).with_packing(packing) if source.mtp else config).layer_experts
+    return dataclasses.replace(
+        source,
+        config=config,
+        expert=lambda moe, expert: pack(experts[moe], _bits(source.expert(moe, expert))),
+        block=lambda moe: (np.dtype(np.uint8), (packed_bytes(experts[moe]),)),
+    )
+
+
+def _bits(block: np.ndarray) -> np.ndarray:
+    """bfloat16 as uint16, which `pack` takes."""
+    return block if block.dtype == np.float32 else block.view(np.uint16)
 
 
 def _parts(source: Source, to: str) -> list[Part]:

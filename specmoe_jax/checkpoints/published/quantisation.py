@@ -160,7 +160,7 @@ def is_built(quantisation: Quantisation, config: ModelConfig) -> bool:
     if any(matrix_kind(str(experts.packing)).expert_problem(experts) for experts in packed.layer_experts):
         return False
     family, kind, experts = family_of(config), _kind(quantisation.packing), packed.experts
-    if kind.stacked:
+    if kind.stacked or kind.converted:
         return True
     if kind.fused or hasattr(family, "packed_parts"):
         return kind.fused and hasattr(family, "packed_parts")

@@ -8,6 +8,7 @@ from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory
 from specmoe_jax.offload.residency import empty
 from specmoe_jax.offload.tiers import block_addresses
+from specmoe_jax.support.host_memory import available_bytes
 
 
 class HostComputeFlowExecutor(ResidentFlowExecutor):
@@ -15,10 +16,13 @@ class HostComputeFlowExecutor(ResidentFlowExecutor):
 
     def first_memory(self, runtime: Runtime) -> ExpertMemory:
         shape, config = (runtime.config.num_expert_layers, runtime.config.num_experts), runtime.config
-        blocks = runtime.experts.store.tier.blocks([(layer, expert) for layer in range(shape[0]) for expert in range(shape[1])])
+        tier, available = runtime.experts.store.tier, available_bytes()
+        blocks = list(tier.blocks([(layer, expert) for layer in range(shape[0]) for expert in range(shape[1])]))
+        # Of blocks that fit, asking for their pages at every call would be for nothing.
+        may_be_away = available is not None and sum(block.nbytes for block in blocks) > available
         return ExpertMemory(
             slots=runtime.experts.slots,
-            pool=jax.device_put(block_addresses(blocks), runtime.context.device),
+            pool=jax.device_put(block_addresses(blocks, may_be_away=may_be_away), runtime.context.device),
             residency=empty(*shape, 0),
             usage_scores=np.zeros((config.num_moe_layers, config.num_experts)),
             prefetched=np.zeros(shape, bool),

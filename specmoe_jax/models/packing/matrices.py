@@ -37,11 +37,13 @@ class MatrixKind:
 
     mark: a suffix that only packed matrices have. fused: whether all experts of a layer are published in one tensor, so that their
     family says what it holds (`packed_parts`). stacked: whether they are published in one tensor a matrix, whatever the family.
+    converted: whether nobody publishes them, and a conversion lays whole experts out so.
     """
 
     published = True
     fused = False
     stacked = False
+    converted = False
     mark: str
 
     def matrix(self, rows: int, columns: int) -> dict[str, Section]:

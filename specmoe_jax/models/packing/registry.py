@@ -11,7 +11,7 @@ from specmoe_jax.support.errors import CheckpointError
 
 # One line a kind: its module in kinds. ExpertConfig.packing is such a name, with the kind's parameters behind a colon if it
 # has any.
-KINDS = ("int8", "int4", "fp8", "fp8_rows", "mxfp4", "awq", "gptq", "compressed", "nvfp4", "gguf")
+KINDS = ("int8", "int4", "fp8", "fp8_rows", "mxfp4", "awq", "gptq", "compressed", "nvfp4", "gguf", "lossless")
 
 
 @functools.cache

@@ -21,6 +21,7 @@ BLOCKS, ROWS, TABLE = "specmoe_packed_expert_ffn", "specmoe_rowwise_expert_ffn",
 FORMS = {
     "int8": Form(BLOCKS, {"bits": 8}),
     "int4": Form(BLOCKS, {"bits": 4}),
+    "lossless": Form(BLOCKS, {"bits": 12}),
     # RowFormat of cpu_ops/rowwise_ffn.h
     "fp8": Form(ROWS, {"format": 0}),
     "mxfp4": Form(ROWS, {"format": 1}),

@@ -59,7 +59,8 @@ CONTESTS = {
 class Worker:
     """A process that is idle but while it is asked."""
 
-    def __init__(self, name: str, python: str, kind: str, options: dict):
+    def __init__(self, name: str, python: str, kind: str, options: dict, group: pathlib.Path | None = None):
+        """group: a control group that the process joins before it runs."""
         self.name, self.peak_bytes, self.tokens = name, 0, []
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} if kind == "own" else dict(os.environ)
         self._process = subprocess.Popen(
@@ -68,6 +69,7 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
+            preexec_fn=None if group is None else lambda: (group / "cgroup.procs").write_text(str(os.getpid())),
         )
         self.load_s, self.pid = self._answer()["load_s"], self._process.pid
 

@@ -23,8 +23,10 @@ REAL = QWEN3 | {
     "hidden_size": 1024, "moe_intermediate_size": 512, "num_attention_heads": 16, "num_hidden_layers": 14, "vocab_size": 5120,
     "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 4096,
 }  # fmt: skip
-# head: 2 layers of 64 experts x 768 under an embedding and a head of 151,936 x 2,048. small: for trials.
-SHAPES = {"real": REAL, "head": QWEN3, "small": REAL | {"num_hidden_layers": 2}}
+# head: 2 layers of 64 experts x 768 under an embedding and a head of 151,936 x 2,048. varied: real, but each token goes to experts
+# of its own, where else the context decides and a row keeps its experts. small: for trials.
+SHAPES = {"real": REAL, "head": QWEN3, "varied": REAL, "small": REAL | {"num_hidden_layers": 2}}
+EMBEDDING_SCALES = {"varied": 50.0}
 Quantization = gguf.GGMLQuantizationType
 TYPES = {
     "f32": (Quantization.F32, gguf.LlamaFileType.ALL_F32),
@@ -47,7 +49,7 @@ def checkpoint(folder: pathlib.Path, shape: str) -> pathlib.Path:
     path = folder / shape
     if not (path / "config.json").exists():
         path.mkdir(parents=True, exist_ok=True)
-        write_shards(qwen3(SHAPES[shape]), path)
+        write_shards(qwen3(SHAPES[shape], embedding_scale=EMBEDDING_SCALES.get(shape, 1.0)), path)
         if SHAPES[shape]["vocab_size"] == REAL["vocab_size"]:
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 shutil.copyfile(checkpoint_path("demo") / name, path / name)

@@ -21,23 +21,41 @@ PROMPT, ROOM = 32, 512  # tokens of a row before its steps; positions of a row
 
 
 class Own:
-    def __init__(self, model: str, dtype: str, expert_dtype: str | None, dense_dtype: str | None, flow: str):
+    """preset, its flow and its tier: by default experts in host memory, and nothing but the flow. memory_bytes: of the whole process,
+    of which the cache of a disk tier takes what is left.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        dtype: str,
+        expert_dtype: str | None = None,
+        dense_dtype: str | None = None,
+        flow: str | None = None,
+        preset: str | None = None,
+        memory_bytes: int | None = None,
+        temperature: float = 0.0,
+    ):
         import specmoe_jax as sm
+        from specmoe_jax.benchmarks.studies.measure_promises import anonymous
         from specmoe_jax.models.quantised import quantise
 
-        self._sm, self._flow = sm, flow
-        loaded = sm.load_model(model, dtype=dtype)
+        self._sm, self._memory_bytes, self._process_bytes, self._temperature = sm, memory_bytes, anonymous(), temperature
+        loaded = sm.load_model(model, dtype=dtype, expert_tier="disk" if memory_bytes else "host")
         self._model = quantise(loaded, expert_dtype, dense_dtype)
         packed = {"expert_dtype": expert_dtype, "dense_dtype": dense_dtype}
-        self._plan = sm.Plan(preset="probe").replace(dtype=dtype, expert_flow=flow, **packed)
+        plan = sm.PRESETS[preset](loaded.config) if preset else sm.Plan(preset="probe")
+        self._plan = plan.replace(dtype=dtype, **packed, **({"expert_flow": flow} if flow else {}))
         self.vocabulary = loaded.config.vocab_size
         self._engine: Any = None
         self._state: Any = None
 
     def start(self, prompts: list[list[int]]) -> None:
-        params = self._sm.SamplingParams(max_new_tokens=ROOM - len(prompts[0]) - 1, ignore_eos=True)
+        new_tokens = ROOM - len(prompts[0]) - 1
+        params = self._sm.SamplingParams(max_new_tokens=new_tokens, ignore_eos=True, temperature=self._temperature, seed=0)
         self._state = None  # before another takes its place
-        self._engine = self._sm.Engine(self._model, self._plan.replace(batch_size=len(prompts)))
+        plan = self._plan.replace(batch_size=len(prompts))
+        self._engine = self._sm.Engine(self._model, within(self._model, plan, self._memory_bytes, self._process_bytes))
         self._state = self._engine.init(prompts, params)
 
     def step(self) -> None:
@@ -48,8 +66,22 @@ class Own:
         return list(self._state.generated[0])
 
 
+def within(model, plan, memory_bytes: int | None, process_bytes: int):
+    """The plan, whose disk tier caches as many experts as a process of this size may hold beside all else."""
+    from specmoe_jax.planner.memory.account import account, cache_positions
+    from specmoe_jax.planner.memory.memory_account import PROGRAM_BYTES
+
+    if memory_bytes is None:
+        return plan
+    plan = plan.replace(expert_tier="disk", host_memory_bytes=memory_bytes)
+    needs = account(model.config, plan, batch_rows=plan.batch_size, positions=cache_positions(ROOM, plan))
+    return plan.replace(host_memory_bytes=memory_bytes - process_bytes - PROGRAM_BYTES - needs.accelerator_bytes)
+
+
 class Llama:
-    def __init__(self, model: str, threads: int):
+    """temperature: above 0 it continues with tokens at random, all alike."""
+
+    def __init__(self, model: str, threads: int, temperature: float = 0.0):
         import llama_cpp  # pyright: ignore[reportMissingImports]
 
         self._lib = lib = llama_cpp
@@ -57,6 +89,7 @@ class Llama:
         self._quiet = lib.llama_log_callback(lambda *_: None)
         lib.llama_log_set(self._quiet, None)
         self._threads, self._context = threads, None
+        self._random = np.random.default_rng(0) if temperature else None
         self._model = lib.llama_model_load_from_file(model.encode(), lib.llama_model_default_params())
         if not self._model:
             raise SystemExit(f"llama.cpp cannot load {model}")
@@ -95,6 +128,8 @@ class Llama:
             raise SystemExit(f"llama_decode answered {failed}")
 
     def _greedy(self, rows: int) -> list[int]:
+        if self._random is not None:
+            return self._random.integers(3, self.vocabulary, rows).tolist()
         logits = self._lib.llama_get_logits(self._context)
         array = np.ctypeslib.as_array(ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), (rows, self.vocabulary))
         return array.argmax(-1).tolist()

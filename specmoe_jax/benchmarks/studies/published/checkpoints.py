@@ -86,8 +86,8 @@ def mxfp4_meant(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return meant.to(torch.bfloat16).transpose(1, 2).contiguous()
 
 
-def qwen3(config: dict[str, Any], fp8: bool = False) -> Iterator[Made]:
-    """A shard a layer, then embedding, head and last norm."""
+def qwen3(config: dict[str, Any], fp8: bool = False, embedding_scale: float = 1.0) -> Iterator[Made]:
+    """A shard a layer, then embedding, head and last norm. embedding_scale: of the embedding beside all other matrices."""
     normal, c = draws(0), config
     hidden, queries, keys = c["hidden_size"], c["num_attention_heads"] * 128, c["num_key_value_heads"] * 128
     width = c["moe_intermediate_size"]
@@ -121,7 +121,8 @@ def qwen3(config: dict[str, Any], fp8: bool = False) -> Iterator[Made]:
                 published[f"{prefix}{name}.weight"] = meant[f"{prefix}{name}.weight"] = weight
         yield Made(published, meant)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        shard = {name: normal(c["vocab_size"], hidden)}
+        scale = embedding_scale if "embed" in name else 1.0
+        shard = {name: normal(c["vocab_size"], hidden) * scale}
         yield Made(shard, shard)
     shard = {"model.norm.weight": ones(hidden, dtype=torch.bfloat16)}
     yield Made(shard, shard)

@@ -1,0 +1,94 @@
+"""lossless: bfloat16 in 12 bits, bit for bit. What a checkpoint in the mapped form may be converted to (conversion/convert.py).
+
+The exponents of a row lie near its largest. Of each weight are kept: sign and mantissa in a byte, and in half a byte how far its
+exponent is below its row's largest. The few that are farther than 15, zeros among them, are kept beside: their places, and their bits.
+A format of our own after the finding of DFloat11 (arXiv 2504.11651), which codes exponents in a variable number of bits: these are
+more by a tenth, and are decoded by shifts, in the registers of any machine.
+"""
+
+import numpy as np
+
+from specmoe_jax.config.layer_config import ExpertConfig
+from specmoe_jax.models.packing.kind import Kernel, Section, border_biases, is_plain
+from specmoe_jax.models.packing.matrices import MatrixKind, PublishedTensor, Sections
+from specmoe_jax.support.errors import CheckpointError
+
+FARTHEST = 15  # exponents below the largest of a row
+PER_EXCEPTION, LEAST_EXCEPTIONS = 512, 64  # weights for each exception that an expert has room for, and the room of the smallest
+SIGN, MANTISSA = 0x80, 0x7F
+
+
+class Lossless(MatrixKind):
+    converted = True
+    mark = ".lossless"  # no checkpoint publishes such matrices: only blocks that a conversion made are so
+
+    def stored(self, rows: int, columns: int) -> tuple[PublishedTensor, ...]:
+        """One that no checkpoint has, so that a missing block is told."""
+        return (PublishedTensor(self.mark, (rows, columns), ("U8",), _refuse),)
+
+    def sections(self, config: ExpertConfig) -> dict[str, Section]:
+        rows, model = (config.matrices, config.hidden), config.model
+        room = LEAST_EXCEPTIONS + config.matrices * config.hidden * model // PER_EXCEPTION
+        return {
+            "signs_mantissas": Section((*rows, model), np.dtype(np.uint8)),
+            "below": Section((*rows, (model + 1) // 2), np.dtype(np.uint8)),  # the even column of two in the low half
+            "places": Section((room,), np.dtype(np.int32)),  # among [matrices, F, M], ascending; their number where there are no more
+            "bits": Section((room,), np.dtype(np.uint16)),
+            "largest": Section(rows, np.dtype(np.uint8)),
+            "biases": border_biases(config),
+        }
+
+    def encode(self, config: ExpertConfig, core: np.ndarray) -> dict[str, np.ndarray]:
+        """Raises CheckpointError for weights that are no bfloat16, or whose exponents are spread too far."""
+        words = np.ascontiguousarray(core).view(np.uint32)
+        if np.any(words & 0xFFFF):
+            raise CheckpointError("experts are packed without loss from bfloat16 alone, these are float32; leave the packing out")
+        bits = (words >> 16).astype(np.uint16)
+        exponents = (bits >> 7 & 0xFF).astype(np.uint8)
+        largest = np.maximum(exponents.max(axis=2), FARTHEST)
+        below = largest[..., None] - exponents
+        places, room = np.flatnonzero(below > FARTHEST), self.sections(config)["places"].shape[0]
+        if len(places) > room:
+            raise CheckpointError(
+                f"{len(places)} of an expert's {bits.size} weights are too small beside the largest of their rows to be packed without"
+                f" loss in 12 bits, at most {room} may be; leave the packing out"
+            )
+        filled = np.full(room, bits.size, np.int32)
+        filled[: len(places)] = places
+        halves = np.zeros((*below.shape[:2], (config.model + 1) // 2 * 2), np.uint8)
+        halves[..., : config.model] = np.minimum(below, FARTHEST)
+        return {
+            "signs_mantissas": (bits >> 8 & SIGN | bits & MANTISSA).astype(np.uint8),
+            "below": halves[..., ::2] | halves[..., 1::2] << 4,
+            "places": filled,
+            "bits": np.concatenate([bits.reshape(-1)[places], np.zeros(room - len(places), np.uint16)]),
+            "largest": largest,
+        }
+
+    def decode(self, config: ExpertConfig, parts, xp):
+        halves = parts["below"]
+        below = xp.stack([halves & 15, halves >> 4], axis=-1).reshape(*halves.shape[:2], -1)[..., : config.model]
+        exponents = (parts["largest"][..., None] - below).astype(np.uint16)
+        kept = parts["signs_mantissas"].astype(np.uint16)
+        bits = ((kept & SIGN) << 8 | exponents << 7 | kept & MANTISSA).reshape(-1)
+        places = parts["places"]
+        if xp is np:
+            used = places < bits.size
+            bits[places[used]] = parts["bits"][used]
+        else:
+            bits = bits.at[places].set(parts["bits"], mode="drop")
+        return (bits.astype(np.uint32) << 16).view(np.float32).reshape(config.matrices, config.hidden, config.model)
+
+    def expert_is_finite(self, config: ExpertConfig, parts: Sections) -> bool:
+        return bool(np.isfinite(self.decode(config, parts, np)).all())
+
+    def kernel(self, config: ExpertConfig) -> Kernel | None:
+        return Kernel("lossless") if is_plain(config) else None
+
+
+def _refuse(parts: Sections, values: np.ndarray) -> None:
+    raise ValueError("no checkpoint publishes matrices so")
+
+
+def kind(parameters: str) -> Lossless:
+    return Lossless()

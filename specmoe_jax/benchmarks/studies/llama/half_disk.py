@@ -32,7 +32,7 @@ def started(engine: str, folder: pathlib.Path, options: argparse.Namespace, grou
     if engine == THEIRS:
         given = {"model": str(folder / f"{options.shape}-bf16.gguf"), "threads": os.cpu_count(), "temperature": TEMPERATURE}
         return Worker(engine, options.llama_python, "llama", given, group)
-    given = {"model": str(folder / f"{options.shape}-bfloat16"), "dtype": "bfloat16", "temperature": TEMPERATURE}
+    given = {"model": str(folder / f"{options.shape}-{options.form}"), "dtype": "bfloat16", "temperature": TEMPERATURE}
     mapped = {"flow": engine} if engine == "host_compute" else {"preset": engine, "memory_bytes": int(limit * options.promised)}
     return Worker(engine, sys.executable, "own", given | mapped, group)
 
@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--folder", required=True)
     parser.add_argument("--cgroup", required=True)
     parser.add_argument("--shape", default="varied")
+    parser.add_argument("--form", default="bfloat16", help="of ours: bfloat16 or lossless, the converted directory")
     parser.add_argument("--share", type=float, default=0.5, help="of the checkpoint, that a process may hold")
     parser.add_argument("--promised", type=float, default=0.95, help="of the limit, that our plans are made for")
     parser.add_argument("--batches", default="1,8")

@@ -97,7 +97,7 @@ int64_t expert_bytes(const FfnArgs& a) {
 
 int64_t weight_row_bytes(const FfnArgs& a) {
   if (a.w_type == DType::kI4) return groups_of(a.M) * (kGroup / 2 + 2);
-  if (a.w_type == DType::kLossless) return a.M + half_bytes(a.M);
+  if (a.w_type == DType::kLossless) return groups_of(a.M) * (kGroup + kGroup / 2);
   return a.M * (a.w_type == DType::kF32 ? 4 : a.w_type == DType::kBF16 ? 2 : 1);
 }
 

@@ -36,13 +36,14 @@ inline int64_t groups_of(int64_t M) { return (M + kGroup - 1) / kGroup; }
 
 // Packed experts, see models/packing. kI8: float32 scales [F] of gate, [F] of up, [M] of down. kI4: bfloat16 [3, F, groups].
 // kLossless: bfloat16 of [3, F, M] in two planes: signs and mantissas, a byte each, and how far an exponent is below the largest of
-// its row, half a byte each. Then those that are farther: places int32 [exceptions] in ascending order, 3 F M where there are no more,
-// and their bits uint16; and the largest exponents uint8 [3, F].
+// its row, half a byte each; rows of whole groups. Of the fours of a group the even ones come before the odd ones, and byte i of its
+// half bytes holds weights i and i + 16 of that order: so a group falls apart into registers of AVX2 in the order of its columns.
+// Then exponents that are farther: places int32 [exceptions] in ascending order, 3 F M where there are no more, and their bits uint16;
+// and the largest exponents uint8 [3, F].
 inline int64_t code_bytes(DType type, int64_t F, int64_t M) { return 3 * F * (type == DType::kI8 ? M : groups_of(M) * kGroup / 2); }
-inline int64_t half_bytes(int64_t M) { return (M + 1) / 2; }
 inline int64_t exceptions(int64_t F, int64_t M) { return 64 + 3 * F * M / 512; }
 inline int64_t packed_expert_bytes(DType type, int64_t F, int64_t M) {
-  if (type == DType::kLossless) return 3 * F * (M + half_bytes(M)) + 6 * exceptions(F, M) + 3 * F;
+  if (type == DType::kLossless) return 3 * F * groups_of(M) * (kGroup + kGroup / 2) + 6 * exceptions(F, M) + 3 * F;
   return code_bytes(type, F, M) + (type == DType::kI8 ? (2 * F + M) * 4 : 3 * F * groups_of(M) * 2);
 }
 

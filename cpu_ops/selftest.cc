@@ -227,7 +227,8 @@ uint16_t bfloat16_bits(float f) {  // towards zero
 // bfloat16 experts in 12 bits: to the bits of the kernel of bfloat16, with weights of every size and some zeros, in one array and by
 // addresses, odd ones too.
 double lossless_ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, int threads) {
-  const int64_t R = 2, A = 2, rows = 3 * F, size = rows * M, room = exceptions(F, M), bytes = packed_expert_bytes(DType::kLossless, F, M);
+  const int64_t R = 2, A = 2, rows = 3 * F, size = rows * M, ld = groups_of(M) * kGroup;
+  const int64_t room = exceptions(F, M), bytes = packed_expert_bytes(DType::kLossless, F, M);
   Exact<float> x(n * M), y(n * A * M), again(n * A * M);
   Exact<int32_t> slots(n * A);
   Exact<uint16_t> plain(R * size);
@@ -236,7 +237,7 @@ double lossless_ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F,
   for (int64_t i = 0; i < slots.size; ++i) slots[i] = static_cast<int32_t>(i % (R + 1)) - 1;
   std::memset(packed.data, 0, packed.size);
   for (int64_t r = 0; r < R; ++r) {
-    uint8_t *codes = packed.data + r * bytes + size, *places = codes + rows * half_bytes(M), *values = places + 4 * room;
+    uint8_t *kept = packed.data + r * bytes, *halves = kept + rows * ld, *places = halves + rows * ld / 2, *values = places + 4 * room;
     int64_t used = 0;
     for (int64_t row = 0; row < rows; ++row) {
       uint16_t* w = plain.data + r * size + row * M;
@@ -249,8 +250,9 @@ double lossless_ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F,
       values[2 * room + row] = static_cast<uint8_t>(largest);
       for (int64_t m = 0; m < M; ++m) {
         const int below = largest - (w[m] >> 7 & 255), place = static_cast<int>(row * M + m);
-        packed[r * bytes + row * M + m] = static_cast<uint8_t>((w[m] >> 8 & 128) | (w[m] & 127));
-        codes[row * half_bytes(M) + m / 2] |= static_cast<uint8_t>(std::min(below, 15) << m % 2 * 4);
+        const int64_t group = row * ld + m / 32 * 32, four = m % 32 / 4, at = 4 * (four % 2 * 4 + four / 2) + m % 4;
+        kept[group + at] = static_cast<uint8_t>((w[m] >> 8 & 128) | (w[m] & 127));
+        halves[group / 2 + at % 16] |= static_cast<uint8_t>(std::min(below, 15) << at / 16 * 4);
         if (below <= 15) continue;
         if (used == room) return INFINITY;
         std::memcpy(places + 4 * used, &place, 4);

@@ -10,6 +10,7 @@ from specmoe_jax.engine.resources import EngineResources
 from specmoe_jax.engine.state import State, StepInfo
 from specmoe_jax.engine.step import step, warm_up
 from specmoe_jax.models.model import Model
+from specmoe_jax.support.host_memory import return_freed
 from specmoe_jax.support.progress import bar, ticking
 from specmoe_jax.support.timing import Stopwatch
 
@@ -46,6 +47,7 @@ class Session:
         watch = Stopwatch()
         with bar("compile", None, "step", mode=self.progress, leave=False) as shown, ticking(shown):
             state = warm_up(state.runtime, state, on_step=shown.update)
+        return_freed()  # before caches fill what the account promises them
         self.figures.add_warm_up(watch.seconds)
         _LOG.info(
             "compiled the steps of %d rows and %d positions in %.1f s", batch_shape.rows, batch_shape.positions, watch.seconds

@@ -18,6 +18,7 @@ from specmoe_jax.checkpoints.conversion import convert as conversion
 from specmoe_jax.checkpoints.conversion.convert import convert
 from specmoe_jax.checkpoints.files import BLOCK_PREFIX, PADDING_PREFIX, read_header
 from specmoe_jax.models.families.registry import parse_config
+from specmoe_jax.models.packing import unpacked
 from specmoe_jax.support.errors import CheckpointError, RequestError
 
 CONFIG = parse_config(RAW_CONFIG)
@@ -175,6 +176,36 @@ def test_refusals(small_checkpoint, bf16_checkpoint, tmp_path, monkeypatch):
         convert(str(bf16_checkpoint), tmp_path / "result", to="specmoe")
 
 
+def test_lossless_experts_are_mapped_and_decode_to_the_same_bits(bf16_checkpoint, tmp_path):
+    result = convert(str(bf16_checkpoint), tmp_path / "result", to="specmoe", packing="lossless")
+    packed, plain = load_model(str(result), dtype="bfloat16", verify=True), load_model(str(bf16_checkpoint), dtype="bfloat16")
+    assert packed.config == plain.config.with_packing("lossless")
+    for of_layer, expected in zip(packed.experts, plain.experts, strict=True):
+        for block, wanted in zip(of_layer, expected, strict=True):
+            decoded = unpacked(packed.config.experts, np.asarray(block)).astype(ml_dtypes.bfloat16)
+            np.testing.assert_array_equal(decoded.view(np.uint16), wanted)
+    on_disk = load_model(str(result), dtype="bfloat16", expert_tier="disk").experts
+    np.testing.assert_array_equal(on_disk[1][2], packed.experts[1][2])
+    decoded = load_model(str(result), dtype="bfloat16", expert_dtype="decoded")
+    jax.tree.map(np.testing.assert_array_equal, decoded.experts, plain.experts)
+    assert_same(convert(str(result), tmp_path / "back", to="huggingface"), bf16_checkpoint, "bfloat16")
+
+
+def test_lossless_refusals(small_checkpoint, bf16_checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match="from bfloat16 alone, these are float32; leave the packing out"):
+        convert(str(small_checkpoint), tmp_path / "result", to="specmoe", packing="lossless")
+    for to, packing in (("huggingface", "lossless"), ("specmoe", "int8")):
+        with pytest.raises(RequestError, match=f"packed as {packing} in format {to}; it must be lossless, with format specmoe"):
+            convert(str(bf16_checkpoint), tmp_path / "new", to=to, packing=packing)
+    packed = convert(str(bf16_checkpoint), tmp_path / "packed", to="specmoe", packing="lossless")
+    with pytest.raises(CheckpointError, match="experts are packed as lossless already; leave the packing out"):
+        convert(str(packed), tmp_path / "again", to="specmoe", packing="lossless")
+    with pytest.raises(CheckpointError, match="another conversion"):
+        (tmp_path / "new.partial").mkdir()
+        (tmp_path / "new.partial" / conversion.RECORD_FILE).write_text('{"job": {}, "done": {}}')
+        convert(str(bf16_checkpoint), tmp_path / "new", to="specmoe", packing="lossless")
+
+
 def test_damaged_export_is_refused(small_checkpoint, tmp_path):
     exported = convert(str(small_checkpoint), tmp_path / "orbax", to="orbax")
     shutil.rmtree(exported / "part-00001")
@@ -201,3 +232,9 @@ def test_script(small_checkpoint, tmp_path):
     assert again.returncode == 1
     assert again.stderr.startswith("error: ") and again.stderr.count("\n") == 1
     assert run_script(model, "--format=specmoe").returncode == 2
+    packed = run_script(model, f"--output={tmp_path / 'packed'}", "--format=specmoe", "--expert_packing=lossless")
+    assert packed.returncode == 1 and "these are float32; leave the packing out" in packed.stderr
+    assert not list(tmp_path.glob("packed*"))
+    half = ("--format=specmoe", "--dtype=bfloat16", "--expert_packing=lossless")
+    assert run_script(model, f"--output={tmp_path / 'packed'}", *half).returncode == 0
+    assert load_model(tmp_path / "packed").config.packing == "lossless"

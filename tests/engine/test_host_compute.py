@@ -7,6 +7,7 @@ import pytest
 from engine_cases import GREEDY, PROMPTS, SAMPLED, ScriptedDraft, plan, run, tokens_of
 
 import specmoe_jax as sm
+from specmoe_jax.engine.flows import host_compute
 from specmoe_jax.models.model import random_model
 from specmoe_jax.models.quantised import quantise
 from specmoe_jax.planner.memory.account import account
@@ -69,12 +70,25 @@ def test_every_form_of_weights(packing):
     assert run(model, plan("resident", **fields, **HERE))[0] == expected
 
 
-@pytest.mark.parametrize("packing", ["fp8:128x128", "mxfp4", "awq:32", "compressed:32:bfloat16", "nvfp4"])
+@pytest.mark.parametrize("packing", ["fp8:128x128", "mxfp4", "awq:32", "compressed:32:bfloat16", "nvfp4", "lossless"])
 def test_every_published_form_with_a_kernel(packing):
     sizes = dataclasses.replace(TINY, hidden_size=64, expert_hidden=32)  # whole groups of every format
     model, _ = packed_model(random_model(sizes), packing)
     expected, _ = run(model, plan("resident"))
     assert run(model, plan("resident", **HERE))[0] == expected
+
+
+@pytest.mark.parametrize("packing", [None, "lossless", "mxfp4"])
+def test_experts_that_do_not_fit_are_asked_for_together(monkeypatch, packing):
+    """The same tokens; the kernels see odd addresses."""
+    sizes = dataclasses.replace(TINY, hidden_size=64, expert_hidden=32)
+    model = random_model(sizes) if packing is None else packed_model(random_model(sizes), packing)[0]
+    expected, _ = run(model, plan("resident", **HERE))
+    seen, addresses = [], host_compute.block_addresses
+    monkeypatch.setattr(host_compute, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(host_compute, "block_addresses", lambda *a, **kw: seen.append(addresses(*a, **kw)) or seen[-1])
+    assert run(model, plan("resident", **HERE))[0] == expected
+    assert seen and all((table[:, 0] % 2 == 1).all() for table in seen)
 
 
 def test_packed_experts_with_biases_and_clamps():

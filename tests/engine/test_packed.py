@@ -27,7 +27,7 @@ CHANGES = {
     "specmoe": {"draft_length": 3, "draft_experts": 2, "prefetch": "draft", "retain": True},
     "specmoeoff": {"draft_length": 3},
 }
-KINDS = ["fp8:128x128", "mxfp4", "awq:32", "compressed:32:bfloat16", "nvfp4"]
+KINDS = ["fp8:128x128", "mxfp4", "awq:32", "compressed:32:bfloat16", "nvfp4", "lossless"]
 
 
 def head_of(model):

@@ -56,6 +56,50 @@ def test_round_trip(config, seed, half):
     np.testing.assert_array_equal(back[outside], block[outside])
 
 
+LOSSLESS = st.builds(
+    ExpertConfig,
+    hidden=st.integers(1, 9),
+    model=st.sampled_from([1, 5, 32, 40, 64]),
+    activation=st.sampled_from(["swiglu", "relu"]),
+    biased=st.booleans(),
+    packing=st.just("lossless"),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(config=LOSSLESS, seed=st.integers(0, 1 << 30), half=st.booleans())
+def test_lossless_gives_the_bits_back(config, seed, half):
+    rng = np.random.default_rng(seed)
+    block = (rng.standard_normal(config.block_shape) * np.exp(rng.uniform(-80, 80))).astype(np.float32)
+    block[:, rng.integers(block.shape[1])] = -0.0  # a row
+    for value in (0.0, -0.0, 1e-40, -3e-39):
+        block[tuple(rng.integers(block.shape))] = value
+    if config.biased:
+        block[:-1, -1], block[-1, :-1, -1], block[:, -1, -1] = 0, 0, 0  # what a border does not hold
+    block = block.astype(ml_dtypes.bfloat16)
+    packed = pack(config, block.view(np.uint16) if half else block.astype(np.float32))
+    assert packed.dtype == np.uint8 and packed.shape == (packed_bytes(config),)
+    for back in (unpacked(config, packed), np.asarray(unpack(config, packed))):
+        np.testing.assert_array_equal(back.astype(np.float32).view(np.uint32), block.astype(np.float32).view(np.uint32))
+
+
+def test_lossless_takes_three_quarters_and_an_exception_in_512_weights():
+    config = ExpertConfig(hidden=1408, model=2048, packing="lossless")
+    weights, exceptions = 3 * 1408 * 2048, 64 + 3 * 1408 * 2048 // 512
+    assert packed_bytes(config) == 1.5 * weights + 6 * exceptions + 3 * 1408
+
+
+def test_lossless_refuses_what_it_would_change():
+    config = ExpertConfig(hidden=4, model=64, packing="lossless")
+    block = np.full(config.block_shape, 1 / 3, np.float32)
+    with pytest.raises(CheckpointError, match="from bfloat16 alone, these are float32; leave the packing out"):
+        pack(config, block)
+    spread = np.ones(config.block_shape, np.float32)
+    spread[:, :, 1:] = 2.0**-20
+    with pytest.raises(CheckpointError, match="756 of an expert's 768 weights are too small .* at most 65 may be"):
+        pack(config, spread)
+
+
 @pytest.mark.parametrize("packing", ["zebra", "fp8", "fp8:128", "awq:many"])
 def test_an_unknown_kind_is_refused(packing):
     with pytest.raises(CheckpointError, match=f"experts are packed as '{packing}'"):

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -48,6 +49,21 @@ def make_published(seed, packing, n, A, R, M, F, x_dtype=jnp.float32, **expert):
     blocks = jnp.asarray(np.stack([random_expert(config, rng) for _ in range(R)]))
     x = jnp.asarray(rng.normal(size=(n, M)), x_dtype)
     return config, (x, blocks, jnp.asarray(rng.integers(-1, R, size=(n, A)), jnp.int32))
+
+
+@pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_lossless_gives_the_bits_of_the_bfloat16_kernel(isa, name, x_dtype):
+    n, A, R, M, F = SHAPES[name]
+    config, rng = config_of("lossless", M, F), np.random.default_rng(4)
+    weights = (rng.normal(size=(R, 3, F, M)) / np.sqrt(M)).astype(ml_dtypes.bfloat16)
+    weights[rng.random(weights.shape) < 0.001] *= 1e-9  # the exceptions
+    blocks = jnp.asarray(np.stack([packing.pack(config, block.view(np.uint16)) for block in weights]))
+    x, slots = jnp.asarray(rng.normal(size=(n, M)), x_dtype), jnp.asarray(rng.integers(-1, R, size=(n, A)), jnp.int32)
+    expected = ops.expert_ffn(x, jnp.asarray(weights.view(np.uint16)), slots, hidden=F)
+    lowered = jax.jit(lambda *a: expert_ffn(config, *a)).lower(x, blocks, slots)
+    assert "specmoe_packed_expert_ffn" in lowered.as_text()
+    np.testing.assert_array_equal(lowered.compile()(x, blocks, slots), expected)
 
 
 @pytest.mark.parametrize("form", PUBLISHED)

@@ -106,10 +106,15 @@ def _packed(source: Source, to: str, packing: str) -> Source:
         raise CheckpointError(f"{source.path}: its experts are packed as {source.config.packing} already; leave the packing out")
     config = source.config.with_packing(packing)
     experts = (extended(config).with_packing(packing) if source.mtp else config).layer_experts
+
+    def expert(moe: int, expert: int) -> np.ndarray:
+        return pack(experts[moe], _bits(source.expert(moe, expert)))
+
+    expert(0, 0)  # what would refuse every expert is told before anything is written
     return dataclasses.replace(
         source,
         config=config,
-        expert=lambda moe, expert: pack(experts[moe], _bits(source.expert(moe, expert))),
+        expert=expert,
         block=lambda moe: (np.dtype(np.uint8), (packed_bytes(experts[moe]),)),
     )
 

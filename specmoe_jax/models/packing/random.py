@@ -11,7 +11,10 @@ def random_expert(config: ExpertConfig, rng: np.random.Generator) -> np.ndarray:
     packed = np.zeros(packed_bytes(config), np.uint8)
     for name, part in views(config, packed).items():
         if part.dtype == np.uint8:  # exponents, or two codes of 4 bits
-            part[...] = rng.integers(118, 123, part.shape) if name.endswith("scales") else rng.integers(0, 256, part.shape)
+            is_exponent = name.endswith("scales") or name == "largest"
+            part[...] = rng.integers(118, 123, part.shape) if is_exponent else rng.integers(0, 256, part.shape)
+        elif part.dtype == np.int32:  # places: none
+            part[...] = config.matrices * config.hidden * config.model
         elif name.endswith("codes"):
             part[...] = (rng.standard_normal(part.shape) * 10).astype(part.dtype)
         elif part.dtype.itemsize == 1:  # scales in e4m3

@@ -3,10 +3,12 @@
     python -m specmoe_jax.benchmarks.studies.llama.half_disk --folder=DIR --cgroup=GROUP [--llama_python=PYTHON]
 
 DIR: as of compare.py, which makes the files. GROUP: a folder of a memory control group (version 1 or 2) that this user may write
-to. Tokens are sampled at a high temperature: greedy text of random weights repeats itself, with the same few experts. Every engine is a process in a group of its own below it, limited to `--share` of the checkpoint's bytes, and runs alone; pages
-of the files are dropped before, so that what is cached is cached within the limit. Rounds alternate between the engines; figures are
-medians over all steps of all rounds after the first --settle seconds of each. The system's readahead decides much: it
-is told. A process that the system kills is told as such.
+to. Tokens are sampled at a high temperature: greedy text of random weights repeats itself, with the same few experts.
+
+Every engine is a process in a group of its own below it, limited to `--share` of the checkpoint's bytes, and runs alone; pages of the
+files are dropped before, so that what is cached is cached within the limit. Rounds alternate between the engines; figures are medians
+over all steps of all rounds after the first --settle seconds of each. The system's readahead decides much: it is told. A process that
+the system kills is told as such.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import time
 from specmoe_jax.benchmarks.studies.llama.compare import Worker, llama_python
 from specmoe_jax.benchmarks.studies.measure_promises import limited
 
-OURS = ("host_compute", "on_demand", "caching", "specmoe", "streaming")
+OURS = ("host_compute", "on_demand", "caching", "specmoe", "streaming", "host_compute lossless", "on_demand lossless")
 THEIRS = "llama.cpp bf16"
 TEMPERATURE = 100.0
 MOST_STEPS = 200  # of either part: a row has no room for more
@@ -32,8 +34,9 @@ def started(engine: str, folder: pathlib.Path, options: argparse.Namespace, grou
     if engine == THEIRS:
         given = {"model": str(folder / f"{options.shape}-bf16.gguf"), "threads": os.cpu_count(), "temperature": TEMPERATURE}
         return Worker(engine, options.llama_python, "llama", given, group)
-    given = {"model": str(folder / f"{options.shape}-{options.form}"), "dtype": "bfloat16", "temperature": TEMPERATURE}
-    mapped = {"flow": engine} if engine == "host_compute" else {"preset": engine, "memory_bytes": int(limit * options.promised)}
+    preset, form = [*engine.split(), "bfloat16"][:2]
+    given = {"model": str(folder / f"{options.shape}-{form}"), "dtype": "bfloat16", "temperature": TEMPERATURE}
+    mapped = {"flow": preset} if preset == "host_compute" else {"preset": preset, "memory_bytes": int(limit * options.promised)}
     return Worker(engine, sys.executable, "own", given | mapped, group)
 
 
@@ -70,12 +73,12 @@ def measured(engine: str, folder: pathlib.Path, options: argparse.Namespace, lim
 
 def main() -> None:
     from specmoe_jax.benchmarks.studies.llama import files
+    from specmoe_jax.checkpoints.conversion.convert import convert
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", required=True)
     parser.add_argument("--cgroup", required=True)
     parser.add_argument("--shape", default="varied")
-    parser.add_argument("--form", default="bfloat16", help="of ours: bfloat16 or lossless, the converted directory")
     parser.add_argument("--share", type=float, default=0.5, help="of the checkpoint, that a process may hold")
     parser.add_argument("--promised", type=float, default=0.95, help="of the limit, that our plans are made for")
     parser.add_argument("--batches", default="1,8")
@@ -86,7 +89,9 @@ def main() -> None:
     parser.add_argument("--llama_python", help="a Python that has llama-cpp-python")
     options = parser.parse_args()
     folder = pathlib.Path(options.folder)
-    files.mapped(folder, options.shape, "bfloat16")
+    plain, lossless = files.mapped(folder, options.shape, "bfloat16"), folder / f"{options.shape}-lossless"
+    if not lossless.exists():
+        convert(str(plain), lossless, to="specmoe", packing="lossless")
     files.gguf_file(folder, options.shape, "bf16")
     options.llama_python = options.llama_python or llama_python(folder)
     limit = int(options.share * sum(file.stat().st_size for file in (folder / f"{options.shape}-bfloat16").glob("*.safetensors")))

@@ -6,13 +6,16 @@ A format of our own after the finding of DFloat11 (arXiv 2504.11651), which code
 more by a tenth, and are decoded by shifts, in the registers of any machine.
 """
 
+from typing import Any
+
 import numpy as np
 
 from specmoe_jax.config.layer_config import ExpertConfig
 from specmoe_jax.models.packing.kind import Kernel, Section, border_biases, is_plain
-from specmoe_jax.models.packing.matrices import MatrixKind, PublishedTensor, Sections
+from specmoe_jax.models.packing.matrices import MatrixKind, PublishedTensor, Sections, groups_of
 from specmoe_jax.support.errors import CheckpointError
 
+GROUP = 32  # columns whose order the compiled kernel decodes at once (cpu_ops/expert_ffn.h)
 FARTHEST = 15  # exponents below the largest of a row
 PER_EXCEPTION, LEAST_EXCEPTIONS = 512, 64  # weights for each exception that an expert has room for, and the room of the smallest
 SIGN, MANTISSA = 0x80, 0x7F
@@ -30,8 +33,8 @@ class Lossless(MatrixKind):
         rows, model = (config.matrices, config.hidden), config.model
         room = LEAST_EXCEPTIONS + config.matrices * config.hidden * model // PER_EXCEPTION
         return {
-            "signs_mantissas": Section((*rows, model), np.dtype(np.uint8)),
-            "below": Section((*rows, (model + 1) // 2), np.dtype(np.uint8)),  # the even column of two in the low half
+            "signs_mantissas": Section((*rows, groups_of(model, GROUP) * GROUP), np.dtype(np.uint8)),
+            "below": Section((*rows, groups_of(model, GROUP) * GROUP // 2), np.dtype(np.uint8)),
             "places": Section((room,), np.dtype(np.int32)),  # among [matrices, F, M], ascending; their number where there are no more
             "bits": Section((room,), np.dtype(np.uint16)),
             "largest": Section(rows, np.dtype(np.uint8)),
@@ -55,21 +58,20 @@ class Lossless(MatrixKind):
             )
         filled = np.full(room, bits.size, np.int32)
         filled[: len(places)] = places
-        halves = np.zeros((*below.shape[:2], (config.model + 1) // 2 * 2), np.uint8)
-        halves[..., : config.model] = np.minimum(below, FARTHEST)
+        halves = _grouped(np.minimum(below, FARTHEST).astype(np.uint8))
         return {
-            "signs_mantissas": (bits >> 8 & SIGN | bits & MANTISSA).astype(np.uint8),
-            "below": halves[..., ::2] | halves[..., 1::2] << 4,
+            "signs_mantissas": _grouped((bits >> 8 & SIGN | bits & MANTISSA).astype(np.uint8)),
+            "below": halves[..., : GROUP // 2] | halves[..., GROUP // 2 :] << 4,
             "places": filled,
             "bits": np.concatenate([bits.reshape(-1)[places], np.zeros(room - len(places), np.uint16)]),
             "largest": largest,
         }
 
     def decode(self, config: ExpertConfig, parts, xp):
-        halves = parts["below"]
-        below = xp.stack([halves & 15, halves >> 4], axis=-1).reshape(*halves.shape[:2], -1)[..., : config.model]
+        halves = parts["below"].reshape(config.matrices, config.hidden, -1, GROUP // 2)
+        below = _columns(xp.concatenate([halves & 15, halves >> 4], axis=-1), config.model)
         exponents = (parts["largest"][..., None] - below).astype(np.uint16)
-        kept = parts["signs_mantissas"].astype(np.uint16)
+        kept = _columns(parts["signs_mantissas"], config.model).astype(np.uint16)
         bits = ((kept & SIGN) << 8 | exponents << 7 | kept & MANTISSA).reshape(-1)
         places = parts["places"]
         if xp is np:
@@ -84,6 +86,18 @@ class Lossless(MatrixKind):
 
     def kernel(self, config: ExpertConfig) -> Kernel | None:
         return Kernel("lossless") if is_plain(config) else None
+
+
+def _grouped(values: np.ndarray) -> np.ndarray:
+    """[matrices, F, M] -> [matrices, F, groups, GROUP]: the even fours of each group before the odd ones."""
+    whole = np.pad(values, ((0, 0), (0, 0), (0, -values.shape[2] % GROUP)))
+    return whole.reshape(*values.shape[:2], -1, GROUP // 8, 2, 4).swapaxes(-3, -2).reshape(*values.shape[:2], -1, GROUP)
+
+
+def _columns(grouped: Any, columns: int) -> Any:
+    """The other way: [matrices, F, M] of numbers in that order."""
+    rows = grouped.shape[:2]
+    return grouped.reshape(*rows, -1, 2, GROUP // 8, 4).swapaxes(-3, -2).reshape(*rows, -1)[..., :columns]
 
 
 def _refuse(parts: Sections, values: np.ndarray) -> None:

@@ -23,7 +23,7 @@ from specmoe_jax.support.timing import CompileCounter, Stopwatch
 class Case(NamedTuple):
     """A plan under a name; base: the name of the case that its ratios are taken against. head: of an EAGLE or MTP draft.
 
-    popularity: see Engine.
+    popularity: see Engine. model: of this case, where it is not that of all: the same weights in another form.
     """
 
     name: str
@@ -31,8 +31,10 @@ class Case(NamedTuple):
     base: str | None = None
     head: EagleHead | MtpHead | None = None
     popularity: np.ndarray | None = None
+    model: Model | None = None
 
     def engine(self, model: Model, **options) -> Engine:
+        model = model if self.model is None else self.model
         options |= {"popularity": self.popularity}
         if isinstance(self.head, MtpHead):
             return Engine(model, self.plan, mtp_head=self.head, **options)

@@ -96,7 +96,7 @@ def test_lossless_refuses_what_it_would_change():
         pack(config, block)
     spread = np.ones(config.block_shape, np.float32)
     spread[:, :, 1:] = 2.0**-20
-    with pytest.raises(CheckpointError, match="756 of an expert's 768 weights are too small .* at most 65 may be"):
+    with pytest.raises(CheckpointError, match=r"756 of an expert's 768 weights are too small .* at most 65 may be"):
         pack(config, spread)
 
 

@@ -84,7 +84,9 @@ def convert(
         raise CheckpointError(f"{output}: exists; give a new directory")
     folder = output.with_name(f"{output.name}.partial")
     parts = _parts(source, to)
-    done = _begin(folder, {"source": source.hash, "to": to, "dtype": source.dtype} | ({"packing": packing} if packing else {}), parts)
+    done = _begin(
+        folder, {"source": source.hash, "to": to, "dtype": source.dtype} | ({"packing": packing} if packing else {}), parts
+    )
     total_bytes = sum(out.bytes for part in parts for out in part.outputs)
     _check_room(folder, total_bytes)
     with bar(to, total_bytes, "B", mode=progress, scale=True) as shown:

@@ -2,8 +2,8 @@
 
     python -m specmoe_jax.benchmarks.studies.ideas.packed --folder=DIR --batches=1,4,16 --link_gbps=0.025
 
-DIR keeps both converted forms of the model. Rows in 12 bits have as many slots as fit into the bytes of the others' slots: those of a
-layer's dispatch, and N for each layer. Both write the same tokens where the sampling is deterministic; here it is not.
+DIR keeps both converted forms of the model. Rows in 12 bits have as many slots as fit into the bytes of the others' slots: those of
+a layer's dispatch, and N for each layer. Both write the same tokens where the sampling is deterministic; here it is not.
 """
 
 import argparse
@@ -31,9 +31,7 @@ def rows(setting: Setting, batch: int, mark: str) -> list[Case]:
         "+ retain, guard": setting.specmoe(batch, retain=True, guard=True),
         "all, top 3": setting.specmoe(batch, draft_stop="union", draft_top_k=3, **DEMAND),
     }
-    return [
-        Case(f"{name}{mark}", plan.replace(dtype="bfloat16"), "on_demand", model=setting.model) for name, plan in plans.items()
-    ]
+    return [Case(f"{name}{mark}", plan.replace(dtype="bfloat16"), "on_demand", model=setting.model) for name, plan in plans.items()]
 
 
 def equal_experts(plain: Model, packed: Model, experts: int) -> int:
@@ -76,7 +74,8 @@ def main() -> None:
             found[f"{name} @ {batch}"] = row
             ratios = row["ratios"]["decode_tokens_per_s"] if row["ratios"] else (1, 1, 1)
             print(
-                f"{batch:>3} {name:<32}{row['decode_tokens_per_s']:8.1f} tokens/s {ratios[0]:5.2f} ({ratios[1]:.2f}-{ratios[2]:.2f})"
+                f"{batch:>3} {name:<32}{row['decode_tokens_per_s']:8.1f} tokens/s"
+                f" {ratios[0]:5.2f} ({ratios[1]:.2f}-{ratios[2]:.2f})"
                 f"{row['link_bytes_per_token'] / 1e3:8.1f} kB/token {row['tokens_per_step']:5.2f} tokens/step"
                 f"{row['peak_accelerator_bytes'] / 2**20:7.1f} MiB",
                 flush=True,

@@ -5,10 +5,10 @@
 DIR: as of compare.py, which makes the files. GROUP: a folder of a memory control group (version 1 or 2) that this user may write
 to. Tokens are sampled at a high temperature: greedy text of random weights repeats itself, with the same few experts.
 
-Every engine is a process in a group of its own below it, limited to `--share` of the checkpoint's bytes, and runs alone; pages of the
-files are dropped before, so that what is cached is cached within the limit. Rounds alternate between the engines; figures are medians
-over all steps of all rounds after the first --settle seconds of each. The system's readahead decides much: it is told. A process that
-the system kills is told as such.
+Every engine is a process in a group of its own below it, limited to `--share` of the checkpoint's bytes, and runs alone; pages of
+the files are dropped before, so that what is cached is cached within the limit. Rounds alternate between the engines; figures are
+medians over all steps of all rounds after the first --settle seconds of each. The system's readahead decides much: it is told. A
+process that the system kills is told as such.
 """
 
 import argparse

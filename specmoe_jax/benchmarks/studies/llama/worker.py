@@ -21,8 +21,8 @@ PROMPT, ROOM = 32, 512  # tokens of a row before its steps; positions of a row
 
 
 class Own:
-    """preset, its flow and its tier: by default experts in host memory, and nothing but the flow. memory_bytes: of the whole process,
-    of which the cache of a disk tier takes what is left.
+    """preset: nothing but the flow by default. memory_bytes: of the whole process, of which the cache of a disk tier takes what is
+    left; experts are in host memory by default.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """lossless: bfloat16 in 12 bits, bit for bit. What a checkpoint in the mapped form may be converted to (conversion/convert.py).
 
 The exponents of a row lie near its largest. Of each weight are kept: sign and mantissa in a byte, and in half a byte how far its
-exponent is below its row's largest. The few that are farther than 15, zeros among them, are kept beside: their places, and their bits.
+exponent is below its row's largest. The few that are farther than 15, zeros among them, are kept beside: places and bits.
 A format of our own after the finding of DFloat11 (arXiv 2504.11651), which codes exponents in a variable number of bits: these are
 more by a tenth, and are decoded by shifts, in the registers of any machine.
 """
@@ -35,7 +35,9 @@ class Lossless(MatrixKind):
         return {
             "signs_mantissas": Section((*rows, groups_of(model, GROUP) * GROUP), np.dtype(np.uint8)),
             "below": Section((*rows, groups_of(model, GROUP) * GROUP // 2), np.dtype(np.uint8)),
-            "places": Section((room,), np.dtype(np.int32)),  # among [matrices, F, M], ascending; their number where there are no more
+            "places": Section(
+                (room,), np.dtype(np.int32)
+            ),  # among [matrices, F, M], ascending; their number where there are no more
             "bits": Section((room,), np.dtype(np.uint16)),
             "largest": Section(rows, np.dtype(np.uint8)),
             "biases": border_biases(config),
@@ -53,8 +55,8 @@ class Lossless(MatrixKind):
         places, room = np.flatnonzero(below > FARTHEST), self.sections(config)["places"].shape[0]
         if len(places) > room:
             raise CheckpointError(
-                f"{len(places)} of an expert's {bits.size} weights are too small beside the largest of their rows to be packed without"
-                f" loss in 12 bits, at most {room} may be; leave the packing out"
+                f"{len(places)} of an expert's {bits.size} weights are too small beside the largest of their rows to be packed"
+                f" without loss in 12 bits, at most {room} may be; leave the packing out"
             )
         filled = np.full(room, bits.size, np.int32)
         filled[: len(places)] = places

@@ -3,6 +3,7 @@
 Numbers only: nothing is run, no weight is read.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,13 +17,18 @@ from specmoe_jax.support.errors import PlanError
 from specmoe_jax.support.units import GIB
 
 HOST_SHARE = 0.9  # of a machine's memory for experts that are on disk: a system needs some too
+CPU_SHARES = (0.9, 0.7, 0.5, 0.3)  # where computation takes its memory from the same: the first that leaves enough
 LITTLE = 0.1  # of an accelerator's memory: no word about it
 PACKINGS = tuple(name for name in EXPERT_DTYPES if name != DECODED)  # of experts that are not packed already
+LOSSLESS = "lossless"  # a form of the checkpoint, not of the plan (checkpoints/conversion)
 COUNTS = ("cached_experts", "draft_experts")  # of a layer; the search knows powers of two and what is halfway between them
 
 
 class Advised(NamedTuple):
-    """requests: of the job. best and runner_up are exact plans. packed: by expert_dtype, the best where that is faster."""
+    """requests: of the job. best and runner_up are exact plans.
+
+    packed: by expert_dtype, the best where that is faster; LOSSLESS for a checkpoint that is converted first, which is exact too.
+    """
 
     requests: int
     best: Choice
@@ -45,9 +51,9 @@ def advise(
     Experts stay on disk where host memory does not hold them. Raises PlanError if nothing fits even so.
     """
 
-    def search(**more) -> Found:
+    def search(of: ModelConfig = config, **more) -> Found:
         try:
-            return _with_disk(config, known, requests, fixed | more, head)
+            return _with_disk(of, known, requests, fixed | more, head)
         finally:
             progress()
 
@@ -59,17 +65,18 @@ def advise(
     if found is None or not found.best.plan.flow.all_resident:
         packed = _packed(config, known, search, fixed, 0.0 if found is None else found.best.tokens_per_s)
     if found is None:
-        if not packed:
+        planned = [choice for name, choice in packed.items() if name != LOSSLESS]  # of the checkpoint as it is
+        if not planned:
             assert error is not None
             raise error
-        best = max(packed.values(), key=lambda choice: choice.tokens_per_s)
+        best = max(planned, key=lambda choice: choice.tokens_per_s)
         return Advised(requests, best, None, packed, 0)
     return Advised(requests, filled(config, known, found.best, fixed), found.runner_up, packed, found.tried)
 
 
 def searches(fixed: dict) -> int:
     """How many searches an advice takes at most."""
-    return 1 + (0 if fixed.get("expert_dtype") else len(PACKINGS))
+    return 1 + (0 if fixed.get("expert_dtype") else 1 + len(PACKINGS))
 
 
 def _with_disk(config: ModelConfig, known: Knowledge, requests: int, fixed: dict, head: bool) -> Found:
@@ -78,16 +85,28 @@ def _with_disk(config: ModelConfig, known: Knowledge, requests: int, fixed: dict
     except PlanError:
         if "expert_tier" in fixed or fixed.get("expert_dtype") not in (None, DECODED):
             raise
-        memory = {"expert_tier": "disk", "host_memory_bytes": int(known.hardware.host_memory_bytes * HOST_SHARE)} | fixed
+    *shares, last = CPU_SHARES if known.hardware.accelerator_is_cpu else (HOST_SHARE,)
+
+    def on_disk(share: float) -> Found:
+        memory = {"expert_tier": "disk", "host_memory_bytes": int(known.hardware.host_memory_bytes * share)} | fixed
         return choose(config, known, requests=requests, fixed=memory, head=head)
+
+    for share in shares:
+        with contextlib.suppress(PlanError):
+            return on_disk(share)
+    return on_disk(last)
 
 
 def _packed(config: ModelConfig, known: Knowledge, search: Callable[..., Found], fixed: dict, best: float) -> dict[str, Choice]:
-    found = {}
-    given = fixed.get("expert_dtype") or fixed.get("expert_tier")
-    for name in () if given or is_published(config.experts.packing) else PACKINGS:
+    if fixed.get("expert_dtype") or is_published(config.experts.packing):
+        return {}
+    found, converted = {}, config.with_packing(LOSSLESS)
+    forms = {name: (config, {"expert_dtype": name}) for name in PACKINGS if not fixed.get("expert_tier")}
+    if fixed.get("dtype") == "bfloat16":
+        forms = {LOSSLESS: (converted, {})} | forms
+    for name, (of, fields) in forms.items():
         try:
-            choice = filled(config, known, search(expert_dtype=name).best, fixed)
+            choice = filled(of, known, search(of, **fields).best, fixed)
         except PlanError:  # it does not fit either, or is not for this model
             continue
         if choice.tokens_per_s > best:

@@ -11,6 +11,7 @@ from specmoe_jax.benchmarks import ablation, plots, specmoe
 from specmoe_jax.benchmarks.categories import BUNDLED, read_categories
 from specmoe_jax.benchmarks.rounds import Case, Job, compare
 from specmoe_jax.engine.requests.prepare import batch_shape_of, make_requests
+from specmoe_jax.models.quantised import quantise
 from specmoe_jax.models.synthetic import NLLB_SHAPED, TOPIC, synthetic_model, synthetic_prompts
 from specmoe_jax.support.statistics import gini
 from specmoe_jax.testing import TINY
@@ -136,3 +137,11 @@ def test_the_synthetic_model_is_as_skewed_as_asked_and_counts():
     for prompt, completion in zip(prompts, completions, strict=True):
         text = (*prompt, *completion.token_ids)
         assert all(b == (a + 1 if (a + 1) % TOPIC else a + 1 - TOPIC) for a, b in itertools.pairwise(text))
+
+
+def test_a_case_of_another_form_of_the_weights_has_its_own_bytes(model):
+    """`Case.model`: here the same experts in int8."""
+    plan = sm.PRESETS["on_demand"](TINY)
+    packed = Case("packed", plan.replace(expert_dtype="int8"), "plain", model=quantise(model, "int8"))
+    rows = compare(model, [Case("plain", plan), packed], Job(prompts=PROMPTS, rounds=2, tokens=2))
+    assert rows["packed"]["link_bytes_per_token"] < 0.5 * rows["plain"]["link_bytes_per_token"]

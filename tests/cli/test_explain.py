@@ -138,10 +138,16 @@ def test_without_a_preset_it_recommends(explain, headers):
     assert "--host_share=" in plans["best"]["flags"]
     assert plans["int4"]["flags"].startswith("--preset=resident") and plans["int4"]["tokens_per_s"] > 100
     assert not plans["int4"]["exact"] and plans["runner_up"]["tokens_per_s"] < plans["best"]["tokens_per_s"]
+    lossless, int8 = plans["lossless"], plans["int8"]
+    assert lossless["exact"] and plans["best"]["tokens_per_s"] < lossless["tokens_per_s"] < int8["tokens_per_s"]
+    assert lossless["first"] == "specmoe convert --format=specmoe --expert_packing=lossless"
     again = shown(explain(*asked[:-1], *plans["best"]["flags"].split(), "--json"))  # the flags are the plan
     assert again["tokens_per_s"] == pytest.approx(plans["best"]["tokens_per_s"], rel=0.01)
     lines = explain(*asked).out.splitlines()
     assert lines[0] == "one request at a time" and lines[1].startswith("  best ") and max(map(len, lines)) <= 80
+    assert f"        first: {lossless['first']}" in lines
+    exact = shown(explain(*asked, "--json", "--dtype=float32"))["advice"]["1"]
+    assert "lossless" not in exact and "int8" in exact  # 12 bits hold bfloat16
 
 
 def test_it_notices_that_everything_fits(explain, headers):
@@ -156,6 +162,20 @@ def test_what_does_not_fit_into_host_memory_is_left_on_disk(explain, headers):
     found = shown(explain(f"--model={headers['mixtral_8x7b']}", "--hardware=4090", "--requests=1", "--json"))
     best = found["advice"]["1"]["best"]
     assert "--expert_tier=disk" in best["flags"] and best["binding_resource"] == "disk" and "GiB" in best["unused"]
+
+
+def test_a_cpu_that_lacks_memory_for_all_experts_leaves_them_on_disk(explain, headers, monkeypatch):
+    """Its computation takes of the same memory as the cache of experts."""
+    memory = 20 * GIB
+    mine = machine("l4").replace(
+        name="mine", measured=True, accelerator_is_cpu=True, accelerator_memory_bytes=memory, host_memory_bytes=memory
+    )
+    monkeypatch.setattr("specmoe_jax.cli.flag_groups.machine_flag.probe", lambda **_: mine)
+    plans = shown(explain(f"--model={headers['qwen3_30b_a3b']}", "--requests=1", "--json"))["advice"]["1"]
+    best = plans["best"]
+    assert best["exact"] and "--expert_tier=disk" in best["flags"]
+    assert best["accelerator_gib"] + best["host_gib"] <= 20
+    assert plans["lossless"]["tokens_per_s"] > best["tokens_per_s"]
 
 
 @pytest.mark.parametrize(

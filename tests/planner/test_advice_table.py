@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from specmoe_jax.autotune.advice import advise, unused
+from specmoe_jax.autotune.advice import LOSSLESS, advise, unused
 from specmoe_jax.autotune.choose import Knowledge, evaluate
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
@@ -39,7 +39,8 @@ HEAD = """# What is recommended where
 `specmoe explain --model=DIR --hardware=NAME` for ten pairs: prompts of 512 tokens, 128 new ones, bfloat16.
 **Predictions from data sheets, not measurements** ([planner](planner.md)); the hosts are assumed ([machines](machines.md)),
 and so is the acceptance of `draft=self` (0.6 a token). `int8` and `int4` pack the experts anew, which changes the model's
-numbers (gpt-oss is published in MXFP4 and stays so: exact); they are named where the exact plan leaves experts off the
+numbers (gpt-oss is published in MXFP4 and stays so: exact). `lossless` is the same weights in 12 bits, after a conversion
+([how](checkpoints.md#experts-in-12-bits-without-loss)): exact. They are named where the exact plan leaves experts off the
 accelerator and they are faster than it. Written by `python -m tests.planner.test_advice_table`; the plans in full:
 [advice.json](advice.json).
 
@@ -51,7 +52,7 @@ SHOWN = ("draft_experts", "draft_length", "cached_experts", "retain", "prefetch"
 
 
 class Row(NamedTuple):
-    """plans: by name (exact, int8, int4): the plan, its tokens/s of a job and its bottleneck."""
+    """plans: by name (exact, lossless, int8, int4): the plan, its tokens/s of a job and its bottleneck."""
 
     model: str
     machine: str
@@ -88,7 +89,7 @@ def line(found: Row) -> str:
 
 
 def rate(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def flow(plan: dict) -> str:
@@ -115,8 +116,9 @@ def test_the_page_is_the_document():
 def test_recommendations_hold_and_agree_with_arithmetic(requests):
     """Each plan is predicted again; a step cannot be faster than what its bottleneck has to move or read."""
     for found in written():
-        for said in found.plans.values() if found.requests == requests else ():
+        for name, said in found.plans.items() if found.requests == requests else ():
             config, known = known_of(found.model, found.machine)
+            config = config.with_packing(LOSSLESS) if name == LOSSLESS else config
             plan = Plan.from_json(json.dumps(said["plan"]))
             prediction = evaluate(config, plan, known)
             assert said["bound_by"] == prediction.binding

@@ -1,10 +1,16 @@
 """Free memory within the limits of control groups of both versions, as files say it."""
 
+import pathlib
+import re
+
+import numpy as np
 import pytest
 
+from specmoe_jax.checkpoints.tensors import aligned_empty
 from specmoe_jax.support import host_memory
 
 MIB = 1 << 20
+STATUS = pathlib.Path("/proc/self/status")
 
 
 @pytest.fixture
@@ -72,3 +78,23 @@ def test_a_group_beyond_its_limit_has_no_room(system):
 def test_version_1_without_a_limit(system):
     system(800 * MIB, "5:memory:/\n", {"memory": v1((1 << 63) - 4096, 190 * MIB)})
     assert host_memory.available_bytes() == 800 * MIB
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="Linux tells it")
+def test_blocks_of_experts_are_memory_of_the_process_alone():
+    """Shared mappings are counted apart: limits of control groups count them, RssAnon does not."""
+    before = kinds()
+    blocks = [aligned_empty((MIB,), np.dtype(np.uint8)) for _ in range(16)]
+    for block in blocks:
+        block[:] = 1
+    grown = {name: size - before[name] for name, size in kinds().items()}
+    assert grown["RssAnon"] > 12 * MIB and grown["RssShmem"] < MIB  # the system counts in steps
+
+
+def test_freed_memory_can_be_returned():
+    host_memory.return_freed()  # nothing of it can be seen everywhere
+
+
+def kinds() -> dict[str, int]:
+    found = re.findall(r"(Rss\w+):\s+(\d+) kB", STATUS.read_text())
+    return {name: int(size) << 10 for name, size in found}

@@ -3,7 +3,7 @@
 import textwrap
 from typing import Any
 
-from specmoe_jax.autotune.advice import PACKINGS, Advised, unused
+from specmoe_jax.autotune.advice import LOSSLESS, PACKINGS, Advised, unused
 from specmoe_jax.autotune.choose import Knowledge
 from specmoe_jax.checkpoints.published.quantisation import Quantisation, is_built
 from specmoe_jax.cli.flag_groups import plan_flags
@@ -13,6 +13,7 @@ from specmoe_jax.planner.search import Choice
 from specmoe_jax.support.units import GIB
 
 WIDTH = 80
+CONVERT = "specmoe convert --format=specmoe --expert_packing=lossless"
 SHORT = {"link to accelerator": "link", "accelerator": "accel.", "cpu attention": "cpu"}  # of resources
 # Columns of the presets: key, title, and what its values are divided by.
 COLUMNS = (
@@ -44,7 +45,7 @@ def _advised(one: Advised, config: ModelConfig, known: Knowledge) -> dict[str, A
         shown["runner_up"] = _choice(one.runner_up, config)
     for name, choice in one.packed.items():
         if choice is not one.best:
-            shown[name] = _choice(choice, config)
+            shown[name] = _choice(choice, config) | ({"first": CONVERT} if name == LOSSLESS else {})
     return shown
 
 
@@ -70,6 +71,8 @@ def advice_text(shown: dict[str, Any]) -> str:
             rate = f"{_rate(plan['tokens_per_s']):>7} tokens/s, bound by the {plan['binding_resource']}"
             lines.append(f"  {title:<5} {rate}{exactness}")
             lines += textwrap.wrap(plan["flags"], WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8, break_on_hyphens=False)
+            if plan.get("first"):
+                lines.append(f"{'':8}first: {plan['first']}")
             if plan.get("unused"):
                 lines += textwrap.wrap(f"unused: {plan['unused']}", WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 10)
     lines.append("run one: specmoe generate --model=DIR --prompts=FILE, and its flags")

@@ -10,6 +10,7 @@ from specmoe_jax import Engine, SamplingParams
 from specmoe_jax.benchmarks.gpu import shapes
 from specmoe_jax.benchmarks.specmoeoff import acceptance_of, random_head_of
 from specmoe_jax.testing import eagle_head, tiny
+from tests.packed_experts import packed_model
 
 HALF = dataclasses.replace(
     shapes.mixtral_8x7b(2),
@@ -29,6 +30,12 @@ def small(a_plan) -> None:
     run(tiny(), a_plan, **({"draft_head": eagle_head(tiny())} if a_plan.draft == "eagle" else {}))
 
 
+def lossless() -> None:
+    """bfloat16 experts in 12 bits, which XLA unpacks."""
+    model, _ = packed_model(tiny("bfloat16"), "lossless")
+    run(model, plan("specmoe", dtype="bfloat16", prefetch="draft"))
+
+
 def half(name: str, config=HALF, rows: int = 4, **changes) -> None:
     """Two steps in bfloat16."""
     model = shapes.random_on_device(config)
@@ -41,6 +48,7 @@ def half(name: str, config=HALF, rows: int = 4, **changes) -> None:
 
 
 RUNS = {name: functools.partial(small, a_plan) for name, a_plan in PLANS.items()} | {
+    "lossless": lossless,
     "half resident": functools.partial(half, "resident"),
     "half specmoe": functools.partial(half, "specmoe", synthetic_acceptance=0.9, substitution="random", prefetch="draft"),
     "half streaming": functools.partial(half, "streaming"),

@@ -1,6 +1,7 @@
 #include "expert_ffn.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -80,10 +81,10 @@ void group_by_slot(const FfnArgs& a, Grouping& to) {
 }
 
 void ask_for_pages(const FfnArgs& a, const Grouping& groups, int64_t bytes) {
-  constexpr uintptr_t kPage = 4096;
+  static const uintptr_t page = sysconf(_SC_PAGESIZE);
   for (const FfnGroup& g : groups.groups) {
     if (!a.table || !(reinterpret_cast<uintptr_t>(a.table[g.slot]) & 1)) continue;
-    const uintptr_t at = reinterpret_cast<uintptr_t>(expert_at(a, g.slot)), first = at / kPage * kPage;
+    const uintptr_t at = reinterpret_cast<uintptr_t>(expert_at(a, g.slot)), first = at / page * page;
     madvise(reinterpret_cast<void*>(first), at + bytes - first, MADV_WILLNEED);  // no more than advice: nothing depends on it
   }
 }

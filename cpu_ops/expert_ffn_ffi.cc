@@ -61,7 +61,8 @@ ffi::Error run_packed(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U
 }
 
 // table [R, 2]: the addresses of experts of `hidden` hidden units in the process's memory, each as two halves, the low one first
-// (JAX has no 64-bit integers by default), which is how a pointer lies in memory; weights of `bits` bits: 32, 16 (bfloat16), or packed. Odd addresses: as in FfnArgs.
+// (JAX has no 64-bit integers by default), which is how a pointer lies in memory; odd ones: as in FfnArgs. Weights of `bits` bits: 32,
+// 16 (bfloat16), or packed.
 ffi::Error run_table(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U32> table, ffi::Buffer<ffi::S32> slots,
                      ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t bits, int64_t hidden, int64_t threads, std::string_view isa) {
   const auto xd = x.dimensions(), td = table.dimensions(), sd = slots.dimensions();

@@ -7,10 +7,12 @@ import contextlib
 import ctypes
 import itertools
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 MEMINFO, GROUPS, ROOT = pathlib.Path("/proc/meminfo"), pathlib.Path("/proc/self/cgroup"), pathlib.Path("/sys/fs/cgroup")
+STATUS = pathlib.Path("/proc/self/status")
 
 
 class Version(NamedTuple):
@@ -36,6 +38,14 @@ def available_bytes() -> int | None:
         fields = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
         rooms.append(int(fields["MemAvailable"].split()[0]) * 1024)
     return min(rooms, default=None)
+
+
+def anonymous_bytes() -> int | None:
+    """Memory of this process that is no pages of files, which give way; None where that cannot be told."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"RssAnon:\s+(\d+) kB", STATUS.read_text()):
+            return int(found[1]) << 10
+    return None
 
 
 def return_freed() -> None:

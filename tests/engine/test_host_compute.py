@@ -86,9 +86,16 @@ def test_experts_that_do_not_fit_are_asked_for_together(monkeypatch, packing):
     expected, _ = run(model, plan("resident", **HERE))
     seen, addresses = [], host_compute.block_addresses
     monkeypatch.setattr(host_compute, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(host_compute, "anonymous_bytes", lambda: 1000)
     monkeypatch.setattr(host_compute, "block_addresses", lambda *a, **kw: seen.append(addresses(*a, **kw)) or seen[-1])
     assert run(model, plan("resident", **HERE))[0] == expected
     assert seen and all((table[:, 0] % 2 == 1).all() for table in seen)
+    for name in ("available_bytes", "anonymous_bytes"):  # they fit; they are no pages of files
+        with monkeypatch.context() as enough:
+            enough.setattr(host_compute, name, lambda: 1 << 40)
+            seen.clear()
+            run(model, plan("resident", **HERE))
+            assert seen and all((table[:, 0] % 2 == 0).all() for table in seen)
 
 
 def test_packed_experts_with_biases_and_clamps():

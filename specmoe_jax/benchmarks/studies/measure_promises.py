@@ -13,12 +13,12 @@ import argparse
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 from typing import Any
 
 from specmoe_jax.benchmarks.peak import Peak
+from specmoe_jax.support.host_memory import anonymous_bytes
 
 PRESETS = ("resident", "host_compute", "on_demand", "caching", "specmoe", "streaming")
 
@@ -118,9 +118,10 @@ def is_mapped(model) -> bool:
 
 
 def anonymous() -> int:
-    """Bytes of this process that are not pages of a file."""
-    (found,) = re.findall(r"RssAnon:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
-    return int(found) << 10
+    """anonymous_bytes, where they can be told."""
+    found = anonymous_bytes()
+    assert found is not None
+    return found
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.state import ExpertMemory
 from specmoe_jax.offload.residency import empty
 from specmoe_jax.offload.tiers import block_addresses
-from specmoe_jax.support.host_memory import available_bytes
+from specmoe_jax.support.host_memory import anonymous_bytes, available_bytes
 
 
 class HostComputeFlowExecutor(ResidentFlowExecutor):
@@ -16,10 +16,9 @@ class HostComputeFlowExecutor(ResidentFlowExecutor):
 
     def first_memory(self, runtime: Runtime) -> ExpertMemory:
         shape, config = (runtime.config.num_expert_layers, runtime.config.num_experts), runtime.config
-        tier, available = runtime.experts.store.tier, available_bytes()
+        tier = runtime.experts.store.tier
         blocks = list(tier.blocks([(layer, expert) for layer in range(shape[0]) for expert in range(shape[1])]))
-        # Of blocks that fit, asking for their pages at every call would be for nothing.
-        may_be_away = available is not None and sum(block.nbytes for block in blocks) > available
+        may_be_away = _are_pages_that_do_not_fit(sum(block.nbytes for block in blocks))
         return ExpertMemory(
             slots=runtime.experts.slots,
             pool=jax.device_put(block_addresses(blocks, may_be_away=may_be_away), runtime.context.device),
@@ -27,6 +26,12 @@ class HostComputeFlowExecutor(ResidentFlowExecutor):
             usage_scores=np.zeros((config.num_moe_layers, config.num_experts)),
             prefetched=np.zeros(shape, bool),
         )
+
+
+def _are_pages_that_do_not_fit(size: int) -> bool:
+    """Of blocks that stay, asking for their pages at every call would be for nothing. size: of all of them."""
+    available, anonymous = available_bytes(), anonymous_bytes()
+    return available is not None and anonymous is not None and anonymous < size and available < size
 
 
 FLOW = HostComputeFlowExecutor()

@@ -84,11 +84,11 @@ def test_version_1_without_a_limit(system):
 def test_blocks_of_experts_are_memory_of_the_process_alone():
     """Shared mappings are counted apart: limits of control groups count them, RssAnon does not."""
     before = kinds()
-    blocks = [aligned_empty((MIB,), np.dtype(np.uint8)) for _ in range(16)]
+    blocks = [aligned_empty((MIB,), np.dtype(np.uint8)) for _ in range(64)]
     for block in blocks:
         block[:] = 1
     grown = {name: size - before[name] for name, size in kinds().items()}
-    assert grown["RssAnon"] > 12 * MIB and grown["RssShmem"] < MIB  # the system counts in steps
+    assert grown["RssAnon"] > 32 * MIB and grown["RssShmem"] < 8 * MIB  # others of this process take and give meanwhile
 
 
 def test_freed_memory_can_be_returned():

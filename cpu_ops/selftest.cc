@@ -124,6 +124,21 @@ double attention(const KernelTable& kernels, const Shape& s, DType type, bool pa
   return worst;
 }
 
+// Of float32 rows; their weights are still to be named.
+FfnArgs ffn_args(int64_t n, int64_t A, int64_t M, int64_t F, int64_t R, const float* x, const int32_t* slots, float* y) {
+  FfnArgs a{};
+  a.n = n;
+  a.A = A;
+  a.M = M;
+  a.F = F;
+  a.R = R;
+  a.x_type = DType::kF32;
+  a.x = x;
+  a.slots = slots;
+  a.y = y;
+  return a;
+}
+
 double ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, bool bf16, int threads) {
   const int64_t R = 3, A = 2;
   Exact<float> x(n * M), w(bf16 ? 0 : R * 3 * F * M), y(n * A * M);
@@ -134,19 +149,10 @@ double ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, bool bf1
   }
   for (int64_t i = 0; i < h.size; ++i) h[i] = 0x3f80;
   for (int64_t i = 0; i < n * A; ++i) slots[i] = static_cast<int32_t>(i % 4) - 1;
-  FfnArgs a{};
-  a.n = n;
-  a.A = A;
-  a.M = M;
-  a.F = F;
-  a.R = R;
-  a.x_type = DType::kF32;
+  FfnArgs a = ffn_args(n, A, M, F, R, x.data, slots.data, y.data);
   a.w_type = bf16 ? DType::kBF16 : DType::kF32;
   a.expert_bytes = 3 * F * M * (bf16 ? 2 : 4);
-  a.x = x.data;
   a.blocks = bf16 ? static_cast<void*>(h.data) : w.data;
-  a.slots = slots.data;
-  a.y = y.data;
   Threads parallel(threads);
   expert_ffn(a, kernels, parallel);
   for (int64_t i = 0; i < y.size; ++i) {
@@ -262,20 +268,11 @@ double lossless_ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F,
     const int none = static_cast<int>(size);
     for (; used < room; ++used) std::memcpy(places + 4 * used, &none, 4);
   }
-  FfnArgs a{};
-  a.n = n;
-  a.A = A;
-  a.M = M;
-  a.F = F;
-  a.R = R;
-  a.x_type = DType::kF32;
-  a.x = x.data;
-  a.slots = slots.data;
+  FfnArgs a = ffn_args(n, A, M, F, R, x.data, slots.data, y.data);
   Threads parallel(threads);
   a.w_type = DType::kBF16;
   a.expert_bytes = 2 * size;
   a.blocks = plain.data;
-  a.y = y.data;
   expert_ffn(a, kernels, parallel);
   a.w_type = DType::kLossless;
   a.expert_bytes = bytes;

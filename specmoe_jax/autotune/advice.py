@@ -11,7 +11,7 @@ from specmoe_jax.autotune.choose import Knowledge, choose, evaluate
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.plan_fields import DECODED, EXPERT_DTYPES
-from specmoe_jax.models.packing.registry import is_published
+from specmoe_jax.models.packing.registry import LOSSLESS, is_published
 from specmoe_jax.planner.search import Choice, Found
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.support.units import GIB
@@ -20,7 +20,6 @@ HOST_SHARE = 0.9  # of a machine's memory for experts that are on disk: a system
 CPU_SHARES = (0.9, 0.7, 0.5, 0.3)  # where computation takes its memory from the same: the first that leaves enough
 LITTLE = 0.1  # of an accelerator's memory: no word about it
 PACKINGS = tuple(name for name in EXPERT_DTYPES if name != DECODED)  # of experts that are not packed already
-LOSSLESS = "lossless"  # a form of the checkpoint, not of the plan (checkpoints/conversion)
 COUNTS = ("cached_experts", "draft_experts")  # of a layer; the search knows powers of two and what is halfway between them
 
 

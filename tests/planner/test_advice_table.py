@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import pytest
 
-from specmoe_jax.autotune.advice import LOSSLESS, advise, unused
+from specmoe_jax.autotune.advice import advise, unused
 from specmoe_jax.autotune.choose import Knowledge, evaluate
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.models.families.registry import parse_config
+from specmoe_jax.models.packing.registry import LOSSLESS
 from specmoe_jax.planner.machines import machine
 from specmoe_jax.planner.search import Choice
 from specmoe_jax.planner.workload import Workload

@@ -15,6 +15,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from specmoe_jax.benchmarks.peak import Peak
@@ -63,13 +64,17 @@ def in_process(options: argparse.Namespace, case: dict[str, Any], limit: int | N
     """What the case told, or how it ended."""
     command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, *sys.argv[1:], f"--case={json.dumps(case)}"]
     group = None if limit is None else limited(pathlib.Path(options.cgroup), limit)
-    joins = None if group is None else (lambda: (group / "cgroup.procs").write_text(str(os.getpid())))
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=joins)
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=joining(group))
     if group is not None:
         group.rmdir()
     if ran.returncode:
         return f"exit {ran.returncode}: {(ran.stderr.strip().splitlines() or [''])[-1][:150]}"
     return json.loads(ran.stdout.splitlines()[-1])
+
+
+def joining(group: pathlib.Path | None) -> Callable[[], object] | None:
+    """What a process does before it runs, so that the group counts all of it; None without a group."""
+    return None if group is None else lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def limited(parent: pathlib.Path, limit: int) -> pathlib.Path:

@@ -31,12 +31,13 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models.families.registry import family_of
 from specmoe_jax.models.mtp import extended
 from specmoe_jax.models.packing import pack, packed_bytes
+from specmoe_jax.models.packing.registry import LOSSLESS
 from specmoe_jax.models.spec import Part as ExpertPart
 from specmoe_jax.support.errors import CheckpointError, RequestError
 from specmoe_jax.support.progress import bar
 
 FORMATS = ("specmoe", "huggingface", "orbax")
-PACKINGS = ("lossless",)
+PACKINGS = (LOSSLESS,)
 RECORD_FILE = "conversion.json"  # in OUTPUT.partial only: which parts are done, with their hashes
 _NOT_COPIED = ("torch_dtype", "quantization_config", "compression_config")  # of config.json: what is decoded, or said anew
 SIDE_FILES = (

@@ -3,17 +3,18 @@
 import textwrap
 from typing import Any
 
-from specmoe_jax.autotune.advice import LOSSLESS, PACKINGS, Advised, unused
+from specmoe_jax.autotune.advice import PACKINGS, Advised, unused
 from specmoe_jax.autotune.choose import Knowledge
 from specmoe_jax.checkpoints.published.quantisation import Quantisation, is_built
 from specmoe_jax.cli.flag_groups import plan_flags
 from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.models.packing.registry import LOSSLESS
 from specmoe_jax.planner import explain
 from specmoe_jax.planner.search import Choice
 from specmoe_jax.support.units import GIB
 
 WIDTH = 80
-CONVERT = "specmoe convert --format=specmoe --expert_packing=lossless"
+CONVERT = f"specmoe convert --format=specmoe --expert_packing={LOSSLESS}"
 SHORT = {"link to accelerator": "link", "accelerator": "accel.", "cpu attention": "cpu"}  # of resources
 # Columns of the presets: key, title, and what its values are divided by.
 COLUMNS = (

@@ -9,9 +9,10 @@ from specmoe_jax.config.plan_fields import DECODED
 from specmoe_jax.models.packing.kind import PackingKind
 from specmoe_jax.support.errors import CheckpointError
 
+LOSSLESS = "lossless"  # the one that a conversion makes
 # One line a kind: its module in kinds. ExpertConfig.packing is such a name, with the kind's parameters behind a colon if it
 # has any.
-KINDS = ("int8", "int4", "fp8", "fp8_rows", "mxfp4", "awq", "gptq", "compressed", "nvfp4", "gguf", "lossless")
+KINDS = ("int8", "int4", "fp8", "fp8_rows", "mxfp4", "awq", "gptq", "compressed", "nvfp4", "gguf", LOSSLESS)
 
 
 @functools.cache

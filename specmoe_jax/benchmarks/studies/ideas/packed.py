@@ -56,9 +56,10 @@ def main() -> None:
     for name, packing in (("plain", None), ("lossless", "lossless")):
         if not (folder / name).exists():
             convert(options.model, folder / name, to="specmoe", dtype="bfloat16", packing=packing)
-        models.append(sm.load_model(folder / name, dtype="bfloat16"))
-    counts = options.draft_experts, equal_experts(*models, options.draft_experts)
-    print(f"N = {counts[0]} of {models[0].expert_bytes} bytes, in 12 bits {counts[1]} of {models[1].expert_bytes}", flush=True)
+        models.append(sm.load_model(str(folder / name), dtype="bfloat16"))
+    plain, packed = models
+    counts = options.draft_experts, equal_experts(plain, packed, options.draft_experts)
+    print(f"N = {counts[0]} of {plain.expert_bytes} bytes, in 12 bits {counts[1]} of {packed.expert_bytes}", flush=True)
     found = {}
     for batch in map(int, options.batches.split(",")):
 
@@ -70,7 +71,7 @@ def main() -> None:
             for model, experts in zip(models, counts, strict=True)
         ]
         cases = rows(settings[0], batch, "") + rows(settings[1], batch, " in 12 bits")
-        for name, row in compare(models[0], cases, job(batch)).items():
+        for name, row in compare(plain, cases, job(batch)).items():
             found[f"{name} @ {batch}"] = row
             ratios = row["ratios"]["decode_tokens_per_s"] if row["ratios"] else (1, 1, 1)
             print(

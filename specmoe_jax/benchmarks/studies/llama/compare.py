@@ -24,6 +24,7 @@ import time
 import venv
 from typing import Any, NamedTuple
 
+from specmoe_jax.benchmarks.studies.measure_promises import joining
 from specmoe_jax.ops.cpu import _ffi
 
 WORKER = pathlib.Path(__file__).with_name("worker.py")
@@ -69,7 +70,7 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
-            preexec_fn=None if group is None else lambda: (group / "cgroup.procs").write_text(str(os.getpid())),
+            preexec_fn=joining(group),
         )
         self.load_s, self.pid = self._answer()["load_s"], self._process.pid
 

@@ -3,7 +3,7 @@
 The exponents of a row lie near its largest. Of each weight are kept: sign and mantissa in a byte, and in half a byte how far its
 exponent is below its row's largest. The few that are farther than 15, zeros among them, are kept beside: places and bits.
 A format of our own after the finding of DFloat11 (arXiv 2504.11651), which codes exponents in a variable number of bits: these are
-more by a tenth, and are decoded by shifts, in the registers of any machine.
+more by a tenth, and every weight is found without those before it.
 """
 
 from typing import Any
@@ -35,9 +35,8 @@ class Lossless(MatrixKind):
         return {
             "signs_mantissas": Section((*rows, groups_of(model, GROUP) * GROUP), np.dtype(np.uint8)),
             "below": Section((*rows, groups_of(model, GROUP) * GROUP // 2), np.dtype(np.uint8)),
-            "places": Section(
-                (room,), np.dtype(np.int32)
-            ),  # among [matrices, F, M], ascending; their number where there are no more
+            # Among [matrices, F, M], ascending; the number of weights where there are no more.
+            "places": Section((room,), np.dtype(np.int32)),
             "bits": Section((room,), np.dtype(np.uint16)),
             "largest": Section(rows, np.dtype(np.uint8)),
             "biases": border_biases(config),

@@ -43,16 +43,16 @@ double fma_peak(int64_t iterations) {
   return static_cast<double>(iterations / kChains) * kChains * kLanes * 2;
 }
 
-double read_sum(const void* data, int64_t bytes) {
+double read_sum(const void* data, int64_t bytes) {  // four runs side by side, as the kernels read
+  constexpr int64_t kPart = 2 * kLanes * 4;
+  const int64_t run = bytes / kStreams / kPart * kPart;
   const char* p = static_cast<const char*>(data);
-  constexpr int64_t kStep = 8 * kLanes * 4;
-  vi c[8] = {};
-  for (int64_t i = 0; i + kStep <= bytes; i += kStep) {
-    for (int64_t line = 0; line < kStep; line += 64) __builtin_prefetch(p + i + 4096 + line, 0, 3);
-    SPECMOE_UNROLL for (int j = 0; j < 8; ++j) c[j] += load_as<vi>(p + i + j * kLanes * 4);
+  vi c[2 * kStreams] = {};
+  for (int64_t i = 0; i < run; i += kPart) {
+    SPECMOE_UNROLL for (int j = 0; j < 2 * kStreams; ++j) c[j] += load_as<vi>(p + j / 2 * run + i + j % 2 * kLanes * 4);
   }
   vi sum = {};
-  SPECMOE_UNROLL for (int j = 0; j < 8; ++j) sum += c[j];
+  SPECMOE_UNROLL for (int j = 0; j < 2 * kStreams; ++j) sum += c[j];
   return sum[0];
 }
 

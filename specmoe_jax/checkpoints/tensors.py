@@ -1,6 +1,5 @@
 """Stored tensors -> arrays in the compute dtype, a small piece at a time, so that nothing is held twice."""
 
-import contextlib
 import math
 import mmap
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from specmoe_jax.checkpoints.header import quote
 from specmoe_jax.support.errors import CheckpointError
 
 ALIGNMENT = 64  # device_put takes over a numpy buffer without a copy iff it starts at a multiple of this
-HUGE_PAGE = 2 << 20  # numpy asks for huge pages; only whole ones save page faults and are read up to 1.6 times as fast (Zen 3)
+HUGE_PAGE = 2 << 20  # numpy asks for huge pages; only whole ones save page faults
 MAPPED_BYTES = 1 << 18
 CHUNK_BYTES = 1 << 20  # stays in the cache between the read, the conversion and the check
 # Rows per step of a transposing copy. numpy, 1024 x 4096, GB/s written: float32 4.3 with 16 rows, 2.7 with 32, 1.7 with all;
@@ -79,23 +78,11 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """
     count = math.prod(shape) * dtype.itemsize
     if MAPPED_BYTES <= count < 2 * HUGE_PAGE:
-        return _mapping(count).view(dtype).reshape(shape)
+        return np.frombuffer(mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8).view(dtype).reshape(shape)
     alignment = ALIGNMENT if count < 2 * HUGE_PAGE else HUGE_PAGE
     raw = np.empty(count + alignment, np.uint8)  # what is skipped is never touched, so it takes no memory
     skip = -raw.ctypes.data % alignment
     return raw[skip : skip + count].view(dtype).reshape(shape)
-
-
-def _mapping(count: int) -> np.ndarray:
-    """Bytes in a mapping of their own, with a huge page at its start where they fill one, which numpy asks for in longer arrays alone."""
-    is_huge = count >= HUGE_PAGE
-    mapping = mmap.mmap(-1, count + (HUGE_PAGE if is_huge else 0), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    raw = np.frombuffer(mapping, np.uint8)
-    skip = -raw.ctypes.data % HUGE_PAGE if is_huge else 0
-    if is_huge and hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a system without them
-            mapping.madvise(mmap.MADV_HUGEPAGE, skip, HUGE_PAGE)
-    return raw[skip : skip + count]
 
 
 def _rows(out: np.ndarray) -> np.ndarray:

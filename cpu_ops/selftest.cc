@@ -125,7 +125,8 @@ double attention(const KernelTable& kernels, const Shape& s, DType type, bool pa
 }
 
 // Of float32 rows; their weights are still to be named.
-FfnArgs ffn_args(int64_t n, int64_t A, int64_t M, int64_t F, int64_t R, const float* x, const int32_t* slots, float* y) {
+FfnArgs ffn_args(int64_t n, int64_t A, int64_t M, int64_t F, int64_t R, const float* x = nullptr, const int32_t* slots = nullptr,
+                 float* y = nullptr) {
   FfnArgs a{};
   a.n = n;
   a.A = A;
@@ -210,11 +211,7 @@ double packed_ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, D
       std::memcpy(expert + i, &bits, type == DType::kI8 ? 4 : 2);
     }
   }
-  FfnArgs a{};
-  a.n = n;
-  a.M = M;
-  a.F = F;
-  a.R = R;
+  FfnArgs a = ffn_args(n, 1, M, F, R);
   a.w_type = type;
   a.expert_bytes = bytes;
   a.blocks = blocks.data;

@@ -24,16 +24,16 @@ float value(const FfnArgs& a, int64_t i) {
   return x;
 }
 
-// to[i] = from[where column i stands in split order], for whole pairs of registers. A division for each column would take as long as
-// its products with few rows.
+// The columns in their order, from sums of 4-bit weights.
 void join(const float* from, int64_t columns, int lanes, float* to) {
-  for (int64_t m = 0; m < columns; m += 2 * lanes) {
-    const int64_t last = std::min<int64_t>(columns - m, 2 * lanes);
-    for (int64_t i = 0; i < last; ++i) to[m + i] = from[m + i % 2 * lanes + i / 2];
+  for (int64_t m = 0; m < columns; m += 8 * lanes) {
+    const int64_t last = std::min<int64_t>(columns - m, 8 * lanes);
+    for (int64_t i = 0; i < last; ++i) to[m + i] = from[m + i % 8 * lanes + i / 8];
   }
 }
 
-// The other way.
+// Split order: of each two registers, the even columns before the odd ones. A division for each column would take as long as its
+// products with few rows.
 template <class Value>
 void part(const Value& from, int64_t columns, int lanes, float* to) {
   for (int64_t m = 0; m < columns; m += 2 * lanes) {
@@ -124,14 +124,14 @@ int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 // Whether a group has partial sums: where rows are few, and always with 4-bit weights, whose columns are in split order.
 bool is_few(const FfnArgs& a, const FfnGroup& g) { return g.count <= kFewRows || a.w_type == DType::kI4; }
 
-// Gives the groups their buffers behind the float rows, all in one scratch buffer.
-void place(FfnArgs& a, int lanes, Plan& plan) {
+// Gives the groups their buffers behind the rows of x, all in one scratch buffer.
+void place(FfnArgs& a, const KernelTable& kernels, Plan& plan) {
   const int64_t blocks = parts(a.F, hidden_block(a));
   int64_t floats = a.n * row_floats(a);
   plan.at.clear();
   for (const FfnGroup& g : plan.groups) {
     plan.at.push_back(floats);
-    floats += g.count * padded(a.F) + (is_few(a, g) ? blocks * g.count * row_floats(a) : 0);
+    floats += g.count * padded(a.F) + (is_few(a, g) ? blocks * g.count * sum_floats(a) : 0);
   }
   float* scratch = thread_scratch(Scratch::kFfnCall, floats);
   a.rows = scratch;
@@ -140,7 +140,8 @@ void place(FfnArgs& a, int lanes, Plan& plan) {
     g.hidden = scratch + plan.at[i];
     g.partial = g.hidden + g.count * padded(a.F);
   }
-  float_rows(a, lanes, a.w_type == DType::kI4, row_floats(a), scratch);
+  if (a.w_type != DType::kI4) return float_rows(a, kernels.lanes, false, row_floats(a), scratch);
+  for (int64_t i = 0; i < a.n; ++i) kernels.ffn_integers(a, i, scratch + i * row_floats(a));
 }
 
 void plan_output(const FfnArgs& a, Plan& plan, int threads) {
@@ -148,7 +149,7 @@ void plan_output(const FfnArgs& a, Plan& plan, int threads) {
   const int64_t strip = std::min<int64_t>(512, task_width(std::max<int64_t>(1, a.F * weight_row_bytes(a) / a.M), 64));
   // Blocks are read as they lie; only where there are fewer than four a thread are they cut, into runs of at least 256 columns.
   const int64_t cuts = parts(4 * threads, std::max<int64_t>(1, G * blocks));
-  const int64_t run = std::max<int64_t>(256, parts(parts(a.M, cuts), 64) * 64);
+  const int64_t run = std::max<int64_t>(256, parts(parts(a.M, cuts), 128) * 128);
   plan.tasks.clear();
   plan.few.clear();
   for (const FfnGroup& g : plan.groups) {
@@ -162,7 +163,7 @@ void plan_output(const FfnArgs& a, Plan& plan, int threads) {
 
 // y of the rows of a group from its partial sums, of which the first is overwritten.
 void add_partials(const FfnArgs& a, int lanes, const FfnGroup& g) {
-  const int64_t ld = row_floats(a), blocks = parts(a.F, hidden_block(a)), used = a.w_type == DType::kI4 ? ld : a.M;
+  const int64_t ld = sum_floats(a), blocks = parts(a.F, hidden_block(a)), used = a.w_type == DType::kI4 ? ld : a.M;
   const char* scales = expert_at(a, g.slot) + code_bytes(DType::kI8, a.F, a.M) + 2 * a.F * 4;
   for (int64_t r = 0; r < g.count; ++r) {
     float *y = a.y + g.pairs[r] * a.M, *sum = g.partial + r * ld;
@@ -191,7 +192,7 @@ void expert_ffn(const FfnArgs& given, const KernelTable& kernels, Parallel& para
   Plan& plan = own;  // the tasks run on other threads, which have plans of their own
   group_by_slot(a, plan);
   ask_for_pages(a, plan, expert_bytes(a));
-  place(a, kernels.lanes, plan);
+  place(a, kernels, plan);
   plan_output(a, plan, parallel.threads());
   const int64_t G = plan.groups.size(), row_bytes = weight_row_bytes(a);
 

@@ -18,7 +18,7 @@ struct FfnArgs {
   const void* const* table;
   const int32_t* slots;   // [n, A]; outside [0, R): no expert, zeros
   float* y;               // [n, A, M]
-  const float* rows;      // [n, row_floats(a)], x as float
+  const float* rows;      // [n, row_floats(a)], x as the kernels read it
   float* hidden;          // pairs * padded(F)
 };
 
@@ -47,14 +47,18 @@ inline int64_t packed_expert_bytes(DType type, int64_t F, int64_t M) {
   return code_bytes(type, F, M) + (type == DType::kI8 ? (2 * F + M) * 4 : 3 * F * groups_of(M) * 2);
 }
 
-// Floats of a row of x, and of a row of partial sums. With 4-bit weights each run of two registers is in split order, the even
-// columns before the odd ones: so a register of codes falls apart into two of weights without a shuffle.
-inline int64_t row_floats(const FfnArgs& a) { return a.w_type == DType::kI4 ? groups_of(a.M) * kGroup : padded(a.M); }
+// Floats of a row of partial sums, and of a row of x. 4-bit weights have whole registers of codes on every instruction set; of their
+// columns, every eighth of a register's stand side by side, and x is in integers (IntegerRow).
+inline int64_t sum_floats(const FfnArgs& a) { return a.w_type == DType::kI4 ? (a.M + 127) / 128 * 128 : padded(a.M); }
+inline int64_t row_floats(const FfnArgs& a) { return a.w_type == DType::kI4 ? sum_floats(a) / 4 * 3 : padded(a.M); }
 
-// Hidden units of one partial sum. 4-bit experts keep the partial sums of all rows: at most eight, or they would fill the memory.
+// Hidden units of one partial sum. 4-bit experts keep the partial sums of all rows: at most eight, or they would fill the memory,
+// unless the integers that are summed would overflow.
 inline int64_t hidden_block(const FfnArgs& a) {
-  const int64_t eighth = (a.F + 7) / 8;
-  return a.w_type == DType::kI4 && eighth > kHiddenBlock ? eighth : kHiddenBlock;
+  constexpr int64_t kLeast = 2 * kHiddenBlock, kLargest = 4096;  // times 15 times 32767 < 2^31
+  if (a.w_type != DType::kI4) return kHiddenBlock;
+  const int64_t eighth = (a.F + 7) / 8, most = eighth < kLargest ? eighth : kLargest;
+  return most > kLeast ? most : kLeast;
 }
 
 // Rows of one expert up to which its products wait for memory more than for arithmetic; one register tile on every machine.

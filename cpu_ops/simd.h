@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "isa.h"
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -48,7 +48,15 @@ SPECMOE_INLINE V load_as(const void* p) {
 SPECMOE_INLINE vf load(const float* p) { return load_as<vf>(p); }
 SPECMOE_INLINE void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
 SPECMOE_INLINE vf splat(float x) { return x - vf{}; }
-SPECMOE_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+SPECMOE_INLINE vf vmax(vf a, vf b) {  // b where one is NaN
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 // kLanes values at p of the storage type, as float; load_pair: 2 * kLanes values in whatever order is cheapest.
 struct F32 {

@@ -49,8 +49,10 @@ inline int64_t packed_expert_bytes(DType type, int64_t F, int64_t M) {
 
 // Floats of a row of partial sums, and of a row of x. 4-bit weights have whole registers of codes on every instruction set; of their
 // columns, every eighth of a register's stand side by side, and x is in integers (IntegerRow).
-inline int64_t sum_floats(const FfnArgs& a) { return a.w_type == DType::kI4 ? (a.M + 127) / 128 * 128 : padded(a.M); }
-inline int64_t row_floats(const FfnArgs& a) { return a.w_type == DType::kI4 ? sum_floats(a) / 4 * 3 : padded(a.M); }
+inline int64_t whole_columns(int64_t M) { return (M + 127) / 128 * 128; }
+inline int64_t integer_floats(int64_t M) { return whole_columns(M) / 4 * 3; }
+inline int64_t sum_floats(const FfnArgs& a) { return a.w_type == DType::kI4 ? whole_columns(a.M) : padded(a.M); }
+inline int64_t row_floats(const FfnArgs& a) { return a.w_type == DType::kI4 ? integer_floats(a.M) : padded(a.M); }
 
 // Hidden units of one partial sum. 4-bit experts keep the partial sums of all rows: at most eight, or they would fill the memory,
 // unless the integers that are summed would overflow.

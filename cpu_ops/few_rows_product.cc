@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "expert_ffn.h"
 #include "scratch.h"
 
 namespace specmoe {
@@ -19,7 +20,7 @@ void few_rows_product(const ProductArgs& given, const KernelTable& kernels, Para
   float* rows = thread_scratch(Scratch::kProductRows, a.n * ld);
   kernels.product_gather(a, rows);
   a.rows = rows;
-  const int64_t row_bytes = a.M * (a.w_type == DType::kF32 ? 4 : a.w_type == DType::kBF16 ? 2 : 1);
+  const int64_t row_bytes = a.w_type == DType::kI4 ? groups_of(a.M) * (kGroup / 2 + 2) : a.M * (a.w_type == DType::kF32 ? 4 : a.w_type == DType::kBF16 ? 2 : 1);
   const int64_t share = row_bytes * a.N / (8 * parallel.threads());
   const int64_t least = kTaskBytes / std::clamp<int64_t>(a.n / 4, 1, kMostShares);
   const int64_t bytes = std::clamp(share, least, kFewTaskBytes);

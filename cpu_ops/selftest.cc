@@ -388,6 +388,42 @@ double product(const KernelTable& kernels, int64_t n, int64_t N, int64_t M, DTyp
   return worst;
 }
 
+// A matrix of 4-bit codes, each group with a scale of its own.
+double product_of_codes(const KernelTable& kernels, int64_t n, int64_t N, int64_t M, int threads) {
+  const int64_t groups = groups_of(M), row = groups * kGroup / 2;
+  Exact<float> x(n * M), y(n * N);
+  Exact<uint8_t> codes(N * row);
+  Exact<uint16_t> scales(N * groups);
+  for (int64_t i = 0; i < x.size; ++i) x[i] = draw();
+  for (int64_t i = 0; i < codes.size; ++i) codes[i] = static_cast<uint8_t>(rng());
+  for (int64_t i = 0; i < scales.size; ++i) scales[i] = bfloat16_bits(draw() / 100);
+  ProductArgs a{};
+  a.n = n;
+  a.M = M;
+  a.N = N;
+  a.x_type = DType::kF32;
+  a.w_type = DType::kI4;
+  a.x = x.data;
+  a.w = codes.data;
+  a.scales = scales.data;
+  a.y = y.data;
+  Threads parallel(threads);
+  few_rows_product(a, kernels, parallel);
+  double worst = 0;
+  for (int64_t i = 0; i < n * N; ++i) {
+    double sum = 0;
+    for (int64_t m = 0; m < M; ++m) {
+      const uint32_t bits = static_cast<uint32_t>(scales[i % N * groups + m / kGroup]) << 16;
+      float scale;
+      std::memcpy(&scale, &bits, 4);
+      const int code = codes[i % N * row + m / 2] >> m % 2 * 4 & 15;
+      sum += static_cast<double>(x[i / N * M + m]) * (code - 8) * static_cast<double>(scale);
+    }
+    worst = std::fmax(worst, std::fabs(sum - static_cast<double>(y[i])));
+  }
+  return worst;
+}
+
 // A call that fails says so, leaves no thread waiting, and the next one works.
 int failing() {
   struct : Parallel {
@@ -460,6 +496,7 @@ int main() {
       for (int format = 0; format < static_cast<int>(RowFormat::kCount); ++format) {
         for (int64_t M : {32, 128}) failures += !(rowwise(kernels, n, M, 32 * (1 + n % 3), RowFormat(format), M == 32, n % 2 + 1) <= 1e-4);
       }
+      for (int64_t M : {1, 32, 75, 300, 1024}) failures += !(product_of_codes(kernels, n, 7 * n, M, n % 2 + 1) <= 1e-3);
       for (DType x : {DType::kF32, DType::kBF16}) {
         for (DType w : {DType::kF32, DType::kBF16, DType::kI8}) {
           for (int64_t M : {13 + 9 * n, 1024 + 3 * n}) failures += !(product(kernels, n, 7 * n, M, x, w, n % 2 + 1) <= 1e-3);

@@ -25,7 +25,7 @@ PrefillAttention = Literal["cpu", "accelerator"]
 Dtype = Literal["float32", "bfloat16"]
 Quantised = Literal["int8", "int4"]
 ExpertDtype = Literal["int8", "int4", "decoded"]
-DenseDtype = Literal["int8"]
+DenseDtype = Literal["int8", "int4"]
 
 SUBSTITUTIONS: tuple[str, ...] = typing.get_args(Substitution)
 EXPERT_TIERS: tuple[str, ...] = typing.get_args(ExpertTier)
@@ -208,7 +208,7 @@ class PlanFields:
     )
     dense_dtype: DenseDtype | None = field(
         None,
-        "Quantise the matrices of attention, shared experts, dense layers and output (int8): other tokens (the error is printed).",
+        "Quantise the matrices of attention, shared experts, dense layers and output (int8, int4): other tokens (the error is printed).",
         none="the plan's dtype",
     )
     device_memory_bytes: float | None = field(

@@ -9,7 +9,7 @@ from specmoe_jax.engine.drafts.executors import check_inputs
 from specmoe_jax.engine.drafts.protocol import DraftInputs
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.packing import planned
-from specmoe_jax.models.packing.dense import is_packed
+from specmoe_jax.models.packing.dense import packed_as
 from specmoe_jax.speculate.hot_experts.policies import DraftSetPolicy
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.support.tracing import Span
@@ -39,11 +39,10 @@ def validate_inputs(
             f"the plan says expert_dtype={plan.expert_dtype}, the model's experts are packed as {model.config.experts.packing};"
             " make them agree (models.quantised.quantise)"
         )
-    if is_packed(model.weights) != (plan.dense_dtype is not None):
-        held = "packed" if is_packed(model.weights) else "not packed"
+    if packed_as(model.weights) != plan.dense_dtype:
         raise PlanError(
-            f"the plan says dense_dtype={plan.dense_dtype}, the model's dense matrices are {held}; make them agree "
-            "(models.quantised.quantise)"
+            f"the plan says dense_dtype={plan.dense_dtype}, the model's dense matrices are packed as {packed_as(model.weights)};"
+            " make them agree (models.quantised.quantise)"
         )
     tier = "disk" if isinstance(model.experts, DiskExperts) else "host"
     if plan.expert_tier != tier:

@@ -29,7 +29,7 @@ def quantise(model: Model, expert_dtype: str | None = None, dense_dtype: str | N
     if dense_dtype not in (None, *DENSE_DTYPES):
         raise RequestError(f"dense_dtype is {dense_dtype!r}; it must be one of {', '.join(DENSE_DTYPES)}, or None")
     if dense_dtype is not None:
-        model = dataclasses.replace(model, weights=pack_dense(model.weights))
+        model = dataclasses.replace(model, weights=pack_dense(model.weights, dense_dtype))
     if expert_dtype is None:
         return model
     config = model.config.with_packing(expert_dtype)

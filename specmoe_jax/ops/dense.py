@@ -7,25 +7,36 @@ import jax.numpy as jnp
 
 from specmoe_jax.ops import _check, dispatch
 
+GROUP = 32  # columns of a row in int4 that share a scale
+
 
 class PackedMatrix(NamedTuple):
-    """A matrix [N, M] in int8: row n is codes[n] times scales[n]."""
+    """A matrix [N, M]. In int8, row n is codes[n] times scales[n]. In int4, each 32 columns of a row share a scale; of two codes
+    in a byte the even column is low, code c stands for c - 8, and a row ends with a whole group."""
 
-    codes: jax.Array  # [N, M] int8
-    scales: jax.Array  # [N] float32
+    codes: jax.Array  # [N, M] int8, or [N, groups * 16] uint8
+    scales: jax.Array  # [N] float32, or [N, groups] bfloat16
+
+    @property
+    def in_groups(self) -> bool:
+        return self.codes.dtype == jnp.uint8
 
 
 def dense_product(x: jax.Array, weight: jax.Array | PackedMatrix) -> jax.Array:
     """x [..., M] times weight [N, M], the layout of checkpoints -> [..., N] float32, summed in float32.
 
     Both float32 or bfloat16, or weight packed. With weights in float32 no factor is rounded; with weights in bfloat16 an
-    accelerator rounds x to it. Packed weights are decoded exactly: sums over codes are multiplied by the scales of their rows.
+    accelerator rounds x to it. Weights in int8 are decoded exactly: sums over codes are multiplied by the scales of their rows.
+    Weights in int4 meet 16-bit integers of x in the CPU kernel, one step to 32 columns, and are rounded to bfloat16 on an
+    accelerator where x is.
     """
     op = "dense_product"
     _check.array(op, "x", x, x.shape, _check.FLOATS)
     if isinstance(weight, PackedMatrix):
-        _check.array(op, "codes", weight.codes, (None, x.shape[-1]), (jnp.int8,))
-        _check.array(op, "scales", weight.scales, weight.codes.shape[:1], (jnp.float32,))
+        groups, rows = -(-x.shape[-1] // GROUP), weight.codes.shape[:1]
+        width, wanted = (groups * GROUP // 2, (*rows, groups)) if weight.in_groups else (x.shape[-1], rows)
+        _check.array(op, "codes", weight.codes, (None, width), (jnp.int8, jnp.uint8))
+        _check.array(op, "scales", weight.scales, wanted, (jnp.bfloat16 if weight.in_groups else jnp.float32,))
         return dispatch.call("packed_product", x, *weight)
     _check.array(op, "weight", weight, (None, x.shape[-1]), _check.FLOATS)
     return dispatch.call(op, x, weight)

@@ -117,7 +117,7 @@ def embed(config: ModelConfig, load: Load, itemsize: int) -> Cost:
     return Cost(ACCELERATOR, "dense", bytes=2 * load.tokens * config.hidden_size * itemsize)
 
 
-def projections(size: int, load: Load, itemsize: int, *, programs: int = 1) -> Cost:
+def projections(size: int, load: Load, itemsize: float, *, programs: int = 1) -> Cost:
     """Matrices of `size` numbers applied to the load's tokens."""
     return Cost(ACCELERATOR, "dense", 2 * size * load.tokens, size * itemsize, programs)
 
@@ -253,14 +253,14 @@ def attended_up(config: AttentionConfig, load: Load, itemsize: int) -> Cost:
     return Cost(UP, "copy", bytes=load.tokens * (config.num_heads * config.head_dim + config.told_numbers) * itemsize)
 
 
-def head(config: ModelConfig, tokens: float, itemsize: int) -> Cost:
+def head(config: ModelConfig, tokens: float, itemsize: float) -> Cost:
     """Logits, float32, and the choice among them. itemsize: of the output matrix."""
     size = config.vocab_size * config.hidden_size
     return Cost(ACCELERATOR, "dense", 2 * size * tokens, size * itemsize + 2 * tokens * config.vocab_size * 4)
 
 
 def task_cost(
-    config: ModelConfig, task: Task, load: Load, *, streamed: float, itemsize: int, dense: int, expert_bytes: float
+    config: ModelConfig, task: Task, load: Load, *, streamed: float, itemsize: int, dense: float, expert_bytes: float
 ) -> Cost:
     """Of one task of a streamed pass (offload/stream_schedule.py), but for the experts' own.
 

@@ -37,7 +37,7 @@ def resident_pass(
     itemsize: int,
     *,
     tier: KvTierDescription,
-    dense: int | None = None,
+    dense: float | None = None,
     expert_bytes: float | None = None,
     own: Load | None = None,
 ) -> tuple[Cost, ...]:
@@ -58,7 +58,7 @@ def resident_pass(
 
 
 def attention_block(
-    config: ModelConfig, index: int, load: Load, itemsize: int, *, dense: int, tier: KvTierDescription
+    config: ModelConfig, index: int, load: Load, itemsize: int, *, dense: float, tier: KvTierDescription
 ) -> list[Cost]:
     """A layer up to its router: one program with a cache on the accelerator, else three and two copies.
 

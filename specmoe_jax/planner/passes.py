@@ -53,7 +53,7 @@ class Setting(NamedTuple):
         return DTYPE_BYTES[self.plan.dtype]
 
     @property
-    def dense_itemsize(self) -> int:
+    def dense_itemsize(self) -> float:
         """Bytes of a number of a dense matrix."""
         return dense_itemsize(self.plan.dtype, self.plan.dense_dtype)
 

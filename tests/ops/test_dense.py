@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from specmoe_jax import ops
+from specmoe_jax.models.packing.kinds.int4 import encode_rows
 from specmoe_jax.ops.cpu import dense
 from specmoe_jax.ops.xla import dense as xla
 
@@ -80,6 +81,38 @@ def test_packed_matrices_on_every_instruction_set(isa):
         np.testing.assert_array_equal(dense.packed_product(x[3 : 3 + n], codes, scales), whole[3 : 3 + n])
 
 
+def in_groups(seed, n, N, M, x_dtype):
+    """x, a matrix in int4, and what it stands for."""
+    rng = np.random.default_rng(seed)
+    codes, scales = encode_rows(rng.normal(size=(N, M)).astype(np.float32))
+    exact = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*scales.shape, 32).astype(np.float64) - 8
+    exact = (exact * scales[..., None].astype(np.float64)).reshape(N, -1)[:, :M]
+    return jnp.asarray(rng.normal(size=(n, M)), x_dtype), ops.PackedMatrix(jnp.asarray(codes), jnp.asarray(scales)), exact
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_matrices_in_groups_are_decoded_exactly(kernels, name, dtype):
+    """The kernel alone rounds x, to integers of 16 bits: by half a step of its 32 columns at most."""
+    for n, N, M in SHAPES.values():
+        x, matrix, exact = in_groups(6, n, N, M, dtype)
+        a, got = np.abs(np.asarray(x, np.float64)), jax.jit(lambda *args: PACKED[name](*args))(x, *matrix)
+        error = np.abs(np.asarray(got, np.float64) - np.asarray(x, np.float64) @ exact.T)
+        largest = np.pad(a, ((0, 0), (0, -M % 32))).reshape(n, -1, 32).max(-1).repeat(32, axis=1)[:, :M]
+        rounded = 2.0**-16 * largest * (name == "kernel") + (5 + np.sqrt(M)) * 2.0**-24 * a
+        assert np.all(error <= rounded @ np.abs(exact).T)
+
+
+def test_matrices_in_groups_on_every_instruction_set(isa):
+    x, matrix, exact = in_groups(7, 32, 4001, 72, F32)
+    whole = np.asarray(dense.packed_product(x, *matrix))
+    np.testing.assert_allclose(whole, np.asarray(x, np.float64) @ exact.T, atol=1e-3)
+    for n in (1, 2, 5, 9, 13):  # a row depends on itself alone
+        np.testing.assert_array_equal(dense.packed_product(x[3 : 3 + n], *matrix), whole[3 : 3 + n])
+    out = np.asarray(dense.packed_product(x[:3].at[1, 3].set(np.nan), *matrix))
+    assert np.isfinite(out[[0, 2]]).all() and np.isnan(out[1]).all()
+
+
 @pytest.mark.parametrize(
     ("codes", "scales", "message"),
     [
@@ -90,6 +123,8 @@ def test_packed_matrices_on_every_instruction_set(isa):
 def test_packed_matrices_that_do_not_fit(codes, scales, message):
     with pytest.raises(ValueError, match=message):
         ops.dense_product(jnp.ones((1, 3)), ops.PackedMatrix(jnp.ones(codes, jnp.int8), jnp.ones(scales)))
+    with pytest.raises(ValueError, match=r"codes has shape \(4, 16\), wanted \[any, 32\]"):
+        ops.dense_product(jnp.ones((1, 40)), ops.PackedMatrix(jnp.ones((4, 16), jnp.uint8), jnp.ones((4, 1), BF16)))
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)

@@ -10,4 +10,8 @@ def dense_product_ref(x, weight):
 
 def packed_product_ref(x, matrix):
     """As ops.dense_product of a PackedMatrix."""
+    if matrix.in_groups:
+        nibbles = jnp.stack([matrix.codes & 15, matrix.codes >> 4], axis=-1).reshape(*matrix.scales.shape, -1)
+        groups = (nibbles.astype(jnp.float32) - 8) * matrix.scales[..., None].astype(jnp.float32)
+        return dense_product_ref(x, groups.reshape(len(groups), -1)[:, : x.shape[-1]])
     return dense_product_ref(x, matrix.codes) * matrix.scales

@@ -15,5 +15,12 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def packed_product(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
-    """ops.dense_product of a packed matrix. Either type holds codes exactly."""
-    return product(x, codes.astype(x.dtype)) * scales
+    """ops.dense_product of a packed matrix. Either type of x holds codes of int8 exactly; int4 is decoded as a whole."""
+    if codes.dtype == jnp.int8:
+        return product(x, codes.astype(x.dtype)) * scales
+    nibbles = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(*scales.shape, -1)
+    groups = (nibbles.astype(jnp.float32) - 8) * scales[..., None].astype(jnp.float32)
+    weight = groups.reshape(scales.shape[0], -1)[:, : x.shape[-1]]
+    if x.dtype == jnp.float32:
+        return product(x, weight)
+    return jax.lax.platform_dependent(x, weight, cpu=product, default=lambda x, w: product(x, w.astype(jnp.bfloat16)))

@@ -29,11 +29,8 @@ class Int4:
         }
 
     def encode(self, config: ExpertConfig, core: np.ndarray) -> dict[str, np.ndarray]:
-        groups = np.pad(core, ((0, 0), (0, 0), (0, -core.shape[2] % GROUP))).reshape(*core.shape[:2], -1, GROUP)
-        scales = (np.abs(groups).max(axis=3) / np.float32(LARGEST)).astype(ml_dtypes.bfloat16)
-        nibbles = codes(groups, scales[..., None].astype(np.float32), LARGEST) + OFFSET
-        nibbles = nibbles.astype(np.uint8).reshape(*core.shape[:2], -1)
-        return {"codes": nibbles[..., ::2] | nibbles[..., 1::2] << 4, "scales": scales}
+        packed, scales = encode_rows(core)
+        return {"codes": packed, "scales": scales}
 
     def decode(self, config: ExpertConfig, parts, xp):
         packed, scales = parts["codes"], parts["scales"]
@@ -43,6 +40,15 @@ class Int4:
 
     def kernel(self, config: ExpertConfig) -> Kernel | None:
         return Kernel("int4") if is_plain(config) else None
+
+
+def encode_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[..., M] float32 -> codes [..., bytes of whole groups] uint8 and scales [..., groups] bfloat16."""
+    groups = np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, -rows.shape[-1] % GROUP)]).reshape(*rows.shape[:-1], -1, GROUP)
+    scales = (np.abs(groups).max(axis=-1) / np.float32(LARGEST)).astype(ml_dtypes.bfloat16)
+    nibbles = codes(groups, scales[..., None].astype(np.float32), LARGEST) + OFFSET
+    nibbles = nibbles.astype(np.uint8).reshape(*rows.shape[:-1], -1)
+    return nibbles[..., ::2] | nibbles[..., 1::2] << 4, scales
 
 
 def kind(parameters: str) -> Int4:

@@ -53,7 +53,10 @@ CONTESTS = {
     "bf16": ([Ours("bfloat16", None, None, flow, 16, 16) for flow in (HOST, "resident", "on_demand")], ["bf16", "f16"]),
     "f32": ([Ours("float32", None, None, HOST, 32, 32)], ["f32"]),
     "int8": ([Ours("bfloat16", "int8", *dense, 8.05) for dense in ((None, HOST, 16), ("int8", HOST, 8.03))], ["q8_0"]),
-    "int4": ([Ours("bfloat16", "int4", *dense, 4.25) for dense in ((None, HOST, 16), ("int8", HOST, 8.03))], ["q4_0"]),
+    "int4": (
+        [Ours("bfloat16", "int4", *dense, 4.5) for dense in ((None, HOST, 16), ("int8", HOST, 8.03), ("int4", HOST, 4.5))],
+        ["q4_0"],
+    ),
 }
 
 

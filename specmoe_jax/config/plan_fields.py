@@ -208,7 +208,7 @@ class PlanFields:
     )
     dense_dtype: DenseDtype | None = field(
         None,
-        "Quantise the matrices of attention, shared experts, dense layers and output (int8, int4): other tokens (the error is printed).",
+        "Quantise all matrices but experts, routers and embeddings (int8, int4): other tokens (the error is printed).",
         none="the plan's dtype",
     )
     device_memory_bytes: float | None = field(

@@ -165,7 +165,7 @@ def verify(runtime: Runtime, state: State, drafted: Drafted, edits: LogitEdits |
     if verified.h is None:
         none = np.zeros(len(num_new), np.int32)
         return Verified(verified, AcceptResult(num_accepted=none, next_token=none), none, proposal)
-    logits = stages.head(runtime.config.head, runtime.weights, verified.h)  # [B, T, V]
+    logits = stages.head(runtime.config.head, runtime.weights.outer, verified.h)  # [B, T, V]
     edits = pass_edits(runtime, state, edits, proposal)
     edited = logits if edits is None else _edit_logits(logits, edits, _paths(proposal))
     finite = _finite_positions(edited)
@@ -258,6 +258,8 @@ def update_draft_features(
     state: after the step; lengths: [B], before it.
     """
     memory = state.draft_memory
+    if verified.features is None and not verified.prompts:
+        return state
     for chunk, features in verified.prompts:
         micro_batch = chunk.micro_batch
         memory = runtime.feature_draft.observe(

@@ -171,6 +171,11 @@ class Weights(Generic[Leaf]):
     final_norm_bias: Leaf | None = None
     encoder: EncoderWeights[Leaf] | None = None
 
+    @property
+    def outer(self) -> "Weights[Leaf]":
+        """What comes before and after the layers: a program that is handed no more takes as long to call in any depth."""
+        return self.replace(layers=(), encoder=None)
+
 
 def is_spec(leaf) -> bool:
     """For jax.tree functions: a TensorSpec is a tuple, so it must be named as a leaf."""

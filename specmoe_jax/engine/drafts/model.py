@@ -44,7 +44,7 @@ class ModelExecutor(DraftExecutor):
 
         def forward(kv: KVCache, tokens, lengths, num_new):
             done = flow.target_pass(runtime, memory, kv, tokens, lengths, num_new, earlier=nothing, predicted=nothing)
-            return stages.head(config.head, runtime.weights, _last_new(done.h, num_new))[:, 0], done.kv
+            return stages.head(config.head, runtime.weights.outer, _last_new(done.h, num_new))[:, 0], done.kv
 
         return ModelDraft(
             forward=forward,

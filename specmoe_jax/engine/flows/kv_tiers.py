@@ -134,7 +134,7 @@ class HostKv:
 
     def draft_forward(self, runtime: Runtime, tokens, kv: KVCache, lengths, num_new, pool, slots):
         done = self._layers(runtime, tokens[:, None], kv, lengths, num_new, pool, slots)
-        logits = stages.head(runtime.config.head, runtime.weights, done.h)[:, 0]
+        logits = stages.head(runtime.config.head, runtime.weights.outer, done.h)[:, 0]
         return logits, done.kv, [routing.ids for routing in done.routed]
 
     def draft_chain(self, runtime: Runtime, token, kv: KVCache, lengths, num_new, pool, slots, choice: TokenChoice, length: int):

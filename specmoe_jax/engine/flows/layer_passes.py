@@ -33,7 +33,7 @@ def features(runtime: Runtime, h: jax.Array, inputs: dict[int, jax.Array]) -> ja
     if not runtime.gives_features:
         return None
     if not runtime.feature_layers:
-        return stages.final_norm(runtime.config.head, runtime.weights, gathered(h))
+        return stages.final_norm(runtime.config.head, runtime.weights.outer, gathered(h))
     watched = [gathered(inputs[layer])[..., : runtime.config.hidden_size] for layer in runtime.feature_layers]
     return jnp.concatenate(watched, axis=-1)
 
@@ -41,9 +41,9 @@ def features(runtime: Runtime, h: jax.Array, inputs: dict[int, jax.Array]) -> ja
 def embed(runtime: Runtime, tokens, lengths: jax.Array, tree: Tree | None = None, split: Split = None) -> jax.Array:
     """tokens [B, T] at positions lengths[b] + t, or + depth in a tree -> [B, T, M]."""
     if runtime.config.embedding is None:
-        return stages.embed(runtime.weights, tokens, split=split)
+        return stages.embed(runtime.weights.outer, tokens, split=split)
     depths = jnp.arange(tokens.shape[1]) if tree is None else tree.depths
-    return stages.embed(runtime.weights, tokens, lengths[:, None] + depths, config=runtime.config.embedding, split=split)
+    return stages.embed(runtime.weights.outer, tokens, lengths[:, None] + depths, config=runtime.config.embedding, split=split)
 
 
 def finished(h: jax.Array | Unfinished) -> jax.Array:

@@ -133,7 +133,7 @@ class _Run:
 
     def _embed(self, task: Task) -> None:
         (tokens,) = as_arrays(self.micro_batches[task.micro_batch].tokens)
-        self._keep(task, stages.embed(self.runtime.weights, tokens, config=self.runtime.config.embedding))
+        self._keep(task, stages.embed(self.runtime.weights.outer, tokens, config=self.runtime.config.embedding))
 
     def _pre_attention(self, task: Task) -> None:
         start_s = time.perf_counter()

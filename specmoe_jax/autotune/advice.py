@@ -4,6 +4,7 @@ Numbers only: nothing is run, no weight is read.
 """
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -50,9 +51,9 @@ def advise(
     Experts stay on disk where host memory does not hold them. Raises PlanError if nothing fits even so.
     """
 
-    def search(of: ModelConfig = config, **more) -> Found:
+    def search(of: ModelConfig = config, given: Knowledge = known, **more) -> Found:
         try:
-            return _with_disk(of, known, requests, fixed | more, head)
+            return _with_disk(of, given, requests, fixed | more, head)
         finally:
             progress()
 
@@ -87,8 +88,9 @@ def _with_disk(config: ModelConfig, known: Knowledge, requests: int, fixed: dict
     *shares, last = CPU_SHARES if known.hardware.accelerator_is_cpu else (HOST_SHARE,)
 
     def on_disk(share: float) -> Found:
-        memory = {"expert_tier": "disk", "host_memory_bytes": int(known.hardware.host_memory_bytes * share)} | fixed
-        return choose(config, known, requests=requests, fixed=memory, head=head)
+        cached = min(int(known.hardware.host_memory_bytes * share), fixed.get("host_memory_bytes") or math.inf)
+        on_disk = fixed | {"expert_tier": "disk", "host_memory_bytes": cached}
+        return choose(config, known, requests=requests, fixed=on_disk, head=head)
 
     for share in shares:
         with contextlib.suppress(PlanError):
@@ -104,8 +106,9 @@ def _packed(config: ModelConfig, known: Knowledge, search: Callable[..., Found],
     if fixed.get("dtype") == "bfloat16":
         forms = {LOSSLESS: (converted, {})} | forms
     for name, (of, fields) in forms.items():
+        given = known._replace(is_mapped=name == LOSSLESS)  # others are packed when they are loaded, into memory
         try:
-            choice = filled(of, known, search(of, **fields).best, fixed)
+            choice = filled(of, given, search(of, given, **fields).best, fixed)
         except PlanError:  # it does not fit either, or is not for this model
             continue
         if choice.tokens_per_s > best:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from specmoe_jax.autotune.calibrate import cached_calibration
 from specmoe_jax.autotune.probe import probe
 from specmoe_jax.autotune.profile import cached_profile
+from specmoe_jax.checkpoints.loader import is_mapped
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
@@ -29,12 +30,14 @@ DRAFT_FIELDS = ("draft_length", "draft_experts", "draft_set", "substitution", "g
 
 
 class Knowledge(NamedTuple):
-    """The inputs of a prediction. operators: of this machine, None to predict from the hardware's rates."""
+    """The inputs of a prediction. operators: of this machine, None to predict from the hardware's rates. is_mapped: whether experts
+    can be computed from the pages of their files (checkpoints.loader.is_mapped)."""
 
     hardware: Hardware
     workload: Workload
     calibration: Calibration = ASSUMED
     operators: Operators | None = None
+    is_mapped: bool = False
 
 
 class Job(NamedTuple):
@@ -76,6 +79,7 @@ def know(
         ),
         calibration=(path and cached_calibration(path)) or ASSUMED,
         operators=cached_profile(config, dtype) if hardware is None else None,
+        is_mapped=path is not None and is_mapped(path, dtype),
     )
 
 
@@ -109,6 +113,8 @@ def describe(plan: Plan) -> str:
 
 def evaluate(config: ModelConfig, plan: Plan, known: Knowledge) -> Prediction:
     """The prediction of one plan, by the measured operators where there are some. Raises PlanError for what does not fit."""
+    if plan.flow.reads_pages(plan) and not known.is_mapped:
+        raise PlanError(f"expert_flow={plan.flow.name} with expert_tier=disk is for files of specmoe convert --format=specmoe")
     workload = known.calibration.workload(known.workload, plan, config)
     prediction = predict(config, plan, known.hardware, workload, interval=False)
     own, memory = prediction.account, known.hardware.host_memory_bytes

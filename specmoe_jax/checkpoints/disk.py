@@ -45,6 +45,11 @@ class DiskExperts(Sequence["DiskLayer"]):
     def block_dtype(self) -> np.dtype:
         return self.sources[0][0].block_dtype(self.dtype)
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether every block stands in the files as it is needed in memory."""
+        return all(is_mappable(source, self.dtype) for layer in self.sources for source in layer)
+
     def stored_bytes(self, layer: int, expert: int) -> int:
         """What a read of this expert takes from the disk."""
         return self.sources[layer][expert].bytes
@@ -81,6 +86,16 @@ class DiskLayer(Sequence[jax.Array]):
 
     def __getitem__(self, expert: int) -> jax.Array:
         return self.host_blocks(self.sources[expert])
+
+
+def mapped(experts: DiskExperts) -> list[list[jax.Array]]:
+    """All blocks, as pages of the files, of which none is read yet. Raises PlanError where the files are not laid out so."""
+    if not experts.is_mapped:
+        raise PlanError(
+            "expert_flow=host_compute with expert_tier=disk computes from the pages of the files, which do not hold experts in "
+            f"{experts.dtype} as they are computed: specmoe convert --format=specmoe lays them out so, or use expert_flow=on_demand"
+        )
+    return [list(layer) for layer in experts]
 
 
 def _drop_pages(source: ExpertSource) -> None:

@@ -106,6 +106,13 @@ def load_model(
     )
 
 
+def is_mapped(path: pathlib.Path, dtype: str) -> bool:
+    """Whether a load in this dtype maps all experts of the directory, as its headers say."""
+    checkpoint = open_checkpoint(path)
+    config = as_stored(path, load_config(path), checkpoint)
+    return DiskExperts(take_inventory(config, checkpoint).experts, dtype, check_finite=False).is_mapped
+
+
 class _Described(NamedTuple):
     """A directory before its weights are read. inventory: the adapter's changes included."""
 

@@ -21,7 +21,7 @@ from specmoe_jax.autotune.choose import REQUESTS, Knowledge
 from specmoe_jax.autotune.profile import cached_profile
 from specmoe_jax.checkpoints.eagle import head_config
 from specmoe_jax.checkpoints.files import GGUF_TABLE, INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
-from specmoe_jax.checkpoints.loader import checkpoint_path, load_config
+from specmoe_jax.checkpoints.loader import checkpoint_path, is_mapped, load_config
 from specmoe_jax.checkpoints.published.advice import check_form
 from specmoe_jax.checkpoints.published.quantisation import as_stored, read_quantisation, stored_bytes
 from specmoe_jax.cli import common
@@ -121,6 +121,7 @@ def know(hardware: Hardware, config: ModelConfig, folder: pathlib.Path | None) -
         workload=workload,
         calibration=measured if _ACCEPTANCE.value is None else given_calibration(workload),
         operators=cached_profile(config, _DTYPE.value) if own and is_auto() else None,
+        is_mapped=folder is not None and is_mapped(folder, _DTYPE.value),
     )
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specmoe_jax.checkpoints.disk import mapped
 from specmoe_jax.config.layer_config import AttentionConfig, LayerConfig, Recurrence
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
@@ -215,6 +216,8 @@ def _store(model: Model, plan: Plan, account: MemoryAccount, context: DeviceCont
 def _tier(model: Model, plan: Plan, account: MemoryAccount, devices: tuple[Device, ...], homes: np.ndarray) -> Tier:
     if plan.expert_tier == "host":
         return HostTier(model.experts, devices, homes)
+    if plan.flow.reads_pages(plan):
+        return HostTier(mapped(model.experts), devices, homes)
     return DiskTier(
         model.experts,
         capacity=account.host_experts,

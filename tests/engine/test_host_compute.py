@@ -7,11 +7,13 @@ import pytest
 from engine_cases import GREEDY, PROMPTS, SAMPLED, ScriptedDraft, plan, run, tokens_of
 
 import specmoe_jax as sm
+from specmoe_jax.checkpoints.conversion.convert import convert
+from specmoe_jax.checkpoints.loader import is_mapped
 from specmoe_jax.engine.flows import host_compute
 from specmoe_jax.models.model import random_model
 from specmoe_jax.models.quantised import quantise
 from specmoe_jax.planner.memory.account import account
-from specmoe_jax.testing import TINY, eagle_head, tiny
+from specmoe_jax.testing import TINY, eagle_head, tiny, write_tiny
 from specmoe_jax.testing.families import tiny_family
 from tests.packed_experts import packed_model
 
@@ -98,6 +100,23 @@ def test_experts_that_do_not_fit_are_asked_for_together(monkeypatch, packing):
             assert seen and all((table[:, 0] % 2 == 0).all() for table in seen)
 
 
+@pytest.mark.parametrize("packing", [None, "lossless"])
+def test_experts_on_disk_are_computed_from_their_pages(tmp_path, packing):
+    """Of a converted checkpoint; any other is refused."""
+    dtype, on_disk = "bfloat16" if packing else "float32", {"expert_tier": "disk", "host_memory_bytes": 1 << 20}
+    published, converted = tmp_path / "published", tmp_path / "converted"
+    published.mkdir()
+    write_tiny(published)
+    convert(str(published), converted, to="specmoe", dtype=dtype, packing=packing)
+    assert is_mapped(converted, dtype) and not is_mapped(published, dtype)
+    here = plan("resident", dtype=dtype, **HERE).replace(**on_disk)
+    tokens, stats = run(sm.load_model(converted, dtype=dtype, expert_tier="disk"), here)
+    assert tokens == run(sm.load_model(published, dtype=dtype), plan("resident", dtype=dtype))[0]
+    assert stats["dram_hits"] == stats["dram_misses"] == 0  # the system reads, and keeps what it can
+    with pytest.raises(sm.PlanError, match="specmoe convert --format=specmoe lays them out so"):
+        run(sm.load_model(published, dtype=dtype, expert_tier="disk"), here)
+
+
 def test_packed_experts_with_biases_and_clamps():
     model, _ = packed_model(tiny_family("gpt_oss"), "mxfp4")
     prompts = [[5, 99, 3, 17, 64], [77, 6, 30]]
@@ -129,8 +148,9 @@ def test_what_it_cannot_compute_is_refused(model):
     with pytest.raises(sm.PlanError, match="no compiled kernel for the experts of gpt_oss; use expert_flow=resident"):
         family = tiny_family("gpt_oss")
         sm.Engine(family, sm.PRESETS["resident"](family.config).replace(**HERE))
-    with pytest.raises(sm.PlanError, match="expert_tier is disk; use expert_flow=on_demand"):
-        plan("resident", expert_tier="disk", host_memory_bytes=1 << 20, **HERE).validate(TINY)
+    for field in ({"dram_policy": "lru"}, {"bypass_page_cache": True}):
+        with pytest.raises(sm.PlanError, match=f"{next(iter(field))} has no effect with expert_flow=host_compute"):
+            plan("resident", expert_tier="disk", host_memory_bytes=1 << 20, **HERE, **field).validate(TINY)
     with pytest.raises(sm.PlanError, match="machines whose accelerator is the CPU"):
         plan("resident", **HERE).resolved(accelerator_is_cpu=False)
     with pytest.raises(sm.PlanError, match="draft=self has no effect with expert_flow=host_compute"):

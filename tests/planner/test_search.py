@@ -53,6 +53,22 @@ def test_none_of_all_plans_is_much_faster(link, rate, memory):
     assert found.runner_up is not None and found.runner_up.plan != found.best.plan
 
 
+def test_experts_on_disk_are_computed_from_the_pages_of_a_converted_checkpoint():
+    """Any other's are copied. What memory does not hold is read in every pass."""
+    fixed = {"expert_tier": "disk", "host_memory_bytes": 1 << 20, "batch_size": 2, "dtype": "bfloat16"}
+    mapped, copied = (
+        choose(TINY, KNOWN._replace(hardware=CPU, is_mapped=is_mapped), requests=2, fixed=fixed).best for is_mapped in (True, False)
+    )
+    assert mapped.plan.expert_flow == "host_compute" != copied.plan.expert_flow
+    little, much = (
+        evaluate(TINY, mapped.plan.replace(host_memory_bytes=size), KNOWN._replace(hardware=CPU, is_mapped=True))
+        for size in (20_000, 1 << 30)
+    )
+    assert little.tokens_per_s < much.tokens_per_s
+    with pytest.raises(PlanError, match="for files of specmoe convert --format=specmoe"):
+        evaluate(TINY, mapped.plan, KNOWN._replace(hardware=CPU))
+
+
 @pytest.mark.parametrize(("hardware", "flow"), [(HARDWARE, "resident"), (CPU, "host_compute")])
 def test_what_fits_and_drafts_nothing_is_resident(hardware, flow):
     """Where the accelerator is the CPU, in host memory itself, which takes no copy."""

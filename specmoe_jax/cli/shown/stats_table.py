@@ -30,7 +30,7 @@ def table(stats: dict) -> str:
     if stats["draft_cpu_row_share"]:
         share, moves = stats["draft_cpu_row_share"], stats["draft_moves"]
         rows.append(("draft caches on the CPU", f"{share:.1%} of the rows' steps, {moves} moves"))
-    if stats["plan"]["expert_tier"] == "disk":
+    if stats["plan"]["expert_tier"] == "disk" and stats["dram_hits"] + stats["dram_misses"]:  # else the system reads
         rows.append(("disk bytes/token", _number(stats["disk_bytes_per_token"])))
         rows.append(("host cache hits / misses", f"{stats['dram_hits']} / {stats['dram_misses']}"))
     if stats["fraction_of_floor"] is not None:

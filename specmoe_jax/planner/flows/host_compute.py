@@ -8,23 +8,27 @@ from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import preset
 from specmoe_jax.ops import isas
 from specmoe_jax.planner.drafts.search_starts import SearchStart
-from specmoe_jax.planner.flows.pooled import without_kernel
+from specmoe_jax.planner.flows.pooled import disk_reads, without_kernel
 from specmoe_jax.planner.flows.protocol import FlowMemory
 from specmoe_jax.planner.flows.resident import ResidentFlowDescription
 from specmoe_jax.planner.memory.memory_account import PagedLoad
+from specmoe_jax.planner.passes import LayerCosts, Setting
 from specmoe_jax.support.errors import MachineError, PlanError
 
 
 @dataclasses.dataclass(frozen=True)
 class HostComputeFlowDescription(ResidentFlowDescription):
     def check(self, plan: Plan, config: ModelConfig) -> None:
-        """Raises PlanError for experts that no compiled kernel computes, or that are not in memory."""
+        """Raises PlanError for experts that no compiled kernel computes, and for ways to read a disk that is not read."""
         super().check(plan, config)
         if what := without_kernel(config, plan):
             raise PlanError(f"expert_flow={self.name} has no compiled kernel for {what}; use expert_flow=resident")
-        if plan.expert_tier != "host":
-            elsewhere = f"expert_tier is {plan.expert_tier}"
-            raise PlanError(f"expert_flow={self.name} reads experts in host memory, {elsewhere}; use expert_flow=on_demand")
+        for field in ("dram_policy", "bypass_page_cache"):
+            if getattr(plan, field):
+                raise PlanError(
+                    f"{field} has no effect with expert_flow={self.name}, which leaves it to the system what of a file stays in "
+                    "memory; leave it out, or use expert_flow=on_demand"
+                )
 
     def resolved(self, plan: Plan, *, accelerator_is_cpu: bool) -> Plan:
         if not accelerator_is_cpu:
@@ -34,6 +38,16 @@ class HostComputeFlowDescription(ResidentFlowDescription):
                 f"expert_flow={self.name} needs the compiled kernels, which cannot run here; use expert_flow=resident"
             )
         return plan
+
+    def reads_pages(self, plan: Plan) -> bool:
+        return plan.expert_tier == "disk"
+
+    def layer_costs(self, setting: Setting, index: int, moe: int | None) -> LayerCosts:
+        """All of a layer's experts are asked for before the first is computed."""
+        found = super().layer_costs(setting, index, moe)
+        if moe is None:
+            return found
+        return found._replace(copies=disk_reads(setting, setting.config.num_experts))
 
     def memory(self, config: ModelConfig, plan: Plan, *, batch_rows: int, positions: int, paged: PagedLoad | None) -> FlowMemory:
         """No slots."""

@@ -10,9 +10,9 @@ from specmoe_jax.config.presets import preset
 from specmoe_jax.offload.homes import most_experts
 from specmoe_jax.ops import isas
 from specmoe_jax.planner import costs, routing
-from specmoe_jax.planner.costs import DISK, Cost, Load
+from specmoe_jax.planner.costs import Cost, Load
 from specmoe_jax.planner.drafts.search_starts import SearchStart, expert_counts
-from specmoe_jax.planner.flows.pooled import PooledFlowDescription, without_kernel
+from specmoe_jax.planner.flows.pooled import PooledFlowDescription, disk_reads, without_kernel
 from specmoe_jax.planner.flows.protocol import FlowMemory
 from specmoe_jax.planner.layer_costs import layers_alike
 from specmoe_jax.planner.measured.case import Case, MeasuredPass, kept_experts, layer_work, pinned_slots
@@ -87,7 +87,7 @@ class OnDemandFlowDescription(PooledFlowDescription):
         kept = pinned_experts(config, setting.plan)[moe]
         crossing = routing.busiest(fetched, config.num_experts, setting.plan.devices, kept)  # over one link
         block += setting.experts(load, programs=_waves(setting, crossing))
-        beside = [costs.fetch(one, crossing), *_disk_reads(setting, missed), *_on_host(setting, missed - fetched)]
+        beside = [costs.fetch(one, crossing), *disk_reads(setting, missed), *_on_host(setting, missed - fetched)]
         return LayerCosts(block, beside, fetched, waits=True)
 
     def measured_pass(
@@ -151,15 +151,6 @@ def _on_host(setting: Setting, computed: float) -> list[Cost]:
 def _waves(setting: Setting, missed: float) -> int:
     free = max(setting.account.num_slots - setting.account.pinned_slots, 1)
     return max(1, -(-round(missed) // free))
-
-
-def _disk_reads(setting: Setting, missed: float) -> list[Cost]:
-    """Of the missed experts those that are not in host memory, which keeps the most popular ones in equal shares of the layers."""
-    if setting.plan.expert_tier != "disk":
-        return []
-    held = setting.account.host_experts / setting.config.num_expert_layers
-    absent = min(routing.missed(setting.probabilities, setting.load.tokens, min(held, setting.config.num_experts)), missed)
-    return [costs.fetch(setting.account.expert_bytes, absent, operator="read", resource=DISK)]
 
 
 FLOW = OnDemandFlowDescription("on_demand", all_resident=False, keeps_experts=True, tells_routing=True)

@@ -8,7 +8,8 @@ from specmoe_jax.config.plan import Plan
 from specmoe_jax.models.experts import is_computed_in_place
 from specmoe_jax.models.packing import planned
 from specmoe_jax.offload.homes import most_experts
-from specmoe_jax.planner.costs import Load
+from specmoe_jax.planner import costs, routing
+from specmoe_jax.planner.costs import DISK, Cost, Load
 from specmoe_jax.planner.flows.protocol import FlowMemory
 from specmoe_jax.planner.memory.account import pinned_experts
 from specmoe_jax.planner.memory.memory_account import MemoryAccount, PagedLoad
@@ -33,6 +34,9 @@ class PooledFlowDescription:
 
     def resolved(self, plan: Plan, *, accelerator_is_cpu: bool) -> Plan:
         return plan
+
+    def reads_pages(self, plan: Plan) -> bool:
+        return False
 
     def is_measured(self, plan: Plan) -> bool:
         return not plan.cache_tier.on_host and plan.devices == 1
@@ -102,3 +106,12 @@ def without_kernel(config: ModelConfig, plan: Plan) -> str | None:
     if other is None:
         return None
     return f"the experts of {config.family}" + ("" if other.packing is None else f" packed as {other.packing}")
+
+
+def disk_reads(setting: Setting, used: float) -> list[Cost]:
+    """Of the experts that a layer uses those that are not in host memory, which keeps the most popular of each layer alike."""
+    if setting.plan.expert_tier != "disk":
+        return []
+    held = setting.account.host_experts / setting.config.num_expert_layers
+    absent = min(routing.missed(setting.probabilities, setting.load.tokens, min(held, setting.config.num_experts)), used)
+    return [costs.fetch(setting.account.expert_bytes, absent, operator="read", resource=DISK)]

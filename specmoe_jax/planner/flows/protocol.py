@@ -59,6 +59,10 @@ class ExpertFlowDescription(Protocol):
         """The plan with what it leaves to the machine."""
         ...
 
+    def reads_pages(self, plan: Plan) -> bool:
+        """Whether experts are computed from the pages of a mapped checkpoint, of which the system keeps what it can."""
+        ...
+
     def is_measured(self, plan: Plan) -> bool:
         """Whether the operators that autotune measures of this flow are those that the plan runs."""
         ...

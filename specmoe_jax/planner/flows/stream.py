@@ -65,6 +65,9 @@ class StreamFlowDescription:
             return plan
         return plan.replace(prefill_attention="cpu" if accelerator_is_cpu else "accelerator")
 
+    def reads_pages(self, plan: Plan) -> bool:
+        return False
+
     def is_measured(self, plan: Plan) -> bool:
         return plan.devices == 1
 

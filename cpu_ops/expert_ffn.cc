@@ -141,7 +141,7 @@ void place(FfnArgs& a, const KernelTable& kernels, Plan& plan) {
     g.partial = g.hidden + g.count * padded(a.F);
   }
   if (a.w_type != DType::kI4) return float_rows(a, kernels.lanes, false, row_floats(a), scratch);
-  for (int64_t i = 0; i < a.n; ++i) kernels.ffn_integers(a, i, scratch + i * row_floats(a));
+  for (int64_t i = 0; i < a.n; ++i) kernels.integers_from(a.x, a.x_type, i * a.M, a.M, scratch + i * row_floats(a));
 }
 
 void plan_output(const FfnArgs& a, Plan& plan, int threads) {

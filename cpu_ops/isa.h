@@ -7,6 +7,7 @@
 
 namespace specmoe {
 
+enum class DType;
 struct AttentionArgs;
 struct AttentionRequest;
 struct AttentionState;
@@ -23,7 +24,8 @@ struct KernelTable {
   void (*attention_chunk)(const AttentionArgs&, const AttentionRequest& r, int64_t k, int64_t begin, int64_t end, AttentionState&);
   void (*attention_merge)(const AttentionArgs&, int64_t rows, AttentionState& total, const AttentionState& part);
   void (*attention_finish)(const AttentionArgs&, const AttentionRequest& r, int64_t k, const AttentionState& total);
-  void (*ffn_integers)(const FfnArgs&, int64_t row, float* to);  // a row of x as 4-bit weights meet it
+  // n numbers from `at` on as 4-bit weights meet them, in integer_floats(n).
+  void (*integers_from)(const void* from, DType type, int64_t at, int64_t n, float* to);
   void (*ffn_hidden)(const FfnArgs&, const FfnGroup&, int64_t f_begin, int64_t f_end);
   void (*ffn_output)(const FfnArgs&, const FfnGroup&, int64_t m_begin, int64_t m_end);
   void (*ffn_partial)(const FfnArgs&, const FfnGroup&, int64_t block, int64_t m_begin, int64_t m_end);

@@ -44,14 +44,22 @@ void rowwise_ffn(const RowwiseArgs& given, const KernelTable& kernels, Parallel&
   std::vector<FfnGroup>& groups = grouping.groups;
   int64_t pairs = 0;
   for (const FfnGroup& g : groups) pairs += g.count;
-  float* scratch = thread_scratch(Scratch::kFfnCall, a.n * a.M + pairs * a.F);
+  const bool in_integers = a.format == RowFormat::kInt4;  // of which hidden units are made once all are known
+  const int64_t ld = in_integers ? integer_floats(a.M) : a.M, integers = in_integers ? integer_floats(a.F) : 0;
+  float* scratch = thread_scratch(Scratch::kFfnCall, a.n * ld + pairs * (a.F + integers));
   a.rows = scratch;
-  float* hidden = scratch + a.n * a.M;
+  float *hidden = scratch + a.n * ld, *first = hidden, *partial = hidden + pairs * a.F, *first_integers = partial;
   for (FfnGroup& g : groups) {
     g.hidden = hidden;
+    g.partial = partial;
     hidden += g.count * a.F;
+    partial += g.count * integers;
   }
-  float_rows(a, kernels.lanes, a.format != RowFormat::kFp8, a.M, scratch);
+  if (in_integers) {
+    for (int64_t i = 0; i < a.n; ++i) kernels.integers_from(a.x, a.x_type, i * a.M, a.M, scratch + i * ld);
+  } else {
+    float_rows(a, kernels.lanes, a.format != RowFormat::kFp8, ld, scratch);
+  }
 
   const int64_t G = groups.size();
   const int64_t fw = task_rows(2 * code_row_bytes(a, a.M)), f_tasks = (a.F + fw - 1) / fw;
@@ -60,6 +68,9 @@ void rowwise_ffn(const RowwiseArgs& given, const KernelTable& kernels, Parallel&
     kernels.rowwise_hidden(a, groups[i / f_tasks], f, std::min(a.F, f + fw));
   };
   parallel.for_each(G * f_tasks, hidden_units);
+
+  auto to_integers = [&](int64_t i) { kernels.integers_from(first, DType::kF32, i * a.F, a.F, first_integers + i * integers); };
+  if (in_integers) parallel.for_each(pairs, to_integers);
 
   const int64_t mw = task_rows(code_row_bytes(a, a.F)), m_tasks = (a.M + mw - 1) / mw;
   auto output = [&](int64_t i) {

@@ -1,5 +1,7 @@
 """Packed experts decoded by the kernel: against float64 of exactly what the bytes stand for, and independent of batch mates."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -40,6 +42,7 @@ def make(seed, kind, n, A, R, M, F, x_dtype=jnp.float32):
 PUBLISHED = [
     "fp8:128x128", "fp8:64x32", "fp8_rows:channel", "fp8_rows:tensor", "mxfp4", "awq:32", "compressed:32:bfloat16", "nvfp4",
 ]  # fmt: skip
+GROUPS = ["awq:64", "awq:128", "gptq:128", "compressed:64:float16", "compressed:128:bfloat16"]  # that are more than a register's
 CLAMPED = {"activation": "clamped_swiglu", "biased": True, "alpha": 1.702, "limit": 2.0}
 ROW_SHAPES = {"one_token": (1, 2, 4, 64, 32), "several": (9, 2, 5, 224, 96), "rows": (40, 2, 3, 160, 64)}
 
@@ -49,6 +52,11 @@ def make_published(seed, packing, n, A, R, M, F, x_dtype=jnp.float32, **expert):
     blocks = jnp.asarray(np.stack([random_expert(config, rng) for _ in range(R)]))
     x = jnp.asarray(rng.normal(size=(n, M)), x_dtype)
     return config, (x, blocks, jnp.asarray(rng.integers(-1, R, size=(n, A)), jnp.int32))
+
+
+def rounding(form):
+    """Of a product, in magnitudes of its terms. The kernel multiplies codes of 4 bits by integers of 16, which it rounds x to."""
+    return 2.0**-18 if form.split(":")[0] in ("int4", "awq", "gptq", "compressed") else 8 * 2.0**-24
 
 
 @pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16])
@@ -66,14 +74,16 @@ def test_lossless_gives_the_bits_of_the_bfloat16_kernel(isa, name, x_dtype):
     np.testing.assert_array_equal(lowered.compile()(x, blocks, slots), expected)
 
 
-@pytest.mark.parametrize("form", PUBLISHED)
-@pytest.mark.parametrize("name", ROW_SHAPES)
-def test_published_forms_agree_with_float64_on_exact_decoding(isa, name, form):
-    config, (x, blocks, slots) = make_published(1, form, *ROW_SHAPES[name])
+@pytest.mark.parametrize(
+    ("form", "shape"),
+    [*itertools.product(PUBLISHED, ROW_SHAPES.values()), *itertools.product(GROUPS, [(9, 2, 5, 256, 128), (2, 1, 2, 640, 384)])],
+)
+def test_published_forms_agree_with_float64_on_exact_decoding(isa, form, shape):
+    config, (x, blocks, slots) = make_published(1, form, *shape)
     exact = np.stack([packing.unpacked(config, np.asarray(block)) for block in blocks])
     want, bound = ffn64(x, jnp.asarray(exact), slots)
     got = jax.jit(lambda *a: expert_ffn(config, *a))(x, blocks, slots)
-    assert np.all(np.abs(np.asarray(got) - want) <= 8 * 2.0**-24 * bound)
+    assert np.all(np.abs(np.asarray(got) - want) <= rounding(form) * bound)
 
 
 @pytest.mark.parametrize("packing", PUBLISHED)
@@ -82,7 +92,7 @@ def test_published_forms_with_biases_and_clamps(isa, packing):
     lowered = jax.jit(lambda *a: expert_ffn(config, *a)).lower(*args)
     assert "specmoe_rowwise_expert_ffn" in lowered.as_text()
     want = ops.expert_ffn_ref(*args, ffn=block_function(config))
-    assert jnp.abs(lowered.compile()(*args) - want).max() <= 1e-5 * jnp.abs(want).max()
+    assert jnp.abs(lowered.compile()(*args) - want).max() <= 20 * rounding(packing) * jnp.abs(want).max()
 
 
 @pytest.mark.parametrize("packing", PUBLISHED)
@@ -101,8 +111,7 @@ def test_the_kernel_agrees_with_float64_on_exact_decoding(isa, name, kind):
     config, (x, blocks, slots), exact = make(1, kind, *SHAPES[name])
     want, bound = ffn64(x, jnp.asarray(exact), slots)
     got = jax.jit(lambda *a: expert_ffn(config, *a))(x, blocks, slots)
-    # of int4, the kernel multiplies integers of 16 bits, which it rounds to
-    assert np.all(np.abs(np.asarray(got) - want) <= (8 * 2.0**-24 if kind == "int8" else 2.0**-18) * bound)
+    assert np.all(np.abs(np.asarray(got) - want) <= rounding(kind) * bound)
     reference = ops.expert_ffn_ref(x, blocks, slots, ffn=block_function(config))
     assert np.all(np.abs(np.asarray(reference) - want) <= 8 * 2.0**-24 * bound)
 

@@ -32,27 +32,13 @@ void join(const float* from, int64_t columns, int lanes, float* to) {
   }
 }
 
-// Split order: of each two registers, the even columns before the odd ones. A division for each column would take as long as its
-// products with few rows.
-template <class Value>
-void part(const Value& from, int64_t columns, int lanes, float* to) {
-  for (int64_t m = 0; m < columns; m += 2 * lanes) {
-    const int64_t last = std::min<int64_t>(columns - m, 2 * lanes);
-    for (int64_t i = 0; i < last; ++i) to[m + i % 2 * lanes + i / 2] = from(m + i);
-  }
-}
-
 }  // namespace
 
-void float_rows(const FfnArgs& a, int lanes, bool is_split, int64_t ld, float* rows) {
+void float_rows(const FfnArgs& a, int64_t ld, float* rows) {
   for (int64_t i = 0; i < a.n; ++i) {
     float* to = rows + i * ld;
-    std::fill(to + a.M / (2 * lanes) * (2 * lanes), to + ld, 0.0f);
-    if (is_split) {
-      part([&](int64_t m) { return value(a, i * a.M + m); }, a.M, lanes, to);
-    } else {
-      for (int64_t m = 0; m < a.M; ++m) to[m] = value(a, i * a.M + m);
-    }
+    for (int64_t m = 0; m < a.M; ++m) to[m] = value(a, i * a.M + m);
+    std::fill(to + a.M, to + ld, 0.0f);
   }
 }
 
@@ -121,7 +107,7 @@ int64_t task_width(int64_t bytes_per_unit, int64_t multiple, int64_t bytes = kTa
 
 int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
-// Whether a group has partial sums: where rows are few, and always with 4-bit weights, whose columns are in split order.
+// Whether a group has partial sums: where rows are few, and always with 4-bit weights, whose columns stand in another order.
 bool is_few(const FfnArgs& a, const FfnGroup& g) { return g.count <= kFewRows || a.w_type == DType::kI4; }
 
 // Gives the groups their buffers behind the rows of x, all in one scratch buffer.
@@ -140,7 +126,7 @@ void place(FfnArgs& a, const KernelTable& kernels, Plan& plan) {
     g.hidden = scratch + plan.at[i];
     g.partial = g.hidden + g.count * padded(a.F);
   }
-  if (a.w_type != DType::kI4) return float_rows(a, kernels.lanes, false, row_floats(a), scratch);
+  if (a.w_type != DType::kI4) return float_rows(a, row_floats(a), scratch);
   for (int64_t i = 0; i < a.n; ++i) kernels.integers_from(a.x, a.x_type, i * a.M, a.M, scratch + i * row_floats(a));
 }
 
@@ -163,7 +149,8 @@ void plan_output(const FfnArgs& a, Plan& plan, int threads) {
 
 // y of the rows of a group from its partial sums, of which the first is overwritten.
 void add_partials(const FfnArgs& a, int lanes, const FfnGroup& g) {
-  const int64_t ld = sum_floats(a), blocks = parts(a.F, hidden_block(a)), used = a.w_type == DType::kI4 ? ld : a.M;
+  const int64_t ld = sum_floats(a), blocks = parts(a.F, hidden_block(a));
+  const int64_t used = a.w_type == DType::kI4 ? parts(a.M, 8 * lanes) * 8 * lanes : a.M;
   const char* scales = expert_at(a, g.slot) + code_bytes(DType::kI8, a.F, a.M) + 2 * a.F * 4;
   for (int64_t r = 0; r < g.count; ++r) {
     float *y = a.y + g.pairs[r] * a.M, *sum = g.partial + r * ld;

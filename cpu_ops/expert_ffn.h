@@ -84,8 +84,8 @@ void group_by_slot(const FfnArgs& a, Grouping& to);
 // Asks the system for the pages of those experts that may have to be read: all together, where each would else be waited for.
 // bytes: of an expert.
 void ask_for_pages(const FfnArgs& a, const Grouping& groups, int64_t bytes);
-// x as float, rows of `ld` floats with zeros behind, in split order if asked for.
-void float_rows(const FfnArgs& a, int lanes, bool is_split, int64_t ld, float* rows);
+// x as float, rows of `ld` floats with zeros behind.
+void float_rows(const FfnArgs& a, int64_t ld, float* rows);
 
 void expert_ffn(const FfnArgs& args, const KernelTable& kernels, Parallel& parallel);
 

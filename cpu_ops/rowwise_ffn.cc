@@ -44,7 +44,7 @@ void rowwise_ffn(const RowwiseArgs& given, const KernelTable& kernels, Parallel&
   std::vector<FfnGroup>& groups = grouping.groups;
   int64_t pairs = 0;
   for (const FfnGroup& g : groups) pairs += g.count;
-  const bool in_integers = a.format == RowFormat::kInt4;  // of which hidden units are made once all are known
+  const bool in_integers = a.format != RowFormat::kFp8;  // of which hidden units are made once all are known
   const int64_t ld = in_integers ? integer_floats(a.M) : a.M, integers = in_integers ? integer_floats(a.F) : 0;
   float* scratch = thread_scratch(Scratch::kFfnCall, a.n * ld + pairs * (a.F + integers));
   a.rows = scratch;
@@ -58,7 +58,7 @@ void rowwise_ffn(const RowwiseArgs& given, const KernelTable& kernels, Parallel&
   if (in_integers) {
     for (int64_t i = 0; i < a.n; ++i) kernels.integers_from(a.x, a.x_type, i * a.M, a.M, scratch + i * ld);
   } else {
-    float_rows(a, kernels.lanes, a.format != RowFormat::kFp8, ld, scratch);
+    float_rows(a, ld, scratch);
   }
 
   const int64_t G = groups.size();

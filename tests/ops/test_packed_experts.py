@@ -56,7 +56,7 @@ def make_published(seed, packing, n, A, R, M, F, x_dtype=jnp.float32, **expert):
 
 def rounding(form):
     """Of a product, in magnitudes of its terms. The kernel multiplies codes of 4 bits by integers of 16, which it rounds x to."""
-    return 2.0**-18 if form.split(":")[0] in ("int4", "awq", "gptq", "compressed") else 8 * 2.0**-24
+    return 2.0**-18 if form.split(":")[0] in ("int4", "awq", "gptq", "compressed", "mxfp4", "nvfp4") else 8 * 2.0**-24
 
 
 @pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16])
@@ -92,7 +92,7 @@ def test_published_forms_with_biases_and_clamps(isa, packing):
     lowered = jax.jit(lambda *a: expert_ffn(config, *a)).lower(*args)
     assert "specmoe_rowwise_expert_ffn" in lowered.as_text()
     want = ops.expert_ffn_ref(*args, ffn=block_function(config))
-    assert jnp.abs(lowered.compile()(*args) - want).max() <= 20 * rounding(packing) * jnp.abs(want).max()
+    assert jnp.abs(lowered.compile()(*args) - want).max() <= 64 * rounding(packing) * jnp.abs(want).max()
 
 
 @pytest.mark.parametrize("packing", PUBLISHED)

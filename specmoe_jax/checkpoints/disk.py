@@ -88,8 +88,9 @@ class DiskLayer(Sequence[jax.Array]):
         return self.host_blocks(self.sources[expert])
 
 
-def mapped(experts: DiskExperts) -> list[list[jax.Array]]:
+def mapped(experts: Sequence[Sequence[jax.Array]]) -> list[list[jax.Array]]:
     """All blocks, as pages of the files, of which none is read yet. Raises PlanError where the files are not laid out so."""
+    assert isinstance(experts, DiskExperts)  # as an engine has made sure
     if not experts.is_mapped:
         raise PlanError(
             "expert_flow=host_compute with expert_tier=disk computes from the pages of the files, which do not hold experts in "

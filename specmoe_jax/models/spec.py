@@ -1,5 +1,6 @@
 """One description per tensor: names, shapes, bytes, random test weights and the loader's target derive from it."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
@@ -174,7 +175,7 @@ class Weights(Generic[Leaf]):
     @property
     def outer(self) -> "Weights[Leaf]":
         """What comes before and after the layers: a program that is handed no more takes as long to call in any depth."""
-        return self.replace(layers=(), encoder=None)
+        return dataclasses.replace(self, layers=(), encoder=None)
 
 
 def is_spec(leaf) -> bool:

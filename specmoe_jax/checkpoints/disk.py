@@ -89,7 +89,10 @@ class DiskLayer(Sequence[jax.Array]):
 
 
 def mapped(experts: Sequence[Sequence[jax.Array]]) -> list[list[jax.Array]]:
-    """All blocks, as pages of the files, of which none is read yet. Raises PlanError where the files are not laid out so."""
+    """All blocks, as pages of the files, of which none is read yet.
+
+    Raises PlanError where the files are not laid out so.
+    """
     assert isinstance(experts, DiskExperts)  # as an engine has made sure
     if not experts.is_mapped:
         raise PlanError(

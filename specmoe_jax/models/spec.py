@@ -174,7 +174,7 @@ class Weights(Generic[Leaf]):
 
     @property
     def outer(self) -> "Weights[Leaf]":
-        """What comes before and after the layers: a program that is handed no more takes as long to call in any depth."""
+        """What comes before and after the layers: a program that is handed no more is as fast to call in any depth."""
         return dataclasses.replace(self, layers=(), encoder=None)
 
 

@@ -11,8 +11,10 @@ GROUP = 32  # columns of a row in int4 that share a scale
 
 
 class PackedMatrix(NamedTuple):
-    """A matrix [N, M]. In int8, row n is codes[n] times scales[n]. In int4, each 32 columns of a row share a scale; of two codes
-    in a byte the even column is low, code c stands for c - 8, and a row ends with a whole group."""
+    """A matrix [N, M]. In int8, row n is codes[n] times scales[n]. In int4, each 32 columns of a row share a scale.
+
+    Of two codes in a byte the even column is low, code c stands for c - 8, and a row ends with a whole group.
+    """
 
     codes: jax.Array  # [N, M] int8, or [N, groups * 16] uint8
     scales: jax.Array  # [N] float32, or [N, groups] bfloat16
@@ -26,9 +28,9 @@ def dense_product(x: jax.Array, weight: jax.Array | PackedMatrix) -> jax.Array:
     """x [..., M] times weight [N, M], the layout of checkpoints -> [..., N] float32, summed in float32.
 
     Both float32 or bfloat16, or weight packed. With weights in float32 no factor is rounded; with weights in bfloat16 an
-    accelerator rounds x to it. Weights in int8 are decoded exactly: sums over codes are multiplied by the scales of their rows.
-    Weights in int4 meet 16-bit integers of x in the CPU kernel, one step to 32 columns, and are rounded to bfloat16 on an
-    accelerator where x is.
+    accelerator rounds x to it. Weights in int8 are decoded exactly: sums over codes, times the scales of their rows.
+    Weights in int4 meet 16-bit integers of x in the CPU kernel, one step to 32 columns; on an accelerator they are
+    rounded to bfloat16 where x is.
     """
     op = "dense_product"
     _check.array(op, "x", x, x.shape, _check.FLOATS)

@@ -42,7 +42,8 @@ def make(seed, kind, n, A, R, M, F, x_dtype=jnp.float32):
 PUBLISHED = [
     "fp8:128x128", "fp8:64x32", "fp8_rows:channel", "fp8_rows:tensor", "mxfp4", "awq:32", "compressed:32:bfloat16", "nvfp4",
 ]  # fmt: skip
-GROUPS = ["awq:64", "awq:128", "gptq:128", "compressed:64:float16", "compressed:128:bfloat16"]  # that are more than a register's
+# More than a register's.
+GROUPS = ["awq:64", "awq:128", "gptq:128", "compressed:64:float16", "compressed:128:bfloat16"]
 CLAMPED = {"activation": "clamped_swiglu", "biased": True, "alpha": 1.702, "limit": 2.0}
 ROW_SHAPES = {"one_token": (1, 2, 4, 64, 32), "several": (9, 2, 5, 224, 96), "rows": (40, 2, 3, 160, 64)}
 
@@ -55,7 +56,7 @@ def make_published(seed, packing, n, A, R, M, F, x_dtype=jnp.float32, **expert):
 
 
 def rounding(form):
-    """Of a product, in magnitudes of its terms. The kernel multiplies codes of 4 bits by integers of 16, which it rounds x to."""
+    """Of a product, in magnitudes of its terms. Codes of 4 bits meet integers of 16, which the kernel rounds x to."""
     return 2.0**-18 if form.split(":")[0] in ("int4", "awq", "gptq", "compressed", "mxfp4", "nvfp4") else 8 * 2.0**-24
 
 

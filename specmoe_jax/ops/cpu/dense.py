@@ -21,7 +21,7 @@ def fits(x: jax.Array, weight: jax.Array) -> bool:
 
 
 def fits_packed(x: jax.Array, codes: jax.Array, scales: jax.Array) -> bool:
-    """Few rows, of a packed matrix that is worth a call; of one in int4 any, since no other product rounds as the kernel does."""
+    """Few rows, of a packed matrix that is worth a call; in int4 any, since no other product rounds as the kernel."""
     if codes.dtype == jnp.uint8:
         return x.size > 0 and _ffi.module() is not None
     return fits(x, codes)

@@ -15,7 +15,7 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def packed_product(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
-    """ops.dense_product of a packed matrix. Either type of x holds codes of int8 exactly; int4 is decoded as a whole."""
+    """ops.dense_product of a packed matrix. Either type of x holds int8 exactly; int4 is decoded as a whole."""
     if codes.dtype == jnp.int8:
         return product(x, codes.astype(x.dtype)) * scales
     nibbles = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(*scales.shape, -1)

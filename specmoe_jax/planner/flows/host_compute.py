@@ -19,7 +19,7 @@ from specmoe_jax.support.errors import MachineError, PlanError
 @dataclasses.dataclass(frozen=True)
 class HostComputeFlowDescription(ResidentFlowDescription):
     def check(self, plan: Plan, config: ModelConfig) -> None:
-        """Raises PlanError for experts that no compiled kernel computes, and for ways to read a disk that is not read."""
+        """Raises PlanError for experts that no compiled kernel computes, and for ways to read a disk."""
         super().check(plan, config)
         if what := without_kernel(config, plan):
             raise PlanError(f"expert_flow={self.name} has no compiled kernel for {what}; use expert_flow=resident")

@@ -109,7 +109,7 @@ def without_kernel(config: ModelConfig, plan: Plan) -> str | None:
 
 
 def disk_reads(setting: Setting, used: float) -> list[Cost]:
-    """Of the experts that a layer uses those that are not in host memory, which keeps the most popular of each layer alike."""
+    """Of a layer's used experts those that are not in host memory, which keeps the most popular of each layer."""
     if setting.plan.expert_tier != "disk":
         return []
     held = setting.account.host_experts / setting.config.num_expert_layers

@@ -341,6 +341,21 @@ double rowwise(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, RowF
   return std::max(in_one_array, worst());
 }
 
+ProductArgs product_args(int64_t n, int64_t N, int64_t M, DType x_type, const void* x, DType w_type, const void* w, const void* scales,
+                         float* y) {
+  ProductArgs a{};
+  a.n = n;
+  a.M = M;
+  a.N = N;
+  a.x_type = x_type;
+  a.w_type = w_type;
+  a.x = x;
+  a.w = w;
+  a.scales = scales;
+  a.y = y;
+  return a;
+}
+
 double product(const KernelTable& kernels, int64_t n, int64_t N, int64_t M, DType x_type, DType w_type, int threads) {
   const auto item = [](DType type) -> int64_t { return type == DType::kF32 ? 4 : type == DType::kBF16 ? 2 : 1; };
   const auto fill = [&](Exact<char>& to, DType type) {
@@ -366,16 +381,8 @@ double product(const KernelTable& kernels, int64_t n, int64_t N, int64_t M, DTyp
   fill(x, x_type);
   fill(w, w_type);
   for (int64_t i = 0; i < N; ++i) scales.data[i] = draw() / 100;
-  ProductArgs a{};
-  a.n = n;
-  a.M = M;
-  a.N = N;
-  a.x_type = x_type;
-  a.w_type = w_type;
-  a.x = x.data;
-  a.w = w.data;
-  a.scales = w_type == DType::kI8 ? scales.data : nullptr;
-  a.y = y.data;
+  const float* of_rows = w_type == DType::kI8 ? scales.data : nullptr;
+  const ProductArgs a = product_args(n, N, M, x_type, x.data, w_type, w.data, of_rows, y.data);
   Threads parallel(threads);
   few_rows_product(a, kernels, parallel);
   double worst = 0;
@@ -397,16 +404,7 @@ double product_of_codes(const KernelTable& kernels, int64_t n, int64_t N, int64_
   for (int64_t i = 0; i < x.size; ++i) x[i] = draw();
   for (int64_t i = 0; i < codes.size; ++i) codes[i] = static_cast<uint8_t>(rng());
   for (int64_t i = 0; i < scales.size; ++i) scales[i] = bfloat16_bits(draw() / 100);
-  ProductArgs a{};
-  a.n = n;
-  a.M = M;
-  a.N = N;
-  a.x_type = DType::kF32;
-  a.w_type = DType::kI4;
-  a.x = x.data;
-  a.w = codes.data;
-  a.scales = scales.data;
-  a.y = y.data;
+  const ProductArgs a = product_args(n, N, M, DType::kF32, x.data, DType::kI4, codes.data, scales.data, y.data);
   Threads parallel(threads);
   few_rows_product(a, kernels, parallel);
   double worst = 0;

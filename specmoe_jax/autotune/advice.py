@@ -89,8 +89,8 @@ def _with_disk(config: ModelConfig, known: Knowledge, requests: int, fixed: dict
 
     def on_disk(share: float) -> Found:
         cached = min(int(known.hardware.host_memory_bytes * share), fixed.get("host_memory_bytes") or math.inf)
-        on_disk = fixed | {"expert_tier": "disk", "host_memory_bytes": cached}
-        return choose(config, known, requests=requests, fixed=on_disk, head=head)
+        memory = fixed | {"expert_tier": "disk", "host_memory_bytes": cached}
+        return choose(config, known, requests=requests, fixed=memory, head=head)
 
     for share in shares:
         with contextlib.suppress(PlanError):

@@ -11,22 +11,22 @@ from specmoe_jax.checkpoints.loader import is_mapped
 from specmoe_jax.checkpoints.tokenizer import Tokenizer
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
-from specmoe_jax.config.registry import DRAFTS
+from specmoe_jax.config.registry import DRAFTS, RETAIN_POLICIES
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.packing import planned
 from specmoe_jax.planner.calibration import ASSUMED, Calibration
+from specmoe_jax.planner.drafts.checks import SOME_DRAFTS_USE
 from specmoe_jax.planner.drafts.protocol import described
 from specmoe_jax.planner.estimate import Prediction, predict
 from specmoe_jax.planner.hardware import Hardware
 from specmoe_jax.planner.measured.operators import Operators
 from specmoe_jax.planner.measured.predict import refine
-from specmoe_jax.planner.search import Found, search
+from specmoe_jax.planner.search import Choice, Found, search
 from specmoe_jax.planner.workload import Workload
 from specmoe_jax.support.errors import PlanError
 
 SAFE_SHARE = 0.95  # of an accelerator's memory; the compiler's scratch is not in the account
 REQUESTS = 64  # if the number is not given
-DRAFT_FIELDS = ("draft_length", "draft_experts", "draft_set", "substitution", "guard", "synthetic_acceptance")
 
 
 class Knowledge(NamedTuple):
@@ -99,9 +99,13 @@ def describe(plan: Plan) -> str:
         "draft_length",
         "draft_tree_tokens",
         "draft_experts",
+        "draft_top_k",
+        "draft_stop",
         "cached_experts",
         "prefetch",
+        "host_share",
         "retain",
+        "retain_policy",
         "guard",
         "batch_size",
         "micro_batches",
@@ -143,19 +147,21 @@ def choose(
     """The best plan and the runner-up. fixed: fields of the plan that are given. head: whether an EAGLE head is at hand.
 
     Drafts are considered if their acceptance was measured or they are requested, the self-draft also if not all experts fit on
-    the accelerator; all with an adaptive length, which ends drafting that does not pay. Raises PlanError if nothing fits.
+    the accelerator; all with an adaptive length, which ends drafting that does not pay. Retained experts are evicted in the order
+    that was measured best, which predictions do not know. Raises PlanError if nothing fits.
     """
     fixed = dict(fixed or {})
     if not known.hardware.accelerator_is_cpu:  # a plan without a limit uses all the memory that it can
         fixed.setdefault("device_memory_bytes", int(known.hardware.accelerator_memory_bytes * SAFE_SHARE))
 
     def run(drafts) -> Found:
-        return search(config, lambda plan: evaluate(config, plan, known), requests=requests, drafts=drafts, fixed=fixed)
+        found = search(config, lambda plan: evaluate(config, plan, known), requests=requests, drafts=drafts, fixed=fixed)
+        return found if "retain_policy" in fixed else _evicting(found)
 
     measured = tuple(name for name in known.calibration.acceptance if head or described(name)[0].given != "draft_head")
     if "draft" in fixed:
         return run((fixed["draft"], *(name for name in measured if name == f"{fixed['draft']}_tree")))
-    if any(fixed.get(field) for field in DRAFT_FIELDS) or fixed.get("prefetch") == "draft":
+    if _asks_for_a_draft(fixed):
         return run(tuple(dict.fromkeys((*measured, *_unmeasured(), *(_given("draft_head") if head else ())))))
     if known.calibration.measured:
         return _guarded(run(("none", *measured)))
@@ -173,6 +179,24 @@ def _unmeasured() -> tuple[str, ...]:
 def _given(name: str) -> tuple[str, ...]:
     """Drafts that need this argument of Engine."""
     return tuple(draft for draft in DRAFTS if DRAFTS.description(draft).given == name)
+
+
+def _asks_for_a_draft(fixed: dict) -> bool:
+    """Whether a field that is given has no effect without a draft."""
+    policy = fixed.get("retain_policy")
+    by_draft = policy is not None and RETAIN_POLICIES.description(policy).by_draft
+    return by_draft or fixed.get("prefetch") == "draft" or any(fixed.get(field) for field in SOME_DRAFTS_USE)
+
+
+def _evicting(found: Found) -> Found:
+    """With the order of eviction that sent the fewest bytes of all with such a draft, and without one (docs/benchmarks/ideas)."""
+
+    def settled(choice: Choice) -> Choice:
+        plan = choice.plan
+        policy = "drafted" if plan.drafting.gated else "expected"
+        return choice._replace(plan=plan.replace(retain_policy=policy)) if plan.retain else choice
+
+    return found._replace(best=settled(found.best), runner_up=found.runner_up and settled(found.runner_up))
 
 
 def _guarded(found: Found) -> Found:

@@ -14,13 +14,16 @@ import jax
 from specmoe_jax.autotune import step_bench
 from specmoe_jax.autotune.operator_bench import SHAPES, OperatorBench
 from specmoe_jax.config.model_config import ModelConfig
+from specmoe_jax.config.plan import Plan
 from specmoe_jax.models.model import random_model
+from specmoe_jax.ops import isas
+from specmoe_jax.planner.flows.pooled import without_kernel
 from specmoe_jax.planner.measured.operators import Operators, Sample, fit
 from specmoe_jax.support.cache_files import machine_key, read_cached, write_cached
 from specmoe_jax.support.jax_settings import lenient
 from specmoe_jax.support.progress import bar
 
-VERSION = 7  # of the file format
+VERSION = 8  # of the file format
 MOST_BYTES = 1 << 28  # of the experts of a layer; of larger ones fewer are made
 MOST_LAYERS = 8  # as many as the model has, where their experts take twice that; at least two, to run one after the other
 
@@ -51,6 +54,11 @@ def cached_profile(config: ModelConfig, dtype: str) -> Operators | None:
     return Operators.from_dict(read_cached("operators", _key(config, dtype)) or {})
 
 
+def computes_on_host(config: ModelConfig) -> bool:
+    """Whether a plan may have a host_share here."""
+    return bool(isas()) and without_kernel(config, Plan(preset="probe")) is None
+
+
 def _key(config: ModelConfig, dtype: str) -> str:
     """A key of everything that the programs depend on."""
     small = _small(config)
@@ -60,7 +68,8 @@ def _key(config: ModelConfig, dtype: str) -> str:
 
 def _measure(config: ModelConfig, dtype: str, progress: str | bool, on_round: Callable[[], object]) -> Operators:
     model = random_model(_small(config), dtype=dtype)
-    cases = step_bench.cases(model.config.num_experts, model.config.num_experts * model.expert_bytes, config.max_positions)
+    layer_bytes, hosts = model.config.num_experts * model.expert_bytes, computes_on_host(model.config)
+    cases = step_bench.cases(model.config.num_experts, layer_bytes, config.max_positions, hosts=hosts)
     with bar("profile", 2 + step_bench.ROUNDS * len(cases), "measurement", mode=progress) as shown:
         bench = OperatorBench(model)
         first = _alone(bench)

@@ -66,8 +66,9 @@ class Ran(NamedTuple):
     commit_s: float
 
 
-def cases(num_experts: int, layer_bytes: int, max_positions: int) -> list[Case]:
-    """Batches, flows, drafts and link rates; few of each, because costs are linear between them.
+def cases(num_experts: int, layer_bytes: int, max_positions: int, *, hosts: bool) -> list[Case]:
+    """Batches, flows, drafts and link rates; few of each, because costs are linear between them. hosts: whether plans may have a
+    host_share.
 
     Each draft names the plans that tell its cost (`DraftDescription.timed`): one that runs the target's gates needs a flow that
     keeps experts, the others are timed beside resident ones. Passes of several tokens are those of the draft without layers.
@@ -85,6 +86,9 @@ def cases(num_experts: int, layer_bytes: int, max_positions: int) -> list[Case]:
         for length in _lengths(rows, long):
             found += [Case("resident", rows, length, resident), Case("on_demand", rows, length, {})]
             found += [Case("streamed", rows, length, streams)]
+        if hosts:
+            found += [Case("hosted", rows, length, {"host_share": 1.0}) for length in _lengths(rows, long)]
+            found.append(Case("hosted", rows, LENGTHS[0], {"host_share": 0.5}))
         for draft, fields, place in drafted:
             group, flow = ("on_demand", {}) if draft.gated else ("resident", resident)
             lengths = LENGTHS[:1] if place else _lengths(rows, long)
@@ -150,6 +154,7 @@ def _ran(model: Model, case: Case, infos: list[StepInfo]) -> Ran:
         "scores": new * context,
         "blocks": middle(lambda info: info.verify.hits + info.verify.misses) / layers,
         "misses": middle(lambda info: info.verify.fetched) / layers,
+        "hosted": middle(lambda info: info.verify.on_host) / layers,
         "items": case.fields.get("micro_batches", 1),
         "waves": 0.0 if case.slots is None else middle(lambda info: info.verify.waves) / layers,
     }
@@ -162,9 +167,11 @@ def fit_steps(config: ModelConfig, ran: list[Ran], alone: dict[str, LinearCost])
     """Layers and drafts as steps show them. alone: head and draft_head."""
     plain = [one for one in ran if one.case.group == "resident" and "draft" not in one.case.fields]
     found = {"step": fit("step", [Sample(one.work, one.draft_s + one.commit_s) for one in plain])}
-    for group in ("resident", "on_demand", "streamed"):
-        own = [_layer(config, one, alone, found["step"]) for one in ran if one.case.group == group and not one.case.is_tree]
-        found[f"{group}_layer"] = fit(f"{group}_layer", own)
+    for group in ("resident", "on_demand", "streamed", "hosted"):
+        own = [one for one in ran if one.case.group == group and not one.case.is_tree]
+        if not own:  # without kernels no plan is hosted, and none asks
+            own = [one for one in ran if one.case.group == "on_demand"]
+        found[f"{group}_layer"] = fit(f"{group}_layer", [_layer(config, one, alone, found["step"]) for one in own])
     trees = [_layer(config, one, alone, found["step"]) for one in ran if one.case.is_tree]
     beside = [config.num_layers * (sample.seconds - found["resident_layer"](**sample.work)) for sample in trees]
     found["tree_path"] = fit("tree_path", [Sample(t.work, max(s, 1e-6)) for t, s in zip(trees, beside, strict=True)])

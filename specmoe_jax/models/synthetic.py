@@ -1,4 +1,4 @@
-"""A random decoder in the shape of NLLB-MoE's (128 experts, top-2, 6 MoE layers) whose routing is as skewed as asked.
+"""Random decoders in the shape of NLLB-MoE's (128 experts, top-2, 6 MoE layers) or a Qwen3-MoE's (128, top-8), as skewed as asked.
 
 For the speed of offloading where no trained model of that shape fits. Its text is a count: token t of a topic is
 followed by token t + 1 of the same topic, for the draft as for the target, so every preset decodes the same tokens and
@@ -8,6 +8,7 @@ their traffic can be compared. Figures that it touched are stamped `synthetic_ro
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,27 @@ NLLB_SHAPED = ModelConfig(
     sliding_window=None,
     eos_token_ids=(),
 )
+
+
+class Shape(NamedTuple):
+    """skew: Gini coefficient of the expert counts. acceptance: of a token of the self-draft, which drafts draft_length of them."""
+
+    config: ModelConfig
+    skew: float
+    acceptance: float
+    draft_length: int
+
+
+# NLLB-MoE's figures are SpecMoE's. Of Qwen3-30B-A3B a draft's acceptance with hot experts is published; its skew is assumed.
+SHAPES = {
+    "nllb_shaped": Shape(NLLB_SHAPED, NLLB_SKEW, acceptance=0.913, draft_length=10),
+    "qwen3_shaped": Shape(
+        dataclasses.replace(NLLB_SHAPED, hidden_size=128, head_dim=32, num_layers=8, expert_hidden=48, experts_per_token=8),
+        skew=0.4,
+        acceptance=0.342,
+        draft_length=4,
+    ),
+}
 
 
 def synthetic_model(

@@ -139,7 +139,10 @@ class _Scan:
         return self._score(plan) or self._score(plan.replace(**smallest))
 
     def _scan_values(self, best: Choice, field: str, values: tuple) -> Choice:
-        """All values, stopping after two in a row that are worse than the best."""
+        """All values, stopping after two in a row that are worse than the best.
+
+        All shares of the host are tried: with a small one the host costs as much as it saves.
+        """
         worse = 0
         for place, value in enumerate(values):
             choice = self._score(best.plan.replace(**_changes(field, value)))
@@ -148,7 +151,7 @@ class _Scan:
             gain = WORTH if field in ("retain", "prefetch", "host_share") else 1 / EQUAL if smaller else EQUAL
             if choice and choice.tokens_per_s > best.tokens_per_s * gain:
                 best, worse = choice, 0
-            elif choice is None or (worse := worse + 1) == 2:
+            elif field != "host_share" and (choice is None or (worse := worse + 1) == 2):
                 if choice is None or getattr(best.plan, field) in tried:
                     break
         return best

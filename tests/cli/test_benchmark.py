@@ -12,7 +12,7 @@ from specmoe_jax.benchmarks.categories import BUNDLED, read_categories
 from specmoe_jax.benchmarks.rounds import Case, Job, compare
 from specmoe_jax.engine.requests.prepare import batch_shape_of, make_requests
 from specmoe_jax.models.quantised import quantise
-from specmoe_jax.models.synthetic import NLLB_SHAPED, TOPIC, synthetic_model, synthetic_prompts
+from specmoe_jax.models.synthetic import SHAPES, TOPIC, synthetic_model, synthetic_prompts
 from specmoe_jax.support.statistics import gini
 from specmoe_jax.testing import TINY
 from tests.cli.benchmark_tables import check_table
@@ -119,9 +119,10 @@ def test_nobody_finishes_while_measuring(model):
 
 
 @pytest.mark.slow
-def test_the_synthetic_model_is_as_skewed_as_asked_and_counts():
-    config = dataclasses.replace(NLLB_SHAPED, num_layers=2, num_experts=32)
-    model = synthetic_model(config, skew=0.6)
+@pytest.mark.parametrize(("shape", "skew"), [("nllb_shaped", 0.6), ("qwen3_shaped", 0.4)])
+def test_the_synthetic_model_is_as_skewed_as_asked_and_counts(shape, skew):
+    config = dataclasses.replace(SHAPES[shape].config, num_layers=2, num_experts=32)
+    model = synthetic_model(config, skew=skew)
     assert model.synthetic == ("synthetic_routing",)
     prompts = synthetic_prompts(config, 32, 17)
     engine = sm.Engine(model, sm.PRESETS["on_demand"](config).replace(batch_size=32))
@@ -132,7 +133,7 @@ def test_the_synthetic_model_is_as_skewed_as_asked_and_counts():
             counts[layer] += np.bincount(ids.ravel(), minlength=32)
 
     completions = engine.generate(prompts, sm.SamplingParams(max_new_tokens=16), on_step=count)
-    assert [gini(row) for row in counts] == pytest.approx([0.6, 0.6], abs=0.06)
+    assert [gini(row) for row in counts] == pytest.approx([skew, skew], abs=0.06)
     assert "synthetic_routing" in engine.stats()["synthetic"]
     for prompt, completion in zip(prompts, completions, strict=True):
         text = (*prompt, *completion.token_ids)

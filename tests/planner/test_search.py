@@ -93,6 +93,9 @@ def test_a_budget_holds():
     [
         {"draft": "self"},
         {"draft_experts": 2},
+        {"draft_stop": "union"},
+        {"draft_top_k": 1},
+        {"retain": True, "retain_policy": "drafted"},
         {"expert_flow": "stream"},
         {"kv_tier": "host"},
         {"link_bytes_per_s": 1e8, "retain": True},
@@ -101,7 +104,22 @@ def test_a_budget_holds():
 )
 def test_what_is_given_is_kept(fixed):
     plan = choose(TINY, KNOWN, requests=4, fixed=fixed).best.plan
-    assert all(getattr(plan, name) == value for name, value in fixed.items())
+    assert all(getattr(plan, name) == value for name, value in fixed.items()) and plan.validate(TINY)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "policy"),
+    [
+        ({"draft": "none"}, "expected"),
+        ({"draft": "self"}, "drafted"),
+        ({"draft": "none", "retain_policy": "lru"}, "lru"),
+        ({"retain": False, "draft": "self"}, None),
+    ],
+    ids=str,
+)
+def test_retained_experts_go_in_the_order_that_was_measured_best(fixed, policy):
+    plan = choose(TINY, KNOWN, requests=4, fixed={"link_bytes_per_s": 1e8, "retain": True} | fixed).best.plan
+    assert plan.retain_policy == policy and plan.validate(TINY)
 
 
 def test_drafts_where_their_acceptance_is_known():

@@ -52,11 +52,16 @@ def sweep_plans(config, requests: int, fixed: dict) -> list[Plan]:
     for experts, length in itertools.product((2, 4, 6), (2, 4)):
         plans.append(specmoe.replace(draft_experts=experts, draft_length=length, retain=True, prefetch="draft"))
         plans.append(specmoe.replace(draft_experts=experts, draft_length=length, retain=True))
+    for experts, more in itertools.product(
+        (4, 6), ({"guard": True}, {"draft_stop": "union"}, {"draft_stop": "union", "draft_top_k": 3})
+    ):
+        plans.append(specmoe.replace(draft_experts=experts, draft_length=4, retain=True, retain_policy="drafted", **more))
     found = [plan.replace(batch_size=requests) for plan in plans]
     for rows in sorted({requests, max(requests // 2, 1), max(requests // 4, 1)}):
-        kept = [preset("on_demand", config).replace(retain=True)]
-        kept += [preset("caching", config).replace(cached_experts=n, retain=True) for n in (2, 4, 6, 8)]
-        found += [plan.replace(batch_size=rows) for plan in (*kept, resident)]
+        kept = [preset("on_demand", config).replace(retain=True, retain_policy="expected")]
+        kept += [preset("caching", config).replace(cached_experts=n, retain=True, retain_policy="expected") for n in (2, 4, 6, 8)]
+        on_host = [plan.replace(host_share=share) for plan in kept[::2] for share in (0.5, 1.0)]
+        found += [plan.replace(batch_size=rows) for plan in (*kept, *on_host, resident)]
     return list(dict.fromkeys(plan.replace(**fixed) for plan in found))
 
 

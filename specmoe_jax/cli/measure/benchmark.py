@@ -35,7 +35,7 @@ from specmoe_jax.cli.shown.benchmark_table import as_text
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.jobs.prompts import read_prompts
 from specmoe_jax.models.model import Model
-from specmoe_jax.models.synthetic import synthetic_model, synthetic_prompts
+from specmoe_jax.models.synthetic import SHAPES, synthetic_model, synthetic_prompts
 from specmoe_jax.support.errors import RequestError, UserError
 from specmoe_jax.support.progress import PROGRESS
 
@@ -43,7 +43,7 @@ _SUITES = {"specmoe": specmoe, "specmoeoff": specmoeoff}
 _SUITE = flags.DEFINE_enum("suite", "specmoe", list(_SUITES), "Which tables.")
 _TABLES = flags.DEFINE_list("tables", None, "Some of the suite's tables; default all but categories, ablation and kinds.")
 _MODEL = flags.DEFINE_string(
-    "model", "demo", '"demo", "nllb_shaped", "mixtral_shaped" (random; synthetic acceptance) or a checkpoint.'
+    "model", "demo", '"demo", "nllb_shaped", "qwen3_shaped", "mixtral_shaped" (random; synthetic acceptance) or a checkpoint.'
 )
 _DRAFT_HEAD = flags.DEFINE_string("draft_head", None, "An EAGLE head (specmoeoff); default: the bundled model's.")
 _PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 256, "Tokens of a prompt where they are not swept (specmoeoff).")
@@ -53,13 +53,15 @@ _PROMPTS = flags.DEFINE_string(
     "A .txt or .jsonl file; default: the held-out text of the bundled model. For --tables=categories JSON lines with category and "
     "prompt (or turns); default: 48 bundled ones.",
 )
-_BATCHES = flags.DEFINE_list("batches", None, "Batch sizes; default 1,4,16,64 (demo) or 1,4,16,64,256 (nllb_shaped).")
+_BATCHES = flags.DEFINE_list("batches", None, "Batch sizes; default 1,4,16,64, of a random model 256 too.")
 _LINK_GBPS = flags.DEFINE_float("link_gbps", 0.02, "Rate of the emulated link, in GB/s; small against the compute.")
 _DRAFT_EXPERTS = flags.DEFINE_integer("draft_experts", 4, "N where it is not swept.")
 _DRAFT_LENGTH = flags.DEFINE_integer("draft_length", None, "Draft length where it is not swept; default 4, nllb_shaped 10.")
-_ACCEPTANCE = flags.DEFINE_float("synthetic_acceptance", None, "Stamped on every figure; default none, nllb_shaped 0.913.")
-_SKEW = flags.DEFINE_float("skew", 0.84, "Gini coefficient of the expert counts (nllb_shaped).")
-_TOPIC_SHARE = flags.DEFINE_float("topic_share", 0.5, "How much of the routing stays within a request (nllb_shaped).")
+_ACCEPTANCE = flags.DEFINE_float(
+    "synthetic_acceptance", None, "Stamped on every figure; default none, nllb_shaped 0.913, qwen3_shaped 0.342."
+)
+_SKEW = flags.DEFINE_float("skew", None, "Gini coefficient of the expert counts; default nllb_shaped 0.84, qwen3_shaped 0.4.")
+_TOPIC_SHARE = flags.DEFINE_float("topic_share", 0.5, "How much of the routing stays within a request (random models).")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Interleaved rounds.")
 _TOKENS = flags.DEFINE_integer("tokens", 16, "New tokens per request and round.")
 _STEPS = flags.DEFINE_integer("steps", 2, "Steps per round at least.")
@@ -113,25 +115,32 @@ def choose_tables() -> list[str]:
 
 
 def make_setting() -> specmoe.Setting:
-    synthetic = _MODEL.value == "nllb_shaped"
-    model = synthetic_model(skew=_SKEW.value, topic_share=_TOPIC_SHARE.value) if synthetic else load_model(_MODEL.value)
+    synthetic = SHAPES.get(_MODEL.value)
+    if synthetic:
+        skew = synthetic.skew if _SKEW.value is None else _SKEW.value
+        model = synthetic_model(synthetic.config, skew=skew, topic_share=_TOPIC_SHARE.value)
+    else:
+        for name in ("skew", "topic_share"):
+            if flags.FLAGS[name].present:
+                common.usage_error(f"--{name} has no effect on --model={_MODEL.value}, which is not random; leave it out")
+        model = load_model(_MODEL.value)
     default_batches = ["1", "4", "16", "64", "256"] if synthetic else ["1", "4", "16", "64"]
     tables = choose_tables()
     by_kind = "categories" in tables
     sizes = tuple(int(size) for size in _BATCHES.value or default_batches)
     if by_kind and synthetic:
-        common.usage_error("--tables=categories needs a model that reads text, and nllb_shaped is random; give a checkpoint")
+        common.usage_error(f"--tables=categories needs a model that reads text, and {_MODEL.value} is random; give a checkpoint")
     alone = tables == ["categories"]  # whose prompts are texts of another form
     prompts = synthetic_prompts(model.config, max(sizes), 17) if synthetic else () if alone else real_prompts(max(sizes))
     acceptance = _ACCEPTANCE.value
     if acceptance is None and synthetic:
-        acceptance = 0.913
+        acceptance = synthetic.acceptance
     return specmoe.Setting(
         model=model,
         link_bytes_per_s=_LINK_GBPS.value * 1e9,
         acceptance=acceptance,
         experts=_DRAFT_EXPERTS.value,
-        length=_DRAFT_LENGTH.value or (10 if synthetic else 4),
+        length=_DRAFT_LENGTH.value or (synthetic.draft_length if synthetic else 4),
         batches=(min(sizes), max(sizes)) if _QUICK.value and len(sizes) > 2 else sizes,
         job=lambda batch: Job(
             prompts=prompts[:batch],

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from specmoe_jax.ops.codes import decoded_int4
 from specmoe_jax.ops.products import einsum
 
 
@@ -18,9 +19,7 @@ def packed_product(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Arr
     """ops.dense_product of a packed matrix. Either type of x holds int8 exactly; int4 is decoded as a whole."""
     if codes.dtype == jnp.int8:
         return product(x, codes.astype(x.dtype)) * scales
-    nibbles = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(*scales.shape, -1)
-    groups = (nibbles.astype(jnp.float32) - 8) * scales[..., None].astype(jnp.float32)
-    weight = groups.reshape(scales.shape[0], -1)[:, : x.shape[-1]]
+    weight = decoded_int4(codes, scales, jnp)[:, : x.shape[-1]]
     if x.dtype == jnp.float32:
         return product(x, weight)
     return jax.lax.platform_dependent(x, weight, cpu=product, default=lambda x, w: product(x, w.astype(jnp.bfloat16)))

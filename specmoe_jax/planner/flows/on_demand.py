@@ -44,9 +44,6 @@ class OnDemandFlowDescription(PooledFlowDescription):
             )
         return plan
 
-    def is_measured(self, plan: Plan) -> bool:
-        return super().is_measured(plan) and plan.host_share is None
-
     def moving_experts(self, config: ModelConfig, expert_bytes: int) -> int:
         return arriving_experts(expert_bytes, config.num_experts)
 
@@ -98,7 +95,8 @@ class OnDemandFlowDescription(PooledFlowDescription):
         work = layer_work(case.rows, new, case.context)
         tokens = case.choosing(new)
         used = routing.distinct(case.probabilities, tokens)
-        misses = routing.missed(case.probabilities, tokens, kept_experts(config, plan, case))
+        absent = routing.missed(case.probabilities, tokens, kept_experts(config, plan, case))
+        misses = _crossing(plan, absent)
         expert_s = operators.expert_bytes / plan.link_bytes_per_s if plan.link_bytes_per_s else 0.0
         ahead = 0.0  # of a layer's misses, those that arrive while drafting, in slots that no dispatch needs
         if plan.prefetch == "draft" and expert_s:
@@ -106,8 +104,15 @@ class OnDemandFlowDescription(PooledFlowDescription):
             ahead = min(GATES_RIGHT * misses, drafted_s / expert_s / layers, spare / layers)
         copied = misses - ahead
         waves = max(1, math.ceil(used / max(case.slots - pinned_slots(config, plan), 1))) if case.slots < case.wanted_slots else 0
-        without_s = operators.seconds("on_demand_layer", blocks=used, misses=0, waves=waves, **work)
-        with_s = operators.seconds("on_demand_layer", blocks=used, misses=copied, waves=waves, **work)
+        if plan.host_share is None:
+            without_s = operators.seconds("on_demand_layer", blocks=used, misses=0, waves=waves, **work)
+            with_s = operators.seconds("on_demand_layer", blocks=used, misses=copied, waves=waves, **work)
+        else:  # what is resident and the waves cost what they cost without
+            hits, none = max(used - absent, 0), {"misses": 0, **work}
+            beside_s = operators.seconds("on_demand_layer", blocks=hits, waves=waves, **none)
+            beside_s -= operators.seconds("on_demand_layer", blocks=0, waves=0, **none)
+            without_s = beside_s + operators.seconds("hosted_layer", hosted=absent - misses, **none)
+            with_s = beside_s + operators.seconds("hosted_layer", hosted=absent - misses, misses=copied, **work)
         link_s = misses * expert_s if expert_s else with_s - without_s
         layer_s = max(with_s, without_s + copied * expert_s)
         naive_s = max(without_s, link_s)

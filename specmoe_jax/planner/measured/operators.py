@@ -14,7 +14,7 @@ from scipy.optimize import nnls
 # operator -> what its time is linear in, beside a constant.
 #   tokens: positions of the pass, B * T. read: positions of the cache that it reads, B * l. scores: B * T * l.
 #   blocks: different experts computed. choices: tokens * A. misses: experts copied. rows: B. waves: of a layer whose dispatch may
-#   not fit at once, 0 where it always does (another program).
+#   not fit at once, 0 where it always does (another program). hosted: experts that the host's cores compute.
 WORK = {
     # Alone, warm.
     "attention": ("tokens", "read", "scores"),  # norm, projections, attention, router; with the routing on the host
@@ -29,6 +29,7 @@ WORK = {
     "step": ("rows",),  # what a step takes beside draft, layers and head
     "resident_layer": ("tokens", "read", "scores", "blocks"),
     "on_demand_layer": ("tokens", "read", "blocks", "misses", "waves"),
+    "hosted_layer": ("tokens", "read", "misses", "hosted"),  # with a host_share, and nothing resident
     "streamed_layer": ("items", "tokens", "read"),  # of all `items` micro-batches
     "tree_path": ("tokens",),  # what a pass over trees takes beside that: the accepted path, its rows brought together
     # Drafts beside their draft_heads (a tree: with them). calls: drafted tokens of a row (a tree: levels) times layers; call_rows,

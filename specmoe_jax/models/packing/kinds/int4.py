@@ -11,10 +11,10 @@ import numpy as np
 from specmoe_jax.config.layer_config import ExpertConfig
 from specmoe_jax.models.packing.kind import Kernel, Section, border_biases, is_plain
 from specmoe_jax.models.packing.kinds.int8 import codes
+from specmoe_jax.ops.codes import INT4_OFFSET, decoded_int4
 
 GROUP = 32
 LARGEST = 7
-OFFSET = 8  # of the codes as they are stored
 
 
 class Int4:
@@ -33,10 +33,7 @@ class Int4:
         return {"codes": packed, "scales": scales}
 
     def decode(self, config: ExpertConfig, parts, xp):
-        packed, scales = parts["codes"], parts["scales"]
-        nibbles = xp.stack([packed & 15, packed >> 4], axis=-1).reshape(*scales.shape, GROUP)
-        weights = (nibbles.astype(np.float32) - OFFSET) * scales[..., None].astype(np.float32)
-        return weights.reshape(*scales.shape[:2], -1)[:, :, : config.model]
+        return decoded_int4(parts["codes"], parts["scales"], xp)[:, :, : config.model]
 
     def kernel(self, config: ExpertConfig) -> Kernel | None:
         return Kernel("int4") if is_plain(config) else None
@@ -46,7 +43,7 @@ def encode_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[..., M] float32 -> codes [..., bytes of whole groups] uint8 and scales [..., groups] bfloat16."""
     groups = np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, -rows.shape[-1] % GROUP)]).reshape(*rows.shape[:-1], -1, GROUP)
     scales = (np.abs(groups).max(axis=-1) / np.float32(LARGEST)).astype(ml_dtypes.bfloat16)
-    nibbles = codes(groups, scales[..., None].astype(np.float32), LARGEST) + OFFSET
+    nibbles = codes(groups, scales[..., None].astype(np.float32), LARGEST) + INT4_OFFSET
     nibbles = nibbles.astype(np.uint8).reshape(*rows.shape[:-1], -1)
     return nibbles[..., ::2] | nibbles[..., 1::2] << 4, scales
 

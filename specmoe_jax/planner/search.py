@@ -24,6 +24,7 @@ WORTH_OF_A_DRAFT = 1.15  # acceptance differs from prompt to prompt
 EQUAL = 1.01  # closer predictions are one: then the smaller value is taken, shorter drafts and fewer pinned experts (with
 # `retain`, what was used last is found again more often than what is used most: 1.06 and 1.16 at equal predictions)
 WORTH = 1.03  # the least gain of one more mechanism: predictions are no more exact than that
+LEAST_GAINS = {"prefetch": WORTH, "host_share": WORTH, "retain": 1.0}  # retain gains more than is predicted, as said above
 
 
 class Choice(NamedTuple):
@@ -148,7 +149,7 @@ class _Scan:
             choice = self._score(best.plan.replace(**_changes(field, value)))
             tried = [_changes(field, earlier)[field] for earlier in values[:place]]
             smaller = getattr(best.plan, field) in [_changes(field, later)[field] for later in values[place + 1 :]]
-            gain = WORTH if field in ("retain", "prefetch", "host_share") else 1 / EQUAL if smaller else EQUAL
+            gain = LEAST_GAINS.get(field, 1 / EQUAL if smaller else EQUAL)
             if choice and choice.tokens_per_s > best.tokens_per_s * gain:
                 best, worse = choice, 0
             elif field != "host_share" and (choice is None or (worse := worse + 1) == 2):

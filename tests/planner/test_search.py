@@ -209,3 +209,25 @@ def test_measured_operators_replace_the_rates(name):
     if plan.expert_flow != "resident":
         slow = evaluate(TINY, plan.replace(link_bytes_per_s=1e5), known)
         assert slow.iteration_s > 10 * fine.iteration_s and slow.binding == "link to accelerator"
+
+
+def test_a_layer_that_the_host_computes_costs_what_was_measured():
+    """Of the absent experts its share costs the host, and the rest the link."""
+    dear = OPERATORS.costs | {"hosted_layer": LinearCost(WORK["hosted_layer"], 1e-4, (0.0, 0.0, 0.0, 1e-2), 0.0)}
+    known = KNOWN._replace(operators=OPERATORS._replace(costs=dear))
+    plan = PRESETS["on_demand"](TINY).replace(batch_size=4, link_bytes_per_s=1e9)
+    none, half, all_of_them = (evaluate(TINY, plan.replace(host_share=share), known) for share in (None, 0.5, 1.0))
+    absent = TINY.num_moe_layers * distinct(choice_probabilities(5, 2, WORK_LOAD.skew), 4)
+    assert half.iteration_s == pytest.approx(none.iteration_s + absent / 2 * 1e-2, rel=0.02)
+    assert all_of_them.iteration_s == pytest.approx(none.iteration_s + absent * 1e-2, rel=0.02)
+    assert all_of_them.link_bytes_per_token == 0 < half.link_bytes_per_token < none.link_bytes_per_token
+
+
+def test_every_share_of_the_host_is_tried():
+    """Two that lose are no reason to stop."""
+
+    def speed(plan):
+        found = predict(TINY, plan, HARDWARE, WORK_LOAD, interval=False)
+        return found._replace(tokens_per_s=found.tokens_per_s * {None: 1.0, 1.0: 3.0}.get(plan.host_share, 0.5))
+
+    assert search(TINY, speed, requests=4, fixed={"expert_flow": "on_demand"}).best.plan.host_share == 1.0

@@ -171,21 +171,27 @@ def encoder_attention(config: LayerConfig, weights: LayerWeights[jax.Array], h: 
 @in_order
 @functools.partial(jax.jit, static_argnums=0, static_argnames="split")
 def experts(
-    config: LayerConfig, h: jax.Array, x, routing: Routing | None, pool: jax.Array, slots, *, split: Split = None
+    config: LayerConfig, h: jax.Array, x, routing: Routing | None, pool: jax.Array, slots, elsewhere=None, *, split: Split = None
 ) -> jax.Array:
-    """All chosen experts at once. h [B, T, M]; pool [R, 3, F, M]; slots [E] -> h [B, T, M], as it was if routing is None."""
-    return h if routing is None else _chosen_experts(config, h, x, routing, pool, choose_slots(routing.ids, slots), split)
+    """All chosen experts at once. h [B, T, M]; pool [R, 3, F, M]; slots [E] -> h [B, T, M], as it was if routing is None.
+
+    elsewhere: outputs [n, A, M] of those that have no slot, zeros for all others.
+    """
+    if routing is None:
+        return h
+    return _chosen_experts(config, h, x, routing, pool, choose_slots(routing.ids, slots), split, elsewhere)
 
 
-def _chosen_experts(config: LayerConfig, h: jax.Array, x, routing: Routing, pool, slots, split: Split) -> jax.Array:
+def _chosen_experts(config: LayerConfig, h: jax.Array, x, routing: Routing, pool, slots, split: Split, elsewhere=None) -> jax.Array:
     """slots: [n, A]."""
     with jax.named_scope("experts"):
         outputs = ffn.expert_ffn(config.own_experts, x, pool, slots, divided=split is not None)
+        outputs = outputs if elsewhere is None else elsewhere + outputs  # one of the two is zero
         return constrained(layers.combine(h, outputs, routing), split, OWN)
 
 
 @in_order
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(8, 9), static_argnames="split")
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(9, 10), static_argnames="split")
 def experts_and_attention(
     before: LayerConfig,
     config: LayerConfig,
@@ -194,6 +200,7 @@ def experts_and_attention(
     routing: Routing,
     pool: jax.Array,
     slots,
+    elsewhere: jax.Array | None,
     weights: LayerWeights[jax.Array],
     k_cache,
     v_cache,
@@ -205,7 +212,7 @@ def experts_and_attention(
     split: Split = None,
 ):
     """The experts of one layer and the attention of the next: what the host has no word in. -> h between the two, as attention."""
-    h = experts(before, h, x, routing, pool, slots, split=split)
+    h = experts(before, h, x, routing, pool, slots, elsewhere, split=split)
     return h, *attention(config, weights, h, k_cache, v_cache, lengths, num_new, cross, tree, split=split)
 
 

@@ -135,11 +135,8 @@ def execute(
         memory = _fetch(runtime, memory, wave.fetch)
         memory, ahead = prefetch(runtime, memory, predicted, first_layer=moe + 1, in_use=wave.slots)
         memory = wait_for_copies(runtime, memory, wave.slots)
-        if elsewhere is None:
-            return Unfinished(config, h, x, routing, _pool(memory), wave.slots), memory, ahead
-        outputs = runtime.context.to_accelerator(elsewhere)
-        outputs = stages.experts_wave(config, outputs, x, routing.ids, memory.pool, wave.slots)
-        return stages.combine(h, outputs, routing), memory, ahead
+        outputs = None if elsewhere is None else runtime.context.to_accelerator(elsewhere)
+        return Unfinished(config, h, x, routing, _pool(memory), wave.slots, outputs), memory, ahead
     return *execute_waves(runtime, config, plan, memory, h, x, routing, elsewhere), 0
 
 

@@ -48,7 +48,7 @@ class TargetPass(NamedTuple, Generic[Cache]):
 class Unfinished(NamedTuple):
     """A layer whose experts are in their slots and yet to be computed: the program of the next layer does it first.
 
-    config: of the layer. h: [B, T, M] after its attention. slots: [E].
+    config: of the layer. h: [B, T, M] after its attention. slots: [E]. elsewhere: [n, A, M], what the host's cores computed of it.
     """
 
     config: LayerConfig
@@ -57,6 +57,7 @@ class Unfinished(NamedTuple):
     routing: Routing
     pool: Pool
     slots: np.ndarray
+    elsewhere: jax.Array | None = None
 
 
 class Attended(NamedTuple):

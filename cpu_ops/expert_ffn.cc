@@ -96,6 +96,7 @@ struct OutputTask {
 
 // Who does what in a call. A thread keeps its own from call to call, so that in a steady state nothing is allocated.
 struct Plan : Grouping {
+  FfnWay way;
   std::vector<int64_t> at;
   std::vector<OutputTask> tasks;
   std::vector<const FfnGroup*> few;
@@ -107,25 +108,28 @@ int64_t task_width(int64_t bytes_per_unit, int64_t multiple, int64_t bytes = kTa
 
 int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
-// Whether a group has partial sums: where rows are few, and always with 4-bit weights, whose columns stand in another order.
-bool is_few(const FfnArgs& a, const FfnGroup& g) { return g.count <= kFewRows || a.w_type == DType::kI4; }
+// Floats of a row of hidden units, which tiles of AMX read 32 at a time; of its last tile, rows that are not there are read too.
+int64_t hidden_floats(const FfnArgs& a) { return parts(a.F, 32) * 32; }
+constexpr int64_t kTileRows = 16;
 
 // Gives the groups their buffers behind the rows of x, all in one scratch buffer.
 void place(FfnArgs& a, const KernelTable& kernels, Plan& plan) {
   const int64_t blocks = parts(a.F, hidden_block(a));
+  plan.way = kernels.ffn_way(a);
   int64_t floats = a.n * row_floats(a);
   plan.at.clear();
   for (const FfnGroup& g : plan.groups) {
     plan.at.push_back(floats);
-    floats += g.count * padded(a.F) + (is_few(a, g) ? blocks * g.count * sum_floats(a) : 0);
+    floats += g.count * hidden_floats(a) + (g.count <= plan.way.few_rows ? blocks * g.count * sum_floats(a) : 0);
   }
-  float* scratch = thread_scratch(Scratch::kFfnCall, floats);
+  float* scratch = thread_scratch(Scratch::kFfnCall, floats + kTileRows * hidden_floats(a));
   a.rows = scratch;
   for (size_t i = 0; i < plan.groups.size(); ++i) {
     FfnGroup& g = plan.groups[i];
     g.hidden = scratch + plan.at[i];
-    g.partial = g.hidden + g.count * padded(a.F);
+    g.partial = g.hidden + g.count * hidden_floats(a);
   }
+  if (plan.way.reads_x) return;
   if (a.w_type != DType::kI4) return float_rows(a, row_floats(a), scratch);
   for (int64_t i = 0; i < a.n; ++i) kernels.integers_from(a.x, a.x_type, i * a.M, a.M, scratch + i * row_floats(a));
 }
@@ -139,9 +143,10 @@ void plan_output(const FfnArgs& a, Plan& plan, int threads) {
   plan.tasks.clear();
   plan.few.clear();
   for (const FfnGroup& g : plan.groups) {
-    if (is_few(a, g)) plan.few.push_back(&g);
-    const int64_t width = is_few(a, g) ? run : strip;
-    for (int64_t b = 0; b < (is_few(a, g) ? blocks : 1); ++b) {
+    const bool is_few = g.count <= plan.way.few_rows;
+    if (is_few) plan.few.push_back(&g);
+    const int64_t width = is_few ? run : strip;
+    for (int64_t b = 0; b < (is_few ? blocks : 1); ++b) {
       for (int64_t m = 0; m < a.M; m += width) plan.tasks.push_back({&g, b, m, std::min(a.M, m + width)});
     }
   }
@@ -185,7 +190,8 @@ void expert_ffn(const FfnArgs& given, const KernelTable& kernels, Parallel& para
 
   // Widths decide who computes an element, never how, so they may depend on the shapes.
   const int64_t share = 2 * a.F * row_bytes * G / (16 * parallel.threads());
-  const bool few_rows = a.n * a.A <= kFewRows * G;
+  // Few rows; and tiles, which lay out their rows in each task.
+  const bool few_rows = a.n * a.A <= kFewRows * G || plan.way.reads_x;
   const int64_t bytes = few_rows ? std::clamp<int64_t>(share, kTaskBytes, kFewTaskBytes) : kTaskBytes;
   const int64_t fw = task_width(2 * row_bytes, kBlock, bytes), f_tasks = parts(a.F, fw);
   auto hidden = [&](int64_t i) {
@@ -196,7 +202,7 @@ void expert_ffn(const FfnArgs& given, const KernelTable& kernels, Parallel& para
 
   auto output = [&](int64_t i) {
     const OutputTask& t = plan.tasks[i];
-    if (is_few(a, *t.g))
+    if (t.g->count <= plan.way.few_rows)
       kernels.ffn_partial(a, *t.g, t.block, t.begin, t.end);
     else
       kernels.ffn_output(a, *t.g, t.begin, t.end);

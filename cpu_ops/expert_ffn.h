@@ -66,12 +66,18 @@ inline int64_t hidden_block(const FfnArgs& a) {
 // Rows of one expert up to which its products wait for memory more than for arithmetic; one register tile on every machine.
 constexpr int64_t kFewRows = 4;
 
+// How a kernel goes about a call.
+struct FfnWay {
+  int64_t few_rows;  // up to so many rows of an expert ffn_partial is called, beyond them ffn_output
+  bool reads_x;      // ffn_hidden takes rows from x and lays them out in each task, instead of FfnArgs::rows
+};
+
 // The (token, choice) pairs of one slot.
 struct FfnGroup {
   int64_t slot, count;
   const int32_t* pairs;  // token * A + choice
   float* hidden;         // count * padded(F): of each register tile, which starts at its first row * padded(F), [F][rows]
-  float* partial;        // up to kFewRows rows: [blocks of hidden units][count][padded(M)]
+  float* partial;        // up to FfnWay::few_rows: [blocks of hidden units][count][padded(M)]
 };
 
 // The pairs of a call by slot. A thread keeps one from call to call, so that in a steady state nothing is allocated.

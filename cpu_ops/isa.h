@@ -13,6 +13,7 @@ struct AttentionRequest;
 struct AttentionState;
 struct FfnArgs;
 struct FfnGroup;
+struct FfnWay;
 struct ProductArgs;
 struct RowwiseArgs;
 
@@ -26,6 +27,7 @@ struct KernelTable {
   void (*attention_finish)(const AttentionArgs&, const AttentionRequest& r, int64_t k, const AttentionState& total);
   // n numbers from `at` on as 4-bit weights meet them, in integer_floats(n).
   void (*integers_from)(const void* from, DType type, int64_t at, int64_t n, float* to);
+  FfnWay (*ffn_way)(const FfnArgs&);
   void (*ffn_hidden)(const FfnArgs&, const FfnGroup&, int64_t f_begin, int64_t f_end);
   void (*ffn_output)(const FfnArgs&, const FfnGroup&, int64_t m_begin, int64_t m_end);
   void (*ffn_partial)(const FfnArgs&, const FfnGroup&, int64_t block, int64_t m_begin, int64_t m_end);

@@ -25,6 +25,7 @@ struct Rows {
 #include "expert_ffn_kernel.inc"
 #include "expert_ffn_lossless_kernel.inc"
 #include "integers_kernel.inc"
+#include "tiles_kernel.inc"
 #include "expert_ffn_4bit_kernel.inc"
 #include "rowwise_ffn_kernel.inc"
 #include "few_rows_product_kernel.inc"
@@ -61,7 +62,7 @@ double read_sum(const void* data, int64_t bytes) {  // four runs side by side, a
 
 const KernelTable& table() {
   static const KernelTable t = {
-      SPECMOE_TEXT(SPECMOE_ISA), kLanes, attention_chunk, attention_merge, attention_finish, integers_from, ffn_hidden, ffn_output,
+      SPECMOE_TEXT(SPECMOE_ISA), kLanes, attention_chunk, attention_merge, attention_finish, integers_from, ffn_way, ffn_hidden, ffn_output,
       ffn_partial, rowwise_hidden, rowwise_output, product_row_floats, product_gather, product_range, fma_peak, read_sum};
   return t;
 }

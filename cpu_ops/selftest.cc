@@ -229,7 +229,7 @@ uint16_t bfloat16_bits(float f) {  // towards zero
 
 // bfloat16 experts in 12 bits: to the bits of the kernel of bfloat16, with weights of every size and some zeros, in one array and by
 // addresses, odd ones too.
-double lossless_ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, int threads) {
+double lossless_ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, DType x_type, int threads) {
   const int64_t R = 2, A = 2, rows = 3 * F, size = rows * M, ld = groups_of(M) * kGroup;
   const int64_t room = exceptions(F, M), bytes = packed_expert_bytes(DType::kLossless, F, M);
   Exact<float> x(n * M), y(n * A * M), again(n * A * M);
@@ -266,6 +266,10 @@ double lossless_ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F,
     for (; used < room; ++used) std::memcpy(places + 4 * used, &none, 4);
   }
   FfnArgs a = ffn_args(n, A, M, F, R, x.data, slots.data, y.data);
+  Exact<uint16_t> half(n * M);
+  for (int64_t i = 0; i < half.size; ++i) half[i] = bfloat16_bits(x[i]);
+  if (x_type == DType::kBF16) a.x = half.data;
+  a.x_type = x_type;
   Threads parallel(threads);
   a.w_type = DType::kBF16;
   a.expert_bytes = 2 * size;
@@ -285,6 +289,53 @@ double lossless_ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F,
   const void* table[R] = {packed.data, apart.data + 1};  // the second in pages that may be away
   a.table = table;
   return differs() ? INFINITY : 0;
+}
+
+// Rows and one expert in bfloat16 against sums in double: the largest difference, relative beyond 1. Infinite where a row by itself has other
+// bits.
+double bfloat16_ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, int threads) {
+  Exact<uint16_t> x(n * M), w(3 * F * M);
+  Exact<float> y(n * M), alone(M);
+  Exact<int32_t> slots(n);
+  for (int64_t i = 0; i < x.size; ++i) x[i] = bfloat16_bits(draw());
+  for (int64_t i = 0; i < w.size; ++i) w[i] = bfloat16_bits(draw() / std::sqrt(static_cast<float>(i < 2 * F * M ? M : F)));
+  std::memset(slots.data, 0, n * sizeof(int32_t));
+  FfnArgs a = ffn_args(n, 1, M, F, 1, nullptr, slots.data, y.data);
+  a.x = x.data;
+  a.x_type = a.w_type = DType::kBF16;
+  a.expert_bytes = 3 * F * M * 2;
+  a.blocks = w.data;
+  Threads parallel(threads);
+  expert_ffn(a, kernels, parallel);
+  const auto value = [](uint16_t bits) {
+    const uint32_t whole = static_cast<uint32_t>(bits) << 16;
+    float f;
+    std::memcpy(&f, &whole, 4);
+    return static_cast<double>(f);
+  };
+  double worst = 0;
+  std::vector<double> hidden(F);
+  for (int64_t r = 0; r < n; ++r) {
+    for (int64_t f = 0; f < F; ++f) {
+      double gate = 0, up = 0;
+      for (int64_t m = 0; m < M; ++m) {
+        gate += value(x[r * M + m]) * value(w[f * M + m]);
+        up += value(x[r * M + m]) * value(w[(F + f) * M + m]);
+      }
+      hidden[f] = gate / (1 + std::exp(-gate)) * up;
+    }
+    for (int64_t m = 0; m < M; ++m) {
+      double want = 0;
+      for (int64_t f = 0; f < F; ++f) want += hidden[f] * value(w[(2 * F + f) * M + m]);
+      worst = std::fmax(worst, std::fabs(y[r * M + m] - want) / (1 + std::fabs(want)));
+    }
+    a.n = 1;
+    a.x = x.data + r * M;
+    a.y = alone.data;
+    expert_ffn(a, kernels, parallel);
+    if (std::memcmp(alone.data, y.data + r * M, M * sizeof(float)) != 0) return INFINITY;
+  }
+  return worst;
 }
 
 // One matrix of a format whose every weight is 3 times the scale, a power of two.
@@ -490,7 +541,10 @@ int main() {
         const double most = type == DType::kI4 ? 4e-4 : 1e-4;  // the integers of 16 bits of a sum that is near zero
         for (int64_t M : {1, 8, 64, 256}) failures += !(packed_ffn(kernels, n, M, 5 + 80 * n, type, n % 2 + 1) <= most);
       }
-      for (int64_t M : {1, 13, 64, 300, 1100}) failures += lossless_ffn(kernels, n, M, 5 + 11 * n, n % 2 + 1) != 0;
+      for (int64_t M : {1, 13, 64, 300, 1100}) {
+        for (DType x : {DType::kF32, DType::kBF16}) failures += lossless_ffn(kernels, n, M, 5 + 11 * n, x, n % 2 + 1) != 0;
+        for (int64_t rows : {n, 2 * n + 13}) failures += !(bfloat16_ffn(kernels, rows, M, 5 + 16 * n, n % 2 + 1) <= 2e-5);
+      }
       for (int format = 0; format < static_cast<int>(RowFormat::kCount); ++format) {
         for (int64_t M : {32, 128}) failures += !(rowwise(kernels, n, M, 32 * (1 + n % 3), RowFormat(format), M == 32, n % 2 + 1) <= 1e-4);
       }

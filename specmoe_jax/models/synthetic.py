@@ -74,6 +74,12 @@ def synthetic_model(
     return with_synthetic_routing(random_model(config, seed=seed, dtype=dtype), skew=skew, topic_share=topic_share, seed=seed)
 
 
+def shaped_model(name: str, *, skew: float | None = None, topic_share: float = 0.5, dtype: str = "float32") -> Model:
+    """synthetic_model of a name in SHAPES, with the skew that is given there unless another is asked for."""
+    shape = SHAPES[name]
+    return synthetic_model(shape.config, skew=shape.skew if skew is None else skew, topic_share=topic_share, dtype=dtype)
+
+
 def with_synthetic_routing(model: Model, *, skew: float = NLLB_SKEW, topic_share: float = 0.5, seed: int = 0) -> Model:
     """The model with other routers, embeddings and output matrix: in every layer the Gini coefficient of the expert counts over a
     large batch is `skew`.

@@ -14,7 +14,7 @@ from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.registry import EXPERT_FLOWS
 from specmoe_jax.planner.drafts.protocol import described
-from specmoe_jax.planner.drafts.search_starts import SearchStart
+from specmoe_jax.planner.drafts.search_starts import WORTH, Axis, SearchStart
 from specmoe_jax.planner.estimate import Prediction
 from specmoe_jax.planner.flows.protocol import ExpertFlowDescription
 from specmoe_jax.support.errors import MachineError, PlanError
@@ -23,8 +23,6 @@ LARGEST_BATCH = 1024
 WORTH_OF_A_DRAFT = 1.15  # acceptance differs from prompt to prompt
 EQUAL = 1.01  # closer predictions are one: then the smaller value is taken, shorter drafts and fewer pinned experts (with
 # `retain`, what was used last is found again more often than what is used most: 1.06 and 1.16 at equal predictions)
-WORTH = 1.03  # the least gain of one more mechanism: predictions are no more exact than that
-LEAST_GAINS = {"prefetch": WORTH, "host_share": WORTH, "retain": 1.0}  # retain gains more than is predicted, as said above
 
 
 class Choice(NamedTuple):
@@ -127,32 +125,30 @@ class _Scan:
             return None
         for _ in range(2 if len(start.axes) > 1 else 1):
             before = best
-            for field, values in start.axes:
-                if field not in self._fixed:
-                    best = self._scan_values(best, field, values)
+            for axis in start.axes:
+                if axis.field not in self._fixed:
+                    best = self._scan_values(best, axis)
             if best is before:
                 break
         return best
 
     def _first(self, start: SearchStart, plan: Plan) -> Choice | None:
         """The start as it is, or with the smallest values where that does not fit."""
-        smallest = {k: v for field, values in start.axes if field not in self._fixed for k, v in _changes(field, values[0]).items()}
+        free = [axis for axis in start.axes if axis.field not in self._fixed]
+        smallest = {k: v for axis in free for k, v in _changes(axis.field, axis.values[0]).items()}
         return self._score(plan) or self._score(plan.replace(**smallest))
 
-    def _scan_values(self, best: Choice, field: str, values: tuple) -> Choice:
-        """All values, stopping after two in a row that are worse than the best.
-
-        All shares of the host are tried: with a small one the host costs as much as it saves.
-        """
-        worse = 0
+    def _scan_values(self, best: Choice, axis: Axis) -> Choice:
+        """All values; where the axis does not ask for the whole, until two in a row are worse than the best."""
+        (field, values), worse = axis[:2], 0
         for place, value in enumerate(values):
             choice = self._score(best.plan.replace(**_changes(field, value)))
             tried = [_changes(field, earlier)[field] for earlier in values[:place]]
             smaller = getattr(best.plan, field) in [_changes(field, later)[field] for later in values[place + 1 :]]
-            gain = LEAST_GAINS.get(field, 1 / EQUAL if smaller else EQUAL)
+            gain = axis.least_gain or (1 / EQUAL if smaller else EQUAL)
             if choice and choice.tokens_per_s > best.tokens_per_s * gain:
                 best, worse = choice, 0
-            elif field != "host_share" and (choice is None or (worse := worse + 1) == 2):
+            elif not axis.whole and (choice is None or (worse := worse + 1) == 2):
                 if choice is None or getattr(best.plan, field) in tried:
                     break
         return best

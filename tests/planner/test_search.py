@@ -12,13 +12,13 @@ from specmoe_jax.autotune.choose import Knowledge, as_line, choose, evaluate, ma
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.config.presets import PRESETS
 from specmoe_jax.planner.calibration import ASSUMED, Acceptance, Calibration, counted_skew, fitted_shares, unlike_rows
-from specmoe_jax.planner.drafts.search_starts import LENGTHS
+from specmoe_jax.planner.drafts.search_starts import LENGTHS, WORTH
 from specmoe_jax.planner.estimate import predict
 from specmoe_jax.planner.machines import machine
 from specmoe_jax.planner.measured.case import choosing
 from specmoe_jax.planner.measured.operators import WORK, LinearCost, Operators
 from specmoe_jax.planner.routing import choice_probabilities, distinct
-from specmoe_jax.planner.search import EQUAL, WORTH, WORTH_OF_A_DRAFT, search
+from specmoe_jax.planner.search import EQUAL, WORTH_OF_A_DRAFT, search
 from specmoe_jax.planner.workload import Workload, chance_deviation
 from specmoe_jax.support.errors import PlanError
 from specmoe_jax.testing import TINY, tiny

@@ -25,12 +25,12 @@ from specmoe_jax.config.presets import preset
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.engine.engine import Engine
 from specmoe_jax.models.model import Model
-from specmoe_jax.models.synthetic import synthetic_model, synthetic_prompts
+from specmoe_jax.models.synthetic import SHAPES, shaped_model, synthetic_prompts
 from specmoe_jax.planner.memory.account import account
 from specmoe_jax.support.errors import UserError
 
 _PART = flags.DEFINE_enum("part", "throughput", ["throughput", "balance"], "What is measured.")
-_MODEL = flags.DEFINE_string("model", "demo", "A checkpoint, or nllb_shaped: random, with a skewed routing.")
+_MODEL = flags.DEFINE_string("model", "demo", "A checkpoint, or of nllb_shaped, qwen3_shaped: random, with a skewed routing.")
 _PRESETS = flags.DEFINE_list("presets", ["on_demand", "specmoe", "streaming"], "Of throughput.")
 _BATCHES = flags.DEFINE_list("batches", ["64"], "Rows; throughput takes the first.")
 _COUNTS = flags.DEFINE_list("counts", ["1", "2", "4"], "Numbers of devices; throughput is over the first.")
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         said = f"this process has {len(jax.devices())} devices of {most}"
         raise UserError(f"{said}; set XLA_FLAGS=--xla_force_host_platform_device_count={most}")
     rows = max(map(int, _BATCHES.value))
-    model = synthetic_model() if _MODEL.value == "nllb_shaped" else load_model(_MODEL.value)
+    model = shaped_model(_MODEL.value) if _MODEL.value in SHAPES else load_model(_MODEL.value)
     prompts = prompts_of(model, 2 * rows)
     popularity = counted(model, prompts[rows:])
     if _PART.value == "balance":

@@ -35,7 +35,7 @@ from specmoe_jax.cli.shown.benchmark_table import as_text
 from specmoe_jax.config.sampling_params import SamplingParams
 from specmoe_jax.jobs.prompts import read_prompts
 from specmoe_jax.models.model import Model
-from specmoe_jax.models.synthetic import SHAPES, synthetic_model, synthetic_prompts
+from specmoe_jax.models.synthetic import SHAPES, shaped_model, synthetic_prompts
 from specmoe_jax.support.errors import RequestError, UserError
 from specmoe_jax.support.progress import PROGRESS
 
@@ -117,8 +117,7 @@ def choose_tables() -> list[str]:
 def make_setting() -> specmoe.Setting:
     synthetic = SHAPES.get(_MODEL.value)
     if synthetic:
-        skew = synthetic.skew if _SKEW.value is None else _SKEW.value
-        model = synthetic_model(synthetic.config, skew=skew, topic_share=_TOPIC_SHARE.value)
+        model = shaped_model(_MODEL.value, skew=_SKEW.value, topic_share=_TOPIC_SHARE.value)
     else:
         for name in ("skew", "topic_share"):
             if flags.FLAGS[name].present:

@@ -12,7 +12,7 @@ from specmoe_jax.planner import costs
 from specmoe_jax.planner.costs import Cost, Load
 from specmoe_jax.planner.drafts.checks import TREE_FIELDS, check_decoder
 from specmoe_jax.planner.drafts.protocol import DraftCosts, DraftDescription
-from specmoe_jax.planner.drafts.search_starts import LENGTHS, TREE_DEPTHS, SearchStart, tree
+from specmoe_jax.planner.drafts.search_starts import LENGTHS, TREE_DEPTHS, Axis, SearchStart, tree
 from specmoe_jax.planner.measured.case import Case
 from specmoe_jax.planner.measured.operators import Operators, draft_work
 from specmoe_jax.planner.memory.memory_account import DraftMemory
@@ -109,7 +109,7 @@ class EagleDraftDescription(DraftDescription):
         lengths = tuple(map(tree, TREE_DEPTHS)) if trees else LENGTHS
         first = tree(TREE_DEPTHS[0]) if trees else {"draft_length": LENGTHS[0]}
         paper = {"preset": "specmoeoff"} if flow.plan.flow.streams_layers else {}
-        return SearchStart(flow.plan.replace(draft=self.name, **first, **paper), (("draft_length", lengths), *flow.axes))
+        return SearchStart(flow.plan.replace(draft=self.name, **first, **paper), (Axis("draft_length", lengths), *flow.axes))
 
 
 def usual_head(config: ModelConfig) -> EagleConfig:

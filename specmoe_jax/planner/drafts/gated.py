@@ -10,7 +10,7 @@ from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import Load
 from specmoe_jax.planner.drafts.checks import GATED_FIELDS
 from specmoe_jax.planner.drafts.protocol import DraftCosts, DraftDescription
-from specmoe_jax.planner.drafts.search_starts import LENGTHS, SearchStart, expert_counts
+from specmoe_jax.planner.drafts.search_starts import LENGTHS, WORTH, Axis, SearchStart, expert_counts
 from specmoe_jax.planner.layer_costs import resident_pass
 from specmoe_jax.planner.measured.case import Case, kept_experts, layer_work
 from specmoe_jax.planner.measured.operators import Operators, draft_work
@@ -86,8 +86,9 @@ class GatedDraftDescription(DraftDescription):
     def start(self, config: ModelConfig, flow: SearchStart, *, trees: bool = False) -> SearchStart | None:
         if not flow.plan.flow.keeps_experts or flow.plan.cached_experts:
             return None
-        own = (("draft_experts", expert_counts(config.num_experts)), ("draft_length", LENGTHS))
-        return SearchStart(preset("specmoe", config).replace(draft=self.name), (*own, *flow.axes, ("prefetch", ("none", "draft"))))
+        own = (Axis("draft_experts", expert_counts(config.num_experts)), Axis("draft_length", LENGTHS))
+        prefetch = Axis("prefetch", ("none", "draft"), least_gain=WORTH)
+        return SearchStart(preset("specmoe", config).replace(draft=self.name), (*own, *flow.axes, prefetch))
 
 
 def mean_experts(plan: Plan) -> float:

@@ -12,7 +12,7 @@ from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import Cost, Load
 from specmoe_jax.planner.drafts.checks import TREE_FIELDS
 from specmoe_jax.planner.drafts.protocol import DraftCosts, DraftDescription
-from specmoe_jax.planner.drafts.search_starts import LENGTHS, TREE_DEPTHS, SearchStart, tree
+from specmoe_jax.planner.drafts.search_starts import LENGTHS, TREE_DEPTHS, Axis, SearchStart, tree
 from specmoe_jax.planner.memory.memory_account import DraftMemory
 from specmoe_jax.support.errors import PlanError
 
@@ -103,7 +103,7 @@ class MtpDraftDescription(DraftDescription):
         lengths = LENGTHS if config.mtp_layers == 1 else tuple(range(1, config.mtp_layers + 1))
         choices = tuple(map(tree, TREE_DEPTHS)) if trees else lengths
         first = tree(TREE_DEPTHS[0]) if trees else {"draft_length": lengths[0]}
-        return SearchStart(flow.plan.replace(draft=self.name, **first), (("draft_length", choices), *flow.axes))
+        return SearchStart(flow.plan.replace(draft=self.name, **first), (Axis("draft_length", choices), *flow.axes))
 
 
 def _hot(plan: Plan) -> int | None:

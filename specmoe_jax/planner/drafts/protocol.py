@@ -11,7 +11,7 @@ from specmoe_jax.config.registry import DRAFTS
 from specmoe_jax.models.eagle.config import EagleConfig
 from specmoe_jax.planner.costs import Cost, Load
 from specmoe_jax.planner.drafts.checks import CHAIN_FIELDS, check_fields, check_length, check_tree
-from specmoe_jax.planner.drafts.search_starts import LENGTHS, SearchStart
+from specmoe_jax.planner.drafts.search_starts import LENGTHS, Axis, SearchStart
 from specmoe_jax.planner.memory.memory_account import DraftMemory
 from specmoe_jax.support.errors import PlanError
 
@@ -138,7 +138,7 @@ class DraftDescription(Protocol):
     def start(self, config: ModelConfig, flow: SearchStart, *, trees: bool = False) -> SearchStart | None:
         """Where the search starts with this draft under an expert flow; None where they do not go together."""
         first = flow.plan.replace(draft=self.name, draft_length=LENGTHS[0])
-        return SearchStart(first, (("draft_length", LENGTHS), *flow.axes))
+        return SearchStart(first, (Axis("draft_length", LENGTHS), *flow.axes))
 
     def smaller(self, config: ModelConfig) -> dict:
         """Fields of a plan that needs less memory."""

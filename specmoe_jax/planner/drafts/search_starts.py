@@ -8,14 +8,27 @@ LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10)
 TREE_DEPTHS, TREE_TOP_K, TREE_NODES = (2, 3, 4, 6), 4, 2  # of drafted trees: depths, branches of a node, nodes kept a level
 
 
-class SearchStart(NamedTuple):
-    """A family of plans: its first plan, and the choices to scan in turn, each as (field, values in order).
+WORTH = 1.03  # the least gain of one more mechanism: predictions are no more exact than that
 
-    A value that changes several fields at once is a dict.
+
+class Axis(NamedTuple):
+    """One choice of the plan: a field and its values in order, of which one that changes several fields at once is a dict.
+
+    least_gain: of tokens/s, by which another value has to be better; None: by what tells two predictions apart. whole: every value
+    is tried, because those between may be worse than both ends; a scan ends otherwise after two in a row that do not help.
     """
 
+    field: str
+    values: tuple
+    least_gain: float | None = None
+    whole: bool = False
+
+
+class SearchStart(NamedTuple):
+    """A family of plans: its first plan, and the choices to scan in turn."""
+
     plan: Plan
-    axes: tuple[tuple[str, tuple], ...]
+    axes: tuple[Axis, ...]
 
 
 def tree(depth: int) -> dict:

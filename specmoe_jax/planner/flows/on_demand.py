@@ -11,7 +11,7 @@ from specmoe_jax.offload.homes import most_experts
 from specmoe_jax.ops import isas
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import Cost, Load
-from specmoe_jax.planner.drafts.search_starts import SearchStart, expert_counts
+from specmoe_jax.planner.drafts.search_starts import WORTH, Axis, SearchStart, expert_counts
 from specmoe_jax.planner.flows.pooled import PooledFlowDescription, disk_reads, without_kernel
 from specmoe_jax.planner.flows.protocol import FlowMemory
 from specmoe_jax.planner.layer_costs import layers_alike
@@ -22,7 +22,8 @@ from specmoe_jax.planner.memory.memory_account import PagedLoad, arriving_expert
 from specmoe_jax.planner.passes import LayerCosts, Setting, layer_by_layer
 from specmoe_jax.support.errors import MachineError, PlanError
 
-HOST_SHARES = ("host_share", (None, 0.25, 0.5, 0.75, 1.0))  # an axis of the search
+HOST_SHARES = Axis("host_share", (None, 0.25, 0.5, 0.75, 1.0), WORTH, whole=True)  # a small share costs as much as it saves
+RETAIN = Axis("retain", (False, True), least_gain=1.0)  # gains more than is predicted (search.EQUAL)
 GATES_RIGHT = 0.8  # of a pass's misses, the share that the draft's gates foresee (prefetch=draft)
 
 
@@ -120,10 +121,10 @@ class OnDemandFlowDescription(PooledFlowDescription):
         return MeasuredPass(layers * layer_s + dense_s, drafted_s + layers * naive_s + dense_s, layers * link_s, layers * misses)
 
     def search_starts(self, config: ModelConfig) -> Iterable[SearchStart]:
-        retain = ("retain", (False, True))
+        cached = Axis("cached_experts", expert_counts(config.num_experts))
         return (
-            SearchStart(preset("on_demand", config), (retain, HOST_SHARES)),
-            SearchStart(preset("caching", config), (("cached_experts", expert_counts(config.num_experts)), retain, HOST_SHARES)),
+            SearchStart(preset("on_demand", config), (RETAIN, HOST_SHARES)),
+            SearchStart(preset("caching", config), (cached, RETAIN, HOST_SHARES)),
         )
 
 

@@ -12,7 +12,7 @@ from specmoe_jax.offload.homes import most_experts
 from specmoe_jax.offload.stream_schedule import RESOURCES, UP, Task, pass_tasks, spread
 from specmoe_jax.planner import costs, routing
 from specmoe_jax.planner.costs import DISK, NETWORK, PEERS, Cost, Load
-from specmoe_jax.planner.drafts.search_starts import SearchStart
+from specmoe_jax.planner.drafts.search_starts import Axis, SearchStart
 from specmoe_jax.planner.flows.protocol import FlowMemory
 from specmoe_jax.planner.measured.case import Case, MeasuredPass, layer_work
 from specmoe_jax.planner.measured.operators import Operators
@@ -219,7 +219,7 @@ class StreamFlowDescription:
         return rounds / (max(rounds, 1.0) - 1 + slowest_row_factor)
 
     def search_starts(self, config: ModelConfig) -> Iterable[SearchStart]:
-        axes = (("micro_batches", MICRO_BATCHES),)
+        axes = (Axis("micro_batches", MICRO_BATCHES),)
         return (SearchStart(preset("streaming", config), axes),)
 
 

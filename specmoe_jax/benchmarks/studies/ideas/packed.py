@@ -21,7 +21,7 @@ from specmoe_jax.checkpoints.conversion.convert import convert
 from specmoe_jax.models.model import Model
 from specmoe_jax.models.packing.registry import LOSSLESS
 from specmoe_jax.models.quantised import quantise
-from specmoe_jax.models.synthetic import SHAPES, synthetic_model, synthetic_prompts
+from specmoe_jax.models.synthetic import SHAPES, shaped_model, synthetic_prompts
 
 DEMAND = {"retain": True, "retain_policy": "drafted"}
 
@@ -50,7 +50,7 @@ def equal_experts(plain: Model, packed: Model, experts: int) -> int:
 def forms(model: str, folder: pathlib.Path | None) -> tuple[Model, Model]:
     """The model in bfloat16, its experts as they are and in 12 bits."""
     if model in SHAPES:
-        plain = synthetic_model(SHAPES[model].config, skew=SHAPES[model].skew, dtype="bfloat16")
+        plain = shaped_model(model, dtype="bfloat16")
         return plain, quantise(plain, LOSSLESS)
     if folder is None:
         raise SystemExit("--folder is needed, for the converted forms of the checkpoint")

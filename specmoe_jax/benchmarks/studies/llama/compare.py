@@ -109,6 +109,14 @@ def step_bytes(c: dict, ours: Ours, rows: int) -> float:
     return (c["num_hidden_layers"] * layer + c["vocab_size"] * hidden * ours.bits) / 8
 
 
+def without_amx() -> dict[str, str]:
+    """What the build of llama.cpp is told on a CPU with AMX: ggml 0.25.3 built by GCC 12 crashes there (its issue 20824)."""
+    if "amx_tile" not in pathlib.Path("/proc/cpuinfo").read_text():
+        return {}
+    flags = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+    return {"CMAKE_ARGS": f"-DCMAKE_C_FLAGS='{flags}' -DCMAKE_CXX_FLAGS='{flags}'"}
+
+
 def llama_python(folder: pathlib.Path) -> str | None:
     """Of a virtual environment with llama-cpp-python, built where it is not there; None where it cannot be built."""
     home = folder / "llama"
@@ -116,7 +124,7 @@ def llama_python(folder: pathlib.Path) -> str | None:
     if not python.exists():
         venv.create(home, with_pip=True)
     build = [str(python), "-m", "pip", "install", "--quiet", "--no-binary=llama-cpp-python", "llama-cpp-python"]
-    found = subprocess.run(build, capture_output=True, text=True, check=False)
+    found = subprocess.run(build, capture_output=True, text=True, check=False, env=os.environ | without_amx())
     if found.returncode:
         print(f"llama.cpp is left out, its build failed: {found.stderr.strip().splitlines()[-1]}", flush=True)
         return None
@@ -152,7 +160,10 @@ def busy_s(pid: int | None = None) -> float:
     if pid is None:
         user, nice, system, *_ = map(int, pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:])
         return (user + nice + system) / os.sysconf("SC_CLK_TCK")
-    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    try:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except FileNotFoundError:  # it ended, of which whoever asks it next says more
+        return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 

@@ -12,10 +12,11 @@ WORTH = 1.03  # the least gain of one more mechanism: predictions are no more ex
 
 
 class Axis(NamedTuple):
-    """One choice of the plan: a field and its values in order, of which one that changes several fields at once is a dict.
+    """One choice of the plan: a field and its values in order; one that changes several fields is a dict.
 
-    least_gain: of tokens/s, by which another value has to be better; None: by what tells two predictions apart. whole: every value
-    is tried, because those between may be worse than both ends; a scan ends otherwise after two in a row that do not help.
+    least_gain: of tokens/s, by which another value has to be better; None: by what tells two predictions
+    apart. whole: every value is tried, because those between may be worse than both ends; a scan ends
+    otherwise after two in a row that do not help.
     """
 
     field: str

@@ -22,7 +22,8 @@ from specmoe_jax.planner.memory.memory_account import PagedLoad, arriving_expert
 from specmoe_jax.planner.passes import LayerCosts, Setting, layer_by_layer
 from specmoe_jax.support.errors import MachineError, PlanError
 
-HOST_SHARES = Axis("host_share", (None, 0.25, 0.5, 0.75, 1.0), WORTH, whole=True)  # a small share costs as much as it saves
+# Whole: a small share costs as much as it saves.
+HOST_SHARES = Axis("host_share", (None, 0.25, 0.5, 0.75, 1.0), least_gain=WORTH, whole=True)
 RETAIN = Axis("retain", (False, True), least_gain=1.0)  # gains more than is predicted (search.EQUAL)
 GATES_RIGHT = 0.8  # of a pass's misses, the share that the draft's gates foresee (prefetch=draft)
 

@@ -110,7 +110,7 @@ def step_bytes(c: dict, ours: Ours, rows: int) -> float:
 
 
 def without_amx() -> dict[str, str]:
-    """What the build of llama.cpp is told on a CPU with AMX: ggml 0.25.3 built by GCC 12 crashes there (its issue 20824)."""
+    """For the build of llama.cpp on a CPU with AMX: ggml 0.25.3 by GCC 12 crashes there (its issue 20824)."""
     if "amx_tile" not in pathlib.Path("/proc/cpuinfo").read_text():
         return {}
     flags = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"

@@ -52,9 +52,12 @@ def dense(x, blocks, slots, experts):
 
 
 def through_layers(ffn: Callable, x, blocks, slots):
-    """x [n, M], blocks [calls * experts, 3, F, M], slots [calls, n, CHOICES] -> what comes out of the last layer [n, M]."""
-    layer = lambda x, slots: (x + 0.1 * ffn(x, blocks, slots).mean(1), None)  # noqa: E731
-    return jax.lax.scan(layer, x, slots)[0]
+    """x [n, M], blocks [calls * experts, 3, F, M], slots [calls, n, CHOICES] -> the sum of what comes out of the layers [n, M].
+
+    Each is given x itself: what one form rounds otherwise than another is then not carried on.
+    """
+    layer = lambda total, slots: (total + 0.1 * ffn(x, blocks, slots).mean(1), None)  # noqa: E731
+    return jax.lax.scan(layer, jnp.zeros(x.shape, jnp.float32), slots)[0]
 
 
 def weights(s: Layers) -> jax.Array:
@@ -112,9 +115,9 @@ def _packed_expert(config: ExpertConfig) -> np.ndarray:
 
 
 def inputs(s: Layers, n: int) -> tuple[jax.Array, jax.Array]:
-    """x [n, M] and the slots [calls, n, CHOICES] of a random routing."""
+    """x [n, M] in bfloat16, as a model of that type has it, and the slots [calls, n, CHOICES] of a random routing."""
     rng = np.random.default_rng(n)
-    x = jnp.asarray(rng.standard_normal((n, s.M), np.float32))
+    x = jnp.asarray(rng.standard_normal((n, s.M), np.float32), jnp.bfloat16)
     chosen = np.array([[rng.choice(s.experts, CHOICES, replace=False) for _ in range(n)] for _ in range(s.calls)])
     return x, jnp.asarray(chosen + s.experts * np.arange(s.calls)[:, None, None], jnp.int32)
 

@@ -85,6 +85,11 @@ def isas() -> list[str]:
     return [] if loaded is None else loaded.isas()
 
 
+def has_tiles() -> bool:
+    """Whether the kernels multiply bfloat16 in the tiles of AMX."""
+    return module() is not None and {"auto": isas()[0]}.get(isa := choice()["isa"], isa) == "amx"
+
+
 def choice() -> dict:
     """Attributes that every handler takes: SPECMOE_ISA forces an instruction set, SPECMOE_THREADS bounds the threads (0: all)."""
     isa = os.environ.get("SPECMOE_ISA", "auto")

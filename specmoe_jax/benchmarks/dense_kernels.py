@@ -12,6 +12,7 @@ from specmoe_jax.ops.cpu import dense
 from specmoe_jax.ops.xla import dense as xla
 
 CALL_BYTES = 1 << 26  # weights of one program: its matrices are multiplied in turn, so that what a call costs does not show
+MOST_CALLS = 64  # each is a part of the program by itself
 
 
 class Matrix(NamedTuple):
@@ -31,7 +32,7 @@ def products(form, x, weights):
 
 def dense_rows(s: Matrix, dtype: jnp.dtype, rows: list[int], rounds: Rounds):
     """One row for each number of rows of x."""
-    calls = max(1, CALL_BYTES // (s.N * s.M * dtype.itemsize))
+    calls = min(max(1, CALL_BYTES // (s.N * s.M * dtype.itemsize)), MOST_CALLS)
     values = np.random.default_rng(0).standard_normal(1_000_003, np.float32)
     weights = [jnp.asarray(np.resize(values, (s.N, s.M)), dtype) for _ in range(calls)]
     for n in rows:

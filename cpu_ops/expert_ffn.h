@@ -76,7 +76,8 @@ struct FfnWay {
 struct FfnGroup {
   int64_t slot, count;
   const int32_t* pairs;  // token * A + choice
-  float* hidden;         // count * padded(F): of each register tile, which starts at its first row * padded(F), [F][rows]
+  // count * padded(F): of each register tile, which starts at its first row * padded(F), [F][rows]; of tiles of AMX two planes (HiddenPlanes)
+  float* hidden;
   float* partial;        // up to FfnWay::few_rows: [blocks of hidden units][count][padded(M)]
 };
 

@@ -11,7 +11,6 @@ namespace {
 // One unit of work reads about this much of W: far above the cost of claiming it, yet small enough that all threads end together.
 // Where arithmetic takes longer than reading, fewer bytes are as much work.
 constexpr int64_t kTaskBytes = 128 * 1024, kFewTaskBytes = 1024 * 1024, kMostShares = 4;
-constexpr int64_t kRows = 32;  // of W, which a unit of work has in multiples: two tiles of AMX
 
 }  // namespace
 
@@ -26,7 +25,8 @@ void few_rows_product(const ProductArgs& given, const KernelTable& kernels, Para
   const int64_t least = kTaskBytes / std::clamp<int64_t>(a.n / 4, 1, kMostShares);
   const int64_t bytes = std::clamp(share, least, kFewTaskBytes);
   // Widths decide who computes an element, never how.
-  const int64_t width = std::max<int64_t>(1, bytes / row_bytes / kRows) * kRows, tasks = (a.N + width - 1) / width;
+  const int64_t multiple = kernels.product_multiple(a);
+  const int64_t width = std::max<int64_t>(1, bytes / row_bytes / multiple) * multiple, tasks = (a.N + width - 1) / width;
   auto task = [&](int64_t i) { kernels.product_range(a, i * width, std::min(a.N, (i + 1) * width)); };
   if (tasks == 1)
     task(0);

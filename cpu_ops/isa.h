@@ -33,6 +33,7 @@ struct KernelTable {
   void (*ffn_partial)(const FfnArgs&, const FfnGroup&, int64_t block, int64_t m_begin, int64_t m_end);
   void (*rowwise_hidden)(const RowwiseArgs&, const FfnGroup&, int64_t f_begin, int64_t f_end);
   void (*rowwise_output)(const RowwiseArgs&, const FfnGroup&, int64_t m_begin, int64_t m_end);
+  int64_t (*product_multiple)(const ProductArgs&);  // of rows of W, which product_range meets together
   int64_t (*product_row_floats)(const ProductArgs&);
   void (*product_gather)(const ProductArgs&, float* rows);
   void (*product_range)(const ProductArgs&, int64_t begin, int64_t end);  // rows [begin, end) of W

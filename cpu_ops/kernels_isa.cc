@@ -63,7 +63,7 @@ double read_sum(const void* data, int64_t bytes) {  // four runs side by side, a
 const KernelTable& table() {
   static const KernelTable t = {
       SPECMOE_TEXT(SPECMOE_ISA), kLanes, attention_chunk, attention_merge, attention_finish, integers_from, ffn_way, ffn_hidden, ffn_output,
-      ffn_partial, rowwise_hidden, rowwise_output, product_row_floats, product_gather, product_range, fma_peak, read_sum};
+      ffn_partial, rowwise_hidden, rowwise_output, product_multiple, product_row_floats, product_gather, product_range, fma_peak, read_sum};
   return t;
 }
 

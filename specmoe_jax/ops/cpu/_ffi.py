@@ -87,7 +87,8 @@ def isas() -> list[str]:
 
 def has_tiles() -> bool:
     """Whether the kernels multiply bfloat16 in the tiles of AMX."""
-    return module() is not None and {"auto": isas()[0]}.get(isa := choice()["isa"], isa) == "amx"
+    isa = choice()["isa"]
+    return module() is not None and (isas()[0] if isa == "auto" else isa) == "amx"
 
 
 def choice() -> dict:

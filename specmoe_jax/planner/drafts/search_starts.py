@@ -6,8 +6,6 @@ from specmoe_jax.config.plan import Plan
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10)
 TREE_DEPTHS, TREE_TOP_K, TREE_NODES = (2, 3, 4, 6), 4, 2  # of drafted trees: depths, branches of a node, nodes kept a level
-
-
 WORTH = 1.03  # the least gain of one more mechanism: predictions are no more exact than that
 
 

@@ -21,6 +21,7 @@ struct Rows {
   static constexpr int n = N;
 };
 
+#include "tiles.inc"
 #include "chunked_attention_kernel.inc"
 #include "expert_ffn_kernel.inc"
 #include "expert_ffn_lossless_kernel.inc"

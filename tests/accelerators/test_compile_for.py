@@ -1,5 +1,6 @@
 """What the compilers for a GPU and a TPU make of the engine's programs, without either."""
 
+import concurrent.futures
 import importlib.util
 import json
 import os
@@ -10,7 +11,8 @@ import sys
 import pytest
 
 HERE = pathlib.Path(__file__).parent
-COMPILERS = {"h200": "jax_plugins.xla_cuda13", "v5e": "libtpu"}
+CUDA, TPU = "jax_plugins.xla_cuda13", "libtpu"
+COMPILERS = {"h200": CUDA, "v5e": TPU, "v5e_8": TPU}
 
 
 def is_there(module: str) -> bool:
@@ -18,8 +20,9 @@ def is_there(module: str) -> bool:
     return importlib.util.find_spec(package) is not None and importlib.util.find_spec(module) is not None
 
 
-def outcome(target: str, compiler: str) -> dict:
+def outcome(target: str) -> dict:
     """Of compile_for.py."""
+    compiler = COMPILERS[target]
     if not is_there(compiler):
         pytest.skip(f"needs the wheels of {compiler} on PYTHONPATH, see .ci/run")
     paths = [HERE, HERE.parent / "engine", HERE.parent.parent]
@@ -29,9 +32,18 @@ def outcome(target: str, compiler: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.fixture(scope="module", params=COMPILERS)
-def found(request):
-    return outcome(request.param, COMPILERS[request.param])
+@pytest.fixture(scope="module")
+def outcomes():
+    """Each compiler works through its targets, beside the other."""
+    pools = {compiler: concurrent.futures.ThreadPoolExecutor(1) for compiler in (CUDA, TPU)}
+    yield {target: pools[compiler].submit(outcome, target) for target, compiler in COMPILERS.items()}
+    for pool in pools.values():
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module", params=["h200", "v5e"])
+def found(request, outcomes):
+    return outcomes[request.param].result()
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +79,9 @@ def test_programs_of_four_devices(found, programs):
     assert {"attention", "draft_chain", "experts_and_attention", "head"} <= {program["name"] for program in divided}
 
 
-def test_programs_of_eight_devices():
+def test_programs_of_eight_devices(outcomes):
     """Of a TPU's description of eight chips: they compile, exchange outputs, and none waits for the link."""
-    programs = outcome("v5e_8", COMPILERS["v5e"])["programs"]
+    programs = outcomes["v5e_8"].result()["programs"]
     assert [program for program in programs if program["failed"]] == []
     assert {"draft_chain", "experts", "experts_and_attention"} <= {program["name"] for program in programs}
     assert any(program["divides_rows"] for program in programs)

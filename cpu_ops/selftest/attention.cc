@@ -14,7 +14,7 @@ struct Shape {
   int threads;
 };
 
-// Float32 and bfloat16 against doubles; int8 only has to stay in bounds and finite. half: queries are bfloat16.
+// Against doubles. half: queries are bfloat16.
 double attention(const KernelTable& kernels, const Shape& s, DType type, bool half, bool packed) {
   const int64_t item = type == DType::kF32 ? 4 : type == DType::kBF16 ? 2 : 1;
   const int64_t S = packed ? padded(s.S) : s.S, cache = s.B * s.K * S * s.D;
@@ -32,14 +32,16 @@ double attention(const KernelTable& kernels, const Shape& s, DType type, bool ha
   }
   for (auto* x : {&k, &v}) {
     std::memset(x->data, 0, x->size);
-    for (int64_t i = 0; item > 1 && i < cache; ++i) {
+    for (int64_t i = 0; i < cache; ++i) {
       const float f = draw();
       const uint16_t bits = bfloat16_bits(f);
-      if (item == 4) std::memcpy(x->data + 4 * i, &f, 4);
-      if (item == 2) std::memcpy(x->data + 2 * i, &bits, 2);
+      const auto code = static_cast<int8_t>(f * 30);
+      std::memcpy(x->data + item * i, item == 4 ? static_cast<const void*>(&f) : item == 2 ? static_cast<const void*>(&bits) : &code, item);
     }
   }
-  for (int64_t i = 0; i < k_scale.size; ++i) k_scale[i] = v_scale[i] = 0.01f;
+  for (auto* x : {&k_scale, &v_scale}) {
+    for (int64_t i = 0; i < x->size; ++i) (*x)[i] = 0.03f + 0.01f * draw();
+  }
   for (int64_t b = 0; b < s.B; ++b) {
     lengths[b] = b == 0 ? s.S - s.T : b % (s.S - s.T + 1);
     num_new[b] = s.T;
@@ -71,8 +73,8 @@ double attention(const KernelTable& kernels, const Shape& s, DType type, bool ha
   chunked_attention(a, kernels, parallel);
   double worst = 0;
   for (int64_t i = 0; i < out.size; ++i) worst = std::isfinite(out[i]) ? worst : INFINITY;
-  if (item == 1) return worst;
-  const auto number = [&](const Exact<char>& from, int64_t i) {
+  const auto number = [&](const Exact<char>& from, const Exact<float>& scale, int64_t token, int64_t i) {
+    if (item == 1) return static_cast<int8_t>(from.data[i]) * static_cast<double>(scale.data[token]);
     uint32_t bits = 0;
     std::memcpy(&bits, from.data + i * item, item);
     if (item == 2) return of_bfloat16(static_cast<uint16_t>(bits));
@@ -91,10 +93,10 @@ double attention(const KernelTable& kernels, const Shape& s, DType type, bool ha
     double total = 0;
     for (int64_t p = 0; p <= lengths[b] + t; ++p) {
       double logit = 0;
-      for (int64_t d = 0; d < s.D; ++d) logit += static_cast<double>(q[i * s.D + d]) * number(k, key(head + p, d));
+      for (int64_t d = 0; d < s.D; ++d) logit += static_cast<double>(q[i * s.D + d]) * number(k, k_scale, head + p, key(head + p, d));
       const double e = std::exp(logit * a.scale);
       total += e;
-      for (int64_t d = 0; d < s.D; ++d) sum[d] += e * number(v, (head + p) * s.D + d);
+      for (int64_t d = 0; d < s.D; ++d) sum[d] += e * number(v, v_scale, head + p, (head + p) * s.D + d);
     }
     for (int64_t d = 0; d < s.D; ++d) worst = std::fmax(worst, std::fabs(sum[d] / total - out[i * s.D + d]));
   }

@@ -26,6 +26,19 @@ from specmoe_jax.models.quantised import quantise
 from specmoe_jax.models.synthetic import SHAPES, shaped_model, synthetic_prompts
 
 DEMAND = {"retain": True, "retain_policy": "drafted"}
+# Of what a row has, in the order of --output.
+KEPT = (
+    "decode_tokens_per_s",
+    "ratios",
+    "link_bytes_per_token",
+    "tokens_per_step",
+    "peak_accelerator_bytes",
+    "steps",
+    "base",
+    "acceptance_by_position",
+    "compilations_after_warmup",
+    "synthetic",
+)
 
 
 def best(setting: Setting, batch: int, top: int) -> dict[str, Plan]:
@@ -113,7 +126,7 @@ def main() -> None:
         ]
         rows = cases(settings[0], batch, "", with_alone=options.alone) + cases(settings[1], batch, " in 12 bits", with_alone=False)
         for name, row in compare(plain, rows, job(batch)).items():
-            found[f"{name} @ {batch}"] = row | {"case": name, "batch": batch}
+            found[f"{name} @ {batch}"] = {"case": name, "batch": batch} | {key: row[key] for key in KEPT}
             ratios = row["ratios"]["decode_tokens_per_s"] if row["ratios"] else (1, 1, 1)
             print(
                 f"{batch:>3} {name:<32}{row['decode_tokens_per_s']:8.1f} tokens/s"

@@ -6,15 +6,13 @@ Both versions of Linux's control groups are read, with the groups above this pro
 import contextlib
 import ctypes
 import itertools
-import mmap
 import pathlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 MEMINFO, GROUPS, ROOT = pathlib.Path("/proc/meminfo"), pathlib.Path("/proc/self/cgroup"), pathlib.Path("/sys/fs/cgroup")
 STATUS = pathlib.Path("/proc/self/status")
-POPULATE_READ = 22  # of Linux's madvise, from 5.14 on
 
 
 class Version(NamedTuple):
@@ -55,18 +53,6 @@ def return_freed() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def enter_pages(places: Iterable[tuple[int, int]]) -> None:
-    """Has pages of files, (address, bytes) each, read where they are not in memory, and entered into this process's tables.
-
-    Else the first use of each costs a fault. Nothing where the system cannot.
-    """
-    advise = getattr(ctypes.CDLL(None), "madvise", None)
-    for address, size in places:
-        first = address // mmap.PAGESIZE * mmap.PAGESIZE
-        if advise is None or advise(ctypes.c_void_p(first), ctypes.c_size_t(address + size - first), POPULATE_READ):
-            return
 
 
 def _groups() -> Iterator[tuple[pathlib.Path, Version]]:

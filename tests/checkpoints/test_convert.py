@@ -15,6 +15,7 @@ from small_checkpoint_files import RAW_CONFIG, checkpoint_tensors, write_checkpo
 
 from specmoe_jax.checkpoints import checkpoint_hash, load_model
 from specmoe_jax.checkpoints.conversion import convert as conversion
+from specmoe_jax.checkpoints.conversion import write
 from specmoe_jax.checkpoints.conversion.convert import convert
 from specmoe_jax.checkpoints.files import BLOCK_PREFIX, PADDING_PREFIX, read_header
 from specmoe_jax.models.families.registry import parse_config
@@ -90,6 +91,20 @@ def test_odd_tensors_are_aligned_and_the_official_reader_agrees(bf16_checkpoint,
         assert all(entry.start % 64 == 0 for entry in tensors) and len(tensors) <= len(entries)
         with safetensors.safe_open(file, "np") as official:
             assert set(official.keys()) == set(entries)
+
+
+def test_large_tensors_start_a_page(tmp_path):
+    """Where that costs less than a hundredth of them."""
+    sizes = {"small": 100, "large": write.LEAST_PAGED + 1, "just too small": write.LEAST_PAGED - 1, "last": write.LEAST_PAGED}
+    outputs = [write.Output(name, np.dtype(np.uint8), (n,), lambda n=n: np.full(n, n % 251, np.uint8)) for name, n in sizes.items()]
+    write.write_safetensors(tmp_path / "file", write.padded(outputs, PADDING_PREFIX), {})
+    entries = read_header(tmp_path / "file").entries
+    assert [entries[name].start % write.PAGE for name in ("small", "large", "last")] == [0, 0, 0]
+    assert entries["just too small"].start % 64 == 0 < entries["just too small"].start % write.PAGE
+    with safetensors.safe_open(tmp_path / "file", "np") as official:
+        assert all(
+            (official.get_tensor(name) == n % 251).all() and official.get_tensor(name).size == n for name, n in sizes.items()
+        )
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="an accelerator copies the pages into pinned memory")

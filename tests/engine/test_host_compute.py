@@ -1,7 +1,6 @@
 """Experts computed where they lie in host memory: the resident flow's tokens, no slots, and no byte over the link."""
 
 import dataclasses
-import threading
 
 import numpy as np
 import pytest
@@ -99,23 +98,6 @@ def test_experts_that_do_not_fit_are_asked_for_together(monkeypatch, packing):
             seen.clear()
             run(model, plan("resident", **HERE))
             assert seen and all((table[:, 0] % 2 == 0).all() for table in seen)
-
-
-@pytest.mark.parametrize(
-    ("available", "anonymous", "entered"), [(1 << 40, 1000, True), (1 << 40, 1 << 40, False), (1000, 1000, False)]
-)
-def test_pages_of_files_that_fit_are_entered_at_once(monkeypatch, available, anonymous, entered):
-    asked, tables, addresses = [], [], host_compute.block_addresses
-    monkeypatch.setattr(host_compute, "available_bytes", lambda: available)
-    monkeypatch.setattr(host_compute, "anonymous_bytes", lambda: anonymous)
-    monkeypatch.setattr(host_compute, "enter_pages", lambda places: asked.append(list(places)))
-    monkeypatch.setattr(host_compute, "block_addresses", lambda blocks, **kw: tables.append(blocks) or addresses(blocks, **kw))
-    run(tiny(), plan("resident", **HERE))
-    for thread in threading.enumerate():
-        if thread.name == "specmoe-pages":
-            thread.join()
-    places = [(block.unsafe_buffer_pointer(), block.nbytes) for block in tables[0]]
-    assert asked == ([places] if entered else [])
 
 
 @pytest.mark.parametrize("packing", [None, "lossless"])

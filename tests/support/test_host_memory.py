@@ -1,8 +1,6 @@
 """Free memory within the limits of control groups of both versions, as files say it."""
 
-import mmap
 import pathlib
-import platform
 import re
 
 import numpy as np
@@ -13,7 +11,6 @@ from specmoe_jax.support import host_memory
 
 MIB = 1 << 20
 STATUS = pathlib.Path("/proc/self/status")
-KERNEL = tuple(map(int, re.findall(r"\d+", platform.release())[:2]))
 
 
 @pytest.fixture
@@ -92,18 +89,6 @@ def test_blocks_of_experts_are_memory_of_the_process_alone():
         block[:] = 1
     grown = {name: size - before[name] for name, size in kinds().items()}
     assert grown["RssAnon"] > 32 * MIB and grown["RssShmem"] < 8 * MIB  # others of this process take and give meanwhile
-
-
-@pytest.mark.skipif(not STATUS.exists() or KERNEL < (5, 14), reason="Linux can from 5.14 on")
-def test_pages_of_a_file_are_entered_before_they_are_used(tmp_path):
-    """From any address on. Without it a page is entered where it is read, with its neighbours."""
-    (tmp_path / "file").write_bytes(bytes(64 * MIB))
-    with (tmp_path / "file").open("rb") as file:
-        mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    before = kinds()["RssFile"]
-    host_memory.enter_pages([(mapped.ctypes.data + 100, 8 * MIB), (mapped.ctypes.data + 40 * MIB - 1, 24 * MIB)])
-    assert 30 * MIB < kinds()["RssFile"] - before < 40 * MIB
-    host_memory.enter_pages([(0, MIB)])  # nothing is there: nothing happens
 
 
 def test_freed_memory_can_be_returned():

@@ -26,19 +26,10 @@ from specmoe_jax.models.quantised import quantise
 from specmoe_jax.models.synthetic import SHAPES, shaped_model, synthetic_prompts
 
 DEMAND = {"retain": True, "retain_policy": "drafted"}
-# Of what a row has, in the order of --output.
-KEPT = (
-    "decode_tokens_per_s",
-    "ratios",
-    "link_bytes_per_token",
-    "tokens_per_step",
-    "peak_accelerator_bytes",
-    "steps",
-    "base",
-    "acceptance_by_position",
-    "compilations_after_warmup",
-    "synthetic",
-)
+KEPT = (  # of a row, in --output
+    "decode_tokens_per_s ratios link_bytes_per_token tokens_per_step peak_accelerator_bytes steps base acceptance_by_position"
+    " compilations_after_warmup synthetic"
+).split()
 
 
 def best(setting: Setting, batch: int, top: int) -> dict[str, Plan]:

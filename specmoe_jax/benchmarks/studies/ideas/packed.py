@@ -103,8 +103,8 @@ def main() -> None:
     acceptance, length = (shape.acceptance, shape.draft_length) if shape else (None, 4)
     counts = options.draft_experts, equal_experts(plain, packed, options.draft_experts)
     print(f"N = {counts[0]} of {plain.expert_bytes} bytes, in 12 bits {counts[1]} of {packed.expert_bytes}", flush=True)
-    written = options.output is not None and options.output.exists()
-    found = json.loads(options.output.read_text(encoding="utf-8"))["tables"]["packed"] if written else {}
+    output: pathlib.Path | None = options.output
+    found = json.loads(output.read_text(encoding="utf-8"))["tables"]["packed"] if output is not None and output.exists() else {}
     for batch in map(int, options.batches.split(",")):
 
         def job(batch: int) -> Job:
@@ -126,9 +126,9 @@ def main() -> None:
                 f"{row['peak_accelerator_bytes'] / 2**20:7.1f} MiB",
                 flush=True,
             )
-        if options.output is not None:
+        if output is not None:
             document = {"suite": "ideas", "model": options.model, "tables": {"packed": found}}
-            options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

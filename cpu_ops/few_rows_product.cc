@@ -12,22 +12,36 @@ namespace {
 // Where arithmetic takes longer than reading, fewer bytes are as much work.
 constexpr int64_t kTaskBytes = 128 * 1024, kFewTaskBytes = 1024 * 1024, kMostShares = 4;
 
+int64_t row_bytes_of(const ProductArgs& a) {
+  if (a.w_type == DType::kI4) return groups_of(a.M) * (kGroup / 2 + 2);
+  return a.M * (a.w_type == DType::kF32 ? 4 : a.w_type == DType::kBF16 ? 2 : 1);
+}
+
 }  // namespace
 
-void few_rows_product(const ProductArgs& given, const KernelTable& kernels, Parallel& parallel) {
-  ProductArgs a = given;
-  const int64_t ld = kernels.product_row_floats(a);
-  float* rows = thread_scratch(Scratch::kProductRows, a.n * ld);
-  kernels.product_gather(a, rows);
-  a.rows = rows;
-  const int64_t row_bytes = a.w_type == DType::kI4 ? groups_of(a.M) * (kGroup / 2 + 2) : a.M * (a.w_type == DType::kF32 ? 4 : a.w_type == DType::kBF16 ? 2 : 1);
-  const int64_t share = row_bytes * a.N / (8 * parallel.threads());
-  const int64_t least = kTaskBytes / std::clamp<int64_t>(a.n / 4, 1, kMostShares);
+void few_rows_products(ProductArgs* products, int64_t count, const KernelTable& kernels, Parallel& parallel) {
+  const ProductArgs& first = products[0];
+  const int64_t row_bytes = row_bytes_of(first), multiple = kernels.product_multiple(first);
+  float* rows = thread_scratch(Scratch::kProductRows, first.n * kernels.product_row_floats(first));
+  kernels.product_gather(first, rows);
+  int64_t rows_of_w = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    products[i].rows = rows;
+    rows_of_w += products[i].N;
+  }
+  const int64_t share = row_bytes * rows_of_w / (8 * parallel.threads());
+  const int64_t least = kTaskBytes / std::clamp<int64_t>(first.n / 4, 1, kMostShares);
   const int64_t bytes = std::clamp(share, least, kFewTaskBytes);
   // Widths decide who computes an element, never how.
-  const int64_t multiple = kernels.product_multiple(a);
-  const int64_t width = std::max<int64_t>(1, bytes / row_bytes / multiple) * multiple, tasks = (a.N + width - 1) / width;
-  auto task = [&](int64_t i) { kernels.product_range(a, i * width, std::min(a.N, (i + 1) * width)); };
+  const int64_t width = std::max<int64_t>(1, bytes / row_bytes / multiple) * multiple;
+  const auto tasks_of = [width](const ProductArgs& a) { return (a.N + width - 1) / width; };
+  int64_t tasks = 0;
+  for (int64_t i = 0; i < count; ++i) tasks += tasks_of(products[i]);
+  auto task = [&](int64_t i) {
+    const ProductArgs* a = products;
+    for (; i >= tasks_of(*a); ++a) i -= tasks_of(*a);
+    kernels.product_range(*a, i * width, std::min(a->N, (i + 1) * width));
+  };
   if (tasks == 1)
     task(0);
   else

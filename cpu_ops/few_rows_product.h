@@ -1,4 +1,4 @@
-// y = x W^T for few rows of x, where reading W is what takes the time. Plain pointers and shapes; no XLA, no Python.
+// y = x W^T for few rows of x and some W, where reading them is what takes the time. Plain pointers and shapes; no XLA, no Python.
 #pragma once
 #include <cstdint>
 
@@ -16,6 +16,7 @@ struct ProductArgs {
   const float* rows;     // x as the kernel reads it, of which it says how many floats a row has
 };
 
-void few_rows_product(const ProductArgs& args, const KernelTable& kernels, Parallel& parallel);
+// `count` products of the same x with matrices of one type; sets their `rows`.
+void few_rows_products(ProductArgs* products, int64_t count, const KernelTable& kernels, Parallel& parallel);
 
 }  // namespace specmoe

@@ -12,6 +12,7 @@ import os
 import jax
 import pytest
 
+from specmoe_jax.autotune import operator_bench, profile, step_bench
 from specmoe_jax.support.cache_files import machine_key
 from specmoe_jax.support.host_memory import available_bytes
 from specmoe_jax.testing import tiny
@@ -98,6 +99,17 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def model():
     return tiny()
+
+
+@pytest.fixture
+def short_profile(monkeypatch):
+    """A profile of every operator, of a few shapes and as short as can be."""
+    monkeypatch.setattr(profile, "SHAPES", ((1, 1), (2, 1), (2, 3), (4, 2)))
+    monkeypatch.setattr(step_bench, "ROWS", (1, 2))
+    monkeypatch.setattr(step_bench, "ROUNDS", 1)
+    monkeypatch.setattr(step_bench, "STEPS", 3)
+    monkeypatch.setattr(step_bench, "LAYER_ON_LINK_S", 1e-4)
+    monkeypatch.setattr(operator_bench, "BUDGET_S", 0.0)
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,7 @@ double attention(const KernelTable& kernels, const Shape& s, DType type, bool ha
   a.v_scale = v_scale.data;
   a.out = out.data;
   a.scale = 1 / std::sqrt(static_cast<float>(s.D));
-  Threads parallel(s.threads);
+  HelpedParallel parallel(s.threads);
   chunked_attention(a, kernels, parallel);
   double worst = 0;
   for (int64_t i = 0; i < out.size; ++i) worst = std::isfinite(out[i]) ? worst : INFINITY;

@@ -40,7 +40,7 @@ double ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, bool bf1
   a.w_type = bf16 ? DType::kBF16 : DType::kF32;
   a.expert_bytes = 3 * F * M * (bf16 ? 2 : 4);
   a.blocks = bf16 ? static_cast<void*>(h.data) : w.data;
-  Threads parallel(threads);
+  HelpedParallel parallel(threads);
   expert_ffn(a, kernels, parallel);
   for (int64_t i = 0; i < y.size; ++i) {
     if (!std::isfinite(y[i])) return INFINITY;
@@ -102,7 +102,7 @@ double packed_ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, D
   a.expert_bytes = bytes;
   a.blocks = blocks.data;
   return worst_of_alike(a, static_cast<double>(code) * static_cast<double>(scale), [&] {
-    Threads parallel(threads);
+    HelpedParallel parallel(threads);
     expert_ffn(a, kernels, parallel);
   });
 }
@@ -150,7 +150,7 @@ double lossless_ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F,
   for (int64_t i = 0; i < half.size; ++i) half[i] = bfloat16_bits(x[i]);
   if (x_type == DType::kBF16) a.x = half.data;
   a.x_type = x_type;
-  Threads parallel(threads);
+  HelpedParallel parallel(threads);
   a.w_type = DType::kBF16;
   a.expert_bytes = 2 * size;
   a.blocks = plain.data;
@@ -185,7 +185,7 @@ double bfloat16_ffn(const KernelTable& kernels, int64_t n, int64_t M, int64_t F,
   a.x_type = a.w_type = DType::kBF16;
   a.expert_bytes = 3 * F * M * 2;
   a.blocks = w.data;
-  Threads parallel(threads);
+  HelpedParallel parallel(threads);
   expert_ffn(a, kernels, parallel);
   double worst = 0;
   std::vector<double> hidden(F);
@@ -256,7 +256,7 @@ double rowwise(const KernelTable& kernels, int64_t n, int64_t M, int64_t F, RowF
   for (int64_t r = 0; r < R; ++r) table[r] = blocks.data + r * a.expert_bytes;
   const auto worst = [&] {
     return worst_of_alike(a, static_cast<double>(code) * static_cast<double>(scale), [&] {
-      Threads parallel(threads);
+      HelpedParallel parallel(threads);
       rowwise_ffn(a, kernels, parallel);
     });
   };

@@ -40,7 +40,7 @@ int failing() {
     return 1;
   } catch (const std::bad_alloc&) {
   }
-  Threads parallel(1);
+  HelpedParallel parallel(1);
   expert_ffn(a, kernels, parallel);
   return y[0] != 0;
 }
@@ -50,7 +50,7 @@ int failing() {
 
 int main() {
   using namespace specmoe;
-  const int failures = attention_failures() + expert_failures() + product_failures() + failing();
+  const int failures = thread_failures() + attention_failures() + expert_failures() + product_failures() + failing();
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

@@ -23,6 +23,26 @@ ProductArgs product_args(int64_t n, int64_t N, int64_t M, DType x_type, const vo
   return a;
 }
 
+// The product, as two of parts of the matrix, of which the second is one row.
+void multiply(const ProductArgs& whole, const KernelTable& kernels, Parallel& parallel) {
+  const int64_t M = whole.M, groups = groups_of(M), first = whole.N - 1;
+  const int64_t row = whole.w_type == DType::kI4 ? groups * kGroup / 2 : M * (whole.w_type == DType::kF32 ? 4 : whole.w_type == DType::kBF16 ? 2 : 1);
+  const int64_t row_scales = whole.w_type == DType::kI4 ? 2 * groups : 4;
+  Exact<float> y(whole.n * first), last(whole.n);
+  ProductArgs parts[2] = {whole, whole};
+  parts[0].N = first;
+  parts[0].y = y.data;
+  parts[1].N = 1;
+  parts[1].y = last.data;
+  parts[1].w = static_cast<const char*>(whole.w) + first * row;
+  if (whole.scales) parts[1].scales = static_cast<const char*>(whole.scales) + first * row_scales;
+  few_rows_products(parts, 2, kernels, parallel);
+  for (int64_t i = 0; i < whole.n * whole.N; ++i) {
+    const int64_t r = i / whole.N, column = i % whole.N;
+    whole.y[i] = column < first ? y[r * first + column] : last[r];
+  }
+}
+
 double product(const KernelTable& kernels, int64_t n, int64_t N, int64_t M, DType x_type, DType w_type, int threads) {
   const auto item = [](DType type) -> int64_t { return type == DType::kF32 ? 4 : type == DType::kBF16 ? 2 : 1; };
   const auto fill = [&](Exact<char>& to, DType type) {
@@ -49,9 +69,8 @@ double product(const KernelTable& kernels, int64_t n, int64_t N, int64_t M, DTyp
   fill(w, w_type);
   for (int64_t i = 0; i < N; ++i) scales.data[i] = draw() / 100;
   const float* of_rows = w_type == DType::kI8 ? scales.data : nullptr;
-  const ProductArgs a = product_args(n, N, M, x_type, x.data, w_type, w.data, of_rows, y.data);
-  Threads parallel(threads);
-  few_rows_product(a, kernels, parallel);
+  HelpedParallel parallel(threads);
+  multiply(product_args(n, N, M, x_type, x.data, w_type, w.data, of_rows, y.data), kernels, parallel);
   double worst = 0;
   for (int64_t i = 0; i < n * N; ++i) {
     double sum = 0;
@@ -71,9 +90,8 @@ double product_of_codes(const KernelTable& kernels, int64_t n, int64_t N, int64_
   for (int64_t i = 0; i < x.size; ++i) x[i] = draw();
   for (int64_t i = 0; i < codes.size; ++i) codes[i] = static_cast<uint8_t>(rng());
   for (int64_t i = 0; i < scales.size; ++i) scales[i] = bfloat16_bits(draw() / 100);
-  const ProductArgs a = product_args(n, N, M, DType::kF32, x.data, DType::kI4, codes.data, scales.data, y.data);
-  Threads parallel(threads);
-  few_rows_product(a, kernels, parallel);
+  HelpedParallel parallel(threads);
+  multiply(product_args(n, N, M, DType::kF32, x.data, DType::kI4, codes.data, scales.data, y.data), kernels, parallel);
   double worst = 0;
   for (int64_t i = 0; i < n * N; ++i) {
     double sum = 0;

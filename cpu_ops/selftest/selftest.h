@@ -1,33 +1,15 @@
 // What the self-test's files share. Each runs its kernels on every instruction set of the machine, and gives the number of failures.
 #pragma once
-#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <random>
-#include <thread>
 #include <vector>
 
+#include "../helper_threads.h"
 #include "../isa.h"
-#include "../parallel.h"
 
 namespace specmoe {
-
-struct Threads final : Parallel {
-  int count;
-  explicit Threads(int n) : count(n) {}
-  int threads() const override { return count; }
-  void run(int64_t n, void (*fn)(void*, int64_t), void* ctx) override {
-    std::atomic<int64_t> next{0};
-    const auto loop = [&] {
-      for (int64_t i; (i = next.fetch_add(1)) < n;) fn(ctx, i);
-    };
-    std::vector<std::thread> helpers;
-    for (int i = 1; i < count; ++i) helpers.emplace_back(loop);
-    loop();
-    for (auto& t : helpers) t.join();
-  }
-};
 
 // n items that start `item` bytes behind a 64-byte boundary and end where the allocation ends.
 template <typename T>
@@ -60,5 +42,6 @@ inline double of_bfloat16(uint16_t bits) {
 int attention_failures();
 int expert_failures();
 int product_failures();
+int thread_failures();
 
 }  // namespace specmoe

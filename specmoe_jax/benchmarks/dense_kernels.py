@@ -27,7 +27,7 @@ def products(form, x, weights):
 
     They are arrays of their own, since a slice of one array would be copied, on a CPU with every number converted.
     """
-    return jnp.stack([form(x, w).sum() for w in weights])
+    return jnp.stack([form(x, w)[0].sum() for w in weights])
 
 
 def dense_rows(s: Matrix, dtype: jnp.dtype, rows: list[int], rounds: Rounds):
@@ -37,7 +37,7 @@ def dense_rows(s: Matrix, dtype: jnp.dtype, rows: list[int], rounds: Rounds):
     weights = [jnp.asarray(np.resize(values, (s.N, s.M)), dtype) for _ in range(calls)]
     for n in rows:
         x = jnp.asarray(np.resize(values, (n, s.M)), dtype)
-        forms = {"kernel": dense.product, "xla": xla.product}
+        forms = {"kernel": dense.products, "xla": xla.products}
         jitted = {name: jax.jit(functools.partial(products, form)) for name, form in forms.items()}
         variants = {name: _ready(f, x, weights) for name, f in jitted.items()}
         case = {"case": f"dense {dtype} {s.N} x {s.M} n={n}", **s._asdict(), "dtype": str(dtype), "rows": n, "calls": calls}

@@ -38,7 +38,12 @@ def sinusoids(positions: jax.Array, dim: int) -> jax.Array:
 
 def linear(x: jax.Array, weight: jax.Array | ops.PackedMatrix) -> jax.Array:
     """x [..., in] times weight [out, in], the layout of checkpoints, in x's dtype; accumulates in float32."""
-    return ops.dense_product(x, weight).astype(x.dtype)
+    return linears(x, weight)[0]
+
+
+def linears(x: jax.Array, *weights: jax.Array | ops.PackedMatrix) -> tuple[jax.Array, ...]:
+    """`linear` by each of some weights, which are read in one go where a kernel can."""
+    return tuple(y.astype(x.dtype) for y in ops.dense_products(x, weights))
 
 
 def rope(x: jax.Array, positions: jax.Array, config: Rope | None) -> jax.Array:
@@ -60,7 +65,10 @@ def rope(x: jax.Array, positions: jax.Array, config: Rope | None) -> jax.Array:
 
 def affine(x: jax.Array, weight: jax.Array | ops.PackedMatrix, bias: jax.Array | None) -> jax.Array:
     """`linear` with a bias [out], or without."""
-    y = linear(x, weight)
+    return biased(linear(x, weight), bias)
+
+
+def biased(y: jax.Array, bias: jax.Array | None) -> jax.Array:
     return y if bias is None else y + bias
 
 

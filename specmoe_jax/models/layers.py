@@ -10,7 +10,7 @@ from specmoe_jax import ops
 from specmoe_jax.config.layer_config import AttentionConfig, Embedding, Head, LayerConfig
 from specmoe_jax.models import latent, recurrent
 from specmoe_jax.models.attention import scores_and_values, within
-from specmoe_jax.models.basics import affine, heads, linear, norm, rms_norm, rope, sinusoids
+from specmoe_jax.models.basics import affine, biased, heads, linear, linears, norm, rms_norm, rope, sinusoids
 from specmoe_jax.models.routing import route
 from specmoe_jax.models.selection import handed
 from specmoe_jax.models.spec import CrossWeights, LayerWeights, MlpWeights, Weights
@@ -58,10 +58,11 @@ def queries_keys_values(
         return recurrent.project(config.attention.recurrent, weights, x)
     attention = config.attention
     assert weights.k is not None and weights.v is not None  # without latent attention
-    q, gate = split_gate(attention, affine(x, weights.q, weights.q_bias))
+    q, k, v = linears(x, weights.q, weights.k, weights.v)
+    q, gate = split_gate(attention, biased(q, weights.q_bias))
     q = heads(_normed(config, q, weights.q_norm), attention.num_heads)
-    k = heads(_normed(config, affine(x, weights.k, weights.k_bias), weights.k_norm), attention.num_kv_heads)
-    v = heads(affine(x, weights.v, weights.v_bias), attention.num_kv_heads)
+    k = heads(_normed(config, biased(k, weights.k_bias), weights.k_norm), attention.num_kv_heads)
+    v = heads(biased(v, weights.v_bias), attention.num_kv_heads)
     if attention.value_scale != 1.0:
         v = v * attention.value_scale
     v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, attention.head_dim - attention.output_dim)))
@@ -111,7 +112,8 @@ def mlp(weights: MlpWeights[jax.Array], x: jax.Array) -> jax.Array:
     """SwiGLU (Shazeer 2020) of x [..., M], or ReLU where there is no gate: a dense layer's, or the shared expert's."""
     if weights.gate is None:
         return affine(jax.nn.relu(affine(x, weights.up, weights.up_bias)), weights.down, weights.down_bias)
-    return linear(jax.nn.silu(linear(x, weights.gate)) * linear(x, weights.up), weights.down)
+    gate, up = linears(x, weights.gate, weights.up)
+    return linear(jax.nn.silu(gate) * up, weights.down)
 
 
 def reroute(config: LayerConfig, weights: LayerWeights[jax.Array], x: jax.Array, routing: Routing, allowed: jax.Array) -> Routing:

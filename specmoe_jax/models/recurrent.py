@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from specmoe_jax.config.layer_config import LayerConfig, Recurrence
-from specmoe_jax.models.basics import linear, rms_norm
+from specmoe_jax.models.basics import linears, rms_norm
 from specmoe_jax.models.spec import LayerWeights, RecurrentWeights
 from specmoe_jax.types import RecurrentState, Tree
 
@@ -40,10 +40,10 @@ def project(config: Recurrence, weights: LayerWeights[jax.Array], x: jax.Array) 
     own = weights.recurrent
     assert own is not None
     if config.by_key_head:
-        channels, z, b, a = _by_key_head(config, linear(x, weights.q), linear(x, own.b))
+        channels, z, b, a = _by_key_head(config, *linears(x, weights.q, own.b))
     else:
         assert own.z is not None and own.a is not None
-        channels, z, b, a = linear(x, weights.q), linear(x, own.z), linear(x, own.b), linear(x, own.a)
+        channels, z, b, a = linears(x, weights.q, own.z, own.b, own.a)
     beta = jax.nn.sigmoid(b).astype(jnp.float32)
     decay = -jnp.exp(own.decay) * jax.nn.softplus(a.astype(jnp.float32) + own.step)
     return channels, z.reshape(*x.shape[:2], config.value_heads, config.value), jnp.stack([beta, decay], axis=2)

@@ -7,7 +7,7 @@
 from specmoe_jax.ops.attention import chunked_attention, chunked_attention_packed, masked_attention, prefill_attention
 from specmoe_jax.ops.cpu._ffi import isas
 from specmoe_jax.ops.cpu.attention import MAX_NEW
-from specmoe_jax.ops.dense import PackedMatrix, dense_product
+from specmoe_jax.ops.dense import PackedMatrix, dense_product, dense_products
 from specmoe_jax.ops.experts import expert_ffn, expert_ffn_table
 from specmoe_jax.ops.packed import PackedCache, empty_cache, pack_cache, unpack_cache
 from specmoe_jax.ops.reference.attention import chunked_attention_packed_ref, chunked_attention_ref
@@ -24,6 +24,7 @@ __all__ = [
     "chunked_attention_ref",
     "dense_product",
     "dense_product_ref",
+    "dense_products",
     "empty_cache",
     "expert_ffn",
     "expert_ffn_ref",

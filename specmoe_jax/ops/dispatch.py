@@ -67,11 +67,11 @@ KERNELS: dict[str, dict[str, Variant]] = {
         "xla": Variant(xla_experts.tiles),
     },
     "dense_product": {
-        "cpu": Variant(cpu_dense.product, "cpu", cpu_dense.fits),
-        "xla": Variant(dense.product),
+        "cpu": Variant(cpu_dense.products, "cpu", cpu_dense.fits),
+        "xla": Variant(dense.products),
     },
     "packed_product": {
-        "cpu": Variant(cpu_dense.packed_product, "cpu", cpu_dense.fits_packed),
-        "xla": Variant(dense.packed_product),
+        "cpu": Variant(cpu_dense.packed_products, "cpu", cpu_dense.fits_packed),
+        "xla": Variant(dense.packed_products),
     },
 }

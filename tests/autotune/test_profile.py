@@ -5,7 +5,7 @@ import math
 import pytest
 
 import specmoe_jax as sm
-from specmoe_jax.autotune import calibrate, operator_bench, step_bench
+from specmoe_jax.autotune import calibrate
 from specmoe_jax.autotune import profile as profiling
 from specmoe_jax.autotune.choose import Knowledge, evaluate, job_of
 from specmoe_jax.engine.figures import Totals
@@ -22,14 +22,8 @@ KNOWN = Knowledge(hardware=machine("a30").replace(accelerator_is_cpu=True), work
 
 
 @pytest.mark.slow
-def test_every_operator_is_measured_once(monkeypatch, tmp_path):
+def test_every_operator_is_measured_once(short_profile, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(profiling, "SHAPES", ((1, 1), (2, 1), (2, 3), (4, 2)))
-    monkeypatch.setattr(step_bench, "ROWS", (1, 2))
-    monkeypatch.setattr(step_bench, "ROUNDS", 1)
-    monkeypatch.setattr(step_bench, "STEPS", 3)
-    monkeypatch.setattr(step_bench, "LAYER_ON_LINK_S", 1e-4)
-    monkeypatch.setattr(operator_bench, "BUDGET_S", 0.0)
     assert profiling.cached_profile(TINY, "float32") is None
     found = profiling.profile(TINY)
     assert set(found.costs) == set(WORK) and found.expert_bytes == tiny().expert_bytes

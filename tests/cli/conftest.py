@@ -96,6 +96,11 @@ def merge_outputs(capfd, monkeypatch, tmp_path):
     return in_process(load_script("merge_outputs"), capfd, monkeypatch, tmp_path)
 
 
+@pytest.fixture
+def plan_command(capfd, monkeypatch, tmp_path):
+    return in_process(load_script("plan"), capfd, monkeypatch, tmp_path)
+
+
 @pytest.fixture(scope="session")
 def explain_script():
     return load_script("explain")

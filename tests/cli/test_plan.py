@@ -6,17 +6,17 @@ import pytest
 
 
 @pytest.mark.slow
-def test_a_plan_for_generate(run_script, checkpoint, tmp_path):
+def test_a_plan_for_generate(plan_command, generate, short_profile, checkpoint, tmp_path):
     prompts, plan = tmp_path / "p.txt", tmp_path / "plan.json"
     prompts.write_text("Call me\nIshmael\n")
     job = (f"--model={checkpoint}", f"--prompts={prompts}", "--max_new_tokens=6")
-    ran = run_script("plan.py", *job, f"--output={plan}", "--link_gbps=0.001")
+    ran = plan_command(*job, f"--output={plan}", "--link_gbps=0.001")
     assert ran.code == 0, ran.err
     told = " ".join(ran.err.split())
     assert "acceptance per token: self" in told and "predicted, bound by the" in told and "attend_paged" in told
     fields = json.loads(plan.read_text())
     assert fields["link_bytes_per_s"] == 1e6 and fields["expert_flow"] != "resident"
-    ran = run_script("generate.py", *job, f"--plan={plan}", f"--stats={tmp_path / 's.json'}")
+    ran = generate(*job, f"--plan={plan}", f"--stats={tmp_path / 's.json'}")
     assert ran.code == 0, ran.err
     stats = json.loads((tmp_path / "s.json").read_text())
     assert stats["plan"] == fields and stats["predicted"]["step_s"] > 0 and stats["fraction_of_floor"] > 0

@@ -15,6 +15,14 @@ DTYPES = {"f32": (F32, F32), "bf16": (BF16, BF16), "mixed": (F32, BF16)}
 SHAPES = {"one": (1, 1, 1), "odd": (5, 77, 203), "wide": (3, 9, 4100), "rows": (32, 130, 96), "many_rows": (70, 33, 64)}
 
 
+def one(form):
+    """The product of one matrix, by what takes some."""
+    return lambda *args: form(*args)[0]
+
+
+product, packed_product = one(dense.products), one(dense.packed_products)
+
+
 def make(seed, n, N, M, x_dtype, w_dtype):
     rng = np.random.default_rng(seed)
     return jnp.asarray(rng.normal(size=(n, M)), x_dtype), jnp.asarray(rng.normal(size=(N, M)), w_dtype)
@@ -24,7 +32,7 @@ def make(seed, n, N, M, x_dtype, w_dtype):
 def form(request):
     if request.param == "kernel" and not ops.isas():
         pytest.skip("the compiled kernels are not usable here")
-    return {"kernel": dense.product, "xla": xla.product, "reference": ops.dense_product_ref}[request.param]
+    return {"kernel": product, "xla": xla.product, "reference": ops.dense_product_ref}[request.param]
 
 
 def assert_accurate(form, x, weight):
@@ -43,11 +51,11 @@ def test_every_form_agrees_with_float64(form, shape, dtypes):
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_every_instruction_set_agrees_with_float64(isa, dtypes):
     for shape in SHAPES.values():
-        assert_accurate(dense.product, *make(2, *shape, *DTYPES[dtypes]))
+        assert_accurate(product, *make(2, *shape, *DTYPES[dtypes]))
 
 
 PACKED = {
-    "kernel": dense.packed_product,
+    "kernel": packed_product,
     "xla": xla.packed_product,
     "reference": lambda x, *m: ops.packed_product_ref(x, ops.PackedMatrix(*m)),
 }
@@ -75,10 +83,10 @@ def test_packed_matrices_are_decoded_exactly(kernels, name, dtype):
 
 def test_packed_matrices_on_every_instruction_set(isa):
     x, codes, scales = packed(5, 32, 4001, 72, BF16)
-    assert_packed(dense.packed_product, x, codes, scales)
-    whole = np.asarray(dense.packed_product(x, codes, scales))
+    assert_packed(packed_product, x, codes, scales)
+    whole = np.asarray(packed_product(x, codes, scales))
     for n in (1, 2, 5, 9, 13):  # a row depends on itself alone
-        np.testing.assert_array_equal(dense.packed_product(x[3 : 3 + n], codes, scales), whole[3 : 3 + n])
+        np.testing.assert_array_equal(packed_product(x[3 : 3 + n], codes, scales), whole[3 : 3 + n])
 
 
 def in_groups(seed, n, N, M, x_dtype):
@@ -105,11 +113,11 @@ def test_matrices_in_groups_are_decoded_exactly(kernels, name, dtype):
 
 def test_matrices_in_groups_on_every_instruction_set(isa):
     x, matrix, exact = in_groups(7, 32, 4001, 72, F32)
-    whole = np.asarray(dense.packed_product(x, *matrix))
+    whole = np.asarray(packed_product(x, *matrix))
     np.testing.assert_allclose(whole, np.asarray(x, np.float64) @ exact.T, atol=1e-3)
     for n in (1, 2, 5, 9, 13):  # a row depends on itself alone
-        np.testing.assert_array_equal(dense.packed_product(x[3 : 3 + n], *matrix), whole[3 : 3 + n])
-    out = np.asarray(dense.packed_product(x[:3].at[1, 3].set(np.nan), *matrix))
+        np.testing.assert_array_equal(packed_product(x[3 : 3 + n], *matrix), whole[3 : 3 + n])
+    out = np.asarray(packed_product(x[:3].at[1, 3].set(np.nan), *matrix))
     assert np.isfinite(out[[0, 2]]).all() and np.isnan(out[1]).all()
 
 
@@ -130,18 +138,36 @@ def test_packed_matrices_that_do_not_fit(codes, scales, message):
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_a_row_depends_on_itself_alone(isa, monkeypatch, dtypes):
     x, weight = make(3, 32, 4001, 72, *DTYPES[dtypes])
-    whole = np.asarray(dense.product(x, weight))
+    whole = np.asarray(product(x, weight))
     for n in (1, 2, 5, 13):
         for i in (0, 17):
-            np.testing.assert_array_equal(dense.product(x[i : i + n], weight), whole[i : i + n])
+            np.testing.assert_array_equal(product(x[i : i + n], weight), whole[i : i + n])
     monkeypatch.setenv("SPECMOE_THREADS", "1")
-    np.testing.assert_array_equal(jax.jit(lambda *a: dense.product(*a))(x, weight), whole)
+    np.testing.assert_array_equal(jax.jit(lambda *a: product(*a))(x, weight), whole)
+
+
+@pytest.mark.parametrize("form", ["f32", "bf16", "mixed", "int8", "int4"])
+def test_several_matrices_are_multiplied_as_each_alone(isa, form):
+    x = make(8, 3, 1, 203, *DTYPES.get(form, (F32, F32)))[0]
+
+    def matrix(N):
+        if form in DTYPES:
+            return make(N, 1, N, 203, *DTYPES[form])[1]
+        return in_groups(N, 1, N, 203, F32)[1] if form == "int4" else ops.PackedMatrix(*packed(N, 1, N, 203, F32)[1:])
+
+    matrices = [matrix(N) for N in (400, 1, 77)]
+    together = jax.jit(lambda *args: ops.dense_products(*args))
+    assert together.lower(x, matrices).as_text().count("few_rows_products") == 1
+    for got, alone in zip(together(x, matrices), matrices, strict=True):
+        np.testing.assert_array_equal(got, product(x, alone) if form in DTYPES else packed_product(x, *alone))
+    other = make(9, 1, 5, 203, F32, F32)[1] if form != "f32" else matrix(5).astype(BF16)
+    assert [y.shape for y in ops.dense_products(x, [*matrices, other])] == [(3, 400), (3, 1), (3, 77), (3, 5)]
 
 
 def test_few_rows_of_a_large_matrix_take_the_kernel(kernels):
     def takes_it(n, N, M):
         text = jax.jit(lambda *a: ops.dense_product(*a)).lower(jnp.ones((n, 1, M)), jnp.ones((N, M))).as_text()
-        return "specmoe_few_rows_product" in text
+        return "specmoe_few_rows_products" in text
 
     wide = dense.CACHED // dense.FEW_ROWS * 2  # columns
     enough = dense.LEAST_BYTES // 4 // wide  # rows of the matrix
@@ -152,13 +178,13 @@ def test_few_rows_of_a_large_matrix_take_the_kernel(kernels):
 
 def test_what_is_not_finite_stays_in_its_row(isa):
     x, weight = make(4, 3, 40, 50, F32, F32)
-    out = np.asarray(dense.product(x.at[1, 3].set(np.nan), weight))
+    out = np.asarray(product(x.at[1, 3].set(np.nan), weight))
     assert np.isfinite(out[[0, 2]]).all() and np.isnan(out[1]).all()
 
 
 def test_the_kernel_has_the_derivatives_of_the_product(kernels):
     x, weight = make(5, 4, 30, 20, F32, F32)
-    got, want = (jax.grad(lambda x, w, f=f: jnp.sum(f(x, w) ** 2), argnums=(0, 1))(x, weight) for f in (dense.product, xla.product))
+    got, want = (jax.grad(lambda x, w, f=f: jnp.sum(f(x, w) ** 2), argnums=(0, 1))(x, weight) for f in (product, xla.product))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 

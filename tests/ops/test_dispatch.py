@@ -18,7 +18,7 @@ def fits(x, weight):
     return x.shape[0] == 1
 
 def ones(x, weight):
-    return jnp.ones((x.shape[0], weight.shape[0]))
+    return (jnp.ones((x.shape[0], weight.shape[0])),)
 """
 
 
@@ -42,7 +42,7 @@ def test_a_variant_is_one_file_and_one_line(tmp_path, monkeypatch):
 
 
 def test_a_variant_of_every_platform_hides_those_behind_it(monkeypatch):
-    line = {"zeros": dispatch.Variant(lambda x, weight: jnp.zeros((x.shape[0], weight.shape[0])))}
+    line = {"zeros": dispatch.Variant(lambda x, weight: (jnp.zeros((x.shape[0], weight.shape[0])),))}
     monkeypatch.setitem(dispatch.KERNELS, "dense_product", line | dispatch.KERNELS["dense_product"])
     assert not np.any(ops.dense_product(jnp.ones((1, 3)), jnp.ones((4, 3))))
 

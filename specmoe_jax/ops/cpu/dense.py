@@ -1,5 +1,7 @@
 """dense_product by the compiled kernel for few rows."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -16,37 +18,41 @@ CACHED_BESIDE_TILES = 1 << 16
 LEAST_BYTES = 1 << 16
 
 
-def fits(x: jax.Array, weight: jax.Array) -> bool:
-    """Few rows, of a matrix that is worth a call."""
-    tiles = x.dtype == weight.dtype == jnp.bfloat16 and _ffi.has_tiles()
+def fits(x: jax.Array, *weights: jax.Array) -> bool:
+    """Few rows, of matrices that are worth a call."""
+    tiles = x.dtype == weights[0].dtype == jnp.bfloat16 and _ffi.has_tiles()
     few = 0 < x.size <= max(CACHED_BESIDE_TILES if tiles else CACHED, FEW_ROWS * x.shape[-1])
-    return few and weight.size * weight.dtype.itemsize >= LEAST_BYTES and _ffi.module() is not None
+    return few and sum(weight.nbytes for weight in weights) >= LEAST_BYTES and _ffi.module() is not None
 
 
-def fits_packed(x: jax.Array, codes: jax.Array, scales: jax.Array) -> bool:
-    """Few rows, of a packed matrix that is worth a call; in int4 any, since no other product rounds as the kernel."""
-    if codes.dtype == jnp.uint8:
+def fits_packed(x: jax.Array, *matrices: jax.Array) -> bool:
+    """Few rows, of packed matrices that are worth a call; in int4 any, since no other product rounds as the kernel."""
+    if matrices[0].dtype == jnp.uint8:
         return x.size > 0 and _ffi.module() is not None
-    return fits(x, codes)
+    return fits(x, *matrices[::2])
 
 
-def packed_product(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
-    return _call("specmoe_packed_few_rows_product", x, codes, scales)
+def packed_products(x: jax.Array, *matrices: jax.Array) -> tuple[jax.Array, ...]:
+    """matrices: codes and scales of each in turn."""
+    return _call("specmoe_packed_few_rows_products", x, matrices, matrices[::2])
 
 
 @jax.custom_jvp
-def product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return _call("specmoe_few_rows_product", x, weight)
+def products(x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
+    return _call("specmoe_few_rows_products", x, weights, weights)
 
 
-@product.defjvp
+@products.defjvp
 def _differentiate(primals, tangents):
-    (x, weight), (dx, dweight) = primals, tangents
-    return product(x, weight), xla.product(dx, weight) + xla.product(x, dweight)
+    (x, *weights), (dx, *dweights) = primals, tangents
+    of_x, of_weights = xla.products(dx, *weights), xla.products(x, *dweights)
+    return products(x, *weights), tuple(a + b for a, b in zip(of_x, of_weights, strict=True))
 
 
-def _call(target: str, x: jax.Array, *matrix: jax.Array) -> jax.Array:
-    columns = matrix[0].shape[0]
-    shape = jax.ShapeDtypeStruct((x.size // x.shape[-1], columns), jnp.float32)
-    call = jax.ffi.ffi_call(target, shape, vmap_method="sequential")
-    return call(x.reshape(-1, x.shape[-1]), *matrix, **_ffi.choice()).reshape(*x.shape[:-1], columns)
+def _call(target: str, x: jax.Array, arrays: Sequence[jax.Array], matrices: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """arrays: what stands for the matrices, each of which has as many rows as its product has columns."""
+    rows = x.size // x.shape[-1]
+    shapes = tuple(jax.ShapeDtypeStruct((rows, matrix.shape[0]), jnp.float32) for matrix in matrices)
+    call = jax.ffi.ffi_call(target, shapes, vmap_method="sequential")
+    products_ = call(x.reshape(-1, x.shape[-1]), *arrays, **_ffi.choice())
+    return tuple(y.reshape(*x.shape[:-1], -1) for y in products_)

@@ -32,7 +32,7 @@ def arrays(rng, config, rows, length):
 
 
 @pytest.mark.slow
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(sorted(VARIANTS)), st.integers(1, 5), st.lists(st.integers(0, 14), min_size=1, max_size=3), st.integers(0, 99)
 )

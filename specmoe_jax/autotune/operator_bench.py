@@ -17,7 +17,7 @@ from specmoe_jax.models.model import Model
 from specmoe_jax.ops import empty_cache
 from specmoe_jax.planner.measured.operators import Sample
 from specmoe_jax.planner.memory.account import account
-from specmoe_jax.speculate.acceptance import accept_greedy, finite_positions
+from specmoe_jax.speculate.acceptance import accept_greedy, decided
 from specmoe_jax.types import Routing
 
 SHAPES = ((1, 1), (1, 5), (4, 3), (16, 1), (16, 5), (64, 1), (64, 5))  # rows B and positions T of a pass
@@ -98,7 +98,7 @@ class OperatorBench:
 
         def call():
             logits = stages.head(self.config.head, self.model.weights, h)
-            return jax.device_get((_accept(drafted, logits), _finite(logits)))
+            return np.asarray(_decide(draft_tokens=drafted, target_logits=logits))
 
         return self._sample(call, rows, new)
 
@@ -168,6 +168,5 @@ def timed(call: Callable, *, budget_s: float = BUDGET_S, least: int = LEAST) -> 
     return median, (high - low) / 2 / median
 
 
-_accept = jax.jit(accept_greedy)
-_finite = jax.jit(finite_positions)
+_decide = decided(accept_greedy)
 _argmax = jax.jit(functools.partial(jnp.argmax, axis=-1))

@@ -21,7 +21,7 @@ from specmoe_jax.engine.scheduler import joined
 from specmoe_jax.engine.state import State, StepInfo
 from specmoe_jax.offload.stream_schedule import ACCELERATOR
 from specmoe_jax.offload.tiers import TierCounts
-from specmoe_jax.speculate.acceptance import accept, accept_coupled, accept_greedy, finite_positions, synthetic_accept
+from specmoe_jax.speculate.acceptance import accept, accept_coupled, accept_greedy, decided, finite_positions, synthetic_accept
 from specmoe_jax.speculate.adaptive_length import choose, compiled_lengths, observe, resting
 from specmoe_jax.speculate.hot_experts.usage import count_choices
 from specmoe_jax.speculate.logit_edits import LogitEdits, chain_paths, edit_logits, tree_paths
@@ -31,10 +31,8 @@ from specmoe_jax.support.timing import Laps
 from specmoe_jax.support.tracing import Span, span
 from specmoe_jax.types import AcceptResult, Proposal
 
-_accept = jax.jit(accept)
-_accept_greedy = jax.jit(accept_greedy)
-_accept_coupled = jax.jit(accept_coupled)
-_synthetic_accept = jax.jit(synthetic_accept)
+_accept, _accept_greedy = decided(accept), decided(accept_greedy)
+_accept_coupled, _synthetic_accept = decided(accept_coupled), decided(synthetic_accept)
 _finite_positions = jax.jit(finite_positions)
 _chain_paths, _tree_paths, _edit_logits = jax.jit(chain_paths), jax.jit(tree_paths), jax.jit(edit_logits)
 
@@ -168,14 +166,15 @@ def verify(runtime: Runtime, state: State, drafted: Drafted, edits: LogitEdits |
     logits = stages.head(runtime.config.head, runtime.weights.outer, verified.h)  # [B, T, V]
     edits = pass_edits(runtime, state, edits, proposal)
     edited = logits if edits is None else _edit_logits(logits, edits, _paths(proposal))
-    finite = _finite_positions(edited)
     if proposal.tree is not None:
+        finite = _finite_positions(edited)
         accepted = accepted_path(runtime, state, proposal, edited)
         logprobs = path_logprobs(state, proposal, logits, accepted)
         return compact_accepted_path(runtime, state, verified, proposal, accepted, finite)._replace(logprobs=logprobs)
-    chosen = _result(runtime, state, proposal, edited)
-    result, finite, logprobs = jax.device_get((chosen, finite, run_logprobs(state, proposal, logits, chosen)))
-    return Verified(verified, result, np.cumprod(finite, axis=1).sum(axis=1), proposal, logprobs)
+    chosen = _decide(runtime, state, proposal, edited)
+    logprobs = run_logprobs(state, proposal, logits, chosen)
+    num_accepted, next_token, sound = np.asarray(chosen)  # jax.device_get takes 0.2 ms longer, in Python
+    return Verified(verified, AcceptResult(num_accepted, next_token), sound, proposal, logprobs and jax.device_get(logprobs))
 
 
 def _paths(proposal: Proposal) -> jax.Array:
@@ -183,15 +182,16 @@ def _paths(proposal: Proposal) -> jax.Array:
     return _chain_paths(proposal.tokens) if proposal.tree is None else _tree_paths(proposal.tokens, proposal.tree)
 
 
-def _result(runtime: Runtime, state: State, proposal: Proposal, logits) -> AcceptResult:
+def _decide(runtime: Runtime, state: State, proposal: Proposal, logits) -> jax.Array:
+    """See `decided`."""
+    given = {"draft_tokens": proposal.tokens, "target_logits": logits}
     if runtime.plan.synthetic_acceptance is not None and proposal.tokens.shape[1]:
-        keys = step_keys(state, Stream.VERIFY)
-        return _synthetic_accept(keys, proposal.tokens, logits, np.float32(runtime.plan.synthetic_acceptance))
+        return _synthetic_accept(keys=step_keys(state, Stream.VERIFY), rate=np.float32(runtime.plan.synthetic_acceptance), **given)
     if state.rows.greedy:
-        return _accept_greedy(proposal.tokens, logits)
+        return _accept_greedy(**given)
     if runtime.plan.deterministic_sampling:
-        return _accept_coupled(step_coupled_keys(state, logits.shape[1]), proposal.tokens, logits, state.rows)
-    return _accept(step_keys(state, Stream.VERIFY), proposal.tokens, proposal.probs, logits, state.rows)
+        return _accept_coupled(keys=step_coupled_keys(state, logits.shape[1]), rows=state.rows, **given)
+    return _accept(keys=step_keys(state, Stream.VERIFY), draft_probs=proposal.probs, params=state.rows, **given)
 
 
 def commit(

@@ -5,6 +5,8 @@ were really drawn from. A token picked by argmax, or looked up, was drawn from a
 the softmax it was picked from, which would favour it.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -132,6 +134,21 @@ def residual(p: jax.Array, q: jax.Array) -> jax.Array:
 def finite_positions(target_logits: jax.Array) -> jax.Array:
     """Positions [B, T] whose logits [B, T, V] give a distribution: no NaN, no +inf, and not -inf everywhere."""
     return jnp.isfinite(jnp.max(target_logits, axis=-1))
+
+
+def decided(rule: Callable[..., AcceptResult]) -> Callable[..., jax.Array]:
+    """What a step asks of a rule of this module, as one program and one array, since the host waits for each that it reads.
+
+    The program takes the rule's arguments by name and gives [3, B] int32: the drafted tokens accepted, the next token, and
+    the positions before the first without a distribution.
+    """
+
+    @jax.jit
+    def program(*, target_logits: jax.Array, **given) -> jax.Array:
+        result = rule(target_logits=target_logits, **given)
+        return jnp.stack([result.num_accepted, result.next_token, leading_run(finite_positions(target_logits))])
+
+    return program
 
 
 def leading_run(accepted: jax.Array) -> jax.Array:

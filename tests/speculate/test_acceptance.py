@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from specmoe_jax.config.sampling_params import SamplingParams
-from specmoe_jax.speculate.acceptance import accept, accept_greedy, accept_probability, finite_positions, residual
+from specmoe_jax.speculate.acceptance import accept, accept_greedy, accept_probability, decided, finite_positions, residual
 from specmoe_jax.speculate.sampling import row_keys, sample, sampling_rows, transform_logits
 from specmoe_jax.testing.oracles import accepted_tokens
 from specmoe_jax.types import AcceptResult, SamplingRows
@@ -207,6 +207,17 @@ def test_a_row_that_is_not_finite_harms_no_other(batch, params):
     kept = np.asarray(finite_positions(broken)).all(axis=1)
     for part, full in zip(result, accept(keys, tokens, None, target, params), strict=True):
         np.testing.assert_array_equal(part[kept], full[kept])
+
+
+def test_a_step_is_told_where_positions_without_a_distribution_begin(batch):
+    keys, tokens, probs, target, rows = batch
+    broken = target.at[2, 1, 3].set(jnp.nan).at[4, 0].set(-jnp.inf).at[6, 4, 0].set(jnp.inf)
+    given = {"keys": keys, "draft_tokens": tokens, "draft_probs": probs, "target_logits": broken, "params": rows}
+    num_accepted, next_token, sound = decided(accept)(**given)
+    assert sound.tolist() == [5, 5, 1, 5, 0, 5, 4, 5]
+    kept = np.asarray(sound) == 5  # elsewhere programs may differ: NaN is in their arguments
+    for part, alone in zip((num_accepted, next_token), jitted_accept(**given), strict=True):
+        np.testing.assert_array_equal(part[kept], alone[kept])
 
 
 # The face.

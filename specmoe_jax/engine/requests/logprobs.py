@@ -12,14 +12,17 @@ from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.scoring.logprobs import LogProbs, log_probs, positions_at_once, score_states
 from specmoe_jax.engine.state import JobOptions, Request, State
-from specmoe_jax.types import AcceptedPath, AcceptResult, Proposal, TokenLogprob
+from specmoe_jax.types import AcceptedPath, Proposal, TokenLogprob
 
 
-def run_logprobs(state: State, proposal: Proposal, logits: jax.Array, result: AcceptResult) -> LogProbs | None:
-    """Of the tokens that a chain commits, by the logits [B, T, V] before any edit; None where no request asks."""
+def run_logprobs(state: State, proposal: Proposal, logits: jax.Array, decided: jax.Array) -> LogProbs | None:
+    """Of the tokens that a chain commits, by the logits [B, T, V] before any edit; None where no request asks.
+
+    decided: [3, B], see speculate.acceptance.decided.
+    """
     if state.options.logprobs is None:
         return None
-    return _of_run(logits, proposal.tokens, result.num_accepted, result.next_token, top=state.options.logprobs)
+    return _of_run(logits, proposal.tokens, decided, top=state.options.logprobs)
 
 
 def path_logprobs(state: State, proposal: Proposal, logits: jax.Array, accepted: AcceptedPath) -> LogProbs | None:
@@ -30,8 +33,9 @@ def path_logprobs(state: State, proposal: Proposal, logits: jax.Array, accepted:
 
 
 @functools.partial(jax.jit, static_argnames="top")
-def _of_run(logits: jax.Array, drafted: jax.Array, num_accepted: jax.Array, next_token: jax.Array, *, top: int) -> LogProbs:
+def _of_run(logits: jax.Array, drafted: jax.Array, decided: jax.Array, *, top: int) -> LogProbs:
     """[B, T, ...]: of the drafted token after each accepted position, and of the next token after the last."""
+    num_accepted, next_token, _ = decided
     following = jnp.pad(drafted, ((0, 0), (0, 1)))
     tokens = jnp.where(jnp.arange(following.shape[1]) < num_accepted[:, None], following, next_token[:, None])
     found = log_probs(logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1, 1), top)

@@ -22,7 +22,7 @@ def run_logprobs(state: State, proposal: Proposal, logits: jax.Array, decided: j
     """
     if state.options.logprobs is None:
         return None
-    return _of_run(logits, proposal.tokens, decided, top=state.options.logprobs)
+    return jax.device_get(_of_run(logits, proposal.tokens, decided, top=state.options.logprobs))
 
 
 def path_logprobs(state: State, proposal: Proposal, logits: jax.Array, accepted: AcceptedPath) -> LogProbs | None:

@@ -22,7 +22,8 @@ def run_logprobs(state: State, proposal: Proposal, logits: jax.Array, decided: j
     """
     if state.options.logprobs is None:
         return None
-    return jax.device_get(_of_run(logits, proposal.tokens, decided, top=state.options.logprobs))
+    num_accepted, next_token, _ = decided
+    return jax.device_get(_of_run(logits, proposal.tokens, num_accepted, next_token, top=state.options.logprobs))
 
 
 def path_logprobs(state: State, proposal: Proposal, logits: jax.Array, accepted: AcceptedPath) -> LogProbs | None:
@@ -33,9 +34,8 @@ def path_logprobs(state: State, proposal: Proposal, logits: jax.Array, accepted:
 
 
 @functools.partial(jax.jit, static_argnames="top")
-def _of_run(logits: jax.Array, drafted: jax.Array, decided: jax.Array, *, top: int) -> LogProbs:
+def _of_run(logits: jax.Array, drafted: jax.Array, num_accepted: jax.Array, next_token: jax.Array, *, top: int) -> LogProbs:
     """[B, T, ...]: of the drafted token after each accepted position, and of the next token after the last."""
-    num_accepted, next_token, _ = decided
     following = jnp.pad(drafted, ((0, 0), (0, 1)))
     tokens = jnp.where(jnp.arange(following.shape[1]) < num_accepted[:, None], following, next_token[:, None])
     found = log_probs(logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1, 1), top)

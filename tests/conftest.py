@@ -7,10 +7,13 @@ Everything: `pytest --tier=all`, or naming files or tests on the command line.
 import collections
 import gc
 import importlib.util
+import itertools
 import os
+import threading
 
 import jax
 import pytest
+from jax._src.interpreters import mlir
 
 from specmoe_jax.autotune import operator_bench, profile, step_bench
 from specmoe_jax.support.cache_files import machine_key
@@ -28,6 +31,7 @@ QUICKLY_COMPILED = (f"{LLVM_LEVEL}=0", "--xla_cpu_parallel_codegen_split_count=1
 if jax.__version_info__ < (0, 11):  # an XLA that does not know a flag ends the process
     QUICKLY_COMPILED += ("--xla_cpu_use_fusion_emitters=false",)
 _COMPILATION = "/jax/core/compile/backend_compile_duration"
+CONTEXT_LASTS = 64  # programs; what a context has seen is let go with it
 
 
 class Compilations:
@@ -39,6 +43,18 @@ class Compilations:
 
     def _on_event(self, event, duration_s, **_):
         self.count += event == _COMPILATION
+
+
+class SharedContexts(threading.local):
+    """MLIR contexts for several programs of a thread; JAX makes one for each, which is a third of a small program's compilation."""
+
+    def __init__(self, make):
+        self._make, self._uses = make, itertools.count()
+
+    def __call__(self):
+        if next(self._uses) % CONTEXT_LASTS == 0:
+            self._context = self._make()
+        return self._context
 
 
 def pytest_addoption(parser):
@@ -68,6 +84,8 @@ def pytest_configure(config):
     for name, value in settings.items():
         os.environ[name.upper()] = str(value)  # for the processes that tests start
         jax.config.update(name, value)
+    if hasattr(mlir, "make_ir_context"):  # not of JAX's interface
+        mlir.make_ir_context = SharedContexts(mlir.make_ir_context)
     # Thousands of small programs, each run a few times: three quarters of their processor time would be optimisation, which
     # `.ci/run` has in the comparison with the reference implementation and in the lossless tests.
     if LLVM_LEVEL not in (given := os.environ.get("XLA_FLAGS", "")):

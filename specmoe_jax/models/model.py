@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from specmoe_jax.config.layer_config import AttentionConfig, LayerConfig
+from specmoe_jax.config.layer_config import AttentionConfig, Embedding, ExpertConfig, Head, LayerConfig
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.models import encoder, layers, recurrent
 from specmoe_jax.models.attention import allowed, gate_of, gated, scores_and_values
@@ -58,20 +58,24 @@ class Model:
         """
         token_ids = jnp.asarray(token_ids, jnp.int32)
         cross = (None,) * self.config.num_layers if source is None else self._encoded(source, source_lengths)
-        h = layers.embed(self.weights, token_ids, _positions(token_ids), self.config.embedding)
+        h = self._embedded(token_ids)
         for i, (config, weights) in enumerate(zip(self.config.layers, self.weights.layers, strict=True)):
             h = _reference_layer(config, weights, self._blocks(i), h, cross[i])
-        return layers.head(self.config.head, self.weights, h)
+        return _reference_head(self.config.head, self.weights, h)
 
     def _encoded(self, source, lengths) -> tuple[CrossCache, ...]:
         """What each decoder layer attends of the sources."""
         source = jnp.asarray(source, jnp.int32)
         lengths = jnp.full(source.shape[0], source.shape[1]) if lengths is None else jnp.asarray(lengths)
-        h = layers.embed(self.weights, source, _positions(source), self.config.embedding)
+        h = self._embedded(source)
         assert self.config.encoder is not None and self.weights.encoder is not None
         for i, (config, weights) in enumerate(zip(self.config.encoder.layers, self.weights.encoder.layers, strict=True)):
             h = _reference_encoder_layer(config, weights, self._blocks(self.config.num_layers + i), h, lengths)
         return encoder.cross_caches(self.config, self.weights, h, lengths)
+
+    def _embedded(self, token_ids: jax.Array) -> jax.Array:
+        """[B, T] -> [B, T, M], placed as the experts are: layers alike are then one program, whatever stands before them."""
+        return jax.device_put(_reference_embedding(self.config.embedding, self.weights, token_ids), jax.memory.Space.Device)
 
     def _blocks(self, layer: int) -> list[jax.Array]:
         """All experts of one of all layers, on the accelerator."""
@@ -81,19 +85,37 @@ class Model:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _reference_embedding(config: Embedding | None, weights, token_ids: jax.Array) -> jax.Array:
+    return layers.embed(weights, token_ids, _positions(token_ids), config)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _reference_head(config: Head, weights, h: jax.Array) -> jax.Array:
+    return layers.head(config, weights, h)
+
+
 def _reference_layer(config: LayerConfig, weights, blocks, h: jax.Array, cross: CrossCache | None) -> jax.Array:
     """One decoder layer over whole sequences h [B, T, M]; quadratic in T and linear in E by intent."""
+    return _all_experts(config, blocks, *_reference_attention(config, weights, h, cross))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _reference_attention(config: LayerConfig, weights, h: jax.Array, cross: CrossCache | None):
     q, k, v = layers.pre_attention(config, weights, h, _positions(h))
     if config.attention.recurrent is None:
         attended = reference_attention(config.attention, q, k, v, weights.sinks)
     else:
         attended = recurrent.reference(config.attention.recurrent, weights.recurrent, q, k, v)
-    return _all_experts(config, blocks, *layers.post_attention(config, weights, h, attended, jnp.ones(h.shape[:2], bool), cross))
+    return layers.post_attention(config, weights, h, attended, jnp.ones(h.shape[:2], bool), cross)
+
+
+def _reference_encoder_layer(config: LayerConfig, weights, blocks, h: jax.Array, lengths: jax.Array) -> jax.Array:
+    return _all_experts(config, blocks, *_reference_encoder_attention(config, weights, h, lengths))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _reference_encoder_layer(config: LayerConfig, weights, blocks, h: jax.Array, lengths: jax.Array) -> jax.Array:
-    return _all_experts(config, blocks, *encoder.attention(config, weights, h, lengths))
+def _reference_encoder_attention(config: LayerConfig, weights, h: jax.Array, lengths: jax.Array):
+    return encoder.attention(config, weights, h, lengths)
 
 
 def _positions(x: jax.Array) -> jax.Array:
@@ -102,11 +124,20 @@ def _positions(x: jax.Array) -> jax.Array:
 
 
 def _all_experts(config: LayerConfig, blocks, h: jax.Array, x: jax.Array, routing: Routing | None) -> jax.Array:
-    """h with the chosen ones of all experts' outputs added."""
+    """h with the chosen ones of all experts' outputs added; one program for every expert."""
     if routing is None:
         return h
-    outputs = jnp.stack([block_function(config.own_experts)(x, block) for block in blocks], axis=1)  # [n, E, M]
-    chosen = jnp.take_along_axis(outputs, routing.ids[..., None], axis=1)  # [n, A, M]
+    return _with_chosen(h, [_reference_expert(config.own_experts, x, block) for block in blocks], routing)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _reference_expert(config: ExpertConfig, x: jax.Array, block: jax.Array) -> jax.Array:
+    return block_function(config)(x, block)
+
+
+@jax.jit
+def _with_chosen(h: jax.Array, outputs: list[jax.Array], routing: Routing) -> jax.Array:
+    chosen = jnp.take_along_axis(jnp.stack(outputs, axis=1), routing.ids[..., None], axis=1)  # of [n, E, M] -> [n, A, M]
     return layers.combine(h, chosen, routing)
 
 

@@ -82,12 +82,6 @@ int64_t expert_bytes(const FfnArgs& a) {
   return packed_expert_bytes(a.w_type, a.F, a.M);
 }
 
-int64_t weight_row_bytes(const FfnArgs& a) {
-  if (a.w_type == DType::kI4) return groups_of(a.M) * (kGroup / 2 + 2);
-  if (a.w_type == DType::kLossless) return groups_of(a.M) * (kGroup + kGroup / 2);
-  return a.M * (a.w_type == DType::kF32 ? 4 : a.w_type == DType::kBF16 ? 2 : 1);
-}
-
 // Output columns [begin, end) of a group: all hidden units, or one block of them where rows are few.
 struct OutputTask {
   const FfnGroup* g;
@@ -136,7 +130,7 @@ void place(FfnArgs& a, const KernelTable& kernels, Plan& plan) {
 
 void plan_output(const FfnArgs& a, Plan& plan, int threads) {
   const int64_t blocks = parts(a.F, hidden_block(a)), G = plan.groups.size();
-  const int64_t strip = std::min<int64_t>(512, task_width(std::max<int64_t>(1, a.F * weight_row_bytes(a) / a.M), 64));
+  const int64_t strip = std::min<int64_t>(512, task_width(std::max<int64_t>(1, a.F * row_bytes(a.w_type, a.M) / a.M), 64));
   // Blocks are read as they lie; only where there are fewer than four a thread are they cut, into runs of at least 256 columns.
   const int64_t cuts = parts(4 * threads, std::max<int64_t>(1, G * blocks));
   const int64_t run = std::max<int64_t>(256, parts(parts(a.M, cuts), 128) * 128);
@@ -186,14 +180,14 @@ void expert_ffn(const FfnArgs& given, const KernelTable& kernels, Parallel& para
   ask_for_pages(a, plan, expert_bytes(a));
   place(a, kernels, plan);
   plan_output(a, plan, parallel.threads());
-  const int64_t G = plan.groups.size(), row_bytes = weight_row_bytes(a);
+  const int64_t G = plan.groups.size(), row = row_bytes(a.w_type, a.M);
 
   // Widths decide who computes an element, never how, so they may depend on the shapes.
-  const int64_t share = 2 * a.F * row_bytes * G / (16 * parallel.threads());
+  const int64_t share = 2 * a.F * row * G / (16 * parallel.threads());
   // Few rows; and tiles, which lay out their rows in each task.
   const bool few_rows = a.n * a.A <= kFewRows * G || plan.way.reads_x;
   const int64_t bytes = few_rows ? std::clamp<int64_t>(share, kTaskBytes, kFewTaskBytes) : kTaskBytes;
-  const int64_t fw = task_width(2 * row_bytes, kBlock, bytes), f_tasks = parts(a.F, fw);
+  const int64_t fw = task_width(2 * row, kBlock, bytes), f_tasks = parts(a.F, fw);
   auto hidden = [&](int64_t i) {
     const int64_t f = i % f_tasks * fw;
     kernels.ffn_hidden(a, plan.groups[i / f_tasks], f, std::min(a.F, f + fw));

@@ -41,6 +41,12 @@ inline int64_t groups_of(int64_t M) { return (M + kGroup - 1) / kGroup; }
 // Then exponents that are farther: places int32 [exceptions] in ascending order, 3 F M where there are no more, and their bits uint16;
 // and the largest exponents uint8 [3, F].
 inline int64_t code_bytes(DType type, int64_t F, int64_t M) { return 3 * F * (type == DType::kI8 ? M : groups_of(M) * kGroup / 2); }
+// A row of M weights as it is read, without what stands behind all codes of int8: how units of work are measured.
+inline int64_t row_bytes(DType type, int64_t M) {
+  if (type == DType::kI4) return groups_of(M) * (kGroup / 2 + 2);
+  if (type == DType::kLossless) return groups_of(M) * (kGroup + kGroup / 2);
+  return M * (type == DType::kF32 ? 4 : type == DType::kBF16 ? 2 : 1);
+}
 inline int64_t exceptions(int64_t F, int64_t M) { return 64 + 3 * F * M / 512; }
 inline int64_t packed_expert_bytes(DType type, int64_t F, int64_t M) {
   if (type == DType::kLossless) return 3 * F * groups_of(M) * (kGroup + kGroup / 2) + 6 * exceptions(F, M) + 3 * F;

@@ -21,7 +21,7 @@ from specmoe_jax.engine.scheduler import joined
 from specmoe_jax.engine.state import State, StepInfo
 from specmoe_jax.offload.stream_schedule import ACCELERATOR
 from specmoe_jax.offload.tiers import TierCounts
-from specmoe_jax.speculate.acceptance import accept, accept_coupled, accept_greedy, decided, finite_positions, synthetic_accept
+from specmoe_jax.speculate.acceptance import accept, accept_coupled, accept_greedy, decided, synthetic_accept
 from specmoe_jax.speculate.adaptive_length import choose, compiled_lengths, observe, resting
 from specmoe_jax.speculate.hot_experts.usage import count_choices
 from specmoe_jax.speculate.logit_edits import LogitEdits, chain_paths, edit_logits, tree_paths
@@ -33,7 +33,6 @@ from specmoe_jax.types import AcceptResult, Proposal
 
 _accept, _accept_greedy = decided(accept), decided(accept_greedy)
 _accept_coupled, _synthetic_accept = decided(accept_coupled), decided(synthetic_accept)
-_finite_positions = jax.jit(finite_positions)
 _chain_paths, _tree_paths, _edit_logits = jax.jit(chain_paths), jax.jit(tree_paths), jax.jit(edit_logits)
 
 
@@ -167,10 +166,9 @@ def verify(runtime: Runtime, state: State, drafted: Drafted, edits: LogitEdits |
     edits = pass_edits(runtime, state, edits, proposal)
     edited = logits if edits is None else _edit_logits(logits, edits, _paths(proposal))
     if proposal.tree is not None:
-        finite = _finite_positions(edited)
-        accepted = accepted_path(runtime, state, proposal, edited)
+        accepted, chosen = accepted_path(runtime, state, proposal, edited)
         logprobs = path_logprobs(state, proposal, logits, accepted)
-        return compact_accepted_path(runtime, state, verified, proposal, accepted, finite)._replace(logprobs=logprobs)
+        return compact_accepted_path(runtime, state, verified, proposal, accepted, chosen)._replace(logprobs=logprobs)
     chosen = _decide(runtime, state, proposal, edited)
     logprobs = run_logprobs(state, proposal, logits, chosen)
     num_accepted, next_token, sound = np.asarray(chosen)  # jax.device_get takes 0.2 ms longer, in Python

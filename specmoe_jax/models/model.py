@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -77,11 +77,11 @@ class Model:
         """[B, T] -> [B, T, M], placed as the experts are: layers alike are then one program, whatever stands before them."""
         return jax.device_put(_reference_embedding(self.config.embedding, self.weights, token_ids), jax.memory.Space.Device)
 
-    def _blocks(self, layer: int) -> list[jax.Array]:
-        """All experts of one of all layers, on the accelerator."""
+    def _blocks(self, layer: int) -> Iterator[jax.Array]:
+        """All experts of one of all layers, each brought to the accelerator when it is asked for."""
         where = self.config.expert_layers
         blocks = self.experts[where.index(layer)] if layer in where else []
-        return [jax.device_put(block, jax.memory.Space.Device) for block in blocks]
+        return (jax.device_put(block, jax.memory.Space.Device) for block in blocks)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -94,7 +94,9 @@ def _reference_head(config: Head, weights, h: jax.Array) -> jax.Array:
     return layers.head(config, weights, h)
 
 
-def _reference_layer(config: LayerConfig, weights, blocks, h: jax.Array, cross: CrossCache | None) -> jax.Array:
+def _reference_layer(
+    config: LayerConfig, weights, blocks: Iterable[jax.Array], h: jax.Array, cross: CrossCache | None
+) -> jax.Array:
     """One decoder layer over whole sequences h [B, T, M]; quadratic in T and linear in E by intent."""
     return _all_experts(config, blocks, *_reference_attention(config, weights, h, cross))
 
@@ -109,7 +111,9 @@ def _reference_attention(config: LayerConfig, weights, h: jax.Array, cross: Cros
     return layers.post_attention(config, weights, h, attended, jnp.ones(h.shape[:2], bool), cross)
 
 
-def _reference_encoder_layer(config: LayerConfig, weights, blocks, h: jax.Array, lengths: jax.Array) -> jax.Array:
+def _reference_encoder_layer(
+    config: LayerConfig, weights, blocks: Iterable[jax.Array], h: jax.Array, lengths: jax.Array
+) -> jax.Array:
     return _all_experts(config, blocks, *_reference_encoder_attention(config, weights, h, lengths))
 
 
@@ -123,7 +127,9 @@ def _positions(x: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
 
 
-def _all_experts(config: LayerConfig, blocks, h: jax.Array, x: jax.Array, routing: Routing | None) -> jax.Array:
+def _all_experts(
+    config: LayerConfig, blocks: Iterable[jax.Array], h: jax.Array, x: jax.Array, routing: Routing | None
+) -> jax.Array:
     """h with the chosen ones of all experts' outputs added; one program for every expert."""
     if routing is None:
         return h

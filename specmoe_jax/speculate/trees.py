@@ -4,10 +4,12 @@ The nodes of a pass are numbered from the root, which is the last committed toke
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from specmoe_jax.speculate.acceptance import finite_positions, leading_run
 from specmoe_jax.speculate.sampling import choose_coupled, sample, transform_logits
 from specmoe_jax.types import AcceptedPath, SamplingRows, Tree
 
@@ -79,3 +81,27 @@ def _walk(choice: jax.Array, tokens: jax.Array, tree: Tree, depth: int) -> Accep
         path.append(jnp.where(going, node, 0))
         accepted = accepted + going.astype(jnp.int32)
     return AcceptedPath(path=jnp.concatenate(path, axis=1), num_accepted=accepted[:, 0], next_token=at(choice, node)[:, 0])
+
+
+def decided_path(rule: Callable[..., AcceptedPath]) -> Callable[..., tuple[AcceptedPath, jax.Array]]:
+    """What a step asks of a rule of this module, as one program and one array, as acceptance.decided.
+
+    The program takes the rule's arguments by name, and active [B] bool: of another row no token is accepted. -> the path, and
+    for the host [B, depth + 3] int32: its nodes, how many are accepted, the next token, and the positions of the path, the root
+    among them, before the first without a distribution.
+    """
+
+    @functools.partial(jax.jit, static_argnames="depth")
+    def program(*, active: jax.Array, logits: jax.Array, depth: int, **given) -> tuple[AcceptedPath, jax.Array]:
+        accepted = rule(logits=logits, depth=depth, **given)
+        accepted = accepted._replace(num_accepted=jnp.where(active, accepted.num_accepted, 0))
+        sound = leading_run(jnp.take_along_axis(finite_positions(logits), from_root(accepted.path), axis=1))
+        columns = (accepted.num_accepted, accepted.next_token, sound)
+        return accepted, jnp.concatenate([accepted.path, jnp.stack(columns, axis=1)], axis=1)
+
+    return program
+
+
+def from_root(path: jax.Array) -> jax.Array:
+    """The nodes [B, depth + 1] of a path [B, depth], the root first."""
+    return jnp.pad(path, ((0, 0), (1, 0)))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_sampling_law import BOS, PARAMS, V, joint_law, p_value, reference_probs, table, target_law
 
 from specmoe_jax.speculate.sampling import row_keys, sampling_rows
-from specmoe_jax.speculate.trees import _walk, accept_tree, accept_tree_coupled, accept_tree_greedy, make_tree, rerank
+from specmoe_jax.speculate.trees import _walk, accept_tree, accept_tree_coupled, accept_tree_greedy, decided_path, make_tree, rerank
 
 # parents of the nodes after the root
 SHAPES = {
@@ -78,6 +78,20 @@ def test_greedy_takes_the_longest_path_of_argmax_tokens(parents, data):
     last = path[-1] if path else 0
     assert result.next_token[0] == choice[last]
     assert not any(parents[n - 1] == last and tokens[n - 1] == choice[last] for n in range(1, len(parents) + 1))
+
+
+def test_a_step_is_told_where_nodes_of_the_path_without_a_distribution_begin():
+    """Of four rows alike the second joins in this pass, the third has a NaN on its path and the fourth one beside it."""
+    tree = make_tree(jnp.broadcast_to(jnp.array([0, 0, 2, 2], jnp.int32), (4, 4)), 2)
+    tokens = jnp.broadcast_to(jnp.array([1, 2, 0, 1], jnp.int32), (4, 4))
+    logits = jnp.broadcast_to(jnp.eye(3)[jnp.array([2, 0, 1, 0, 0])], (4, 5, 3)).at[2, 4, 1].set(jnp.nan).at[3, 1, 1].set(jnp.nan)
+    active = np.array([True, False, True, True])
+    accepted, told = decided_path(accept_tree_greedy)(tokens=tokens, tree=tree, logits=logits, active=active, depth=2)
+    *path, num_accepted, next_token, sound = told.T
+    assert np.stack(path, axis=1).tolist() == accepted.path.tolist() == [[2, 4]] * 4
+    assert num_accepted.tolist() == accepted.num_accepted.tolist() == [2, 0, 2, 2]
+    assert sound.tolist() == [3, 3, 2, 3] and next_token.tolist() == accepted.next_token.tolist()
+    assert next_token[jnp.array([0, 1, 3])].tolist() == [0, 0, 0]
 
 
 @settings(max_examples=60, deadline=None)

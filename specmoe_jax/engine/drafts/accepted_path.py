@@ -1,6 +1,5 @@
 """The engine's half of drafted trees: the path that verification accepts, and the pass's rows compacted to it."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -14,13 +13,11 @@ from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.scoring.logprobs import LogProbs
 from specmoe_jax.engine.state import HostKV, State
 from specmoe_jax.speculate.sampling import Stream
-from specmoe_jax.speculate.trees import accept_tree, accept_tree_coupled, accept_tree_greedy
+from specmoe_jax.speculate.trees import accept_tree, accept_tree_coupled, accept_tree_greedy, decided_path, from_root
 from specmoe_jax.support.processes import put
 from specmoe_jax.types import AcceptedPath, AcceptResult, KVCache, Proposal, RecurrentState
 
-_accept_tree, _accept_tree_coupled, _accept_tree_greedy = (
-    functools.partial(jax.jit, static_argnames="depth")(f) for f in (accept_tree, accept_tree_coupled, accept_tree_greedy)
-)
+_accept_tree, _accept_tree_coupled, _accept_tree_greedy = map(decided_path, (accept_tree, accept_tree_coupled, accept_tree_greedy))
 
 
 class Verified(NamedTuple):
@@ -36,37 +33,35 @@ class Verified(NamedTuple):
     logprobs: LogProbs | None = None
 
 
-def accepted_path(runtime: Runtime, state: State, proposal: Proposal, logits: jax.Array) -> AcceptedPath:
-    """The lossless choice among the paths of a tree. logits [B, T, V]."""
+def accepted_path(runtime: Runtime, state: State, proposal: Proposal, logits: jax.Array) -> tuple[AcceptedPath, jax.Array]:
+    """The lossless choice among the paths of a tree, and what the host reads of it: see trees.decided_path. logits [B, T, V].
+
+    Of a row that joins in this pass the choice means nothing, but its prompt is already in the cache.
+    """
+    given = {"tokens": proposal.tokens, "tree": proposal.tree, "logits": logits, "active": state.active}
     depth = runtime.plan.draft_length
-    assert depth is not None
     if state.rows.greedy:
-        return _accept_tree_greedy(proposal.tokens, proposal.tree, logits, depth=depth)
+        return _accept_tree_greedy(depth=depth, **given)
     if runtime.plan.deterministic_sampling:
-        keys = step_coupled_keys(state, depth + 1)
-        return _accept_tree_coupled(keys, proposal.tokens, proposal.tree, logits, state.rows, depth=depth)
-    keys = step_keys(state, Stream.VERIFY)
-    return _accept_tree(keys, proposal.tokens, proposal.tree, logits, state.rows, depth=depth)
+        assert depth is not None
+        return _accept_tree_coupled(keys=step_coupled_keys(state, depth + 1), rows=state.rows, depth=depth, **given)
+    return _accept_tree(keys=step_keys(state, Stream.VERIFY), rows=state.rows, depth=depth, **given)
 
 
 def compact_accepted_path(
-    runtime: Runtime, state: State, verified: TargetPass, proposal: Proposal, accepted: AcceptedPath, finite: jax.Array
+    runtime: Runtime, state: State, verified: TargetPass, proposal: Proposal, accepted: AcceptedPath, decided: jax.Array
 ) -> Verified:
     """Cache rows, features, routing and tokens of the accepted path in the places of a chain's. -> as step.verify.
 
-    finite: [B, T], nodes whose logits give a distribution.
-
     The draft's cache needs no such move: it is extended by the target's features of the committed tokens, over its own rows.
     """
-    # Of a row that joins in this pass the choice means nothing, but its prompt is already in the cache.
-    accepted = accepted._replace(num_accepted=jnp.where(state.active, accepted.num_accepted, 0))
     kv = _compacted(runtime, verified.kv, (jnp.asarray(state.lengths), accepted.path, accepted.num_accepted))
-    order = jnp.pad(accepted.path, ((0, 0), (1, 0)))  # the root first
-    features = None if verified.features is None else jnp.take_along_axis(verified.features, order[..., None], axis=1)
-    (path, num_accepted, next_token), finite, order = jax.device_get((accepted, finite, order))
+    features = None if verified.features is None else _along(verified.features, accepted.path)
+    *nodes, num_accepted, next_token, sound = np.asarray(decided).T
+    path = np.stack(nodes, axis=1)  # [B, depth]
+    order = np.pad(path, ((0, 0), (1, 0)))
     told = (verified.info.routing, verified.info.routing_weights)
     routing, weights = (None if one is None else np.take_along_axis(one, order[None, ..., None], axis=2) for one in told)
-    sound = np.cumprod(np.take_along_axis(np.asarray(finite), order, axis=1), axis=1).sum(axis=1)
     tokens = np.take_along_axis(np.asarray(proposal.tokens), np.maximum(path - 1, 0), axis=1)
     return Verified(
         verified._replace(kv=kv, features=features, info=verified.info._replace(routing=routing, routing_weights=weights)),
@@ -74,6 +69,12 @@ def compact_accepted_path(
         sound,
         proposal._replace(tokens=tokens),
     )
+
+
+@jax.jit
+def _along(features: jax.Array, path: jax.Array) -> jax.Array:
+    """Features [B, T, ...] of a path's nodes, the root first."""
+    return jnp.take_along_axis(features, from_root(path)[..., None], axis=1)
 
 
 def _compacted(runtime: Runtime, kv: KVCache | HostKV, here: tuple[jax.Array, ...]) -> KVCache | HostKV:

@@ -12,6 +12,7 @@ from specmoe_jax.engine.flows.protocol import TargetPass
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.scoring.logprobs import LogProbs, log_probs, positions_at_once, score_states
 from specmoe_jax.engine.state import JobOptions, Request, State
+from specmoe_jax.speculate.trees import from_root
 from specmoe_jax.types import AcceptedPath, Proposal, TokenLogprob
 
 
@@ -44,8 +45,7 @@ def _of_run(logits: jax.Array, drafted: jax.Array, num_accepted: jax.Array, next
 
 @functools.partial(jax.jit, static_argnames="top")
 def _of_path(logits: jax.Array, nodes: jax.Array, accepted: AcceptedPath, *, top: int) -> LogProbs:
-    order = jnp.pad(accepted.path, ((0, 0), (1, 0)))  # the root first
-    along = jnp.take_along_axis(logits, order[..., None], axis=1)
+    along = jnp.take_along_axis(logits, from_root(accepted.path)[..., None], axis=1)
     drafted = jnp.take_along_axis(nodes, jnp.maximum(accepted.path - 1, 0), axis=1)
     return _of_run(along, drafted, accepted.num_accepted, accepted.next_token, top=top)
 

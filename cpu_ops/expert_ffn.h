@@ -49,7 +49,7 @@ inline int64_t row_bytes(DType type, int64_t M) {
 }
 inline int64_t exceptions(int64_t F, int64_t M) { return 64 + 3 * F * M / 512; }
 inline int64_t packed_expert_bytes(DType type, int64_t F, int64_t M) {
-  if (type == DType::kLossless) return 3 * F * groups_of(M) * (kGroup + kGroup / 2) + 6 * exceptions(F, M) + 3 * F;
+  if (type == DType::kLossless) return 3 * F * row_bytes(type, M) + 6 * exceptions(F, M) + 3 * F;
   return code_bytes(type, F, M) + (type == DType::kI8 ? (2 * F + M) * 4 : 3 * F * groups_of(M) * 2);
 }
 

@@ -1,5 +1,5 @@
-// All kernels for one instruction set: SPECMOE_ISA names it and the compile flags choose it. One whose attention alone is its own takes the
-// other kernels from the table of SPECMOE_OTHERS_OF: compiled again they would be the same, in 70 seconds.
+// All kernels for one instruction set: SPECMOE_ISA names it and the compile flags choose it. One that has only some kernels of its own takes
+// the others from the table of SPECMOE_OTHERS_OF: compiled again they would be the same, in a minute.
 #include <type_traits>
 
 #include "chunked_attention.h"
@@ -22,18 +22,28 @@ const KernelTable& table();
 namespace SPECMOE_ISA {
 namespace {
 
+#if defined(SPECMOE_OTHERS_OF)
+SPECMOE_INLINE const KernelTable& others() { return SPECMOE_OTHERS_OF::table(); }
+#endif
+
 template <int N>
 struct Rows {
   static constexpr int n = N;
 };
 
+#if defined(__AMX_BF16__)
 #include "tiles.inc"
+#endif
 #include "chunked_attention_kernel.inc"
-#if !defined(SPECMOE_OTHERS_OF)
+#if defined(__AMX_BF16__)
 #include "expert_ffn_kernel.inc"
+#include "lossless_rows.inc"
+#include "tiles_kernel.inc"
+#elif !defined(SPECMOE_OTHERS_OF)
+#include "expert_ffn_kernel.inc"
+#include "lossless_rows.inc"
 #include "expert_ffn_lossless_kernel.inc"
 #include "integers_kernel.inc"
-#include "tiles_kernel.inc"
 #include "expert_ffn_4bit_kernel.inc"
 #include "rowwise_ffn_kernel.inc"
 #include "few_rows_product_kernel.inc"
@@ -73,11 +83,19 @@ double read_sum(const void* data, int64_t bytes) {  // four runs side by side, a
 const KernelTable& table() {
 #if defined(SPECMOE_OTHERS_OF)
   static const KernelTable t = [] {
-    KernelTable own = SPECMOE_OTHERS_OF::table();
+    KernelTable own = others();
     own.name = SPECMOE_TEXT(SPECMOE_ISA);
     own.attention_chunk = attention_chunk;
-    own.attention_merge = attention_merge;
-    own.attention_finish = attention_finish;
+#if defined(__AMX_BF16__)
+    own.ffn_way = ffn_way;
+    own.ffn_hidden = ffn_hidden;
+    own.ffn_output = ffn_output;
+    own.ffn_partial = ffn_partial;
+    own.product_multiple = product_multiple;
+    own.product_row_floats = product_row_floats;
+    own.product_gather = product_gather;
+    own.product_range = product_range;
+#endif
     return own;
   }();
 #else

@@ -103,12 +103,13 @@ class OperatorBench:
         return self._sample(call, rows, new)
 
     def draft_head(self, rows: int) -> Sample:
-        token = np.zeros((rows, 1), np.int32)
+        token, lengths = np.zeros((rows, 1), np.int32), np.zeros(rows, np.int32)
 
         def call():
             out = token
             for _ in range(CHAIN):
-                logits = stages.head(self.config.head, self.model.weights, stages.embed(self.model.weights, out))
+                h = stages.embed(self.config.embedding, self.model.weights, out, lengths)
+                logits = stages.head(self.config.head, self.model.weights, h)
                 out = _argmax(logits)
             return out
 

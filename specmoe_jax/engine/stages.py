@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from specmoe_jax.config.layer_config import Head, LayerConfig, Recurrence
+from specmoe_jax.config.layer_config import Embedding, Head, LayerConfig, Recurrence
 from specmoe_jax.engine.rows import OWN, WHOLE, Split, constrained, of_all, over_rows, split_like
 from specmoe_jax.models import attention as attentions
 from specmoe_jax.models import encoder, layers, prefill_attention, recurrent
@@ -23,10 +23,13 @@ from specmoe_jax.types import CrossCache, RecurrentState, Routing, Tree
 final_norm = functools.partial(jax.jit, static_argnums=0)(layers.final_norm)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "split"))
-def embed(weights: Weights[jax.Array], token_ids, positions=None, config=None, *, split: Split = None) -> jax.Array:
-    """See layers.embed."""
-    return constrained(layers.embed(weights, token_ids, positions, config), split, OWN)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="split")
+def embed(
+    config: Embedding | None, weights: Weights[jax.Array], token_ids, lengths, tree: Tree | None = None, *, split: Split = None
+) -> jax.Array:
+    """tokens [B, T] at positions lengths[b] + t, or + depth in a tree -> [B, T, M]. See layers.embed."""
+    depths = jnp.arange(token_ids.shape[1], dtype=jnp.int32) if tree is None else tree.depths
+    return constrained(layers.embed(weights, token_ids, lengths[:, None] + depths, config), split, OWN)
 
 
 @split_like(2)

@@ -22,8 +22,7 @@ def encode(
     for row, source in enumerate(sources):
         tokens[row, : len(source)] = source
     lengths = jnp.array([len(source) for source in sources], jnp.int32)
-    places = jnp.broadcast_to(jnp.arange(positions), tokens.shape)
-    h = stages.embed(runtime.weights.outer, tokens, places, config=runtime.config.embedding)
+    h = stages.embed(runtime.config.embedding, runtime.weights.outer, tokens, np.zeros(len(sources), np.int32))
     assert runtime.config.encoder is not None and runtime.weights.encoder is not None
     for i, (config, weights) in enumerate(zip(runtime.config.encoder.layers, runtime.weights.encoder.layers, strict=True)):
         h, x, routing = stages.encoder_attention(config, weights, h, lengths)

@@ -40,10 +40,7 @@ def features(runtime: Runtime, h: jax.Array, inputs: dict[int, jax.Array]) -> ja
 
 def embed(runtime: Runtime, tokens, lengths: jax.Array, tree: Tree | None = None, split: Split = None) -> jax.Array:
     """tokens [B, T] at positions lengths[b] + t, or + depth in a tree -> [B, T, M]."""
-    if runtime.config.embedding is None:
-        return stages.embed(runtime.weights.outer, tokens, split=split)
-    depths = jnp.arange(tokens.shape[1]) if tree is None else tree.depths
-    return stages.embed(runtime.weights.outer, tokens, lengths[:, None] + depths, config=runtime.config.embedding, split=split)
+    return stages.embed(runtime.config.embedding, runtime.weights.outer, tokens, lengths, tree, split=split)
 
 
 def finished(h: jax.Array | Unfinished) -> jax.Array:

@@ -132,8 +132,9 @@ class _Run:
             spans.append(Span(task.kind, task.resource, task.layer, task.micro_batch, start_s, time.perf_counter()))
 
     def _embed(self, task: Task) -> None:
-        (tokens,) = as_arrays(self.micro_batches[task.micro_batch].tokens)
-        self._keep(task, stages.embed(self.runtime.weights.outer, tokens, config=self.runtime.config.embedding))
+        config, micro_batch = self.runtime.config.embedding, self.micro_batches[task.micro_batch]
+        where = (self.lengths[task.micro_batch], micro_batch.tree)
+        self._keep(task, stages.embed(config, self.runtime.weights.outer, micro_batch.tokens, *where))
 
     def _pre_attention(self, task: Task) -> None:
         start_s = time.perf_counter()

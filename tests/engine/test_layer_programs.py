@@ -1,0 +1,38 @@
+"""A pass whose experts are all in their slots is a program for every few layers: how many belong to one changes nothing."""
+
+import pytest
+from engine_cases import GREEDY, SAMPLED, plan, run
+
+from specmoe_jax import PRESETS, Engine, SamplingParams
+from specmoe_jax.engine.flows import resident_programs
+from specmoe_jax.testing import eagle_head
+from specmoe_jax.testing.families import tiny_family
+
+PROMPTS = [(9, 2, 3), (4, 5)]
+
+
+CASES = {
+    "plain": {},
+    "chain": {"draft": "ngram", "draft_length": 2},
+    "tree": {"draft": "eagle", "draft_length": 2, "draft_tree_top_k": 2, "draft_tree_tokens": 4},
+}
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("case", CASES)
+def test_layers_of_a_program_change_no_token(model, monkeypatch, case, params):
+    a_plan, options = plan("resident", **CASES[case]), {"draft_head": eagle_head(model)} if case == "tree" else {}
+    whole, _ = run(model, a_plan, PROMPTS, params, **options)
+    monkeypatch.setattr(resident_programs, "LAYERS_PER_PROGRAM", 2)
+    assert run(model, a_plan, PROMPTS, params, **options)[0] == whole
+
+
+@pytest.mark.parametrize("family", ["granite_moe", "nllb_moe"])
+def test_layers_of_a_family(family, monkeypatch):
+    """Of embeddings with a scale or places of sinusoids, and of layers that attend a source too."""
+    model = tiny_family(family)
+    a_plan = PRESETS["resident"](model.config).replace(batch_size=2)
+    params = SamplingParams(max_new_tokens=7, ignore_eos=True)
+    tokens = [one.token_ids for one in Engine(model, a_plan).generate(PROMPTS, params)]
+    monkeypatch.setattr(resident_programs, "LAYERS_PER_PROGRAM", 1)
+    assert [one.token_ids for one in Engine(model, a_plan).generate(PROMPTS, params)] == tokens

@@ -1,11 +1,16 @@
 """The operations that layers are made of."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax import ops
 from specmoe_jax.config.layer_config import Rope
+
+FEW_RESULTS = 1024  # of functions whose results are broadcast (`computed_once`): the cosines of 16 positions of heads of 128
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, plus: float = 0.0) -> jax.Array:
@@ -46,15 +51,36 @@ def linears(x: jax.Array, *weights: jax.Array | ops.PackedMatrix) -> tuple[jax.A
     return tuple(y.astype(x.dtype) for y in ops.dense_products(x, weights))
 
 
-def rope(x: jax.Array, positions: jax.Array, config: Rope | None) -> jax.Array:
-    """Rotates the pairs of x [B, T, heads, D] by positions [B, T] int32, logical (per row). None: no positions.
+def computed_once(f: Callable, *arrays: jax.Array) -> Any:
+    """f(*arrays), of elementwise functions that cost much and whose results are broadcast.
+
+    On a CPU XLA moves what is elementwise into every fusion that reads it and computes it there for each element of the broadcast:
+    cosines for each head, and again for each use. It moves nothing out of a conditional; that the condition is always true stays
+    hidden from it behind the barrier. A conditional takes some microseconds, so few results are left to the fusions.
+    """
+
+    def bordered(*arrays: jax.Array) -> Any:
+        true = jax.lax.optimization_barrier(jnp.bool_(True))
+        return jax.lax.cond(true, f, lambda *_: jax.tree.map(jnp.zeros_like, jax.eval_shape(f, *arrays)), *arrays)
+
+    few = sum(array.size for array in arrays) < FEW_RESULTS
+    return f(*arrays) if few else jax.lax.platform_dependent(*arrays, cpu=bordered, default=f)
+
+
+def rope(arrays: tuple[jax.Array, ...], positions: jax.Array, config: Rope | None) -> tuple[jax.Array, ...]:
+    """Rotates the pairs of arrays [B, T, heads, D] by positions [B, T] int32, logical (per row). None: no positions.
 
     What a partial rotary config leaves out, the end of each head, is kept.
     """
     if config is None:
-        return x
+        return arrays
     angle = positions[..., None].astype(jnp.float32) * jnp.asarray(config.frequencies, jnp.float32)  # [B, T, D/2]
-    cos, sin = (config.scale * f(angle)[:, :, None] for f in (jnp.cos, jnp.sin))
+    found = computed_once(lambda angle: (jnp.cos(angle), jnp.sin(angle)), angle)
+    cos, sin = (config.scale * y[:, :, None] for y in found)
+    return tuple(_rotated(x, cos, sin, config) for x in arrays)
+
+
+def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array, config: Rope) -> jax.Array:
     x32 = x.astype(jnp.float32)
     rotated, kept = jnp.split(x32, [2 * len(config.frequencies)], axis=-1)
     x1, x2 = (rotated[..., ::2], rotated[..., 1::2]) if config.interleaved else jnp.split(rotated, 2, axis=-1)

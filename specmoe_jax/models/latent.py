@@ -32,7 +32,7 @@ def project(
     q_latent = jnp.einsum("bthn,hnr->bthr", q[..., : latent.nope], up_k, precision="highest")
     row = linear(x, weights.kv_a)[:, :, None]  # [B, T, 1, rank + rope]
     c = rms_norm(row[..., : latent.rank], weights.kv_a_norm, NORM_EPS)
-    rotated = (rope(a, positions, config.rope) for a in (q[..., latent.nope :], row[..., latent.rank :]))
+    rotated = rope((q[..., latent.nope :], row[..., latent.rank :]), positions, config.rope)
     q, k = (jnp.concatenate(pair, axis=-1) for pair in zip((q_latent, c), rotated, strict=True))
     if weights.indexer is None:
         return q, k, _wide(config, c)

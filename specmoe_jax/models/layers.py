@@ -66,7 +66,7 @@ def queries_keys_values(
     if attention.value_scale != 1.0:
         v = v * attention.value_scale
     v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, attention.head_dim - attention.output_dim)))
-    q, k = rope(q, positions, attention.rope), rope(k, positions, attention.rope)
+    q, k = rope((q, k), positions, attention.rope)
     if attention.l2_norm:
         q, k = (rms_norm(a, jnp.ones((), a.dtype), config.norm_eps) for a in (q, k))
     q = _tempered(attention, q, positions)

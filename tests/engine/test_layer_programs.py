@@ -1,10 +1,12 @@
-"""A pass whose experts are all in their slots is a program for every few layers: how many belong to one changes nothing."""
+"""How layers become programs changes no token: how many belong to one, and what is computed once for all that read it."""
 
+import jax
 import pytest
 from engine_cases import GREEDY, SAMPLED, plan, run
 
 from specmoe_jax import PRESETS, Engine, SamplingParams
 from specmoe_jax.engine.flows import resident_programs
+from specmoe_jax.models import basics
 from specmoe_jax.testing import eagle_head
 from specmoe_jax.testing.families import tiny_family
 
@@ -27,12 +29,34 @@ def test_layers_of_a_program_change_no_token(model, monkeypatch, case, params):
     assert run(model, a_plan, PROMPTS, params, **options)[0] == whole
 
 
+def greedy(family):
+    model = tiny_family(family)
+    a_plan = PRESETS["resident"](model.config).replace(batch_size=2)
+    completions = Engine(model, a_plan).generate(PROMPTS, SamplingParams(max_new_tokens=7, ignore_eos=True))
+    return [one.token_ids for one in completions]
+
+
 @pytest.mark.parametrize("family", ["granite_moe", "nllb_moe"])
 def test_layers_of_a_family(family, monkeypatch):
     """Of embeddings with a scale or places of sinusoids, and of layers that attend a source too."""
-    model = tiny_family(family)
-    a_plan = PRESETS["resident"](model.config).replace(batch_size=2)
-    params = SamplingParams(max_new_tokens=7, ignore_eos=True)
-    tokens = [one.token_ids for one in Engine(model, a_plan).generate(PROMPTS, params)]
+    tokens = greedy(family)
     monkeypatch.setattr(resident_programs, "LAYERS_PER_PROGRAM", 1)
-    assert [one.token_ids for one in Engine(model, a_plan).generate(PROMPTS, params)] == tokens
+    assert greedy(family) == tokens
+
+
+@pytest.fixture
+def everything_once(monkeypatch):
+    """Programs that were compiled otherwise are dropped."""
+    monkeypatch.setattr(basics, "FEW_RESULTS", 0)
+    yield jax.clear_caches
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("family", ["glm_moe_dsa", "gpt_oss", "qwen3_next", "llama4"])
+def test_cosines_that_are_computed_once(family, everything_once, monkeypatch):
+    """Of latent attention and its indexer, of scaled and of partial rotations, of layers without any."""
+    everything_once()
+    tokens = greedy(family)
+    monkeypatch.setattr(basics, "FEW_RESULTS", 10**9)
+    jax.clear_caches()
+    assert greedy(family) == tokens

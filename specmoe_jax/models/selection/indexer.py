@@ -37,10 +37,10 @@ def project(
 ) -> tuple[jax.Array, jax.Array]:
     """x [B, T, M], normed, and what queries are made from [B, T, rank] -> asked [B, T, H, asked_dim], keys [B, T, 1, index dim]."""
     indexer = own_indexer(config)
-    q = rope(heads(linear(query_input, weights.q), indexer.heads), positions, indexer.rope)
-    k = norm(linear(x, weights.k), weights.k_norm, weights.k_norm_bias, NORM_EPS)
+    k = norm(linear(x, weights.k), weights.k_norm, weights.k_norm_bias, NORM_EPS)[:, :, None]
+    q, k = rope((heads(linear(query_input, weights.q), indexer.heads), k), positions, indexer.rope)
     asked = jnp.concatenate([q, linear(x, weights.heads)[..., None]], axis=-1).reshape(*x.shape[:2], -1)
-    return handed.by_heads(config, asked), rope(k[:, :, None], positions, indexer.rope)
+    return handed.by_heads(config, asked), k
 
 
 def asked_of(config: AttentionConfig, q: jax.Array) -> tuple[jax.Array, jax.Array | None]:

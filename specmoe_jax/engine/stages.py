@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from specmoe_jax.config.layer_config import Embedding, Head, LayerConfig, Recurrence
+from specmoe_jax.config.layer_config import Head, LayerConfig, Recurrence
 from specmoe_jax.engine.rows import OWN, WHOLE, Split, constrained, of_all, over_rows, split_like
 from specmoe_jax.models import attention as attentions
 from specmoe_jax.models import encoder, layers, prefill_attention, recurrent
@@ -24,12 +24,10 @@ final_norm = functools.partial(jax.jit, static_argnums=0)(layers.final_norm)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="split")
-def embed(
-    config: Embedding | None, weights: Weights[jax.Array], token_ids, lengths, tree: Tree | None = None, *, split: Split = None
-) -> jax.Array:
-    """tokens [B, T] at positions lengths[b] + t, or + depth in a tree -> [B, T, M]. See layers.embed."""
-    depths = jnp.arange(token_ids.shape[1], dtype=jnp.int32) if tree is None else tree.depths
-    return constrained(layers.embed(weights, token_ids, lengths[:, None] + depths, config), split, OWN)
+def embed(config, weights: Weights[jax.Array], token_ids, lengths, tree: Tree | None = None, *, split: Split = None):
+    """See layers.embed; positions as of `pre_attention`."""
+    positions = layers.positions_of(lengths, token_ids.shape[1], tree)
+    return constrained(layers.embed(weights, token_ids, positions, config), split, OWN)
 
 
 @split_like(2)
@@ -53,9 +51,7 @@ def pre_attention(
 ):
     """h [B, T, M] -> q [B, T, H, D], k and v [B, T, K, D], rotated to positions lengths[b] + t, or + depth in a tree."""
     with jax.named_scope("pre_attention"):
-        depths = jnp.arange(h.shape[1], dtype=jnp.int32) if tree is None else tree.depths
-        positions = lengths[:, None] + depths
-        return layers.pre_attention(config, weights, h, positions)
+        return layers.pre_attention(config, weights, h, layers.positions_of(lengths, h.shape[1], tree))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(5, 6))

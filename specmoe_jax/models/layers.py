@@ -14,7 +14,12 @@ from specmoe_jax.models.basics import affine, biased, heads, linear, linears, no
 from specmoe_jax.models.routing import route
 from specmoe_jax.models.selection import handed
 from specmoe_jax.models.spec import CrossWeights, LayerWeights, MlpWeights, Weights
-from specmoe_jax.types import CrossCache, Routing
+from specmoe_jax.types import CrossCache, Routing, Tree
+
+
+def positions_of(lengths: jax.Array, width: int, tree: Tree | None) -> jax.Array:
+    """[B, width] int32: lengths[b] + t, or + depth in a tree."""
+    return lengths[:, None] + (jnp.arange(width, dtype=jnp.int32) if tree is None else tree.depths)
 
 
 def embed(

@@ -11,8 +11,6 @@ from specmoe_jax.testing import eagle_head
 from specmoe_jax.testing.families import tiny_family
 
 PROMPTS = [(9, 2, 3), (4, 5)]
-
-
 CASES = {
     "plain": {},
     "chain": {"draft": "ngram", "draft_length": 2},
@@ -45,18 +43,21 @@ def test_layers_of_a_family(family, monkeypatch):
 
 
 @pytest.fixture
-def everything_once(monkeypatch):
-    """Programs that were compiled otherwise are dropped."""
-    monkeypatch.setattr(basics, "FEW_RESULTS", 0)
-    yield jax.clear_caches
+def few_results(monkeypatch):
+    """Sets up to how many results are left to the fusions. Programs that were compiled otherwise are dropped."""
+
+    def choose(count: int) -> None:
+        monkeypatch.setattr(basics, "FEW_RESULTS", count)
+        jax.clear_caches()
+
+    yield choose
     jax.clear_caches()
 
 
 @pytest.mark.parametrize("family", ["glm_moe_dsa", "gpt_oss", "qwen3_next", "llama4"])
-def test_cosines_that_are_computed_once(family, everything_once, monkeypatch):
+def test_cosines_that_are_computed_once(family, few_results):
     """Of latent attention and its indexer, of scaled and of partial rotations, of layers without any."""
-    everything_once()
+    few_results(0)
     tokens = greedy(family)
-    monkeypatch.setattr(basics, "FEW_RESULTS", 10**9)
-    jax.clear_caches()
+    few_results(10**9)
     assert greedy(family) == tokens

@@ -16,7 +16,7 @@ from specmoe_jax.autotune.operator_bench import SHAPES, OperatorBench
 from specmoe_jax.config.model_config import ModelConfig
 from specmoe_jax.config.plan import Plan
 from specmoe_jax.models.model import random_model
-from specmoe_jax.ops import isas
+from specmoe_jax.ops import chosen_kernels, isas
 from specmoe_jax.planner.flows.pooled import without_kernel
 from specmoe_jax.planner.measured.operators import Operators, Sample, fit
 from specmoe_jax.support.cache_files import machine_key, read_cached, write_cached
@@ -63,7 +63,8 @@ def _key(config: ModelConfig, dtype: str) -> str:
     """A key of everything that the programs depend on."""
     small = _small(config)
     shape = hashlib.sha256(repr((small.layers, config.vocab_size, config.hidden_size, config.num_experts)).encode()).hexdigest()
-    return machine_key("operators", VERSION, shape, dtype, jax.__version__, jax.local_devices()[0].device_kind)
+    device = jax.local_devices()[0].device_kind
+    return machine_key("operators", VERSION, shape, dtype, jax.__version__, device, *chosen_kernels())
 
 
 def _measure(config: ModelConfig, dtype: str, progress: str | bool, on_round: Callable[[], object]) -> Operators:

@@ -5,7 +5,7 @@
 """
 
 from specmoe_jax.ops.attention import chunked_attention, chunked_attention_packed, masked_attention, prefill_attention
-from specmoe_jax.ops.cpu._ffi import isas
+from specmoe_jax.ops.cpu._ffi import chosen_kernels, isas
 from specmoe_jax.ops.cpu.attention import MAX_NEW
 from specmoe_jax.ops.dense import PackedMatrix, dense_product, dense_products
 from specmoe_jax.ops.experts import expert_ffn, expert_ffn_table
@@ -18,6 +18,7 @@ __all__ = [
     "MAX_NEW",
     "PackedCache",
     "PackedMatrix",
+    "chosen_kernels",
     "chunked_attention",
     "chunked_attention_packed",
     "chunked_attention_packed_ref",

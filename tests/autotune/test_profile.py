@@ -8,13 +8,16 @@ import specmoe_jax as sm
 from specmoe_jax.autotune import calibrate
 from specmoe_jax.autotune import profile as profiling
 from specmoe_jax.autotune.choose import Knowledge, evaluate, job_of
+from specmoe_jax.cli.shown.stats_table import table
 from specmoe_jax.engine.figures import Totals
 from specmoe_jax.engine.roofline import predicted_figures, roofline_figures
 from specmoe_jax.models.eagle.network import random_head
+from specmoe_jax.ops.cpu import _ffi
 from specmoe_jax.planner.drafts.eagle import usual_head
 from specmoe_jax.planner.machines import machine
-from specmoe_jax.planner.measured.operators import WORK
+from specmoe_jax.planner.measured.operators import WORK, LinearCost, Operators
 from specmoe_jax.planner.workload import Workload
+from specmoe_jax.support.cache_files import write_cached
 from specmoe_jax.testing import TINY, tiny
 
 PARAMS = sm.SamplingParams(max_new_tokens=6, ignore_eos=True)
@@ -42,6 +45,22 @@ def test_a_heads_chains_and_trees_are_calibrated(monkeypatch):
     assert all(0 <= known.rate <= 1 for known in found.acceptance.values())
 
 
+@pytest.mark.parametrize("variable, value", [("SPECMOE_THREADS", "1"), ("SPECMOE_ISA", "portable"), ("SPECMOE_CPU_OPS", "ref")])
+def test_other_kernels_are_measured_anew(monkeypatch, tmp_path, variable, value):
+    """What was measured on one thread, or of an earlier build, was taken for the machine's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cached = Operators({name: LinearCost(work, 1e-4, (1e-7,) * len(work), 0.0) for name, work in WORK.items()}, 4000, 0.05)
+    write_cached("operators", profiling._key(TINY, "float32"), cached.to_dict())
+    assert profiling.cached_profile(TINY, "float32") == cached
+    monkeypatch.setenv(variable, value)
+    _ffi.module.cache_clear()
+    try:
+        assert profiling.cached_profile(TINY, "float32") is None
+    finally:
+        monkeypatch.undo()
+        _ffi.module.cache_clear()
+
+
 def test_calibration_is_kept_for_a_checkpoint(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(calibrate, "NEW_TOKENS", 5)
@@ -63,6 +82,9 @@ def test_the_floor_of_a_run(name):
     assert stats["fraction_of_floor"] == pytest.approx(stats["floor_s"] / stats["decode_s"])
     assert parts["link"] == pytest.approx(stats["link_bytes"] / KNOWN.hardware.up_bytes_per_s)
     assert stats["predicted"]["step_s"] > 0 and stats["step_s"] == pytest.approx(stats["decode_s"] / stats["steps"])
+    for share, doubted in ((0.9, False), (1.2, True)):
+        shown = " ".join(table(stats | {"fraction_of_floor": share, "load_s": 0.0}).split())
+        assert f"{share:.2f} of what" in shown and ("above 1" in shown) is doubted
 
 
 def test_the_floor_by_hand():

@@ -9,7 +9,7 @@ from specmoe_jax.planner.machines import KNOWN, machine, read_machine
 from specmoe_jax.support.errors import PlanError
 
 THIS = "this"
-HELP = f"this (probed once, then kept), one of {', '.join(KNOWN)} (data sheets), or a JSON file of figures (docs/machines.md)."
+HELP = f"this (measured; kept for a day), one of {', '.join(KNOWN)} (data sheets), or a JSON file of figures (docs/machines.md)."
 
 
 class Named(NamedTuple):

@@ -4,6 +4,8 @@ import textwrap
 
 from specmoe_jax.cli.shown.wrapped_text import WIDTH
 
+CERTAIN = 1.05  # share of a bound beyond which it was none
+
 
 def table(stats: dict) -> str:
     """The closing table of a run, for people."""
@@ -33,10 +35,9 @@ def table(stats: dict) -> str:
     if stats["plan"]["expert_tier"] == "disk" and stats["dram_hits"] + stats["dram_misses"]:  # else the system reads
         rows.append(("disk bytes/token", _number(stats["disk_bytes_per_token"])))
         rows.append(("host cache hits / misses", f"{stats['dram_hits']} / {stats['dram_misses']}"))
-    if stats["fraction_of_floor"] is not None:
-        rows.append(
-            ("share of the floor", f"{stats['fraction_of_floor']:.2f} of what the {stats['binding_resource'] or 'link'} allows")
-        )
+    if (share := stats["fraction_of_floor"]) is not None:
+        more = ": above 1 caches help, or the machine was busy when it was measured" if share > CERTAIN else ""
+        rows.append(("share of the floor", f"{share:.2f} of what the {stats['binding_resource'] or 'link'} allows{more}"))
     if "rates" in stats:
         rows.append(("rates reached", _rates_row(stats["rates"])))
     if "predicted" in stats:

@@ -99,6 +99,15 @@ def choice() -> dict:
     return {"isa": isa, "threads": np.int64(os.environ.get("SPECMOE_THREADS", "0"))}
 
 
+def chosen_kernels() -> tuple:
+    """What a measurement of this machine depends on: which build of the kernels runs, and how (`choice`)."""
+    loaded = module()
+    if loaded is None:
+        return ("none",)
+    file = os.stat(loaded.__file__)
+    return (file.st_size, file.st_mtime_ns, *map(str, choice().values()))
+
+
 def required():
     loaded = module()
     if loaded is None:

@@ -14,6 +14,7 @@ XLA_FFI_Error* specmoe_rowwise_expert_ffn(XLA_FFI_CallFrame*);
 XLA_FFI_Error* specmoe_expert_ffn_table(XLA_FFI_CallFrame*);
 XLA_FFI_Error* specmoe_few_rows_products(XLA_FFI_CallFrame*);
 XLA_FFI_Error* specmoe_packed_few_rows_products(XLA_FFI_CallFrame*);
+XLA_FFI_Error* specmoe_put_rows(XLA_FFI_CallFrame*);
 }
 
 namespace py = pybind11;
@@ -30,6 +31,7 @@ PYBIND11_MODULE(_cpu_ops, m) {
     d["specmoe_expert_ffn_table"] = py::capsule(reinterpret_cast<void*>(&specmoe_expert_ffn_table));
     d["specmoe_few_rows_products"] = py::capsule(reinterpret_cast<void*>(&specmoe_few_rows_products));
     d["specmoe_packed_few_rows_products"] = py::capsule(reinterpret_cast<void*>(&specmoe_packed_few_rows_products));
+    d["specmoe_put_rows"] = py::capsule(reinterpret_cast<void*>(&specmoe_put_rows));
     return d;
   });
   m.def("read_bandwidth", &specmoe::read_bandwidth, py::arg("isa"), py::arg("bytes"), py::arg("threads"),

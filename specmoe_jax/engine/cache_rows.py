@@ -5,10 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from specmoe_jax import ops
 from specmoe_jax.engine.rows import OWN, WHOLE, Split, first_row, over_rows, split_like
 from specmoe_jax.models import recurrent
 from specmoe_jax.ops import PackedCache, packed
-from specmoe_jax.ops.xla.attention import append
 from specmoe_jax.support.processes import in_order
 from specmoe_jax.types import MESH_AXIS, RecurrentState
 
@@ -53,13 +53,9 @@ def put_rows(cache, some, rows: jax.Array, *, split: Split = None):
     """A cache [B, ...] (donated) with `some` [b, ...], whole on every device, in the rows [b]; a row of B is padding."""
 
     def put(array: jax.Array, new: jax.Array, rows: jax.Array) -> jax.Array:
-        if array.dtype == jnp.bfloat16:  # as in ops.xla.attention.append
-            array, new = (jax.lax.bitcast_convert_type(one, jnp.uint16) for one in (array, new))
-            return jax.lax.bitcast_convert_type(put(array, new, rows), jnp.bfloat16)
         if split is not None:  # those of other devices are padding
             rows = rows - first_row(len(array))
-            rows = jnp.where(rows < 0, len(array), rows)
-        return array.at[rows].set(new, mode="drop")
+        return ops.put_rows(array, new, rows.astype(jnp.int32))
 
     def put_own(some, rows: jax.Array, cache):
         return jax.tree.map(functools.partial(put, rows=rows), cache, some)
@@ -99,7 +95,7 @@ def _keep_path(cache, lengths: jax.Array, path: jax.Array, num_accepted: jax.Arr
     if isinstance(cache, RecurrentState):
         return recurrent.keep_path(cache, lengths, path, num_accepted)
     rows = jnp.take_along_axis(cache, (lengths[:, None] + path)[:, None, :, None], axis=2)  # [B, K, depth, D]
-    return append(cache, rows.swapaxes(1, 2), lengths + 1, num_accepted)
+    return ops.append(cache, rows.swapaxes(1, 2), lengths + 1, num_accepted)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

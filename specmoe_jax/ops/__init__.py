@@ -13,11 +13,13 @@ from specmoe_jax.ops.packed import PackedCache, empty_cache, pack_cache, unpack_
 from specmoe_jax.ops.reference.attention import chunked_attention_packed_ref, chunked_attention_ref
 from specmoe_jax.ops.reference.dense import dense_product_ref, packed_product_ref
 from specmoe_jax.ops.reference.experts import expert_ffn_ref
+from specmoe_jax.ops.rows import append, put_rows
 
 __all__ = [
     "MAX_NEW",
     "PackedCache",
     "PackedMatrix",
+    "append",
     "chosen_kernels",
     "chunked_attention",
     "chunked_attention_packed",
@@ -35,5 +37,6 @@ __all__ = [
     "pack_cache",
     "packed_product_ref",
     "prefill_attention",
+    "put_rows",
     "unpack_cache",
 ]

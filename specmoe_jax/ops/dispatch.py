@@ -13,10 +13,12 @@ import jax
 from specmoe_jax.ops.cpu import attention as cpu_attention
 from specmoe_jax.ops.cpu import dense as cpu_dense
 from specmoe_jax.ops.cpu import experts as cpu_experts
+from specmoe_jax.ops.cpu import rows as cpu_rows
 from specmoe_jax.ops.pallas import grouped_experts
 from specmoe_jax.ops.xla import attention as xla_attention
 from specmoe_jax.ops.xla import dense, prefill_attention
 from specmoe_jax.ops.xla import experts as xla_experts
+from specmoe_jax.ops.xla import rows as xla_rows
 
 
 def always(*arrays, **options) -> bool:
@@ -51,6 +53,7 @@ def call(kernel: str, *arrays, **options):
 KERNELS: dict[str, dict[str, Variant]] = {
     "chunked_attention": {
         "cpu": Variant(cpu_attention.rows, "cpu", cpu_attention.fits),
+        "cpu_append": Variant(functools.partial(xla_attention.rows, put=cpu_rows.put), "cpu", cpu_rows.fits),
         "xla": Variant(xla_attention.rows),
     },
     "chunked_attention_packed": {
@@ -59,6 +62,11 @@ KERNELS: dict[str, dict[str, Variant]] = {
     },
     "masked_attention": {"xla": Variant(xla_attention.masked)},
     "prefill_attention": {"xla": Variant(prefill_attention.prefill)},
+    "put_rows": {"cpu": Variant(cpu_rows.put, "cpu", cpu_rows.fits), "xla": Variant(xla_rows.put)},
+    "append": {
+        "cpu": Variant(functools.partial(xla_rows.append, put=cpu_rows.put), "cpu", cpu_rows.fits),
+        "xla": Variant(xla_rows.append),
+    },
     "expert_ffn": {
         "cpu": Variant(cpu_experts.plain, "cpu", cpu_experts.fits_plain),
         "cpu_packed": Variant(cpu_experts.packed, "cpu", cpu_experts.fits_packed),

@@ -67,6 +67,8 @@ CASES = {
     "expert_ffn": ((None,) * 3, dict(ffn=None, packing=None, hidden=None, numbers={})),
     "dense_product": (PRODUCT, {}),
     "packed_product": ((*PRODUCT, jnp.ones(1)), {}),
+    "put_rows": ((None,) * 3, {}),
+    "append": ((None,) * 4, {}),
 }
 
 

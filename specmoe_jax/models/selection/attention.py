@@ -9,9 +9,9 @@ from specmoe_jax import ops
 from specmoe_jax.config.layer_config import AttentionConfig
 from specmoe_jax.models.selection import handed
 from specmoe_jax.models.selection.indexer import chosen
-from specmoe_jax.ops import packed
+from specmoe_jax.ops import append, packed
 from specmoe_jax.ops.packed import BLOCK
-from specmoe_jax.ops.xla.attention import append, seen_by_new
+from specmoe_jax.ops.xla.attention import seen_by_new
 from specmoe_jax.types import Tree
 
 QUERIES = 8  # of a row, whose chosen rows are gathered at once

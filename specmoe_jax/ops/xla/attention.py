@@ -5,20 +5,7 @@ import jax.numpy as jnp
 
 from specmoe_jax.ops import packed as layout
 from specmoe_jax.ops.products import einsum
-
-
-def append(cache: jax.Array, new: jax.Array, lengths: jax.Array, num_new: jax.Array) -> jax.Array:
-    """Write new [B, T, K, D] into cache [B, K, S, D] at lengths[b] + t, t < num_new[b]; what falls beyond S is dropped."""
-    S = cache.shape[2]
-    steps = jnp.arange(new.shape[1])
-    at = jnp.where(steps < num_new[:, None], lengths[:, None] + steps, S)  # [B, T]
-    new = new.astype(cache.dtype)
-    if cache.dtype == jnp.bfloat16:  # XLA:CPU converts the whole cache to float32 and back for a bfloat16 scatter; not for uint16
-        bits = append(
-            jax.lax.bitcast_convert_type(cache, jnp.uint16), jax.lax.bitcast_convert_type(new, jnp.uint16), lengths, num_new
-        )
-        return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
-    return cache.at[jnp.arange(new.shape[0])[:, None], :, at].set(new, mode="drop")
+from specmoe_jax.ops.xla.rows import append, put
 
 
 def seen_by_new(tree_mask, lengths, num_new, T: int, S: int, *, window, chunk) -> jax.Array:
@@ -75,13 +62,13 @@ def masked(q, k, v, seen, sinks, *, scale, softcap) -> jax.Array:
     return out.reshape(B, T, H, D).astype(q.dtype)
 
 
-def rows(q, k_new, v_new, k_cache, v_cache, lengths, num_new, tree_mask, sinks, *, scale, window, softcap, chunk):
+def rows(q, k_new, v_new, k_cache, v_cache, lengths, num_new, tree_mask, sinks, *, scale, window, softcap, chunk, put=put):
     """ops.chunked_attention; bits may depend on T and B."""
     T, S = q.shape[1], k_cache.shape[2]
     lengths = jnp.clip(lengths, 0, S).astype(jnp.int32)
     num_new = jnp.clip(num_new, 0, T).astype(jnp.int32)
-    k_cache = append(k_cache, k_new, lengths, num_new)
-    v_cache = append(v_cache, v_new, lengths, num_new)
+    k_cache = append(k_cache, k_new, lengths, num_new, put=put)
+    v_cache = append(v_cache, v_new, lengths, num_new, put=put)
     seen = seen_by_new(tree_mask, lengths, num_new, T, S, window=window, chunk=chunk)
     return masked(q, k_cache, v_cache, seen, sinks, scale=scale, softcap=softcap), k_cache, v_cache
 

@@ -56,13 +56,20 @@ class KVCache(NamedTuple):
     """Keys and values of every layer, one buffer a layer so that each can be donated on its own.
 
     k, v: L arrays [B, K, S, D]. Row b holds `lengths[b]` committed positions; what lies beyond is never read. A recurrent layer
-    has its RecurrentState in k, and nothing, (), in v.
+    has its RecurrentState in k, and nothing, (), in v. Where a step runs few of the rows, k has them as SomeRows.
     cross: of each layer, written by the encoder and never donated; None without one.
     """
 
     k: tuple[Any, ...]
     v: tuple[Any, ...]
     cross: tuple[CrossCache, ...] | None = None
+
+
+class SomeRows(NamedTuple):
+    """A layer's keys cache [B, K, S, D], of which a batch of b sequences has the rows [b] int32, no two alike; its values too."""
+
+    cache: Any
+    rows: Any
 
 
 class Routing(NamedTuple):

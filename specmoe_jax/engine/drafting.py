@@ -18,7 +18,7 @@ from specmoe_jax.speculate.drafts.protocol import DraftView
 from specmoe_jax.speculate.logit_edits import LogitEdits, logit_edits
 from specmoe_jax.speculate.sampling import Stream, coupled_keys, row_keys
 from specmoe_jax.support.errors import PlanError
-from specmoe_jax.types import KVCache, Proposal, RecurrentState
+from specmoe_jax.types import KVCache, Proposal, RecurrentState, SomeRows
 
 
 class Drafted(NamedTuple):
@@ -170,7 +170,8 @@ def _positions(kv: KVCache | HostKV) -> int:
     """S of the cache; in every layer alike, but recurrent ones have none."""
     if isinstance(kv, HostKV):
         return kv.pages.table.shape[1] * KV_PAGE
-    return next(keys.shape[2] for keys in kv.k if not isinstance(keys, RecurrentState))
+    keys = next(keys for keys in kv.k if not isinstance(keys, RecurrentState))
+    return (keys.cache if isinstance(keys, SomeRows) else keys).shape[2]
 
 
 _row_keys = jax.jit(row_keys, static_argnames="stream")

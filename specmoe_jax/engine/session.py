@@ -38,12 +38,14 @@ class Session:
         self.figures.add_compilations(since=compiled)
         return state, info
 
+    def is_warm(self, state: State, batch_shape: BatchShape) -> bool:
+        return (batch_shape, state.rows.greedy) in self.warm_shapes
+
     def warm(self, state: State, batch_shape: BatchShape) -> State:
         """Compiles the steps of shapes that are new; sampled and greedy rows run different programs."""
-        key = (batch_shape, state.rows.greedy)
-        if key in self.warm_shapes:
+        if self.is_warm(state, batch_shape):
             return state
-        self.warm_shapes.add(key)
+        self.warm_shapes.add((batch_shape, state.rows.greedy))
         watch = Stopwatch()
         with bar("compile", None, "step", mode=self.progress, leave=False) as shown, ticking(shown):
             state = warm_up(state.runtime, state, on_step=shown.update)

@@ -8,16 +8,21 @@ from specmoe_jax.config.layer_config import AttentionConfig
 from specmoe_jax.models.selection import attention as selection
 from specmoe_jax.models.selection import handed
 from specmoe_jax.models.selection.indexer import asked_of, selects
-from specmoe_jax.types import Grown, KVCache, Tree
+from specmoe_jax.types import Grown, KVCache, SomeRows, Tree
 
 
 def attend(config: AttentionConfig, q, k, v, sinks, k_cache, v_cache, lengths, num_new, tree: Tree | None = None):
     """Appends k, v [B, T, K, D] to the caches [B, K, S, cache_dim] at lengths[b] and attends q [B, T, H, D] to them.
 
-    sinks: [H] or None. tree: of the new tokens, None for a chain. Gated queries are [B, T, H, 2 D].
+    sinks: [H] or None. tree: of the new tokens, None for a chain. Gated queries are [B, T, H, 2 D]. k_cache may be SomeRows.
     -> attended [B, T, H, D], behind it what was chosen where the next layer takes it (selection.handed.told), and the caches.
     Rows t >= num_new[b] write nothing and give zeros.
     """
+    if isinstance(k_cache, SomeRows):
+        assert tree is None  # whose nodes are moved together in whole caches
+        kv, rows = KVCache(k=(k_cache.cache,), v=(v_cache,)), k_cache.rows
+        attended, kv = attend_rows(config, q, k, v, kv, rows, lengths, num_new, sinks=sinks)
+        return attended, SomeRows(kv.k[0], rows), kv.v[0]
     q, asked = asked_of(config, q)
     q, gate = gate_of(config, q)
     q, k, v = (_padded(config, a) for a in (q, k, v))
@@ -39,7 +44,7 @@ def attend_rows(config: AttentionConfig, q, k, v, kv: KVCache, rows, lengths, nu
     rows = jnp.where((rows >= 0) & (rows < held), rows, held)
 
     def spread(a: jax.Array) -> jax.Array:  # the cache stays where it is; only the new rows move to their places
-        return jnp.zeros((held, *a.shape[1:]), a.dtype).at[rows].set(a, mode="drop")
+        return ops.put_rows(jnp.zeros((held, *a.shape[1:]), a.dtype), jnp.asarray(a), rows)
 
     q, k, v, lengths, num_new = (spread(a) for a in (q, k, v, lengths, num_new))
     attended, k_cache, v_cache = attend(config, q, k, v, sinks, kv.k[0], kv.v[0], lengths, num_new)

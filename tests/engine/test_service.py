@@ -23,6 +23,9 @@ CASES = {
     "eagle_cache": dict(preset="on_demand", batch_size=3, draft="eagle", draft_length=2),
     "merged": dict(preset="specmoe", batch_size=2, draft="merged", draft_experts=2, draft_length=2),
     "ngram": dict(preset="resident", batch_size=3, draft="ngram", draft_length=2),
+    "few_of_eight": dict(preset="specmoe", batch_size=8, draft_experts=2, draft_length=3),
+    "few_without_a_draft": dict(preset="resident", batch_size=8, expert_flow="host_compute"),
+    "few_cached": dict(preset="caching", batch_size=8, cached_experts=2),
     "host_kv": dict(preset="specmoe", batch_size=2, draft_experts=2, draft_length=2, kv_tier="host"),
 }
 

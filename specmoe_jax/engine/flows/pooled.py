@@ -24,6 +24,7 @@ from specmoe_jax.engine.rows import gathered
 from specmoe_jax.engine.runtime import Runtime
 from specmoe_jax.engine.scheduler import joined, seated
 from specmoe_jax.engine.scoring.layout import CHAIN, ReadRow, read_passes, tree_nodes
+from specmoe_jax.engine.service import few_rows
 from specmoe_jax.engine.service.joins import JOIN_ROWS, Join, plan_joins, prefill_chunk, prefill_width
 from specmoe_jax.engine.session import Session
 from specmoe_jax.engine.state import ExpertMemory, PassRouting, Request, State, StepInfo
@@ -200,11 +201,18 @@ class PooledFlowExecutor(protocol.PooledFlowExecutor[Runtime, Session]):
         return joined(state._replace(kv=kv, memory=memory, draft_memory=draft_memory, prompt_logprobs=told.rows))
 
     def _warm(self, session: Session, state: State[KVCache], batch_shape: BatchShape) -> State[KVCache]:
-        """Compiled for greedy and for sampled requests; after the first prompts, without which some drafts cannot run."""
+        """Compiled for greedy and for sampled requests, all rows and few; after the first prompts, without which some drafts
+        cannot run."""
         rows, options = state.rows, state.options
         for temperature in (0.0, 1.0):
             kind = sampling_rows([SamplingParams(temperature=temperature)] * len(state.requests))
             state = session.warm(state._replace(rows=kind, options=batch_shape.options), _beside(batch_shape))
+            for few in few_rows.sizes(state):
+                shape = _beside(batch_shape._replace(rows=few))
+                if not session.is_warm(state, shape):
+                    some = np.arange(few, dtype=np.int32)
+                    part = session.warm(few_rows.part_of(state, some), shape)
+                    state = few_rows.with_part(state, part, some)
         return state._replace(rows=rows, options=options)
 
     def _run_batch(self, session: Session, requests: list[Request], batch_shape: BatchShape, on_step) -> Iterator[TokenEvent]:

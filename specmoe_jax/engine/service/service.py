@@ -15,6 +15,7 @@ from specmoe_jax.engine.flows.protocol import ExpertFlowExecutor
 from specmoe_jax.engine.requests.completion import Completion, TokenEvent, completion_of, step_events
 from specmoe_jax.engine.requests.prepare import BatchShape, make_requests, options_of
 from specmoe_jax.engine.scheduler import cancelled
+from specmoe_jax.engine.service import few_rows
 from specmoe_jax.engine.service.handles import Handle
 from specmoe_jax.engine.service.joins import WIDTHS, prefill_chunks
 from specmoe_jax.engine.service.waiting import WaitingList
@@ -243,7 +244,7 @@ class Service:
         kind = (state.options, state.rows.greedy)
         known = kind in self._seen_options or state.options == JobOptions()
         self._seen_options.add(kind)
-        return self._session.counted_step(state) if known else self._session.step(state)
+        return few_rows.step_active(state, self._session.counted_step if known else self._session.step)
 
     def _count(self, info: StepInfo) -> None:
         self._session.figures.add_step(info)

@@ -104,7 +104,7 @@ def chosen_kernels() -> tuple:
     loaded = module()
     if loaded is None:
         return ("none",)
-    file = os.stat(loaded.__file__)
+    file = os.stat(str(loaded.__file__))
     return (file.st_size, file.st_mtime_ns, *map(str, choice().values()))
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 def put(array: jax.Array, rows: jax.Array, at: jax.Array) -> jax.Array:
     if array.dtype == jnp.bfloat16:  # XLA:CPU converts the whole array to float32 and back; of uint16 it makes a copy
-        bits = put(*(jax.lax.bitcast_convert_type(one, jnp.uint16) for one in (array, rows)), at)
+        bits = put(jax.lax.bitcast_convert_type(array, jnp.uint16), jax.lax.bitcast_convert_type(rows, jnp.uint16), at)
         return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
     return array.at[jnp.where(at < 0, len(array), at)].set(rows, mode="drop")
 

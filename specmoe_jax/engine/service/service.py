@@ -272,12 +272,11 @@ class Service:
 
 
 def _batch_shape(plan: Plan, max_tokens: int) -> BatchShape:
-    rows = plan.batch_size
     return BatchShape(
-        rows=plan.flow.batch_rows(plan, rows),
+        rows=plan.flow.batch_rows(plan, plan.batch_size),
         positions=cache_positions(max_tokens, plan),
         chunk=min(plan.prefill_chunk, 1 << max(max_tokens - 2, 0).bit_length()),
-        paged=plan.flow.paged_load(plan, [(max_tokens - 1, 1)] * rows, rows),
+        paged=plan.flow.paged_load(plan, [(max_tokens - 1, 1)] * plan.batch_size, plan.batch_size),
     )
 
 

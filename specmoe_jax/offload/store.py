@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specmoe_jax import ops
 from specmoe_jax.models.model import to_host
 from specmoe_jax.offload.tiers import Tier
 from specmoe_jax.types import Device, Pool
@@ -289,5 +290,5 @@ def _write_slots(pool: jax.Array, blocks: tuple[jax.Array, ...], slots: jax.Arra
     """
     for i, block in enumerate(blocks):
         block = jax.device_put(block, jax.memory.Space.Device)
-        pool = jax.lax.dynamic_update_index_in_dim(pool, block, slots[i], axis=0)
+        pool = ops.put_row(pool, block, slots[i])
     return pool

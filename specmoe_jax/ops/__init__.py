@@ -13,7 +13,7 @@ from specmoe_jax.ops.packed import PackedCache, empty_cache, pack_cache, unpack_
 from specmoe_jax.ops.reference.attention import chunked_attention_packed_ref, chunked_attention_ref
 from specmoe_jax.ops.reference.dense import dense_product_ref, packed_product_ref
 from specmoe_jax.ops.reference.experts import expert_ffn_ref
-from specmoe_jax.ops.rows import append, put_rows
+from specmoe_jax.ops.rows import append, put_row, put_rows
 
 __all__ = [
     "MAX_NEW",
@@ -37,6 +37,7 @@ __all__ = [
     "pack_cache",
     "packed_product_ref",
     "prefill_attention",
+    "put_row",
     "put_rows",
     "unpack_cache",
 ]

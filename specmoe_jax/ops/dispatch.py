@@ -63,6 +63,7 @@ KERNELS: dict[str, dict[str, Variant]] = {
     "masked_attention": {"xla": Variant(xla_attention.masked)},
     "prefill_attention": {"xla": Variant(prefill_attention.prefill)},
     "put_rows": {"cpu": Variant(cpu_rows.put, "cpu", cpu_rows.fits), "xla": Variant(xla_rows.put)},
+    "put_row": {"cpu": Variant(cpu_rows.put_row, "cpu", cpu_rows.fits_row), "xla": Variant(xla_rows.put_row)},
     "append": {
         "cpu": Variant(functools.partial(xla_rows.append, put=cpu_rows.put), "cpu", cpu_rows.fits),
         "xla": Variant(xla_rows.append),

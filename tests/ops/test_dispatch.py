@@ -68,6 +68,7 @@ CASES = {
     "dense_product": (PRODUCT, {}),
     "packed_product": ((*PRODUCT, jnp.ones(1)), {}),
     "put_rows": ((None,) * 3, {}),
+    "put_row": ((jnp.ones((2, 3)), jnp.ones(3), None), {}),
     "append": ((None,) * 4, {}),
 }
 

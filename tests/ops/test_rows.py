@@ -73,6 +73,20 @@ def test_a_donated_cache_stays_where_it_is(kernels, dtype):
     assert temporary < cache.nbytes / 4
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_slot_is_written_in_its_place(kernels, dtype):
+    """In bfloat16 an expert that arrived took the time of a copy of all slots."""
+    pool = jnp.zeros((3, 2, 50), dtype)
+    place, write = pool.unsafe_buffer_pointer(), jax.jit(ops.put_row, donate_argnums=0)
+    pool = write(pool, jnp.ones((2, 50), dtype), np.int32(2))
+    assert pool.unsafe_buffer_pointer() == place
+    np.testing.assert_array_equal(np.asarray(pool).astype(int).sum((1, 2)), [0, 0, 100])
+    smaller = np.asarray(write(pool, jnp.full((2, 20), 2, dtype), np.int32(0))).astype(int)
+    assert smaller[0, :, :20].min() == 2 and not smaller[0, :, 20:].any() and smaller.sum() == 180
+    with pytest.raises(ValueError, match="row has shape"):
+        ops.put_row(pool, jnp.ones((3, 50), dtype), np.int32(0))
+
+
 def test_one_that_is_not_donated_is_kept():
     array = jnp.zeros((3, 4))
     put = ops.put_rows(array, jnp.ones((1, 4)), jnp.array([1], jnp.int32))

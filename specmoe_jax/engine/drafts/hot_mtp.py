@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specmoe_jax import ops
 from specmoe_jax.models.mtp import MtpHead
 from specmoe_jax.offload.store import Link
 from specmoe_jax.speculate.drafts.mtp import MtpDraft, MtpMemory
@@ -123,7 +124,7 @@ def swaps(counts: np.ndarray, held: np.ndarray) -> list[tuple[int, int]]:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(pool: jax.Array, block: jax.Array, place) -> jax.Array:
-    return pool.at[place].set(block)
+    return ops.put_row(pool, block, place)
 
 
 def host_blocks(head: MtpHead) -> tuple[tuple[jax.Array, ...], ...] | None:

@@ -13,6 +13,10 @@ def put(array: jax.Array, rows: jax.Array, at: jax.Array) -> jax.Array:
     return array.at[jnp.where(at < 0, len(array), at)].set(rows, mode="drop")
 
 
+def put_row(array: jax.Array, row: jax.Array, at: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(array, row, at, axis=0)
+
+
 def append(cache: jax.Array, new: jax.Array, lengths: jax.Array, num_new: jax.Array, *, put: Callable = put) -> jax.Array:
     """Write new [B, T, K, ...] into cache [B, K, S, ...] at lengths[b] + t, t < num_new[b]; what falls beyond S is left out."""
     B, K, S, *line = cache.shape

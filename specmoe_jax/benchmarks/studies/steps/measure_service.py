@@ -56,14 +56,12 @@ def measured(service: Service, prompts: list[list[int]]) -> tuple[float, float, 
     """Seconds until every request has a token, of a step when all have one, and tokens/s of all."""
     params = sm.SamplingParams(max_new_tokens=TOKENS, ignore_eos=True)
     start_s = time.perf_counter()
-    waiting = {
-        number: service.submit(prompt, params, on_event=lambda event: begun.add(event.id)) for number, prompt in enumerate(prompts)
-    }
     begun: set[int] = set()
+    handles = [service.submit(prompt, params, on_event=lambda event: begun.add(event.id)) for prompt in prompts]
     steps, first_s = [], 0.0
-    while not all(handle.done for handle in waiting.values()):
+    while not all(handle.done for handle in handles):
         step_s = time.perf_counter()
-        full = len(begun) == len(prompts) and not any(handle.done for handle in waiting.values())
+        full = len(begun) == len(prompts) and not any(handle.done for handle in handles)
         service.step()
         now_s = time.perf_counter()
         steps += [now_s - step_s] if full else []

@@ -29,9 +29,7 @@ from specmoe_jax.types import Device
 
 _LOG = logging.getLogger(__name__)
 COPIED_BYTES = 1 << 26  # long against a copy's start, short against a second on any link
-READ_BYTES = (
-    1 << 29
-)  # beyond what a process gets of any CPU's caches: with an L3 of 480 MiB, 1 << 27 were read at 1.4 of the memory's rate
+READ_BYTES = 1 << 29  # beyond the caches of a large server too: of an L3 of 480 MiB 128 were read at 1.4 of the memory's rate
 DISK_BYTES = 1 << 26
 SIZE = {"cpu": 1024, "other": 4096}  # of the square matrices of the peak
 CHAIN = 50  # tiny programs and copies, one after the other

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specmoe_jax.ops import _check
+from specmoe_jax.ops.xla.rows import put
 
 BLOCK = 16  # tokens of one K block: one AVX-512 register of 4-byte units; kBlock in cpu_ops/chunked_attention.h
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8)
@@ -154,20 +155,8 @@ def take_pages(cache: PackedCache, pages: jax.Array) -> PackedCache:
 
 
 def put_pages(cache: PackedCache, pages: jax.Array, values: PackedCache) -> PackedCache:
-    """The cache with values' rows [P] in the places pages [P] int32; those of entries outside [0, rows) are left out.
-
-    bfloat16 goes as bits, because XLA's CPU scatter would convert the whole cache.
-    """
-    pages = jnp.where(pages < 0, cache.shape[0], pages)
-
-    def put(x, new):
-        if not x.shape[0]:
-            return x
-        bits, new = (jax.lax.bitcast_convert_type(a, jnp.uint16) if a.dtype == jnp.bfloat16 else a for a in (x, new))
-        bits = bits.at[pages].set(new, mode="drop")
-        return jax.lax.bitcast_convert_type(bits, x.dtype) if x.dtype == jnp.bfloat16 else bits
-
-    return jax.tree.map(put, cache, values)
+    """The cache with values' rows [P] in the places pages [P] int32; those of entries outside [0, rows) are left out."""
+    return jax.tree.map(lambda x, new: put(x, new, pages) if x.shape[0] else x, cache, values)
 
 
 def move(cache: PackedCache, table: jax.Array, sources: jax.Array, targets: jax.Array, moved: jax.Array) -> PackedCache:

@@ -13,7 +13,7 @@ from specmoe_jax.engine.state import State, StepInfo
 from specmoe_jax.types import KVCache, SomeRows
 
 TIMES = 4  # from one size of a step to the next: each compiles programs of its own
-OF_ROWS = ("requests", "generated", "statuses", "logprobs", "prompt_logprobs", "routing")  # fields of a state: a tuple, or none
+OF_ROWS = ("requests", "generated", "statuses", "logprobs", "prompt_logprobs", "routing")  # fields of a state, tuples
 Step = Callable[[State], tuple[State, StepInfo]]
 
 
@@ -48,7 +48,7 @@ def step_active(state: State, step: Step) -> tuple[State, StepInfo]:
 
 def part_of(state: State, rows: np.ndarray) -> State:
     """The state of some rows [b], over the caches of all."""
-    some = {name: tuple(getattr(state, name)[row] for row in rows) for name in OF_ROWS if getattr(state, name)}
+    some = {name: tuple(getattr(state, name)[row] for row in rows) for name in OF_ROWS}
     return state._replace(
         kv=state.kv._replace(k=tuple(SomeRows(keys, rows) for keys in state.kv.k)),
         lengths=state.lengths[rows],
@@ -60,12 +60,10 @@ def part_of(state: State, rows: np.ndarray) -> State:
 
 def with_part(state: State, part: State, rows: np.ndarray) -> State:
     """The state of all rows after a step of those of `part_of`."""
-    fields = {}
-    for name in OF_ROWS:
-        if after := getattr(part, name):
-            fields[name] = list(getattr(state, name) or ((),) * len(state.requests))
-            for row, value in zip(rows, after, strict=True):
-                fields[name][row] = value
+    fields = {name: list(getattr(state, name)) for name in OF_ROWS}
+    for name, values in fields.items():
+        for row, value in zip(rows, getattr(part, name), strict=True):
+            values[row] = value
     return part._replace(
         kv=part.kv._replace(k=tuple(keys.cache for keys in part.kv.k)),
         lengths=_spread(part.lengths, rows, state.lengths),
@@ -81,21 +79,17 @@ def _of_all(info: StepInfo, rows: np.ndarray, count: int) -> StepInfo:
     def spread(array: np.ndarray) -> np.ndarray:
         return _spread(array, rows, np.zeros(count, array.dtype))
 
-    def of_pass(array: np.ndarray | None, nothing: int) -> np.ndarray | None:
-        """[L, B, T, A] of [L, b, T, A]."""
-        if array is None:
-            return None
-        whole = np.full((len(array), count, *array.shape[2:]), nothing, array.dtype)
-        whole[:, rows] = array
-        return whole
-
-    verify = info.verify
+    routing = info.verify.routing  # [L, b, T, A]
+    if routing is not None:
+        every = np.full((len(routing), count, *routing.shape[2:]), -1, routing.dtype)
+        every[:, rows] = routing
+        routing = every
     return info._replace(
         accepted=spread(info.accepted),
         committed=spread(info.committed),
         active=spread(info.active),
         start=spread(info.start),
-        verify=verify._replace(routing=of_pass(verify.routing, -1), routing_weights=of_pass(verify.routing_weights, 0)),
+        verify=info.verify._replace(routing=routing),
     )
 
 

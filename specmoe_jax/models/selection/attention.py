@@ -9,7 +9,7 @@ from specmoe_jax import ops
 from specmoe_jax.config.layer_config import AttentionConfig
 from specmoe_jax.models.selection import handed
 from specmoe_jax.models.selection.indexer import chosen
-from specmoe_jax.ops import append, packed
+from specmoe_jax.ops import packed
 from specmoe_jax.ops.packed import BLOCK
 from specmoe_jax.ops.xla.attention import seen_by_new
 from specmoe_jax.types import Tree
@@ -23,7 +23,7 @@ def attend(config: AttentionConfig, q, asked, k, v, k_cache, v_cache, lengths, n
     -> attended [B, T, H, D], behind it the choice where the next layer takes it (see handed.told), and the caches.
     """
     lengths = jnp.clip(lengths, 0, k_cache.shape[2])
-    k_cache, v_cache = (append(rows, new, lengths, num_new) for rows, new in ((k_cache, k), (v_cache, v)))
+    k_cache, v_cache = (ops.append(rows, new, lengths, num_new) for rows, new in ((k_cache, k), (v_cache, v)))
 
     def take(places: jax.Array) -> tuple[jax.Array, ...]:
         flat = places.reshape(len(places), -1, 1)
